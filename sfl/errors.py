@@ -1,0 +1,47 @@
+"""The exception tree. Every error that SFL raises on purpose is an ``SflError``.
+
+::
+
+    SflError
+     |- ConfigError        what was typed cannot be run as it stands           (exit code 2)
+     |- DataError          the data are not there, or are not what was asked for
+     |- RunError           the run cannot go on: disk, port, a client that left
+     |- ProtocolError      the peer sent something that it must not send
+     |- ConnectionLost     the peer is gone, or silent for too long
+     |- PeerFailed         the peer said that it cannot go on, and why
+     `- IntegrityError     a file or payload is not what its sender or writer made
+
+``str(error)`` is one line that a user can read: what came, what was wanted, what to do.
+"""
+
+
+class SflError(Exception):
+    """Base of every error that SFL raises on purpose."""
+
+
+class ConfigError(SflError):
+    """An option, or a combination of options, that cannot be run. Exit code 2."""
+
+
+class DataError(SflError):
+    """A data set that is not there, cannot be read, or does not fit the run."""
+
+
+class RunError(SflError):
+    """The run cannot start or go on on this machine: port, folder, disk, a client that left."""
+
+
+class ProtocolError(SflError):
+    """The peer broke the protocol: wrong bytes, wrong message, wrong moment, wrong shape."""
+
+
+class ConnectionLost(SflError):
+    """The connection ended, or nothing came over it before its deadline."""
+
+
+class PeerFailed(SflError):
+    """The peer ended the run or turned us away; the text is the peer's reason."""
+
+
+class IntegrityError(SflError):
+    """A payload or file is damaged: its bytes are not those that were sent or written."""

@@ -1,0 +1,322 @@
+"""Messages and frames: bytes to messages and back, without any I/O.
+
+A frame on the wire (all integers big-endian)::
+
+    offset  bytes  what
+    0       4      magic  b"SFL\\n"
+    4       1      protocol version (1)
+    5       1      flags, 0 (a receiver refuses any bit that it does not know)
+    6       2      reserved, 0
+    8       4      length of the JSON in bytes
+    12      8      length of the payload in bytes
+    20      ...    the JSON, UTF-8
+    ...     ...    the payload: exactly the bytes of a ``torch.save`` file, or nothing
+
+Both lengths are checked against the receiver's limits before anything is allocated, and the
+payload's CRC-32, which stands in the JSON, before the message is handed on. The checksum finds
+damage; it is no protection against somebody who alters bytes on purpose.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from sfl.errors import IntegrityError, ProtocolError
+
+MAGIC: Final = b"SFL\n"
+VERSION: Final = 1
+HEAD: Final = struct.Struct(">4sBBHIQ")
+MAX_JSON_BYTES: Final = 64 * 1024  # a REGISTER of 1,000 class names has about 20 KiB
+# Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
+# buffer, so that at most this much of a payload is copied twice.
+READ_AHEAD_BYTES: Final = 4096
+
+
+class MessageType(StrEnum):
+    """What a message says. C: sent by clients, S: by the server."""
+
+    REGISTER = "REGISTER"  # C: here I am; wanted client id, fingerprint
+    REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
+    REQUEST_TO_START = "REQUEST_TO_START"  # C: my data are loaded: samples, classes, shape
+    MESSAGE = "MESSAGE"  # S: a notice for people, at any moment
+    START_TRAINING = "START_TRAINING"  # S: round r begins
+    TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
+    TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
+    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients; loss and hits in the JSON
+    REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: a large file is offered: size, checksum
+    SEND_FILE = "SEND_FILE"  # C, S: send it, from this offset on
+    SEND_MODEL = "SEND_MODEL"  # C, S: file, client-side weights (S: the initial ones)
+    SEND_AGGREGATED_MODEL = "SEND_AGGREGATED_MODEL"  # S: file, the averaged client-side weights
+    VALIDATION_LABELS = "VALIDATION_LABELS"  # C: file, labels of an evaluation batch
+    VALIDATION_FEATURES = "VALIDATION_FEATURES"  # C: file, its activations
+    VALIDATION_RESULT = "VALIDATION_RESULT"  # S: samples, hits and summed loss of that batch
+    VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
+    TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
+    UNREGISTER = "UNREGISTER"  # C: goodbye after TRAINING_DONE
+    INVALID_MESSAGE = "INVALID_MESSAGE"  # C, S: I refuse what you sent, and why
+    ABORT = "ABORT"  # C, S: I cannot go on, and why
+
+
+# These messages are followed by a file, always; the others never are.
+FILE_TYPES: Final = frozenset(
+    {
+        MessageType.TRAINING_LABELS,
+        MessageType.TRAINING_FEATURES,
+        MessageType.TRAINING_GRADS,
+        MessageType.SEND_MODEL,
+        MessageType.SEND_AGGREGATED_MODEL,
+        MessageType.VALIDATION_LABELS,
+        MessageType.VALIDATION_FEATURES,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in a run a message belongs; -1 and "" where it belongs nowhere in particular."""
+
+    run: str = ""
+    round: int = -1
+    step: int = -1
+    client: int = -1
+    link: int = 0  # which cut of the model; 0 is the first
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; ``payload`` holds the bytes of a file, or nothing."""
+
+    type: MessageType
+    sender: str = ""
+    receiver: str = ""
+    content: Any = ""  # any JSON value
+    at: Position = field(default_factory=Position)
+    payload: bytes | bytearray | memoryview = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a receiver accepts: no file of a type that ``payload_bytes`` does not name."""
+
+    json_bytes: int = MAX_JSON_BYTES
+    payload_bytes: Mapping[MessageType, int] = field(default_factory=dict)
+
+    @property
+    def largest_payload_bytes(self) -> int:
+        return max(self.payload_bytes.values(), default=0)
+
+
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """Return the checksum of ``data`` as the wire and the manifests write it."""
+    return _checksum_text(zlib.crc32(data))
+
+
+def _checksum_text(crc: int) -> str:
+    return f"crc32:{crc:08x}"
+
+
+def encode_head(message: Message, payload_checksum: str = "") -> bytes:
+    """Return head and JSON of a frame; the payload's bytes follow it on the wire unchanged.
+
+    Floats travel as Python's ``json`` writes them: reading gives the same float, and ``NaN`` and
+    ``Infinity`` (the loss of a run that diverged) stand as such.
+    """
+    assert (message.type in FILE_TYPES) == bool(message.payload), message.type
+    at = message.at
+    fields: dict[str, Any] = {
+        "type": message.type,
+        "sender": message.sender,
+        "receiver": message.receiver,
+        "run": at.run,
+        "round": at.round,
+        "step": at.step,
+        "client": at.client,
+        "link": at.link,
+        "content": message.content,
+    }
+    if message.payload:
+        fields["checksum"] = payload_checksum or checksum(message.payload)
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(message.payload)) + text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ProtocolError("a message names a field twice")
+    return fields
+
+
+_FIELDS: Final[dict[str, type]] = {
+    "type": str, "sender": str, "receiver": str, "run": str,
+    "round": int, "step": int, "client": int, "link": int,
+}  # fmt: skip
+_MAX_INDEX: Final = 2**31
+
+
+def _load_object(text: bytes | bytearray) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise ProtocolError(f"a message's JSON cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ProtocolError("a message's JSON is not an object")
+    return fields
+
+
+def _parse_json(text: bytes | bytearray, payload_bytes: int) -> tuple[Message, str]:
+    """Return the message without its payload, and the checksum that it announces for it."""
+    fields = _load_object(text)
+    expected = _FIELDS.keys() | {"content"} | ({"checksum"} if payload_bytes else set())
+    if fields.keys() != expected:
+        odd = sorted(fields.keys() ^ expected)
+        raise ProtocolError(f"a message's fields are not the protocol's: {odd[:4]!r:.80}")
+    for name, kind in _FIELDS.items():
+        if type(fields[name]) is not kind:
+            raise ProtocolError(f"a message's {name!r} is not of type {kind.__name__}")
+    for name in ("round", "step", "client", "link"):
+        if not -1 <= fields[name] < _MAX_INDEX:
+            raise ProtocolError(f"a message's {name!r} is out of range")
+    try:
+        message_type = MessageType(fields["type"])
+    except ValueError:
+        raise ProtocolError(f"unknown message type {fields['type'][:40]!r}") from None
+    if (message_type in FILE_TYPES) != bool(payload_bytes):
+        wrong = "comes without its file" if message_type in FILE_TYPES else "carries a payload"
+        raise ProtocolError(f"{message_type} {wrong}")
+    announced = fields.get("checksum", "")
+    if type(announced) is not str:
+        raise ProtocolError("a message's checksum is not text")
+    at = Position(fields["run"], fields["round"], fields["step"], fields["client"], fields["link"])
+    content = fields["content"]
+    return Message(message_type, fields["sender"], fields["receiver"], content, at), announced
+
+
+class Decoder:
+    """Turn a stream of bytes into messages, whatever pieces it arrives in.
+
+    The caller reads into ``get_buffer()``, says with ``advance(n)`` how much came, and takes what
+    is complete with ``next_message()``. Nothing is allocated for a payload before its message type
+    and length have been checked against ``limits``, which may be replaced between messages.
+
+    ``next_message`` raises ``ProtocolError`` for bytes that are no frame or exceed a limit, and
+    ``IntegrityError`` for a payload whose checksum differs. The decoder is of no use afterwards.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._ahead = bytearray(READ_AHEAD_BYTES)
+        self._start = 0  # the unread bytes of the stream are _ahead[_start:_end]
+        self._end = 0
+        self._lengths: tuple[int, int] | None = None  # JSON and payload, once the head is read
+        self._message: Message | None = None  # once its JSON is read
+        self._announced = ""
+        self._payload = bytearray()
+        self._filled = 0
+        self._crc = 0
+
+    @property
+    def inside(self) -> str:
+        """Which part of a message the stream stands in: "", "head", "JSON" or "payload"."""
+        if self._message is not None:
+            return "payload"
+        if self._lengths is not None:
+            return "JSON"
+        return "head" if self._end > self._start else ""
+
+    def get_buffer(self) -> memoryview:
+        """Return where the next bytes of the stream go; never empty."""
+        if self._message is not None and self._start == self._end:
+            return memoryview(self._payload)[self._filled :]
+        if self._start:  # move what is unread to the front: less than one head and JSON
+            unread = self._ahead[self._start : self._end]
+            self._ahead[: len(unread)] = unread
+            self._start, self._end = 0, len(unread)
+        wanted = self._lengths[0] if self._lengths is not None else HEAD.size
+        if len(self._ahead) < wanted:
+            self._ahead.extend(bytes(wanted - len(self._ahead)))  # within limits.json_bytes
+        return memoryview(self._ahead)[self._end :]
+
+    def advance(self, num_bytes: int) -> None:
+        """Take note that ``num_bytes`` of the stream now lie in the buffer last returned."""
+        if self._message is not None and self._start == self._end:
+            self._note_payload(num_bytes)
+        else:
+            self._end += num_bytes
+
+    def next_message(self) -> Message | None:
+        """Return the next complete message, or None when more bytes are needed."""
+        if self._lengths is None:
+            head = self._take(HEAD.size)
+            if head is None:
+                return None
+            self._lengths = self._parse_head(head)
+        json_bytes, payload_bytes = self._lengths
+        if self._message is None:
+            text = self._take(json_bytes)
+            if text is None:
+                return None
+            message, self._announced = _parse_json(text, payload_bytes)
+            allowed = self.limits.payload_bytes.get(message.type, 0)
+            if payload_bytes > allowed:
+                raise ProtocolError(
+                    f"{message.type} announces a payload of {payload_bytes} bytes;"
+                    f" at most {allowed} are accepted here"
+                )
+            self._message, self._payload = message, bytearray(payload_bytes)
+            self._filled = self._crc = 0
+        available = min(self._end - self._start, payload_bytes - self._filled)
+        if available:
+            part = self._ahead[self._start : self._start + available]
+            self._payload[self._filled : self._filled + available] = part
+            self._start += available
+            self._note_payload(available)
+        return self._finish() if self._filled == payload_bytes else None
+
+    def _take(self, num_bytes: int) -> bytearray | None:
+        if self._end - self._start < num_bytes:
+            return None
+        self._start += num_bytes
+        return self._ahead[self._start - num_bytes : self._start]
+
+    def _note_payload(self, num_bytes: int) -> None:
+        new = memoryview(self._payload)[self._filled : self._filled + num_bytes]
+        self._crc = zlib.crc32(new, self._crc)
+        self._filled += num_bytes
+
+    def _parse_head(self, head: bytearray) -> tuple[int, int]:
+        magic, version, flags, reserved, json_bytes, payload_bytes = HEAD.unpack(head)
+        if magic != MAGIC:
+            raise ProtocolError("the peer does not speak the SFL protocol")
+        if version != VERSION:
+            raise ProtocolError(
+                f"the peer speaks version {version} of the protocol, we speak {VERSION}:"
+                " run the same release on every machine"
+            )
+        if flags or reserved:
+            raise ProtocolError("a frame sets flags that this version does not know")
+        if json_bytes > self.limits.json_bytes:
+            raise ProtocolError(
+                f"a message announces {json_bytes} bytes of JSON;"
+                f" at most {self.limits.json_bytes} are accepted here"
+            )
+        if payload_bytes > self.limits.largest_payload_bytes:
+            raise ProtocolError(
+                f"a message announces a payload of {payload_bytes} bytes;"
+                f" at most {self.limits.largest_payload_bytes} are accepted here"
+            )
+        return json_bytes, payload_bytes
+
+    def _finish(self) -> Message:
+        message, self._message, self._lengths = self._message, None, None
+        assert message is not None
+        payload, self._payload = self._payload, bytearray()
+        if payload and _checksum_text(self._crc) != self._announced:
+            raise IntegrityError(f"the file of a {message.type} arrived damaged: checksum differs")
+        return Message(
+            message.type, message.sender, message.receiver, message.content, message.at, payload
+        )
