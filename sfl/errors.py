@@ -45,3 +45,14 @@ class PeerFailed(SflError):
 
 class IntegrityError(SflError):
     """A payload or file is damaged: its bytes are not those that were sent or written."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in one line why a party ends, for its log, its peers and its user."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
+    if isinstance(error, SflError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the system'}: {error.strerror}"
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -17,15 +17,18 @@ payload's CRC-32, which stands in the JSON, before the message is handed on. The
 damage; it is no protection against somebody who alters bytes on purpose.
 """
 
+import builtins
 import json
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sfl.errors import IntegrityError, ProtocolError
+
+T = TypeVar("T")
 
 MAGIC: Final = b"SFL\n"
 VERSION: Final = 1
@@ -47,6 +50,7 @@ class MessageType(StrEnum):
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
     TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients; loss and hits in the JSON
+    ROUND_TRAINED = "ROUND_TRAINED"  # C: my steps of this round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: a large file is offered: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it, from this offset on
     SEND_MODEL = "SEND_MODEL"  # C, S: file, client-side weights (S: the initial ones)
@@ -96,6 +100,15 @@ class Message:
     content: Any = ""  # any JSON value
     at: Position = field(default_factory=Position)
     payload: bytes | bytearray | memoryview = b""
+
+    def get(self, name: str, kind: builtins.type[T]) -> T:
+        """Return a field of the content, which must be an object, or raise ``ProtocolError``."""
+        value = self.content.get(name) if isinstance(self.content, dict) else None
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ProtocolError(f"{self.type} lacks {name!r}, of type {kind.__name__}")
+        return value
 
 
 @dataclass(frozen=True, slots=True)

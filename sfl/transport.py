@@ -13,6 +13,7 @@ import contextlib
 import errno
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
 _NOWHERE = Position()
+# What ends a conversation, and how to say so.
+LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Link(Protocol):
     """What a conversation needs of a connection; sockets and the simulation provide it."""
 
     counters: Counters
+    peer_name: str
 
     def send_message_as_json(
         self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
@@ -66,7 +70,7 @@ class Link(Protocol):
     def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message: ...
 
 
-class MessageLink:
+class MessageLink(ABC):
     """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
 
     def __init__(self, name: str = "", peer_name: str = "") -> None:
@@ -75,11 +79,17 @@ class MessageLink:
         self.peer_name = peer_name
         self.on_notice: Callable[[str], None] | None = None
 
-    def _send(self, message: Message) -> None:
-        raise NotImplementedError
+    @property
+    def _peer(self) -> str:
+        return self.peer_name or "the peer"
 
+    @abstractmethod
+    def _send(self, message: Message) -> None:
+        """Send one message."""
+
+    @abstractmethod
     def _next(self) -> Message:
-        raise NotImplementedError
+        """Return the next message, waiting for it."""
 
     def send_message_as_json(
         self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
@@ -126,15 +136,13 @@ class MessageLink:
                 break
         wanted = " or ".join(expected)
         if message.type not in expected:
-            if message.type in (MessageType.ABORT, MessageType.INVALID_MESSAGE):
-                raise PeerFailed(one_line(message.content))
-            raise ProtocolError(
-                f"{self.peer_name or 'the peer'} sent {message.type}, expected was {wanted}"
-            )
+            if message.type in LAST_WORDS:
+                verb = LAST_WORDS[message.type]
+                raise PeerFailed(f"{self._peer} {verb}: {one_line(message.content)}")
+            raise ProtocolError(f"{self._peer} sent {message.type}, expected was {wanted}")
         if at is not None and message.at != at:
             raise ProtocolError(
-                f"{self.peer_name or 'the peer'} sent {message.type} for {message.at},"
-                f" expected was {at}"
+                f"{self._peer} sent {message.type} for {message.at}, expected was {at}"
             )
         return message
 
@@ -158,6 +166,7 @@ class Connection(MessageLink):
             _keep_alive(sock)
         sock.settimeout(timeout_s)
         self.timeout_s = timeout_s
+        self.patient = False  # whether the peer may be silent between two messages for ever
         self._sock = sock
         self._decoder = Decoder(limits)
 
@@ -217,23 +226,20 @@ class Connection(MessageLink):
 
     def _receive_into(self, buffer: memoryview) -> int:
         inside = self._decoder.inside
-        try:
-            num_bytes = self._sock.recv_into(buffer)
-        except TimeoutError as error:
-            where = f" in the middle of a {inside}" if inside else ""
-            raise ConnectionLost(
-                f"{self._peer} sent nothing for {self.timeout_s:g} seconds{where}"
-            ) from error
-        except OSError as error:
-            raise ConnectionLost(f"{self._peer} closed the connection") from error
-        if num_bytes == 0:
-            where = f" in the middle of a message's {inside}" if inside else ""
-            raise ConnectionLost(f"{self._peer} closed the connection{where}")
-        return num_bytes
-
-    @property
-    def _peer(self) -> str:
-        return self.peer_name or "the peer"
+        where = f" in the middle of a message's {inside}" if inside else ""
+        while True:
+            try:
+                num_bytes = self._sock.recv_into(buffer)
+            except TimeoutError as error:
+                if self.patient and not inside:
+                    continue
+                silent = f"sent nothing for {self.timeout_s:g} seconds"
+                raise ConnectionLost(f"{self._peer} {silent}{where}") from error
+            except OSError as error:
+                raise ConnectionLost(f"{self._peer} closed the connection{where}") from error
+            if num_bytes == 0:
+                raise ConnectionLost(f"{self._peer} closed the connection{where}")
+            return num_bytes
 
     @property
     def address(self) -> str:
@@ -252,8 +258,8 @@ class Connection(MessageLink):
             self._sock.settimeout(FAREWELL_S)
             while True:
                 message = self._next()
-                if message.type in (MessageType.ABORT, MessageType.INVALID_MESSAGE):
-                    return one_line(message.content)
+                if message.type in LAST_WORDS:
+                    return f"{self._peer} {LAST_WORDS[message.type]}: {one_line(message.content)}"
         return ""
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:

@@ -1,0 +1,23 @@
+"""Train a configuration in one process, without sockets, and write the same files.
+
+python -m experiments.simulate [run options]
+"""
+
+import sys
+
+from sfl.cli import run_program
+
+
+def main() -> None:
+    from sfl.config import NodeConfig, RunConfig
+    from sfl.options import parse_options
+    from sfl.simulate import simulate
+
+    prog = "python -m experiments.simulate"
+    about = "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
+    run, node = parse_options(None, RunConfig, NodeConfig, prog=prog, about=about)
+    simulate(run, node)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("simulate", main))

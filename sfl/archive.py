@@ -1,0 +1,209 @@
+"""The recorded tensors, read back: the one public reader of a run's folder.
+
+::
+
+    for step in sfl.archive.open("shared_files/server/my-run").steps(client=0, round=3):
+        step.labels, step.activations, step.grads
+
+Each folder of tensors has a ``manifest.jsonl``, its only index: one line a file, written when the
+file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and finished manifests.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfl.errors import IntegrityError, RunError
+from sfl.protocol import checksum
+from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
+
+MANIFEST = "manifest.jsonl"
+LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
+TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a manifest: what a file is, where it lies, and its checksum."""
+
+    kind: str
+    path: str  # relative to the manifest's folder
+    bytes: int
+    checksum: str
+    client: int = -1
+    round: int = -1
+    step: int = -1
+    link: int = 0  # which cut
+    order: int = -1  # how many steps its back had taken before in this round
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+
+def client_folder(root: Path, client: int, round_index: int) -> Path:
+    """Return where a client's tensors of a round lie."""
+    return root / "client_files" / f"client_{client}" / f"round_{round_index:03d}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded step of a client; the tensors are read, and checked, when asked for."""
+
+    client: int
+    round: int
+    step: int
+    order: int  # how many steps its back had taken before in this round
+    folder: Path
+    entries: Mapping[str, Entry] = field(repr=False)
+
+    def path(self, kind: str) -> Path:
+        return self.folder / self.entries[kind].path
+
+    def _read(self, kind: str) -> Tensor:
+        entry, path = self.entries[kind], self.path(kind)
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise IntegrityError(f"{self.folder / MANIFEST}: names no dtype {entry.dtype!r:.40}")
+        data = read_checked(path, entry)
+        return decode(data, TensorSpec(tuple(entry.shape), dtype), str(path))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(B,) int64."""
+        return self._read(LABELS)
+
+    @cached_property
+    def activations(self) -> Tensor:
+        """(B, *cut) float32: the smashed data that the client sent."""
+        return self._read(ACTIVATIONS)
+
+    @cached_property
+    def grads(self) -> Tensor:
+        """(B, *cut) float32: the loss's gradient at the cut, as the server sent it."""
+        return self._read(GRADS)
+
+
+def read_checked(path: Path, entry: Entry) -> bytes:
+    """Return the bytes of a recorded file.
+
+    Raises:
+        IntegrityError: it is missing, or its bytes are not those that were written.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    data = data[entry.offset : entry.offset + entry.bytes]
+    if len(data) != entry.bytes or checksum(data) != entry.checksum:
+        raise IntegrityError(f"{path}: is damaged: its checksum differs from the manifest's")
+    return data
+
+
+class RunArchive:
+    """A recorded run, as it lies on disk.
+
+    Raises (from any method):
+        IntegrityError: a file that the run's manifests list is damaged or missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / MANIFEST).is_file():
+            raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
+        self._listed = {entry.path: entry for entry in _read_manifest(root)}
+
+    @property
+    def listed(self) -> list[Entry]:
+        """Everything that the run's own manifest lists: models, logs, finished manifests."""
+        return list(self._listed.values())
+
+    def read(self, path: str) -> bytes:
+        """Return the checked bytes of a listed file, by its path in the run's folder."""
+        if path not in self._listed:
+            raise IntegrityError(f"{self.root / path}: is not in the run's manifest")
+        return read_checked(self.root / path, self._listed[path])
+
+    def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]:
+        """Return the weights in a listed file."""
+        return decode_state(self.read(path), spec, str(self.root / path))
+
+    def config(self) -> dict[str, Any]:
+        """Return every option of the run."""
+        values: dict[str, Any] = json.loads(self.read("config.json"))
+        return values
+
+    def environment(self) -> dict[str, Any]:
+        """Return what the run ran on: versions, threads, devices."""
+        values: dict[str, Any] = json.loads(self.read("environment.json"))
+        return values
+
+    def folders(self, client: int | None = None, round: int | None = None) -> list[Path]:
+        """Return the folders of recorded tensors, by round and client."""
+        found = []
+        for folder in self.root.glob("client_files/client_*/round_*"):
+            k, r = (int(part.name.rpartition("_")[2]) for part in (folder.parent, folder))
+            if client in (None, k) and round in (None, r):
+                found.append((r, k, folder))
+        return [folder for _, _, folder in sorted(found)]
+
+    def steps(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
+        """Yield the recorded steps, of one client or round if asked for, in order of processing."""
+        by_round: dict[str, list[Step]] = {}
+        for folder in self.folders(client, round):
+            by_round.setdefault(folder.name, []).extend(self._steps_in(folder))
+        for steps in by_round.values():
+            yield from sorted(steps, key=lambda step: (step.order, step.client))
+
+    def _steps_in(self, folder: Path) -> list[Step]:
+        name = (folder / MANIFEST).relative_to(self.root).as_posix()
+        if name in self._listed:  # of a round that was finished
+            self.read(name)
+        files: dict[int, dict[str, Entry]] = {}
+        for entry in _read_manifest(folder):
+            files.setdefault(entry.step, {})[entry.kind] = entry
+        steps = []
+        for step, entries in sorted(files.items()):
+            # The last step of a run that was killed may lack a file; it has not counted.
+            if entries.keys() == set(TENSOR_KINDS):
+                first = entries[LABELS]
+                steps.append(Step(first.client, first.round, step, first.order, folder, entries))
+        return steps
+
+
+def _read_manifest(folder: Path) -> list[Entry]:
+    path = folder / MANIFEST
+    entries = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):  # else it was being written when the run was killed
+                entries.append(_parse_entry(json.loads(line)))
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{path}: is damaged: {error}") from error
+    return entries
+
+
+def _parse_entry(fields: dict[str, Any]) -> Entry:
+    entry = Entry(**fields | {"shape": tuple(fields["shape"])})
+    # A manifest may come from somebody else: it names no file outside its own folder.
+    if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+        raise ValueError(f"a path outside the folder: {entry.path!r:.60}")
+    return entry
+
+
+def open(path: str | os.PathLike[str]) -> RunArchive:
+    """Open a recorded run by its folder.
+
+    Raises:
+        RunError: the folder is none of a run.
+        IntegrityError: its manifest is damaged.
+    """
+    return RunArchive(Path(path))

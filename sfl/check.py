@@ -1,0 +1,69 @@
+"""Whether a run can be run at all: said before anything starts."""
+
+import dataclasses
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from sfl.config import KeepTensors, RunConfig
+from sfl.data import batch_sizes, check_partition, dataset_spec
+from sfl.errors import RunError
+from sfl.schemes import scheme
+from sfl.segment import check_optimizer
+from sfl.split_model import SplitModel, resolve_cut
+from sfl.tensors import max_file_bytes
+from sfl.weights import weight_store
+
+
+def check_run(run: RunConfig, allowed: Collection[str] | None = None) -> RunConfig:
+    """Return the run with its cut filled in, after checking every name that it uses.
+
+    A data set that is a user's own function is not imported here: the server does without it.
+
+    Raises:
+        ConfigError: there is no such scheme, model, data set, partition, optimiser or store.
+    """
+    scheme(run.scheme)
+    if ":" not in run.dataset:
+        dataset_spec(run.dataset)
+    check_partition(run)
+    check_optimizer(run.optimizer)
+    weight_store(run.weights)
+    return dataclasses.replace(run, cut=resolve_cut(run, allowed))
+
+
+def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:
+    """Return about how many bytes a run will write, from its clients' training samples."""
+    clients = list(num_train)
+    a_round = 0
+    for count in clients:
+        for size in batch_sizes(count, run.batch_size) * run.local_epochs:
+            cut = max_file_bytes([split.features_spec(size)])
+            a_round += 2 * cut + max_file_bytes([split.labels_spec(size)])
+    keep = KeepTensors.parse(run.keep_tensors)
+    num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
+    front, back = (
+        max_file_bytes(split.front_spec.values()),
+        max_file_bytes(split.back_spec.values()),
+    )
+    models = (run.rounds + 1) * (front * (len(clients) + 1) + back)
+    if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
+        models += 2 * run.rounds * back * len(clients)
+    return a_round * num_kept + models
+
+
+def check_disk(folder: Path, needed: int) -> str:
+    """Return a line that says how much disk the run takes.
+
+    Raises:
+        RunError: there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    line = f"the run will take about {_megabytes(needed)} of disk; {_megabytes(free)} are free"
+    if needed > free:
+        raise RunError(f"{line}: give --keep-tensors last or none, or another --out")
+    return line
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

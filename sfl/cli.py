@@ -1,0 +1,74 @@
+"""The two programs, and how every program of the project ends.
+
+Exit codes: 0 done; 1 the run failed; 2 bad options. Whatever goes wrong is one line on standard
+error; ``SFL_TRACEBACK=1`` shows the traceback as well, for whoever looks for a bug.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from sfl.errors import ConfigError, reason_of
+
+
+def main_server(argv: Sequence[str] | None = None) -> int:
+    """Run ``run_server.py`` and return its exit code."""
+
+    def program() -> None:
+        from sfl.config import RunConfig, ServerNode
+        from sfl.options import parse_options
+        from sfl.server import serve
+
+        about = "Start the server of a split-learning run; the clients are run_client.py."
+        run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
+        serve(run, node)
+
+    return run_program("run_server.py", program)
+
+
+def main_client(argv: Sequence[str] | None = None) -> int:
+    """Run ``run_client.py`` and return its exit code."""
+
+    def program() -> None:
+        from sfl.client import take_part
+        from sfl.config import ClientNode
+        from sfl.options import parse_options
+
+        about = (
+            "Take part in a split-learning run; everything about training comes from the server."
+        )
+        (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
+        take_part(node)
+
+    return run_program("run_client.py", program)
+
+
+def run_program(name: str, program: Callable[[], int | None]) -> int:
+    """Run a program and return its exit code, with one line on standard error if it fails.
+
+    SIGTERM ends it as Ctrl-C does. Modules are imported inside ``program``, so that neither shows
+    a traceback while torch is being imported.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return program() or 0
+    except ConfigError as error:
+        return _fail(name, error, 2)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the process's edge
+        return _fail(name, error, 1)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(name: str, error: BaseException, code: int) -> int:
+    if os.environ.get("SFL_TRACEBACK"):
+        traceback.print_exception(error)
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason_of(error)
+    sys.stderr.write(f"{name}: error: {reason}\n")
+    return code

@@ -1,0 +1,141 @@
+"""A client: connect, register, load the data, take part in the rounds."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import torch
+
+from sfl.config import ClientNode, RunConfig
+from sfl.conversation import client_run
+from sfl.data import OWN, ClientData, batch_sizes, dataset_spec, part_of
+from sfl.driver import run_blocking
+from sfl.environment import command_line, describe, fingerprint, set_up_torch
+from sfl.errors import ConnectionLost, PeerFailed, ProtocolError, RunError, reason_of
+from sfl.own_data import load_own
+from sfl.party import ClientParty
+from sfl.protocol import Limits, MessageType
+from sfl.registration import DataReport, client_join, send_report
+from sfl.roundlog import ClientLog
+from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.split_model import SplitModel
+from sfl.transport import Connection, connect, parse_address
+from sfl.weights import weight_store
+
+
+def take_part(node: ClientNode) -> None:
+    """Take part in one run as a client.
+
+    Raises:
+        ConfigError, DataError: the run's configuration or data cannot be had here.
+        RunError: no server, or a folder that cannot be written.
+        PeerFailed: the server turned us away or ended the run, and says why.
+        ProtocolError, IntegrityError, ConnectionLost: from the server.
+    """
+    host, port = parse_address(node.server)
+    device = set_up_torch(node)
+    connection = connect(
+        host,
+        port,
+        timeout_s=node.peer_timeout,
+        connect_timeout_s=node.connect_timeout,
+        limits=Limits(),
+        on_wait=say,
+    )
+    with connection:
+        connection.peer_name, connection.on_notice = "the server", say
+        with _hearing_why(connection):
+            client, run = run_blocking(client_join(connection, node.client_id, fingerprint(device)))
+            connection.name = f"client_{client}"
+            path = _create_folder(node.out_path / "client" / run.run / connection.name)
+            with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
+                folder.events.say(f"{connection.name} of run {run.run} at {node.server}")
+                folder.archive.write("config", "config.json", to_json(options_record(run, node)))
+                environment = describe(device, command_line())
+                folder.archive.write("environment", "environment.json", to_json(environment))
+                with telling_why(folder.events):
+                    _run(connection, client, run, node, folder, device)
+
+
+@contextlib.contextmanager
+def _hearing_why(connection: Connection) -> Iterator[None]:
+    """Tell the server why we end; when it is the one that left, find out why."""
+    try:
+        yield
+    except PeerFailed:
+        raise
+    except ConnectionLost as error:
+        if why := connection.last_words():
+            raise PeerFailed(why) from error
+        raise
+    except BaseException as error:
+        wrong = isinstance(error, ProtocolError)
+        last = MessageType.INVALID_MESSAGE if wrong else MessageType.ABORT
+        connection.dismiss(last, reason_of(error))
+        raise
+
+
+def _create_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(
+            f"{path} exists: another client of this run wrote there; give another --out"
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
+    return path
+
+
+def load_data(
+    run: RunConfig,
+    client: int,
+    data_dir: Path,
+    allowed: Collection[str] | None,
+    notify: Callable[[str], None],
+) -> ClientData:
+    """Return what this client trains, validates and tests on.
+
+    Raises:
+        ConfigError, DataError: the data set is not known, not allowed, or not there.
+    """
+    spec = dataset_spec(run.dataset, allowed)
+    if run.partition == OWN:
+        return load_own(spec, run, client, data_dir)
+    return part_of(spec, run, client, spec.load(data_dir, notify))
+
+
+def _run(
+    connection: Connection,
+    client: int,
+    run: RunConfig,
+    node: ClientNode,
+    folder: RunFolder,
+    device: torch.device,
+) -> None:
+    events, allowed = folder.events, node.allowed_imports
+    data = load_data(run, client, node.data_path, allowed, events.say)
+    split = SplitModel(run, data.input_shape, len(data.classes), allowed)
+    connection.limits = split.client_limits()
+    report = DataReport.of(data)
+    counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
+    events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
+    send_report(connection, report)
+    log = ClientLog(run, folder, len(batch_sizes(len(data.train), run.batch_size)))
+    party = ClientParty(
+        client=client,
+        run=run,
+        link=connection,
+        weights=weight_store(run.weights)(connection),
+        split=split,
+        archive=folder.archive,
+        watcher=log,
+        front=split.front(device),
+        data=data,
+        on_round=log.end_round,
+    )
+    try:
+        run_blocking(client_run(party))
+    finally:
+        log.progress.close()
+    events.say(f"the run is over; this client's log lies in {folder.path}")

@@ -1,0 +1,202 @@
+"""The options: ``RunConfig`` (the same on every machine) and one ``...Node`` for each program.
+
+The dataclasses are the command line (``sfl.options`` derives it), the record and the documentation.
+``RunConfig`` travels from the server to each client in ``REGISTERED``; a node's options never do.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sfl.errors import ConfigError
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a name that no registry has, with the names near it, or all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(near)}?")
+    return ConfigError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+
+
+def _option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run computes. The server's; every client receives it when it registers."""
+
+    table: ClassVar[str] = "run"
+
+    scheme: str = _option("sflv1", "which parts are shared and averaged; see docs/schemes.md")
+    model: str = _option("lenet5", "name in sfl.models.MODELS, or package.module:function")
+    cut: int | None = _option(
+        None, "number of top-level blocks on the client; the model's own default"
+    )
+    dataset: str = _option("mnist-5k", "name in sfl.data.DATASETS, or package.module:function")
+    partition: str = _option(
+        "iid", "who has which training samples: own, iid, sizes:0.2,0.2,0.6 (see the README)"
+    )
+    clients: int = _option(3, "number of clients; the run starts when all are there")
+    rounds: int = _option(10, "number of global rounds, each ending in one averaging")
+    local_epochs: int = _option(1, "passes over a client's data in a round")
+    batch_size: int = _option(32, "samples in a step")
+    optimizer: str = _option("adam", "adam or sgd, on both halves")
+    lr: float = _option(0.001, "learning rate")
+    momentum: float = _option(0.0, "momentum of sgd")
+    weight_decay: float = _option(0.0, "L2 penalty added to the gradients")
+    optimizer_state: str = _option(
+        "reset", "optimisers begin each round fresh, or keep their state", ("reset", "keep")
+    )
+    aggregation_weights: str = _option(
+        "samples", "clients weigh by their training samples, or equally", ("samples", "equal")
+    )
+    weights: str = _option("socket", "how client-side weights travel for averaging")
+    keep_tensors: str = _option(
+        "all", "rounds whose tensors stay on disk: all, last, every:N or none"
+    )
+    seed: int = _option(0, "every random draw derives from it")
+    run: str = _option("", "name of the run and its folder; the start time if not given")
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a value out of range; names are checked by their registries."""
+        for name in ("clients", "rounds", "local_epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        decay = self.weight_decay
+        _require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "0 or more")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        _check_choices(self)
+        if self.run:
+            wanted = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+            _require(bool(RUN_NAME.fullmatch(self.run)), "run", self.run, wanted)
+        KeepTensors.parse(self.keep_tensors)
+
+
+@dataclass(frozen=True)
+class KeepTensors:
+    """Which rounds' tensors stay on disk: every ``period``-th from round 0, or the last."""
+
+    period: int  # 0: none of its own account
+    last: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "KeepTensors":
+        """Return the policy that ``all``, ``last``, ``every:N`` or ``none`` names.
+
+        Raises:
+            ConfigError: the text is none of them.
+        """
+        fixed = {"all": cls(1, False), "last": cls(0, True), "none": cls(0, False)}
+        if text in fixed:
+            return fixed[text]
+        every, _, number = text.partition(":")
+        if every == "every" and number.isascii() and number.isdigit() and int(number) > 0:
+            return cls(int(number), False)
+        raise ConfigError(f"--keep-tensors {text!r}: give all, last, every:N or none")
+
+    def records(self, round_index: int) -> bool:
+        """Say whether this round's tensors are written at all."""
+        return self.last or (self.period > 0 and round_index % self.period == 0)
+
+    def num_kept(self, rounds: int) -> int:
+        """Return of how many of ``rounds`` rounds the tensors lie on disk at the end."""
+        return 1 if self.last else -(-rounds // self.period) if self.period else 0
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What concerns one machine alone."""
+
+    table: ClassVar[str] = "server"  # of a configuration file, beside [run]
+
+    device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
+    threads: int = _option(1, "threads that torch computes with; part of what makes a run exact")
+    data_dir: str = _option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
+    out: str = _option("shared_files", "folder that runs are written into")
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a value out of range."""
+        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device {self.device!r}: give auto, cpu, cuda or cuda:N")
+        _check_choices(self)
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir or os.environ.get("SFL_DATA_DIR", "") or "data").expanduser()
+
+    @property
+    def out_path(self) -> Path:
+        return Path(self.out).expanduser()
+
+
+@dataclass(frozen=True)
+class ServerNode(NodeConfig):
+    """The server's machine."""
+
+    host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
+    port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
+    peer_timeout: float = _option(3600.0, "seconds without a byte from a client it must hear from")
+
+    def check(self) -> None:
+        super().check()
+        _require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
+        _check_timeout("peer_timeout", self.peer_timeout)
+
+
+@dataclass(frozen=True)
+class ClientNode(NodeConfig):
+    """A client's machine."""
+
+    table: ClassVar[str] = "client"
+
+    server: str = _option("127.0.0.1:8765", "HOST:PORT of the server")
+    client_id: int | None = _option(None, "0 to clients-1; the lowest free one if not given")
+    connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
+    peer_timeout: float = _option(3600.0, "seconds without a byte from the server")
+    keep_tensors: str = _option("none", "as the server's; the server has the same files")
+    allow_import: str = _option(
+        "", "comma-separated package.module:function that the server may name as model or dataset"
+    )
+
+    def check(self) -> None:
+        super().check()
+        _require((self.client_id or 0) >= 0, "client_id", self.client_id, "0 or more")
+        _check_timeout("connect_timeout", self.connect_timeout)
+        _check_timeout("peer_timeout", self.peer_timeout)
+        KeepTensors.parse(self.keep_tensors)
+
+    @property
+    def allowed_imports(self) -> frozenset[str]:
+        return frozenset(name.strip() for name in self.allow_import.split(",") if name.strip())
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{flag(name)} {value}: must be {wanted}")
+
+
+def _check_timeout(name: str, value: float) -> None:
+    _require(math.isfinite(value) and value > 0, name, value, "a number above 0")
+
+
+def _check_choices(config: Any) -> None:
+    for spec in dataclasses.fields(config):
+        choices, value = spec.metadata["choices"], getattr(config, spec.name)
+        _require(not choices or value in choices, spec.name, value, " or ".join(choices))

@@ -1,0 +1,106 @@
+"""What a process computes with: the device, what can change the last bit, and its record."""
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfl import __version__
+from sfl.config import NodeConfig
+from sfl.errors import ConfigError, RunError
+
+FINGERPRINT = ("torch", "capability", "threads", "device")
+
+
+def set_up_torch(node: NodeConfig) -> torch.device:
+    """Set threads and determinism for this process, and return the device to compute on.
+
+    Raises:
+        RunError: there is no such device.
+    """
+    torch.set_num_threads(node.threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    name = node.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} such devices"
+        )
+    return device
+
+
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """Return what can change the last bit of a result.
+
+    AVX2 and AVX512 sum in different orders, and so do different numbers of threads.
+    """
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "device": f"cuda: {torch.cuda.get_device_name(device)}" if on_gpu else "cpu",
+    }
+
+
+def check_fingerprint(fields: object) -> dict[str, str]:
+    """Return a fingerprint that came from elsewhere, if it is one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(fields, dict) or not all(type(fields.get(n)) is str for n in FINGERPRINT):
+        raise ConfigError(f"a fingerprint has the fields {', '.join(FINGERPRINT)}")
+    return {name: fields[name][:80] for name in FINGERPRINT}
+
+
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Return in words what differs between two fingerprints."""
+    return [f"{n} {theirs[n]} against {ours[n]}" for n in FINGERPRINT if ours[n] != theirs[n]]
+
+
+def describe(device: torch.device, command_line: Sequence[str]) -> dict[str, Any]:
+    """Return the record of this process: versions, git commit, command line, fingerprint."""
+    packages = ("torch", "torchvision", "numpy", "mlxtend")
+    return {
+        "sfl": __version__,
+        "git_commit": _git_commit(),
+        "command_line": list(command_line),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "fingerprint": fingerprint(device),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str:
+    """Return the commit of this checkout, with "-dirty" if files were changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def command_line() -> list[str]:
+    """Return the command that started this process."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

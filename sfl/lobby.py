@@ -1,0 +1,113 @@
+"""The server before the start: register clients until all are there with their data."""
+
+import time
+
+from sfl.config import RunConfig
+from sfl.driver import Conversation
+from sfl.errors import RunError, SflError
+from sfl.protocol import MessageType
+from sfl.registration import ANY_ID, Joined, server_join
+from sfl.runfolder import EventLog
+from sfl.switchboard import DrainedConnection, Switchboard
+
+REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
+NOTICE_EVERY_S = 30.0  # to the clients that wait; well below any --peer-timeout
+
+
+class Lobby:
+    """The clients that have registered so far."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.taken: set[int] = set()
+        self.joined: dict[int, Joined] = {}
+
+    def take_id(self, wanted: int) -> int:
+        """Return the id for a client that wants ``wanted``, or ``ANY_ID`` for the lowest free.
+
+        Raises:
+            RunError: it cannot be had.
+        """
+        num_clients = self.run.clients
+        if len(self.taken) == num_clients:
+            raise RunError(f"the run {self.run.run} has its {num_clients} clients")
+        if wanted == ANY_ID:
+            wanted = min(set(range(num_clients)) - self.taken)
+        if not 0 <= wanted < num_clients:
+            raise RunError(f"--client-id {wanted}: this run has the ids 0 to {num_clients - 1}")
+        if wanted in self.taken:
+            raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
+        self.taken.add(wanted)
+        return wanted
+
+    @property
+    def missing(self) -> str:
+        """Say who is not there yet."""
+        ids = sorted(set(range(self.run.clients)) - self.joined.keys())
+        return f"waiting for {len(ids)} of {self.run.clients} clients: {', '.join(map(str, ids))}"
+
+
+def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[int, Joined]:
+    """Register clients until all are there with their data.
+
+    Whoever connects and is no client of the run is turned away, and the run goes on waiting.
+
+    Raises:
+        RunError: a client that had registered left again.
+    """
+    lobby = Lobby(run)
+    conversations: dict[DrainedConnection, Conversation[Joined]] = {}
+    noticed_at = time.monotonic()
+    while len(lobby.joined) < run.clients:
+        for connection in switchboard.wait_for_any(timeout_s=1.0):
+            if connection not in conversations:
+                connection.name = "server"
+                conversations[connection] = server_join(connection, run, lobby.take_id)
+                next(conversations[connection])
+            _resume(connection, conversations[connection], lobby, switchboard, events)
+        now = time.monotonic()
+        for connection in switchboard.connections:
+            if not connection.peer_name and now - connection.accepted_at > REGISTER_WITHIN_S:
+                events.note(f"turned away {connection.address}: it did not register")
+                switchboard.drop(connection, f"register within {REGISTER_WITHIN_S:g} seconds")
+        if now - noticed_at > NOTICE_EVERY_S:
+            noticed_at = now
+            _notify(lobby)
+    for connection in switchboard.connections:
+        if not connection.peer_name:
+            switchboard.drop(connection, f"the run {run.run} has its {run.clients} clients")
+    return dict(sorted(lobby.joined.items()))
+
+
+def _resume(
+    connection: DrainedConnection,
+    conversation: Conversation[Joined],
+    lobby: Lobby,
+    switchboard: Switchboard,
+    events: EventLog,
+) -> None:
+    """Let one connection's registration go on with the message that has arrived."""
+    try:
+        if any(joined.link is connection for joined in lobby.joined.values()):
+            connection.receive_message_as_json()  # nothing is due from it: whatever came is wrong
+        next(conversation)
+        events.say(f"{connection.peer_name} registered from {connection.address}")
+    except StopIteration as end:
+        joined: Joined = end.value
+        lobby.joined[joined.client] = joined
+        counts = joined.data.num_samples
+        shown = ", ".join(f"{count} {part}" for part, count in counts.items())
+        events.say(f"{connection.peer_name} is ready: {shown} samples")
+        if len(lobby.joined) < lobby.run.clients:
+            events.say(lobby.missing)
+            _notify(lobby)
+    except SflError as error:
+        if connection.peer_name:
+            raise RunError(f"{connection.peer_name} left before the start: {error}") from error
+        events.note(f"turned away {connection.address}: {error}")
+        switchboard.drop(connection, str(error))
+
+
+def _notify(lobby: Lobby) -> None:
+    for joined in lobby.joined.values():
+        joined.link.send_message_as_json(MessageType.MESSAGE, content=lobby.missing)

@@ -1,0 +1,128 @@
+"""Models as a row of top-level blocks, and cuts between them.
+
+A model is an ``nn.Sequential``; a cut is an index: the number of blocks in front of it. Blocks keep
+their names when a model is split, so that the state dicts of the segments join to the state dict
+of the whole model.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from sfl import seeds
+from sfl.errors import ConfigError
+from sfl.registry import look_up
+
+Shape = tuple[int, ...]  # of one sample, (channels, height, width) for images
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a model, and where it is cut if the user does not say."""
+
+    build: Callable[[Shape, int], nn.Sequential]  # (input shape, number of classes)
+    cut: int | None  # None: the user has to say
+
+
+def mlp(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build the perceptron of the field's first socket implementation: 784-128 | 128-64-10."""
+    num_inputs = int(torch.Size(input_shape).numel())
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(num_inputs, 128),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(128, 64),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(64, num_classes),
+        )
+    )
+
+
+def lenet5(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build LeNet-5 (LeCun et al. 1998, Fig. 2) with ReLU and max-pooling, as SplitFed uses it.
+
+    The convolutions stand in front of the default cut: 400 floats a sample for 28x28 images.
+    """
+    channels, height, width = input_shape
+    left = [(size // 2 - 4) // 2 for size in (height, width)]  # behind both pools
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 6, 5, padding=2),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * left[0] * left[1], 120),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(84, num_classes),
+        )
+    )
+
+
+MODELS: dict[str, ModelSpec] = {
+    "mlp": ModelSpec(mlp, cut=3),
+    "lenet5": ModelSpec(lenet5, cut=7),
+}
+
+
+def model_spec(name: str, allowed: Collection[str] | None = None) -> ModelSpec:
+    """Return the model of this name; see ``registry.look_up`` for ``allowed`` and errors."""
+
+    def own(function: Callable[..., object]) -> ModelSpec:
+        return ModelSpec(cast(Callable[[Shape, int], nn.Sequential], function), cut=None)
+
+    return look_up("model", name, MODELS, own, allowed)
+
+
+def build(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -> nn.Sequential:
+    """Build a model on the CPU with initial weights that depend on the seed alone.
+
+    Raises:
+        ConfigError: the model cannot be built for such data.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seeds.derive(seed, seeds.INITIAL_WEIGHTS))
+        try:
+            model = spec.build(input_shape, num_classes)
+        except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"the model cannot be built for samples of shape {list(input_shape)}"
+                f" and {num_classes} classes: {error}"
+            ) from error
+    if not isinstance(model, nn.Sequential):
+        raise ConfigError("a model's function must return an nn.Sequential of blocks")
+    return model
+
+
+def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:
+    """Return the segments of a model, one more than there are cuts; they share its parameters.
+
+    In-place modules in the blocks next to a cut are made to work on a copy: one that comes first
+    would overwrite the received activations, one that comes last the tensor that is being sent.
+
+    Raises:
+        ConfigError: a cut that does not lie inside the model, or cuts out of order.
+    """
+    bounds = [0, *cuts, len(model)]
+    if bounds != sorted(bounds):
+        raise ConfigError(
+            f"cut {', '.join(map(str, cuts))}: this model has {len(model)} blocks"
+            f" ({', '.join(name for name, _ in model.named_children())});"
+            f" cuts lie between 0 and {len(model)}, in order"
+        )
+    for cut in cuts:
+        for block in model[max(cut - 1, 0) : cut + 1]:
+            for module in block.modules():
+                if getattr(module, "inplace", False):
+                    module.inplace = False  # type: ignore[assignment]
+    return [model[start:end] for start, end in itertools.pairwise(bounds)]

@@ -1,0 +1,131 @@
+"""Options from the command line and from files, derived from the dataclasses of ``sfl.config``."""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+from sfl.config import ClientNode, RunConfig, ServerNode, flag, unknown_name
+from sfl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _value_types(config_class: Any) -> dict[str, tuple[type, ...]]:
+    """Return for each option the types that its value may have."""
+    hints = get_type_hints(config_class)
+    fields = dataclasses.fields(config_class)
+    types = {f.name: hints[f.name] for f in fields}
+    return {n: get_args(t) if isinstance(t, UnionType) else (t,) for n, t in types.items()}
+
+
+def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T:
+    """Build a config from plain values, checking each one's type and range.
+
+    Raises:
+        ConfigError: an unknown option, or a value of another type or out of range; ``source`` says
+            where it came from.
+    """
+    types = _value_types(config_class)
+    checked = {}
+    for name, value in values.items():
+        if name not in types:
+            raise unknown_name(f"option in {source}", name, types)
+        if float in types[name] and type(value) is int:
+            value = float(value)
+        if type(value) not in types[name]:
+            kind = types[name][0].__name__
+            raise ConfigError(f"{source}: {name} = {value!r:.60} is not of type {kind}")
+        checked[name] = value
+    config = config_class(**checked)
+    config.check()  # type: ignore[attr-defined]
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parse_options(
+    argv: Sequence[str] | None, *groups: Any, prog: str, about: str
+) -> tuple[Any, ...]:
+    """Return one instance of each config class in ``groups``, from file and command line.
+
+    Raises:
+        ConfigError: a bad option, or a configuration file that cannot be read.
+    """
+    parser = _Parser(prog=prog, description=about, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="TOML file, or a recorded config.json")
+    tables = {group.table: group for group in groups}
+    for title, group in tables.items():
+        _add_options(parser.add_argument_group(title), group)
+    typed = vars(parser.parse_args(argv))
+    path = typed.pop("config", None)
+    values = (_from_file(Path(path), tables) if path else {}) | typed
+    return tuple(
+        from_values(group, {n: v for n, v in values.items() if n in _names(group)}, "the options")
+        for group in groups
+    )
+
+
+def _add_options(group: Any, config_class: Any) -> None:
+    types = _value_types(config_class)
+    for spec in dataclasses.fields(config_class):
+        kind = types[spec.name][0]
+        shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
+        group.add_argument(
+            flag(spec.name),
+            type=kind,
+            choices=spec.metadata["choices"] or None,
+            default=argparse.SUPPRESS,
+            metavar=None if spec.metadata["choices"] else kind.__name__.upper(),
+            help=(spec.metadata["help"] + shown).replace("%", "%%"),
+        )
+
+
+_ALL_OPTIONS = frozenset(
+    f.name for group in (RunConfig, ServerNode, ClientNode) for f in dataclasses.fields(group)
+)
+_TABLES = frozenset({"run", "server", "client"})
+
+
+def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in a file that this program knows.
+
+    One file may serve all machines: it may have tables ``[run]``, ``[server]`` and ``[client]``,
+    and what stands outside them is for every program that knows it. A recorded ``config.json``
+    gives all but the run's name, since a run is never written twice.
+    """
+    recorded = path.suffix == ".json"
+    try:
+        content = path.read_bytes().decode("utf-8")
+        values = json.loads(content) if recorded else tomllib.loads(content)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:  # bad UTF-8, bad JSON, bad TOML
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: is no table of options")
+    if recorded:
+        values.pop("run", None)
+    tables = {n: v for n, v in values.items() if n in _TABLES and isinstance(v, dict)}
+    outside = {n: v for n, v in values.items() if n not in tables}
+    chosen: dict[str, Any] = {}
+    for title, options in {"": outside, **tables}.items():
+        for key, value in options.items():
+            name = key.replace("-", "_")
+            if name not in _ALL_OPTIONS:
+                raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
+            in_group = title in groups if title else True
+            if in_group and value is not None and any(name in _names(g) for g in groups.values()):
+                chosen[name] = value
+    return chosen
+
+
+def _names(config_class: Any) -> set[str]:
+    return {spec.name for spec in dataclasses.fields(config_class)}

@@ -1,0 +1,86 @@
+"""What each side of a conversation has in hand while a run goes on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sfl.archive import ACTIVATIONS, GRADS, LABELS
+from sfl.archive_writer import ArchiveWriter
+from sfl.config import RunConfig
+from sfl.data import ClientData
+from sfl.protocol import Position
+from sfl.segment import Segment, StepFigures
+from sfl.split_model import SplitModel
+from sfl.tensors import Buffer
+from sfl.transport import Link
+from sfl.weights import WeightStore
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data
+PREFIXES = {VALIDATION: "val", TEST: "test"}  # of the metrics of each evaluated part
+
+
+class Watcher(Protocol):
+    """Who hears how the training gets on: progress bars and logs."""
+
+    def step(self, at: Position, figures: StepFigures) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Party:
+    """What client and server both have for one client."""
+
+    client: int
+    run: RunConfig
+    link: Link
+    weights: WeightStore
+    split: SplitModel
+    archive: ArchiveWriter
+    watcher: Watcher
+
+    def at(self, round_index: int, step: int = -1) -> Position:
+        """Return a position of this client's in the run."""
+        return Position(self.run.run, round_index, step, self.client)
+
+    def parts(self, round_index: int) -> tuple[str, ...]:
+        """Return what is evaluated after a round."""
+        last = round_index == self.run.rounds - 1
+        return (VALIDATION, TEST) if last else (VALIDATION,)
+
+    def record(
+        self, at: Position, order: int, num_samples: int, files: tuple[Buffer, Buffer, Buffer]
+    ) -> None:
+        """Hand the labels, activations and gradients of a step to the archive."""
+        cut = self.split.features_spec(num_samples)
+        specs = {LABELS: self.split.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
+        where = {"client": at.client, "round": at.round, "step": at.step, "order": order}
+        for (kind, spec), data in zip(specs.items(), files, strict=True):
+            self.archive.record(kind, data, spec, where)
+
+
+@dataclass(kw_only=True)
+class ClientParty(Party):
+    """A client's side."""
+
+    front: Segment
+    data: ClientData
+    on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
+    waited_s: float = 0.0  # for gradients, since the start of the round
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What the server learned of one client in a round."""
+
+    front: dict[str, Tensor]  # its client-side weights before averaging
+    seconds: Mapping[str, float]  # what the client says that it spent on its steps
+
+
+@dataclass(kw_only=True)
+class ServerParty(Party):
+    """The server's side, for one client."""
+
+    back: Segment  # the copy that takes this client's steps
+    num_samples: Mapping[str, int]  # of "train", "validation" and "test"
+    compute_s: float = 0.0  # the server's arithmetic for this client, since the round's start

@@ -1,0 +1,145 @@
+"""How a client joins a run.
+
+::
+
+    client (client_join)                             server (server_join)
+    REGISTER {client_id, fingerprint}            ->
+                                                 <-  REGISTERED {client_id, config}
+                                                 or  INVALID_MESSAGE: why not
+    REQUEST_TO_START {samples, classes, shape}   ->  its data are loaded
+                                                 <-  MESSAGE: who is still missing
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sfl.config import RunConfig
+from sfl.data import ClientData
+from sfl.driver import Conversation
+from sfl.environment import check_fingerprint
+from sfl.errors import ConfigError, ProtocolError, RunError
+from sfl.options import from_values
+from sfl.party import TEST, TRAIN, VALIDATION
+from sfl.protocol import Message, MessageType
+from sfl.transport import Link, one_line
+
+ANY_ID = -1  # a client that takes what is free
+MAX_CLASSES = 10_000
+MAX_SIDE = 65_536  # of an image
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the server has to know of a client's data; it never sees more of them."""
+
+    num_samples: Mapping[str, int]  # of "train", "validation" and "test"
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: ClientData) -> "DataReport":
+        parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
+        counts = {name: len(samples) for name, samples in parts.items()}
+        return cls(counts, data.classes, data.input_shape)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A client that has joined and loaded its data."""
+
+    client: int
+    link: Link
+    fingerprint: Mapping[str, str]
+    data: DataReport
+
+
+def client_join(
+    link: Link, wanted_id: int | None, fingerprint: Mapping[str, str]
+) -> Conversation[tuple[int, RunConfig]]:
+    """Register, and return the client's id and the run's configuration."""
+    wanted = ANY_ID if wanted_id is None else wanted_id
+    content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
+    link.send_message_as_json(MessageType.REGISTER, content=content)
+    yield link
+    reply = link.receive_message_as_json(MessageType.REGISTERED)
+    try:
+        run = from_values(RunConfig, reply.get("config", dict), "the server's configuration")
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    client = reply.get("client_id", int)
+    if client != wanted and wanted != ANY_ID:
+        raise ProtocolError(f"the server made us client {client} instead of {wanted}")
+    if not run.run or not 0 <= client < run.clients:
+        raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
+    return client, run
+
+
+def send_report(link: Link, report: DataReport) -> None:
+    """Say that the data are loaded, and what they are."""
+    content = dataclasses.asdict(report)
+    link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
+
+
+def server_join(link: Link, run: RunConfig, take_id: Callable[[int], int]) -> Conversation[Joined]:
+    """Register one client and wait until its data are loaded.
+
+    ``take_id`` gives the client its id or raises ``RunError`` to turn it away.
+    """
+    yield link
+    hello = link.receive_message_as_json(MessageType.REGISTER)
+    try:
+        fingerprint = check_fingerprint(hello.get("fingerprint", dict))
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    client = take_id(hello.get("client_id", int))
+    link.peer_name = f"client_{client}"
+    content = {"client_id": client, "config": dataclasses.asdict(run)}
+    link.send_message_as_json(MessageType.REGISTERED, content=content)
+    yield link
+    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
+    return Joined(client, link, fingerprint, _parse_report(message, client))
+
+
+def _parse_report(message: Message, client: int) -> DataReport:
+    samples, classes = message.get("num_samples", dict), message.get("classes", list)
+    shape = message.get("input_shape", list)
+    counts_fine = samples.keys() == {TRAIN, VALIDATION, TEST} and all(
+        type(n) is int and 0 <= n < 2**31 for n in samples.values()
+    )
+    if not counts_fine or samples[TRAIN] < 1:
+        raise ProtocolError(f"client_{client} reports no training samples")
+    if not (0 < len(classes) <= MAX_CLASSES and all(type(name) is str for name in classes)):
+        raise ProtocolError(f"client_{client} reports no list of classes")
+    if not (0 < len(shape) <= 4 and all(type(n) is int and 0 < n <= MAX_SIDE for n in shape)):
+        raise ProtocolError(f"client_{client} reports no shape of samples")
+    names = tuple(one_line(name, 80) for name in classes)
+    return DataReport(samples, names, tuple(shape))
+
+
+def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
+    """Return one client's report after seeing that all have the same classes and shape.
+
+    Raises:
+        RunError: they differ; the text names the clients and what one has and the other lacks.
+    """
+    first, *others = sorted(reports)
+    ours = reports[first]
+    for other in others:
+        theirs = reports[other]
+        if theirs.input_shape != ours.input_shape:
+            raise RunError(
+                f"samples differ: client_{other} has shape {list(theirs.input_shape)},"
+                f" client_{first} {list(ours.input_shape)}"
+            )
+        if theirs.classes != ours.classes:
+            raise RunError(
+                f"classes differ: client_{first} has {_some(ours.classes)}, client_{other}"
+                f" {_some(theirs.classes)}; all need the same ones, a folder may be empty"
+            )
+    return ours
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:12])
+    return f"{len(names)} ({shown}{', ...' if len(names) > 12 else ''})"

@@ -1,0 +1,45 @@
+"""Look names up: in a registry (a plain dict), or as a user's own ``package.module:function``."""
+
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
+
+from sfl.config import unknown_name
+from sfl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def look_up(
+    kind: str,
+    name: str,
+    known: Mapping[str, T],
+    wrap: Callable[[Callable[..., object]], T],
+    allowed: Collection[str] | None,
+) -> T:
+    """Return the entry ``name`` of ``known``, or ``wrap(function)`` of a user's own function.
+
+    ``allowed`` lists the functions that may be imported; None allows any, since the name then comes
+    from this machine's own command line. A name from a server never imports a module that the
+    client's own ``--allow-import`` does not list.
+
+    Raises:
+        ConfigError: no such entry, not allowed, or not importable.
+    """
+    if ":" not in name:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+        return known[name]
+    if allowed is not None and name not in allowed:
+        raise ConfigError(
+            f"the server names the {kind} {name!r}, which this client does not allow;"
+            f" if you trust that module, give --allow-import {name}"
+        )
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import the {kind} {name!r}: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"the {kind} {name!r} is no function")
+    return wrap(function)

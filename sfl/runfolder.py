@@ -1,0 +1,108 @@
+"""The folder of a run, on server or client: its event log and the archive in it."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sfl.archive_writer import ArchiveWriter
+from sfl.config import KeepTensors
+from sfl.errors import ConfigError, RunError, reason_of
+
+
+def new_run_name() -> str:
+    """Return the name of a run that the user did not name: the time it started."""
+    return time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def create_run_folder(parent: Path, name: str) -> Path:
+    """Create the folder of a new run; without a name, under the start time.
+
+    Raises:
+        ConfigError: a run of this name exists.
+        RunError: the folder cannot be written.
+    """
+    base = name or new_run_name()
+    candidates = [base] if name else [base, *(f"{base}_{n}" for n in range(2, 100))]
+    for candidate in candidates:
+        try:
+            (parent / candidate).mkdir(parents=True)
+            return parent / candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"cannot write to {parent}: {error.strerror}; see --out") from error
+    raise ConfigError(f"a run {base} exists in {parent}; give another --run")
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """Return a record as it lies on disk."""
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def options_record(*configs: Any) -> dict[str, Any]:
+    """Return every option of these configurations, flat, as ``--config`` reads them."""
+    return {n: v for config in configs for n, v in dataclasses.asdict(config).items()}
+
+
+class EventLog:
+    """Lines for people: on the terminal, and with the time in a file. Closed by ``with``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - see close
+
+    def __enter__(self) -> "EventLog":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def say(self, line: str) -> None:
+        """Write one line to both."""
+        self.note(line)
+        say(line)
+
+    def note(self, line: str) -> None:
+        """Write one line to the file alone."""
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def say(line: str) -> None:
+    """Write one line to the terminal, above a progress bar if there is one."""
+    tqdm.write(line)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run writes into."""
+
+    path: Path
+    archive: ArchiveWriter
+    events: EventLog
+
+
+@contextlib.contextmanager
+def open_folder(path: Path, log_name: str, keep_tensors: str) -> Iterator[RunFolder]:
+    """Open the log and the archive of a folder that exists; both are closed at the end."""
+    keep = KeepTensors.parse(keep_tensors)
+    with EventLog(path / log_name) as events, ArchiveWriter(path, keep) as archive:
+        yield RunFolder(path, archive, events)
+
+
+@contextlib.contextmanager
+def telling_why(events: EventLog, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """When a party fails, write why into its log and tell its peers before it ends."""
+    try:
+        yield
+    except BaseException as error:
+        reason = reason_of(error)
+        events.note(f"the run failed: {reason}")
+        if tell is not None:
+            tell(reason)
+        raise

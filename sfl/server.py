@@ -1,0 +1,132 @@
+"""The server: listen, gather the clients, run the rounds, say goodbye."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sfl.check import check_disk, check_run, disk_bytes
+from sfl.config import NodeConfig, RunConfig, ServerNode
+from sfl.driver import Network
+from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
+from sfl.lobby import gather
+from sfl.party import TRAIN, ServerParty
+from sfl.protocol import Limits
+from sfl.registration import Joined, check_agreement
+from sfl.roundlog import RoundLog
+from sfl.rounds import Rounds
+from sfl.runfolder import (
+    RunFolder,
+    create_run_folder,
+    open_folder,
+    options_record,
+    telling_why,
+    to_json,
+)
+from sfl.schemes import scheme
+from sfl.split_model import SplitModel
+from sfl.switchboard import Switchboard
+from sfl.transport import format_address, listen
+from sfl.weights import weight_store
+
+
+def serve(run: RunConfig, node: ServerNode) -> Path:
+    """Run a server from the first connection to the last, and return the run's folder.
+
+    Raises:
+        ConfigError: the run cannot be run as it was configured.
+        RunError: port, folder or disk; or a client left.
+        ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
+    """
+    run = check_run(run)
+    device = set_up_torch(node)
+    with listen(node.host, node.port) as listener:
+        path = create_run_folder(node.out_path / "server", run.run)
+        run = dataclasses.replace(run, run=path.name)
+        with (
+            open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+            Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
+            telling_why(folder.events, switchboard.end),
+        ):
+            events = folder.events
+            events.note(f"command line: {' '.join(command_line())}")
+            address = format_address(*listener.getsockname()[:2])
+            events.say(f"run {run.run}: listening on {address} for {run.clients} clients")
+            if node.host in ("127.0.0.1", "localhost", "::1"):
+                events.say("only this machine can connect; --host 0.0.0.0 lets others")
+            joined = gather(switchboard, run, events)
+            switchboard.turn_away(f"the run {run.run} has its {run.clients} clients")
+            rounds = prepare(run, joined, switchboard, folder, device=device, node=node)
+            for connection in switchboard.connections:
+                connection.limits = rounds.split.server_limits()
+            finish(rounds, folder)
+    return path
+
+
+def prepare(
+    run: RunConfig,
+    joined: Mapping[int, Joined],
+    network: Network,
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    node: NodeConfig,
+) -> Rounds:
+    """Build the model for the clients' data, record configuration and machines, check the disk.
+
+    Raises:
+        ConfigError: the model does not take such data.
+        RunError: the clients' data do not go together, or the disk is too small.
+    """
+    archive, events = folder.archive, folder.events
+    report = check_agreement({k: client.data for k, client in joined.items()})
+    split = SplitModel(run, report.input_shape, len(report.classes))
+    for k, client in joined.items():
+        for difference in differences(fingerprint(device), client.fingerprint):
+            events.say(
+                f"warning: client_{k} has {difference} of the server: the last bit may differ"
+            )
+    clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
+    environment = describe(device, command_line()) | {"clients": clients}
+    archive.write("config", "config.json", to_json(options_record(run, node)))
+    archive.write("environment", "environment.json", to_json(environment))
+    num_train = [client.data.num_samples[TRAIN] for client in joined.values()]
+    events.say(check_disk(folder.path, disk_bytes(run, split, num_train)))
+    if not split.front_spec:
+        events.say("warning: the front has no weights: what clients send are their raw data")
+    back_of = scheme(run.scheme).back_of
+    backs = {b: split.back(device) for b in sorted({back_of(k) for k in joined})}
+    log = RoundLog(folder, run.rounds)
+    parties = {
+        k: ServerParty(
+            client=k,
+            run=run,
+            link=client.link,
+            weights=weight_store(run.weights)(client.link),
+            split=split,
+            archive=archive,
+            watcher=log,
+            back=backs[back_of(k)],
+            num_samples=client.data.num_samples,
+        )
+        for k, client in joined.items()
+    }
+    return Rounds(run, network, parties, backs, split, archive, log)
+
+
+def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
+    """Run all rounds, and say how the run ended and where it lies."""
+    try:
+        figures = rounds.run_all()
+    finally:
+        rounds.log.progress.close()
+    folder.archive.flush()
+    if "test_acc" in figures:
+        folder.events.say(
+            f"test accuracy {figures['test_acc']:.4f}, test loss {figures['test_loss']:.4f}"
+        )
+    else:
+        folder.events.say("no client has a test set: there is no test accuracy")
+    folder.events.say(f"the run lies in {folder.path}")
+    return figures

@@ -1,0 +1,130 @@
+"""The same run in one process, without sockets: the reference that socket runs must equal.
+
+Both ends of the conversations run as they are; a message goes from one end's hand to the other's.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Collection
+from pathlib import Path
+
+from sfl.archive_writer import ArchiveWriter
+from sfl.check import check_run
+from sfl.config import KeepTensors, NodeConfig, RunConfig
+from sfl.conversation import client_run
+from sfl.data import OWN, ClientData, dataset_spec, part_of
+from sfl.driver import Conversation
+from sfl.environment import fingerprint, set_up_torch
+from sfl.own_data import load_own
+from sfl.party import ClientParty
+from sfl.protocol import Message, Position, encode_head
+from sfl.registration import DataReport, Joined
+from sfl.runfolder import create_run_folder, open_folder, say, telling_why
+from sfl.segment import StepFigures
+from sfl.server import finish, prepare
+from sfl.transport import Link, MessageLink
+from sfl.weights import weight_store
+
+
+class LocalLink(MessageLink):
+    """One end of a link within a process; counts bytes as a socket would carry them."""
+
+    def __init__(self, name: str, peer_name: str) -> None:
+        super().__init__(name, peer_name)
+        self.inbox: deque[Message] = deque()
+        self.peer: LocalLink = self
+
+    def _send(self, message: Message) -> None:
+        num_bytes = len(encode_head(message)) + len(message.payload)
+        self.counters.bytes_sent += num_bytes
+        self.counters.messages_sent += 1
+        self.peer.counters.bytes_received += num_bytes
+        self.peer.counters.messages_received += 1
+        self.peer.inbox.append(message)
+
+    def _next(self) -> Message:
+        return self.inbox.popleft()
+
+
+def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
+    """Return the server's and the client's end of a link."""
+    server, end = LocalLink("server", f"client_{client}"), LocalLink(f"client_{client}", "server")
+    server.peer, end.peer = end, server
+    return server, end
+
+
+class LocalNetwork:
+    """Runs the clients whenever the server waits for them."""
+
+    def __init__(self) -> None:
+        self._clients: dict[Link, Conversation[None]] = {}  # by the server's end of the link
+
+    def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
+        self._clients[link] = conversation
+
+    def wait(self, links: Collection[Link]) -> Link:
+        """Return a link that has a message for the server, after letting its client run."""
+        for link in links:
+            assert isinstance(link, LocalLink)
+            while not link.inbox:
+                try:
+                    next(self._clients[link])  # up to the client's own next wait
+                except StopIteration:
+                    assert link.inbox, "the server waits for a client that has ended"
+            return link
+        raise AssertionError("the server waits for nobody")
+
+
+def simulate(run: RunConfig, node: NodeConfig) -> Path:
+    """Run a configuration in this process, and return its folder, which has the same files.
+
+    With ``--partition own``, client k's data are looked for in ``<data-dir>/client_k``.
+
+    Raises:
+        ConfigError, DataError, RunError: as for server and clients.
+    """
+    run = check_run(run)
+    device = set_up_torch(node)
+    data = _load_all(run, node)
+    path = create_run_folder(node.out_path / "server", run.run)
+    run = dataclasses.replace(run, run=path.name)
+    with (
+        open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+        ArchiveWriter(path, KeepTensors.parse("none")) as nothing,
+        telling_why(folder.events),
+    ):
+        folder.events.say(f"run {run.run}: {run.clients} clients in this process")
+        pairs = {k: local_pair(k) for k in data}
+        ours = fingerprint(device)
+        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k])) for k in data}
+        network = LocalNetwork()
+        rounds = prepare(run, joined, network, folder, device=device, node=node)
+        for k, (server_end, client_end) in pairs.items():
+            party = ClientParty(
+                client=k,
+                run=run,
+                link=client_end,
+                weights=weight_store(run.weights)(client_end),
+                split=rounds.split,
+                archive=nothing,
+                watcher=_Nobody(),
+                front=rounds.split.front(device),
+                data=data[k],
+                on_round=lambda round_index, figures: None,
+            )
+            network.add(server_end, client_run(party))
+        finish(rounds, folder)
+    return path
+
+
+def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
+    spec, clients = dataset_spec(run.dataset), range(run.clients)
+    if run.partition == OWN:
+        return {k: load_own(spec, run, k, node.data_path / f"client_{k}") for k in clients}
+    loaded = spec.load(node.data_path, say)
+    return {k: part_of(spec, run, k, loaded) for k in clients}
+
+
+class _Nobody:
+    def step(self, at: Position, figures: StepFigures) -> None:
+        pass

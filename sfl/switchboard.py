@@ -1,0 +1,178 @@
+"""Many connections at a server: threads that only move bytes, and one place to wait for them all.
+
+A thread accepts; one thread a connection reads whole messages ahead of the training, which takes
+them in the main thread. What is read ahead is bounded: a connection whose messages nobody takes is
+no longer read, and TCP holds the sender back.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Collection
+from typing import cast
+
+from sfl.errors import ConnectionLost, SflError
+from sfl.protocol import Limits, Message, MessageType
+from sfl.transport import FAREWELL_S, Connection, Link
+
+READ_AHEAD_MESSAGES = 4  # a step's two files, twice
+
+
+class DrainedConnection(Connection):
+    """A connection that a thread reads ahead; receiving takes what it has read."""
+
+    def __init__(
+        self, sock: socket.socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
+    ) -> None:
+        super().__init__(sock, timeout_s=timeout_s, limits=limits)
+        self.patient = True  # the training knows when a message is due; see Switchboard.wait
+        self.accepted_at = time.monotonic()
+        self._changed = changed
+        self._inbox: deque[tuple[int, Message]] = deque()
+        self._failure: SflError | None = None
+        self._discards = False
+        self._thread = threading.Thread(target=self._drain, name="reader", daemon=True)
+        self._thread.start()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a message is waiting, or the connection has failed."""
+        return bool(self._inbox) or self._failure is not None
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                message = super()._next()
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: len(self._inbox) < READ_AHEAD_MESSAGES or self._discards
+                    )
+                    if not self._discards:
+                        self._inbox.append((time.monotonic_ns(), message))
+                        self._changed.notify_all()
+        except SflError as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _next(self) -> Message:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.arrived, self.timeout_s):
+                raise ConnectionLost(f"{self._peer} sent nothing for {self.timeout_s:g} seconds")
+            if not self._inbox:
+                assert self._failure is not None
+                raise self._failure
+            _, message = self._inbox.popleft()
+            self._changed.notify_all()
+            return message
+
+    def arrival_ns(self) -> int:
+        """Return when the waiting message came; failures come first."""
+        return self._inbox[0][0] if self._inbox else 0
+
+    def end_sending(self, message_type: MessageType, reason: str) -> None:
+        with self._changed:
+            self._discards = True
+            self._inbox.clear()
+            self._changed.notify_all()
+        super().end_sending(message_type, reason)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the peer to close, until ``deadline`` at the latest; then close."""
+        self._thread.join(max(deadline - time.monotonic(), 0))
+        self.close()
+        self._thread.join()
+
+
+class Switchboard:
+    """A listening socket and the connections that came over it. Closed by ``with``."""
+
+    def __init__(self, listener: socket.socket, *, timeout_s: float, limits: Limits) -> None:
+        self._listener = listener
+        self._timeout_s = timeout_s
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._connections: list[DrainedConnection] = []
+        self._refusal = ""
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="acceptor", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Switchboard":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end("the server has ended")
+
+    @property
+    def connections(self) -> list[DrainedConnection]:
+        """Return the open connections."""
+        with self._changed:
+            return list(self._connections)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # the listener was closed
+                return
+            with self._changed:
+                refusal = self._refusal
+                if not refusal:
+                    connection = DrainedConnection(
+                        sock, self._changed, timeout_s=self._timeout_s, limits=self._limits
+                    )
+                    self._connections.append(connection)
+            if refusal:
+                late = Connection(sock, timeout_s=FAREWELL_S, limits=self._limits)
+                late.dismiss(MessageType.INVALID_MESSAGE, refusal)
+
+    def turn_away(self, reason: str) -> None:
+        """From now on, tell everyone who connects why they cannot join, and close."""
+        with self._changed:
+            self._refusal = reason
+
+    def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
+        """Return the connections that have a message or have failed; none after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(c.arrived for c in self._connections), timeout_s)
+            return [c for c in self._connections if c.arrived]
+
+    def wait(self, links: Collection[Link]) -> Link:
+        """Return the one of ``links`` whose message has waited longest, or that has failed.
+
+        Raises:
+            ConnectionLost: none of them sent anything for the length of the deadline.
+        """
+        drained = [cast(DrainedConnection, link) for link in links]
+        with self._changed:
+            if not self._changed.wait_for(lambda: any(c.arrived for c in drained), self._timeout_s):
+                names = ", ".join(c.peer_name for c in drained)
+                raise ConnectionLost(f"{names} sent nothing for {self._timeout_s:g} seconds")
+            return min((c for c in drained if c.arrived), key=DrainedConnection.arrival_ns)
+
+    def drop(self, connection: DrainedConnection, reason: str) -> None:
+        """Turn one connection away; its thread reads on until the peer has closed."""
+        connection.end_sending(MessageType.INVALID_MESSAGE, reason)
+        with self._changed:
+            self._connections.remove(connection)
+        threading.Thread(
+            target=connection.join, args=(time.monotonic() + FAREWELL_S,), daemon=True
+        ).start()
+
+    def end(self, reason: str) -> None:
+        """Stop listening and close every connection, telling those still open why."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the acceptor
+        self._listener.close()
+        self._thread.join(FAREWELL_S)
+        deadline = time.monotonic() + FAREWELL_S
+        for connection in self.connections:
+            connection.end_sending(MessageType.ABORT, reason)
+        for connection in self.connections:
+            connection.join(deadline)

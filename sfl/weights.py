@@ -1,0 +1,93 @@
+"""How client-side weights travel for averaging: one interface, so far one store.
+
+A store is one party's end. What one end puts under a key, the other end gets::
+
+    sender                                receiver
+    put                                   get
+    REQUEST_TO_SEND_FILE {size, checksum} ->
+                                          <- SEND_FILE {offset}     offset = size: has it already
+    SEND_MODEL or SEND_AGGREGATED_MODEL   ->                        the bytes from the offset on
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+from sfl.config import unknown_name
+from sfl.errors import IntegrityError, ProtocolError
+from sfl.protocol import MessageType, Position, checksum
+from sfl.transport import Link
+
+
+@dataclass(frozen=True)
+class WeightKey:
+    """Which weights: ``init``, ``client_<k>`` (one client's) or ``client_avg``, and of when."""
+
+    name: str
+    at: Position
+
+    @property
+    def message_type(self) -> MessageType:
+        averaged = self.name == "client_avg"
+        return MessageType.SEND_AGGREGATED_MODEL if averaged else MessageType.SEND_MODEL
+
+
+class WeightStore(Protocol):
+    """One party's access to the weights of a run; ``data`` are the bytes of a state's file."""
+
+    def put(self, key: WeightKey, data: bytes) -> Generator[Link, None, None]: ...
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Generator[Link, None, bytes]:
+        """Return what was put under ``key``; ``held`` is what may be that already."""
+        ...
+
+
+class SocketWeights:
+    """Weights straight over a connection, which both ends hold."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def put(self, key: WeightKey, data: bytes) -> Generator[Link, None, None]:
+        link = self._link
+        offer = {"name": key.name, "bytes": len(data), "checksum": checksum(data)}
+        link.send_message_as_json(MessageType.REQUEST_TO_SEND_FILE, content=offer, at=key.at)
+        yield link
+        answer = link.receive_message_as_json(MessageType.SEND_FILE, at=key.at)
+        offset = answer.get("offset", int)
+        if not 0 <= offset <= len(data):
+            raise ProtocolError(f"asked for {key.name} from byte {offset} of {len(data)}")
+        if offset < len(data):
+            link.send_file(key.message_type, data[offset:], at=key.at)
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Generator[Link, None, bytes]:
+        link = self._link
+        yield link
+        offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE, at=key.at)
+        if (name := offer.get("name", str)) != key.name:
+            raise ProtocolError(f"offered {name!r:.40}, expected was {key.name}")
+        size, announced = offer.get("bytes", int), offer.get("checksum", str)
+        has_it = len(held) == size and checksum(held) == announced
+        answer = {"offset": size if has_it else 0}
+        link.send_message_as_json(MessageType.SEND_FILE, content=answer, at=key.at)
+        if has_it:
+            return held
+        yield link
+        data = bytes(link.receive_file(key.message_type, at=key.at).payload)
+        if len(data) != size or checksum(data) != announced:
+            raise IntegrityError(f"the weights {key.name} are not those that were offered")
+        return data
+
+
+WEIGHT_STORES: dict[str, Callable[[Link], WeightStore]] = {"socket": SocketWeights}
+
+
+def weight_store(name: str) -> Callable[[Link], WeightStore]:
+    """Return the maker of the store that ``--weights`` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in WEIGHT_STORES:
+        raise unknown_name("weight store", name, WEIGHT_STORES)
+    return WEIGHT_STORES[name]
