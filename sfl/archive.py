@@ -12,7 +12,7 @@ file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and f
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,16 +183,27 @@ def _read_manifest(folder: Path) -> list[Entry]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):  # else it was being written when the run was killed
-                entries.append(_parse_entry(json.loads(line)))
+                entries.append(_parse_line(line))
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path}: is damaged: {error}") from error
     return entries
 
 
-def _parse_entry(fields: dict[str, Any]) -> Entry:
+def manifest_line(entry: Entry) -> str:
+    """Return an entry as its line of a manifest, which ends in the line's own checksum."""
+    fields = asdict(entry)
+    check = checksum(json.dumps(fields).encode())
+    return json.dumps(fields | {"check": check}) + "\n"
+
+
+def _parse_line(line: str) -> Entry:
+    fields = json.loads(line)
+    fields.pop("check", None)
     entry = Entry(**fields | {"shape": tuple(fields["shape"])})
+    if manifest_line(entry) != line:
+        raise ValueError("a line is not what was written")
     # A manifest may come from somebody else: it names no file outside its own folder.
     if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
         raise ValueError(f"a path outside the folder: {entry.path!r:.60}")

@@ -1,16 +1,14 @@
 """Writing a run's folder: on a thread of its own, each file atomically, with its manifest line."""
 
-import json
 import os
 import queue
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from sfl.archive import MANIFEST, Entry, client_folder
+from sfl.archive import MANIFEST, Entry, client_folder, manifest_line
 from sfl.config import KeepTensors
 from sfl.errors import RunError
 from sfl.protocol import checksum
@@ -136,7 +134,7 @@ class ArchiveWriter:
         if folder not in self._manifests:
             path = folder / MANIFEST
             self._manifests[folder] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._manifests[folder].write(json.dumps(asdict(entry)) + "\n")
+        self._manifests[folder].write(manifest_line(entry))
 
     def _close_round(self, round_index: int) -> None:
         for folder in [folder for folder in self._manifests if folder != self._root]:

@@ -43,7 +43,7 @@ def take_part(node: ClientNode) -> None:
         on_wait=say,
     )
     with connection:
-        connection.peer_name, connection.on_notice = "the server", say
+        connection.peer_name, connection.on_notice = "server", say
         with _hearing_why(connection):
             client, run = run_blocking(client_join(connection, node.client_id, fingerprint(device)))
             connection.name = f"client_{client}"

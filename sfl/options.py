@@ -46,7 +46,9 @@ def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T
     return config
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line: a ``ConfigError``."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
@@ -59,7 +61,7 @@ def parse_options(
     Raises:
         ConfigError: a bad option, or a configuration file that cannot be read.
     """
-    parser = _Parser(prog=prog, description=about, allow_abbrev=False)
+    parser = Parser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="TOML file, or a recorded config.json")
     tables = {group.table: group for group in groups}
     for title, group in tables.items():
@@ -68,7 +70,7 @@ def parse_options(
     path = typed.pop("config", None)
     values = (_from_file(Path(path), tables) if path else {}) | typed
     return tuple(
-        from_values(group, {n: v for n, v in values.items() if n in _names(group)}, "the options")
+        from_values(group, {n: v for n, v in values.items() if n in names_of(group)}, "the options")
         for group in groups
     )
 
@@ -122,10 +124,11 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
             if name not in _ALL_OPTIONS:
                 raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
             in_group = title in groups if title else True
-            if in_group and value is not None and any(name in _names(g) for g in groups.values()):
+            if in_group and value is not None and any(name in names_of(g) for g in groups.values()):
                 chosen[name] = value
     return chosen
 
 
-def _names(config_class: Any) -> set[str]:
+def names_of(config_class: Any) -> set[str]:
+    """Return the names of a config class's options."""
     return {spec.name for spec in dataclasses.fields(config_class)}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class EventLog:
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
     tqdm.write(line)
+    sys.stdout.flush()  # who reads through a pipe sees it now
 
 
 @dataclass(frozen=True)

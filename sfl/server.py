@@ -88,7 +88,12 @@ def prepare(
                 f"warning: client_{k} has {difference} of the server: the last bit may differ"
             )
     clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
-    environment = describe(device, command_line()) | {"clients": clients}
+    data = {
+        "input_shape": list(report.input_shape),
+        "classes": list(report.classes),
+        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
+    }
+    environment = describe(device, command_line()) | {"clients": clients, "data": data}
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
     num_train = [client.data.num_samples[TRAIN] for client in joined.values()]
@@ -121,6 +126,7 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
         figures = rounds.run_all()
     finally:
         rounds.log.progress.close()
+    folder.archive.write("summary", "rounds.csv", (folder.path / "rounds.csv").read_bytes())
     folder.archive.flush()
     if "test_acc" in figures:
         folder.events.say(

@@ -81,7 +81,7 @@ class MessageLink(ABC):
 
     @property
     def _peer(self) -> str:
-        return self.peer_name or "the peer"
+        return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)
 
     @abstractmethod
     def _send(self, message: Message) -> None:

@@ -1,0 +1,77 @@
+"""A whole run on this machine: one server and three clients as processes, curves, replay.
+
+python -m experiments.demo [--rounds N] [--out DIR]
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sfl.cli import run_program
+from sfl.errors import RunError
+
+NUM_CLIENTS = 3
+OPTIONS = ["--model", "lenet5", "--dataset", "mnist-5k", "--batch-size", "32", "--lr", "0.002"]
+SHOWN = ("round", "train_loss", "val_loss", "val_acc", "test_acc", "bytes_up", "seconds")
+
+
+def run_demo(rounds: int, out: Path) -> Path:
+    """Run server and clients, follow them with a bar, and return the run's folder."""
+    from experiments.processes import running
+
+    print(f"one server and {NUM_CLIENTS} clients on this machine, {rounds} rounds of SplitFed V1")
+    options = [*OPTIONS, "--clients", str(NUM_CLIENTS), "--rounds", str(rounds)]
+    common = ["--out", str(out)]
+    with running(NUM_CLIENTS, [*options, *common], common) as processes:
+        with tqdm(total=rounds, unit="round", desc="training") as bar:
+            for line in processes.lines():
+                if line.startswith("round "):
+                    bar.update()
+                    bar.set_postfix_str(line.partition(": ")[2])
+        processes.wait()
+        return out / "server" / processes.run
+
+
+def print_table(run_dir: Path) -> dict[str, str]:
+    """Print the table of rounds and return the last one."""
+    with open(run_dir / "rounds.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    print(" ".join(f"{name:>10}" for name in SHOWN))
+    for row in rows:
+        cells = [
+            row[n] if not row[n] or row[n].isdigit() else f"{float(row[n]):.4f}" for n in SHOWN
+        ]
+        print(" ".join(f"{cell:>10}" for cell in cells))
+    return rows[-1]
+
+
+def main() -> None:
+    from sfl.options import Parser
+
+    parser = Parser(prog="python -m experiments.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10, help="global rounds (default: 10)")
+    parser.add_argument("--out", type=Path, default=Path("shared_files"), help="as the programs'")
+    options = parser.parse_args()
+    run_dir = run_demo(options.rounds, options.out.resolve())
+    last = print_table(run_dir)
+    from experiments.curves import draw_curves
+    from experiments.replay import check, load
+
+    curves = draw_curves(run_dir)
+    print("replaying the server's part from its files ...")
+    report = check(load(run_dir))
+    print(f"logs and tensors  {run_dir}")
+    print(f"the clients' logs {run_dir.parent.parent / 'client' / run_dir.name}")
+    print(f"curves            {curves}")
+    for finding in report.findings:
+        print(finding)
+    print(f"test accuracy {float(last['test_acc']):.4f}")
+    print(report.summary)
+    if report.findings:
+        raise RunError("the replay check found differences")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("demo", main))

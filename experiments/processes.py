@@ -1,0 +1,101 @@
+"""Start a server and its clients as real processes on this machine, and end them again."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sfl.errors import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTENING = re.compile(r"run (\S+): listening on (\S+) for")
+
+
+@dataclass
+class Processes:
+    """A server and clients that run; their output lies in ``logs``."""
+
+    logs: Path
+    server: "subprocess.Popen[str]"
+    clients: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    run: str = ""
+    address: str = ""
+
+    def lines(self) -> Iterator[str]:
+        """Yield what the server prints, line by line, until it ends."""
+        assert self.server.stdout is not None
+        for line in self.server.stdout:
+            yield line.rstrip("\n")
+
+    def wait(self) -> None:
+        """Wait until all have ended.
+
+        Raises:
+            RunError: one of them failed; the text is its last line.
+        """
+        failed = []
+        for name, process in [("server", self.server), *_named(self.clients)]:
+            if process.wait() != 0:
+                failed.append(f"{name}: {_last_line(self.logs / f'{name}.err')}")
+        if failed:
+            raise RunError("; ".join(failed))
+
+
+def _named(
+    clients: "Sequence[subprocess.Popen[str]]",
+) -> "list[tuple[str, subprocess.Popen[str]]]":
+    return [(f"client_{k}", process) for k, process in enumerate(clients)]
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it ended without a word"
+
+
+@contextlib.contextmanager
+def running(
+    num_clients: int, server_options: Sequence[str], client_options: Sequence[str] = ()
+) -> Iterator[Processes]:
+    """Start one server on a free port of this machine and its clients; kill what is left.
+
+    Raises:
+        RunError: the server did not start; the text is its last line.
+    """
+    with tempfile.TemporaryDirectory(prefix="sfl-") as folder, contextlib.ExitStack() as stack:
+        logs = Path(folder)
+
+        def start(name: str, command: Sequence[str]) -> "subprocess.Popen[str]":
+            errors = stack.enter_context(open(logs / f"{name}.err", "w"))
+            reads = name == "server"
+            output = subprocess.PIPE if reads else subprocess.DEVNULL
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=output, stderr=errors, text=True
+            )
+            stack.callback(_end, process)
+            return process
+
+        server = start("server", ["run_server.py", "--port", "0", *server_options])
+        processes = Processes(logs, server)
+        for line in processes.lines():
+            if found := LISTENING.match(line):
+                processes.run, processes.address = found.groups()
+                break
+        else:
+            processes.wait()
+            raise RunError("the server ended before it listened")
+        for k in range(num_clients):
+            command = ["run_client.py", "--server", processes.address, "--client-id", str(k)]
+            processes.clients.append(start(f"client_{k}", [*command, *client_options]))
+        yield processes
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
