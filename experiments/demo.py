@@ -25,11 +25,13 @@ def run_demo(rounds: int, out: Path) -> Path:
     options = [*OPTIONS, "--clients", str(NUM_CLIENTS), "--rounds", str(rounds)]
     common = ["--out", str(out)]
     with running(NUM_CLIENTS, [*options, *common], common) as processes:
-        with tqdm(total=rounds, unit="round", desc="training") as bar:
+        with tqdm(total=rounds, unit="round", desc="training", disable=None) as bar:
             for line in processes.lines():
                 if line.startswith("round "):
                     bar.update()
                     bar.set_postfix_str(line.partition(": ")[2])
+                    if bar.disable:  # not in a terminal
+                        print(line, flush=True)
         processes.wait()
         return out / "server" / processes.run
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from sfl.config import KeepTensors, RunConfig
@@ -15,21 +15,22 @@ from sfl.tensors import max_file_bytes
 from sfl.weights import weight_store
 
 
-def check_run(run: RunConfig, allowed: Collection[str] | None = None) -> RunConfig:
+def check_run(run: RunConfig) -> RunConfig:
     """Return the run with its cut filled in, after checking every name that it uses.
 
     A data set that is a user's own function is not imported here: the server does without it.
 
     Raises:
-        ConfigError: there is no such scheme, model, data set, partition, optimiser or store.
+        ConfigError: there is no such scheme, model, cut, data set, partition, optimiser or store.
     """
     scheme(run.scheme)
-    if ":" not in run.dataset:
-        dataset_spec(run.dataset)
     check_partition(run)
     check_optimizer(run.optimizer)
     weight_store(run.weights)
-    return dataclasses.replace(run, cut=resolve_cut(run, allowed))
+    if ":" not in run.dataset:
+        spec = dataset_spec(run.dataset)
+        SplitModel(run, spec.input_shape, len(spec.classes))
+    return dataclasses.replace(run, cut=resolve_cut(run))
 
 
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:

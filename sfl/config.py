@@ -19,6 +19,11 @@ from sfl.errors import ConfigError
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 client``, ``3 clients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a name that no registry has, with the names near it, or all."""
     known = sorted(known)

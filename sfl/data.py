@@ -114,9 +114,9 @@ def _torchvision_loader(class_name: str) -> Callable[[Path, Notify], tuple[Sampl
             with _one_download_at_a_time(data_dir), contextlib.redirect_stdout(io.StringIO()):
                 return read(download=True)
         except (OSError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"{class_name} is not in {data_dir} and cannot be downloaded ({reason:.120});"
+                f"{class_name} is not in {data_dir} and cannot be downloaded ({reason:.160});"
                 f" give --data-dir the folder that has {class_name}/raw"
             ) from error
 

@@ -2,7 +2,7 @@
 
 import time
 
-from sfl.config import RunConfig
+from sfl.config import RunConfig, counted
 from sfl.driver import Conversation
 from sfl.errors import RunError, SflError
 from sfl.protocol import MessageType
@@ -30,7 +30,7 @@ class Lobby:
         """
         num_clients = self.run.clients
         if len(self.taken) == num_clients:
-            raise RunError(f"the run {self.run.run} has its {num_clients} clients")
+            raise RunError(f"the run {self.run.run} has its {counted(num_clients, 'client')}")
         if wanted == ANY_ID:
             wanted = min(set(range(num_clients)) - self.taken)
         if not 0 <= wanted < num_clients:
@@ -44,7 +44,8 @@ class Lobby:
     def missing(self) -> str:
         """Say who is not there yet."""
         ids = sorted(set(range(self.run.clients)) - self.joined.keys())
-        return f"waiting for {len(ids)} of {self.run.clients} clients: {', '.join(map(str, ids))}"
+        of_all = counted(self.run.clients, "client")
+        return f"waiting for {len(ids)} of {of_all}: {', '.join(map(str, ids))}"
 
 
 def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[int, Joined]:
@@ -75,7 +76,9 @@ def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[i
             _notify(lobby)
     for connection in switchboard.connections:
         if not connection.peer_name:
-            switchboard.drop(connection, f"the run {run.run} has its {run.clients} clients")
+            switchboard.drop(
+                connection, f"the run {run.run} has its {counted(run.clients, 'client')}"
+            )
     return dict(sorted(lobby.joined.items()))
 
 

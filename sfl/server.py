@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sfl.check import check_disk, check_run, disk_bytes
-from sfl.config import NodeConfig, RunConfig, ServerNode
+from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.lobby import gather
@@ -52,11 +52,13 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             events = folder.events
             events.note(f"command line: {' '.join(command_line())}")
             address = format_address(*listener.getsockname()[:2])
-            events.say(f"run {run.run}: listening on {address} for {run.clients} clients")
+            events.say(
+                f"run {run.run}: listening on {address} for {counted(run.clients, 'client')}"
+            )
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
             joined = gather(switchboard, run, events)
-            switchboard.turn_away(f"the run {run.run} has its {run.clients} clients")
+            switchboard.turn_away(f"the run {run.run} has its {counted(run.clients, 'client')}")
             rounds = prepare(run, joined, switchboard, folder, device=device, node=node)
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
-from sfl.config import KeepTensors, NodeConfig, RunConfig
+from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
 from sfl.data import OWN, ClientData, dataset_spec, part_of
 from sfl.driver import Conversation
@@ -93,7 +93,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
         ArchiveWriter(path, KeepTensors.parse("none")) as nothing,
         telling_why(folder.events),
     ):
-        folder.events.say(f"run {run.run}: {run.clients} clients in this process")
+        folder.events.say(f"run {run.run}: {counted(run.clients, 'client')} in this process")
         pairs = {k: local_pair(k) for k in data}
         ours = fingerprint(device)
         joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k])) for k in data}

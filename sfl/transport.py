@@ -11,6 +11,7 @@ on a slow link passes and a silent peer is noticed.
 
 import contextlib
 import errno
+import os
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -335,7 +336,8 @@ def listen(host: str, port: int) -> socket.socket:
         # create_server sets SO_REUSEADDR where it means "in TIME_WAIT too", not on Windows.
         return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except OSError as error:
-        reason = error.strerror or str(error)
+        in_system = error.errno is not None and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno or 0) if in_system else error.strerror
         raise RunError(
             f"cannot listen on {format_address(host, port)}: {reason};"
             " another --port or --host may be free"

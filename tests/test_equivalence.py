@@ -1,0 +1,164 @@
+"""The specification: runs that must agree, and do so bit for bit."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfl import seeds
+from sfl.config import NodeConfig, RunConfig
+from sfl.data import batch_indices, dataset_spec, part_of
+from sfl.models import build, model_spec, split
+from sfl.segment import OPTIMIZERS
+from sfl.simulate import simulate
+from tests.launch import Launcher
+
+BN_DROPOUT = "tests.models:bn_dropout"
+MODELS = {"mlp": 3, "lenet5": 7, BN_DROPOUT: 4}
+SGD = ["--optimizer", "sgd", "--lr", "0.05", "--momentum", "0.9", "--weight-decay", "0.001"]
+
+
+def simulated(out: Path, **options: object) -> Path:
+    """Run a simulation of small digits; return its folder."""
+    defaults = {"rounds": 2, "run": "r", "keep_tensors": "none", "batch_size": 64}
+    return simulate(RunConfig(**defaults | options), NodeConfig(out=str(out)))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of every model file of a run."""
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted((run / "models").glob("*.pt"))
+        for name, tensor in torch.load(path, weights_only=True).items()
+    }
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 10
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["reset", "keep"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("partition", ["iid", "sizes:0.2,0.2,0.6"])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_a_socket_run_equals_the_simulation(
+    launcher: Launcher, tmp_path: Path, model: str, partition: str, optimizer: str, state: str
+) -> None:
+    options = ["--model", model, "--cut", MODELS[model], "--partition", partition]
+    options += ["--optimizer-state", state, "--rounds", 2, "--batch-size", 64]
+    options += SGD if optimizer == "sgd" else []
+    allow = ["--allow-import", model] if ":" in model else []
+    sockets = launcher.run(*options, "--keep-tensors", "none", client_options=allow)
+    chosen = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}
+    one_process = simulated(
+        tmp_path / "simulated",
+        model=model,
+        cut=MODELS[model],
+        partition=partition,
+        optimizer_state=state,
+        **(chosen if optimizer == "sgd" else {}),
+    )
+    assert_equal(weights(sockets), weights(one_process))
+
+
+def test_a_socket_run_writes_what_the_simulation_writes(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ["--model", BN_DROPOUT, "--cut", 5, "--rounds", 2, "--batch-size", 100]
+    sockets = launcher.run(*options, client_options=["--allow-import", BN_DROPOUT])
+    one_process = simulated(
+        tmp_path / "simulated", model=BN_DROPOUT, cut=5, batch_size=100, keep_tensors="all"
+    )
+    assert_equal(weights(sockets), weights(one_process))
+    assert_same_files(sockets, one_process)
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    """Assert that two runs wrote the same, apart from times and from who ran them."""
+    paths = {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()}
+    assert paths == {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()}
+    of_machine = {"config.json", "environment.json", "server_log.txt", "manifest.jsonl"}
+    for path in sorted(paths):
+        if path.suffix == ".csv":
+            assert untimed(ours / path) == untimed(theirs / path), path
+        elif str(path) not in of_machine:
+            assert (ours / path).read_bytes() == (theirs / path).read_bytes(), path
+
+
+def untimed(path: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = [row for row in rows if not row.get("metric", "").endswith("_s")]
+    return [{n: v for n, v in row.items() if not n.endswith(("_s", "seconds"))} for row in rows]
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_does_not(tmp_path: Path) -> None:
+    first = simulated(tmp_path / "a", model="mlp", seed=7, keep_tensors="all")
+    again = simulated(tmp_path / "b", model="mlp", seed=7, keep_tensors="all")
+    other = simulated(tmp_path / "c", model="mlp", seed=8, keep_tensors="all")
+    assert_same_files(first, again)
+    ours, theirs = weights(first), weights(other)
+    assert [name for name in ours if torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.slow
+def test_a_socket_run_started_twice_writes_the_same_files(tmp_path: Path) -> None:
+    runs = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        launcher = Launcher(tmp_path / name)
+        runs.append(launcher.run("--model", "mlp", "--rounds", 2, "--seed", 3))
+    assert_same_files(*runs)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_one_client_equals_ordinary_training_whatever_the_cut(tmp_path: Path, cut: int) -> None:
+    run = simulated(
+        tmp_path, model=BN_DROPOUT, cut=cut, clients=1, optimizer_state="keep", batch_size=400
+    )
+    joined = {
+        name: tensor
+        for half in ("client_model_001.pt", "server_model_001.pt")
+        for name, tensor in torch.load(run / "models" / half, weights_only=True).items()
+    }
+    assert_equal(joined, ordinary_training(RunConfig(model=BN_DROPOUT, clients=1, batch_size=400)))
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet5"])
+def test_one_client_equals_ordinary_training(tmp_path: Path, model: str) -> None:
+    options = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "batch_size": 128}
+    run = simulated(tmp_path, model=model, clients=1, optimizer_state="keep", **options)
+    joined = {
+        name: tensor
+        for half in ("client_model_001.pt", "server_model_001.pt")
+        for name, tensor in torch.load(run / "models" / half, weights_only=True).items()
+    }
+    expected = ordinary_training(RunConfig(model=model, clients=1, **options))
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(joined[name], expected[name]) for name in joined)
+
+
+def ordinary_training(run: RunConfig) -> dict[str, torch.Tensor]:
+    """Train the unsplit model for two rounds with one optimiser, in a plain loop."""
+    spec = dataset_spec(run.dataset)
+    data = part_of(spec, run, 0, spec.load(Path(), print))
+    model = build(model_spec(run.model), data.input_shape, 10, seed=run.seed)
+    split(model, *range(len(model) + 1))  # in-place modules as in a cut model
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), run)
+    model.train()
+    for round_index in range(2):
+        batches = batch_indices(len(data.train), run, round_index=round_index, client=0)
+        for step, indices in enumerate(batches):
+            x, y = data.batch(data.train, indices)
+            for block, module in enumerate(model):
+                drawn = seeds.derive(run.seed, seeds.BLOCK, round_index, 0, step, block)
+                torch.manual_seed(drawn)
+                x = module(x)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(x, y).backward()
+            optimizer.step()
+    return model.state_dict()
