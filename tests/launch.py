@@ -26,7 +26,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _child(main: Callable[[list[str]], int], argv: list[str], log: Path, env: dict[str, str]) -> None:
+def _child(
+    main: Callable[[list[str]], int], argv: list[str], log: Path, env: dict[str, str]
+) -> None:
     os.environ.update(env)
     for stream, suffix in ((1, "out"), (2, "err")):
         target = os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -93,7 +95,9 @@ class Launcher:
         argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]
         return self._start("client", main_client, argv)
 
-    def run(self, *options: object, clients: int = 3, client_options: Sequence[object] = ()) -> Path:
+    def run(
+        self, *options: object, clients: int = 3, client_options: Sequence[object] = ()
+    ) -> Path:
         """Run a whole configuration to its end and return the server's folder of it."""
         server = self.server("--clients", clients, "--run", "r", *options)
         own = [self.client("--client-id", k, *client_options) for k in range(clients)]

@@ -66,9 +66,7 @@ def test_a_socket_run_equals_the_simulation(
     assert_equal(weights(sockets), weights(one_process))
 
 
-def test_a_socket_run_writes_what_the_simulation_writes(
-    launcher: Launcher, tmp_path: Path
-) -> None:
+def test_a_socket_run_writes_what_the_simulation_writes(launcher: Launcher, tmp_path: Path) -> None:
     options = ["--model", BN_DROPOUT, "--cut", 5, "--rounds", 2, "--batch-size", 100]
     sockets = launcher.run(*options, client_options=["--allow-import", BN_DROPOUT])
     one_process = simulated(

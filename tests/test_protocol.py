@@ -1,0 +1,200 @@
+"""Frames: any cutting of the stream gives the same messages; garbage gives only our errors."""
+
+import contextlib
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sfl
+from sfl.errors import IntegrityError, ProtocolError
+from sfl.protocol import (
+    FILE_TYPES,
+    HEAD,
+    MAGIC,
+    VERSION,
+    Decoder,
+    Limits,
+    Message,
+    MessageType,
+    Position,
+    encode_head,
+)
+
+LIMITS = Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 20_000))
+
+
+def frame(message: Message) -> bytes:
+    return encode_head(message) + bytes(message.payload)
+
+
+def raw_frame(fields: object, payload: bytes = b"") -> bytes:
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(payload)) + text + payload
+
+
+def decode(stream: bytes, cuts: list[int], limits: Limits = LIMITS) -> list[Message]:
+    """Feed a stream in pieces and return the messages."""
+    decoder, messages = Decoder(limits), []
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        piece = memoryview(stream)[start:end]
+        while piece:
+            with decoder.get_buffer() as buffer:
+                assert len(buffer) > 0
+                num_bytes = min(len(buffer), len(piece))
+                buffer[:num_bytes] = piece[:num_bytes]
+            decoder.advance(num_bytes)
+            piece = piece[num_bytes:]
+            while (message := decoder.next_message()) is not None:
+                messages.append(message)
+    return messages
+
+
+texts = st.text(max_size=30)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+indices = st.integers(-1, 2**31 - 1)
+positions = st.builds(Position, texts, indices, indices, indices, indices)
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> Message:
+    kind = draw(st.sampled_from(MessageType))
+    payload = b""
+    if kind in FILE_TYPES:
+        payload = draw(st.binary(min_size=1, max_size=64)) * draw(st.integers(1, 300))
+    content = draw(json_values)
+    return Message(kind, draw(texts), draw(texts), content, draw(positions), payload)
+
+
+@st.composite
+def cut_streams(draw: st.DrawFn) -> tuple[list[Message], bytes, list[int]]:
+    sent = draw(st.lists(messages(), min_size=1, max_size=4))
+    stream = b"".join(frame(message) for message in sent)
+    cuts = draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    return sent, stream, sorted(cuts)
+
+
+@given(cut_streams())
+def test_any_cutting_of_the_stream_gives_the_same_messages(
+    cut_stream: tuple[list[Message], bytes, list[int]],
+) -> None:
+    sent, stream, cuts = cut_stream
+    assert decode(stream, cuts) == sent
+
+
+@given(st.lists(messages(), min_size=1, max_size=2))
+@settings(max_examples=20)
+def test_single_bytes_give_the_same_messages(sent: list[Message]) -> None:
+    stream = b"".join(frame(message) for message in sent)
+    assert decode(stream, list(range(1, len(stream)))) == sent
+
+
+@given(st.binary(max_size=400))
+def test_garbage_raises_only_protocol_errors(garbage: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert decode(garbage, []) == []
+
+
+@given(cut_streams(), st.data())
+def test_a_mutated_stream_raises_only_our_errors(
+    cut_stream: tuple[list[Message], bytes, list[int]], data: st.DataObject
+) -> None:
+    _, stream, _ = cut_stream
+    mutated = bytearray(stream)
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, len(mutated) - 1))
+        mutated[where] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolError, IntegrityError):
+        decode(bytes(mutated), [])
+
+
+@given(st.binary(max_size=200))
+def test_garbage_behind_a_good_head_raises_only_protocol_errors(text: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert decode(raw_frame(text), []) == []
+
+
+FIELDS = {
+    "type": "MESSAGE", "sender": "", "receiver": "", "run": "", "round": -1, "step": -1,
+    "client": -1, "link": 0, "content": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak"),
+        (HEAD.pack(MAGIC, 9, 0, 0, 2, 0), "version 9"),
+        (HEAD.pack(MAGIC, VERSION, 1, 0, 2, 0), "flags"),
+        (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0), "bytes of JSON"),
+        (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63), "payload of 9223372036854775808 bytes"),
+        (raw_frame(b"\xff\xff"), "cannot be read"),
+        (raw_frame(b"[" * 60_000), "cannot be read"),
+        (raw_frame(b"1" * 10_000), "cannot be read"),
+        (raw_frame([]), "not an object"),
+        (raw_frame({**FIELDS, "more": 1}), "more"),
+        (raw_frame({**FIELDS, "round": 2**31}), "out of range"),
+        (raw_frame({**FIELDS, "round": 1e999}), "not of type int"),
+        (raw_frame({**FIELDS, "round": True}), "not of type int"),
+        (raw_frame({**FIELDS, "type": "NO_SUCH_TYPE"}), "NO_SUCH_TYPE"),
+        (raw_frame(json.dumps(FIELDS).encode().replace(b'"step"', b'"round"')), "twice"),
+        (raw_frame({**FIELDS, "type": "TRAINING_LABELS"}), "without its file"),
+        (raw_frame({**FIELDS, "checksum": ""}, b"x"), "carries a payload"),
+        (
+            raw_frame(
+                {**FIELDS, "type": "SEND_MODEL", "checksum": "crc32:00000000"}, b"x" * 20_001
+            ),
+            "at most 20000",
+        ),
+    ],
+)
+def test_a_bad_frame_is_refused_with_its_reason(stream: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        decode(stream, [])
+
+
+def test_a_length_is_refused_before_anything_is_allocated() -> None:
+    limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**30, MessageType.TRAINING_LABELS: 10})
+    fields = json.dumps({**FIELDS, "type": "TRAINING_LABELS", "checksum": ""}).encode()
+    stream = HEAD.pack(MAGIC, VERSION, 0, 0, len(fields), 2**29) + fields
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match="at most 10 are"):
+        decode(stream, [], limits)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_flipped_bit_in_a_file_is_found() -> None:
+    stream = bytearray(frame(Message(MessageType.SEND_MODEL, payload=b"weights" * 100)))
+    stream[-5] ^= 1
+    with pytest.raises(IntegrityError, match="SEND_MODEL arrived damaged"):
+        decode(bytes(stream), [])
+
+
+def test_nan_and_infinity_pass_as_values() -> None:
+    sent = Message(MessageType.MESSAGE, content={"loss": float("inf")})
+    assert decode(frame(sent), []) == [sent]
+
+
+def test_a_field_of_the_content_is_checked() -> None:
+    message = Message(MessageType.MESSAGE, content={"count": 3, "flag": True})
+    assert message.get("count", int) == 3
+    assert message.get("count", float) == 3.0
+    for name, kind in (("flag", int), ("nothing", str), ("count", str)):
+        with pytest.raises(ProtocolError, match=name):
+            message.get(name, kind)
+
+
+def test_every_message_type_is_sent_and_expected_somewhere() -> None:
+    package = Path(sfl.__file__).parent
+    sources = [path.read_text() for path in package.glob("*.py") if path.name != "protocol.py"]
+    uses = re.findall(r"MessageType\.([A-Z_]+)", "".join(sources))
+    assert [t.name for t in MessageType if uses.count(t.name) < 2] == []

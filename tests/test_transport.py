@@ -1,0 +1,262 @@
+"""Connections over real sockets: the four calls, deadlines, ends in mid-message, counters."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
+from sfl.protocol import HEAD, Limits, Message, MessageType, Position, encode_head
+from sfl.switchboard import READ_AHEAD_MESSAGES, Switchboard
+from sfl.transport import Connection, connect, listen, one_line, parse_address
+
+LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
+AT = Position("run", 3, 4, 1, 0)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, Connection]]:
+    ours, theirs = socket.socketpair()
+    with (
+        Connection(ours, timeout_s=5, limits=LIMITS) as one,
+        Connection(theirs, timeout_s=5, limits=LIMITS) as other,
+    ):
+        yield one, other
+
+
+def test_messages_and_files_arrive_as_they_were_sent(pair: tuple[Connection, Connection]) -> None:
+    one, other = pair
+    one.send_message_as_json(MessageType.REGISTER, "a", "b", {"x": [1.5, None]}, at=AT)
+    one.send_file(MessageType.SEND_MODEL, b"bytes of a file", "a", "b", at=AT)
+    message = other.receive_message_as_json(MessageType.REGISTER)
+    assert message == Message(MessageType.REGISTER, "a", "b", {"x": [1.5, None]}, AT)
+    file = other.receive_file(MessageType.SEND_MODEL, at=AT)
+    assert bytes(file.payload) == b"bytes of a file"
+
+
+def test_a_file_larger_than_the_sockets_buffers_arrives_and_all_bytes_are_counted(
+    pair: tuple[Connection, Connection],
+) -> None:
+    one, other = pair
+    data = bytes(range(256)) * 100_000
+    thread = threading.Thread(target=one.send_file, args=(MessageType.SEND_MODEL, data))
+    thread.start()
+    assert other.receive_file(MessageType.SEND_MODEL).payload == data
+    thread.join()
+    expected = len(encode_head(Message(MessageType.SEND_MODEL, payload=data))) + len(data)
+    assert one.counters.bytes_sent == other.counters.bytes_received == expected
+    assert one.counters.messages_sent == other.counters.messages_received == 1
+    assert one.counters.bytes_received == other.counters.bytes_sent == 0
+
+
+def test_what_is_not_expected_is_named(pair: tuple[Connection, Connection]) -> None:
+    one, other = pair
+    one.send_message_as_json(MessageType.UNREGISTER)
+    with pytest.raises(ProtocolError, match="sent UNREGISTER, expected was REGISTER or SEND_FILE"):
+        other.receive_message_as_json(MessageType.REGISTER, MessageType.SEND_FILE)
+    one.send_message_as_json(MessageType.REGISTER, at=AT)
+    with pytest.raises(ProtocolError, match=r"step=4.*expected was .*step=5"):
+        other.receive_message_as_json(MessageType.REGISTER, at=Position("run", 3, 5, 1, 0))
+
+
+def test_notices_are_passed_on_and_last_words_raised(pair: tuple[Connection, Connection]) -> None:
+    one, other = pair
+    notices: list[str] = []
+    other.on_notice, other.peer_name = notices.append, "server"
+    one.send_message_as_json(MessageType.MESSAGE, content="wait")
+    one.send_message_as_json(MessageType.ABORT, content="disk\nfull\x1b[2J")
+    with pytest.raises(PeerFailed, match=r"the server stopped: disk full \[2J"):
+        other.receive_message_as_json(MessageType.START_TRAINING)
+    assert notices == ["wait"]
+
+
+FRAME = encode_head(Message(MessageType.SEND_MODEL, payload=b"p" * 100)) + b"p" * 100
+JSON_END = len(FRAME) - 100
+
+
+@pytest.mark.parametrize(
+    ("sent", "inside"),
+    [(0, ""), (1, "head"), (HEAD.size - 1, "head"), (HEAD.size, "JSON"), (HEAD.size + 5, "JSON"),
+     (JSON_END, "payload"), (len(FRAME) - 1, "payload")],
+)  # fmt: skip
+def test_a_connection_closed_in_mid_message_is_lost_at_once(sent: int, inside: str) -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(ours, timeout_s=60, limits=LIMITS) as one:
+        theirs.sendall(FRAME[:sent])
+        theirs.close()
+        started = time.monotonic()
+        where = f"closed the connection in the middle of a message's {inside}$" if inside else "n$"
+        with pytest.raises(ConnectionLost, match=where):
+            one.receive_file(MessageType.SEND_MODEL)
+        assert time.monotonic() - started < 5
+
+
+def test_deadlines_hold_for_receiving_and_sending() -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(ours, timeout_s=0.05, limits=LIMITS) as one, theirs:
+        with pytest.raises(ConnectionLost, match=r"sent nothing for 0.05 seconds$"):
+            one.receive_message_as_json(MessageType.REGISTER)
+        theirs.sendall(FRAME[:30])
+        with pytest.raises(ConnectionLost, match="seconds in the middle of a message's JSON"):
+            one.receive_message_as_json(MessageType.REGISTER)
+        with pytest.raises(ConnectionLost, match="took nothing"):
+            one.send_file(MessageType.SEND_MODEL, bytes(10_000_000))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "::"])
+def test_listen_and_connect_over_ipv4_and_ipv6(host: str) -> None:
+    with listen(host, 0) as listener:
+        port = listener.getsockname()[1]
+        targets = {"::": ["127.0.0.1", "::1"]}.get(host, [host])
+        for target in targets:
+            waits: list[str] = []
+            with connect(
+                target, port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=waits.append
+            ) as one:
+                sock, _ = listener.accept()
+                with Connection(sock, timeout_s=5, limits=LIMITS) as other:
+                    one.send_message_as_json(MessageType.REGISTER)
+                    assert other.receive_message_as_json(MessageType.REGISTER)
+                    nodelay = one._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                    assert nodelay
+            assert waits == []
+
+
+def test_connect_waits_for_a_server_that_is_not_up_yet() -> None:
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+    waiting = threading.Event()
+    connected: list[str] = []
+
+    def run() -> None:
+        with connect(
+            "127.0.0.1", port, timeout_s=5, connect_timeout_s=30, limits=LIMITS,
+            on_wait=lambda line: waiting.set(),
+        ) as connection:  # fmt: skip
+            connected.append(connection.address)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert waiting.wait(10)
+    with listen("127.0.0.1", port) as listener:
+        listener.accept()[0].close()
+        thread.join()
+    assert connected == [f"127.0.0.1:{port}"]
+
+
+def test_connect_gives_up_after_its_deadline() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(RunError, match=r"no server at 127.0.0.1:\d+ within 0.3 seconds"):
+        connect("127.0.0.1", port, timeout_s=5, connect_timeout_s=0.3, limits=LIMITS, on_wait=print)
+
+
+def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(
+            RunError, match=f"cannot listen on 127.0.0.1:{port}: Address already in"
+        ):
+            listen("127.0.0.1", port)
+    with pytest.raises(RunError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", ":80", "host:x", "host:0", "::1:80", "h:99999"]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_addresses_are_parsed() -> None:
+    assert parse_address("host.example:80") == ("host.example", 80)
+    assert parse_address("[fe80::1]:80") == ("fe80::1", 80)
+
+
+def test_a_peers_text_becomes_one_bounded_line() -> None:
+    assert one_line("a\nb\x00c" + "d" * 1000) == "a b c" + "d" * 495
+
+
+def switchboard() -> tuple[Switchboard, int]:
+    listener = listen("127.0.0.1", 0)
+    return Switchboard(listener, timeout_s=5, limits=LIMITS), listener.getsockname()[1]
+
+
+def dial(port: int) -> Connection:
+    return connect(
+        "127.0.0.1", port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=print
+    )
+
+
+def test_the_switchboard_gives_the_message_that_has_waited_longest() -> None:
+    board, port = switchboard()
+    with board, dial(port) as one, dial(port) as other:
+        for connection, name in ((one, "one"), (other, "other"), (one, "again")):
+            connection.send_message_as_json(MessageType.REGISTER, content=name)
+            while sum(len(c._inbox) for c in board.connections) < {"one": 1, "other": 2}.get(
+                name, 3
+            ):
+                board.wait_for_any(timeout_s=0.01)
+        got = []
+        for _ in range(3):
+            link = board.wait(board.connections)
+            got.append(link.receive_message_as_json(MessageType.REGISTER).content)
+        assert got == ["one", "other", "again"]
+
+
+def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
+    board, port = switchboard()
+    with board, dial(port) as one:
+        data = bytes(1_000_000)
+        sent = threading.Thread(
+            target=lambda: [one.send_file(MessageType.SEND_MODEL, data) for _ in range(40)]
+        )
+        sent.start()
+        (connection,) = board.wait_for_any(timeout_s=5)
+        for _ in range(40):
+            assert len(connection._inbox) <= READ_AHEAD_MESSAGES
+            connection.receive_file(MessageType.SEND_MODEL)
+        sent.join()
+
+
+def test_late_comers_are_told_why_they_are_turned_away() -> None:
+    board, port = switchboard()
+    with board:
+        board.turn_away("the run has its 2 clients")
+        with dial(port) as late:
+            late.peer_name = "server"
+            late.send_message_as_json(MessageType.REGISTER)
+            with pytest.raises(PeerFailed, match="the server refused: the run has its 2 clients"):
+                late.receive_message_as_json(MessageType.REGISTERED)
+
+
+def test_the_end_reaches_a_peer_that_is_sending() -> None:
+    board, port = switchboard()
+    with dial(port) as one:
+        one.peer_name = "server"
+        one.send_message_as_json(MessageType.REGISTER)
+        assert board.wait_for_any(timeout_s=5)
+        ended = threading.Thread(target=board.end, args=("client_1 was lost",))
+        ended.start()
+
+        def send_for_ever() -> None:
+            while True:
+                one.send_file(MessageType.SEND_MODEL, bytes(100_000))
+
+        with pytest.raises(ConnectionLost):
+            send_for_ever()
+        assert one.last_words() == "the server stopped: client_1 was lost"
+        one.close()
+        ended.join()
+
+
+def test_a_port_can_be_taken_again_at_once() -> None:
+    board, port = switchboard()
+    with board, dial(port) as one:
+        one.send_message_as_json(MessageType.REGISTER)
+        assert board.wait_for_any(timeout_s=5)
+    listen("127.0.0.1", port).close()
