@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.launch import Launcher
+
+# Time on a shared machine says nothing about the code.
+settings.register_profile("sfl", deadline=None)
+settings.load_profile("sfl")
 
 
 @pytest.fixture(autouse=True, scope="session")

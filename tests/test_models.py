@@ -1,0 +1,168 @@
+"""Models and cuts: split computation equals whole computation."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfl.config import RunConfig
+from sfl.errors import ConfigError
+from sfl.models import MODELS, build, model_spec, split
+from sfl.protocol import Position
+from sfl.segment import Segment, train_step
+from sfl.split_model import SplitModel
+from tests.models import bn_dropout
+
+CPU = torch.device("cpu")
+X = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 3, 4, 9])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
+    torch.manual_seed(1)
+    first = build(MODELS[name], (1, 28, 28), 10, seed=3).state_dict()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = build(MODELS[name], (1, 28, 28), 10, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    other = build(MODELS[name], (1, 28, 28), 10, seed=4).state_dict()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not any(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_the_models_are_the_fields() -> None:
+    mlp, lenet = (build(MODELS[n], (1, 28, 28), 10, seed=0) for n in ("mlp", "lenet5"))
+    assert [m.in_features for m in mlp if isinstance(m, nn.Linear)] == [784, 128, 64]
+    assert sum(p.numel() for p in lenet.parameters()) == 61_706
+    assert split(lenet, MODELS["lenet5"].cut)[0](X).shape == (6, 400)
+    assert split(mlp, MODELS["mlp"].cut)[0](X).shape == (6, 128)
+
+
+def test_segments_share_the_models_parameters_and_names() -> None:
+    model = build(MODELS["lenet5"], (1, 28, 28), 10, seed=0)
+    segments = split(model, 3, 7, 9)
+    names = [name for segment in segments for name in segment.state_dict()]
+    assert names == list(model.state_dict())
+    assert segments[1][0] is model[3]
+
+
+@pytest.mark.parametrize("cuts", [(13,), (-1,), (5, 3)])
+def test_a_cut_outside_the_model_is_refused(cuts: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="12 blocks"):
+        split(build(MODELS["lenet5"], (1, 28, 28), 10, seed=0), *cuts)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
+    """The front's gradients are those of the unsplit model, and its weights do change."""
+    run = RunConfig(model="tests.models:bn_dropout", cut=cut, seed=5)
+    at = Position("r", 2, 7, 1)
+    cut_model = SplitModel(run, (1, 28, 28), 10)
+    front, back = cut_model.front(CPU), cut_model.back(CPU)
+    z = front.forward(X, at)
+    figures, dz = train_step(back, z.detach().clone(), Y, at)
+    front.backward(dz)
+    whole = Segment(build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, run, CPU)
+    loss = nn.functional.cross_entropy(whole.forward(X, at), Y)
+    loss.backward()
+    assert loss.item() == figures.loss
+    ours = [*front.blocks.named_parameters(), *back.blocks.named_parameters()]
+    theirs = dict(whole.blocks.named_parameters())
+    assert [name for name, _ in ours] == list(theirs)
+    for name, parameter in ours:
+        assert torch.equal(parameter.grad, theirs[name].grad), name
+    before = front.state()
+    front.update()
+    changed = front.state()
+    assert all(
+        not torch.equal(before[name], changed[name]) for name, _ in front.blocks.named_parameters()
+    )
+
+
+def test_training_on_a_detached_copy_would_be_noticed() -> None:
+    """The mistake that left the field's first fronts untrained."""
+    front = SplitModel(RunConfig(), (1, 28, 28), 10).front(CPU)
+    z = front.forward(X, Position()).detach().requires_grad_()
+    z.backward(torch.ones_like(z))
+    assert all(parameter.grad is None for parameter in front.blocks.parameters())
+    front.backward(torch.ones_like(z))
+    assert all(parameter.grad is not None for parameter in front.blocks.parameters())
+
+
+def test_in_place_modules_next_to_a_cut_work_on_a_copy() -> None:
+    for cut in range(1, 12):
+        front, back = split(bn_dropout((1, 28, 28), 10), cut)
+        z = front.eval()(X)
+        sent = z.clone()
+        back.eval()(z)
+        assert torch.equal(z, sent)
+        assert all(not getattr(m, "inplace", False) for m in (front[-1], back[0]))
+
+
+def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
+    back = SplitModel(RunConfig(model="tests.models:bn_dropout", cut=9), (1, 28, 28), 10).back(CPU)
+    back.blocks[1] = nn.Identity()  # BatchNorm would move its buffers
+    z = torch.randn(6, 32)
+    first = back.forward(z, Position("r", 0, 0, 0))
+    torch.rand(1)
+    assert torch.equal(first, back.forward(z, Position("another name", 0, 0, 0)))
+    for other in (Position("r", 1, 0, 0), Position("r", 0, 1, 0), Position("r", 0, 0, 1)):
+        assert not torch.equal(first, back.forward(z, other))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_an_optimisers_state_is_restored_exactly(optimizer: str) -> None:
+    run = RunConfig(optimizer=optimizer, momentum=0.9, lr=0.01)
+    cut_model = SplitModel(run, (1, 28, 28), 10)
+    ours, theirs = cut_model.back(CPU), cut_model.back(CPU)
+    z = torch.randn(6, 400)
+    for step in range(3):
+        train_step(ours, z, Y, Position("r", 0, step))
+        ours.update()
+    theirs.load(ours.state())
+    state = ours.optimizer_state()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in theirs.optimizer_spec().items()
+    }
+    theirs.load_optimizer_state(state)
+    for segment in (ours, theirs):
+        train_step(segment, z, Y, Position("r", 0, 3))
+        segment.update()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(s.state().values() for s in (ours, theirs)), strict=True)
+    )
+
+
+def not_a_sequential(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Linear(3, 3)
+
+
+def two_outputs(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "reason"),
+    [
+        ({"model": "tests.test_models:not_a_sequential", "cut": 1}, (1, 28, 28), "Sequential"),
+        ({"model": "tests.test_models:two_outputs", "cut": 1}, (1, 28, 28), "wanted are 10 logits"),
+        ({"model": "tests.test_models:two_outputs", "cut": 1}, (3, 9, 9), "does not take samples"),
+        ({"model": "tests.test_models:two_outputs"}, (1, 28, 28), "say with --cut"),
+        ({"model": "tests.test_models:nothing", "cut": 1}, (1, 28, 28), "cannot import"),
+        ({"model": "lenet5"}, (784,), "cannot be built"),
+        ({"model": "lenet5"}, (1, 4, 4), "does not take samples"),
+        ({"model": "lenet5", "cut": 12}, (1, 28, 28), "blocks on both sides"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_run_is_refused(
+    options: dict[str, object], shape: tuple[int, ...], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        SplitModel(RunConfig(**options), shape, 10)
+
+
+def test_a_server_cannot_choose_a_module_to_import() -> None:
+    with pytest.raises(ConfigError, match="--allow-import os:system"):
+        model_spec("os:system", allowed=["tests.models:bn_dropout"])
+    assert model_spec("tests.models:bn_dropout", allowed=["tests.models:bn_dropout"]).cut is None
