@@ -9,6 +9,7 @@ Each folder of tensors has a ``manifest.jsonl``, its only index: one line a file
 file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and finished manifests.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -179,15 +180,17 @@ class RunArchive:
 
 def _read_manifest(folder: Path) -> list[Entry]:
     path = folder / MANIFEST
-    entries = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):  # else it was being written when the run was killed
-                entries.append(_parse_line(line))
+        *lines, rest = path.read_bytes().split(b"\n")
+        entries = [_parse_line(line) for line in lines]
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path}: is damaged: {error}") from error
+    # What has no end of line was being written when the run was killed; it has not counted.
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        _parse_line(rest[:-1])
+        raise IntegrityError(f"{path}: is damaged: its last line does not end")
     return entries
 
 
@@ -195,14 +198,14 @@ def manifest_line(entry: Entry) -> str:
     """Return an entry as its line of a manifest, which ends in the line's own checksum."""
     fields = asdict(entry)
     check = checksum(json.dumps(fields).encode())
-    return json.dumps(fields | {"check": check}) + "\n"
+    return json.dumps(fields | {"check": check})
 
 
-def _parse_line(line: str) -> Entry:
+def _parse_line(line: bytes) -> Entry:
     fields = json.loads(line)
     fields.pop("check", None)
     entry = Entry(**fields | {"shape": tuple(fields["shape"])})
-    if manifest_line(entry) != line:
+    if manifest_line(entry).encode() != line:
         raise ValueError("a line is not what was written")
     # A manifest may come from somebody else: it names no file outside its own folder.
     if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:

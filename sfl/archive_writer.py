@@ -134,7 +134,7 @@ class ArchiveWriter:
         if folder not in self._manifests:
             path = folder / MANIFEST
             self._manifests[folder] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._manifests[folder].write(manifest_line(entry))
+        self._manifests[folder].write(manifest_line(entry) + "\n")
 
     def _close_round(self, round_index: int) -> None:
         for folder in [folder for folder in self._manifests if folder != self._root]:

@@ -1,0 +1,84 @@
+"""A TCP proxy that keeps what passes, in both directions, and decodes it into messages."""
+
+import contextlib
+import socket
+import threading
+from dataclasses import dataclass, field
+
+from sfl.protocol import FILE_TYPES, Decoder, Limits, Message
+
+UP, DOWN = "up", "down"
+
+
+@dataclass
+class Recorded:
+    """One connection: the bytes each way, and the messages in the order they were complete."""
+
+    streams: dict[str, bytearray] = field(
+        default_factory=lambda: {UP: bytearray(), DOWN: bytearray()}
+    )
+    messages: list[tuple[str, Message]] = field(default_factory=list)
+
+
+class Proxy:
+    """Listens on ``port`` and passes every connection on to ``target_port``."""
+
+    def __init__(self, target_port: int) -> None:
+        self._target_port = target_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.connections: list[Recorded] = []
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+        self._start(self._accept)
+
+    def _start(self, run: object, *arguments: object) -> None:
+        thread = threading.Thread(target=run, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target_port))
+            self._sockets += [client, server]
+            recorded = Recorded()
+            self.connections.append(recorded)
+            self._start(self._pass, client, server, recorded, UP)
+            self._start(self._pass, server, client, recorded, DOWN)
+
+    def _pass(
+        self, source: socket.socket, target: socket.socket, recorded: Recorded, way: str
+    ) -> None:
+        decoder = Decoder(Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 2**30)))
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                with self._lock:  # decoded before it is passed on: an answer comes after it
+                    recorded.streams[way] += data
+                    self._decode(decoder, data, recorded, way)
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def _decode(self, decoder: Decoder, data: bytes, recorded: Recorded, way: str) -> None:
+        while data:
+            with decoder.get_buffer() as buffer:
+                taken = min(len(buffer), len(data))
+                buffer[:taken] = data[:taken]
+            decoder.advance(taken)
+            data = data[taken:]
+            while (message := decoder.next_message()) is not None:
+                recorded.messages.append((way, message))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+        for sock in self._sockets:
+            sock.close()

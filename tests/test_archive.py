@@ -1,0 +1,177 @@
+"""The archive: what is written off the critical path, and its one reader."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfl.archive
+from sfl import archive_writer
+from sfl.archive import GRADS, LABELS, MANIFEST, TENSOR_KINDS
+from sfl.archive_writer import ArchiveWriter, write_file
+from sfl.config import KeepTensors
+from sfl.errors import IntegrityError, RunError
+from sfl.tensors import TensorSpec, encode
+
+ALL = KeepTensors.parse("all")
+
+
+def record(writer: ArchiveWriter, client: int, round_index: int, step: int) -> None:
+    """Record a step whose tensors say where they belong."""
+    where = {"client": client, "round": round_index, "step": step, "order": step}
+    for number, kind in enumerate(TENSOR_KINDS):
+        tensor = torch.tensor([client, round_index, step, number])
+        writer.record(kind, encode(tensor), TensorSpec.of(tensor), where)
+
+
+def write_run(root: Path, keep: str = "all", rounds: int = 3) -> None:
+    with ArchiveWriter(root, KeepTensors.parse(keep)) as writer:
+        for r in range(rounds):
+            for step in range(2):
+                for client in (1, 0):
+                    record(writer, client, r, step)
+            writer.end_round(r)
+
+
+def found(root: Path, **chosen: int) -> list[tuple[int, int, int]]:
+    return [(s.round, s.order, s.client) for s in sfl.archive.open(root).steps(**chosen)]
+
+
+def test_steps_are_read_back_in_order_of_processing(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    everything = [(r, s, k) for r in range(3) for s in range(2) for k in range(2)]
+    assert found(tmp_path) == everything
+    assert found(tmp_path, client=0, round=2) == [(2, 0, 0), (2, 1, 0)]
+    for step in sfl.archive.open(tmp_path).steps(client=1):
+        place = [step.client, step.round, step.step]
+        assert step.labels.tolist() == [*place, 0]
+        assert step.activations.tolist() == [*place, 1]
+        assert step.grads.tolist() == [*place, 2]
+
+
+def test_the_layout_is_the_fixed_one(tmp_path: Path) -> None:
+    write_run(tmp_path, rounds=1)
+    folder = tmp_path / "client_files" / "client_1" / "round_000"
+    names = {f"{kind}_0_{step}.pt" for kind in TENSOR_KINDS for step in range(2)} | {MANIFEST}
+    assert {path.name for path in folder.iterdir()} == names
+    assert torch.load(folder / "grads_0_1.pt", weights_only=True).tolist() == [1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("all", [0, 1, 2]), ("last", [2]), ("every:2", [0, 2]), ("none", [])]
+)
+def test_only_the_rounds_that_were_asked_for_stay(
+    tmp_path: Path, keep: str, kept: list[int]
+) -> None:
+    write_run(tmp_path, keep)
+    if keep == "none":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert sorted({r for r, _, _ in found(tmp_path)}) == kept
+
+
+def flip(path: Path, where: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (step, _) = sfl.archive.open(tmp_path).steps(client=0, round=1)
+    flip(step.path(GRADS), 700)
+    assert step.labels.tolist() == [0, 1, 0, 0]
+    with pytest.raises(IntegrityError, match=r"client_0/round_001/grads_1_0.pt: is damaged"):
+        _ = step.grads
+    step.path(LABELS).unlink()
+    fresh = next(iter(sfl.archive.open(tmp_path).steps(client=0, round=1)))
+    with pytest.raises(IntegrityError, match=r"labels_1_0.pt: No such file"):
+        _ = fresh.labels
+
+
+def test_every_byte_of_every_manifest_counts(tmp_path: Path) -> None:
+    write_run(tmp_path, rounds=1)
+    for path in (tmp_path / MANIFEST, tmp_path / "client_files/client_0/round_000" / MANIFEST):
+        whole = path.read_bytes()
+        for where in range(len(whole)):
+            flip(path, where)
+            with pytest.raises(IntegrityError, match=rf"{path}: is damaged"):
+                found(tmp_path)
+            path.write_bytes(whole)
+    assert len(found(tmp_path)) == 4
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    write_run(tmp_path, rounds=1)
+    for path in ("../secret", "/etc/passwd"):
+        entry = sfl.archive.Entry("config", path, 3, "crc32:00000000")
+        with open(tmp_path / MANIFEST, "a") as manifest:
+            manifest.write(sfl.archive.manifest_line(entry) + "\n")
+        with pytest.raises(IntegrityError, match="a path outside the folder"):
+            sfl.archive.open(tmp_path)
+
+
+def test_the_files_of_a_run_that_was_killed_are_read_as_far_as_they_are_whole(
+    tmp_path: Path,
+) -> None:
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        writer.write("config", "config.json", b"{}")
+        for step in range(3):
+            record(writer, 0, 0, step)
+    manifest = tmp_path / "client_files/client_0/round_000" / MANIFEST
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert found(tmp_path) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "x", b"old")
+
+    def fail(source: Path, target: Path) -> None:
+        assert (tmp_path / "x").read_bytes() == b"old"
+        assert Path(source).read_bytes() == b"new"
+        raise OSError("killed before the rename")
+
+    monkeypatch.setattr(archive_writer.os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        write_file(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_what_waits_to_be_written_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_writer, "MAX_PENDING_BYTES", 10_000)
+    gate, peak = threading.Event(), 0
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        writer._submit(lambda: gate.wait(30) and None, 0)
+        opener = threading.Timer(0.2, gate.set)
+        opener.start()
+        for number in range(100):
+            writer.write("x", f"{number}.bin", bytes(1000))
+            peak = max(peak, writer._pending_bytes)
+        assert gate.is_set()  # so the producer had to wait for the disk
+        writer.flush()
+    assert 10_000 < peak <= 11_000
+    assert len(list(tmp_path.glob("*.bin"))) == 100
+
+
+def test_a_disk_that_fails_is_one_clear_error(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "client_files").write_text("in the way")
+    with ArchiveWriter(root, ALL) as writer:
+        with pytest.raises(RunError, match=rf"cannot write to {root}: Not a directory"):
+            record_until_it_fails(writer)
+        with pytest.raises(RunError, match="cannot write"):
+            writer.flush()
+
+
+def record_until_it_fails(writer: ArchiveWriter) -> None:
+    record(writer, 0, 0, 0)  # fails here if the thread was quick
+    writer.flush()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no folder of a run"):
+        sfl.archive.open(tmp_path)

@@ -1,0 +1,175 @@
+"""Replay: an honest run differs nowhere; one flipped byte in any file is named."""
+
+import io
+import random
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import replay
+from sfl.config import NodeConfig, RunConfig
+from sfl.simulate import simulate
+from tests.launch import Launcher
+from tests.test_equivalence import BN_DROPOUT
+
+
+def recorded(out: Path, **options: object) -> Path:
+    defaults = {"model": BN_DROPOUT, "cut": 5, "rounds": 3, "batch_size": 200, "clients": 2}
+    return simulate(RunConfig(**defaults | options, run="r"), NodeConfig(out=str(out)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer_state": "keep"},
+        {"optimizer_state": "keep", "optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        {"partition": "sizes:0.3,0.7", "local_epochs": 2},
+        {"keep_tensors": "last"},
+        {"keep_tensors": "every:2"},
+        {"aggregation_weights": "equal", "partition": "sizes:0.3,0.7"},
+    ],
+)
+def test_an_honest_run_differs_nowhere(tmp_path: Path, options: dict[str, object]) -> None:
+    run = recorded(tmp_path, **options)
+    report = replay.check(replay.load(run))
+    assert report.findings == []
+    num_files = len(list(run.glob("client_files/*/*/grads_*.pt")))
+    assert report.summary == f"{num_files} gradients checked, 0 differ"
+    assert num_files >= 16
+
+
+def test_a_socket_run_differs_nowhere(launcher: Launcher) -> None:
+    options = ["--model", BN_DROPOUT, "--cut", 4, "--rounds", 2, "--batch-size", 100]
+    options += ["--optimizer-state", "keep"]
+    run = launcher.run(*options, client_options=["--allow-import", BN_DROPOUT])
+    report = replay.check(replay.load(run))
+    assert report.findings == []
+    assert report.summary == "66 gradients checked, 0 differ"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recorded(tmp_path_factory.mktemp("replay"), rounds=2, optimizer_state="keep")
+
+
+def run_replay(*argv: object) -> tuple[int, list[str]]:
+    """Run the program; return its exit code and lines."""
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["replay", *map(str, argv)])
+        code = replay.main()
+    return code, out.getvalue().splitlines()
+
+
+def test_one_client_or_round_is_checked_alone(run: Path) -> None:
+    assert run_replay(run) == (0, ["32 gradients checked, 0 differ"])
+    assert run_replay(run, "--client", 1) == (0, ["16 gradients checked, 0 differ"])
+    assert run_replay(run, "--round", 1, "--client", 0) == (0, ["8 gradients checked, 0 differ"])
+
+
+def listed_files(run: Path) -> list[Path]:
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.name != "server_log.txt"]
+    assert len(files) > 100
+    return files
+
+
+def test_one_flipped_byte_in_any_file_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    draw = random.Random(5)
+    for path in draw.sample(listed_files(copy), 30) + special_files(copy):
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        assert str(path) in findings(copy), path
+        path.write_bytes(whole)
+    assert findings(copy) == ""
+
+
+def special_files(run: Path) -> list[Path]:
+    names = ["config.json", "environment.json", "rounds.csv", "rounds/round_001.csv"]
+    names += ["models/server_model_init.pt", "models/server_optimizer_1_000.pt"]
+    names += ["models/client_model_001.pt", "models/client_0_001.pt", "models/server_model_001.pt"]
+    return [run / name for name in names]
+
+
+def findings(run: Path) -> str:
+    """Return what replay says of a run: its findings, or the error that ends it."""
+    from sfl.errors import IntegrityError
+
+    try:
+        code, lines = run_replay(run)
+    except IntegrityError as error:
+        return str(error)
+    assert code == (1 if len(lines) > 1 else 0)
+    return "\n".join(lines[:-1])
+
+
+def test_what_rests_on_a_damaged_file_is_not_called_different(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "client_files/client_1/round_000/split_layer_tensor_0_2.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, lines = run_replay(copy)
+    assert code == 1
+    assert lines[0].startswith(f"{path}: is damaged")
+    assert lines[1:] == [
+        "5 gradients rest on a damaged file and were not checked",
+        "27 gradients checked, 1 differ",
+    ]
+
+
+def test_a_gradient_that_was_recorded_wrongly_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plant the bug: the server sends, and records, gradients that are off by one bit."""
+    from sfl import conversation
+
+    honest = conversation.train_step
+
+    def off_by_a_bit(*arguments: object) -> object:
+        figures, grads = honest(*arguments)
+        if arguments[-1].step == 3:
+            grads = grads.clone()
+            grads.view(torch.int32)[0, 0] ^= 1
+        return figures, grads
+
+    monkeypatch.setattr(conversation, "train_step", off_by_a_bit)
+    run = recorded(tmp_path, rounds=1, clients=1)
+    code, lines = run_replay(run)
+    path = run / "client_files/client_0/round_000/grads_0_3.pt"
+    assert (code, lines) == (
+        1,
+        [f"{path}: differs from the recomputed gradients", "16 gradients checked, 1 differ"],
+    )
+
+
+def test_an_average_that_was_computed_wrongly_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfl import rounds
+
+    monkeypatch.setattr(rounds, "fed_avg", lambda states, weights: dict(states[0]))
+    run = recorded(tmp_path, rounds=1)
+    monkeypatch.undo()
+    _, lines = run_replay(run)
+    names = [line.partition(":")[0].removeprefix(f"{run}/") for line in lines]
+    assert names[:2] == ["models/server_model_000.pt", "models/client_model_000.pt"]
+
+
+def test_another_back_is_trained_offline(run: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "back.pt"
+    code, lines = run_replay(run, "--train-back", "--epochs", 4, "--save", saved, "--seed", 9)
+    assert code == 0
+    assert lines[0] == "round 1: 13 steps to train on, 3 held out"
+    losses = [float(line.split("train_loss ")[1].split(",")[0]) for line in lines[1:5]]
+    assert losses == sorted(losses, reverse=True)
+    state = torch.load(saved, weights_only=True)
+    theirs = torch.load(run / "models/server_model_001.pt", weights_only=True)
+    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in theirs.items()}
+    assert run_replay(run, "--train-back", "--epochs", 4, "--seed", 9)[1] == lines[:5]

@@ -1,0 +1,159 @@
+"""What a real run puts on the wire, seen by a proxy between clients and server."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfl.config import RunConfig
+from sfl.data import DATASETS, Samples, part_of
+from sfl.protocol import FILE_TYPES, MessageType
+from sfl.tensors import owns_storage
+from tests.launch import Launcher
+from tests.proxy import DOWN, UP, Proxy, Recorded
+
+ROUNDS, CLIENTS, BATCH = 2, 2, 64
+STEP = [
+    (UP, MessageType.TRAINING_LABELS),
+    (UP, MessageType.TRAINING_FEATURES),
+    (DOWN, MessageType.TRAINING_GRADS),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Recorded]]:
+    """Run two clients through a proxy; return the run's folder and what passed."""
+    launcher = Launcher(tmp_path_factory.mktemp("wire"))
+    proxy = Proxy(launcher.port)
+    options = ["--clients", CLIENTS, "--rounds", ROUNDS, "--batch-size", BATCH, "--run", "r"]
+    server = launcher.server(*options)
+    while "listening" not in server.out and server.process.is_alive():
+        server.process.join(0.05)
+    to_proxy = ["--server", f"127.0.0.1:{proxy.port}"]
+    clients = [launcher.client(*to_proxy, "--client-id", k) for k in range(CLIENTS)]
+    for program in [server, *clients]:
+        program.ended_with(0)
+    proxy.close()
+    launcher.end()
+    return launcher.folder / "server" / "r", proxy.connections
+
+
+def test_a_training_step_is_one_round_trip_and_three_files(
+    recorded: tuple[Path, list[Recorded]],
+) -> None:
+    _, connections = recorded
+    assert len(connections) == CLIENTS
+    for connection in connections:
+        kinds = [(way, message.type) for way, message in connection.messages]
+        steps = [kind for kind in kinds if kind[1] in {k for _, k in STEP}]
+        num_steps = len(steps) // 3
+        assert steps == STEP * num_steps
+        assert num_steps == ROUNDS * 25  # 1,600 training samples
+        # Nothing else passes from the first step of a round to its last.
+        for r in range(ROUNDS):
+            first = next(
+                i for i, (_, m) in enumerate(connection.messages)
+                if m.type == MessageType.TRAINING_LABELS and m.at.round == r
+            )  # fmt: skip
+            assert kinds[first : first + 75] == STEP * 25
+
+
+def test_bytes_on_the_wire_are_at_most_five_percent_over_the_files(
+    recorded: tuple[Path, list[Recorded]],
+) -> None:
+    run, connections = recorded
+    files = sum(path.stat().st_size for path in run.glob("client_files/*/*/*.pt"))
+    training = {kind for _, kind in STEP}
+    payloads = sum(len(m.payload) for c in connections for _, m in c.messages if m.type in training)
+    assert payloads == files
+    total = sum(len(stream) for c in connections for stream in c.streams.values())
+    all_files = sum(
+        len(m.payload) for c in connections for _, m in c.messages if m.type in FILE_TYPES
+    )
+    assert all_files < total <= 1.05 * all_files
+
+
+def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
+    """rounds.csv counts from START_TRAINING to VALIDATION_DONE."""
+    run, connections = recorded
+    rows = list(csv.DictReader((run / "rounds.csv").read_text().splitlines()))
+    for round_index, row in enumerate(rows):
+        of_round = [
+            (way, len(m.payload))
+            for c in connections
+            for way, m in c.messages
+            if m.at.round == round_index
+        ]
+        assert int(row["messages_up"]) == sum(way == UP for way, _ in of_round)
+        assert int(row["messages_down"]) == sum(way == DOWN for way, _ in of_round)
+        for way, column in ((UP, "bytes_up"), (DOWN, "bytes_down")):
+            payload = sum(size for w, size in of_round if w == way)
+            num_heads = sum(w == way for w, _ in of_round)
+            assert payload + 100 * num_heads < int(row[column]) < payload + 400 * num_heads
+    streams = {w: sum(len(c.streams[w]) for c in connections) for w in (UP, DOWN)}
+    for way, column in ((UP, "bytes_up"), (DOWN, "bytes_down")):
+        outside = streams[way] - sum(int(row[column]) for row in rows)
+        initial = len(run.joinpath("models/client_model_init.pt").read_bytes())
+        assert 0 < outside < 4000 * CLIENTS < initial * CLIENTS  # the clients had it already
+
+
+def test_raw_data_never_leave_the_client(recorded: tuple[Path, list[Recorded]]) -> None:
+    _, connections = recorded
+    spec = DATASETS["mnist-5k"]
+    loaded = spec.load(Path(), print)
+    found = searched = 0
+    for k in range(CLIENTS):
+        data = part_of(spec, RunConfig(clients=CLIENTS), k, loaded)
+        streams = [bytes(connection.streams[UP]) for connection in connections]
+        for samples in (data.train, data.validation, data.test):
+            for image in raw_rows(data.batch(samples, slice(0, 40))[0], samples):
+                searched += 1
+                found += sum(image in stream for stream in streams)
+    assert searched == CLIENTS * 3 * 40 * 2
+    assert found == 0
+
+
+def raw_rows(x: torch.Tensor, samples: Samples) -> list[bytes]:
+    """Return three rows of each image as they would lie in a file: as read, and normalised."""
+    normalised = [image[0, 12:15].numpy().tobytes() for image in x]
+    return normalised + [image[0, 12:15].numpy().tobytes() for image in samples.x[: len(x)]]
+
+
+def test_the_search_for_raw_data_would_find_them() -> None:
+    """With the cut behind ``flatten`` the activations of an mlp are the images themselves."""
+    spec = DATASETS["mnist-5k"]
+    data = part_of(spec, RunConfig(), 0, spec.load(Path(), print))
+    x, _ = data.batch(data.train, slice(0, 40))
+    leaked = np.ascontiguousarray(torch.nn.Flatten()(x).numpy()).tobytes()
+    rows = raw_rows(x, data.train)
+    assert sum(row in leaked for row in rows[:40]) == 40
+
+
+def test_every_files_tensor_owns_its_storage(recorded: tuple[Path, list[Recorded]]) -> None:
+    run, _ = recorded
+    paths = [*run.glob("client_files/*/*/*.pt"), *run.glob("models/*.pt")]
+    assert len(paths) > 300
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        tensors = content.values() if isinstance(content, dict) else [content]
+        assert all(owns_storage(tensor) for tensor in tensors), path
+
+
+def test_what_is_on_disk_is_what_passed(recorded: tuple[Path, list[Recorded]]) -> None:
+    run, connections = recorded
+    kinds = {
+        MessageType.TRAINING_LABELS: "labels",
+        MessageType.TRAINING_FEATURES: "split_layer_tensor",
+        MessageType.TRAINING_GRADS: "grads",
+    }
+    compared = 0
+    for connection in connections:
+        for _, m in connection.messages:
+            if m.type in kinds:
+                folder = run / "client_files" / f"client_{m.at.client}" / f"round_{m.at.round:03d}"
+                path = folder / f"{kinds[m.type]}_{m.at.round}_{m.at.step}.pt"
+                assert path.read_bytes() == m.payload
+                compared += 1
+    assert compared == len(list(run.glob("client_files/*/*/*.pt")))
