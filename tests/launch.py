@@ -19,6 +19,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
 _CONTEXT.set_forkserver_preload(["sfl.server", "sfl.client", "sfl.own_data", "torch._dynamo"])
 TIMEOUT_S = 120
+# No test reaches out: a download ends at a proxy that is not there.
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:1")
 
 
 def free_port() -> int:
@@ -81,7 +83,7 @@ class Launcher:
     def _start(self, name: str, main: Callable[[list[str]], int], argv: Sequence[str]) -> Program:
         log = self.folder / f"{name}-{len(self.programs)}"
         Path(f"{log}.out").touch()
-        arguments = (main, [str(a) for a in argv], log, {})
+        arguments = (main, [str(a) for a in argv], log)
         process = _CONTEXT.Process(target=_child, args=arguments)
         process.start()
         self.programs.append(Program(process, log))

@@ -1,0 +1,315 @@
+"""What goes wrong in real processes: one clear line, the right exit code, a clean end for all."""
+
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfl.protocol import HEAD, MAGIC, VERSION
+from tests.launch import Launcher, Program
+
+FAST = ["--model", "mlp", "--batch-size", 200]
+LONG = [*FAST, "--rounds", 1000, "--keep-tensors", "none"]
+
+
+def wait_for(program: Program, text: str) -> None:
+    """Wait until a program has printed something."""
+    while text not in program.out:
+        program.process.join(0.02)
+        assert program.process.is_alive(), f"ended without {text!r}:\n{program.out}{program.err}"
+
+
+def start_long_run(launcher: Launcher, clients: int = 2) -> tuple[Program, list[Program]]:
+    """Start a run and wait until it is in its third round."""
+    server = launcher.server("--clients", clients, *LONG)
+    own = [launcher.client("--client-id", k) for k in range(clients)]
+    wait_for(server, "round 2/1000")
+    return server, own
+
+
+def send_signal(program: Program, number: int) -> None:
+    assert program.process.pid is not None
+    os.kill(program.process.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_server_ends_its_clients(launcher: Launcher, number: int) -> None:
+    server, clients = start_long_run(launcher)
+    send_signal(server, number)
+    assert server.ended_with(1) == "run_server.py: error: interrupted"
+    for client in clients:
+        line = "run_client.py: error: the server stopped: it was interrupted"
+        assert client.ended_with(1) == line
+    log = next(launcher.folder.glob("server/*/server_log.txt")).read_text()
+    assert log.splitlines()[-1].endswith("the run failed: it was interrupted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_client_ends_the_run(launcher: Launcher, number: int) -> None:
+    server, clients = start_long_run(launcher)
+    send_signal(clients[1], number)
+    assert clients[1].ended_with(1) == "run_client.py: error: interrupted"
+    why = "client_1 stopped: it was interrupted"
+    assert server.ended_with(1) == f"run_server.py: error: {why}"
+    assert clients[0].ended_with(1) == f"run_client.py: error: the server stopped: {why}"
+
+
+def test_a_killed_client_ends_the_run(launcher: Launcher) -> None:
+    server, clients = start_long_run(launcher)
+    send_signal(clients[0], signal.SIGKILL)
+    assert "client_0 closed the connection" in server.ended_with(1)
+    assert "the server stopped: client_0 closed the connection" in clients[1].ended_with(1)
+
+
+def test_a_killed_server_ends_the_clients(launcher: Launcher) -> None:
+    server, clients = start_long_run(launcher)
+    send_signal(server, signal.SIGKILL)
+    for client in clients:
+        assert "error: the server closed the connection" in client.ended_with(1)
+
+
+def test_a_server_interrupted_while_it_waits_ends_the_clients_that_wait(launcher: Launcher) -> None:
+    server, client = launcher.server("--clients", 2), launcher.client()
+    wait_for(client, "waiting for 1 of 2 clients")
+    send_signal(server, signal.SIGINT)
+    server.ended_with(1)
+    assert client.ended_with(1).endswith("the server stopped: it was interrupted")
+
+
+def test_a_client_that_leaves_before_the_start_ends_the_run(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 3)
+    stays, leaves = launcher.client("--client-id", 0), launcher.client("--client-id", 2)
+    wait_for(stays, "waiting for 1 of 3 clients: 1")
+    send_signal(leaves, signal.SIGINT)
+    leaves.ended_with(1)
+    why = "client_2 left before the start: client_2 stopped: it was interrupted"
+    assert server.ended_with(1) == f"run_server.py: error: {why}"
+    assert stays.ended_with(1) == f"run_client.py: error: the server stopped: {why}"
+
+
+def test_clients_too_many_or_of_a_taken_id_are_turned_away_and_the_run_goes_on(
+    launcher: Launcher,
+) -> None:
+    server = launcher.server("--clients", 2, "--rounds", 2, *FAST)
+    first = launcher.client("--client-id", 1)
+    wait_for(first, "waiting for 1 of 2 clients: 0")
+    taken = launcher.client("--client-id", 1).ended_with(1)
+    assert "the server refused: --client-id 1 is taken" in taken
+    outside = launcher.client("--client-id", 2).ended_with(1)
+    assert "the server refused: --client-id 2: this run has the ids 0 to 1" in outside
+    last = launcher.client()
+    wait_for(last, "client_0 of run")
+    too_many = launcher.client().ended_with(1)
+    assert "the server refused: the run" in too_many
+    assert too_many.endswith("has its 2 clients")
+    for program in (server, first, last):
+        program.ended_with(0)
+
+
+def test_strangers_on_the_port_do_not_disturb_a_run(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 1, "--rounds", 2, *FAST)
+    wait_for(server, "listening")
+    strangers = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0),
+        HEAD.pack(MAGIC, VERSION, 0, 0, 10, 2**62),
+        HEAD.pack(MAGIC, VERSION, 0, 0, 2, 0) + b"{}",
+        b"SFL\n",
+        b"",
+    ]
+    for sent in strangers:
+        with socket.create_connection(("127.0.0.1", launcher.port)) as sock:
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+    with socket.create_connection(("127.0.0.1", launcher.port)):  # says nothing, and stays
+        launcher.client().ended_with(0)
+        server.ended_with(0)
+    log = next(launcher.folder.glob("server/*/server_log.txt")).read_text()
+    assert log.count("turned away") >= len(strangers)
+
+
+def test_a_run_whose_name_exists_is_refused_and_left_alone(launcher: Launcher) -> None:
+    folder = launcher.folder / "server" / "taken"
+    folder.mkdir(parents=True)
+    line = launcher.server("--run", "taken").ended_with(2)
+    assert (
+        line == f"run_server.py: error: a run taken exists in {folder.parent}; give another --run"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_a_port_in_use_leaves_no_folder(launcher: Launcher) -> None:
+    with socket.create_server(("127.0.0.1", launcher.port)):
+        line = launcher.server().ended_with(1)
+    assert f"cannot listen on 127.0.0.1:{launcher.port}: Address already in use" in line
+    assert not (launcher.folder / "server").exists()
+
+
+def test_a_client_waits_for_its_server_and_gives_up(launcher: Launcher) -> None:
+    client = launcher.client("--connect-timeout", 0.5)
+    line = client.ended_with(1)
+    assert f"no server at 127.0.0.1:{launcher.port} within 0.5 seconds" in line
+    assert client.out.startswith("waiting for the server at")
+    late = launcher.client()
+    wait_for(late, "waiting for the server at")
+    launcher.server("--clients", 1, "--rounds", 1, *FAST).ended_with(0)
+    late.ended_with(0)
+
+
+def test_a_host_that_does_not_exist_is_said(launcher: Launcher) -> None:
+    client = launcher.client("--server", "no.such.host.invalid:80", "--connect-timeout", 1)
+    line = client.ended_with(1)
+    assert "no.such.host.invalid" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "lenet"], "unknown model 'lenet'; did you mean lenet5?"),
+        (["--dataset", "mnits"], "unknown data set 'mnits'; did you mean mnist or mnist-5k?"),
+        (["--rounds", 0], "--rounds 0: must be at least 1"),
+        (["--cut", 12], "lenet5 has 12: conv1, relu1"),
+        (["--cut", 0], "needs blocks on both sides"),
+        (["--weights", "gs://bucket/x"], "unknown weight store"),
+        (["--scheme", "sflv2"], "unknown scheme 'sflv2'; did you mean sflv1?"),
+        (["--optimizer", "adma"], "did you mean adam?"),
+    ],
+)
+def test_bad_options_end_with_2(launcher: Launcher, options: list[object], reason: str) -> None:
+    assert reason in launcher.server(*options).ended_with(2)
+    assert list(launcher.folder.glob("server/*")) == []
+
+
+def test_data_that_are_not_there_end_the_run(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 2, "--dataset", "mnist")
+    has_none = launcher.client("--client-id", 0, "--data-dir", launcher.folder / "nothing")
+    other = launcher.client("--client-id", 1, "--data-dir", launcher.folder / "nothing")
+    lines = [program.ended_with(1) for program in (server, has_none, other)]
+    assert all("MNIST is not in" in line or "stopped" in line for line in lines)
+    assert "give --data-dir the folder that has MNIST/raw" in lines[0]
+
+
+def write_own(folder: Path, classes: tuple[str, ...] = ("a", "b"), count: int = 40) -> Path:
+    folder.mkdir()
+    labels = np.arange(count) % len(classes)
+    images = np.random.default_rng(1).integers(0, 99, (count, 28, 28)) + 100 * labels[:, None, None]
+    np.savez(folder / "own.npz", x=images.astype(np.uint8), y=labels, classes=np.array(classes))
+    return folder
+
+
+OWN = ["--clients", 2, "--partition", "own", "--model", "mlp", "--rounds", 2]
+
+
+def test_clients_train_on_their_own_data(launcher: Launcher) -> None:
+    server = launcher.server(*OWN, "--rounds", 5, "--lr", 0.01, "--batch-size", 8)
+    for k, count in ((0, 40), (1, 120)):
+        folder = write_own(launcher.folder / f"own{k}", count=count)
+        launcher.client("--client-id", k, "--data-dir", folder)
+    for program in launcher.programs:
+        program.ended_with(0)
+    assert "client_1 is ready: 96 train, 24 validation, 0 test samples" in server.out
+    assert "validation accuracy 1.0000" in server.out
+    assert "no client has a test set" in server.out
+
+
+def test_classes_that_differ_between_clients_end_the_run(launcher: Launcher) -> None:
+    server = launcher.server(*OWN)
+    for k, classes in enumerate((("a", "b"), ("a", "c"))):
+        folder = write_own(launcher.folder / f"own{k}", classes)
+        launcher.client("--client-id", k, "--data-dir", folder)
+    lines = [program.ended_with(1) for program in launcher.programs]
+    why = "classes differ: client_0 has 2 (a, b), client_1 2 (a, c)"
+    assert all(why in line for line in lines)
+    assert "Traceback" not in server.out
+
+
+def test_an_empty_private_folder_ends_the_run(launcher: Launcher) -> None:
+    launcher.server(*OWN)
+    launcher.client("--client-id", 0, "--data-dir", write_own(launcher.folder / "own"))
+    (launcher.folder / "empty").mkdir()
+    launcher.client("--client-id", 1, "--data-dir", launcher.folder / "empty")
+    lines = [program.ended_with(1) for program in launcher.programs]
+    assert all("empty is empty: put one folder of images a class there" in line for line in lines)
+
+
+def test_a_folder_that_cannot_be_written_is_said(launcher: Launcher) -> None:
+    (launcher.folder / "file").write_text("")
+    line = launcher.server("--out", launcher.folder / "file").ended_with(1)
+    assert "cannot write to" in line
+    assert line.endswith("file/server: Not a directory; see --out")
+    server = launcher.server("--clients", 1)
+    client = launcher.client("--out", launcher.folder / "file")
+    assert "cannot write to" in client.ended_with(1)
+    assert "client_0 left before the start: client_0 stopped: cannot write" in server.ended_with(1)
+
+
+def test_a_model_that_the_client_does_not_allow_ends_the_run(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 1, "--model", "tests.models:bn_dropout", "--cut", 4)
+    line = launcher.client().ended_with(2)
+    assert "give --allow-import tests.models:bn_dropout" in line
+    assert "client_0 left before the start" in server.ended_with(1)
+
+
+def test_too_little_disk_is_said_before_the_first_step(launcher: Launcher) -> None:
+    """The digits' tensors of 100 million rounds fit on no disk."""
+    server = launcher.server("--clients", 1, "--rounds", 100_000_000)
+    client = launcher.client()
+    line = server.ended_with(1)
+    assert "of disk;" in line
+    assert "MB are free: give --keep-tensors last or none" in line
+    client.ended_with(1)
+    assert not (next(launcher.folder.glob("server/*")) / "client_files").exists()
+
+
+def test_the_same_port_serves_the_next_run_at_once_and_clients_share_no_folder(
+    launcher: Launcher,
+) -> None:
+    for name in ("one", "two"):
+        server = launcher.server("--clients", 3, "--rounds", 1, "--run", name, *FAST)
+        clients = [launcher.client() for _ in range(3)]
+        for program in (server, *clients):
+            program.ended_with(0)
+        folders = sorted(path.name for path in (launcher.folder / "client" / name).iterdir())
+        assert folders == ["client_0", "client_1", "client_2"]
+
+
+def test_two_runs_at_once_do_not_touch_each_others_files(tmp_path: Path) -> None:
+    results: dict[int, Path] = {}
+    out = ["--out", tmp_path / "shared"]
+
+    def run(number: int) -> None:
+        (tmp_path / f"logs{number}").mkdir()
+        launcher = Launcher(tmp_path / f"logs{number}")
+        server = launcher.server("--clients", 2, "--rounds", 2, "--seed", 1, *FAST, *out)
+        for program in [server, *(launcher.client("--client-id", k, *out) for k in range(2))]:
+            program.ended_with(0)
+        results[number] = Path(server.out.splitlines()[-1].removeprefix("the run lies in "))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0] != results[1]
+    names = [sorted(p.name for p in (run / "models").iterdir()) for run in results.values()]
+    assert names[0] == names[1]
+    for name in names[0]:
+        first, second = (run / "models" / name for run in results.values())
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_tensors_may_be_kept_on_the_client_too(launcher: Launcher) -> None:
+    run = launcher.run("--rounds", 2, *FAST, clients=1, client_options=["--keep-tensors", "all"])
+    own = launcher.folder / "client" / "r" / "client_0" / "client_files"
+    theirs = run / "client_files"
+    names = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (own, theirs)]
+    assert names[0] == names[1]
+    assert len(names[0]) > 30
+    for path in theirs.rglob("*.pt"):
+        assert path.read_bytes() == (own / path.relative_to(theirs)).read_bytes()
