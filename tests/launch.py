@@ -28,10 +28,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _child(
-    main: Callable[[list[str]], int], argv: list[str], log: Path, env: dict[str, str]
-) -> None:
-    os.environ.update(env)
+def _child(main: Callable[[list[str]], int], argv: list[str], log: Path) -> None:
+    os.environ.update(OFFLINE)
     for stream, suffix in ((1, "out"), (2, "err")):
         target = os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, stream)
