@@ -43,7 +43,9 @@ class RunConfig:
 
     table: ClassVar[str] = "run"
 
-    scheme: str = _option("sflv1", "which parts are shared and averaged; see docs/schemes.md")
+    scheme: str = _option(
+        "sflv1", "name in sfl.schemes.SCHEMES: who shares the back, what is averaged"
+    )
     model: str = _option("lenet5", "name in sfl.models.MODELS, or package.module:function")
     cut: int | None = _option(
         None, "number of top-level blocks on the client; the model's own default"

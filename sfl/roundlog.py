@@ -1,6 +1,6 @@
 """The figures of a run: a file a round, a line a round, a progress bar.
 
-Every metric is defined in docs/files.md.
+Every metric is defined in the README.
 """
 
 import csv

@@ -1,0 +1,74 @@
+"""The README and the docs say what is true."""
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from sfl.config import ClientNode, RunConfig, ServerNode
+from sfl.data import DATASETS, OWN, PARTITIONS
+from sfl.models import MODELS
+from sfl.protocol import MessageType
+from sfl.roundlog import ROUND_COLUMNS
+from tests.test_replay import recorded
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
+
+
+def test_there_are_two_commands_and_ci_runs_the_second() -> None:
+    start = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt "
+    assert [c.removeprefix(start) for c in COMMANDS] == [
+        "&& .venv/bin/python -m experiments.demo",
+        "-r requirements-dev.txt && .venv/bin/python -m pytest",
+    ]
+    pattern = re.search(r"grep -E '(.*)' README.md", (ROOT / ".ci/run").read_text())
+    assert pattern is not None
+    assert re.findall(pattern[1], README, flags=re.MULTILINE) == [COMMANDS[1]]
+
+
+def test_every_metric_is_defined(tmp_path: Path) -> None:
+    run = recorded(tmp_path, rounds=1)
+    defined = set(re.findall(r"`(\w+)`", README[README.index("### Metrics") :]))
+    rows = csv.DictReader((run / "rounds/round_000.csv").read_text().splitlines())
+    used = {row["metric"] for row in rows} | set(ROUND_COLUMNS[1:])
+    assert len(used) > 15
+    assert used - defined == set()
+
+
+def test_every_name_that_can_be_chosen_is_in_the_readme() -> None:
+    for name in (*DATASETS, *PARTITIONS, OWN, *MODELS):
+        assert f"`{name}" in README or f" {name}`" in README, name
+
+
+def test_every_option_that_the_pages_use_exists() -> None:
+    known = {
+        "--" + field.name.replace("_", "-")
+        for group in (RunConfig, ServerNode, ClientNode)
+        for field in dataclasses.fields(group)
+    }
+    known |= {"--config", "--help", "--train-back", "--epochs"}
+    known |= {"--allow", "--source-ranges"}  # gcloud's
+    pages = [README, *(page.read_text() for page in ROOT.glob("docs/*.md"))]
+    assert {o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)} - known == set()
+
+
+def test_the_protocol_page_names_every_message() -> None:
+    page = (ROOT / "docs/protocol.md").read_text()
+    assert [t for t in MessageType if t not in page] == []
+
+
+def test_the_module_map_is_complete() -> None:
+    page = (ROOT / "docs/extending.md").read_text()
+    table = page[page.index("| module") : page.index("A conversation is")]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|[^|]*\|", table, re.MULTILINE))))
+    assert named - {"sfl"} == {p.stem for p in ROOT.glob("sfl/*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
