@@ -32,12 +32,12 @@ from torch import Tensor
 from sfl.data import Samples, batch_indices, batch_sizes
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
+from sfl.link import Counters
 from sfl.party import PREFIXES, TRAIN, VALIDATION, ClientParty, RoundResult, ServerParty
 from sfl.protocol import MessageType, Position
 from sfl.segment import StepFigures, Tally, add_up, evaluate_step, train_step
 from sfl.split_model import EVALUATION_BATCH
 from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
-from sfl.transport import Counters
 from sfl.weights import WeightKey
 
 TIMES = ("compute_s", "wait_s", "transfer_s")

@@ -7,7 +7,7 @@ where it is resumed, so that one thread owns all the segments that it touches.
 from collections.abc import Collection, Generator, Mapping
 from typing import Protocol, TypeVar
 
-from sfl.transport import Link
+from sfl.link import Link
 
 T = TypeVar("T")
 Conversation = Generator[Link, None, T]

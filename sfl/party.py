@@ -10,11 +10,11 @@ from sfl.archive import ACTIVATIONS, GRADS, LABELS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
+from sfl.link import Link
 from sfl.protocol import Position
 from sfl.segment import Segment, StepFigures
 from sfl.split_model import SplitModel
 from sfl.tensors import Buffer
-from sfl.transport import Link
 from sfl.weights import WeightStore
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data

@@ -19,10 +19,10 @@ from sfl.data import ClientData
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, ProtocolError, RunError
+from sfl.link import Link, one_line
 from sfl.options import from_values
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
-from sfl.transport import Link, one_line
 
 ANY_ID = -1  # a client that takes what is free
 MAX_CLASSES = 10_000

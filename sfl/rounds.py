@@ -17,6 +17,7 @@ from sfl.config import RunConfig
 from sfl.conversation import TIMES, server_evaluate_round, server_goodbye, server_train
 from sfl.data import batch_sizes
 from sfl.driver import Network, run_together
+from sfl.link import Counters
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.protocol import MessageType
 from sfl.roundlog import RoundLog
@@ -24,7 +25,6 @@ from sfl.schemes import scheme
 from sfl.segment import Segment, Tally, add_up
 from sfl.split_model import SplitModel
 from sfl.tensors import encode_state
-from sfl.transport import Counters
 from sfl.weights import WeightKey
 
 # Where a run's weights lie in its folder; {round} counts from 0, "init" is before round 0.

@@ -27,7 +27,7 @@ from sfl.runfolder import (
 from sfl.schemes import scheme
 from sfl.split_model import SplitModel
 from sfl.switchboard import Switchboard
-from sfl.transport import format_address, listen
+from sfl.transport import listen
 from sfl.weights import weight_store
 
 
@@ -51,7 +51,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         ):
             events = folder.events
             events.note(f"command line: {' '.join(command_line())}")
-            address = format_address(*listener.getsockname()[:2])
+            address = listener.address
             events.say(
                 f"run {run.run}: listening on {address} for {counted(run.clients, 'client')}"
             )

@@ -15,6 +15,7 @@ from sfl.conversation import client_run
 from sfl.data import OWN, ClientData, dataset_spec, part_of
 from sfl.driver import Conversation
 from sfl.environment import fingerprint, set_up_torch
+from sfl.link import Link
 from sfl.own_data import load_own
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
@@ -22,11 +23,10 @@ from sfl.registration import DataReport, Joined
 from sfl.runfolder import create_run_folder, open_folder, say, telling_why
 from sfl.segment import StepFigures
 from sfl.server import finish, prepare
-from sfl.transport import Link, MessageLink
 from sfl.weights import weight_store
 
 
-class LocalLink(MessageLink):
+class LocalLink(Link):
     """One end of a link within a process; counts bytes as a socket would carry them."""
 
     def __init__(self, name: str, peer_name: str) -> None:

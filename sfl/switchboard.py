@@ -5,8 +5,6 @@ them in the main thread. What is read ahead is bounded: a connection whose messa
 no longer read, and TCP holds the sender back.
 """
 
-import contextlib
-import socket
 import threading
 import time
 from collections import deque
@@ -14,8 +12,9 @@ from collections.abc import Collection
 from typing import cast
 
 from sfl.errors import ConnectionLost, SflError
+from sfl.link import Link
 from sfl.protocol import Limits, Message, MessageType
-from sfl.transport import FAREWELL_S, Connection, Link
+from sfl.transport import FAREWELL_S, Connection, Listener, Socket
 
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
 
@@ -24,7 +23,7 @@ class DrainedConnection(Connection):
     """A connection that a thread reads ahead; receiving takes what it has read."""
 
     def __init__(
-        self, sock: socket.socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
+        self, sock: Socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
     ) -> None:
         super().__init__(sock, timeout_s=timeout_s, limits=limits)
         self.patient = True  # the training knows when a message is due; see Switchboard.wait
@@ -60,7 +59,9 @@ class DrainedConnection(Connection):
     def _next(self) -> Message:
         with self._changed:
             if not self._changed.wait_for(lambda: self.arrived, self.timeout_s):
-                raise ConnectionLost(f"{self._peer} sent nothing for {self.timeout_s:g} seconds")
+                raise ConnectionLost(
+                    f"{self.peer_title} sent nothing for {self.timeout_s:g} seconds"
+                )
             if not self._inbox:
                 assert self._failure is not None
                 raise self._failure
@@ -89,7 +90,7 @@ class DrainedConnection(Connection):
 class Switchboard:
     """A listening socket and the connections that came over it. Closed by ``with``."""
 
-    def __init__(self, listener: socket.socket, *, timeout_s: float, limits: Limits) -> None:
+    def __init__(self, listener: Listener, *, timeout_s: float, limits: Limits) -> None:
         self._listener = listener
         self._timeout_s = timeout_s
         self._limits = limits
@@ -113,11 +114,7 @@ class Switchboard:
             return list(self._connections)
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:  # the listener was closed
-                return
+        while (sock := self._listener.accept()) is not None:
             with self._changed:
                 refusal = self._refusal
                 if not refusal:
@@ -167,8 +164,6 @@ class Switchboard:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the acceptor
         self._listener.close()
         self._thread.join(FAREWELL_S)
         deadline = time.monotonic() + FAREWELL_S

@@ -1,9 +1,4 @@
-"""Messages over TCP: a connection with four calls, listening, connecting.
-
-The four calls are all that a conversation sees of a wire::
-
-    send_message_as_json(type, sender, receiver, content)    ->  receive_message_as_json(type)
-    send_file(type, data, sender, receiver, content)         ->  receive_file(type)
+"""Messages over TCP: a connection, listening, connecting.
 
 Every blocking call has a deadline. It counts from the last byte that moved, so that a large file
 on a slow link passes and a silent peer is noticed.
@@ -14,150 +9,18 @@ import errno
 import os
 import socket
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
-from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
-from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode_head
+from sfl.errors import ConfigError, ConnectionLost, ProtocolError, RunError
+from sfl.link import LAST_WORDS, Link, one_line
+from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
 
+Socket = socket.socket
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
-_NOWHERE = Position()
-# What ends a conversation, and how to say so.
-LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
 
 
-@dataclass(slots=True)
-class Counters:
-    """What passed over a connection so far; seconds by what this side was doing.
-
-    ``waiting_s`` ends with the first byte of a message, ``receiving_s`` with its last.
-    """
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    messages_sent: int = 0
-    messages_received: int = 0
-    sending_s: float = 0.0
-    waiting_s: float = 0.0
-    receiving_s: float = 0.0
-
-    def copy(self) -> "Counters":
-        return replace(self)
-
-
-class Link(Protocol):
-    """What a conversation needs of a connection; sockets and the simulation provide it."""
-
-    counters: Counters
-    peer_name: str
-
-    def send_message_as_json(
-        self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
-        *, at: Position = _NOWHERE,
-    ) -> None: ...  # fmt: skip
-
-    def send_file(
-        self, message_type: MessageType, data: bytes, sender: str = "", receiver: str = "",
-        content: Any = "", *, at: Position = _NOWHERE,
-    ) -> None: ...  # fmt: skip
-
-    def receive_message_as_json(
-        self, *expected: MessageType, at: Position | None = None
-    ) -> Message: ...
-
-    def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message: ...
-
-
-class MessageLink(ABC):
-    """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
-
-    def __init__(self, name: str = "", peer_name: str = "") -> None:
-        self.counters = Counters()
-        self.name = name  # what we call ourselves, and the peer, in messages and errors
-        self.peer_name = peer_name
-        self.on_notice: Callable[[str], None] | None = None
-
-    @property
-    def _peer(self) -> str:
-        return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)
-
-    @abstractmethod
-    def _send(self, message: Message) -> None:
-        """Send one message."""
-
-    @abstractmethod
-    def _next(self) -> Message:
-        """Return the next message, waiting for it."""
-
-    def send_message_as_json(
-        self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
-        *, at: Position = _NOWHERE,
-    ) -> None:  # fmt: skip
-        """Send one message; ``content`` is any JSON value.
-
-        Raises:
-            ConnectionLost: the peer is gone, or takes nothing for the length of the deadline.
-        """
-        sender, receiver = sender or self.name, receiver or self.peer_name
-        self._send(Message(message_type, sender, receiver, content, at))
-
-    def send_file(
-        self, message_type: MessageType, data: bytes, sender: str = "", receiver: str = "",
-        content: Any = "", *, at: Position = _NOWHERE,
-    ) -> None:  # fmt: skip
-        """Send one message with the bytes of a ``torch.save`` file straight behind it.
-
-        Raises:
-            ConnectionLost: as ``send_message_as_json``.
-        """
-        sender, receiver = sender or self.name, receiver or self.peer_name
-        self._send(Message(message_type, sender, receiver, content, at, data))
-
-    def receive_message_as_json(
-        self, *expected: MessageType, at: Position | None = None
-    ) -> Message:
-        """Return the next message, one of the types ``expected`` and, if given, of position ``at``.
-
-        Notices (``MESSAGE``) that come before it go to ``on_notice``.
-
-        Raises:
-            ProtocolError: something else came, or bytes that are no message.
-            IntegrityError: its file was damaged on the way.
-            PeerFailed: the peer refused us or ended the run, and says why.
-            ConnectionLost: the peer is gone, or silent for the length of the deadline.
-        """
-        while True:
-            message = self._next()
-            if message.type is MessageType.MESSAGE and self.on_notice is not None:
-                self.on_notice(str(message.content))
-            else:
-                break
-        wanted = " or ".join(expected)
-        if message.type not in expected:
-            if message.type in LAST_WORDS:
-                verb = LAST_WORDS[message.type]
-                raise PeerFailed(f"{self._peer} {verb}: {one_line(message.content)}")
-            raise ProtocolError(f"{self._peer} sent {message.type}, expected was {wanted}")
-        if at is not None and message.at != at:
-            raise ProtocolError(
-                f"{self._peer} sent {message.type} for {message.at}, expected was {at}"
-            )
-        return message
-
-    def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message:
-        """As ``receive_message_as_json``, for message types that carry a file (``payload``)."""
-        return self.receive_message_as_json(*expected, at=at)
-
-
-def one_line(text: object, max_length: int = 500) -> str:
-    """Return a peer's text fit for one line of a log: printable, bounded."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:max_length])
-
-
-class Connection(MessageLink):
+class Connection(Link):
     """One TCP connection, message by message. Closed by ``with`` or ``close()``."""
 
     def __init__(self, sock: socket.socket, *, timeout_s: float, limits: Limits) -> None:
@@ -201,10 +64,10 @@ class Connection(MessageLink):
                     parts[0] = parts[0][num_sent:]
         except TimeoutError as error:
             raise ConnectionLost(
-                f"{self._peer} took nothing for {self.timeout_s:g} seconds"
+                f"{self.peer_title} took nothing for {self.timeout_s:g} seconds"
             ) from error
         except OSError as error:
-            raise ConnectionLost(f"{self._peer} closed the connection") from error
+            raise ConnectionLost(f"{self.peer_title} closed the connection") from error
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
 
@@ -235,11 +98,11 @@ class Connection(MessageLink):
                 if self.patient and not inside:
                     continue
                 silent = f"sent nothing for {self.timeout_s:g} seconds"
-                raise ConnectionLost(f"{self._peer} {silent}{where}") from error
+                raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
             except OSError as error:
-                raise ConnectionLost(f"{self._peer} closed the connection{where}") from error
+                raise ConnectionLost(f"{self.peer_title} closed the connection{where}") from error
             if num_bytes == 0:
-                raise ConnectionLost(f"{self._peer} closed the connection{where}")
+                raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
             return num_bytes
 
     @property
@@ -260,7 +123,9 @@ class Connection(MessageLink):
             while True:
                 message = self._next()
                 if message.type in LAST_WORDS:
-                    return f"{self._peer} {LAST_WORDS[message.type]}: {one_line(message.content)}"
+                    return (
+                        f"{self.peer_title} {LAST_WORDS[message.type]}: {one_line(message.content)}"
+                    )
         return ""
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:
@@ -322,8 +187,40 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket on ``host`` (IPv4 or IPv6; "::" takes both) and ``port``.
+class Listener:
+    """A listening socket. Closed by ``with`` or ``close()``."""
+
+    def __init__(self, sock: Socket) -> None:
+        self._sock = sock
+        self.address = format_address(*sock.getsockname()[:2])
+        self.port: int = sock.getsockname()[1]
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def accept(self) -> Socket | None:
+        """Wait for the next connection and return its socket; None once the listener is closed."""
+        while True:
+            try:
+                return self._sock.accept()[0]
+            except OSError as error:
+                # A peer that gave up before we accepted it is no reason to stop listening.
+                if error.errno not in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE):
+                    return None
+                time.sleep(0.1)  # too many open files: some may close
+
+    def close(self) -> None:
+        """Stop listening; a thread that waits in ``accept`` wakes."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def listen(host: str, port: int) -> Listener:
+    """Listen on ``host`` (IPv4 or IPv6; "::" takes both) and ``port``.
 
     The port of a run that has just ended can be taken again at once.
 
@@ -334,7 +231,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         both = host == "::" and socket.has_dualstack_ipv6()
         # create_server sets SO_REUSEADDR where it means "in TIME_WAIT too", not on Windows.
-        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
+        sock = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
+        return Listener(sock)
     except OSError as error:
         in_system = error.errno is not None and not isinstance(error, socket.gaierror)
         reason = os.strerror(error.errno or 0) if in_system else error.strerror

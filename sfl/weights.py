@@ -15,8 +15,8 @@ from typing import Protocol
 
 from sfl.config import unknown_name
 from sfl.errors import IntegrityError, ProtocolError
+from sfl.link import Link
 from sfl.protocol import MessageType, Position, checksum
-from sfl.transport import Link
 
 
 @dataclass(frozen=True)

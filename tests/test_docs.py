@@ -53,7 +53,9 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--config", "--help", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
     pages = [README, *(page.read_text() for page in ROOT.glob("docs/*.md"))]
-    assert {o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)} - known == set()
+    assert {
+        o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)
+    } - known == set()
 
 
 def test_the_protocol_page_names_every_message() -> None:

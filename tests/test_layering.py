@@ -11,7 +11,7 @@ PACKAGE = Path(sfl.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
-    "socket": {"transport", "switchboard"},
+    "socket": {"transport"},
     "threading": {"switchboard", "archive_writer"},
     "pickle": set(),
 }

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
+from sfl.link import one_line
 from sfl.protocol import HEAD, Limits, Message, MessageType, Position, encode_head
 from sfl.switchboard import READ_AHEAD_MESSAGES, Switchboard
-from sfl.transport import Connection, connect, listen, one_line, parse_address
+from sfl.transport import Connection, connect, listen, parse_address
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
 AT = Position("run", 3, 4, 1, 0)
@@ -108,14 +109,14 @@ def test_deadlines_hold_for_receiving_and_sending() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "::"])
 def test_listen_and_connect_over_ipv4_and_ipv6(host: str) -> None:
     with listen(host, 0) as listener:
-        port = listener.getsockname()[1]
+        port = listener.port
         targets = {"::": ["127.0.0.1", "::1"]}.get(host, [host])
         for target in targets:
             waits: list[str] = []
             with connect(
                 target, port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=waits.append
             ) as one:
-                sock, _ = listener.accept()
+                sock = listener.accept()
                 with Connection(sock, timeout_s=5, limits=LIMITS) as other:
                     one.send_message_as_json(MessageType.REGISTER)
                     assert other.receive_message_as_json(MessageType.REGISTER)
@@ -126,7 +127,7 @@ def test_listen_and_connect_over_ipv4_and_ipv6(host: str) -> None:
 
 def test_connect_waits_for_a_server_that_is_not_up_yet() -> None:
     with listen("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
+        port = first.port
     waiting = threading.Event()
     connected: list[str] = []
 
@@ -141,21 +142,21 @@ def test_connect_waits_for_a_server_that_is_not_up_yet() -> None:
     thread.start()
     assert waiting.wait(10)
     with listen("127.0.0.1", port) as listener:
-        listener.accept()[0].close()
+        listener.accept().close()
         thread.join()
     assert connected == [f"127.0.0.1:{port}"]
 
 
 def test_connect_gives_up_after_its_deadline() -> None:
     with listen("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
+        port = listener.port
     with pytest.raises(RunError, match=r"no server at 127.0.0.1:\d+ within 0.3 seconds"):
         connect("127.0.0.1", port, timeout_s=5, connect_timeout_s=0.3, limits=LIMITS, on_wait=print)
 
 
 def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
     with listen("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
+        port = listener.port
         with pytest.raises(
             RunError, match=f"cannot listen on 127.0.0.1:{port}: Address already in"
         ):
@@ -183,7 +184,7 @@ def test_a_peers_text_becomes_one_bounded_line() -> None:
 
 def switchboard() -> tuple[Switchboard, int]:
     listener = listen("127.0.0.1", 0)
-    return Switchboard(listener, timeout_s=5, limits=LIMITS), listener.getsockname()[1]
+    return Switchboard(listener, timeout_s=5, limits=LIMITS), listener.port
 
 
 def dial(port: int) -> Connection:

@@ -1,0 +1,127 @@
+"""The four calls of a wire, which are all that a conversation sees of it.
+
+::
+
+    send_message_as_json(type, sender, receiver, content)    ->  receive_message_as_json(type)
+    send_file(type, data, sender, receiver, content)         ->  receive_file(type)
+
+A transport provides ``_send`` and ``_next`` beneath them: TCP in ``transport``, a hand-over within
+the process in ``simulate``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sfl.errors import PeerFailed, ProtocolError
+from sfl.protocol import Message, MessageType, Position
+
+_NOWHERE = Position()
+# What ends a conversation, and how to say so.
+LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
+
+
+@dataclass(slots=True)
+class Counters:
+    """What passed over a connection so far; seconds by what this side was doing.
+
+    ``waiting_s`` ends with the first byte of a message, ``receiving_s`` with its last.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    messages_sent: int = 0
+    messages_received: int = 0
+    sending_s: float = 0.0
+    waiting_s: float = 0.0
+    receiving_s: float = 0.0
+
+    def copy(self) -> "Counters":
+        return replace(self)
+
+
+class Link(ABC):
+    """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
+
+    def __init__(self, name: str = "", peer_name: str = "") -> None:
+        self.counters = Counters()
+        self.name = name  # what we call ourselves, and the peer, in messages and errors
+        self.peer_name = peer_name
+        self.on_notice: Callable[[str], None] | None = None
+
+    @property
+    def peer_title(self) -> str:
+        return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)
+
+    @abstractmethod
+    def _send(self, message: Message) -> None:
+        """Send one message."""
+
+    @abstractmethod
+    def _next(self) -> Message:
+        """Return the next message, waiting for it."""
+
+    def send_message_as_json(
+        self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
+        *, at: Position = _NOWHERE,
+    ) -> None:  # fmt: skip
+        """Send one message; ``content`` is any JSON value.
+
+        Raises:
+            ConnectionLost: the peer is gone, or takes nothing for the length of the deadline.
+        """
+        sender, receiver = sender or self.name, receiver or self.peer_name
+        self._send(Message(message_type, sender, receiver, content, at))
+
+    def send_file(
+        self, message_type: MessageType, data: bytes, sender: str = "", receiver: str = "",
+        content: Any = "", *, at: Position = _NOWHERE,
+    ) -> None:  # fmt: skip
+        """Send one message with the bytes of a ``torch.save`` file straight behind it.
+
+        Raises:
+            ConnectionLost: as ``send_message_as_json``.
+        """
+        sender, receiver = sender or self.name, receiver or self.peer_name
+        self._send(Message(message_type, sender, receiver, content, at, data))
+
+    def receive_message_as_json(
+        self, *expected: MessageType, at: Position | None = None
+    ) -> Message:
+        """Return the next message, one of the types ``expected`` and, if given, of position ``at``.
+
+        Notices (``MESSAGE``) that come before it go to ``on_notice``.
+
+        Raises:
+            ProtocolError: something else came, or bytes that are no message.
+            IntegrityError: its file was damaged on the way.
+            PeerFailed: the peer refused us or ended the run, and says why.
+            ConnectionLost: the peer is gone, or silent for the length of the deadline.
+        """
+        while True:
+            message = self._next()
+            if message.type is MessageType.MESSAGE and self.on_notice is not None:
+                self.on_notice(str(message.content))
+            else:
+                break
+        wanted = " or ".join(expected)
+        if message.type not in expected:
+            if message.type in LAST_WORDS:
+                verb = LAST_WORDS[message.type]
+                raise PeerFailed(f"{self.peer_title} {verb}: {one_line(message.content)}")
+            raise ProtocolError(f"{self.peer_title} sent {message.type}, expected was {wanted}")
+        if at is not None and message.at != at:
+            raise ProtocolError(
+                f"{self.peer_title} sent {message.type} for {message.at}, expected was {at}"
+            )
+        return message
+
+    def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message:
+        """As ``receive_message_as_json``, for message types that carry a file (``payload``)."""
+        return self.receive_message_as_json(*expected, at=at)
+
+
+def one_line(text: object, max_length: int = 500) -> str:
+    """Return a peer's text fit for one line of a log: printable, bounded."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:max_length])
