@@ -10,7 +10,7 @@ from typing import TextIO
 
 from sfl.archive import MANIFEST, Entry, client_folder, manifest_line
 from sfl.config import KeepTensors
-from sfl.errors import RunError
+from sfl.errors import RunError, reason_of
 from sfl.protocol import checksum
 from sfl.tensors import Buffer, TensorSpec
 
@@ -42,7 +42,7 @@ class ArchiveWriter:
         self._changed = threading.Condition()
         self._pending_bytes = 0
         self._num_pending = 0
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._manifests: dict[Path, TextIO] = {}
         self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class ArchiveWriter:
 
     def _check(self) -> None:
         if self._failure is not None:
-            reason = self._failure.strerror or str(self._failure)
+            reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
     def _submit(self, job: Callable[[], None], num_bytes: int) -> None:
@@ -101,7 +101,7 @@ class ArchiveWriter:
             try:
                 if self._failure is None:
                     job()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - the thread's edge; _check raises it
                 self._failure = error
             with self._changed:
                 self._pending_bytes -= num_bytes

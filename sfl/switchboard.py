@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import cast
 
-from sfl.errors import ConnectionLost, SflError
+from sfl.errors import ConnectionLost, SflError, reason_of
 from sfl.link import Link
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener, Socket
@@ -51,9 +51,10 @@ class DrainedConnection(Connection):
                     if not self._discards:
                         self._inbox.append((time.monotonic_ns(), message))
                         self._changed.notify_all()
-        except SflError as error:
+        except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
             with self._changed:
-                self._failure = error
+                lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
+                self._failure = error if isinstance(error, SflError) else lost
                 self._changed.notify_all()
 
     def _next(self) -> Message:
