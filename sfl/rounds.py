@@ -69,14 +69,14 @@ class Rounds:
 
     def run_all(self) -> dict[str, float]:
         """Run all rounds and return the figures of the last one."""
-        front, back = encode_state(self.split.front_state()), self.split.back_state()
+        front, back = (encode_state(s) for s in (self.split.front_state(), self.split.back_state()))
         self._write("client_model", model_path(CLIENT_MODEL, -1), front, -1)
-        self._write("server_model", model_path(SERVER_MODEL, -1), encode_state(back), -1)
+        self._write("server_model", model_path(SERVER_MODEL, -1), back, -1)
         put = {k: p.weights.put(WeightKey("init", p.at(-1)), front) for k, p in self._parties()}
         run_together(self.network, put)
         figures: dict[str, float] = {}
         for round_index in range(self.run.rounds):
-            back, figures = self._round(round_index, back)
+            figures = self._round(round_index)
         for _, party in self._parties():
             party.link.send_message_as_json(MessageType.TRAINING_DONE, content=figures)
         run_together(self.network, {k: server_goodbye(party) for k, party in self._parties()})
@@ -88,14 +88,12 @@ class Rounds:
     def _write(self, kind: str, path: str, data: bytes, round_index: int) -> None:
         self.archive.write(kind, path, data, round_index)
 
-    def _round(
-        self, round_index: int, back: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Run one round from the back's weights; return the next ones and the round's figures."""
+    def _round(self, round_index: int) -> dict[str, float]:
+        """Run one round and return its figures."""
         started = time.perf_counter()
         before = {k: party.link.counters.copy() for k, party in self._parties()}
-        trained = self._train(round_index, back)
-        front, back = self._average(round_index, trained)
+        trained = self._train(round_index)
+        front = self._average(round_index, trained)
         tallies = self._evaluate(round_index, front)
         overall = self.log.train_figures()
         for part, prefix in PREFIXES.items():
@@ -111,12 +109,12 @@ class Rounds:
         overall["seconds"] = time.perf_counter() - started
         self.log.end_round(round_index, clients, overall)
         self.archive.end_round(round_index)
-        return back, overall
+        return overall
 
-    def _train(self, round_index: int, back: Mapping[str, Tensor]) -> dict[int, RoundResult]:
-        for segment in self.backs.values():
-            segment.load(back)
-            if self.run.optimizer_state == "reset":
+    def _train(self, round_index: int) -> dict[int, RoundResult]:
+        """Let all clients train; each copy of the back starts with the same weights."""
+        if self.run.optimizer_state == "reset":
+            for segment in self.backs.values():
                 segment.reset_optimizer()
         orders = {b: itertools.count() for b in self.backs}
         back_of = scheme(self.run.scheme).back_of
@@ -127,10 +125,11 @@ class Rounds:
             conversations[k] = server_train(party, orders[back_of(k)], round_index)
         return run_together(self.network, conversations)
 
-    def _average(
-        self, round_index: int, trained: Mapping[int, RoundResult]
-    ) -> tuple[bytes, dict[str, Tensor]]:
-        """Average both halves, write them down, and return the front's file and the back."""
+    def _average(self, round_index: int, trained: Mapping[int, RoundResult]) -> bytes:
+        """Average both halves and write them down; the backs take over theirs.
+
+        Returns the file of the averaged front.
+        """
         weights = averaging_weights(self.run, {k: p.num_samples[TRAIN] for k, p in self._parties()})
         fronts = {k: result.front for k, result in sorted(trained.items())}
         for k, state in fronts.items():
@@ -148,7 +147,7 @@ class Rounds:
                 kept = encode_state(segment.optimizer_state())
                 self._write("server_optimizer", path, kept, round_index)
             segment.load(back)
-        return front, back
+        return front
 
     def _evaluate(self, round_index: int, front: bytes) -> dict[int, dict[str, Tally]]:
         return run_together(

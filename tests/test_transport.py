@@ -218,8 +218,10 @@ def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
         )
         sent.start()
         (connection,) = board.wait_for_any(timeout_s=5)
+        sent.join(1.0)  # time enough for 40 MB, if somebody read them
+        assert sent.is_alive()
+        assert len(connection._inbox) == READ_AHEAD_MESSAGES
         for _ in range(40):
-            assert len(connection._inbox) <= READ_AHEAD_MESSAGES
             connection.receive_file(MessageType.SEND_MODEL)
         sent.join()
 
