@@ -30,7 +30,7 @@ class Lobby:
         """
         num_clients = self.run.clients
         if len(self.taken) == num_clients:
-            raise RunError(f"the run {self.run.run} has its {counted(num_clients, 'client')}")
+            raise RunError(self.full)
         if wanted == ANY_ID:
             wanted = min(set(range(num_clients)) - self.taken)
         if not 0 <= wanted < num_clients:
@@ -39,6 +39,11 @@ class Lobby:
             raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
         self.taken.add(wanted)
         return wanted
+
+    @property
+    def full(self) -> str:
+        """Say that nobody else can join."""
+        return f"the run {self.run.run} has its {counted(self.run.clients, 'client')}"
 
     @property
     def missing(self) -> str:
@@ -51,7 +56,7 @@ class Lobby:
 def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[int, Joined]:
     """Register clients until all are there with their data.
 
-    Whoever connects and is no client of the run is turned away, and the run goes on waiting.
+    Whoever connects and is no client of the run is turned away, now and later, and the run goes on.
 
     Raises:
         RunError: a client that had registered left again.
@@ -74,11 +79,10 @@ def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[i
         if now - noticed_at > NOTICE_EVERY_S:
             noticed_at = now
             _notify(lobby)
+    switchboard.turn_away(lobby.full)
     for connection in switchboard.connections:
         if not connection.peer_name:
-            switchboard.drop(
-                connection, f"the run {run.run} has its {counted(run.clients, 'client')}"
-            )
+            switchboard.drop(connection, lobby.full)
     return dict(sorted(lobby.joined.items()))
 
 

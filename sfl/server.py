@@ -58,7 +58,6 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
             joined = gather(switchboard, run, events)
-            switchboard.turn_away(f"the run {run.run} has its {counted(run.clients, 'client')}")
             rounds = prepare(run, joined, switchboard, folder, device=device, node=node)
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits()
