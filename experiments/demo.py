@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sfl.cli import run_program
-from sfl.errors import RunError
+from sfl.errors import ConfigError, RunError
 
 NUM_CLIENTS = 3
 OPTIONS = ["--model", "lenet5", "--dataset", "mnist-5k", "--batch-size", "32", "--lr", "0.002"]
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="global rounds (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("shared_files"), help="as the programs'")
     options = parser.parse_args()
+    if options.rounds < 1:
+        raise ConfigError(f"--rounds {options.rounds}: must be at least 1")
     run_dir = run_demo(options.rounds, options.out.resolve())
     last = print_table(run_dir)
     from experiments.curves import draw_curves

@@ -7,7 +7,7 @@ Every step of the back depends on the round's starting weights, the recorded lab
 and random draws that derive from the seed; so it can be computed again, and its gradients and loss
 compared with the recorded ones. At the end of a round the averages are compared as well.
 
-Nothing is printed but findings and the closing line. Exit code 0 if everything is equal, else 1.
+Findings are printed, then the closing line. Exit code 0 if everything is equal, else 1.
 """
 
 import sys
@@ -34,11 +34,14 @@ class Report:
     checked: int = 0  # gradients
     differ: int = 0
     unchecked: int = 0  # gradients that rest on a damaged file
-    findings: list[str] = field(default_factory=list)  # a line for each file that is not right
+    found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
 
     def find(self, finding: object) -> None:
-        if str(finding) not in self.findings:
-            self.findings.append(str(finding))
+        self.found[str(finding)] = None
+
+    @property
+    def findings(self) -> list[str]:
+        return list(self.found)
 
     @property
     def summary(self) -> str:
@@ -87,59 +90,70 @@ class RecordedRun:
 
 
 def check(recorded: RecordedRun, client: int | None = None, round: int | None = None) -> Report:
-    """Recompute the recorded steps, of one client or round if asked for, and compare."""
-    from sfl.errors import IntegrityError
+    """Recompute the recorded steps, of one client or round if asked for, and compare.
 
-    report = Report()
+    Raises:
+        RunError: no tensors are recorded there.
+    """
+    from sfl.errors import RunError
+
+    archive, report = recorded.archive, Report()
     _check_listed(recorded, report)
-    rounds = {int(f.name.rpartition("_")[2]) for f in recorded.archive.folders(client, round)}
-    for round_index in sorted(rounds):
-        try:
-            steps = list(recorded.archive.steps(round=round_index))
-        except IntegrityError as error:  # a manifest
-            report.find(error)
-            report.differ += 1
-            continue
-        if client is not None:
-            back = recorded.back_of(client)
-            steps = [step for step in steps if recorded.back_of(step.client) == back]
-        _check_round(recorded, round_index, steps, client, report)
+    rounds = [r for r in archive.rounds(client) if round in (None, r)]
+    if not rounds:
+        raise RunError(f"{archive.root} has no recorded tensors of that client and round")
+    for round_index in rounds:
+        _check_round(recorded, round_index, client, report)
     return report
 
 
 def _check_listed(recorded: RecordedRun, report: Report) -> None:
     """Check the bytes of every model, log and manifest of the run."""
-    from sfl.config import KeepTensors
     from sfl.errors import IntegrityError
 
-    drops = KeepTensors.parse(recorded.run.keep_tensors).last
     for entry in recorded.archive.listed:
-        if drops and entry.kind == "manifest" and not (recorded.archive.root / entry.path).exists():
-            continue  # of a round whose tensors were not to stay
         try:
             recorded.archive.read(entry.path)
         except IntegrityError as error:
             report.find(error)
 
 
+def _read_steps(
+    recorded: RecordedRun, round_index: int, client: int | None, broken: set[int], report: Report
+) -> "list[Step]":
+    """Return the round's steps that the chosen client's back took, in order of processing.
+
+    A back of which a manifest is damaged goes to ``broken``.
+    """
+    from sfl.errors import IntegrityError
+
+    steps: list[Step] = []
+    for k in sorted(recorded.weights):
+        back = recorded.back_of(k)
+        if client is not None and recorded.back_of(client) != back:
+            continue
+        try:
+            steps += recorded.archive.steps(client=k, round=round_index)
+        except IntegrityError as error:
+            report.find(error)
+            broken.add(back)
+    return sorted(steps, key=lambda step: (step.order, step.client))
+
+
 def _check_round(
-    recorded: RecordedRun,
-    round_index: int,
-    steps: "list[Step]",
-    client: int | None,
-    report: Report,
+    recorded: RecordedRun, round_index: int, client: int | None, report: Report
 ) -> None:
     """Recompute a round's steps, and what follows from them, from the round's starting weights."""
     from sfl.errors import IntegrityError
 
+    broken: set[int] = set()  # the backs whose further steps cannot be computed
+    steps = _read_steps(recorded, round_index, client, broken, report)
     try:
         backs = recorded.backs_at(round_index)
     except IntegrityError as error:
         report.find(error)
-        report.unchecked += sum(client in (None, step.client) for step in steps)
-        return
+        backs, broken = {}, {recorded.back_of(k) for k in recorded.weights}
     losses = _recorded_losses(recorded, round_index)
-    broken: set[int] = set()
     for step in steps:
         b, counts = recorded.back_of(step.client), client in (None, step.client)
         if b in broken:
@@ -182,23 +196,22 @@ def _check_step(
     Raises:
         IntegrityError: its labels or activations are damaged; later steps cannot be computed.
     """
-    import torch
-
     from sfl.archive import GRADS, LABELS
     from sfl.errors import IntegrityError
     from sfl.protocol import Position
     from sfl.segment import train_step
+    from sfl.tensors import identical
 
     at = Position(recorded.run.run, step.round, step.step, step.client)
     figures, grads = train_step(back, step.activations, step.labels, at)
     back.update()
     name = step.path(LABELS).name
     loss = losses.get((step.client, name, "loss"), figures.loss)
-    same_loss = loss == figures.loss or (loss != loss and figures.loss != figures.loss)  # NaN
+    same_loss = repr(loss) == repr(figures.loss)  # so that NaN is NaN
     if not same_loss:
         report.find(f"{step.path(LABELS)}: its loss differs: {figures.loss!r}, recorded {loss!r}")
     try:
-        same_grads = torch.equal(grads.cpu(), step.grads)
+        same_grads = identical(grads.cpu(), step.grads)
     except IntegrityError as error:
         report.find(error)
         return False
@@ -243,9 +256,9 @@ def _check_averages(
 
 
 def _equal(ours: "Mapping[str, Tensor]", theirs: "Mapping[str, Tensor]") -> bool:
-    import torch
+    from sfl.tensors import identical
 
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return all(identical(ours[name], theirs[name]) for name in theirs)
 
 
 def train_back(recorded: RecordedRun, options: Namespace) -> None:
@@ -267,7 +280,7 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     from sfl.split_model import SplitModel
     from sfl.tensors import encode_state
 
-    rounds = [int(f.name.rpartition("_")[2]) for f in recorded.archive.folders(options.client)]
+    rounds = recorded.archive.rounds(options.client)
     chosen = max(rounds, default=0) if options.round is None else options.round
     steps = list(recorded.archive.steps(options.client, chosen))
     if len(steps) < 2:
@@ -307,8 +320,8 @@ def parse() -> Namespace:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="shared_files/server/<run>")
     parser.add_argument("--client", type=int, metavar="K", help="this client's steps only")
     parser.add_argument("--round", type=int, metavar="R", help="this round only")
-    parser.add_argument("--device", default="auto", help="as the run's programs")
-    parser.add_argument("--threads", type=int, help="as the run, if not given")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the run's, if not given")
+    parser.add_argument("--threads", type=int, help="the run's, if not given")
     offline = parser.add_argument_group("train another back")
     offline.add_argument("--train-back", action="store_true", help="on the recorded activations")
     offline.add_argument("--epochs", type=int, default=5, help="passes over them (default: 5)")
@@ -319,7 +332,7 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def load(run_dir: str | Path, device: str = "auto", threads: int | None = None) -> RecordedRun:
+def load(run_dir: str | Path, device: str | None = None, threads: int | None = None) -> RecordedRun:
     """Open a run to compute with it, and warn if this process may compute other last bits."""
     from sfl import archive
     from sfl.config import NodeConfig
@@ -327,11 +340,12 @@ def load(run_dir: str | Path, device: str = "auto", threads: int | None = None) 
 
     opened = archive.open(run_dir)
     theirs = opened.environment()["fingerprint"]
-    node = NodeConfig(device=device, threads=threads or int(theirs["threads"]))
+    of_run = theirs["device"].partition(":")[0]
+    node = NodeConfig(device=device or of_run, threads=threads or int(theirs["threads"]))
     node.check()
     found = set_up_torch(node)
     for difference in differences(theirs, fingerprint(found)):
-        print(f"warning: here {difference} of the run: the last bit may differ")
+        print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)
     return RecordedRun(opened, found)
 
 

@@ -12,9 +12,9 @@ file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and f
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
 MANIFEST = "manifest.jsonl"
+DROPPED = "dropped"  # kind of the entry for a manifest whose round was not to stay
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)
 
@@ -75,17 +76,17 @@ class Step:
         data = read_checked(path, entry)
         return decode(data, TensorSpec(tuple(entry.shape), dtype), str(path))
 
-    @cached_property
+    @property
     def labels(self) -> Tensor:
         """(B,) int64."""
         return self._read(LABELS)
 
-    @cached_property
+    @property
     def activations(self) -> Tensor:
         """(B, *cut) float32: the smashed data that the client sent."""
         return self._read(ACTIVATIONS)
 
-    @cached_property
+    @property
     def grads(self) -> Tensor:
         """(B, *cut) float32: the loss's gradient at the cut, as the server sent it."""
         return self._read(GRADS)
@@ -118,7 +119,8 @@ class RunArchive:
         self.root = root
         if not (root / MANIFEST).is_file():
             raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
-        self._listed = {entry.path: entry for entry in _read_manifest(root)}
+        newest = {entry.path: entry for entry in _read_manifest(root)}
+        self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
 
     @property
     def listed(self) -> list[Entry]:
@@ -146,13 +148,23 @@ class RunArchive:
         return values
 
     def folders(self, client: int | None = None, round: int | None = None) -> list[Path]:
-        """Return the folders of recorded tensors, by round and client."""
+        """Return the folders of recorded tensors, by round and client.
+
+        Those that the run's manifest lists, whether they are there or not, and those of a round
+        that did not end.
+        """
+        listed = {self.root / e.path for e in self.listed if e.kind == "manifest"}
+        lying = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
         found = []
-        for folder in self.root.glob("client_files/client_*/round_*"):
-            k, r = (int(part.name.rpartition("_")[2]) for part in (folder.parent, folder))
-            if client in (None, k) and round in (None, r):
-                found.append((r, k, folder))
+        for folder in {path.parent for path in listed | lying}:
+            place = re.fullmatch(r"client_(\d+)/round_(\d+)", "/".join(folder.parts[-2:]))
+            if place and client in (None, int(place[1])) and round in (None, int(place[2])):
+                found.append((int(place[2]), int(place[1]), folder))
         return [folder for _, _, folder in sorted(found)]
+
+    def rounds(self, client: int | None = None) -> list[int]:
+        """Return the rounds of which tensors are recorded."""
+        return sorted({int(folder.name[len("round_") :]) for folder in self.folders(client)})
 
     def steps(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
         """Yield the recorded steps, of one client or round if asked for, in order of processing."""

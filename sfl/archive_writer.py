@@ -1,5 +1,6 @@
 """Writing a run's folder: on a thread of its own, each file atomically, with its manifest line."""
 
+import contextlib
 import os
 import queue
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from sfl.archive import MANIFEST, Entry, client_folder, manifest_line
+from sfl.archive import DROPPED, MANIFEST, Entry, client_folder, manifest_line
 from sfl.config import KeepTensors
 from sfl.errors import RunError, reason_of
 from sfl.protocol import checksum
@@ -21,11 +22,15 @@ MAX_PENDING_BYTES = 256 * 2**20
 def write_file(path: Path, data: Buffer) -> None:
     """Write a file under a temporary name and rename it: under its name it is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as stream:
-        view = memoryview(data)
-        while view:
-            view = view[stream.write(view) :]
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", buffering=0) as stream:
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class ArchiveWriter:
@@ -54,7 +59,8 @@ class ArchiveWriter:
         self._jobs.put(None)
         self._thread.join()
         for manifest in self._manifests.values():
-            manifest.close()
+            with contextlib.suppress(OSError):  # what it could not write has been said already
+                manifest.close()
 
     def record(self, kind: str, data: Buffer, spec: TensorSpec, entry: Mapping[str, int]) -> None:
         """Write one tensor of a step, if its round's tensors stay.
@@ -145,4 +151,6 @@ class ArchiveWriter:
             self._list(self._root, entry)
         if self._keep.last and round_index > 0:
             for folder in self._root.glob(f"client_files/*/round_{round_index - 1:03d}"):
+                name = (folder / MANIFEST).relative_to(self._root).as_posix()
+                self._list(self._root, Entry(DROPPED, name, 0, "", round=round_index - 1))
                 shutil.rmtree(folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sfl.config import KeepTensors, RunConfig
-from sfl.data import batch_sizes, check_partition, dataset_spec
+from sfl.data import check_partition, dataset_spec, num_batches
 from sfl.errors import RunError
 from sfl.schemes import scheme
 from sfl.segment import check_optimizer
@@ -36,11 +36,9 @@ def check_run(run: RunConfig) -> RunConfig:
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:
     """Return about how many bytes a run will write, from its clients' training samples."""
     clients = list(num_train)
-    a_round = 0
-    for count in clients:
-        for size in batch_sizes(count, run.batch_size) * run.local_epochs:
-            cut = max_file_bytes([split.features_spec(size)])
-            a_round += 2 * cut + max_file_bytes([split.labels_spec(size)])
+    a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
+    num_files = 3 * sum(num_batches(count, run.batch_size) for count in clients)
+    a_round = run.local_epochs * (a_sample * sum(clients) + num_files * max_file_bytes([]))
     keep = KeepTensors.parse(run.keep_tensors)
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
     front, back = (

@@ -8,7 +8,7 @@ import torch
 
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
-from sfl.data import OWN, ClientData, batch_sizes, dataset_spec, part_of
+from sfl.data import OWN, ClientData, dataset_spec, num_batches, part_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import ConnectionLost, PeerFailed, ProtocolError, RunError, reason_of
@@ -66,7 +66,7 @@ def _hearing_why(connection: Connection) -> Iterator[None]:
         raise
     except ConnectionLost as error:
         if why := connection.last_words():
-            raise PeerFailed(why) from error
+            raise why from error
         raise
     except BaseException as error:
         wrong = isinstance(error, ProtocolError)
@@ -121,7 +121,7 @@ def _run(
     counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
     events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
     send_report(connection, report)
-    log = ClientLog(run, folder, len(batch_sizes(len(data.train), run.batch_size)))
+    log = ClientLog(run, folder, num_batches(len(data.train), run.batch_size))
     party = ClientParty(
         client=client,
         run=run,

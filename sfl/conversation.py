@@ -24,6 +24,8 @@ Both ends stand here, facing each other; ``weights.py`` has the exchange of weig
       UNREGISTER                                 ->
 """
 
+import itertools
+import re
 import time
 from collections.abc import Iterator
 
@@ -36,10 +38,10 @@ from sfl.link import Counters
 from sfl.party import PREFIXES, TRAIN, VALIDATION, ClientParty, RoundResult, ServerParty
 from sfl.protocol import MessageType, Position
 from sfl.segment import StepFigures, Tally, add_up, evaluate_step, train_step
-from sfl.split_model import EVALUATION_BATCH
 from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
 from sfl.weights import WeightKey
 
+SECONDS_WIDTH = 16  # characters
 TIMES = ("compute_s", "wait_s", "transfer_s")
 
 
@@ -81,9 +83,11 @@ def server_step(
     figures, dz = train_step(party.back, z, y, at)
     grads = encode(dz)
     content = {"loss": figures.loss, "correct": figures.correct}
+    sent_s = link.counters.sending_s
     link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
+    sent_s = link.counters.sending_s - sent_s
     party.back.update()
-    party.compute_s += time.perf_counter() - started
+    party.compute_s += time.perf_counter() - started - sent_s
     party.record(at, next(order), num_samples, (labels, features, grads))
     return figures
 
@@ -106,9 +110,9 @@ def client_evaluate(
 ) -> Conversation[Tally]:
     """Evaluate some of the client's samples by split inference; faces ``server_evaluate``."""
     link, tallies = party.link, []
-    for step, size in enumerate(_evaluation_sizes(len(samples))):
+    for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
         at = party.at(round_index, step)
-        start = step * EVALUATION_BATCH
+        start = step * party.split.evaluation_batch
         x, y = party.data.batch(samples, slice(start, start + size))
         features = encode(party.front.evaluate(x))
         content = {"part": part}
@@ -124,7 +128,7 @@ def client_evaluate(
 def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
     """Evaluate a client's samples with the back; faces ``client_evaluate``."""
     link, tallies = party.link, []
-    for step, size in enumerate(_evaluation_sizes(party.num_samples[part])):
+    for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
         yield link
         labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
@@ -140,11 +144,6 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
         tallies.append(tally)
     return add_up(tallies)
-
-
-def _evaluation_sizes(num_samples: int) -> list[int]:
-    whole, rest = divmod(num_samples, EVALUATION_BATCH)
-    return [EVALUATION_BATCH] * whole + [rest] * (rest > 0)
 
 
 def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str, float]]:
@@ -187,7 +186,9 @@ def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict
     sending_s, receiving_s = now.sending_s - before.sending_s, now.receiving_s - before.receiving_s
     waiting_s = party.waited_s - receiving_s
     spent = (total_s - party.waited_s - sending_s, waiting_s, sending_s + receiving_s)
-    return {name: f"{max(s, 0.0):016.6f}" for name, s in zip(TIMES, spent, strict=True)}
+    return {
+        name: f"{max(s, 0.0):0{SECONDS_WIDTH}.6f}" for name, s in zip(TIMES, spent, strict=True)
+    }
 
 
 def server_train(
@@ -196,21 +197,26 @@ def server_train(
     """Train the back with one client through a round, and take its weights."""
     run, link, at = party.run, party.link, party.at(round_index)
     link.send_message_as_json(MessageType.START_TRAINING, at=at)
-    sizes = batch_sizes(party.num_samples[TRAIN], run.batch_size) * run.local_epochs
-    for step, size in enumerate(sizes):
+    epochs = (
+        batch_sizes(party.num_samples[TRAIN], run.batch_size) for _ in range(run.local_epochs)
+    )
+    for step, size in enumerate(itertools.chain.from_iterable(epochs)):
         step_at = party.at(round_index, step)
         figures = yield from server_step(party, size, order, step_at)
         party.watcher.step(step_at, figures)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
-    try:
-        seconds = {name: float(trained.get(name, str)) for name in TIMES}
-    except ValueError:
-        raise ProtocolError(f"client {party.client} says no seconds") from None
+    seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
     name = f"client_{party.client}"
     data = yield from party.weights.get(WeightKey(name, at))
     front = decode_state(data, party.split.front_spec, f"the weights of client {party.client}")
     return RoundResult(front, seconds)
+
+
+def _parse_seconds(text: str) -> float:
+    if not (len(text) == SECONDS_WIDTH and re.fullmatch(r"\d+\.\d{6}", text, re.ASCII)):
+        raise ProtocolError(f"{text!r:.40} are no seconds")
+    return float(text)
 
 
 def server_evaluate_round(

@@ -106,8 +106,13 @@ def _torchvision_loader(class_name: str) -> Callable[[Path, Notify], tuple[Sampl
             both = [Samples(part.data.unsqueeze(1), part.targets.long()) for part in parts]
             return both[0], both[1]
 
-        with contextlib.suppress(RuntimeError):  # "Dataset not found"
-            return read(download=False)
+        try:
+            if (data_dir / class_name / "raw").is_dir():
+                return read(download=False)
+        except (RuntimeError, ValueError, OSError) as error:
+            if "not found" not in str(error):  # torchvision's word for a file that is not there
+                reason = " ".join(str(error).split())
+                raise DataError(f"{data_dir / class_name} is damaged: {reason:.160}") from error
         notify(f"{class_name} is not in {data_dir}; downloading it")
         try:
             # torchvision prints each mirror that it tries; the last one's error is what counts.
@@ -261,26 +266,29 @@ def client_data(
     )
 
 
-def batch_sizes(num_samples: int, batch_size: int) -> list[int]:
-    """Return the sizes of the batches of one pass.
+def num_batches(num_samples: int, batch_size: int) -> int:
+    """Return the number of batches of one pass.
 
     The last batch is kept; if it would have one sample, which BatchNorm cannot train on, that
     sample joins the batch before it.
     """
-    sizes = [batch_size] * (num_samples // batch_size)
-    rest = num_samples % batch_size
-    if rest == 1 and sizes:
-        sizes[-1] += 1
-    elif rest:
-        sizes.append(rest)
-    return sizes
+    whole, rest = divmod(num_samples, batch_size)
+    return whole + (rest > 1 or (rest == 1 and whole == 0))
+
+
+def batch_sizes(num_samples: int, batch_size: int) -> Iterator[int]:
+    """Yield the sizes of the batches of one pass."""
+    count = num_batches(num_samples, batch_size)
+    for _ in range(count - 1):
+        yield batch_size
+    yield num_samples - (count - 1) * batch_size
 
 
 def batch_indices(
     num_samples: int, run: RunConfig, *, round_index: int, client: int
 ) -> Iterator[Tensor]:
     """Yield the indices of each step's samples in a round, over all its local epochs."""
-    sizes = batch_sizes(num_samples, run.batch_size)
+    sizes = list(batch_sizes(num_samples, run.batch_size))
     for epoch in range(run.local_epochs):
         drawn = seeds.generator(run.seed, seeds.BATCHES, round_index, client, epoch)
         yield from torch.split(torch.randperm(num_samples, generator=drawn), sizes)

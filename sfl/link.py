@@ -102,20 +102,24 @@ class Link(ABC):
         while True:
             message = self._next()
             if message.type is MessageType.MESSAGE and self.on_notice is not None:
-                self.on_notice(str(message.content))
+                self.on_notice(one_line(message.content))
             else:
                 break
-        wanted = " or ".join(expected)
+        wanted = " or ".join(expected) or "nothing"
         if message.type not in expected:
             if message.type in LAST_WORDS:
-                verb = LAST_WORDS[message.type]
-                raise PeerFailed(f"{self.peer_title} {verb}: {one_line(message.content)}")
+                raise self.peer_failed(message)
             raise ProtocolError(f"{self.peer_title} sent {message.type}, expected was {wanted}")
         if at is not None and message.at != at:
             raise ProtocolError(
                 f"{self.peer_title} sent {message.type} for {message.at}, expected was {at}"
             )
         return message
+
+    def peer_failed(self, last_words: Message) -> PeerFailed:
+        """Return the error for a peer's last words."""
+        verb = LAST_WORDS[last_words.type]
+        return PeerFailed(f"{self.peer_title} {verb}: {one_line(last_words.content)}")
 
     def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message:
         """As ``receive_message_as_json``, for message types that carry a file (``payload``)."""

@@ -5,6 +5,7 @@ import time
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation
 from sfl.errors import RunError, SflError
+from sfl.link import Link
 from sfl.protocol import MessageType
 from sfl.registration import ANY_ID, Joined, server_join
 from sfl.runfolder import EventLog
@@ -76,6 +77,8 @@ def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[i
             if not connection.peer_name and now - connection.accepted_at > REGISTER_WITHIN_S:
                 events.note(f"turned away {connection.address}: it did not register")
                 switchboard.drop(connection, f"register within {REGISTER_WITHIN_S:g} seconds")
+        open_ones = set(switchboard.connections)
+        conversations = {c: conversations[c] for c in conversations if c in open_ones}
         if now - noticed_at > NOTICE_EVERY_S:
             noticed_at = now
             _notify(lobby)
@@ -110,11 +113,18 @@ def _resume(
             _notify(lobby)
     except SflError as error:
         if connection.peer_name:
-            raise RunError(f"{connection.peer_name} left before the start: {error}") from error
+            raise _left(connection, error) from error
         events.note(f"turned away {connection.address}: {error}")
         switchboard.drop(connection, str(error))
 
 
 def _notify(lobby: Lobby) -> None:
     for joined in lobby.joined.values():
-        joined.link.send_message_as_json(MessageType.MESSAGE, content=lobby.missing)
+        try:
+            joined.link.send_message_as_json(MessageType.MESSAGE, content=lobby.missing)
+        except SflError as error:
+            raise _left(joined.link, error) from error
+
+
+def _left(link: Link, error: SflError) -> RunError:
+    return RunError(f"{link.peer_name} left before the start: {error}")

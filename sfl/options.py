@@ -35,7 +35,7 @@ def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T
     for name, value in values.items():
         if name not in types:
             raise unknown_name(f"option in {source}", name, types)
-        if float in types[name] and type(value) is int:
+        if float in types[name] and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) not in types[name]:
             kind = types[name][0].__name__

@@ -33,7 +33,8 @@ T = TypeVar("T")
 MAGIC: Final = b"SFL\n"
 VERSION: Final = 1
 HEAD: Final = struct.Struct(">4sBBHIQ")
-MAX_JSON_BYTES: Final = 64 * 1024  # a REGISTER of 1,000 class names has about 20 KiB
+MAX_JSON_BYTES: Final = 64 * 1024  # a REQUEST_TO_START of 1,000 class names fits
+MAX_NAME: Final = 128  # of a sender, a receiver, a run
 # Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
 # buffer, so that at most this much of a payload is copied twice.
 READ_AHEAD_BYTES: Final = 4096
@@ -104,7 +105,7 @@ class Message:
     def get(self, name: str, kind: builtins.type[T]) -> T:
         """Return a field of the content, which must be an object, or raise ``ProtocolError``."""
         value = self.content.get(name) if isinstance(self.content, dict) else None
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not kind:
             raise ProtocolError(f"{self.type} lacks {name!r}, of type {kind.__name__}")
@@ -191,6 +192,8 @@ def _parse_json(text: bytes | bytearray, payload_bytes: int) -> tuple[Message, s
     for name, kind in _FIELDS.items():
         if type(fields[name]) is not kind:
             raise ProtocolError(f"a message's {name!r} is not of type {kind.__name__}")
+        if kind is str and len(fields[name]) > MAX_NAME:
+            raise ProtocolError(f"a message's {name!r} is longer than {MAX_NAME} characters")
     for name in ("round", "step", "client", "link"):
         if not -1 <= fields[name] < _MAX_INDEX:
             raise ProtocolError(f"a message's {name!r} is out of range")

@@ -18,14 +18,14 @@ from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
-from sfl.errors import ConfigError, ProtocolError, RunError
+from sfl.errors import ConfigError, DataError, ProtocolError, RunError
 from sfl.link import Link, one_line
 from sfl.options import from_values
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
 
 ANY_ID = -1  # a client that takes what is free
-MAX_CLASSES = 10_000
+MAX_CLASSES = 1000
 MAX_SIDE = 65_536  # of an image
 
 
@@ -76,8 +76,14 @@ def client_join(
 
 
 def send_report(link: Link, report: DataReport) -> None:
-    """Say that the data are loaded, and what they are."""
-    content = dataclasses.asdict(report)
+    """Say that the data are loaded, and what they are.
+
+    Raises:
+        DataError: there are more classes than one message holds.
+    """
+    if len(report.classes) > MAX_CLASSES:
+        raise DataError(f"{len(report.classes)} classes; at most {MAX_CLASSES} can be reported")
+    content = dataclasses.asdict(report) | {"classes": [one_line(c, 40) for c in report.classes]}
     link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
 
 
@@ -113,7 +119,7 @@ def _parse_report(message: Message, client: int) -> DataReport:
         raise ProtocolError(f"client_{client} reports no list of classes")
     if not (0 < len(shape) <= 4 and all(type(n) is int and 0 < n <= MAX_SIDE for n in shape)):
         raise ProtocolError(f"client_{client} reports no shape of samples")
-    names = tuple(one_line(name, 80) for name in classes)
+    names = tuple(one_line(name, 40) for name in classes)
     return DataReport(samples, names, tuple(shape))
 
 

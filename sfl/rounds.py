@@ -15,7 +15,7 @@ from sfl.aggregate import fed_avg
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.conversation import TIMES, server_evaluate_round, server_goodbye, server_train
-from sfl.data import batch_sizes
+from sfl.data import num_batches
 from sfl.driver import Network, run_together
 from sfl.link import Counters
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
@@ -187,4 +187,4 @@ def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 
 def num_steps(run: RunConfig, party: ServerParty) -> int:
     """Return a client's number of steps in a round."""
-    return len(batch_sizes(party.num_samples[TRAIN], run.batch_size)) * run.local_epochs
+    return num_batches(party.num_samples[TRAIN], run.batch_size) * run.local_epochs

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +20,12 @@ from sfl.errors import ConfigError, RunError, reason_of
 
 
 def new_run_name() -> str:
-    """Return the name of a run that the user did not name: the time it started."""
-    return time.strftime("%Y-%m-%d_%H-%M-%S")
+    """Return the name of a run that the user did not name: the time it started.
+
+    To the microsecond, since clients put runs of different servers side by side.
+    """
+    now = datetime.datetime.now()
+    return now.strftime("%Y-%m-%d_%H-%M-%S.%f")
 
 
 def create_run_folder(parent: Path, name: str) -> Path:
@@ -29,17 +35,14 @@ def create_run_folder(parent: Path, name: str) -> Path:
         ConfigError: a run of this name exists.
         RunError: the folder cannot be written.
     """
-    base = name or new_run_name()
-    candidates = [base] if name else [base, *(f"{base}_{n}" for n in range(2, 100))]
-    for candidate in candidates:
-        try:
-            (parent / candidate).mkdir(parents=True)
-            return parent / candidate
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise RunError(f"cannot write to {parent}: {error.strerror}; see --out") from error
-    raise ConfigError(f"a run {base} exists in {parent}; give another --run")
+    path = parent / (name or new_run_name())
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"a run {path.name} exists in {parent}; give another --run") from None
+    except OSError as error:
+        raise RunError(f"cannot write to {parent}: {error.strerror}; see --out") from error
+    return path
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
@@ -76,8 +79,11 @@ class EventLog:
 
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()  # who reads through a pipe sees it now
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()  # who reads through a pipe sees it now
+    except BrokenPipeError:  # nobody reads any more: the run goes on, and the log has it all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def telling_why(events: EventLog, tell: Callable[[str], None] | None = None) -> 
         yield
     except BaseException as error:
         reason = reason_of(error)
-        events.note(f"the run failed: {reason}")
         if tell is not None:
             tell(reason)
+        with contextlib.suppress(OSError):  # a full disk is no reason to lose the reason
+            events.note(f"the run failed: {reason}")
         raise

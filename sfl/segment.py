@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sfl import seeds
 from sfl.config import RunConfig, unknown_name
+from sfl.errors import RunError
 from sfl.protocol import Position
 from sfl.tensors import TensorSpec, state_spec
 
@@ -68,14 +69,24 @@ class Segment:
         self._optimizer = make(parameters, self._run) if parameters else None
 
     def forward(self, z: Tensor, at: Position) -> Tensor:
-        """Return the output for ``z`` in training, keeping the graph for ``backward``."""
+        """Return the output for ``z`` in training, keeping the graph for ``backward``.
+
+        Raises:
+            RunError: a block cannot train on this batch.
+        """
         self.blocks.train()
         z = z.detach().to(self.device)
         self._input = z.requires_grad_() if self._first_block else z
-        out = self._input
+        # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
+        out = self._input.clone() if self._first_block else z
         for index, block in enumerate(self.blocks, self._first_block):
             self._seed_block(at, index)
-            out = block(out)
+            try:
+                out = block(out)
+            except (ValueError, RuntimeError) as error:  # BatchNorm on one sample, say
+                raise RunError(
+                    f"block {index} of the model cannot train on a batch of {len(z)}: {error}"
+                ) from error
         self._output = out
         return out
 
@@ -149,7 +160,7 @@ class Segment:
         blocks = copy.deepcopy(self.blocks).cpu()
         trial = Segment(blocks, self._first_block, self._run, torch.device("cpu"))
         for parameter in blocks.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         trial.update()
         return state_spec(trial.optimizer_state())
 

@@ -136,4 +136,6 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     else:
         folder.events.say("no client has a test set: there is no test accuracy")
     folder.events.say(f"the run lies in {folder.path}")
+    folder.archive.write("events", "server_log.txt", (folder.path / "server_log.txt").read_bytes())
+    folder.archive.flush()
     return figures

@@ -1,7 +1,7 @@
 """A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from sfl.protocol import Limits, MessageType
 from sfl.segment import Segment
 from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, state_spec
 
-EVALUATION_BATCH = 256  # samples in a batch of validation and test
+# Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
+MAX_EVALUATION_BATCH = 256
+MAX_EVALUATION_BYTES = 8 * 2**20
 
 
 def resolve_cut(run: RunConfig, allowed: Collection[str] | None = None) -> int:
@@ -55,6 +57,8 @@ class SplitModel:
         self.front_spec: StateSpec = state_spec(self._front.state_dict())
         self.back_spec: StateSpec = state_spec(self._back.state_dict())
         self._cut_sample = self._find_cut_sample(input_shape)
+        fit = MAX_EVALUATION_BYTES // max(self._cut_sample.num_bytes, 1)
+        self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
 
     def front(self, device: torch.device) -> Segment:
         """Return a client-side model with the initial weights and an optimiser."""
@@ -98,6 +102,11 @@ class SplitModel:
         """Return the spec of the labels of a batch."""
         return TensorSpec((batch,), torch.int64)
 
+    def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
+        """Yield the sizes of the batches in which samples are evaluated."""
+        for start in range(0, num_samples, self.evaluation_batch):
+            yield min(self.evaluation_batch, num_samples - start)
+
     def client_limits(self) -> Limits:
         """Return what a client accepts from its server."""
         weights = max_file_bytes(self.front_spec.values())
@@ -111,7 +120,7 @@ class SplitModel:
 
     def server_limits(self) -> Limits:
         """Return what the server accepts from a client."""
-        step, evaluation = self._run.batch_size + 1, EVALUATION_BATCH
+        step, evaluation = self._run.batch_size + 1, self.evaluation_batch
         return Limits(
             payload_bytes={
                 MessageType.TRAINING_LABELS: max_file_bytes([self.labels_spec(step)]),

@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Collection
 from typing import cast
 
-from sfl.errors import ConnectionLost, SflError, reason_of
-from sfl.link import Link
+from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
+from sfl.link import LAST_WORDS, Link
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener, Socket
 
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
+MAX_STRANGERS = 64  # connections that have not registered; one more is closed without a word
 
 
 class DrainedConnection(Connection):
@@ -32,6 +33,7 @@ class DrainedConnection(Connection):
         self._inbox: deque[tuple[int, Message]] = deque()
         self._failure: SflError | None = None
         self._discards = False
+        self._unregistered = False
         self._thread = threading.Thread(target=self._drain, name="reader", daemon=True)
         self._thread.start()
 
@@ -57,6 +59,23 @@ class DrainedConnection(Connection):
                 self._failure = error if isinstance(error, SflError) else lost
                 self._changed.notify_all()
 
+    def _send(self, message: Message) -> None:
+        try:
+            super()._send(message)
+        except ConnectionLost:
+            with self._changed:  # the peer may have said why before it closed
+                self._changed.wait_for(lambda: self._failure is not None, FAREWELL_S)
+                why = self.ending()
+            if isinstance(why, PeerFailed):
+                raise why from None
+            raise
+
+    def ending(self) -> SflError | None:
+        """Return why the peer takes no further part: its last words, or that it is gone."""
+        if self._inbox and self._inbox[-1][1].type in LAST_WORDS:
+            return self.peer_failed(self._inbox[-1][1])
+        return None if self._unregistered else self._failure
+
     def _next(self) -> Message:
         with self._changed:
             if not self._changed.wait_for(lambda: self.arrived, self.timeout_s):
@@ -67,6 +86,7 @@ class DrainedConnection(Connection):
                 assert self._failure is not None
                 raise self._failure
             _, message = self._inbox.popleft()
+            self._unregistered |= message.type is MessageType.UNREGISTER
             self._changed.notify_all()
             return message
 
@@ -97,6 +117,7 @@ class Switchboard:
         self._limits = limits
         self._changed = threading.Condition()
         self._connections: list[DrainedConnection] = []
+        self._num_leaving = 0  # connections that were turned away and are being closed
         self._refusal = ""
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="acceptor", daemon=True)
@@ -116,16 +137,25 @@ class Switchboard:
 
     def _accept(self) -> None:
         while (sock := self._listener.accept()) is not None:
-            with self._changed:
-                refusal = self._refusal
-                if not refusal:
-                    connection = DrainedConnection(
-                        sock, self._changed, timeout_s=self._timeout_s, limits=self._limits
-                    )
-                    self._connections.append(connection)
-            if refusal:
-                late = Connection(sock, timeout_s=FAREWELL_S, limits=self._limits)
-                late.dismiss(MessageType.INVALID_MESSAGE, refusal)
+            try:
+                self._admit(sock)
+            except (OSError, RuntimeError):  # it is gone again, or no thread is left for it
+                sock.close()
+
+    def _admit(self, sock: Socket) -> None:
+        with self._changed:
+            strangers = [c for c in self._connections if not c.peer_name]
+            if len(strangers) + self._num_leaving >= MAX_STRANGERS:
+                sock.close()
+                return
+        connection = DrainedConnection(
+            sock, self._changed, timeout_s=self._timeout_s, limits=self._limits
+        )
+        with self._changed:
+            refusal = self._refusal
+            self._connections.append(connection)
+        if refusal:
+            self.drop(connection, refusal)
 
     def turn_away(self, reason: str) -> None:
         """From now on, tell everyone who connects why they cannot join, and close."""
@@ -143,22 +173,36 @@ class Switchboard:
 
         Raises:
             ConnectionLost: none of them sent anything for the length of the deadline.
+            ConnectionLost, PeerFailed: another client, which is not being waited for, has ended.
         """
         drained = [cast(DrainedConnection, link) for link in links]
+
+        def ended() -> SflError | None:
+            others = (c for c in self._connections if c.peer_name and c not in drained)
+            return next(filter(None, (other.ending() for other in others)), None)
+
         with self._changed:
-            if not self._changed.wait_for(lambda: any(c.arrived for c in drained), self._timeout_s):
+            if not self._changed.wait_for(
+                lambda: any(c.arrived for c in drained) or ended(), self._timeout_s
+            ):
                 names = ", ".join(c.peer_name for c in drained)
                 raise ConnectionLost(f"{names} sent nothing for {self._timeout_s:g} seconds")
+            if why := ended():
+                raise why
             return min((c for c in drained if c.arrived), key=DrainedConnection.arrival_ns)
 
     def drop(self, connection: DrainedConnection, reason: str) -> None:
-        """Turn one connection away; its thread reads on until the peer has closed."""
-        connection.end_sending(MessageType.INVALID_MESSAGE, reason)
+        """Turn one connection away, leaving it the time to read why."""
         with self._changed:
             self._connections.remove(connection)
-        threading.Thread(
-            target=connection.join, args=(time.monotonic() + FAREWELL_S,), daemon=True
-        ).start()
+            self._num_leaving += 1
+        threading.Thread(target=self._say_farewell, args=(connection, reason), daemon=True).start()
+
+    def _say_farewell(self, connection: DrainedConnection, reason: str) -> None:
+        connection.end_sending(MessageType.INVALID_MESSAGE, reason)
+        connection.join(time.monotonic() + FAREWELL_S)
+        with self._changed:
+            self._num_leaving -= 1
 
     def end(self, reason: str) -> None:
         """Stop listening and close every connection, telling those still open why."""

@@ -6,6 +6,7 @@ CPU, and what comes out is compared with what that point of the conversation exp
 """
 
 import io
+import pickletools
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,19 @@ from torch import Tensor
 from sfl.errors import IntegrityError
 
 Buffer = bytes | bytearray | memoryview
+
+# All that the pickle of a tensor, or of a dict of tensors, names. torch's own list for weights_only
+# is longer: bytearray(n), for one, allocates whatever a few bytes ask for.
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_GLOBALS = frozenset(
+    {
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {name}Storage" for name in _STORAGES),
+    }
+)
+# Opcodes that reach for something by other ways, or build objects.
+_FORBIDDEN_OPCODES = frozenset({"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD"})
 
 # A torch.save file of n tensors is the tensors' bytes and, for each, a zip record (two heads and
 # up to 64 bytes of alignment) and its line in the pickle. Measured with torch 2.15: 1,400 bytes
@@ -84,6 +98,13 @@ def owns_storage(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and bool(storage_bytes == tensor.numel() * tensor.itemsize)
 
 
+def identical(ours: Tensor, theirs: Tensor) -> bool:
+    """Say whether two CPU tensors are the same bit for bit; a NaN is the same as itself."""
+    if TensorSpec.of(ours) != TensorSpec.of(theirs):
+        return False
+    return ours.contiguous().numpy().tobytes() == theirs.contiguous().numpy().tobytes()
+
+
 def compact(tensor: Tensor) -> Tensor:
     """Return the tensor detached, on the CPU, contiguous and owner of its storage."""
     tensor = tensor.detach().cpu()
@@ -147,12 +168,17 @@ def _load(data: Buffer, name: str) -> object:
 
 
 def _check_container(data: Buffer, name: str) -> None:
-    """Refuse a container that would unpack to more than its own bytes, or names a record twice."""
+    """Refuse what would unpack to more than its own bytes, or asks for more than tensors."""
     with zipfile.ZipFile(io.BytesIO(data)) as container:
         records = container.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise IntegrityError(f"{name}: has compressed records, which torch.save never writes")
-    if sum(record.file_size for record in records) > len(data):
-        raise IntegrityError(f"{name}: declares more bytes than it has")
-    if len({record.filename for record in records}) != len(records):
-        raise IntegrityError(f"{name}: has two records of one name")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise IntegrityError(f"{name}: has compressed records, which torch.save never writes")
+        if sum(record.file_size for record in records) > len(data):
+            raise IntegrityError(f"{name}: declares more bytes than it has")
+        if len({record.filename for record in records}) != len(records):
+            raise IntegrityError(f"{name}: has two records of one name")
+        pickles = [container.read(r) for r in records if r.filename.endswith(".pkl")]
+    for opcode, argument, _ in (step for p in pickles for step in pickletools.genops(p)):
+        named = opcode.name == "GLOBAL" and argument not in _GLOBALS
+        if named or opcode.name in _FORBIDDEN_OPCODES:
+            raise IntegrityError(f"{name}: asks for {argument or opcode.name}, which is no tensor")

@@ -11,7 +11,14 @@ import socket
 import time
 from collections.abc import Callable
 
-from sfl.errors import ConfigError, ConnectionLost, ProtocolError, RunError
+from sfl.errors import (
+    ConfigError,
+    ConnectionLost,
+    IntegrityError,
+    PeerFailed,
+    ProtocolError,
+    RunError,
+)
 from sfl.link import LAST_WORDS, Link, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
 
@@ -67,7 +74,7 @@ class Connection(Link):
                 f"{self.peer_title} took nothing for {self.timeout_s:g} seconds"
             ) from error
         except OSError as error:
-            raise ConnectionLost(f"{self.peer_title} closed the connection") from error
+            raise ConnectionLost(f"{self.peer_title} {_how(error)}") from error
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
 
@@ -75,7 +82,7 @@ class Connection(Link):
         """Read from the socket until one message is complete, and return it."""
         started = time.perf_counter()
         first_byte = started if self._decoder.inside else None
-        while (message := self._decoder.next_message()) is None:
+        while (message := self._decoded()) is None:
             with self._decoder.get_buffer() as buffer:
                 num_bytes = self._receive_into(buffer)
             if first_byte is None:
@@ -87,6 +94,12 @@ class Connection(Link):
         self.counters.waiting_s += (first_byte or now) - started
         self.counters.receiving_s += now - (first_byte or now)
         return message
+
+    def _decoded(self) -> Message | None:
+        try:
+            return self._decoder.next_message()
+        except (ProtocolError, IntegrityError) as error:
+            raise type(error)(f"from {self.peer_title}: {error}") from error
 
     def _receive_into(self, buffer: memoryview) -> int:
         inside = self._decoder.inside
@@ -100,7 +113,7 @@ class Connection(Link):
                 silent = f"sent nothing for {self.timeout_s:g} seconds"
                 raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
             except OSError as error:
-                raise ConnectionLost(f"{self.peer_title} closed the connection{where}") from error
+                raise ConnectionLost(f"{self.peer_title} {_how(error)}{where}") from error
             if num_bytes == 0:
                 raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
             return num_bytes
@@ -113,26 +126,24 @@ class Connection(Link):
         except (OSError, TypeError, ValueError):
             return "an unknown address"
 
-    def last_words(self) -> str:
-        """Return why the peer ended the run if its word has already arrived, or "".
+    def last_words(self) -> PeerFailed | None:
+        """Return why the peer ended the run, if its word has already arrived.
 
         To be asked after a send failed: the peer may have said why before it closed.
         """
-        with contextlib.suppress(OSError, ProtocolError, ConnectionLost):
+        with contextlib.suppress(OSError, ProtocolError, IntegrityError, ConnectionLost):
             self._sock.settimeout(FAREWELL_S)
             while True:
                 message = self._next()
                 if message.type in LAST_WORDS:
-                    return (
-                        f"{self.peer_title} {LAST_WORDS[message.type]}: {one_line(message.content)}"
-                    )
-        return ""
+                    return self.peer_failed(message)
+        return None
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:
         """Send a last message and end our half of the connection; a peer that is gone is fine."""
         with contextlib.suppress(ConnectionLost, OSError):
             self._sock.settimeout(FAREWELL_S)
-            self.send_message_as_json(message_type, content=reason)
+            self.send_message_as_json(message_type, content=one_line(reason))
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
@@ -156,11 +167,24 @@ class Connection(Link):
         self._sock.close()
 
 
+def _how(error: OSError) -> str:
+    """Say how a connection ended: by the peer's hand, or for another reason."""
+    closed = (errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN, errno.ECONNABORTED)
+    return (
+        "closed the connection" if error.errno in closed else f"is out of reach: {error.strerror}"
+    )
+
+
 def _keep_alive(sock: socket.socket) -> None:
-    """Let the system notice, within about a minute, a peer whose machine or network is gone."""
+    """Let the system notice, within two minutes, a peer whose machine or network is gone.
+
+    An idle connection is probed after 30 seconds; while bytes are unacknowledged Linux does not
+    probe, and would go on sending them for 15 minutes.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):  # macOS names the first one otherwise
+    seconds = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+    for option, value in (*seconds.items(), ("TCP_USER_TIMEOUT", 120_000)):
+        if hasattr(socket, option):  # macOS lacks some
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
@@ -192,6 +216,7 @@ class Listener:
 
     def __init__(self, sock: Socket) -> None:
         self._sock = sock
+        self._closed = False
         self.address = format_address(*sock.getsockname()[:2])
         self.port: int = sock.getsockname()[1]
 
@@ -203,17 +228,18 @@ class Listener:
 
     def accept(self) -> Socket | None:
         """Wait for the next connection and return its socket; None once the listener is closed."""
-        while True:
+        while not self._closed:
             try:
                 return self._sock.accept()[0]
-            except OSError as error:
-                # A peer that gave up before we accepted it is no reason to stop listening.
-                if error.errno not in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE):
-                    return None
-                time.sleep(0.1)  # too many open files: some may close
+            except OSError:
+                # Also when a peer gave up before we accepted it, or too many files are open.
+                if not self._closed:
+                    time.sleep(0.1)
+        return None
 
     def close(self) -> None:
         """Stop listening; a thread that waits in ``accept`` wakes."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -233,9 +259,11 @@ def listen(host: str, port: int) -> Listener:
         # create_server sets SO_REUSEADDR where it means "in TIME_WAIT too", not on Windows.
         sock = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
         return Listener(sock)
-    except OSError as error:
-        in_system = error.errno is not None and not isinstance(error, socket.gaierror)
-        reason = os.strerror(error.errno or 0) if in_system else error.strerror
+    except (OSError, UnicodeError) as error:
+        reason: str | None = "no host has such a name"
+        if isinstance(error, OSError):
+            in_system = error.errno is not None and not isinstance(error, socket.gaierror)
+            reason = os.strerror(error.errno or 0) if in_system else error.strerror
         raise RunError(
             f"cannot listen on {format_address(host, port)}: {reason};"
             " another --port or --host may be free"
@@ -265,7 +293,9 @@ def connect(
     while True:
         left_s = deadline - time.monotonic()
         try:
-            sock = socket.create_connection((host, port), timeout=max(left_s, 0.1))
+            # One try is short: a firewall that drops packets answers nothing for minutes.
+            attempt_s = min(max(left_s, 0.1), _MAX_BACKOFF_S)
+            sock = socket.create_connection((host, port), timeout=attempt_s)
             if sock.getsockname() != sock.getpeername():
                 return Connection(sock, timeout_s=timeout_s, limits=limits)
             # Nobody listens, and the system gave us that very port: we reached ourselves.
@@ -274,6 +304,8 @@ def connect(
         except OSError as error:
             reason = error.strerror or str(error)
             unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+        except UnicodeError:  # by the codec for host names
+            reason, unknown = "no host has such a name", True
         if unknown:
             raise RunError(f"unknown host {host!r}: {reason}; see --server")
         if deadline - time.monotonic() <= pause_s:

@@ -56,7 +56,7 @@ class SocketWeights:
         answer = link.receive_message_as_json(MessageType.SEND_FILE, at=key.at)
         offset = answer.get("offset", int)
         if not 0 <= offset <= len(data):
-            raise ProtocolError(f"asked for {key.name} from byte {offset} of {len(data)}")
+            raise ProtocolError(f"{link.peer_title} asks for byte {offset} of {len(data)}")
         if offset < len(data):
             link.send_file(key.message_type, data[offset:], at=key.at)
 
@@ -65,7 +65,7 @@ class SocketWeights:
         yield link
         offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE, at=key.at)
         if (name := offer.get("name", str)) != key.name:
-            raise ProtocolError(f"offered {name!r:.40}, expected was {key.name}")
+            raise ProtocolError(f"{link.peer_title} offers {name!r:.40}, not {key.name}")
         size, announced = offer.get("bytes", int), offer.get("checksum", str)
         has_it = len(held) == size and checksum(held) == announced
         answer = {"offset": size if has_it else 0}

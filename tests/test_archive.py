@@ -67,8 +67,9 @@ def test_only_the_rounds_that_were_asked_for_stay(
     write_run(tmp_path, keep)
     if keep == "none":
         assert list(tmp_path.iterdir()) == []
-    else:
-        assert sorted({r for r, _, _ in found(tmp_path)}) == kept
+        return
+    assert sfl.archive.open(tmp_path).rounds() == kept
+    assert sorted({r for r, _, _ in found(tmp_path)}) == kept
 
 
 def flip(path: Path, where: int) -> None:

@@ -21,6 +21,7 @@ from sfl.data import (
     check_partition,
     client_data,
     dataset_spec,
+    num_batches,
     part_of,
 )
 from sfl.errors import ConfigError, DataError
@@ -85,6 +86,14 @@ def test_data_that_are_nowhere_are_one_clear_error(
     assert capsys.readouterr().out == ""
 
 
+def test_a_data_set_that_is_damaged_is_not_downloaded_again(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "MNIST", (30, 20))
+    path = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"MNIST is damaged: "):
+        DATASETS["mnist"].load(tmp_path, print)
+
+
 @pytest.mark.parametrize("partition", ["iid", "sizes:0.2,0.2,0.6", "sizes:0.98,0.01,0.01"])
 def test_parts_are_disjoint_and_cover_the_data(partition: str) -> None:
     marked = Samples(torch.arange(4000), torch.arange(4000))
@@ -135,7 +144,8 @@ def test_an_empty_part_is_refused_and_a_tiny_one_has_no_validation() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 64))
 def test_batches_cover_the_samples_and_none_has_one_unless_alone(n: int, batch: int) -> None:
-    sizes = batch_sizes(n, batch)
+    sizes = list(batch_sizes(n, batch))
+    assert num_batches(n, batch) == len(sizes)
     assert sum(sizes) == n
     assert max(sizes) <= batch + 1
     assert batch == 1 or n == 1 or min(sizes) > 1

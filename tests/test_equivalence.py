@@ -9,9 +9,11 @@ import torch
 from sfl import seeds
 from sfl.config import NodeConfig, RunConfig
 from sfl.data import ClientData, batch_indices, dataset_spec, part_of
+from sfl.link import Link
 from sfl.models import build, model_spec
-from sfl.segment import OPTIMIZERS
-from sfl.simulate import simulate
+from sfl.protocol import MessageType
+from sfl.segment import OPTIMIZERS, Segment
+from sfl.simulate import LocalLink, simulate
 from tests.launch import Launcher
 
 BN_DROPOUT = "tests.models:bn_dropout"
@@ -206,3 +208,30 @@ def test_the_golden_losses_are_equal(tmp_path: Path, model: str) -> None:
     rows = csv.DictReader((run / "rounds.csv").read_text().splitlines())
     losses = [(float(row["train_loss"]), float(row["val_loss"])) for row in rows]
     assert losses == [pytest.approx(golden, abs=1e-4) for golden in GOLDEN[model]]
+
+
+def test_gradients_are_sent_before_the_back_is_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from the client: when its gradients are there, the back has not moved."""
+
+    order: list[str] = []
+    update = Segment.update
+
+    def note_update(segment: Segment) -> None:
+        order.append("front" if segment._first_block == 0 else "back")
+        update(segment)
+
+    def send_file(
+        link: LocalLink, message_type: MessageType, *rest: object, **more: object
+    ) -> None:
+        order.append(message_type.value)
+        Link.send_file(link, message_type, *rest, **more)
+
+    monkeypatch.setattr(Segment, "update", note_update)
+    monkeypatch.setattr(LocalLink, "send_file", send_file)
+    simulated(tmp_path, model="mlp", clients=1, rounds=1, batch_size=2000)
+    start = order.index("TRAINING_GRADS")
+    assert order[start - 2 : start + 3] == [
+        "TRAINING_LABELS", "TRAINING_FEATURES", "TRAINING_GRADS", "back", "front",
+    ]  # fmt: skip

@@ -65,6 +65,23 @@ def test_a_killed_client_ends_the_run(launcher: Launcher) -> None:
     assert "the server stopped: client_0 closed the connection" in clients[1].ended_with(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_client_that_leaves_while_others_train_is_noticed_at_once(
+    launcher: Launcher, number: int
+) -> None:
+    """It has done its own part of the round, and nobody waits for a message of its."""
+    options = ["--partition", "sizes:0.001,0.999", "--local-epochs", 1000, "--rounds", 2]
+    server = launcher.server("--clients", 2, *FAST, *options, "--keep-tensors", "none")
+    clients = [launcher.client("--client-id", k, "--keep-tensors", "all") for k in range(2)]
+    own = "client/*/client_0/client_files/client_0/round_000/labels_0_999.pt"
+    while not list(launcher.folder.glob(own)):
+        server.process.join(0.02)
+        assert server.process.is_alive(), server.err
+    send_signal(clients[0], number)
+    assert "client_0" in server.ended_with(1)
+    assert "the server stopped: client_0" in clients[1].ended_with(1)
+
+
 def test_a_killed_server_ends_the_clients(launcher: Launcher) -> None:
     server, clients = start_long_run(launcher)
     send_signal(server, signal.SIGKILL)
@@ -187,12 +204,12 @@ def test_bad_options_end_with_2(launcher: Launcher, options: list[object], reaso
 
 
 def test_data_that_are_not_there_end_the_run(launcher: Launcher) -> None:
-    server = launcher.server("--clients", 2, "--dataset", "mnist")
-    has_none = launcher.client("--client-id", 0, "--data-dir", launcher.folder / "nothing")
-    other = launcher.client("--client-id", 1, "--data-dir", launcher.folder / "nothing")
-    lines = [program.ended_with(1) for program in (server, has_none, other)]
-    assert all("MNIST is not in" in line or "stopped" in line for line in lines)
-    assert "give --data-dir the folder that has MNIST/raw" in lines[0]
+    server = launcher.server("--clients", 1, "--dataset", "mnist")
+    client = launcher.client("--data-dir", launcher.folder / "nothing")
+    for program in (server, client):
+        line = program.ended_with(1)
+        assert "MNIST is not in" in line
+        assert "give --data-dir the folder that has MNIST/raw" in line
 
 
 def write_own(folder: Path, classes: tuple[str, ...] = ("a", "b"), count: int = 40) -> Path:
@@ -225,6 +242,7 @@ def test_classes_that_differ_between_clients_end_the_run(launcher: Launcher) -> 
     server = launcher.server(*OWN)
     for k, classes in enumerate((("a", "b"), ("a", "c"))):
         folder = write_own(launcher.folder / f"own{k}", classes)
+        wait_for(server, "listening" if k == 0 else "waiting for 1 of 2 clients")
         launcher.client("--client-id", k, "--data-dir", folder)
     lines = [program.ended_with(1) for program in launcher.programs]
     why = "classes differ: client_0 has 2 (a, b), client_1 2 (a, c)"
@@ -234,7 +252,8 @@ def test_classes_that_differ_between_clients_end_the_run(launcher: Launcher) -> 
 
 def test_an_empty_private_folder_ends_the_run(launcher: Launcher) -> None:
     launcher.server(*OWN)
-    launcher.client("--client-id", 0, "--data-dir", write_own(launcher.folder / "own"))
+    first = launcher.client("--client-id", 0, "--data-dir", write_own(launcher.folder / "own"))
+    wait_for(first, "waiting for 1 of 2 clients")
     (launcher.folder / "empty").mkdir()
     launcher.client("--client-id", 1, "--data-dir", launcher.folder / "empty")
     lines = [program.ended_with(1) for program in launcher.programs]

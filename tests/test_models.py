@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sfl.config import RunConfig
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError
 from sfl.models import MODELS, build, model_spec, split
 from sfl.protocol import Position
 from sfl.segment import Segment, train_step
@@ -89,6 +89,30 @@ def test_training_on_a_detached_copy_would_be_noticed() -> None:
     assert all(parameter.grad is not None for parameter in front.blocks.parameters())
 
 
+def in_place_behind_a_view(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 5), nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(1152, num_classes)
+    )
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_in_place_modules_behind_a_view_train(cut: int) -> None:
+    run = RunConfig(model="tests.test_models:in_place_behind_a_view", cut=cut)
+    cut_model = SplitModel(run, (1, 28, 28), 10)
+    front, back = cut_model.front(CPU), cut_model.back(CPU)
+    _, dz = train_step(back, front.forward(X, Position()).detach(), Y, Position())
+    front.backward(dz)
+    whole = build(model_spec(run.model), (1, 28, 28), 10, seed=0)
+    nn.functional.cross_entropy(whole(X), Y).backward()
+    assert torch.equal(front.blocks[0].weight.grad, whole[0].weight.grad)
+
+
+def test_a_batch_that_a_block_cannot_train_on_is_one_clear_error() -> None:
+    back = SplitModel(RunConfig(model="tests.models:bn_dropout", cut=6), (1, 28, 28), 10).back(CPU)
+    with pytest.raises(RunError, match=r"block 6 of the model cannot train on a batch of 1: "):
+        back.forward(torch.zeros(1, 144), Position())
+
+
 def test_in_place_modules_next_to_a_cut_work_on_a_copy() -> None:
     for cut in range(1, 12):
         front, back = split(bn_dropout((1, 28, 28), 10), cut)
@@ -108,6 +132,14 @@ def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
     assert torch.equal(first, back.forward(z, Position("another name", 0, 0, 0)))
     for other in (Position("r", 1, 0, 0), Position("r", 0, 1, 0), Position("r", 0, 0, 1)):
         assert not torch.equal(first, back.forward(z, other))
+
+
+def test_a_frozen_parameter_has_no_optimisers_state() -> None:
+    back = SplitModel(RunConfig(), (1, 28, 28), 10).back(CPU)
+    back.blocks[0].requires_grad_(False)
+    train_step(back, torch.randn(6, 400), Y, Position())
+    back.update()
+    assert back.optimizer_spec().keys() == back.optimizer_state().keys()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -11,6 +11,7 @@ import torch
 
 from experiments import replay
 from sfl.config import NodeConfig, RunConfig
+from sfl.errors import RunError
 from sfl.simulate import simulate
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT
@@ -29,6 +30,7 @@ def recorded(out: Path, **options: object) -> Path:
         {"optimizer_state": "keep", "optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
         {"partition": "sizes:0.3,0.7", "local_epochs": 2},
         {"keep_tensors": "last"},
+        {"optimizer": "sgd", "lr": 1e10},  # diverges: NaN is NaN
         {"keep_tensors": "every:2"},
         {"aggregation_weights": "equal", "partition": "sizes:0.3,0.7"},
     ],
@@ -71,8 +73,27 @@ def test_one_client_or_round_is_checked_alone(run: Path) -> None:
     assert run_replay(run, "--round", 1, "--client", 0) == (0, ["8 gradients checked, 0 differ"])
 
 
+def test_a_selection_that_holds_nothing_is_an_error(run: Path) -> None:
+    for selection in (["--client", 9], ["--round", 77]):
+        with pytest.raises(RunError, match="no recorded tensors of that client and round"):
+            run_replay(run, *selection)
+
+
+@pytest.mark.parametrize("keep", ["all", "last"])
+def test_tensors_that_are_gone_are_named(tmp_path: Path, keep: str) -> None:
+    run = recorded(tmp_path, rounds=2, keep_tensors=keep)
+    folder = run / "client_files/client_1/round_001"
+    shutil.rmtree(folder)
+    code, lines = run_replay(run)
+    assert code == 1
+    assert lines[0] == f"{folder / 'manifest.jsonl'}: No such file or directory"
+    assert not any("server_model" in line for line in lines)
+    code, lines = run_replay(run, "--client", 0)
+    assert lines[-1] == f"{8 if keep == 'last' else 16} gradients checked, 0 differ"
+
+
 def listed_files(run: Path) -> list[Path]:
-    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.name != "server_log.txt"]
+    files = [p for p in sorted(run.rglob("*")) if p.is_file()]
     assert len(files) > 100
     return files
 
@@ -92,7 +113,14 @@ def test_one_flipped_byte_in_any_file_is_named(run: Path, tmp_path: Path) -> Non
 
 
 def special_files(run: Path) -> list[Path]:
-    names = ["config.json", "environment.json", "rounds.csv", "rounds/round_001.csv"]
+    names = [
+        "server_log.txt",
+        "manifest.jsonl",
+        "config.json",
+        "environment.json",
+        "rounds.csv",
+        "rounds/round_001.csv",
+    ]
     names += ["models/server_model_init.pt", "models/server_optimizer_1_000.pt"]
     names += ["models/client_model_001.pt", "models/client_0_001.pt", "models/server_model_001.pt"]
     return [run / name for name in names]

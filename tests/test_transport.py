@@ -252,7 +252,7 @@ def test_the_end_reaches_a_peer_that_is_sending() -> None:
 
         with pytest.raises(ConnectionLost):
             send_for_ever()
-        assert one.last_words() == "the server stopped: client_1 was lost"
+        assert str(one.last_words()) == "the server stopped: client_1 was lost"
         one.close()
         ended.join()
 

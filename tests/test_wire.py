@@ -9,7 +9,7 @@ import torch
 
 from sfl.config import RunConfig
 from sfl.data import DATASETS, Samples, part_of
-from sfl.protocol import FILE_TYPES, MessageType
+from sfl.protocol import FILE_TYPES, MessageType, encode_head
 from sfl.tensors import owns_storage
 from tests.launch import Launcher
 from tests.proxy import DOWN, UP, Proxy, Recorded
@@ -81,7 +81,7 @@ def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
     rows = list(csv.DictReader((run / "rounds.csv").read_text().splitlines()))
     for round_index, row in enumerate(rows):
         of_round = [
-            (way, len(m.payload))
+            (way, len(encode_head(m)) + len(m.payload))
             for c in connections
             for way, m in c.messages
             if m.at.round == round_index
@@ -89,14 +89,24 @@ def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
         assert int(row["messages_up"]) == sum(way == UP for way, _ in of_round)
         assert int(row["messages_down"]) == sum(way == DOWN for way, _ in of_round)
         for way, column in ((UP, "bytes_up"), (DOWN, "bytes_down")):
-            payload = sum(size for w, size in of_round if w == way)
-            num_heads = sum(w == way for w, _ in of_round)
-            assert payload + 100 * num_heads < int(row[column]) < payload + 400 * num_heads
-    streams = {w: sum(len(c.streams[w]) for c in connections) for w in (UP, DOWN)}
-    for way, column in ((UP, "bytes_up"), (DOWN, "bytes_down")):
-        outside = streams[way] - sum(int(row[column]) for row in rows)
-        initial = len(run.joinpath("models/client_model_init.pt").read_bytes())
-        assert 0 < outside < 4000 * CLIENTS < initial * CLIENTS  # the clients had it already
+            assert int(row[column]) == sum(size for w, size in of_round if w == way)
+    for connection in connections:  # frames are what the messages encode to, and nothing else
+        for way, stream in connection.streams.items():
+            frames = [encode_head(m) + m.payload for w, m in connection.messages if w == way]
+            assert b"".join(frames) == stream
+
+
+def test_the_initial_weights_are_offered_and_not_sent(
+    recorded: tuple[Path, list[Recorded]],
+) -> None:
+    _, connections = recorded
+    for connection in connections:
+        before = [m for _, m in connection.messages if m.at.round == -1]
+        offered = [m for m in before if m.type == MessageType.REQUEST_TO_SEND_FILE]
+        answers = [m for m in before if m.type == MessageType.SEND_FILE]
+        assert [m.get("offset", int) for m in answers] == [m.get("bytes", int) for m in offered]
+        assert len(offered) == 1
+        assert not any(m.payload for m in before)
 
 
 def test_raw_data_never_leave_the_client(recorded: tuple[Path, list[Recorded]]) -> None:
