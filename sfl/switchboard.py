@@ -2,9 +2,11 @@
 
 A thread accepts; one thread a connection reads whole messages ahead of the training, which takes
 them in the main thread. What is read ahead is bounded: a connection whose messages nobody takes is
-no longer read, and TCP holds the sender back.
+no longer read, and TCP holds the sender back. What a client is slow to take is sent on by a thread
+of its connection, so that no client waits for another one's link.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -12,7 +14,7 @@ from collections.abc import Collection
 from typing import cast
 
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
-from sfl.link import LAST_WORDS, Link
+from sfl.link import LAST_WORDS, Link, one_line
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener, Socket
 
@@ -21,7 +23,11 @@ MAX_STRANGERS = 64  # connections that have not registered; one more is closed w
 
 
 class DrainedConnection(Connection):
-    """A connection that a thread reads ahead; receiving takes what it has read."""
+    """A connection that a thread reads ahead; receiving takes what it has read.
+
+    Sending never waits for the peer. What waits to be sent is bounded by the conversation, in which
+    a peer that does not take its answer gets no further one.
+    """
 
     def __init__(
         self, sock: Socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
@@ -31,6 +37,8 @@ class DrainedConnection(Connection):
         self.accepted_at = time.monotonic()
         self._changed = changed
         self._inbox: deque[tuple[int, Message]] = deque()
+        self._outbox: deque[list[memoryview]] = deque()
+        self._writer: threading.Thread | None = None  # started when the peer is first slow
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
@@ -54,14 +62,23 @@ class DrainedConnection(Connection):
                         self._inbox.append((time.monotonic_ns(), message))
                         self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
-            with self._changed:
-                lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
-                self._failure = error if isinstance(error, SflError) else lost
-                self._changed.notify_all()
+            self._fail(error)
 
-    def _send(self, message: Message) -> None:
+    def _fail(self, error: Exception) -> None:
+        """Note, at a thread's edge, why the connection is of no further use."""
+        with self._changed:
+            lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
+            self._failure = error if isinstance(error, SflError) else lost
+            self._outbox.clear()
+            self._changed.notify_all()
+
+    def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
+        """Send at once what the socket takes at once; leave the rest to the writer."""
+        with self._changed:
+            behind = bool(self._outbox)
         try:
-            super()._send(message)
+            if not behind:
+                super()._transmit(parts, wait=False)
         except ConnectionLost:
             with self._changed:  # the peer may have said why before it closed
                 self._changed.wait_for(lambda: self._failure is not None, FAREWELL_S)
@@ -69,6 +86,30 @@ class DrainedConnection(Connection):
             if isinstance(why, PeerFailed):
                 raise why from None
             raise
+        if not any(map(len, parts)):
+            return
+        with self._changed:
+            self._outbox.append(parts)
+            self._changed.notify_all()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
+            self._writer.start()
+
+    def _write(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._outbox or self._failure or self._discards)
+                    if not self._outbox:
+                        return
+                    parts = self._outbox[0]
+                super()._transmit(parts)
+                with self._changed:
+                    if self._outbox:
+                        self._outbox.popleft()
+                    self._changed.notify_all()
+        except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
+            self._fail(error)
 
     def ending(self) -> SflError | None:
         """Return why the peer takes no further part: its last words, or that it is gone."""
@@ -99,13 +140,19 @@ class DrainedConnection(Connection):
             self._discards = True
             self._inbox.clear()
             self._changed.notify_all()
-        super().end_sending(message_type, reason)
+        with contextlib.suppress(SflError):
+            self.send_message_as_json(message_type, content=one_line(reason))
+        with self._changed:
+            self._changed.wait_for(lambda: not self._outbox, FAREWELL_S)
+        self.shut_sending()
 
     def join(self, deadline: float) -> None:
         """Wait for the peer to close, until ``deadline`` at the latest; then close."""
         self._thread.join(max(deadline - time.monotonic(), 0))
         self.close()
         self._thread.join()
+        if self._writer is not None:
+            self._writer.join()
 
 
 class Switchboard:

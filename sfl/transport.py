@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 from sfl.errors import (
     ConfigError,
@@ -58,25 +59,31 @@ class Connection(Link):
 
     def _send(self, message: Message) -> None:
         started = time.perf_counter()
-        parts: list[memoryview] = [memoryview(encode_head(message))]
-        if message.payload:
-            parts.append(memoryview(message.payload))
+        parts = [memoryview(encode_head(message)), memoryview(message.payload)]
+        self.counters.bytes_sent += sum(map(len, parts))
+        self._transmit(parts)
+        self.counters.messages_sent += 1
+        self.counters.sending_s += time.perf_counter() - started
+
+    def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
+        """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
         try:
-            while parts:
-                num_sent = self._sock.sendmsg(parts)
-                self.counters.bytes_sent += num_sent
+            while any(map(len, parts)):
+                # The descriptor is non-blocking; it is sendmsg that waits, up to the deadline.
+                send = self._sock.sendmsg if wait else partial(os.writev, self._sock.fileno())
+                num_sent = send(parts)
                 while parts and num_sent >= len(parts[0]):
                     num_sent -= len(parts.pop(0))
                 if parts:
                     parts[0] = parts[0][num_sent:]
+        except BlockingIOError:
+            return
         except TimeoutError as error:
             raise ConnectionLost(
                 f"{self.peer_title} took nothing for {self.timeout_s:g} seconds"
             ) from error
         except OSError as error:
             raise ConnectionLost(f"{self.peer_title} {_how(error)}") from error
-        self.counters.messages_sent += 1
-        self.counters.sending_s += time.perf_counter() - started
 
     def _next(self) -> Message:
         """Read from the socket until one message is complete, and return it."""
@@ -144,6 +151,10 @@ class Connection(Link):
         with contextlib.suppress(ConnectionLost, OSError):
             self._sock.settimeout(FAREWELL_S)
             self.send_message_as_json(message_type, content=one_line(reason))
+        self.shut_sending()
+
+    def shut_sending(self) -> None:
+        """End our half of the connection; what the peer still sends can be read."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 

@@ -10,7 +10,7 @@ import pytest
 from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
 from sfl.link import one_line
 from sfl.protocol import HEAD, Limits, Message, MessageType, Position, encode_head
-from sfl.switchboard import READ_AHEAD_MESSAGES, Switchboard
+from sfl.switchboard import READ_AHEAD_MESSAGES, DrainedConnection, Switchboard
 from sfl.transport import Connection, connect, listen, parse_address
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
@@ -224,6 +224,43 @@ def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
         for _ in range(40):
             connection.receive_file(MessageType.SEND_MODEL)
         sent.join()
+
+
+def register(board: Switchboard, connection: Connection) -> DrainedConnection:
+    """Send REGISTER over a connection; return the board's end of it."""
+    connection.send_message_as_json(MessageType.REGISTER)
+    (link,) = board.wait_for_any(timeout_s=5)
+    link.receive_message_as_json(MessageType.REGISTER)
+    return link
+
+
+def test_a_client_that_does_not_read_holds_up_nobody() -> None:
+    board, port = switchboard()
+    with board, dial(port) as slow, dial(port) as quick:
+        by_name = {"slow": register(board, slow), "quick": register(board, quick)}
+        data = bytes(range(256)) * 160_000  # far beyond the sockets' buffers
+        started = time.monotonic()
+        for _ in range(3):
+            by_name["slow"].send_file(MessageType.SEND_MODEL, data)
+        by_name["slow"].send_message_as_json(MessageType.TRAINING_DONE)
+        by_name["quick"].send_message_as_json(MessageType.TRAINING_DONE)
+        quick.receive_message_as_json(MessageType.TRAINING_DONE)
+        assert time.monotonic() - started < 4  # its deadline is 5 seconds
+        for _ in range(3):
+            assert slow.receive_file(MessageType.SEND_MODEL).payload == data
+        slow.receive_message_as_json(MessageType.TRAINING_DONE)
+        sent = by_name["slow"].counters
+        assert (sent.bytes_sent, sent.messages_sent) == (slow.counters.bytes_received, 4)
+
+
+def test_a_client_that_never_reads_is_given_up() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        board = Switchboard(listener, timeout_s=0.5, limits=LIMITS)
+        with board, dial(listener.port) as slow:
+            link = register(board, slow)
+            link.send_file(MessageType.SEND_MODEL, bytes(40_000_000))
+            with pytest.raises(ConnectionLost, match=r"(took|sent) nothing for 0.5 seconds"):
+                board.wait([link]).receive_message_as_json(MessageType.UNREGISTER)
 
 
 def test_late_comers_are_told_why_they_are_turned_away() -> None:
