@@ -1,5 +1,6 @@
 """What a process computes with: the device, what can change the last bit, and its record."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -31,6 +32,11 @@ def set_up_torch(node: NodeConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda":
+        # Before the first use of the device: cuBLAS sums in a fixed order only with a fixed
+        # workspace. An operation that has no deterministic form is warned about.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RunError(
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices"

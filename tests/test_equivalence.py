@@ -15,6 +15,7 @@ from sfl.protocol import MessageType
 from sfl.segment import OPTIMIZERS, Segment
 from sfl.simulate import LocalLink, simulate
 from tests.launch import Launcher
+from tests.test_failures import write_own
 
 BN_DROPOUT = "tests.models:bn_dropout"
 MODELS = {"mlp": 3, "lenet5": 7, BN_DROPOUT: 4}
@@ -235,3 +236,17 @@ def test_gradients_are_sent_before_the_back_is_updated(
     assert order[start - 2 : start + 3] == [
         "TRAINING_LABELS", "TRAINING_FEATURES", "TRAINING_GRADS", "back", "front",
     ]  # fmt: skip
+
+
+def test_a_run_on_private_data_equals_the_simulation(launcher: Launcher, tmp_path: Path) -> None:
+    folders = [write_own(tmp_path / f"client_{k}", count=60 + 40 * k) for k in range(2)]
+    options = ["--partition", "own", "--model", "mlp", "--rounds", 2, "--batch-size", 16]
+    server = launcher.server("--clients", 2, "--run", "r", *options)
+    for k, folder in enumerate(folders):
+        launcher.client("--client-id", k, "--data-dir", folder)
+    for program in launcher.programs:
+        program.ended_with(0)
+    assert "client_1 is ready: 80 train, 20 validation, 0 test samples" in server.out
+    run = RunConfig(partition="own", model="mlp", rounds=2, batch_size=16, clients=2, run="s")
+    one_process = simulate(run, NodeConfig(out=str(tmp_path), data_dir=str(tmp_path)))
+    assert_equal(weights(tmp_path / "server" / "r"), weights(one_process))
