@@ -46,7 +46,12 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         run = dataclasses.replace(run, run=path.name)
         with (
             open_folder(path, "server_log.txt", run.keep_tensors) as folder,
-            Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
+            Switchboard(
+                listener,
+                timeout_s=node.peer_timeout,
+                limits=Limits(),  # no files from anybody before the model is known
+                max_strangers=2 * run.clients + 64,  # all clients at once, and again
+            ) as switchboard,
             telling_why(folder.events, switchboard.end),
         ):
             events = folder.events

@@ -19,7 +19,6 @@ from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener, Socket
 
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
-MAX_STRANGERS = 64  # connections that have not registered; one more is closed without a word
 
 
 class DrainedConnection(Connection):
@@ -158,8 +157,12 @@ class DrainedConnection(Connection):
 class Switchboard:
     """A listening socket and the connections that came over it. Closed by ``with``."""
 
-    def __init__(self, listener: Listener, *, timeout_s: float, limits: Limits) -> None:
+    def __init__(
+        self, listener: Listener, *, timeout_s: float, limits: Limits, max_strangers: int = 64
+    ) -> None:
+        """``max_strangers`` may be connected without having registered; more are just closed."""
         self._listener = listener
+        self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
         self._changed = threading.Condition()
@@ -192,7 +195,7 @@ class Switchboard:
     def _admit(self, sock: Socket) -> None:
         with self._changed:
             strangers = [c for c in self._connections if not c.peer_name]
-            if len(strangers) + self._num_leaving >= MAX_STRANGERS:
+            if len(strangers) + self._num_leaving >= self._max_strangers:
                 sock.close()
                 return
         connection = DrainedConnection(

@@ -263,6 +263,19 @@ def test_a_client_that_never_reads_is_given_up() -> None:
                 board.wait([link]).receive_message_as_json(MessageType.UNREGISTER)
 
 
+def test_only_so_many_may_connect_without_registering() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        board = Switchboard(listener, timeout_s=5, limits=LIMITS, max_strangers=2)
+        with board, dial(listener.port) as first, dial(listener.port) as second:
+            for connection in (first, second):
+                register(board, connection)
+            with (
+                dial(listener.port) as third,
+                pytest.raises(ConnectionLost, match="closed the connection"),
+            ):
+                third.receive_message_as_json(MessageType.REGISTERED)
+
+
 def test_late_comers_are_told_why_they_are_turned_away() -> None:
     board, port = switchboard()
     with board:
