@@ -204,6 +204,7 @@ class Switchboard:
         with self._changed:
             refusal = self._refusal
             self._connections.append(connection)
+            self._changed.notify_all()  # its first message may have arrived already
         if refusal:
             self.drop(connection, refusal)
 
