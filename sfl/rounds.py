@@ -70,8 +70,8 @@ class Rounds:
     def run_all(self) -> dict[str, float]:
         """Run all rounds and return the figures of the last one."""
         front, back = (encode_state(s) for s in (self.split.front_state(), self.split.back_state()))
-        self._write("client_model", model_path(CLIENT_MODEL, -1), front, -1)
-        self._write("server_model", model_path(SERVER_MODEL, -1), back, -1)
+        self.archive.write("client_model", model_path(CLIENT_MODEL, -1), front, -1)
+        self.archive.write("server_model", model_path(SERVER_MODEL, -1), back, -1)
         put = {k: p.weights.put(WeightKey("init", p.at(-1)), front) for k, p in self._parties()}
         run_together(self.network, put)
         figures: dict[str, float] = {}
@@ -84,9 +84,6 @@ class Rounds:
 
     def _parties(self) -> list[tuple[int, ServerParty]]:
         return sorted(self.parties.items())
-
-    def _write(self, kind: str, path: str, data: bytes, round_index: int) -> None:
-        self.archive.write(kind, path, data, round_index)
 
     def _round(self, round_index: int) -> dict[str, float]:
         """Run one round and return its figures."""
@@ -134,18 +131,20 @@ class Rounds:
         fronts = {k: result.front for k, result in sorted(trained.items())}
         for k, state in fronts.items():
             path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
-            self._write("one_client_model", path, encode_state(state), round_index)
+            self.archive.write("one_client_model", path, encode_state(state), round_index)
         front = encode_state(fed_avg(list(fronts.values()), [weights[k] for k in fronts]))
         states = {b: segment.state() for b, segment in self.backs.items()}
         back = average_backs(self.run, states, weights)
-        self._write("client_model", model_path(CLIENT_MODEL, round_index), front, round_index)
+        self.archive.write(
+            "client_model", model_path(CLIENT_MODEL, round_index), front, round_index
+        )
         back_path = model_path(SERVER_MODEL, round_index)
-        self._write("server_model", back_path, encode_state(back), round_index)
+        self.archive.write("server_model", back_path, encode_state(back), round_index)
         for b, segment in self.backs.items():
             if self.run.optimizer_state == "keep":  # replay of the next round starts from it
                 path = model_path(SERVER_OPTIMIZER, round_index, back=b)
                 kept = encode_state(segment.optimizer_state())
-                self._write("server_optimizer", path, kept, round_index)
+                self.archive.write("server_optimizer", path, kept, round_index)
             segment.load(back)
         return front
 

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -66,11 +67,11 @@ def test_notices_are_passed_on_and_last_words_raised(pair: tuple[Connection, Con
     one, other = pair
     notices: list[str] = []
     other.on_notice, other.peer_name = notices.append, "server"
-    one.send_message_as_json(MessageType.MESSAGE, content="wait")
+    one.send_message_as_json(MessageType.MESSAGE, content="wait\x1b[2J")
     one.send_message_as_json(MessageType.ABORT, content="disk\nfull\x1b[2J")
     with pytest.raises(PeerFailed, match=r"the server stopped: disk full \[2J"):
         other.receive_message_as_json(MessageType.START_TRAINING)
-    assert notices == ["wait"]
+    assert notices == ["wait [2J"]
 
 
 FRAME = encode_head(Message(MessageType.SEND_MODEL, payload=b"p" * 100)) + b"p" * 100
@@ -261,6 +262,35 @@ def test_a_client_that_never_reads_is_given_up() -> None:
             link.send_file(MessageType.SEND_MODEL, bytes(40_000_000))
             with pytest.raises(ConnectionLost, match=r"(took|sent) nothing for 0.5 seconds"):
                 board.wait([link]).receive_message_as_json(MessageType.UNREGISTER)
+
+
+def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = DrainedConnection.__init__
+
+    def start_and_wait_for_the_message(
+        connection: DrainedConnection, *args: Any, **kw: Any
+    ) -> None:
+        start(connection, *args, **kw)
+        with connection._changed:
+            assert connection._changed.wait_for(lambda: connection.arrived, 5)
+
+    monkeypatch.setattr(DrainedConnection, "__init__", start_and_wait_for_the_message)
+    board, port = switchboard()
+    with board, dial(port) as one:
+        waiting: list[float] = []
+
+        def wait() -> None:
+            started = time.monotonic()
+            assert board.wait_for_any(timeout_s=5)
+            waiting.append(time.monotonic() - started)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        one.send_message_as_json(MessageType.REGISTER)
+        thread.join()
+        assert waiting[0] < 4
 
 
 def test_only_so_many_may_connect_without_registering() -> None:
