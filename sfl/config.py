@@ -43,14 +43,14 @@ class RunConfig:
 
     table: ClassVar[str] = "run"
 
-    scheme: str = _option(
-        "sflv1", "name in sfl.schemes.SCHEMES: who shares the back, what is averaged"
-    )
-    model: str = _option("lenet5", "name in sfl.models.MODELS, or package.module:function")
+    scheme: str = _option("sflv1", "who shares the back, what is averaged: sflv1")
+    model: str = _option("lenet5", "mlp, lenet5, or your own package.module:function")
     cut: int | None = _option(
-        None, "number of top-level blocks on the client; the model's own default"
+        None, "number of top-level blocks on the client; the model's own if not given"
     )
-    dataset: str = _option("mnist-5k", "name in sfl.data.DATASETS, or package.module:function")
+    dataset: str = _option(
+        "mnist-5k", "mnist-5k, mnist, fashion-mnist, or your own package.module:function"
+    )
     partition: str = _option(
         "iid", "who has which training samples: own, iid, sizes:0.2,0.2,0.6 (see the README)"
     )
@@ -68,7 +68,7 @@ class RunConfig:
     aggregation_weights: str = _option(
         "samples", "clients weigh by their training samples, or equally", ("samples", "equal")
     )
-    weights: str = _option("socket", "how client-side weights travel for averaging")
+    weights: str = _option("socket", "how client-side weights travel for averaging: socket")
     keep_tensors: str = _option(
         "all", "rounds whose tensors stay on disk: all, last, every:N or none"
     )

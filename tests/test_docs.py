@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from sfl.data import DATASETS, OWN, PARTITIONS
 from sfl.models import MODELS
 from sfl.protocol import MessageType
 from sfl.roundlog import ROUND_COLUMNS
+from sfl.schemes import SCHEMES
+from sfl.segment import OPTIMIZERS
+from sfl.weights import WEIGHT_STORES
 from tests.test_replay import recorded
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +46,19 @@ def test_every_metric_is_defined(tmp_path: Path) -> None:
 def test_every_name_that_can_be_chosen_is_in_the_readme() -> None:
     for name in (*DATASETS, *PARTITIONS, OWN, *MODELS):
         assert f"`{name}" in README or f" {name}`" in README, name
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("scheme", SCHEMES), ("model", MODELS), ("dataset", DATASETS), ("optimizer", OPTIMIZERS),
+        ("partition", {OWN, *PARTITIONS}), ("weights", WEIGHT_STORES),
+    ],
+)  # fmt: skip
+def test_the_help_names_what_can_be_chosen(option: str, names: Collection[str]) -> None:
+    (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == option)
+    words = set(re.findall(r"[\w-]+", field.metadata["help"]))
+    assert set(names) - words == set()
 
 
 def test_every_option_that_the_pages_use_exists() -> None:
