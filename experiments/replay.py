@@ -5,7 +5,8 @@ python -m experiments.replay RUN_DIR --train-back --epochs E [--lr LR] [--save F
 
 Every step of the back depends on the round's starting weights, the recorded labels and activations,
 and random draws that derive from the seed; so it can be computed again, and its gradients and loss
-compared with the recorded ones. At the end of a round the averages are compared as well.
+compared with the recorded ones. At the end of a round the models that it gave are compared as well;
+of sync-sgd and fl, whose steps leave no cut-layer tensors, these alone.
 
 Findings are printed, then the closing line. Exit code 0 if everything is equal, else 1.
 """
@@ -13,18 +14,17 @@ Findings are printed, then the closing line. Exit code 0 if everything is equal,
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from sfl.archive import RunArchive, Step
+    from experiments.recorded import RecordedRun
+    from sfl.aggregate import State
+    from sfl.archive import Step
     from sfl.segment import Segment
+    from sfl.tensors import StateSpec
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Report:
     checked: int = 0  # gradients
     differ: int = 0
     unchecked: int = 0  # gradients that rest on a damaged file
+    models: int = 0  # weights that were computed again
+    models_differ: int = 0
     found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
 
     def find(self, finding: object) -> None:
@@ -48,66 +50,30 @@ class Report:
         return f"{self.checked} gradients checked, {self.differ} differ"
 
 
-class RecordedRun:
-    """A run's folder, with what is needed to compute with it.
+def check(recorded: "RecordedRun", client: int | None = None, round: int | None = None) -> Report:
+    """Recompute what was recorded, of one client or round if asked for, and compare.
 
     Raises:
-        IntegrityError: its configuration is damaged.
-        ConfigError: its model is a user's own that cannot be imported.
-    """
-
-    def __init__(self, archive: "RunArchive", device: "torch.device") -> None:
-        from sfl.config import RunConfig
-        from sfl.options import from_values, names_of
-        from sfl.party import TRAIN
-        from sfl.rounds import averaging_weights
-        from sfl.schemes import scheme
-        from sfl.split_model import SplitModel
-
-        self.archive = archive
-        self.device = device
-        options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
-        self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
-        data = archive.environment()["data"]
-        self.split = SplitModel(self.run, tuple(data["input_shape"]), len(data["classes"]))
-        counts = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
-        self.weights = averaging_weights(self.run, counts)
-        self.back_of = scheme(self.run.scheme).back_of
-
-    def backs_at(self, round_index: int) -> "dict[int, Segment]":
-        """Return the copies of the back as they were when a round began."""
-        from sfl.rounds import SERVER_MODEL, SERVER_OPTIMIZER, model_path
-
-        path = model_path(SERVER_MODEL, round_index - 1)
-        start = self.archive.state(path, self.split.back_spec)
-        backs = {b: self.split.back(self.device) for b in map(self.back_of, self.weights)}
-        for b, back in backs.items():
-            back.load(start)
-            if self.run.optimizer_state == "keep" and round_index > 0:
-                path = model_path(SERVER_OPTIMIZER, round_index - 1, back=b)
-                back.load_optimizer_state(self.archive.state(path, back.optimizer_spec()))
-        return backs
-
-
-def check(recorded: RecordedRun, client: int | None = None, round: int | None = None) -> Report:
-    """Recompute the recorded steps, of one client or round if asked for, and compare.
-
-    Raises:
-        RunError: no tensors are recorded there.
+        RunError: nothing is recorded there.
     """
     from sfl.errors import RunError
+    from sfl.schemes import Exchange
 
     archive, report = recorded.archive, Report()
     _check_listed(recorded, report)
-    rounds = [r for r in archive.rounds(client) if round in (None, r)]
+    rounds = {r for r in archive.rounds(client) if round in (None, r)}
+    if client is None and recorded.scheme.exchange is Exchange.NOTHING:  # no step is recorded
+        rounds |= {
+            r for r in range(recorded.run.rounds) if recorded.ended(r) and round in (None, r)
+        }
     if not rounds:
         raise RunError(f"{archive.root} has no recorded tensors of that client and round")
-    for round_index in rounds:
+    for round_index in sorted(rounds):
         _check_round(recorded, round_index, client, report)
     return report
 
 
-def _check_listed(recorded: RecordedRun, report: Report) -> None:
+def _check_listed(recorded: "RecordedRun", report: Report) -> None:
     """Check the bytes of every model, log and manifest of the run."""
     from sfl.errors import IntegrityError
 
@@ -119,7 +85,7 @@ def _check_listed(recorded: RecordedRun, report: Report) -> None:
 
 
 def _read_steps(
-    recorded: RecordedRun, round_index: int, client: int | None, broken: set[int], report: Report
+    recorded: "RecordedRun", round_index: int, client: int | None, broken: set[int], report: Report
 ) -> "list[Step]":
     """Return the round's steps that the chosen client's back took, in order of processing.
 
@@ -128,34 +94,58 @@ def _read_steps(
     from sfl.errors import IntegrityError
 
     steps: list[Step] = []
-    for k in sorted(recorded.weights):
-        back = recorded.back_of(k)
-        if client is not None and recorded.back_of(client) != back:
+    back_of = recorded.scheme.back_of
+    for k in recorded.clients:
+        if client is not None and back_of(client) != back_of(k):
             continue
         try:
             steps += recorded.archive.steps(client=k, round=round_index)
         except IntegrityError as error:
             report.find(error)
-            broken.add(back)
+            broken.add(back_of(k))
     return sorted(steps, key=lambda step: (step.order, step.client))
 
 
 def _check_round(
-    recorded: RecordedRun, round_index: int, client: int | None, report: Report
+    recorded: "RecordedRun", round_index: int, client: int | None, report: Report
 ) -> None:
     """Recompute a round's steps, and what follows from them, from the round's starting weights."""
     from sfl.errors import IntegrityError
+    from sfl.schemes import Exchange
 
     broken: set[int] = set()  # the backs whose further steps cannot be computed
     steps = _read_steps(recorded, round_index, client, broken, report)
-    try:
-        backs = recorded.backs_at(round_index)
-    except IntegrityError as error:
-        report.find(error)
-        backs, broken = {}, {recorded.back_of(k) for k in recorded.weights}
+    backs: dict[int, Segment] = {}
+    if recorded.scheme.exchange is not Exchange.NOTHING:
+        try:
+            backs = recorded.backs_at(round_index)
+        except IntegrityError as error:
+            report.find(error)
+            broken |= {recorded.scheme.back_of(k) for k in recorded.clients}
+    if recorded.scheme.exchange is Exchange.WEIGHT_GRADS:
+        _check_updates(recorded, round_index, backs, steps, report)
+        backs = {}
+    else:
+        _check_steps(recorded, round_index, client, backs, steps, broken, report)
+    if client is None and not broken and recorded.ended(round_index):
+        _check_outcome(recorded, round_index, backs, report)
+
+
+def _check_steps(
+    recorded: "RecordedRun",
+    round_index: int,
+    client: int | None,
+    backs: "Mapping[int, Segment]",
+    steps: "list[Step]",
+    broken: set[int],
+    report: Report,
+) -> None:
+    """Recompute the steps over a cut."""
+    from sfl.errors import IntegrityError
+
     losses = _recorded_losses(recorded, round_index)
     for step in steps:
-        b, counts = recorded.back_of(step.client), client in (None, step.client)
+        b, counts = recorded.scheme.back_of(step.client), client in (None, step.client)
         if b in broken:
             report.unchecked += counts
             continue
@@ -167,12 +157,43 @@ def _check_round(
             right = False
         report.checked += counts
         report.differ += counts and not right
-    if client is None and not broken:
-        _check_averages(recorded, round_index, backs, report)
+
+
+def _check_updates(
+    recorded: "RecordedRun",
+    round_index: int,
+    backs: "Mapping[int, Segment]",
+    steps: "list[Step]",
+    report: Report,
+) -> None:
+    """Make the updates of a round again, and compare what they gave with what the clients had."""
+    from sfl.data import num_batches
+    from sfl.errors import IntegrityError
+    from sfl.gradients import GradientPool
+    from sfl.outcome import ONE_CLIENT_MODEL, model_path
+
+    run, order = recorded.run, recorded.order(round_index)
+    an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
+    num_steps = {k: count * run.local_epochs for k, count in an_epoch.items()}
+    if not backs or len(steps) < sum(num_steps.values()):
+        report.unchecked += len(steps)
+        return
+    pool = GradientPool(run, backs[0], num_steps)
+    try:
+        for step in steps:
+            grads = step.weight_grads(recorded.split.parameters_spec)
+            pool.add(step.client, grads, step.num_samples)
+    except IntegrityError as error:
+        report.find(error)
+        report.unchecked += len(steps)
+        return
+    for k in order:
+        path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
+        _compare(recorded, path, backs[0].parameters(), recorded.split.front_spec, report)
 
 
 def _recorded_losses(
-    recorded: RecordedRun, round_index: int
+    recorded: "RecordedRun", round_index: int
 ) -> Mapping[tuple[int, str, str], float]:
     """Return the figures of a round's log; none for a round that did not end, or a damaged log."""
     from sfl.errors import IntegrityError
@@ -185,7 +206,7 @@ def _recorded_losses(
 
 
 def _check_step(
-    recorded: RecordedRun,
+    recorded: "RecordedRun",
     back: "Segment",
     step: "Step",
     losses: Mapping[tuple[int, str, str], float],
@@ -211,6 +232,7 @@ def _check_step(
     if not same_loss:
         report.find(f"{step.path(LABELS)}: its loss differs: {figures.loss!r}, recorded {loss!r}")
     try:
+        assert grads is not None
         same_grads = identical(grads.cpu(), step.grads)
     except IntegrityError as error:
         report.find(error)
@@ -220,97 +242,78 @@ def _check_step(
     return same_grads and same_loss
 
 
-def _check_averages(
-    recorded: RecordedRun, round_index: int, backs: "Mapping[int, Segment]", report: Report
+def _check_outcome(
+    recorded: "RecordedRun", round_index: int, backs: "Mapping[int, Segment]", report: Report
 ) -> None:
-    """Compare the recorded averages of both halves with those computed again."""
-    from sfl.aggregate import fed_avg
+    """Compare what both halves were recorded to become with what is computed again."""
     from sfl.errors import IntegrityError
-    from sfl.rounds import (
+    from sfl.outcome import (
+        BACK,
         CLIENT_MODEL,
+        FRONT,
         ONE_CLIENT_MODEL,
         SERVER_MODEL,
-        average_backs,
+        merge_backs,
+        merge_fronts,
         model_path,
-    )
+    )  # fmt: skip
+    from sfl.schemes import Fronts
 
-    archive, split = recorded.archive, recorded.split
-    server_path = model_path(SERVER_MODEL, round_index)
-    client_path = model_path(CLIENT_MODEL, round_index)
-    if server_path not in {entry.path for entry in archive.listed}:
-        return  # the run ended within this round
-    states = {b: back.state() for b, back in sorted(backs.items())}
+    run, split, order = recorded.run, recorded.split, recorded.order(round_index)
+    weights, names = recorded.weights(round_index), split.parameter_names
     try:
-        back = average_backs(recorded.run, states, recorded.weights)
-        if not _equal(back, archive.state(server_path, split.back_spec)):
-            report.find(f"{archive.root / server_path}: differs from the recomputed average")
-        fronts = {
-            k: archive.state(model_path(ONE_CLIENT_MODEL, round_index, client=k), split.front_spec)
-            for k in sorted(recorded.weights)
-        }
-        front = fed_avg(list(fronts.values()), [recorded.weights[k] for k in fronts])
-        if not _equal(front, archive.state(client_path, split.front_spec)):
-            report.find(f"{archive.root / client_path}: differs from the recomputed average")
+        halves = recorded.halves_at(round_index)
+        if backs:
+            states = {b: back.state() for b, back in backs.items()}
+            merged = merge_backs(run, states, weights, start=halves[BACK], trained=names)
+            path = model_path(SERVER_MODEL, round_index)
+            _compare(recorded, path, merged.state, split.back_spec, report)
+            _check_memory(recorded, round_index, BACK, merged.memory, report)
+        if recorded.scheme.fronts is Fronts.OWN:
+            return
+        paths = {k: model_path(ONE_CLIENT_MODEL, round_index, client=k) for k in order}
+        fronts = {k: recorded.archive.state(path, split.front_spec) for k, path in paths.items()}
+        front = merge_fronts(
+            run, fronts, weights, start=halves[FRONT], trained=names, last=order[-1]
+        )
     except IntegrityError as error:
         report.find(error)
+        return
+    assert front is not None
+    path = model_path(CLIENT_MODEL, round_index)
+    _compare(recorded, path, front.state, split.front_spec, report)
+    _check_memory(recorded, round_index, FRONT, front.memory, report)
 
 
-def _equal(ours: "Mapping[str, Tensor]", theirs: "Mapping[str, Tensor]") -> bool:
+def _check_memory(
+    recorded: "RecordedRun", round_index: int, half: str, memory: "State", report: Report
+) -> None:
+    """Compare what an aggregation rule keeps of a half for the next round."""
+    from sfl.outcome import MEMORY, model_path
+    from sfl.tensors import state_spec
+
+    if memory:
+        path = model_path(MEMORY, round_index, half=half)
+        _compare(recorded, path, memory, state_spec(memory), report)
+
+
+def _compare(
+    recorded: "RecordedRun", path: str, ours: "State", spec: "StateSpec", report: Report
+) -> None:
+    """Compare weights computed again, some or all of a file's, with the recorded ones."""
+    from sfl.errors import IntegrityError
     from sfl.tensors import identical
 
-    return all(identical(ours[name], theirs[name]) for name in theirs)
-
-
-def train_back(recorded: RecordedRun, options: Namespace) -> None:
-    """Train a fresh back on the activations that one round recorded, and print its figures.
-
-    A fifth of the recorded steps is held out. The activations of a round come from a front that
-    was being trained; the last round's, which is the default, from the one that had settled most.
-
-    Raises:
-        RunError: no tensors are recorded there.
-    """
-    import torch
-
-    from sfl import seeds
-    from sfl.archive_writer import write_file
-    from sfl.errors import RunError
-    from sfl.protocol import Position
-    from sfl.segment import add_up, evaluate_step, train_step
-    from sfl.split_model import SplitModel
-    from sfl.tensors import encode_state
-
-    rounds = recorded.archive.rounds(options.client)
-    chosen = max(rounds, default=0) if options.round is None else options.round
-    steps = list(recorded.archive.steps(options.client, chosen))
-    if len(steps) < 2:
-        raise RunError(f"{recorded.archive.root} has no tensors of round {chosen}")
-    changes = {name: getattr(options, name) for name in ("lr", "optimizer", "seed")}
-    run = replace(recorded.run, **{n: v for n, v in changes.items() if v is not None})
-    run.check()
-    data = recorded.archive.environment()["data"]
-    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
-    back = split.back(recorded.device)
-    order = torch.randperm(len(steps), generator=seeds.generator(run.seed, seeds.OFFLINE, -1))
-    num_held_out = max(len(steps) // 5, 1)
-    held_out = [steps[i] for i in order[:num_held_out].tolist()]
-    training = [steps[i] for i in order[num_held_out:].tolist()]
-    print(f"round {chosen}: {len(training)} steps to train on, {len(held_out)} held out")
-    for epoch in range(options.epochs):
-        drawn = seeds.generator(run.seed, seeds.OFFLINE, epoch)
-        loss_sum = samples = 0.0
-        for i in torch.randperm(len(training), generator=drawn).tolist():
-            at = Position(run.run, epoch, i, training[i].client)
-            figures, _ = train_step(back, training[i].activations, training[i].labels, at)
-            back.update()
-            loss_sum += figures.loss * figures.samples
-            samples += figures.samples
-        tally = add_up(evaluate_step(back, step.activations, step.labels) for step in held_out)
-        held = ", ".join(f"{name} {v:.4f}" for name, v in tally.figures("held_out").items())
-        print(f"epoch {epoch + 1}/{options.epochs}: train_loss {loss_sum / samples:.4f}, {held}")
-    if options.save:
-        write_file(Path(options.save), encode_state(back.state()))
-        print(f"the back lies in {options.save}")
+    report.models += 1
+    try:
+        theirs = recorded.archive.state(path, spec)
+    except IntegrityError as error:
+        report.find(error)
+        report.models_differ += 1
+        return
+    if not all(identical(tensor, theirs[name]) for name, tensor in ours.items()):
+        report.find(f"{recorded.archive.root / path}: differs from what the run's files give")
+        report.models_differ += 1
 
 
 def parse() -> Namespace:
@@ -332,24 +335,10 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def load(run_dir: str | Path, device: str | None = None, threads: int | None = None) -> RecordedRun:
-    """Open a run to compute with it, and warn if this process may compute other last bits."""
-    from sfl import archive
-    from sfl.config import NodeConfig
-    from sfl.environment import differences, fingerprint, set_up_torch
-
-    opened = archive.open(run_dir)
-    theirs = opened.environment()["fingerprint"]
-    of_run = theirs["device"].partition(":")[0]
-    node = NodeConfig(device=device or of_run, threads=threads or int(theirs["threads"]))
-    node.check()
-    found = set_up_torch(node)
-    for difference in differences(theirs, fingerprint(found)):
-        print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)
-    return RecordedRun(opened, found)
-
-
 def main() -> int:
+    from experiments.offline import train_back
+    from experiments.recorded import load
+
     options = parse()
     recorded = load(options.run_dir, options.device, options.threads)
     if options.train_back:
@@ -360,6 +349,7 @@ def main() -> int:
         print(finding)
     if report.unchecked:
         print(f"{report.unchecked} gradients rest on a damaged file and were not checked")
+    print(f"{report.models} models checked, {report.models_differ} differ")
     print(report.summary)
     return 1 if report.findings or report.differ else 0
 

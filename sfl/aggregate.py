@@ -1,19 +1,38 @@
-"""Averaging of models: pure functions on state dicts."""
+"""Aggregation rules: what becomes of several trained models. Pure functions on state dicts.
 
-from collections.abc import Mapping, Sequence
+A rule takes an ``Update`` and returns the new state and its memory for the next round. All compute
+in float64, and sum in client order. Entries that are not trained (BatchNorm's running statistics,
+its integer counter) are averaged by the rules that average, adaptive ones included; integer ones
+are rounded and stay integer.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+State = Mapping[str, Tensor]
+Result = tuple[dict[str, Tensor], dict[str, Tensor]]  # the new state, the rule's memory
 
-def fed_avg(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weighted average of state dicts with the same names, shapes and dtypes.
 
-    FedAvg, McMahan et al. 2017, Algorithm 1: ``w = sum_k (n_k / n) w_k``, with ``weights`` n_k:
-    numbers of samples, or ones for an equal average. Buffers (BatchNorm's running statistics) are
-    averaged like parameters; integer ones are rounded and stay integer. The sum is taken in the
-    order of ``states``, in float64, and divided once. So the average of identical float32 models is
-    that model, exactly, for whole-numbered weights up to 2^29: n_k * w fits into float64's 53 bits.
+@dataclass(frozen=True)
+class Update:
+    """What a rule is given: states with the same names, shapes and dtypes, in client order."""
+
+    states: Sequence[State]
+    weights: Sequence[float]  # of each: numbers of samples, or ones
+    start: State = field(default_factory=dict)  # what all of them were trained from
+    trained: Collection[str] = ()  # names of parameters; the other entries are buffers
+    memory: State = field(default_factory=dict)  # what the rule returned last; empty at first
+
+
+def fed_avg(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted average of states.
+
+    FedAvg, McMahan et al. 2017, Algorithm 1: ``w = sum_k (n_k / n) w_k``, with ``weights`` n_k.
+    Divided once, so that the average of identical float32 models is that model, exactly, for
+    whole-numbered weights up to 2^29: n_k * w fits into float64's 53 bits.
     """
     if not states or len(states) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError("give one state and one weight a client, not all of weight 0")
@@ -23,6 +42,151 @@ def fed_avg(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
         summed = torch.zeros(first.shape, dtype=torch.float64)
         for state, weight in zip(states, weights, strict=True):
             summed += state[name].detach().cpu().double() * weight
-        mean = summed / total
-        average[name] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
+        average[name] = _like(first, summed / total)
     return average
+
+
+def _like(entry: Tensor, value: Tensor) -> Tensor:
+    """Return a float64 value in the dtype of an entry, rounded if that is integer."""
+    return (value if entry.is_floating_point() else value.round()).to(entry.dtype)
+
+
+def _fed_avg(update: Update) -> Result:
+    return fed_avg(update.states, update.weights), {}
+
+
+Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta) -> v of the next round
+
+
+def _fed_opt(update: Update, second: Second, *, lr: float, beta1: float, tau: float) -> Result:
+    """Take an adaptive step of the server from the start along the average change.
+
+    FedOpt, Reddi et al. 2021, Algorithm 2: ``m = b1 m + (1 - b1) D``, ``x += lr m / (sqrt(v) +
+    tau)`` with D the clients' average change and v from ``second``, at first tau^2. D is weighted
+    by ``weights``, as in their experiments.
+    """
+    _check(lr > 0 and tau > 0 and 0 <= beta1 < 1, "lr and tau above 0, beta1 in [0, 1)")
+    state = fed_avg(update.states, update.weights)
+    memory: dict[str, Tensor] = {}
+    for name in update.trained:
+        start, delta = update.start[name].double(), _change(update, name)
+        m = beta1 * update.memory.get(f"m.{name}", torch.zeros_like(delta)) + (1 - beta1) * delta
+        v = second(update.memory.get(f"v.{name}", torch.full_like(delta, tau**2)), delta)
+        state[name] = _like(state[name], start + lr * m / (v.sqrt() + tau))
+        memory |= {f"m.{name}": m, f"v.{name}": v}
+    return state, memory
+
+
+def _change(update: Update, name: str) -> Tensor:
+    """Return the weighted average change of one entry since the start, in float64."""
+    start = update.start[name].detach().cpu().double()
+    changes = [{name: state[name].detach().cpu().double() - start} for state in update.states]
+    return fed_avg(changes, update.weights)[name]
+
+
+def fed_adagrad(
+    update: Update, *, lr: float = 0.1, beta1: float = 0.0, tau: float = 1e-3
+) -> Result:
+    """FedAdagrad, Reddi et al. 2021, Algorithm 2: ``v = v + D^2``."""
+    return _fed_opt(update, lambda v, d: v + d**2, lr=lr, beta1=beta1, tau=tau)
+
+
+def fed_adam(
+    update: Update, *, lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> Result:
+    """FedAdam, Reddi et al. 2021, Algorithm 2: ``v = b2 v + (1 - b2) D^2``."""
+    _check(0 <= beta2 < 1, "beta2 in [0, 1)")
+    second: Second = lambda v, d: beta2 * v + (1 - beta2) * d**2  # noqa: E731
+    return _fed_opt(update, second, lr=lr, beta1=beta1, tau=tau)
+
+
+def fed_yogi(
+    update: Update, *, lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> Result:
+    """FedYogi, Reddi et al. 2021, Algorithm 2: ``v = v - (1 - b2) D^2 sign(v - D^2)``."""
+    _check(0 <= beta2 < 1, "beta2 in [0, 1)")
+    second: Second = lambda v, d: v - (1 - beta2) * d**2 * torch.sign(v - d**2)  # noqa: E731
+    return _fed_opt(update, second, lr=lr, beta1=beta1, tau=tau)
+
+
+def fed_avg_m(update: Update, *, lr: float = 1.0, beta: float = 0.9) -> Result:
+    """FedAvgM, Hsu et al. 2019 (arXiv 1909.06335), Section 4.3: ``v = b v + D``, ``x += lr v``."""
+    _check(lr > 0 and 0 <= beta < 1, "lr above 0, beta in [0, 1)")
+    state = fed_avg(update.states, update.weights)
+    memory: dict[str, Tensor] = {}
+    for name in update.trained:
+        delta = _change(update, name)
+        v = beta * update.memory.get(f"v.{name}", torch.zeros_like(delta)) + delta
+        state[name] = _like(state[name], update.start[name].double() + lr * v)
+        memory[f"v.{name}"] = v
+    return state, memory
+
+
+def _sorted_entries(update: Update) -> dict[str, Tensor]:
+    """Return each entry's values (K, ...) in float64, sorted over the K states."""
+    return {
+        name: torch.stack([s[name].detach().cpu().double() for s in update.states]).sort(0).values
+        for name in update.states[0]
+    }
+
+
+def median(update: Update) -> Result:
+    """Coordinate-wise median, Yin et al. 2018 (arXiv 1803.01498), Definition 1.
+
+    Of an even number of states, the mean of the middle two. Weights play no part.
+    """
+    count = len(update.states)
+    middle = {
+        name: values[(count - 1) // 2 : count // 2 + 1].mean(0)
+        for name, values in _sorted_entries(update).items()
+    }
+    return {name: _like(update.states[0][name], value) for name, value in middle.items()}, {}
+
+
+def trimmed_mean(update: Update, *, trim: int = 1) -> Result:
+    """Coordinate-wise trimmed mean, Yin et al. 2018, Definition 2, with beta = trim / K.
+
+    The ``trim`` smallest and largest values of each coordinate are left out. Weights play no part.
+    """
+    count = len(update.states)
+    _check(trim >= 0 and 2 * trim < count, f"trim of {count} models below {count / 2:g}")
+    kept = {n: v[trim : count - trim].mean(0) for n, v in _sorted_entries(update).items()}
+    return {name: _like(update.states[0][name], value) for name, value in kept.items()}, {}
+
+
+def krum(update: Update, *, faulty: int = 0) -> Result:
+    """Krum, Blanchard et al. 2017 (NeurIPS), Section 4: the state nearest to its neighbours.
+
+    The score of a state is the sum of its squared distances to its K - faulty - 2 nearest others,
+    over the parameters; the state of the smallest score is taken whole, of equal ones the first.
+    """
+    count = len(update.states)
+    _check(faulty >= 0 and 2 * faulty + 2 < count, f"2 faulty + 2 below {count} models")
+    flat = [
+        torch.cat([state[n].detach().cpu().double().flatten() for n in sorted(update.trained)])
+        for state in update.states
+    ]
+    scores = []
+    for i, ours in enumerate(flat):
+        distances = sorted(float(((ours - o) ** 2).sum()) for j, o in enumerate(flat) if j != i)
+        scores.append(sum(distances[: count - faulty - 2]))
+    best = update.states[scores.index(min(scores))]
+    return {name: entry.detach().cpu().clone() for name, entry in best.items()}, {}
+
+
+def _check(holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"wanted: {wanted}")
+
+
+# A rule's options stand behind a colon: --aggregation fedadam:lr=0.03,tau=0.01
+RULES: dict[str, Callable[..., Result]] = {
+    "fedavg": _fed_avg,
+    "fedavgm": fed_avg_m,
+    "fedadagrad": fed_adagrad,
+    "fedadam": fed_adam,
+    "fedyogi": fed_yogi,
+    "median": median,
+    "trimmed-mean": trimmed_mean,
+    "krum": krum,
+}

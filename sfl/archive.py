@@ -28,7 +28,8 @@ from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 MANIFEST = "manifest.jsonl"
 DROPPED = "dropped"  # kind of the entry for a manifest whose round was not to stay
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
-TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)
+WEIGHT_GRADS = "weight_grads"
+TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step over a cut; else it has WEIGHT_GRADS alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Entry:
     link: int = 0  # which cut
     order: int = -1  # how many steps its back had taken before in this round
     offset: int = 0
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of weight_grads: that of the labels they come from, (B,)
     dtype: str = ""
 
 
@@ -91,6 +92,16 @@ class Step:
         """(B, *cut) float32: the loss's gradient at the cut, as the server sent it."""
         return self._read(GRADS)
 
+    def weight_grads(self, spec: StateSpec) -> dict[str, Tensor]:
+        """Return the gradients of the whole model that the client sent, by parameter."""
+        path = self.path(WEIGHT_GRADS)
+        return decode_state(read_checked(path, self.entries[WEIGHT_GRADS]), spec, str(path))
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples its batch had."""
+        return next(iter(self.entries.values())).shape[0]
+
 
 def read_checked(path: Path, entry: Entry) -> bytes:
     """Return the bytes of a recorded file.
@@ -126,6 +137,10 @@ class RunArchive:
     def listed(self) -> list[Entry]:
         """Everything that the run's own manifest lists: models, logs, finished manifests."""
         return list(self._listed.values())
+
+    def lists(self, path: str) -> bool:
+        """Say whether the run's own manifest lists a file."""
+        return path in self._listed
 
     def read(self, path: str) -> bytes:
         """Return the checked bytes of a listed file, by its path in the run's folder."""
@@ -184,8 +199,8 @@ class RunArchive:
         steps = []
         for step, entries in sorted(files.items()):
             # The last step of a run that was killed may lack a file; it has not counted.
-            if entries.keys() == set(TENSOR_KINDS):
-                first = entries[LABELS]
+            if entries.keys() in (set(TENSOR_KINDS), {WEIGHT_GRADS}):
+                first = next(iter(entries.values()))
                 steps.append(Step(first.client, first.round, step, first.order, folder, entries))
         return steps
 

@@ -49,15 +49,15 @@ class ArchiveWriter:
         self._num_pending = 0
         self._failure: Exception | None = None
         self._manifests: dict[Path, TextIO] = {}
-        self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # started by the first job
 
     def __enter__(self) -> "ArchiveWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
         for manifest in self._manifests.values():
             with contextlib.suppress(OSError):  # what it could not write has been said already
                 manifest.close()
@@ -80,6 +80,8 @@ class ArchiveWriter:
 
     def end_round(self, round_index: int) -> None:
         """Wait until all is on disk, list the round's manifests, and drop what does not stay."""
+        if self._thread is None:
+            return  # nothing was handed over
         self._submit(lambda: self._close_round(round_index), 0)
         self.flush()
 
@@ -115,6 +117,9 @@ class ArchiveWriter:
                 self._changed.notify_all()
 
         self._jobs.put(run)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
+            self._thread.start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from sfl.config import KeepTensors, RunConfig
 from sfl.data import check_partition, dataset_spec, num_batches
 from sfl.errors import RunError
-from sfl.schemes import scheme
+from sfl.outcome import check_rule
+from sfl.schedule import learning_rate
+from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
 from sfl.split_model import SplitModel, resolve_cut
 from sfl.tensors import max_file_bytes
@@ -21,11 +23,14 @@ def check_run(run: RunConfig) -> RunConfig:
     A data set that is a user's own function is not imported here: the server does without it.
 
     Raises:
-        ConfigError: there is no such scheme, model, cut, data set, partition, optimiser or store.
+        ConfigError: there is no such scheme, model, cut, data set, partition, optimiser, schedule,
+            aggregation rule or store.
     """
     scheme(run.scheme)
     check_partition(run)
     check_optimizer(run.optimizer)
+    learning_rate(run, 0)
+    check_rule(run)
     weight_store(run.weights)
     if ":" not in run.dataset:
         spec = dataset_spec(run.dataset)
@@ -35,20 +40,25 @@ def check_run(run: RunConfig) -> RunConfig:
 
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:
     """Return about how many bytes a run will write, from its clients' training samples."""
-    clients = list(num_train)
-    a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
-    num_files = 3 * sum(num_batches(count, run.batch_size) for count in clients)
-    a_round = run.local_epochs * (a_sample * sum(clients) + num_files * max_file_bytes([]))
+    row, clients = scheme(run.scheme), list(num_train)
+    front = max_file_bytes(split.front_spec.values())
+    back = max_file_bytes(split.back_spec.values()) if split.cuts else 0
+    num_steps = sum(num_batches(count, run.batch_size) for count in clients)
+    an_epoch = 0
+    if row.exchange is Exchange.CUT:
+        a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
+        an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
+    elif row.exchange is Exchange.WEIGHT_GRADS:
+        an_epoch = num_steps * front
     keep = KeepTensors.parse(run.keep_tensors)
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
-    front, back = (
-        max_file_bytes(split.front_spec.values()),
-        max_file_bytes(split.back_spec.values()),
-    )
-    models = (run.rounds + 1) * (front * (len(clients) + 1) + back)
+    tensors = run.participation * run.local_epochs * an_epoch * num_kept
+    num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
+    models = (run.rounds + 1) * (front * num_fronts + back)
     if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
-        models += 2 * run.rounds * back * len(clients)
-    return a_round * num_kept + models
+        num_backs = len({row.back_of(k) for k in range(len(clients))})
+        models += 2 * run.rounds * (back or front) * num_backs
+    return round(tensors + models)
 
 
 def check_disk(folder: Path, needed: int) -> str:

@@ -16,6 +16,7 @@ from sfl.own_data import load_own
 from sfl.party import ClientParty
 from sfl.protocol import Limits, MessageType
 from sfl.registration import DataReport, client_join, send_report
+from sfl.resume import load_front
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
@@ -45,16 +46,18 @@ def take_part(node: ClientNode) -> None:
     with connection:
         connection.peer_name, connection.on_notice = "server", say
         with _hearing_why(connection):
-            client, run = run_blocking(client_join(connection, node.client_id, fingerprint(device)))
+            joining = client_join(connection, node.client_id, fingerprint(device))
+            client, run, first_round = run_blocking(joining)
             connection.name = f"client_{client}"
-            path = _create_folder(node.out_path / "client" / run.run / connection.name)
+            path = node.out_path / "client" / run.run / connection.name
+            _create_folder(path, goes_on=first_round > 0)
             with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
                 folder.events.say(f"{connection.name} of run {run.run} at {node.server}")
                 folder.archive.write("config", "config.json", to_json(options_record(run, node)))
                 environment = describe(device, command_line())
                 folder.archive.write("environment", "environment.json", to_json(environment))
                 with telling_why(folder.events):
-                    _run(connection, client, run, node, folder, device)
+                    _run(connection, client, run, first_round, node, folder, device)
 
 
 @contextlib.contextmanager
@@ -75,16 +78,15 @@ def _hearing_why(connection: Connection) -> Iterator[None]:
         raise
 
 
-def _create_folder(path: Path) -> Path:
+def _create_folder(path: Path, *, goes_on: bool) -> None:
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=goes_on)
     except FileExistsError:
         raise RunError(
             f"{path} exists: another client of this run wrote there; give another --out"
         ) from None
     except OSError as error:
         raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
-    return path
 
 
 def load_data(
@@ -109,6 +111,7 @@ def _run(
     connection: Connection,
     client: int,
     run: RunConfig,
+    first_round: int,
     node: ClientNode,
     folder: RunFolder,
     device: torch.device,
@@ -120,6 +123,9 @@ def _run(
     report = DataReport.of(data)
     counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
     events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
+    front = split.front(device)
+    if first_round:
+        load_front(folder.path, front, run, client, first_round)
     send_report(connection, report)
     log = ClientLog(run, folder, num_batches(len(data.train), run.batch_size))
     party = ClientParty(
@@ -130,9 +136,10 @@ def _run(
         split=split,
         archive=folder.archive,
         watcher=log,
-        front=split.front(device),
+        front=front,
         data=data,
         on_round=log.end_round,
+        first_round=first_round,
     )
     try:
         run_blocking(client_run(party))

@@ -43,7 +43,10 @@ class RunConfig:
 
     table: ClassVar[str] = "run"
 
-    scheme: str = _option("sflv1", "who shares the back, what is averaged: sflv1")
+    scheme: str = _option(
+        "sflv1",
+        "who shares what: sl, sflv1, sflv2, sflv3, fl, sync-sgd; in simulation also central",
+    )
     model: str = _option("lenet5", "mlp, lenet5, or your own package.module:function")
     cut: int | None = _option(
         None, "number of top-level blocks on the client; the model's own if not given"
@@ -55,16 +58,33 @@ class RunConfig:
         "iid", "who has which training samples: own, iid, sizes:0.2,0.2,0.6 (see the README)"
     )
     clients: int = _option(3, "number of clients; the run starts when all are there")
+    max_clients: int = _option(
+        0,
+        "more clients that may join before the start, with --partition own; 0: none, as --clients",
+    )
+    participation: float = _option(1.0, "share of the clients that is drawn for each round")
     rounds: int = _option(10, "number of global rounds, each ending in one averaging")
     local_epochs: int = _option(1, "passes over a client's data in a round")
     batch_size: int = _option(32, "samples in a step")
     optimizer: str = _option("adam", "adam or sgd, on both halves")
     lr: float = _option(0.001, "learning rate")
+    lr_schedule: str = _option(
+        "constant", "constant, cosine[:floor=0], or step[:every=10,factor=0.1], by rounds"
+    )
     momentum: float = _option(0.0, "momentum of sgd")
     weight_decay: float = _option(0.0, "L2 penalty added to the gradients")
     optimizer_state: str = _option(
         "reset", "optimisers begin each round fresh, or keep their state", ("reset", "keep")
     )
+    clip_norm: float = _option(0.0, "clip each half's gradient to this norm; 0: do not")
+    fedprox_mu: float = _option(0.0, "FedProx: pull of a client's weights to the round's start")
+    server_order: str = _option(
+        "fixed", "clients that share a back: in drawn order, or as they come", ("fixed", "arrival")
+    )
+    aggregation: str = _option(
+        "fedavg", "fedavg, fedavgm, fedadagrad, fedadam, fedyogi, median, trimmed-mean or krum;"
+        " options behind a colon: fedadam:lr=0.03",
+    )  # fmt: skip
     aggregation_weights: str = _option(
         "samples", "clients weigh by their training samples, or equally", ("samples", "equal")
     )
@@ -81,14 +101,28 @@ class RunConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        decay = self.weight_decay
-        _require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "0 or more")
+        _require(0 < self.participation <= 1, "participation", self.participation, "in (0, 1]")
+        for name in ("weight_decay", "clip_norm", "fedprox_mu"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+        most = self.max_clients
+        _require(most == 0 or most >= self.clients, "max_clients", most, "at least --clients")
+        if most > self.clients and self.partition != "own":
+            raise ConfigError(
+                f"--max-clients {most}: --partition {self.partition} deals the data out to"
+                f" {counted(self.clients, 'client')}; more can join with --partition own alone"
+            )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         _check_choices(self)
         if self.run:
             wanted = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
             _require(bool(RUN_NAME.fullmatch(self.run)), "run", self.run, wanted)
         KeepTensors.parse(self.keep_tensors)
+
+    @property
+    def most_clients(self) -> int:
+        """How many clients may register."""
+        return max(self.clients, self.max_clients)
 
 
 @dataclass(frozen=True)
@@ -156,6 +190,9 @@ class ServerNode(NodeConfig):
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
     peer_timeout: float = _option(3600.0, "seconds without a byte from a client it must hear from")
+    resume: str = _option(
+        "", "folder of a run that goes on, with its options; --rounds may be more than it had"
+    )
 
     def check(self) -> None:
         super().check()

@@ -1,16 +1,18 @@
 """Running conversations: alone over a link that blocks, or many as their messages arrive.
 
-A conversation is straight-line code that yields the link it is about to receive from. It computes
-where it is resumed, so that one thread owns all the segments that it touches.
+A conversation is straight-line code that yields the link it is about to receive from, or a gate:
+what it waits for among the other conversations. It computes where it is resumed, so that one thread
+owns all the segments that it touches.
 """
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Protocol, TypeVar
 
 from sfl.link import Link
 
 T = TypeVar("T")
-Conversation = Generator[Link, None, T]
+Gate = Callable[[], bool]  # whether it is open
+Conversation = Generator[Link | Gate, None, T]
 
 
 class Network(Protocol):
@@ -22,7 +24,7 @@ class Network(Protocol):
 
 
 def run_blocking(conversation: Conversation[T]) -> T:
-    """Run a conversation over a link whose receives block."""
+    """Run a conversation without gates over a link whose receives block."""
     while True:
         try:
             next(conversation)
@@ -34,16 +36,27 @@ def run_blocking(conversation: Conversation[T]) -> T:
 def run_together(network: Network, conversations: Mapping[int, Conversation[T]]) -> dict[int, T]:
     """Run one conversation a client, each as its messages arrive; return what each returns."""
     results: dict[int, T] = {}
-    waiting: dict[Link, int] = {}
+    receiving: dict[Link, int] = {}
+    held: dict[int, Gate] = {}
 
     def resume(client: int) -> None:
         try:
-            waiting[next(conversations[client])] = client
+            due = next(conversations[client])
         except StopIteration as end:
             results[client] = end.value
+            return
+        if isinstance(due, Link):
+            receiving[due] = client
+        else:
+            held[client] = due
 
     for client in conversations:
         resume(client)
-    while waiting:
-        resume(waiting.pop(network.wait(waiting)))
+    while receiving or held:
+        free = next((client for client, gate in held.items() if gate()), None)
+        if free is None:
+            free = receiving.pop(network.wait(receiving))
+        else:
+            del held[free]
+        resume(free)
     return {client: results[client] for client in conversations}

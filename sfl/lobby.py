@@ -18,8 +18,9 @@ NOTICE_EVERY_S = 30.0  # to the clients that wait; well below any --peer-timeout
 class Lobby:
     """The clients that have registered so far."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, needed: int) -> None:
         self.run = run
+        self.needed = needed  # clients; more may register until these are ready
         self.taken: set[int] = set()
         self.joined: dict[int, Joined] = {}
 
@@ -29,7 +30,7 @@ class Lobby:
         Raises:
             RunError: it cannot be had.
         """
-        num_clients = self.run.clients
+        num_clients = self.run.most_clients
         if len(self.taken) == num_clients:
             raise RunError(self.full)
         if wanted == ANY_ID:
@@ -44,32 +45,42 @@ class Lobby:
     @property
     def full(self) -> str:
         """Say that nobody else can join."""
-        return f"the run {self.run.run} has its {counted(self.run.clients, 'client')}"
+        return f"the run {self.run.run} has its {counted(len(self.taken), 'client')}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough clients are ready, and nobody who registered is still loading."""
+        return len(self.joined) >= self.needed and self.taken == self.joined.keys()
 
     @property
     def missing(self) -> str:
         """Say who is not there yet."""
-        ids = sorted(set(range(self.run.clients)) - self.joined.keys())
-        of_all = counted(self.run.clients, "client")
-        return f"waiting for {len(ids)} of {of_all}: {', '.join(map(str, ids))}"
+        ids = sorted(set(range(self.needed)) - self.joined.keys())
+        if self.run.most_clients > self.needed:  # any will do
+            ids = sorted(self.taken - self.joined.keys())
+        count = max(self.needed - len(self.joined), len(self.taken) - len(self.joined))
+        names = f": {', '.join(map(str, ids))}" if ids else ""
+        return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
 
 
-def gather(switchboard: Switchboard, run: RunConfig, events: EventLog) -> dict[int, Joined]:
-    """Register clients until all are there with their data.
+def gather(
+    switchboard: Switchboard, run: RunConfig, events: EventLog, *, needed: int, first_round: int
+) -> dict[int, Joined]:
+    """Register clients until as many as ``needed`` are there with their data.
 
     Whoever connects and is no client of the run is turned away, now and later, and the run goes on.
 
     Raises:
         RunError: a client that had registered left again.
     """
-    lobby = Lobby(run)
+    lobby = Lobby(run, needed)
     conversations: dict[DrainedConnection, Conversation[Joined]] = {}
     noticed_at = time.monotonic()
-    while len(lobby.joined) < run.clients:
+    while not lobby.complete:
         for connection in switchboard.wait_for_any(timeout_s=1.0):
             if connection not in conversations:
                 connection.name = "server"
-                conversations[connection] = server_join(connection, run, lobby.take_id)
+                conversations[connection] = server_join(connection, run, first_round, lobby.take_id)
                 next(conversations[connection])
             _resume(connection, conversations[connection], lobby, switchboard, events)
         now = time.monotonic()
@@ -108,7 +119,7 @@ def _resume(
         counts = joined.data.num_samples
         shown = ", ".join(f"{count} {part}" for part, count in counts.items())
         events.say(f"{connection.peer_name} is ready: {shown} samples")
-        if len(lobby.joined) < lobby.run.clients:
+        if not lobby.complete:
             events.say(lobby.missing)
             _notify(lobby)
     except SflError as error:

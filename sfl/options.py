@@ -69,6 +69,8 @@ def parse_options(
     typed = vars(parser.parse_args(argv))
     path = typed.pop("config", None)
     values = (_from_file(Path(path), tables) if path else {}) | typed
+    if values.get("resume"):
+        values = _resumed(Path(values["resume"]), values)
     return tuple(
         from_values(group, {n: v for n, v in values.items() if n in names_of(group)}, "the options")
         for group in groups
@@ -93,6 +95,7 @@ def _add_options(group: Any, config_class: Any) -> None:
 _ALL_OPTIONS = frozenset(
     f.name for group in (RunConfig, ServerNode, ClientNode) for f in dataclasses.fields(group)
 )
+CAN_GROW = frozenset({"rounds"})  # when a run goes on
 _TABLES = frozenset({"run", "server", "client"})
 
 
@@ -127,6 +130,29 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
             if in_group and value is not None and any(name in names_of(g) for g in groups.values()):
                 chosen[name] = value
     return chosen
+
+
+def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that goes on: those that it had, and what may be new.
+
+    Raises:
+        ConfigError: no run lies there, or an option of the run differs that must not.
+    """
+    path = folder / "config.json"
+    try:
+        recorded = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--resume {folder}: cannot read {path.name}: {reason}") from error
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
+    for name in sorted(values.keys() & names_of(RunConfig) - CAN_GROW):
+        if name in recorded and values[name] != recorded[name]:
+            raise ConfigError(
+                f"{flag(name)} {values[name]}: the run has {recorded[name]}; of a run that goes on"
+                f" only {', '.join(map(flag, sorted(CAN_GROW)))} may differ"
+            )
+    return recorded | values
 
 
 def names_of(config_class: Any) -> set[str]:

@@ -6,15 +6,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sfl.archive import ACTIVATIONS, GRADS, LABELS
+from sfl.archive import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.link import Link
 from sfl.protocol import Position
+from sfl.schemes import scheme
 from sfl.segment import Segment, StepFigures
 from sfl.split_model import SplitModel
-from sfl.tensors import Buffer
+from sfl.tensors import Buffer, TensorSpec
 from sfl.weights import WeightStore
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data
@@ -54,9 +55,17 @@ class Party:
         """Hand the labels, activations and gradients of a step to the archive."""
         cut = self.split.features_spec(num_samples)
         specs = {LABELS: self.split.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
-        where = {"client": at.client, "round": at.round, "step": at.step, "order": order}
         for (kind, spec), data in zip(specs.items(), files, strict=True):
-            self.archive.record(kind, data, spec, where)
+            self._record(kind, data, spec, at, order)
+
+    def record_gradients(self, at: Position, num_samples: int, data: Buffer) -> None:
+        """Hand the gradients of the whole model, of a batch of so many samples, to the archive."""
+        shape = self.split.labels_spec(num_samples)  # what they were computed from
+        self._record(WEIGHT_GRADS, data, shape, at, at.step)
+
+    def _record(self, kind: str, data: Buffer, spec: TensorSpec, at: Position, order: int) -> None:
+        where = {"client": at.client, "round": at.round, "step": at.step, "order": order}
+        self.archive.record(kind, data, spec, where)
 
 
 @dataclass(kw_only=True)
@@ -66,14 +75,16 @@ class ClientParty(Party):
     front: Segment
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
-    waited_s: float = 0.0  # for gradients, since the start of the round
+    first_round: int = 0  # later if the run goes on from where it was
+    waited_s: float = 0.0  # for the server's answers, since the start of the round
 
 
 @dataclass(frozen=True)
 class RoundResult:
     """What the server learned of one client in a round."""
 
-    front: dict[str, Tensor]  # its client-side weights before averaging
+    front: dict[str, Tensor]  # its client-side weights; empty where they never travel
+    file: bytes  # of them
     seconds: Mapping[str, float]  # what the client says that it spent on its steps
 
 
@@ -81,6 +92,15 @@ class RoundResult:
 class ServerParty(Party):
     """The server's side, for one client."""
 
-    back: Segment  # the copy that takes this client's steps
+    backs: Mapping[int, Segment]  # all copies of the server's model; none if there is none
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     compute_s: float = 0.0  # the server's arithmetic for this client, since the round's start
+
+    @property
+    def back_index(self) -> int:
+        """Which copy of the back takes this client's steps."""
+        return scheme(self.run.scheme).back_of(self.client)
+
+    @property
+    def back(self) -> Segment:
+        return self.backs[self.back_index]

@@ -47,18 +47,22 @@ class MessageType(StrEnum):
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
     REQUEST_TO_START = "REQUEST_TO_START"  # C: my data are loaded: samples, classes, shape
     MESSAGE = "MESSAGE"  # S: a notice for people, at any moment
-    START_TRAINING = "START_TRAINING"  # S: round r begins
+    START_TRAINING = "START_TRAINING"  # S: train in round r: from which front, how many steps
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
-    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients; loss and hits in the JSON
+    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss and hits
+    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and hits of each step it took alone
     ROUND_TRAINED = "ROUND_TRAINED"  # C: my steps of this round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: a large file is offered: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it, from this offset on
     SEND_MODEL = "SEND_MODEL"  # C, S: file, client-side weights (S: the initial ones)
-    SEND_AGGREGATED_MODEL = "SEND_AGGREGATED_MODEL"  # S: file, the averaged client-side weights
+    SEND_AGGREGATED_MODEL = "SEND_AGGREGATED_MODEL"  # S: file, averaged or updated ones
+    START_VALIDATION = "START_VALIDATION"  # S: evaluate the round's outcome: which front
     VALIDATION_LABELS = "VALIDATION_LABELS"  # C: file, labels of an evaluation batch
     VALIDATION_FEATURES = "VALIDATION_FEATURES"  # C: file, its activations
-    VALIDATION_RESULT = "VALIDATION_RESULT"  # S: samples, hits and summed loss of that batch
+    VALIDATION_RESULT = (
+        "VALIDATION_RESULT"  # S, C: samples, hits and summed loss of a batch, a part
+    )
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
     UNREGISTER = "UNREGISTER"  # C: goodbye after TRAINING_DONE
@@ -72,6 +76,7 @@ FILE_TYPES: Final = frozenset(
         MessageType.TRAINING_LABELS,
         MessageType.TRAINING_FEATURES,
         MessageType.TRAINING_GRADS,
+        MessageType.TRAINING_FIGURES,
         MessageType.SEND_MODEL,
         MessageType.SEND_AGGREGATED_MODEL,
         MessageType.VALIDATION_LABELS,

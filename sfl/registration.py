@@ -4,7 +4,7 @@
 
     client (client_join)                             server (server_join)
     REGISTER {client_id, fingerprint}            ->
-                                                 <-  REGISTERED {client_id, config}
+                                                 <-  REGISTERED {client_id, config, round}
                                                  or  INVALID_MESSAGE: why not
     REQUEST_TO_START {samples, classes, shape}   ->  its data are loaded
                                                  <-  MESSAGE: who is still missing
@@ -56,8 +56,8 @@ class Joined:
 
 def client_join(
     link: Link, wanted_id: int | None, fingerprint: Mapping[str, str]
-) -> Conversation[tuple[int, RunConfig]]:
-    """Register, and return the client's id and the run's configuration."""
+) -> Conversation[tuple[int, RunConfig, int]]:
+    """Register; return the client's id, the run's configuration and the round it goes on with."""
     wanted = ANY_ID if wanted_id is None else wanted_id
     content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
     link.send_message_as_json(MessageType.REGISTER, content=content)
@@ -70,9 +70,11 @@ def client_join(
     client = reply.get("client_id", int)
     if client != wanted and wanted != ANY_ID:
         raise ProtocolError(f"the server made us client {client} instead of {wanted}")
-    if not run.run or not 0 <= client < run.clients:
+    if not run.run or not 0 <= client < run.most_clients:
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
-    return client, run
+    if not 0 <= (first_round := reply.get("round", int)) < run.rounds:
+        raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
+    return client, run, first_round
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -87,10 +89,13 @@ def send_report(link: Link, report: DataReport) -> None:
     link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
 
 
-def server_join(link: Link, run: RunConfig, take_id: Callable[[int], int]) -> Conversation[Joined]:
+def server_join(
+    link: Link, run: RunConfig, first_round: int, take_id: Callable[[int], int]
+) -> Conversation[Joined]:
     """Register one client and wait until its data are loaded.
 
-    ``take_id`` gives the client its id or raises ``RunError`` to turn it away.
+    ``first_round`` is the one that the run goes on with. ``take_id`` gives the client its id or
+    raises ``RunError`` to turn it away.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -100,7 +105,7 @@ def server_join(link: Link, run: RunConfig, take_id: Callable[[int], int]) -> Co
         raise ProtocolError(str(error)) from error
     client = take_id(hello.get("client_id", int))
     link.peer_name = f"client_{client}"
-    content = {"client_id": client, "config": dataclasses.asdict(run)}
+    content = {"client_id": client, "config": dataclasses.asdict(run), "round": first_round}
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)

@@ -43,3 +43,41 @@ def look_up(
     if not callable(function):
         raise ConfigError(f"the {kind} {name!r} is no function")
     return wrap(function)
+
+
+R = TypeVar("R")
+
+
+def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) -> Callable[..., R]:
+    """Return the function that ``name`` or ``name:option=value,...`` names, with these options.
+
+    A function's options are its keyword-only arguments, of the type of their defaults. It raises
+    ``ValueError`` for a value out of range, which comes out as a ``ConfigError``.
+
+    Raises:
+        ConfigError: no such function, or an option that it does not take.
+    """
+    name, colon, rest = text.partition(":")
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    function = known[name]
+    defaults = getattr(function, "__kwdefaults__", None) or {}
+    options = {}
+    for item in rest.split(",") if colon else []:
+        option, _, value = item.partition("=")
+        if option not in defaults:
+            takes = ", ".join(defaults) or "none"
+            raise ConfigError(f"--{kind} {text}: {name} has no option {option!r}; it has {takes}")
+        try:
+            options[option] = type(defaults[option])(value)
+        except ValueError:
+            wanted = type(defaults[option]).__name__
+            raise ConfigError(f"--{kind} {text}: {option} must be of type {wanted}") from None
+
+    def call(*arguments: object) -> R:
+        try:
+            return function(*arguments, **options)
+        except ValueError as error:
+            raise ConfigError(f"--{kind} {text}: {error}") from error
+
+    return call

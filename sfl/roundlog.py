@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sfl.archive_writer import write_file
 from sfl.config import RunConfig
 from sfl.protocol import Position
 from sfl.runfolder import RunFolder
@@ -48,12 +49,16 @@ class Progress:
 class RoundLog:
     """The server's figures: collects those of a round and writes them when it ends."""
 
-    def __init__(self, folder: RunFolder, rounds: int) -> None:
+    def __init__(self, folder: RunFolder, rounds: int, first_round: int = 0) -> None:
+        """A run that goes on keeps the lines of the rounds before ``first_round``."""
         self._folder = folder
         self._rounds = rounds
         self._steps: dict[int, list[tuple[int, StepFigures]]] = {}
         self.progress = Progress(rounds)
-        self._write_summary_row(ROUND_COLUMNS)
+        path = folder.path / "rounds.csv"
+        header = _csv([ROUND_COLUMNS])
+        kept = path.read_bytes().splitlines(keepends=True)[: 1 + first_round] if first_round else []
+        write_file(path, b"".join(kept) or header)
 
     def start_round(self, round_index: int, num_steps: int) -> None:
         self._steps = {}
@@ -110,7 +115,6 @@ class ClientLog:
 
     def step(self, at: Position, figures: StepFigures) -> None:
         if at.step == 0:
-            self._loss_sum, self._samples = 0.0, 0
             self.progress.start(at.round, self._num_steps)
         self._loss_sum += figures.loss * figures.samples
         self._samples += figures.samples
@@ -118,12 +122,15 @@ class ClientLog:
 
     def end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.progress.close()
-        own = {"training loss": self._loss_sum / self._samples}
+        trained = self._samples > 0
+        own = {"training loss": self._loss_sum / self._samples} if trained else {}
+        self._loss_sum, self._samples = 0.0, 0
         titles = {"val_loss": "validation loss", "val_acc": "validation accuracy"}
         titles |= {"test_loss": "test loss", "test_acc": "test accuracy"}
         own |= {title: figures[name] for name, title in titles.items() if name in figures}
         shown = ", ".join(f"{title} {value:.4f}" for title, value in own.items())
-        self._events.say(f"round {round_index + 1}/{self._run.rounds}: own {shown}")
+        took = "own" if trained else "sat out; own"
+        self._events.say(f"round {round_index + 1}/{self._run.rounds}: {took} {shown}")
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> bytes:

@@ -1,58 +1,43 @@
-"""The rounds of a run as the server sees them: train, average, evaluate, write down.
+"""The rounds of a run as the server sees them: train, merge, evaluate, write down.
 
 Faces ``conversation.client_run``. The same code serves sockets and simulation; only the network and
 the links differ.
 """
 
-import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sfl.aggregate import fed_avg
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.conversation import TIMES, server_evaluate_round, server_goodbye, server_train
 from sfl.data import num_batches
 from sfl.driver import Network, run_together
 from sfl.link import Counters
+from sfl.order import RoundPlan
+from sfl.outcome import (
+    BACK,
+    CLIENT_MODEL,
+    FRONT,
+    MEMORY,
+    ONE_CLIENT_MODEL,
+    SERVER_MODEL,
+    SERVER_OPTIMIZER,
+    Half,
+    averaging_weights,
+    has_back_files,
+    merge_backs,
+    merge_fronts,
+    model_path,
+)
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.protocol import MessageType
 from sfl.roundlog import RoundLog
-from sfl.schemes import scheme
+from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment, Tally, add_up
 from sfl.split_model import SplitModel
 from sfl.tensors import encode_state
-from sfl.weights import WeightKey
-
-# Where a run's weights lie in its folder; {round} counts from 0, "init" is before round 0.
-CLIENT_MODEL = "models/client_model_{round}.pt"
-SERVER_MODEL = "models/server_model_{round}.pt"
-ONE_CLIENT_MODEL = "models/client_{client}_{round}.pt"
-SERVER_OPTIMIZER = "models/server_optimizer_{back}_{round}.pt"
-
-
-def model_path(template: str, round_index: int, **which: int) -> str:
-    """Return the path of a file of weights after a round; -1 stands for before the first."""
-    name = "init" if round_index < 0 else f"{round_index:03d}"
-    return template.format(round=name, **which)
-
-
-def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
-    """Return each client's weight in an average: its training samples, or 1."""
-    equal = run.aggregation_weights == "equal"
-    return {client: 1 if equal else count for client, count in num_samples.items()}
-
-
-def average_backs(
-    run: RunConfig, backs: Mapping[int, Mapping[str, Tensor]], weights: Mapping[int, int]
-) -> dict[str, Tensor]:
-    """Return the average of the copies of the back, each weighted by the clients it served."""
-    back_of = scheme(run.scheme).back_of
-    served = {b: sum(w for k, w in weights.items() if back_of(k) == b) for b in backs}
-    return fed_avg([backs[b] for b in backs], [served[b] for b in backs])
+from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, client_weights
 
 
 @dataclass
@@ -61,46 +46,49 @@ class Rounds:
 
     run: RunConfig
     network: Network
-    parties: Mapping[int, ServerParty]
+    parties: Mapping[int, ServerParty]  # in the order of their clients
     backs: Mapping[int, Segment]
     split: SplitModel
     archive: ArchiveWriter
     log: RoundLog
+    halves: dict[str, Half]  # the front and the back that everyone goes on from, where there is one
+    first_round: int = 0
 
     def run_all(self) -> dict[str, float]:
-        """Run all rounds and return the figures of the last one."""
-        front, back = (encode_state(s) for s in (self.split.front_state(), self.split.back_state()))
-        self.archive.write("client_model", model_path(CLIENT_MODEL, -1), front, -1)
-        self.archive.write("server_model", model_path(SERVER_MODEL, -1), back, -1)
-        put = {k: p.weights.put(WeightKey("init", p.at(-1)), front) for k, p in self._parties()}
-        run_together(self.network, put)
+        """Run all rounds that are left and return the figures of the last one."""
+        if self.first_round == 0:
+            self._write_halves(-1)
+        if front := self.halves.get(FRONT):
+            data = encode_state(front.state)
+            keys = {k: WeightKey(INITIAL, p.at(self.first_round - 1)) for k, p in self._items()}
+            run_together(self.network, {k: p.weights.put(keys[k], data) for k, p in self._items()})
         figures: dict[str, float] = {}
-        for round_index in range(self.run.rounds):
+        for round_index in range(self.first_round, self.run.rounds):
             figures = self._round(round_index)
-        for _, party in self._parties():
+        for party in self.parties.values():
             party.link.send_message_as_json(MessageType.TRAINING_DONE, content=figures)
-        run_together(self.network, {k: server_goodbye(party) for k, party in self._parties()})
+        run_together(self.network, {k: server_goodbye(p) for k, p in self._items()})
         return figures
 
-    def _parties(self) -> list[tuple[int, ServerParty]]:
-        return sorted(self.parties.items())
+    def _items(self) -> ItemsView[int, ServerParty]:
+        return self.parties.items()
 
     def _round(self, round_index: int) -> dict[str, float]:
         """Run one round and return its figures."""
         started = time.perf_counter()
-        before = {k: party.link.counters.copy() for k, party in self._parties()}
-        trained = self._train(round_index)
-        front = self._average(round_index, trained)
-        tallies = self._evaluate(round_index, front)
+        before = {k: party.link.counters.copy() for k, party in self._items()}
+        plan, trained = self._train(round_index)
+        self._merge(round_index, plan, trained)
+        tallies = self._evaluate(round_index, plan)
         overall = self.log.train_figures()
         for part, prefix in PREFIXES.items():
             overall |= add_up(t[part] for t in tallies.values() if part in t).figures(prefix)
-        for _, party in self._parties():
+        for party in self.parties.values():
             at = party.at(round_index)
             party.link.send_message_as_json(MessageType.VALIDATION_DONE, content=overall, at=at)
         clients = {
-            k: self._client_figures(party, before[k], trained[k], tallies[k])
-            for k, party in self._parties()
+            k: self._client_figures(party, before[k], trained.get(k), tallies[k])
+            for k, party in self._items()
         }
         overall |= _sums(clients)
         overall["seconds"] = time.perf_counter() - started
@@ -108,70 +96,106 @@ class Rounds:
         self.archive.end_round(round_index)
         return overall
 
-    def _train(self, round_index: int) -> dict[int, RoundResult]:
-        """Let all clients train; each copy of the back starts with the same weights."""
-        if self.run.optimizer_state == "reset":
-            for segment in self.backs.values():
-                segment.reset_optimizer()
-        orders = {b: itertools.count() for b in self.backs}
-        back_of = scheme(self.run.scheme).back_of
-        self.log.start_round(round_index, sum(num_steps(self.run, p) for _, p in self._parties()))
-        conversations = {}
-        for k, party in self._parties():
+    def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
+        """Let the round's clients train; all copies of the back start with the same weights."""
+        for segment in self.backs.values():
+            segment.start_round(round_index)
+        num_steps = {k: self._num_steps(party) for k, party in self._items()}
+        plan = RoundPlan(self.run, round_index, num_steps, self.backs)
+        self.log.start_round(round_index, sum(plan.num_steps.values()))
+        for party in self.parties.values():
             party.compute_s = 0.0
-            conversations[k] = server_train(party, orders[back_of(k)], round_index)
+        conversations = {k: server_train(self.parties[k], plan, round_index) for k in plan.order}
+        return plan, run_together(self.network, conversations)
+
+    @property
+    def most_steps(self) -> int:
+        """The steps in a round of the client that has most."""
+        return max(map(self._num_steps, self.parties.values()))
+
+    def _num_steps(self, party: ServerParty) -> int:
+        an_epoch = num_batches(party.num_samples[TRAIN], self.run.batch_size)
+        return an_epoch * self.run.local_epochs
+
+    def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
+        """Make of what was trained what everyone goes on from, and write it down."""
+        for k, result in sorted(trained.items()):
+            if result.file:
+                path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
+                self.archive.write("one_client_model", path, result.file, round_index)
+        num_train = {k: self.parties[k].num_samples[TRAIN] for k in sorted(plan.order)}
+        weights = averaging_weights(self.run, num_train)
+        names = self.split.parameter_names
+        fronts = {k: result.front for k, result in trained.items()}
+        merged = {}
+        if FRONT in self.halves:
+            merged[FRONT] = merge_fronts(
+                self.run, fronts, weights, start=self.halves[FRONT], trained=names,
+                last=plan.order[-1],
+            )  # fmt: skip
+        if has_back_files(self.run):
+            backs = {b: segment.state() for b, segment in self.backs.items()}
+            start = self.halves[BACK]
+            merged[BACK] = merge_backs(self.run, backs, weights, start=start, trained=names)
+        self.halves = {name: half for name, half in merged.items() if half is not None}
+        self._write_halves(round_index)
+        owner = BACK if has_back_files(self.run) else FRONT  # whose weights the server's copies are
+        for segment in self.backs.values():
+            segment.load(self.halves[owner].state)
+
+    def _write_halves(self, round_index: int) -> None:
+        """Write down what everyone goes on from, with what else the next round starts from."""
+        models = {FRONT: ("client_model", CLIENT_MODEL), BACK: ("server_model", SERVER_MODEL)}
+        for name, half in self.halves.items():
+            kind, template = models[name]
+            state = encode_state(half.state)
+            self.archive.write(kind, model_path(template, round_index), state, round_index)
+            if half.memory:
+                path, memory = model_path(MEMORY, round_index, half=name), encode_state(half.memory)
+                self.archive.write("aggregation", path, memory, round_index)
+        if self.run.optimizer_state == "keep" and round_index >= 0:
+            for b, segment in self.backs.items():
+                if kept := segment.optimizer_state():  # empty before its first step
+                    path, data = (
+                        model_path(SERVER_OPTIMIZER, round_index, back=b),
+                        encode_state(kept),
+                    )
+                    self.archive.write("server_optimizer", path, data, round_index)
+
+    def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
+        """Let every client evaluate what the round gave; the last of a relay has its front."""
+        front, policy = None, scheme(self.run.scheme).fronts
+        if policy is Fronts.RELAYED:
+            front = plan.relayed
+        elif policy is Fronts.AVERAGED:
+            front = NamedWeights(AVERAGE, encode_state(self.halves[FRONT].state))
+        conversations = {
+            k: server_evaluate_round(
+                party, None if front and front.name == client_weights(k) else front, round_index
+            )
+            for k, party in self._items()
+        }
         return run_together(self.network, conversations)
-
-    def _average(self, round_index: int, trained: Mapping[int, RoundResult]) -> bytes:
-        """Average both halves and write them down; the backs take over theirs.
-
-        Returns the file of the averaged front.
-        """
-        weights = averaging_weights(self.run, {k: p.num_samples[TRAIN] for k, p in self._parties()})
-        fronts = {k: result.front for k, result in sorted(trained.items())}
-        for k, state in fronts.items():
-            path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
-            self.archive.write("one_client_model", path, encode_state(state), round_index)
-        front = encode_state(fed_avg(list(fronts.values()), [weights[k] for k in fronts]))
-        states = {b: segment.state() for b, segment in self.backs.items()}
-        back = average_backs(self.run, states, weights)
-        self.archive.write(
-            "client_model", model_path(CLIENT_MODEL, round_index), front, round_index
-        )
-        back_path = model_path(SERVER_MODEL, round_index)
-        self.archive.write("server_model", back_path, encode_state(back), round_index)
-        for b, segment in self.backs.items():
-            if self.run.optimizer_state == "keep":  # replay of the next round starts from it
-                path = model_path(SERVER_OPTIMIZER, round_index, back=b)
-                kept = encode_state(segment.optimizer_state())
-                self.archive.write("server_optimizer", path, kept, round_index)
-            segment.load(back)
-        return front
-
-    def _evaluate(self, round_index: int, front: bytes) -> dict[int, dict[str, Tally]]:
-        return run_together(
-            self.network,
-            {k: server_evaluate_round(p, front, round_index) for k, p in self._parties()},
-        )
 
     def _client_figures(
         self,
         party: ServerParty,
         before: Counters,
-        trained: RoundResult,
+        trained: RoundResult | None,
         tallies: Mapping[str, Tally],
     ) -> dict[str, float]:
         """Return one client's figures of a round, in the order of the round's file."""
         now = party.link.counters
-        figures: dict[str, float] = {"samples": party.num_samples[TRAIN]}
+        figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
         for part, prefix in PREFIXES.items():
             figures |= tallies.get(part, Tally()).figures(prefix)
+        seconds = trained.seconds if trained else dict.fromkeys(TIMES, 0.0)
         return figures | {
             "bytes_up": now.bytes_received - before.bytes_received,
             "bytes_down": now.bytes_sent - before.bytes_sent,
             "messages_up": now.messages_received - before.messages_received,
             "messages_down": now.messages_sent - before.messages_sent,
-            **{f"client_{name}": trained.seconds[name] for name in TIMES},
+            **{f"client_{name}": seconds[name] for name in TIMES},
             "server_compute_s": party.compute_s,
         }
 
@@ -182,8 +206,3 @@ _SUMMED = ("bytes_up", "bytes_down", "messages_up", "messages_down", *_TIMES)
 
 def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(figures[name] for figures in clients.values()) for name in _SUMMED}
-
-
-def num_steps(run: RunConfig, party: ServerParty) -> int:
-    """Return a client's number of steps in a round."""
-    return num_batches(party.num_samples[TRAIN], run.batch_size) * run.local_epochs

@@ -13,6 +13,7 @@ INITIAL_WEIGHTS = "initial weights"
 PARTITION = "partition"  # which training samples are which client's
 VALIDATION = "validation"  # (client): which of its samples a client holds out
 BATCHES = "batches"  # (round, client, local epoch): the order of a client's samples
+CLIENT_ORDER = "client order"  # (round): who takes part, and in which order
 BLOCK = "block"  # (round, client, step, block): dropout masks and the like
 OFFLINE = "offline"  # (epoch): the order of recorded steps when a back is trained offline
 

@@ -6,7 +6,7 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from sfl import seeds
 from sfl.config import RunConfig, unknown_name
 from sfl.errors import RunError
 from sfl.protocol import Position
+from sfl.schedule import learning_rate
 from sfl.tensors import TensorSpec, state_spec
 
 Parameters = Iterable[nn.Parameter]
@@ -48,21 +49,46 @@ class Segment:
 
     ``first_block`` is the index of its first block in the whole model: dropout masks are drawn from
     (seed, round, client, step, block), so that they do not depend on where the model is cut.
+    ``boundary`` is the block at which the run's model is cut, whether or not this segment ends
+    there: gradients are clipped by half. ``proximal_mu`` is FedProx's.
     """
 
     def __init__(
-        self, blocks: nn.Sequential, first_block: int, run: RunConfig, device: torch.device
+        self,
+        blocks: nn.Sequential,
+        first_block: int,
+        run: RunConfig,
+        device: torch.device,
+        *,
+        boundary: int,
+        proximal_mu: float = 0.0,
     ) -> None:
         self.blocks = blocks.to(device)
         self.device = device
         self._first_block = first_block
         self._run = run
+        self._boundary = boundary
+        self._proximal_mu = proximal_mu
+        self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self.reset_optimizer()
+        self._reset_optimizer()
 
-    def reset_optimizer(self) -> None:
+    def start_round(self, round_index: int) -> None:
+        """Take the round's learning rate; and a fresh optimiser, unless they keep their state.
+
+        The weights of now are those that FedProx pulls towards.
+        """
+        if self._run.optimizer_state == "reset":
+            self._reset_optimizer()
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(self._run, round_index)
+        if self._proximal_mu:
+            self._anchor = [p.detach().clone() for p in self.blocks.parameters()]
+
+    def _reset_optimizer(self) -> None:
         """Begin with a fresh optimiser; blocks without parameters have none."""
         parameters = list(self.blocks.parameters())
         make = OPTIMIZERS[self._run.optimizer]
@@ -109,13 +135,43 @@ class Segment:
             self._optimizer.zero_grad(set_to_none=True)
         if self._output.requires_grad:  # not so for a front without parameters
             torch.autograd.backward(self._output, grad.to(self.device))
+        if self._proximal_mu:
+            self._add_proximal_gradients()
         self._output = None
         return self._input.grad
 
+    def _add_proximal_gradients(self) -> None:
+        """Add the gradient of FedProx's ``mu/2 |w - w_t|^2``: Li et al. 2020, Equation 2."""
+        for parameter, anchor in zip(self.blocks.parameters(), self._anchor, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal_mu)
+
     def update(self) -> None:
-        """Take one step of the optimiser with the gradients that ``backward`` left."""
-        if self._optimizer is not None:
-            self._optimizer.step()
+        """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
+        if self._optimizer is None:
+            return
+        if self._run.clip_norm:
+            for half in self._halves():
+                nn.utils.clip_grad_norm_(half, self._run.clip_norm)
+        self._optimizer.step()
+
+    def _halves(self) -> Iterator[list[nn.Parameter]]:
+        """Yield the parameters in front of the run's cut, and those behind it, if any."""
+        inner = min(max(self._boundary - self._first_block, 0), len(self.blocks))
+        for part in (self.blocks[:inner], self.blocks[inner:]):
+            if parameters := list(part.parameters()):
+                yield parameters
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""
+        named = self.blocks.named_parameters()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+        return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
+
+    def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
+        """Take these gradients instead of any that ``backward`` left."""
+        for name, parameter in self.blocks.named_parameters():
+            parameter.grad = grads[name].to(self.device)
 
     @torch.no_grad()
     def evaluate(self, z: Tensor) -> Tensor:
@@ -128,9 +184,25 @@ class Segment:
         """Return a copy of parameters and buffers, on the CPU."""
         return {name: t.detach().cpu().clone() for name, t in self.blocks.state_dict().items()}
 
+    @property
+    def spec(self) -> dict[str, TensorSpec]:
+        """The spec of ``state()``."""
+        return state_spec(self.blocks.state_dict())
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return a copy of the parameters alone, on the CPU."""
+        named = self.blocks.named_parameters()
+        return {name: parameter.detach().cpu().clone() for name, parameter in named}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over parameters and buffers; the optimiser's state is left as it is."""
         self.blocks.load_state_dict(state)
+
+    @torch.no_grad()
+    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take over the parameters alone."""
+        for name, parameter in self.blocks.named_parameters():
+            parameter.copy_(parameters[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return a copy of the optimiser's tensors, named ``<parameter>.<name>``, on the CPU."""
@@ -145,7 +217,7 @@ class Segment:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Begin with a fresh optimiser that has these tensors."""
-        self.reset_optimizer()
+        self._reset_optimizer()
         if self._optimizer is None:
             return
         nested: dict[int, dict[str, Tensor]] = {}
@@ -158,7 +230,8 @@ class Segment:
     def optimizer_spec(self) -> dict[str, TensorSpec]:
         """Return the spec of ``optimizer_state()`` after a step, found by taking one on a copy."""
         blocks = copy.deepcopy(self.blocks).cpu()
-        trial = Segment(blocks, self._first_block, self._run, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        trial = Segment(blocks, self._first_block, self._run, cpu, boundary=self._boundary)
         for parameter in blocks.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         trial.update()
@@ -174,20 +247,22 @@ class StepFigures:
     samples: int
 
 
-def train_step(back: Segment, z: Tensor, y: Tensor, at: Position) -> tuple[StepFigures, Tensor]:
-    """Compute one step of the back; return its figures and the loss's gradient, like ``z``.
+def train_step(
+    last: Segment, z: Tensor, y: Tensor, at: Position
+) -> tuple[StepFigures, Tensor | None]:
+    """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
-    The back ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax.
-    ``back.update()`` is the caller's, when the gradient is on its way.
+    It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax.
+    ``update()`` is the caller's, when the gradient, like ``z``, is on its way. A segment that is
+    the whole model has no such gradient.
     """
-    y = y.to(back.device)
-    logits = back.forward(z, at)
+    y = y.to(last.device)
+    logits = last.forward(z, at)
     leaf = logits.detach().requires_grad_()
     loss = nn.functional.cross_entropy(leaf, y)
     torch.autograd.backward(loss)
     assert leaf.grad is not None
-    grads = back.backward(leaf.grad)
-    assert grads is not None
+    grads = last.backward(leaf.grad)
     correct = int((logits.argmax(1) == y).sum())
     return StepFigures(loss.item(), correct, len(y)), grads
 
@@ -218,9 +293,9 @@ def add_up(tallies: Iterable[Tally]) -> Tally:
     )
 
 
-def evaluate_step(back: Segment, z: Tensor, y: Tensor) -> Tally:
-    """Return the tally of one batch under the back in evaluation mode."""
-    y = y.to(back.device)
-    logits = back.evaluate(z)
+def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> Tally:
+    """Return the tally of one batch under the model's last segment in evaluation mode."""
+    y = y.to(last.device)
+    logits = last.evaluate(z)
     loss_sum = nn.functional.cross_entropy(logits, y, reduction="sum")
     return Tally(len(y), int((logits.argmax(1) == y).sum()), loss_sum.item())

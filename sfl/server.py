@@ -10,10 +10,13 @@ from sfl.check import check_disk, check_run, disk_bytes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
+from sfl.errors import ConfigError
 from sfl.lobby import gather
+from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.party import TRAIN, ServerParty
 from sfl.protocol import Limits
 from sfl.registration import Joined, check_agreement
+from sfl.resume import Past, check_same_data, load_backs, open_past, read_halves
 from sfl.roundlog import RoundLog
 from sfl.rounds import Rounds
 from sfl.runfolder import (
@@ -24,7 +27,7 @@ from sfl.runfolder import (
     telling_why,
     to_json,
 )
-from sfl.schemes import scheme
+from sfl.schemes import Exchange, scheme
 from sfl.split_model import SplitModel
 from sfl.switchboard import Switchboard
 from sfl.transport import listen
@@ -40,34 +43,47 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
     run = check_run(run)
+    if scheme(run.scheme).pooled:
+        raise ConfigError(
+            f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
+        )
     device = set_up_torch(node)
+    past = open_past(Path(node.resume), run) if node.resume else None
     with listen(node.host, node.port) as listener:
-        path = create_run_folder(node.out_path / "server", run.run)
-        run = dataclasses.replace(run, run=path.name)
+        path, run = _folder_of(run, node)
         with (
             open_folder(path, "server_log.txt", run.keep_tensors) as folder,
             Switchboard(
                 listener,
                 timeout_s=node.peer_timeout,
                 limits=Limits(),  # no files from anybody before the model is known
-                max_strangers=2 * run.clients + 64,  # all clients at once, and again
+                max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
             ) as switchboard,
             telling_why(folder.events, switchboard.end),
         ):
             events = folder.events
             events.note(f"command line: {' '.join(command_line())}")
             address = listener.address
-            events.say(
-                f"run {run.run}: listening on {address} for {counted(run.clients, 'client')}"
-            )
+            needed, first_round = (past.clients, past.first_round) if past else (run.clients, 0)
+            events.say(f"run {run.run}: listening on {address} for {counted(needed, 'client')}")
+            if past:
+                events.say(f"going on with round {first_round + 1}/{run.rounds}")
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
-            joined = gather(switchboard, run, events)
-            rounds = prepare(run, joined, switchboard, folder, device=device, node=node)
+            joined = gather(switchboard, run, events, needed=needed, first_round=first_round)
+            rounds = prepare(run, joined, switchboard, folder, device=device, node=node, past=past)
             for connection in switchboard.connections:
-                connection.limits = rounds.split.server_limits()
+                connection.limits = rounds.split.server_limits(rounds.most_steps)
             finish(rounds, folder)
     return path
+
+
+def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
+    """Return the folder of the run, new or resumed, and the run by its name."""
+    if node.resume:
+        return Path(node.resume), run
+    path = create_run_folder(node.out_path / "server", run.run)
+    return path, dataclasses.replace(run, run=path.name)
 
 
 def prepare(
@@ -78,12 +94,15 @@ def prepare(
     *,
     device: torch.device,
     node: NodeConfig,
+    past: Past | None = None,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
 
     Raises:
         ConfigError: the model does not take such data.
-        RunError: the clients' data do not go together, or the disk is too small.
+        RunError: the clients' data do not go together, or are not those of the ``past``; or the
+            disk is too small.
+        IntegrityError: a file that the run goes on from is damaged.
     """
     archive, events = folder.archive, folder.events
     report = check_agreement({k: client.data for k, client in joined.items()})
@@ -100,15 +119,29 @@ def prepare(
         "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
     }
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
+    num_samples = {k: dict(client.data.num_samples) for k, client in joined.items()}
+    if past:
+        check_same_data(past, num_samples)
+        for difference in differences(past.fingerprint, fingerprint(device)):
+            events.say(f"warning: {difference} of the run so far: the last bit may differ")
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
     num_train = [client.data.num_samples[TRAIN] for client in joined.values()]
     events.say(check_disk(folder.path, disk_bytes(run, split, num_train)))
     if not split.front_spec:
         events.say("warning: the front has no weights: what clients send are their raw data")
-    back_of = scheme(run.scheme).back_of
-    backs = {b: split.back(device) for b in sorted({back_of(k) for k in joined})}
-    log = RoundLog(folder, run.rounds)
+    row, first_round = scheme(run.scheme), past.first_round if past else 0
+    has_backs = row.exchange is not Exchange.NOTHING
+    indices = sorted({row.back_of(k) for k in joined}) if has_backs else []
+    backs = {b: split.back(device) for b in indices}
+    if past:
+        halves = read_halves(past.archive, run, split, first_round)
+        load_backs(past.archive, backs, halves, first_round)
+    else:
+        halves = {FRONT: Half(split.front_state(), {})}
+        if has_back_files(run):
+            halves[BACK] = Half(split.back_state(), {})
+    log = RoundLog(folder, run.rounds, first_round)
     parties = {
         k: ServerParty(
             client=k,
@@ -118,12 +151,12 @@ def prepare(
             split=split,
             archive=archive,
             watcher=log,
-            back=backs[back_of(k)],
+            backs=backs,
             num_samples=client.data.num_samples,
         )
-        for k, client in joined.items()
+        for k, client in sorted(joined.items())
     }
-    return Rounds(run, network, parties, backs, split, archive, log)
+    return Rounds(run, network, parties, backs, split, archive, log, halves, first_round)
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -3,24 +3,28 @@
 Both ends of the conversations run as they are; a message goes from one end's hand to the other's.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+
+import torch
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
 from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
-from sfl.data import OWN, ClientData, dataset_spec, part_of
+from sfl.data import OWN, ClientData, Samples, dataset_spec, part_of
 from sfl.driver import Conversation
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
 from sfl.own_data import load_own
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
-from sfl.registration import DataReport, Joined
+from sfl.registration import DataReport, Joined, check_agreement
 from sfl.runfolder import create_run_folder, open_folder, say, telling_why
+from sfl.schemes import scheme
 from sfl.segment import StepFigures
 from sfl.server import finish, prepare
 from sfl.weights import weight_store
@@ -86,14 +90,16 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
     run = check_run(run)
     device = set_up_torch(node)
     data = _load_all(run, node)
+    if scheme(run.scheme).pooled:
+        data = {0: _pooled(data)}
     path = create_run_folder(node.out_path / "server", run.run)
     run = dataclasses.replace(run, run=path.name)
     with (
         open_folder(path, "server_log.txt", run.keep_tensors) as folder,
-        ArchiveWriter(path, KeepTensors.parse("none")) as nothing,
+        contextlib.ExitStack() as writers,
         telling_why(folder.events),
     ):
-        folder.events.say(f"run {run.run}: {counted(run.clients, 'client')} in this process")
+        folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
         pairs = {k: local_pair(k) for k in data}
         ours = fingerprint(device)
         joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k])) for k in data}
@@ -106,7 +112,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
                 link=client_end,
                 weights=weight_store(run.weights)(client_end),
                 split=rounds.split,
-                archive=nothing,
+                archive=writers.enter_context(_client_archive(run, node, k)),
                 watcher=_Nobody(),
                 front=rounds.split.front(device),
                 data=data[k],
@@ -115,6 +121,33 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
             network.add(server_end, client_run(party))
         finish(rounds, folder)
     return path
+
+
+def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
+    """Return the writer of a client's folder; it writes what only the client has."""
+    path = node.out_path / "client" / run.run / f"client_{client}"
+    return ArchiveWriter(path, KeepTensors.parse("none"))
+
+
+def _pooled(data: Mapping[int, ClientData]) -> ClientData:
+    """Return the union of what the clients have, as one client's.
+
+    Raises:
+        RunError: their data do not go together.
+    """
+    check_agreement({k: DataReport.of(part) for k, part in data.items()})
+    parts = list(data.values())
+
+    def join(samples: Iterable[Samples]) -> Samples:
+        xs, ys = zip(*((s.x, s.y) for s in samples), strict=True)
+        return Samples(torch.cat(xs), torch.cat(ys))
+
+    return dataclasses.replace(
+        parts[0],
+        train=join(part.train for part in parts),
+        validation=join(part.validation for part in parts),
+        test=join(part.test for part in parts),
+    )
 
 
 def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:

@@ -10,6 +10,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.models import build, model_spec, split
 from sfl.protocol import Limits, MessageType
+from sfl.schemes import Exchange, scheme
 from sfl.segment import Segment
 from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, state_spec
 
@@ -33,6 +34,9 @@ def resolve_cut(run: RunConfig, allowed: Collection[str] | None = None) -> int:
 class SplitModel:
     """The model of a run, split into its segments' blocks, with initial weights.
 
+    A client holds the first segment (the front), the server the last (the back); where the scheme
+    has no cut inside the model, one segment is both.
+
     Raises:
         ConfigError: the model cannot be built or cut so.
     """
@@ -45,62 +49,98 @@ class SplitModel:
         allowed: Collection[str] | None = None,
     ) -> None:
         model = build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
-        self.cut = resolve_cut(run, allowed)
-        if not 0 < self.cut < len(model):
+        self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
+        self.cuts = (self.cut,) if scheme(run.scheme).exchange is Exchange.CUT else ()
+        if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
                 f"--cut {self.cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(n for n, _ in model.named_children())}"
             )
-        self._front, self._back = split(model, self.cut)  # these keep the initial weights
+        self._segments = split(model, *self.cuts)  # these keep the initial weights
+        self._first_blocks = (0, *self.cuts)
         self.num_classes = num_classes
         self._run = run
-        self.front_spec: StateSpec = state_spec(self._front.state_dict())
-        self.back_spec: StateSpec = state_spec(self._back.state_dict())
-        self._cut_sample = self._find_cut_sample(input_shape)
-        fit = MAX_EVALUATION_BYTES // max(self._cut_sample.num_bytes, 1)
+        self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
+        self._cut_samples = self._find_cut_samples(input_shape)
+        largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
+        fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
+
+    def _segment(self, index: int, device: torch.device, proximal_mu: float = 0.0) -> Segment:
+        return Segment(
+            copy.deepcopy(self._segments[index]),
+            self._first_blocks[index],
+            self._run,
+            device,
+            boundary=self.cut,
+            proximal_mu=proximal_mu,
+        )
 
     def front(self, device: torch.device) -> Segment:
         """Return a client-side model with the initial weights and an optimiser."""
-        return Segment(copy.deepcopy(self._front), 0, self._run, device)
+        return self._segment(0, device, self._run.fedprox_mu)
 
     def back(self, device: torch.device) -> Segment:
         """Return a server-side model with the initial weights and an optimiser."""
-        return Segment(copy.deepcopy(self._back), self.cut, self._run, device)
+        return self._segment(-1, device)
+
+    @property
+    def front_spec(self) -> StateSpec:
+        return self.specs[0]
+
+    @property
+    def back_spec(self) -> StateSpec:
+        return self.specs[-1]
 
     def front_state(self) -> dict[str, Tensor]:
         """Return the front's initial weights."""
-        return dict(self._front.state_dict())
+        return dict(self._segments[0].state_dict())
 
     def back_state(self) -> dict[str, Tensor]:
         """Return the back's initial weights."""
-        return dict(self._back.state_dict())
+        return dict(self._segments[-1].state_dict())
 
-    def _find_cut_sample(self, input_shape: tuple[int, ...]) -> TensorSpec:
-        """Return the spec of one sample at the cut, and see that the back takes it."""
-        cpu = torch.device("cpu")
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """The names of all segments' parameters; what else is in a state is a buffer."""
+        return frozenset(name for s in self._segments for name, _ in s.named_parameters())
+
+    @property
+    def parameters_spec(self) -> StateSpec:
+        """The spec of the whole model's parameters, and of their gradients."""
+        return state_spec({n: p for s in self._segments for n, p in s.named_parameters()})
+
+    def _find_cut_samples(self, input_shape: tuple[int, ...]) -> list[TensorSpec]:
+        """Return the spec of one sample at each cut, and see that every segment takes it."""
+        z, samples = torch.zeros(1, *input_shape), []
         try:
-            z = self.front(cpu).evaluate(torch.zeros(1, *input_shape))
-            logits = self.back(cpu).evaluate(z)
+            for index in range(len(self._segments)):
+                z = self._segment(index, torch.device("cpu")).evaluate(z)
+                samples.append(TensorSpec(tuple(z.shape[1:]), z.dtype))
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(
                 f"the model does not take samples of shape {list(input_shape)}: {reason}"
             ) from error
-        if logits.shape != (1, self.num_classes):
+        if z.shape != (1, self.num_classes):
             raise ConfigError(
-                f"the model's output is {list(logits.shape)} for one sample;"
+                f"the model's output is {list(z.shape)} for one sample;"
                 f" wanted are {self.num_classes} logits"
             )
-        return TensorSpec(tuple(z.shape[1:]), z.dtype)
+        return samples[:-1]
 
-    def features_spec(self, batch: int) -> TensorSpec:
-        """Return the spec of the activations, and of their gradients, of a batch."""
-        return TensorSpec((batch, *self._cut_sample.shape), self._cut_sample.dtype)
+    def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
+        """Return the spec of the activations at a cut, and of their gradients, of a batch."""
+        sample = self._cut_samples[link]
+        return TensorSpec((batch, *sample.shape), sample.dtype)
 
     def labels_spec(self, batch: int) -> TensorSpec:
         """Return the spec of the labels of a batch."""
         return TensorSpec((batch,), torch.int64)
+
+    def figures_spec(self, num_steps: int) -> TensorSpec:
+        """Return the spec of a client's own figures of its steps: loss and hits of each."""
+        return TensorSpec((num_steps, 2), torch.float64)
 
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
         """Yield the sizes of the batches in which samples are evaluated."""
@@ -110,26 +150,26 @@ class SplitModel:
     def client_limits(self) -> Limits:
         """Return what a client accepts from its server."""
         weights = max_file_bytes(self.front_spec.values())
-        return Limits(
-            payload_bytes={
-                MessageType.TRAINING_GRADS: self._max_features_bytes(self._run.batch_size + 1),
-                MessageType.SEND_MODEL: weights,
-                MessageType.SEND_AGGREGATED_MODEL: weights,
-            }
-        )
+        limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
+        if self.cuts:
+            step = self._run.batch_size + 1
+            limits[MessageType.TRAINING_GRADS] = max_file_bytes([self.features_spec(step)])
+        return Limits(payload_bytes=limits)
 
-    def server_limits(self) -> Limits:
-        """Return what the server accepts from a client."""
-        step, evaluation = self._run.batch_size + 1, self.evaluation_batch
-        return Limits(
-            payload_bytes={
+    def server_limits(self, num_steps: int) -> Limits:
+        """Return what the server accepts from a client of at most so many steps a round."""
+        limits = {MessageType.SEND_MODEL: max_file_bytes(self.front_spec.values())}
+        if self.cuts:
+            step, evaluation = self._run.batch_size + 1, self.evaluation_batch
+            limits |= {
                 MessageType.TRAINING_LABELS: max_file_bytes([self.labels_spec(step)]),
-                MessageType.TRAINING_FEATURES: self._max_features_bytes(step),
+                MessageType.TRAINING_FEATURES: max_file_bytes([self.features_spec(step)]),
                 MessageType.VALIDATION_LABELS: max_file_bytes([self.labels_spec(evaluation)]),
-                MessageType.VALIDATION_FEATURES: self._max_features_bytes(evaluation),
-                MessageType.SEND_MODEL: max_file_bytes(self.front_spec.values()),
+                MessageType.VALIDATION_FEATURES: max_file_bytes([self.features_spec(evaluation)]),
             }
-        )
-
-    def _max_features_bytes(self, batch: int) -> int:
-        return max_file_bytes([self.features_spec(batch)])
+        elif scheme(self._run.scheme).exchange is Exchange.WEIGHT_GRADS:
+            limits[MessageType.TRAINING_GRADS] = max_file_bytes(self.parameters_spec.values())
+        else:
+            figures = max_file_bytes([self.figures_spec(num_steps)])
+            limits[MessageType.TRAINING_FIGURES] = figures
+        return Limits(payload_bytes=limits)

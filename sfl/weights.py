@@ -9,6 +9,7 @@ A store is one party's end. What one end puts under a key, the other end gets::
     SEND_MODEL or SEND_AGGREGATED_MODEL   ->                        the bytes from the offset on
 """
 
+import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,18 +19,44 @@ from sfl.errors import IntegrityError, ProtocolError
 from sfl.link import Link
 from sfl.protocol import MessageType, Position, checksum
 
+INITIAL, AVERAGE = "init", "client_avg"  # names of weights; client_weights(k) is one client's
+
+
+def client_weights(client: int) -> str:
+    """Return the name of one client's weights."""
+    return f"client_{client}"
+
+
+def check_name(name: str) -> str:
+    """Return the name of weights from which a round can go on, as a server gave it.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    if not re.fullmatch(rf"{AVERAGE}|client_\d{{1,9}}", name, re.ASCII):
+        raise ProtocolError(f"{name!r:.40} is no name of weights")
+    return name
+
 
 @dataclass(frozen=True)
 class WeightKey:
-    """Which weights: ``init``, ``client_<k>`` (one client's) or ``client_avg``, and of when."""
+    """Which weights, by name, and of when."""
 
     name: str
     at: Position
 
     @property
     def message_type(self) -> MessageType:
-        averaged = self.name == "client_avg"
+        averaged = self.name == AVERAGE
         return MessageType.SEND_AGGREGATED_MODEL if averaged else MessageType.SEND_MODEL
+
+
+@dataclass(frozen=True)
+class NamedWeights:
+    """Weights that are to be put, and the name to put them under."""
+
+    name: str
+    data: bytes  # the file of a state
 
 
 class WeightStore(Protocol):

@@ -1,0 +1,63 @@
+"""Training another back on what a run recorded: ``experiments.replay RUN_DIR --train-back``."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.recorded import RecordedRun
+
+
+def train_back(recorded: "RecordedRun", options: Namespace) -> None:
+    """Train a fresh back on the activations that one round recorded, and print its figures.
+
+    A fifth of the recorded steps is held out. The activations of a round come from a front that
+    was being trained; the last round's, which is the default, from the one that had settled most.
+
+    Raises:
+        RunError: no tensors are recorded there.
+    """
+    import torch
+
+    from sfl import seeds
+    from sfl.archive_writer import write_file
+    from sfl.errors import RunError
+    from sfl.protocol import Position
+    from sfl.segment import add_up, evaluate_step, train_step
+    from sfl.split_model import SplitModel
+    from sfl.tensors import encode_state
+
+    rounds = recorded.archive.rounds(options.client)
+    chosen = max(rounds, default=0) if options.round is None else options.round
+    steps = list(recorded.archive.steps(options.client, chosen))
+    if not recorded.split.cuts:
+        raise RunError(f"--scheme {recorded.run.scheme} has no cut-layer tensors to train on")
+    if len(steps) < 2:
+        raise RunError(f"{recorded.archive.root} has no tensors of round {chosen}")
+    changes = {name: getattr(options, name) for name in ("lr", "optimizer", "seed")}
+    run = replace(recorded.run, **{n: v for n, v in changes.items() if v is not None})
+    run.check()
+    data = recorded.archive.environment()["data"]
+    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
+    back = split.back(recorded.device)
+    order = torch.randperm(len(steps), generator=seeds.generator(run.seed, seeds.OFFLINE, -1))
+    num_held_out = max(len(steps) // 5, 1)
+    held_out = [steps[i] for i in order[:num_held_out].tolist()]
+    training = [steps[i] for i in order[num_held_out:].tolist()]
+    print(f"round {chosen}: {len(training)} steps to train on, {len(held_out)} held out")
+    for epoch in range(options.epochs):
+        drawn = seeds.generator(run.seed, seeds.OFFLINE, epoch)
+        loss_sum = samples = 0.0
+        for i in torch.randperm(len(training), generator=drawn).tolist():
+            at = Position(run.run, epoch, i, training[i].client)
+            figures, _ = train_step(back, training[i].activations, training[i].labels, at)
+            back.update()
+            loss_sum += figures.loss * figures.samples
+            samples += figures.samples
+        tally = add_up(evaluate_step(back, step.activations, step.labels) for step in held_out)
+        held = ", ".join(f"{name} {v:.4f}" for name, v in tally.figures("held_out").items())
+        print(f"epoch {epoch + 1}/{options.epochs}: train_loss {loss_sum / samples:.4f}, {held}")
+    if options.save:
+        write_file(Path(options.save), encode_state(back.state()))
+        print(f"the back lies in {options.save}")

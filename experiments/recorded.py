@@ -1,0 +1,92 @@
+"""A recorded run, opened to compute with it."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from sfl.archive import RunArchive
+    from sfl.outcome import Half
+    from sfl.segment import Segment
+
+
+class RecordedRun:
+    """A run's folder, with what is needed to compute with it.
+
+    Raises:
+        IntegrityError: its configuration is damaged.
+        ConfigError: its model is a user's own that cannot be imported.
+    """
+
+    def __init__(self, archive: "RunArchive", device: "torch.device") -> None:
+        from sfl.config import RunConfig
+        from sfl.options import from_values, names_of
+        from sfl.party import TRAIN
+        from sfl.schemes import scheme
+        from sfl.split_model import SplitModel
+
+        self.archive = archive
+        self.device = device
+        options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
+        self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        data = archive.environment()["data"]
+        self.split = SplitModel(self.run, tuple(data["input_shape"]), len(data["classes"]))
+        self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
+        self.scheme = scheme(self.run.scheme)
+
+    @property
+    def clients(self) -> list[int]:
+        return sorted(self.num_train)
+
+    def ended(self, round_index: int) -> bool:
+        """Say whether a round came to its end."""
+        return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
+
+    def order(self, round_index: int) -> list[int]:
+        """Return who took part in a round, in the round's order."""
+        from sfl.order import draw
+
+        return draw(self.run, self.clients, round_index)
+
+    def weights(self, round_index: int) -> dict[int, int]:
+        """Return the weight in the averages of each client that took part."""
+        from sfl.outcome import averaging_weights
+
+        took_part = sorted(self.order(round_index))
+        return averaging_weights(self.run, {k: self.num_train[k] for k in took_part})
+
+    def halves_at(self, round_index: int) -> "Mapping[str, Half]":
+        """Return the halves that everyone started a round from."""
+        from sfl.resume import read_halves
+
+        return read_halves(self.archive, self.run, self.split, round_index)
+
+    def backs_at(self, round_index: int) -> "dict[int, Segment]":
+        """Return the server's copies of its model as they were when a round began."""
+        from sfl.resume import load_backs
+
+        backs = {b: self.split.back(self.device) for b in map(self.scheme.back_of, self.clients)}
+        load_backs(self.archive, backs, self.halves_at(round_index), round_index)
+        for back in backs.values():
+            back.start_round(round_index)
+        return backs
+
+
+def load(run_dir: str | Path, device: str | None = None, threads: int | None = None) -> RecordedRun:
+    """Open a run to compute with it, and warn if this process may compute other last bits."""
+    from sfl import archive
+    from sfl.config import NodeConfig
+    from sfl.environment import differences, fingerprint, set_up_torch
+
+    opened = archive.open(run_dir)
+    theirs = opened.environment()["fingerprint"]
+    of_run = theirs["device"].partition(":")[0]
+    node = NodeConfig(device=device or of_run, threads=threads or int(theirs["threads"]))
+    node.check()
+    found = set_up_torch(node)
+    for difference in differences(theirs, fingerprint(found)):
+        print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)
+    return RecordedRun(opened, found)

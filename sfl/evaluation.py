@@ -1,0 +1,112 @@
+"""Evaluating what a round gave, on each client's own samples; both ends.
+
+::
+
+    client                                           server
+    split inference: client_evaluate                 server_evaluate
+      VALIDATION_LABELS   + labels {part}        ->
+      VALIDATION_FEATURES + activations          ->
+                                                 <-  VALIDATION_RESULT {samples, correct, loss_sum}
+    a client that holds the whole model:
+      VALIDATION_RESULT {part, samples, ...}     ->
+"""
+
+import time
+
+from sfl.data import Samples
+from sfl.driver import Conversation
+from sfl.errors import ProtocolError
+from sfl.party import VALIDATION, ClientParty, ServerParty
+from sfl.protocol import Message, MessageType
+from sfl.segment import Tally, add_up, evaluate_step
+from sfl.step import decode_features, decode_labels
+from sfl.tensors import encode
+
+
+def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
+    """Evaluate a part of the client's samples; faces ``server_evaluate``."""
+    samples = party.data.validation if part == VALIDATION else party.data.test
+    evaluate = _client_split if party.split.cuts else _client_alone
+    return evaluate(party, part, samples, round_index)
+
+
+def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    """Evaluate a client's samples with the back, or hear how the client did."""
+    evaluate = _server_split if party.split.cuts else _server_hears
+    return evaluate(party, part, round_index)
+
+
+def _client_split(
+    party: ClientParty, part: str, samples: Samples, round_index: int
+) -> Conversation[Tally]:
+    link, tallies = party.link, []
+    for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
+        at = party.at(round_index, step)
+        start = step * party.split.evaluation_batch
+        x, y = party.data.batch(samples, slice(start, start + size))
+        features = encode(party.front.evaluate(x))
+        content = {"part": part}
+        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
+        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        yield link
+        reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
+        tallies.append(_tally(reply, size))
+    return add_up(tallies)
+
+
+def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    link, tallies = party.link, []
+    for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
+        at = party.at(round_index, step)
+        yield link
+        labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
+        _check_part(labels, part, party)
+        yield link
+        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).payload
+        started = time.perf_counter()
+        y = decode_labels(party, labels.payload, size)
+        tally = evaluate_step(party.back, decode_features(party, features, size), y)
+        party.compute_s += time.perf_counter() - started
+        link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
+        tallies.append(tally)
+    return add_up(tallies)
+
+
+def _client_alone(
+    party: ClientParty, part: str, samples: Samples, round_index: int
+) -> Conversation[Tally]:
+    tallies, start = [], 0
+    for size in party.split.evaluation_sizes(len(samples)):
+        x, y = party.data.batch(samples, slice(start, start + size))
+        tallies.append(evaluate_step(party.front, x, y))
+        start += size
+    tally, at = add_up(tallies), party.at(round_index)
+    content = _content(tally) | {"part": part}
+    party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
+    yield from ()
+    return tally
+
+
+def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    yield party.link
+    at = party.at(round_index)
+    message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
+    _check_part(message, part, party)
+    return _tally(message, party.num_samples[part])
+
+
+def _check_part(message: Message, part: str, party: ServerParty) -> None:
+    if message.get("part", str) != part:
+        raise ProtocolError(f"client {party.client} evaluates another part than {part}")
+
+
+def _content(tally: Tally) -> dict[str, float]:
+    return {"samples": tally.samples, "correct": tally.correct, "loss_sum": tally.loss_sum}
+
+
+def _tally(message: Message, size: int) -> Tally:
+    """Return what a peer counted over ``size`` samples."""
+    samples, correct = message.get("samples", int), message.get("correct", int)
+    if not (samples == size and 0 <= correct <= size):
+        raise ProtocolError(f"{correct} hits in {samples} samples, of which there are {size}")
+    return Tally(samples, correct, message.get("loss_sum", float))

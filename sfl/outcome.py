@@ -1,0 +1,144 @@
+"""What a round's trained halves become, and where they lie in a run's folder.
+
+The server's rounds compute it, and replay computes it again. Each half is aggregated on its own: in
+SplitFed the fed server knows the fronts and the main server the backs, and neither the other's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sfl.aggregate import RULES, State, Update
+from sfl.config import RunConfig
+from sfl.order import draw
+from sfl.registry import with_options
+from sfl.schemes import Exchange, Fronts, scheme
+from sfl.tensors import StateSpec, TensorSpec
+
+# Where a run's weights lie in its folder; {round} counts from 0, "init" is before round 0.
+CLIENT_MODEL = "models/client_model_{round}.pt"
+SERVER_MODEL = "models/server_model_{round}.pt"
+ONE_CLIENT_MODEL = "models/client_{client}_{round}.pt"
+SERVER_OPTIMIZER = "models/server_optimizer_{back}_{round}.pt"
+CLIENT_OPTIMIZER = "models/client_optimizer_{client}_{round}.pt"
+MEMORY = "models/aggregation_{half}_{round}.pt"
+FRONT, BACK = "front", "back"  # the halves
+
+
+def model_path(template: str, round_index: int, **which: int | str) -> str:
+    """Return the path of a file of weights after a round; -1 stands for before the first."""
+    name = "init" if round_index < 0 else f"{round_index:03d}"
+    return template.format(round=name, **which)
+
+
+def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
+    """Return each client's weight in an average: its training samples, or 1."""
+    equal = run.aggregation_weights == "equal"
+    return {client: 1 if equal else count for client, count in num_samples.items()}
+
+
+def has_back_files(run: RunConfig) -> bool:
+    """Say whether the server has a model of its own, apart from the clients'."""
+    return scheme(run.scheme).exchange is Exchange.CUT
+
+
+def averages_backs(run: RunConfig) -> bool:
+    """Say whether the scheme makes copies of the back."""
+    back_of = scheme(run.scheme).back_of
+    return has_back_files(run) and len({back_of(k) for k in range(run.most_clients)}) > 1
+
+
+def check_rule(run: RunConfig) -> None:
+    """Try the run's aggregation rule on as many models as take part in a round.
+
+    Raises:
+        ConfigError: there is no such rule, or it does not take such options or so few models.
+    """
+    count = len(draw(run, range(run.clients), 0))
+    one = {"w": torch.zeros(1)}
+    with_options("aggregation", run.aggregation, RULES)(
+        Update([one] * count, [1] * count, start=one, trained={"w"})
+    )
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the model at the end of a round: its weights, and the rule's memory."""
+
+    state: State
+    memory: State
+
+
+def merge_fronts(
+    run: RunConfig,
+    fronts: Mapping[int, State],
+    weights: Mapping[int, int],
+    *,
+    start: Half,
+    trained: frozenset[str],
+    last: int,
+) -> Half | None:
+    """Return the front from which everyone goes on; None where each client keeps its own.
+
+    ``fronts`` are those of the clients that took part, ``last`` is whose turn was last, ``trained``
+    names all parameters of the model.
+    """
+    policy = scheme(run.scheme).fronts
+    if policy is Fronts.OWN:
+        return None
+    if policy is Fronts.RELAYED:
+        return Half(fronts[last], {})
+    return _aggregate(run, fronts, weights, start, trained)
+
+
+def merge_backs(
+    run: RunConfig,
+    backs: Mapping[int, State],
+    weights: Mapping[int, int],
+    *,
+    start: Half,
+    trained: frozenset[str],
+) -> Half:
+    """Return the back from which all copies go on.
+
+    ``weights`` are those of the clients that took part; each copy weighs as much as the clients
+    that it served, and a copy that served none is left out.
+    """
+    back_of = scheme(run.scheme).back_of
+    served = {b: sum(w for k, w in weights.items() if back_of(k) == b) for b in backs}
+    used = {b: backs[b] for b in sorted(backs) if served[b]}
+    if averages_backs(run):
+        return _aggregate(run, used, served, start, trained)
+    (only,) = used.values()
+    return Half(only, {})
+
+
+def _aggregate(
+    run: RunConfig,
+    states: Mapping[int, State],
+    weights: Mapping[int, int],
+    start: Half,
+    trained: frozenset[str],
+) -> Half:
+    rule = with_options("aggregation", run.aggregation, RULES)
+    chosen = sorted(states)
+    update = Update(
+        [states[k] for k in chosen],
+        [weights[k] for k in chosen],
+        start=start.state,
+        trained=sorted(trained & start.state.keys()),
+        memory=start.memory,
+    )
+    return Half(*rule(update))
+
+
+def memory_spec(run: RunConfig, half: StateSpec, trained: frozenset[str]) -> StateSpec:
+    """Return the spec of the memory that the run's rule keeps of a half; empty if it keeps none."""
+    state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in half.items()}
+    count = len(draw(run, range(run.clients), 0))
+    merged = _aggregate(
+        run, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Half(state, {}),
+        trained,
+    )  # fmt: skip
+    return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}

@@ -1,0 +1,149 @@
+"""Going on with a run that lies on disk: what a round starts from, read back.
+
+Resuming and replay both begin a round with what the one before wrote down.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import sfl.archive
+from sfl.archive import RunArchive
+from sfl.config import RunConfig, counted
+from sfl.errors import ConfigError, RunError
+from sfl.outcome import (
+    BACK,
+    CLIENT_MODEL,
+    CLIENT_OPTIMIZER,
+    FRONT,
+    MEMORY,
+    ONE_CLIENT_MODEL,
+    SERVER_MODEL,
+    SERVER_OPTIMIZER,
+    Half,
+    has_back_files,
+    memory_spec,
+    model_path,
+)
+from sfl.schemes import Fronts, scheme
+from sfl.segment import Segment
+from sfl.split_model import SplitModel
+
+
+def read_halves(
+    archive: RunArchive, run: RunConfig, split: SplitModel, round_index: int
+) -> dict[str, Half]:
+    """Return the halves that everyone started a round from, of those that there are.
+
+    Raises:
+        IntegrityError: a file of theirs is damaged or missing.
+    """
+    files = {}
+    if round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN:
+        files[FRONT] = CLIENT_MODEL, split.front_spec
+    if has_back_files(run):
+        files[BACK] = SERVER_MODEL, split.back_spec
+    halves = {}
+    for name, (template, spec) in files.items():
+        state = archive.state(model_path(template, round_index - 1), spec)
+        path, memory = model_path(MEMORY, round_index - 1, half=name), {}
+        if round_index > 0 and archive.lists(path):
+            memory = archive.state(path, memory_spec(run, spec, split.parameter_names))
+        halves[name] = Half(state, memory)
+    return halves
+
+
+def load_backs(
+    archive: RunArchive,
+    backs: Mapping[int, Segment],
+    halves: Mapping[str, Half],
+    round_index: int,
+) -> None:
+    """Bring the server's copies to where they were when a round began.
+
+    Raises:
+        IntegrityError: a file of theirs is damaged.
+    """
+    start = halves.get(BACK) or halves[FRONT]
+    for b, back in backs.items():
+        back.load(start.state)
+        _load_optimizer(archive, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
+
+
+def load_front(folder: Path, front: Segment, run: RunConfig, client: int, first_round: int) -> None:
+    """Bring a client's front and optimiser to where its own folder has them.
+
+    Raises:
+        RunError: the folder is none of this run.
+        IntegrityError: a file of theirs is damaged or missing.
+    """
+    keeps_front = scheme(run.scheme).fronts is Fronts.OWN
+    if not keeps_front and run.optimizer_state != "keep":
+        return
+    archive = sfl.archive.open(folder)
+    if keeps_front:
+        path = model_path(ONE_CLIENT_MODEL, first_round - 1, client=client)
+        front.load(archive.state(path, front.spec))
+    _load_optimizer(archive, front, model_path(CLIENT_OPTIMIZER, first_round - 1, client=client))
+
+
+def _load_optimizer(archive: RunArchive, segment: Segment, path: str) -> None:
+    """Load what was kept of an optimiser; nothing was if it had taken no step."""
+    if archive.lists(path):
+        segment.load_optimizer_state(archive.state(path, segment.optimizer_spec()))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a run did before it goes on."""
+
+    archive: RunArchive
+    first_round: int  # that is not done
+    num_samples: Mapping[int, Mapping[str, int]]  # of each client
+    fingerprint: Mapping[str, str]  # of what it ran on
+
+    @property
+    def clients(self) -> int:
+        return len(self.num_samples)
+
+
+def open_past(folder: Path, run: RunConfig) -> Past:
+    """Return how far a run got, and forget what it began of a further round.
+
+    Raises:
+        RunError: the folder is none of a run that started.
+        IntegrityError: its records are damaged.
+        ConfigError: there is nothing left to do.
+    """
+    archive = sfl.archive.open(folder)
+    done = [entry.round for entry in archive.listed if entry.kind == "round_log"]
+    if not archive.lists("environment.json"):
+        raise RunError(f"the run in {folder} never started; start it again under another --run")
+    first_round = max(done, default=-1) + 1
+    if run.rounds <= first_round:
+        raise ConfigError(
+            f"the run in {folder} has done its {counted(first_round, 'round')};"
+            " say with --rounds how many it shall have in all"
+        )
+    for partial in archive.folders():
+        if int(partial.name.removeprefix("round_")) >= first_round:
+            shutil.rmtree(partial)
+    environment = archive.environment()
+    counts = environment["data"]["num_samples"]
+    samples = {int(k): parts for k, parts in counts.items()}
+    return Past(archive, first_round, samples, environment["fingerprint"])
+
+
+def check_same_data(past: Past, num_samples: Mapping[int, Mapping[str, int]]) -> None:
+    """See that the clients have what they had before.
+
+    Raises:
+        RunError: a client's number of samples differs.
+    """
+    for k, before in past.num_samples.items():
+        if dict(before) != dict(num_samples[k]):
+            raise RunError(
+                f"client_{k} reports {dict(num_samples[k])} samples; in this run it had"
+                f" {dict(before)}"
+            )

@@ -1,0 +1,47 @@
+"""Learning-rate schedules: the factor on ``--lr`` in each round."""
+
+import math
+from collections.abc import Callable
+
+from sfl.config import RunConfig
+from sfl.registry import with_options
+
+
+def constant(round_index: int, rounds: int) -> float:
+    """Leave the learning rate as it is."""
+    return 1.0
+
+
+def cosine(round_index: int, rounds: int, *, floor: float = 0.0) -> float:
+    """Fall along half a cosine, from 1 in round 0 towards ``floor`` at the end.
+
+    Loshchilov & Hutter 2017 (arXiv 1608.03983), Equation 5, without restarts.
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError("wanted: floor in [0, 1]")
+    return floor + (1 - floor) * (1 + math.cos(math.pi * round_index / rounds)) / 2
+
+
+def step(round_index: int, rounds: int, *, every: int = 10, factor: float = 0.1) -> float:
+    """Multiply by ``factor`` after every ``every`` rounds."""
+    if not (every >= 1 and factor > 0):
+        raise ValueError("wanted: every at least 1, factor above 0")
+    return float(factor ** (round_index // every))
+
+
+# A schedule's options stand behind a colon: --lr-schedule step:every=5,factor=0.5
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "step": step,
+}
+
+
+def learning_rate(run: RunConfig, round_index: int) -> float:
+    """Return the learning rate of a round.
+
+    Raises:
+        ConfigError: there is no such schedule, or an option that it does not take.
+    """
+    schedule = with_options("lr-schedule", run.lr_schedule, SCHEDULES)
+    return run.lr * schedule(round_index, run.rounds)

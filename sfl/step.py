@@ -1,0 +1,224 @@
+"""A round's steps, as pairs of ends that face each other: one pair for each ``Exchange``.
+
+::
+
+    client                                           server
+    CUT: client_cut_steps, client_step               server_cut_steps, server_step
+      z = front(x)
+      TRAINING_LABELS    + labels                ->
+      TRAINING_FEATURES  + activations z         ->  loss = criterion(back(z), y)
+                                                 <-  TRAINING_GRADS + gradients {loss, correct}
+      z.backward(gradients); update the front        update the back
+    WEIGHT_GRADS: client_gradient_steps              server_gradient_steps
+      loss = criterion(model(x), y)
+      TRAINING_GRADS {loss, correct}             ->  average over the clients; update
+                                                 <-  SEND_AGGREGATED_MODEL + the parameters
+    NOTHING: client_local_steps                      server_local_steps
+      every step alone
+      TRAINING_FIGURES   + loss, correct         ->
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfl.data import batch_indices, batch_sizes
+from sfl.driver import Conversation
+from sfl.errors import ProtocolError
+from sfl.order import RoundPlan
+from sfl.party import TRAIN, ClientParty, ServerParty
+from sfl.protocol import MessageType, Position
+from sfl.schemes import Exchange
+from sfl.segment import StepFigures, train_step
+from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
+
+
+def _batches(party: ClientParty, round_index: int) -> Iterator[tuple[Position, Tensor]]:
+    """Yield where each of a client's own steps stands, and its samples."""
+    count = len(party.data.train)
+    drawn = batch_indices(count, party.run, round_index=round_index, client=party.client)
+    for step, indices in enumerate(drawn):
+        yield party.at(round_index, step), indices
+
+
+def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int]]:
+    """Yield where each of a client's own steps stands, and its number of samples."""
+    count, run = party.num_samples[TRAIN], party.run
+    epochs = (batch_sizes(count, run.batch_size) for _ in range(run.local_epochs))
+    for step, size in enumerate(itertools.chain.from_iterable(epochs)):
+        yield party.at(round_index, step), size
+
+
+def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
+    """Train the front through a round; faces ``server_cut_steps``."""
+    for at, indices in _batches(party, round_index):
+        figures = yield from client_step(party, indices, at)
+        party.watcher.step(at, figures)
+
+
+def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
+    """Train the back with one client through a round, at each step when it is its turn."""
+    turns, taken = plan.steps[party.back_index], plan.taken[party.back_index]
+    for at, size in _sizes(party, round_index):
+        yield turns.of(party.client)
+        figures = yield from server_step(party, size, taken, at)
+        turns.done()
+        party.watcher.step(at, figures)
+
+
+def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversation[StepFigures]:
+    """Train the front on one batch; faces ``server_step``."""
+    link = party.link
+    x, y = party.data.batch(party.data.train, indices)
+    z = party.front.forward(x, at)
+    labels, features = encode(y), encode(z)
+    link.send_file(MessageType.TRAINING_LABELS, labels, at=at)
+    link.send_file(MessageType.TRAINING_FEATURES, features, at=at)
+    asked = time.perf_counter()
+    yield link
+    reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
+    party.waited_s += time.perf_counter() - asked
+    spec = party.split.features_spec(len(y))
+    party.front.backward(decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}"))
+    party.front.update()
+    party.record(at, at.step, len(y), (labels, features, bytes(reply.payload)))
+    return StepFigures(reply.get("loss", float), reply.get("correct", int), len(y))
+
+
+def server_step(
+    party: ServerParty, num_samples: int, taken: Iterator[int], at: Position
+) -> Conversation[StepFigures]:
+    """Train the back on one batch; faces ``client_step``.
+
+    The gradients are on their way before the back's own update. ``taken`` counts the steps of this
+    copy of the back.
+    """
+    link = party.link
+    yield link
+    labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).payload
+    yield link
+    features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).payload
+    started = time.perf_counter()
+    y = decode_labels(party, labels, num_samples)
+    z = decode_features(party, features, num_samples)
+    figures, dz = train_step(party.back, z, y, at)
+    assert dz is not None
+    grads = encode(dz)
+    link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
+    party.back.update()
+    party.compute_s += time.perf_counter() - started
+    party.record(at, next(taken), num_samples, (labels, features, grads))
+    return figures
+
+
+def _content(figures: StepFigures) -> dict[str, float]:
+    return {"loss": figures.loss, "correct": figures.correct}
+
+
+def decode_labels(party: ServerParty, data: Buffer, num_samples: int) -> Tensor:
+    """Return the labels of a batch, all of them classes."""
+    name = f"the labels of client {party.client}"
+    y = decode(data, party.split.labels_spec(num_samples), name)
+    if not 0 <= int(y.min()) <= int(y.max()) < party.split.num_classes:
+        raise ProtocolError(f"{name} lie outside 0 to {party.split.num_classes - 1}")
+    return y
+
+
+def decode_features(party: ServerParty, data: Buffer, num_samples: int) -> Tensor:
+    """Return the activations of a batch."""
+    spec = party.split.features_spec(num_samples)
+    return decode(data, spec, f"the activations of client {party.client}")
+
+
+def client_gradient_steps(
+    party: ClientParty, round_index: int, num_steps: int
+) -> Conversation[None]:
+    """Compute gradients of the whole model, and take over what the server makes of everyone's.
+
+    A client that has no batch left takes over the weights all the same: ``num_steps`` counts those
+    of the client that has most.
+    """
+    link, spec = party.link, party.split.parameters_spec
+    batches = _batches(party, round_index)
+    for step in range(num_steps):
+        at = party.at(round_index, step)
+        if batch := next(batches, None):
+            x, y = party.data.batch(party.data.train, batch[1])
+            figures, _ = train_step(party.front, x, y, at)
+            grads = encode_state(party.front.gradients())
+            link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
+            party.watcher.step(at, figures)
+        asked = time.perf_counter()
+        yield link
+        reply = link.receive_file(MessageType.SEND_AGGREGATED_MODEL, at=at)
+        party.waited_s += time.perf_counter() - asked
+        name = f"the weights after step {step}"
+        party.front.load_parameters(decode_state(reply.payload, spec, name))
+
+
+def server_gradient_steps(
+    party: ServerParty, plan: RoundPlan, round_index: int
+) -> Conversation[None]:
+    """Add a client's gradients to everyone's, and send what the update gave."""
+    link, pool, spec = party.link, plan.pool, party.split.parameters_spec
+    assert pool is not None
+    sizes = _sizes(party, round_index)
+    for step in range(plan.num_steps_for(party.client)):
+        at = party.at(round_index, step)
+        if own := next(sizes, None):
+            yield link
+            message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
+            started = time.perf_counter()
+            grads = decode_state(message.payload, spec, f"the gradients of {link.peer_title}")
+            loss, correct = message.get("loss", float), message.get("correct", int)
+            pool.add(party.client, grads, own[1])
+            party.record_gradients(at, own[1], message.payload)
+            party.watcher.step(at, StepFigures(loss, correct, own[1]))
+            party.compute_s += time.perf_counter() - started
+        yield pool.has_updated(step)
+        link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.parameters, at=at)
+
+
+def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
+    """Train the whole model through a round, alone; faces ``server_local_steps``."""
+    rows = []
+    for at, indices in _batches(party, round_index):
+        x, y = party.data.batch(party.data.train, indices)
+        figures, _ = train_step(party.front, x, y, at)
+        party.front.update()
+        party.watcher.step(at, figures)
+        rows.append((figures.loss, figures.correct))
+    table = encode(torch.tensor(rows, dtype=torch.float64))
+    party.link.send_file(MessageType.TRAINING_FIGURES, table, at=party.at(round_index))
+    yield from ()
+
+
+def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
+    """Hear how a client's steps went; faces ``client_local_steps``."""
+    link = party.link
+    yield link
+    message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
+    spec = party.split.figures_spec(plan.num_steps[party.client])
+    table = decode(message.payload, spec, f"the figures of {link.peer_title}").tolist()
+    for (at, size), (loss, correct) in zip(_sizes(party, round_index), table, strict=True):
+        if not (0 <= correct <= size and correct == int(correct)):
+            raise ProtocolError(f"{link.peer_title} reports {correct} hits in {size} samples")
+        party.watcher.step(at, StepFigures(loss, int(correct), size))
+
+
+class Ends(NamedTuple):
+    """Both ends of a round's steps."""
+
+    client: Callable[[ClientParty, int, int], Conversation[None]]
+    server: Callable[[ServerParty, RoundPlan, int], Conversation[None]]
+
+
+STEPS: dict[Exchange, Ends] = {
+    Exchange.CUT: Ends(client_cut_steps, server_cut_steps),
+    Exchange.WEIGHT_GRADS: Ends(client_gradient_steps, server_gradient_steps),
+    Exchange.NOTHING: Ends(client_local_steps, server_local_steps),
+}
