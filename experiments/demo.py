@@ -61,7 +61,8 @@ def main() -> None:
     run_dir = run_demo(options.rounds, options.out.resolve())
     last = print_table(run_dir)
     from experiments.curves import draw_curves
-    from experiments.replay import check, load
+    from experiments.recorded import load
+    from experiments.replay import check
 
     curves = draw_curves(run_dir)
     print("replaying the server's part from its files ...")

@@ -39,7 +39,7 @@ def test_the_demo_trains_draws_and_replays(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     replay = run("-m", "experiments.replay", folder)
-    assert replay.stdout == "1020 gradients checked, 0 differ\n"
+    assert replay.stdout == "20 models checked, 0 differ\n1020 gradients checked, 0 differ\n"
     damaged = next(folder.glob("client_files/client_1/round_004/grads_*.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
     replay = run("-m", "experiments.replay", folder, code=1)

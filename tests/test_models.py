@@ -62,7 +62,9 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
     z = front.forward(X, at)
     figures, dz = train_step(back, z.detach().clone(), Y, at)
     front.backward(dz)
-    whole = Segment(build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, run, CPU)
+    whole = Segment(
+        build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, run, CPU, boundary=cut
+    )
     loss = nn.functional.cross_entropy(whole.forward(X, at), Y)
     loss.backward()
     assert loss.item() == figures.loss

@@ -69,9 +69,11 @@ def run_replay(*argv: object) -> tuple[int, list[str]]:
 
 
 def test_one_client_or_round_is_checked_alone(run: Path) -> None:
-    assert run_replay(run) == (0, ["32 gradients checked, 0 differ"])
-    assert run_replay(run, "--client", 1) == (0, ["16 gradients checked, 0 differ"])
-    assert run_replay(run, "--round", 1, "--client", 0) == (0, ["8 gradients checked, 0 differ"])
+    whole = ["4 models checked, 0 differ", "32 gradients checked, 0 differ"]
+    assert run_replay(run) == (0, whole)
+    of_client = ["0 models checked, 0 differ", "16 gradients checked, 0 differ"]
+    assert run_replay(run, "--client", 1) == (0, of_client)
+    assert run_replay(run, "--round", 1, "--client", 0)[1][-1] == "8 gradients checked, 0 differ"
 
 
 def test_a_selection_that_holds_nothing_is_an_error(run: Path) -> None:
@@ -135,8 +137,8 @@ def findings(run: Path) -> str:
         code, lines = run_replay(run)
     except IntegrityError as error:
         return str(error)
-    assert code == (1 if len(lines) > 1 else 0)
-    return "\n".join(lines[:-1])
+    assert code == (1 if len(lines) > 2 else 0)
+    return "\n".join(lines[:-2])
 
 
 def test_what_rests_on_a_damaged_file_is_not_called_different(run: Path, tmp_path: Path) -> None:
@@ -149,6 +151,7 @@ def test_what_rests_on_a_damaged_file_is_not_called_different(run: Path, tmp_pat
     assert lines[0].startswith(f"{path}: is damaged")
     assert lines[1:] == [
         "5 gradients rest on a damaged file and were not checked",
+        "2 models checked, 0 differ",
         "27 gradients checked, 1 differ",
     ]
 
@@ -157,9 +160,9 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl import conversation
+    from sfl import step
 
-    honest = conversation.train_step
+    honest = step.train_step
 
     def off_by_a_bit(*arguments: object) -> object:
         figures, grads = honest(*arguments)
@@ -168,22 +171,26 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
             grads.view(torch.int32)[0, 0] ^= 1
         return figures, grads
 
-    monkeypatch.setattr(conversation, "train_step", off_by_a_bit)
+    monkeypatch.setattr(step, "train_step", off_by_a_bit)
     run = recorded(tmp_path, rounds=1, clients=1)
     code, lines = run_replay(run)
     path = run / "client_files/client_0/round_000/grads_0_3.pt"
     assert (code, lines) == (
         1,
-        [f"{path}: differs from the recomputed gradients", "16 gradients checked, 1 differ"],
+        [
+            f"{path}: differs from the recomputed gradients",
+            "2 models checked, 0 differ",
+            "16 gradients checked, 1 differ",
+        ],
     )
 
 
 def test_an_average_that_was_computed_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfl import rounds
+    from sfl import aggregate
 
-    monkeypatch.setattr(rounds, "fed_avg", lambda states, weights: dict(states[0]))
+    monkeypatch.setattr(aggregate, "fed_avg", lambda states, weights: dict(states[0]))
     run = recorded(tmp_path, rounds=1)
     monkeypatch.undo()
     _, lines = run_replay(run)
