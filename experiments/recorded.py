@@ -69,7 +69,7 @@ class RecordedRun:
         from sfl.resume import load_backs
 
         backs = {b: self.split.back(self.device) for b in map(self.scheme.back_of, self.clients)}
-        load_backs(self.archive, backs, self.halves_at(round_index), round_index)
+        load_backs(self.archive, self.run, backs, self.halves_at(round_index), round_index)
         for back in backs.values():
             back.start_round(round_index)
         return backs

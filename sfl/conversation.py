@@ -165,9 +165,10 @@ def client_run(party: ClientParty) -> Conversation[None]:
             path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
             state = encode_state(party.front.state())
             party.archive.write("one_client_model", path, state, round_index)
-        if run.optimizer_state == "keep" and (kept := party.front.optimizer_state()):
+        if run.optimizer_state == "keep":
             path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
-            party.archive.write("client_optimizer", path, encode_state(kept), round_index)
+            state = encode_state(party.front.optimizer_state())
+            party.archive.write("client_optimizer", path, state, round_index)
         party.archive.end_round(round_index)
         party.on_round(round_index, own)
     yield party.link

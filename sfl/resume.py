@@ -29,6 +29,7 @@ from sfl.outcome import (
 from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
+from sfl.tensors import decode_state
 
 
 def read_halves(
@@ -56,6 +57,7 @@ def read_halves(
 
 def load_backs(
     archive: RunArchive,
+    run: RunConfig,
     backs: Mapping[int, Segment],
     halves: Mapping[str, Half],
     round_index: int,
@@ -63,35 +65,49 @@ def load_backs(
     """Bring the server's copies to where they were when a round began.
 
     Raises:
-        IntegrityError: a file of theirs is damaged.
+        IntegrityError: a file of theirs is damaged or missing.
     """
     start = halves.get(BACK) or halves[FRONT]
     for b, back in backs.items():
         back.load(start.state)
-        _load_optimizer(archive, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
+        if run.optimizer_state == "keep" and round_index > 0:
+            _load_optimizer(archive, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
 
 
 def load_front(folder: Path, front: Segment, run: RunConfig, client: int, first_round: int) -> None:
     """Bring a client's front and optimiser to where its own folder has them.
 
     Raises:
-        RunError: the folder is none of this run.
+        RunError: the folder does not have what only this client had.
         IntegrityError: a file of theirs is damaged or missing.
     """
-    keeps_front = scheme(run.scheme).fronts is Fronts.OWN
-    if not keeps_front and run.optimizer_state != "keep":
+    last = first_round - 1
+    front_path = model_path(ONE_CLIENT_MODEL, last, client=client)
+    optimizer_path = model_path(CLIENT_OPTIMIZER, last, client=client)
+    keeps_front, keeps_optimizer = (
+        scheme(run.scheme).fronts is Fronts.OWN,
+        run.optimizer_state == "keep",
+    )
+    if not keeps_front and not keeps_optimizer:
         return
     archive = sfl.archive.open(folder)
+    for path, wanted in ((front_path, keeps_front), (optimizer_path, keeps_optimizer)):
+        if wanted and not archive.lists(path):
+            raise RunError(
+                f"{folder} lacks {path}, which only client_{client} has: start it where it ran"
+                " before, with the same --out"
+            )
     if keeps_front:
-        path = model_path(ONE_CLIENT_MODEL, first_round - 1, client=client)
-        front.load(archive.state(path, front.spec))
-    _load_optimizer(archive, front, model_path(CLIENT_OPTIMIZER, first_round - 1, client=client))
+        front.load(archive.state(front_path, front.spec))
+    if keeps_optimizer:
+        _load_optimizer(archive, front, optimizer_path)
 
 
 def _load_optimizer(archive: RunArchive, segment: Segment, path: str) -> None:
-    """Load what was kept of an optimiser; nothing was if it had taken no step."""
-    if archive.lists(path):
-        segment.load_optimizer_state(archive.state(path, segment.optimizer_spec()))
+    """Load what was kept of an optimiser; nothing is in it if that had taken no step."""
+    data, spec = archive.read(path), segment.optimizer_spec()
+    state = decode_state(data, spec, str(archive.root / path), or_empty=True)
+    segment.load_optimizer_state(state)
 
 
 @dataclass(frozen=True)

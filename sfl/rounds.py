@@ -155,12 +155,9 @@ class Rounds:
                 self.archive.write("aggregation", path, memory, round_index)
         if self.run.optimizer_state == "keep" and round_index >= 0:
             for b, segment in self.backs.items():
-                if kept := segment.optimizer_state():  # empty before its first step
-                    path, data = (
-                        model_path(SERVER_OPTIMIZER, round_index, back=b),
-                        encode_state(kept),
-                    )
-                    self.archive.write("server_optimizer", path, data, round_index)
+                path = model_path(SERVER_OPTIMIZER, round_index, back=b)
+                state = encode_state(segment.optimizer_state())
+                self.archive.write("server_optimizer", path, state, round_index)
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
         """Let every client evaluate what the round gave; the last of a relay has its front."""

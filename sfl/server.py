@@ -136,7 +136,7 @@ def prepare(
     backs = {b: split.back(device) for b in indices}
     if past:
         halves = read_halves(past.archive, run, split, first_round)
-        load_backs(past.archive, backs, halves, first_round)
+        load_backs(past.archive, run, backs, halves, first_round)
     else:
         halves = {FRONT: Half(split.front_state(), {})}
         if has_back_files(run):

@@ -144,13 +144,19 @@ def decode(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
     return spec.check(_load(data, name), name)
 
 
-def decode_state(data: Buffer, spec: StateSpec, name: str) -> dict[str, Tensor]:
+def decode_state(
+    data: Buffer, spec: StateSpec, name: str, *, or_empty: bool = False
+) -> dict[str, Tensor]:
     """Return the dict of tensors in a ``torch.save`` file, in the order of ``spec``.
+
+    ``or_empty`` lets the file hold nothing instead.
 
     Raises:
         IntegrityError: the file is damaged or holds anything but those tensors.
     """
     state = _load(data, name)
+    if or_empty and state == {}:
+        return {}
     if not isinstance(state, dict) or state.keys() != spec.keys():
         raise IntegrityError(f"{name}: holds other tensors than this model's")
     return {key: spec[key].check(state[key], f"{name}, {key}") for key in spec}

@@ -1,0 +1,134 @@
+"""Clipping, learning-rate schedules and FedProx do what they say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sfl.config import RunConfig
+from sfl.data import batch_indices
+from sfl.errors import ConfigError
+from sfl.models import build, model_spec
+from sfl.protocol import Position
+from sfl.registry import with_options
+from sfl.schedule import SCHEDULES, learning_rate
+from sfl.segment import train_step
+from sfl.split_model import SplitModel
+from tests.test_schemes import data_of, joined, simulated
+
+CPU = torch.device("cpu")
+X, Y = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+
+def step_sizes(scheme: str, clip_norm: float, cut: int = 7) -> dict[str, float]:
+    """Return how far one SGD step with learning rate 1 moves each half of LeNet."""
+    run = RunConfig(scheme=scheme, cut=cut, optimizer="sgd", lr=1.0, clip_norm=clip_norm)
+    model = SplitModel(run, (1, 28, 28), 10)
+    front = model.front(CPU)
+    segments = [front, model.back(CPU)] if model.cuts else [front]
+    before = {name: t for segment in segments for name, t in segment.parameters().items()}
+    z = front.forward(X, Position()) if model.cuts else X
+    _, dz = train_step(segments[-1], z, Y, Position())
+    if model.cuts:
+        front.backward(dz)
+    for segment in segments:
+        segment.update()
+    moved = {n: t - before[n] for segment in segments for n, t in segment.parameters().items()}
+    halves = {half: [t for n, t in moved.items() if n.startswith("conv") == (half == "front")]
+              for half in ("front", "back")}  # fmt: skip
+    return {half: norm(tensors) for half, tensors in halves.items()}
+
+
+@pytest.mark.parametrize("scheme", ["sflv1", "central", "fl", "sync-sgd"])
+def test_gradients_are_clipped_by_half(scheme: str) -> None:
+    free = step_sizes(scheme, 0)
+    assert 0.01 < free["front"] < 0.9 * free["back"]
+    limit = (free["front"] + free["back"]) / 2
+    assert step_sizes(scheme, limit) == {
+        "front": pytest.approx(free["front"]), "back": pytest.approx(limit, rel=1e-3)
+    }  # fmt: skip
+    assert step_sizes(scheme, free["front"] / 2)["front"] == pytest.approx(
+        free["front"] / 2, rel=1e-3
+    )
+
+
+def test_schedules_are_the_formulas() -> None:
+    def rates(schedule: str) -> list[float]:
+        run = RunConfig(lr=0.8, lr_schedule=schedule, rounds=4)
+        return [learning_rate(run, r) for r in range(4)]
+
+    assert rates("constant") == [0.8] * 4
+    assert rates("step:every=2,factor=0.5") == [0.8, 0.8, 0.4, 0.4]
+    assert rates("cosine") == pytest.approx([0.8, 0.68284271, 0.4, 0.11715729])
+    assert rates("cosine:floor=0.5") == pytest.approx([0.8, 0.74142136, 0.6, 0.45857864])
+
+
+@pytest.mark.parametrize("scheme", ["sflv1", "sl", "fl", "sync-sgd"])
+def test_a_schedule_reaches_both_halves(tmp_path: Path, scheme: str) -> None:
+    options = {"model": "mlp", "cut": 3, "batch_size": 500, "optimizer": "sgd", "lr": 0.1}
+    options |= {"scheme": scheme, "lr_schedule": "step:every=1,factor=1e-20", "rounds": 2}
+    run = simulated(tmp_path, **options, optimizer_state="keep", momentum=0.5)
+    first, second = joined(run, 0), joined(run, 1)
+    initial = build(model_spec("mlp"), (1, 28, 28), 10, seed=0).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], initial[name]) for name in first)
+
+
+def test_fedprox_adds_its_term_to_the_loss(tmp_path: Path) -> None:
+    """Li et al. 2020, Equation 2, written out: h = F + mu/2 |w - w_t|^2, on each client."""
+    options = {"model": "mlp", "cut": 3, "optimizer": "sgd", "lr": 0.1, "clients": 1, "rounds": 2}
+    options |= {"batch_size": 400, "fedprox_mu": 0.8}
+    ours = joined(simulated(tmp_path / "a", scheme="fl", **options), 1)
+    run = RunConfig(**options)
+    model, (data,) = build(model_spec("mlp"), (1, 28, 28), 10, seed=0), data_of(run)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for round_index in range(2):
+        anchors = [p.detach().clone() for p in model.parameters()]
+        for indices in batch_indices(len(data.train), run, round_index=round_index, client=0):
+            x, y = data.batch(data.train, indices)
+            pull = sum(
+                ((p - a) ** 2).sum() for p, a in zip(model.parameters(), anchors, strict=True)
+            )
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(model(x), y) + 0.4 * pull).backward()
+            optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(ours[name], tensor, rtol=0, atol=1e-6), name
+    without = joined(simulated(tmp_path / "b", scheme="fl", **options | {"fedprox_mu": 0.0}), 1)
+    assert not any(torch.allclose(ours[n], without[n], rtol=0, atol=1e-5) for n in ours)
+
+
+def test_fedprox_pulls_the_client_side_half_alone(tmp_path: Path) -> None:
+    run = RunConfig(fedprox_mu=1.0, optimizer="sgd", lr=0.1)
+    model = SplitModel(run, (1, 28, 28), 10)
+    for segment, pulled in ((model.front(CPU), True), (model.back(CPU), False)):
+        segment.start_round(0)
+        start = segment.parameters()
+        segment.load_parameters({name: tensor + 1 for name, tensor in start.items()})
+        z = X if pulled else torch.zeros(16, 400)
+        out = segment.forward(z, Position())
+        segment.backward(torch.zeros_like(out))
+        grads = segment.gradients()
+        wanted = 1.0 if pulled else 0.0
+        assert all(torch.allclose(g, torch.full_like(g, wanted), atol=1e-5) for g in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("stepp", "did you mean step"),
+        ("step:every", "must be of type int"),
+        ("step:every=1.5", "must be of type int"),
+        ("step:", "no option ''; it has every, factor"),
+        ("constant:x=1", "no option 'x'; it has none"),
+        ("cosine:floor=2", "floor in"),
+    ],
+)
+def test_options_behind_a_colon_are_checked(text: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        with_options("lr-schedule", text, SCHEDULES)(1, 2)

@@ -1,0 +1,164 @@
+"""A run that goes on equals one that was never interrupted, and who may join a run."""
+
+import csv
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from experiments import replay
+from experiments.recorded import load
+from tests.launch import Launcher
+from tests.test_equivalence import BN_DROPOUT, assert_equal
+from tests.test_failures import send_signal, wait_for, write_own
+from tests.test_schemes import all_weights
+
+OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100]
+ALLOW = ["--allow-import", BN_DROPOUT]
+
+
+def go_on(launcher: Launcher, *options: object, clients: int = 3) -> Path:
+    """Go on with the launcher's run to its end."""
+    run = launcher.folder / "server" / "r"
+    server = launcher.server("--resume", run, *options)
+    own = [launcher.client("--client-id", k, *ALLOW) for k in range(clients)]
+    for program in [server, *own]:
+        program.ended_with(0)
+    return run
+
+
+def uninterrupted(tmp_path: Path, options: Sequence[object]) -> Path:
+    (tmp_path / "whole").mkdir()
+    whole = Launcher(tmp_path / "whole")
+    return whole.run(*OPTIONS, *options, "--rounds", 4, client_options=ALLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer-state", "keep"],
+        ["--scheme", "sflv3", "--optimizer-state", "keep", "--participation", 0.6],
+        ["--scheme", "sl", "--optimizer-state", "keep"],
+        ["--scheme", "fl", "--aggregation", "fedadam:lr=0.01"],
+        ["--scheme", "sync-sgd", "--optimizer-state", "keep", "--participation", 0.6],
+        ["--aggregation", "fedyogi:lr=0.01", "--optimizer-state", "keep"],
+    ],
+)
+def test_a_finished_run_goes_on_as_if_it_had_not_ended(
+    launcher: Launcher, tmp_path: Path, options: list[object]
+) -> None:
+    launcher.run(*OPTIONS, *options, "--rounds", 2, client_options=ALLOW)
+    run = go_on(launcher, "--rounds", 4)
+    assert_equal(all_weights(run), all_weights(uninterrupted(tmp_path, options)))
+    rows = list(csv.DictReader((run / "rounds.csv").read_text().splitlines()))
+    assert [row["round"] for row in rows] == ["0", "1", "2", "3"]
+    assert [bool(row["test_acc"]) for row in rows] == [False, True, False, True]
+    report = replay.check(load(run))
+    assert report.findings == []
+    server = next(p for p in launcher.programs[4:] if "going on" in p.out)
+    assert "going on with round 3/4" in server.out
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_from_its_last_round(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    server = launcher.server("--clients", 3, "--run", "r", *OPTIONS, "--rounds", 500)
+    clients = [launcher.client("--client-id", k, *ALLOW) for k in range(3)]
+    wait_for(server, "round 2/500")
+    send_signal(server, signal.SIGKILL)
+    for client in clients:
+        client.ended_with(1)
+    done = server.out.count("training loss")
+    run = go_on(launcher, "--rounds", done + 1)
+    (tmp_path / "whole").mkdir()
+    whole = Launcher(tmp_path / "whole")
+    theirs = whole.run(*OPTIONS, "--rounds", done + 1, client_options=ALLOW)
+    assert_equal(all_weights(run), all_weights(theirs))
+    assert replay.check(load(run)).findings == []
+
+
+def test_what_cannot_go_on_says_why(launcher: Launcher, tmp_path: Path) -> None:
+    run = launcher.run("--model", "mlp", "--rounds", 1, "--batch-size", 500, clients=1)
+
+    def refused(code: int, *options: object) -> str:
+        return launcher.server("--resume", run, *options).ended_with(code)
+
+    assert "has done its 1 round; say with --rounds how many" in refused(2)
+    assert "has done its 1 round" in refused(2, "--rounds", 1)
+    assert "--lr 0.5: the run has 0.001; of a run that goes on only --rounds" in refused(
+        2, "--rounds", 2, "--lr", 0.5
+    )
+    nothing = launcher.server("--resume", tmp_path / "nothing").ended_with(2)
+    assert "cannot read config.json: No such file" in nothing
+    damaged = run / "models/server_model_000.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
+    assert "server_model_000.pt: is damaged" in server.ended_with(1)
+    client.ended_with(1)
+
+
+def test_a_client_that_lost_what_only_it_had_says_so(launcher: Launcher) -> None:
+    options = ["--model", "mlp", "--rounds", 1, "--batch-size", 500, "--scheme", "sflv3"]
+    run = launcher.run(*options, clients=1)
+    shutil.rmtree(launcher.folder / "client/r")
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
+    assert "lacks models/client_0_000.pt, which only client_0 has" in client.ended_with(1)
+    server.ended_with(1)
+
+
+def test_clients_with_other_data_cannot_go_on(launcher: Launcher, tmp_path: Path) -> None:
+    options = ["--model", "mlp", "--rounds", 1, "--batch-size", 16, "--partition", "own"]
+    first, other = (write_own(tmp_path / name, count=n) for name, n in (("a", 60), ("b", 80)))
+    run = launcher.run(*options, clients=1, client_options=["--data-dir", first])
+    server = launcher.server("--resume", run, "--rounds", 2)
+    client = launcher.client("--data-dir", other)
+    assert "client_0 reports" in server.ended_with(1)
+    client.ended_with(1)
+
+
+OWN = ["--partition", "own", "--model", "mlp", "--batch-size", 16, "--rounds", 2]
+
+
+def test_more_clients_than_needed_join_before_the_start(launcher: Launcher, tmp_path: Path) -> None:
+    """Two are needed, three may come; the third registers while the second still loads."""
+    folders = [write_own(tmp_path / f"data_{k}", count=60 + 20 * k) for k in range(3)]
+    server = launcher.server("--clients", 2, "--max-clients", 4, "--run", "r", *OWN)
+    wait_for(server, "listening")
+    slow = launcher.client("--client-id", 3, "--data-dir", launcher.folder / "late")
+    assert "no own data" in slow.ended_with(1)
+    assert "client_3 left before the start" in server.ended_with(1)
+    server = launcher.server("--clients", 2, "--max-clients", 4, "--run", "s", *OWN)
+    first = launcher.client("--client-id", 3, "--data-dir", folders[0])
+    wait_for(first, "waiting for 1 of 2 clients")
+    second = launcher.client("--client-id", 1, "--data-dir", folders[1])
+    for program in (server, first, second):
+        program.ended_with(0)
+    run = launcher.folder / "server/s"
+    assert {p.name for p in run.glob("models/client_?_001.pt")} == {
+        "client_1_001.pt",
+        "client_3_001.pt",
+    }
+    assert replay.check(load(run)).findings == []
+    server = launcher.server("--resume", run, "--rounds", 3)
+    clients = [
+        launcher.client("--client-id", k, "--data-dir", folders[j]) for k, j in ((3, 0), (1, 1))
+    ]
+    for program in (server, *clients):
+        program.ended_with(0)
+
+
+def test_clients_beyond_the_most_are_turned_away(launcher: Launcher, tmp_path: Path) -> None:
+    folders = [write_own(tmp_path / f"data_{k}", count=60) for k in range(3)]
+    options = [*OWN, "--rounds", 500, "--keep-tensors", "none"]
+    server = launcher.server("--clients", 2, "--max-clients", 2, "--run", "r", *options)
+    clients = [launcher.client("--data-dir", folder) for folder in folders[:2]]
+    wait_for(server, "round 1/500")
+    third = launcher.client("--data-dir", folders[2])
+    assert third.ended_with(1).endswith("the server refused: the run r has its 2 clients")
+    send_signal(server, signal.SIGINT)
+    for program in (server, *clients):
+        program.ended_with(1)
