@@ -24,7 +24,8 @@ def run_demo(rounds: int, out: Path) -> Path:
     print(f"one server and {NUM_CLIENTS} clients on this machine, {rounds} rounds of SplitFed V1")
     options = [*OPTIONS, "--clients", str(NUM_CLIENTS), "--rounds", str(rounds)]
     common = ["--out", str(out)]
-    with running(NUM_CLIENTS, [*options, *common], common) as processes:
+    with running([*options, *common]) as processes:
+        processes.start_clients([processes.address] * NUM_CLIENTS, common)
         with tqdm(total=rounds, unit="round", desc="training", disable=None) as bar:
             for line in processes.lines():
                 if line.startswith("round "):

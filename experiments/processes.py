@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,17 @@ class Processes:
     """A server and clients that run; their output lies in ``logs``."""
 
     logs: Path
+    start: "Callable[[str, Sequence[str]], subprocess.Popen[str]]"
     server: "subprocess.Popen[str]"
     clients: "list[subprocess.Popen[str]]" = field(default_factory=list)
     run: str = ""
     address: str = ""
+
+    def start_clients(self, addresses: Sequence[str], options: Sequence[str] = ()) -> None:
+        """Start a client for each address of the server."""
+        for k, address in enumerate(addresses):
+            command = ["run_client.py", "--server", address, "--client-id", str(k), *options]
+            self.clients.append(self.start(f"client_{k}", command))
 
     def lines(self) -> Iterator[str]:
         """Yield what the server prints, line by line, until it ends."""
@@ -57,10 +64,8 @@ def _last_line(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def running(
-    num_clients: int, server_options: Sequence[str], client_options: Sequence[str] = ()
-) -> Iterator[Processes]:
-    """Start one server on a free port of this machine and its clients; kill what is left.
+def running(server_options: Sequence[str]) -> Iterator[Processes]:
+    """Start one server on a free port of this machine; kill what is left of it and its clients.
 
     Raises:
         RunError: the server did not start; the text is its last line.
@@ -79,7 +84,7 @@ def running(
             return process
 
         server = start("server", ["run_server.py", "--port", "0", *server_options])
-        processes = Processes(logs, server)
+        processes = Processes(logs, start, server)
         for line in processes.lines():
             if found := LISTENING.match(line):
                 processes.run, processes.address = found.groups()
@@ -87,9 +92,6 @@ def running(
         else:
             processes.wait()
             raise RunError("the server ended before it listened")
-        for k in range(num_clients):
-            command = ["run_client.py", "--server", processes.address, "--client-id", str(k)]
-            processes.clients.append(start(f"client_{k}", [*command, *client_options]))
         yield processes
 
 

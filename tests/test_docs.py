@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sfl.aggregate import RULES
 from sfl.config import ClientNode, RunConfig, ServerNode
 from sfl.data import DATASETS, OWN, PARTITIONS
 from sfl.models import MODELS
 from sfl.protocol import MessageType
 from sfl.roundlog import ROUND_COLUMNS
+from sfl.schedule import SCHEDULES
 from sfl.schemes import SCHEMES
 from sfl.segment import OPTIMIZERS
 from sfl.weights import WEIGHT_STORES
@@ -52,13 +54,35 @@ def test_every_name_that_can_be_chosen_is_in_the_readme() -> None:
     ("option", "names"),
     [
         ("scheme", SCHEMES), ("model", MODELS), ("dataset", DATASETS), ("optimizer", OPTIMIZERS),
-        ("partition", {OWN, *PARTITIONS}), ("weights", WEIGHT_STORES),
+        ("partition", {OWN, *PARTITIONS}), ("weights", WEIGHT_STORES), ("aggregation", RULES),
+        ("lr_schedule", SCHEDULES),
     ],
 )  # fmt: skip
 def test_the_help_names_what_can_be_chosen(option: str, names: Collection[str]) -> None:
     (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == option)
     words = set(re.findall(r"[\w-]+", field.metadata["help"]))
     assert set(names) - words == set()
+
+
+def test_every_scheme_has_its_page() -> None:
+    index = (ROOT / "docs/schemes/README.md").read_text()
+    for name, row in SCHEMES.items():
+        page = (ROOT / f"docs/schemes/{name}.md").read_text()
+        assert f"({name}.md)" in index
+        for needed in ("```\n", "**What we do differently, and why.**"):
+            assert needed in page, name
+        for paper in re.findall(r"arXiv [\d.]+", row.source):
+            assert paper in page, name
+        assert row.pooled or "**Source.**" in page
+
+
+def test_every_rule_is_in_the_table_with_its_options() -> None:
+    index = (ROOT / "docs/schemes/README.md").read_text()
+    rows = {n: row for row in index.splitlines() for n in re.findall(r"^\| (.*?) \|", row)}
+    for name, rule in RULES.items():
+        (row,) = (row for names, row in rows.items() if f"`{name}`" in names)
+        for option, default in (rule.__kwdefaults__ or {}).items():
+            assert f"`{option}` ({default:g})" in row, name
 
 
 def test_every_option_that_the_pages_use_exists() -> None:
@@ -69,7 +93,8 @@ def test_every_option_that_the_pages_use_exists() -> None:
     }
     known |= {"--config", "--help", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
-    pages = [README, *(page.read_text() for page in ROOT.glob("docs/*.md"))]
+    known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
+    pages = [README, *(page.read_text() for page in ROOT.glob("docs/**/*.md"))]
     assert {
         o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)
     } - known == set()
@@ -86,7 +111,7 @@ def test_the_module_map_is_complete() -> None:
     assert named - {"sfl"} == {p.stem for p in ROOT.glob("sfl/*.py")} - {"__init__"}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
