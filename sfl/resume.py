@@ -125,7 +125,7 @@ class Past:
 
 
 def open_past(folder: Path, run: RunConfig) -> Past:
-    """Return how far a run got, and forget what it began of a further round.
+    """Return how far a run got.
 
     Raises:
         RunError: the folder is none of a run that started.
@@ -142,13 +142,17 @@ def open_past(folder: Path, run: RunConfig) -> Past:
             f"the run in {folder} has done its {counted(first_round, 'round')};"
             " say with --rounds how many it shall have in all"
         )
-    for partial in archive.folders():
-        if int(partial.name.removeprefix("round_")) >= first_round:
-            shutil.rmtree(partial)
     environment = archive.environment()
     counts = environment["data"]["num_samples"]
     samples = {int(k): parts for k, parts in counts.items()}
     return Past(archive, first_round, samples, environment["fingerprint"])
+
+
+def drop_partial_rounds(past: Past) -> None:
+    """Remove the tensors of a round that did not end: it is done again."""
+    for folder in past.archive.folders():
+        if int(folder.name.removeprefix("round_")) >= past.first_round:
+            shutil.rmtree(folder)
 
 
 def check_same_data(past: Past, num_samples: Mapping[int, Mapping[str, int]]) -> None:

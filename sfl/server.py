@@ -16,7 +16,14 @@ from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.party import TRAIN, ServerParty
 from sfl.protocol import Limits
 from sfl.registration import Joined, check_agreement
-from sfl.resume import Past, check_same_data, load_backs, open_past, read_halves
+from sfl.resume import (
+    Past,
+    check_same_data,
+    drop_partial_rounds,
+    load_backs,
+    open_past,
+    read_halves,
+)
 from sfl.roundlog import RoundLog
 from sfl.rounds import Rounds
 from sfl.runfolder import (
@@ -127,7 +134,8 @@ def prepare(
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
     num_train = [client.data.num_samples[TRAIN] for client in joined.values()]
-    events.say(check_disk(folder.path, disk_bytes(run, split, num_train)))
+    left = dataclasses.replace(run, rounds=run.rounds - (past.first_round if past else 0))
+    events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
     if not split.front_spec:
         events.say("warning: the front has no weights: what clients send are their raw data")
     row, first_round = scheme(run.scheme), past.first_round if past else 0
@@ -137,6 +145,7 @@ def prepare(
     if past:
         halves = read_halves(past.archive, run, split, first_round)
         load_backs(past.archive, run, backs, halves, first_round)
+        drop_partial_rounds(past)
     else:
         halves = {FRONT: Half(split.front_state(), {})}
         if has_back_files(run):

@@ -151,6 +151,7 @@ def client_gradient_steps(
             figures, _ = train_step(party.front, x, y, at)
             grads = encode_state(party.front.gradients())
             link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
+            party.record_gradients(at, len(y), grads)
             party.watcher.step(at, figures)
         asked = time.perf_counter()
         yield link
