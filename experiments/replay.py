@@ -34,6 +34,7 @@ class Report:
     checked: int = 0  # gradients
     differ: int = 0
     unchecked: int = 0  # gradients that rest on a damaged file
+    unended: int = 0  # gradients of whose round not all are there, so that no update can be made
     models: int = 0  # weights that were computed again
     models_differ: int = 0
     found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
@@ -57,17 +58,15 @@ def check(recorded: "RecordedRun", client: int | None = None, round: int | None 
         RunError: nothing is recorded there.
     """
     from sfl.errors import RunError
-    from sfl.schemes import Exchange
 
     archive, report = recorded.archive, Report()
     _check_listed(recorded, report)
-    rounds = {r for r in archive.rounds(client) if round in (None, r)}
-    if client is None and recorded.scheme.exchange is Exchange.NOTHING:  # no step is recorded
-        rounds |= {
-            r for r in range(recorded.run.rounds) if recorded.ended(r) and round in (None, r)
-        }
+    rounds = set(archive.rounds(client))
+    if client is None:  # what a round's halves became is recorded, whether its tensors stay or not
+        rounds |= {r for r in range(recorded.run.rounds) if recorded.ended(r)}
+    rounds = rounds if round is None else rounds & {round}
     if not rounds:
-        raise RunError(f"{archive.root} has no recorded tensors of that client and round")
+        raise RunError(f"{archive.root} has nothing recorded of that client and round")
     for round_index in sorted(rounds):
         _check_round(recorded, round_index, client, report)
     return report
@@ -127,6 +126,8 @@ def _check_round(
         backs = {}
     else:
         _check_steps(recorded, round_index, client, backs, steps, broken, report)
+    if not steps:
+        backs = {}  # nothing to compute again: what the backs became cannot be known
     if client is None and not broken and recorded.ended(round_index):
         _check_outcome(recorded, round_index, backs, report)
 
@@ -175,7 +176,10 @@ def _check_updates(
     run, order = recorded.run, recorded.order(round_index)
     an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
     num_steps = {k: count * run.local_epochs for k, count in an_epoch.items()}
-    if not backs or len(steps) < sum(num_steps.values()):
+    if len(steps) < sum(num_steps.values()):
+        report.unended += len(steps)
+        return
+    if not backs:
         report.unchecked += len(steps)
         return
     pool = GradientPool(run, backs[0], num_steps)
@@ -349,6 +353,8 @@ def main() -> int:
         print(finding)
     if report.unchecked:
         print(f"{report.unchecked} gradients rest on a damaged file and were not checked")
+    if report.unended:
+        print(f"{report.unended} gradients are of rounds of which not all are recorded")
     print(f"{report.models} models checked, {report.models_differ} differ")
     print(report.summary)
     return 1 if report.findings or report.differ else 0

@@ -33,6 +33,12 @@ def write_file(path: Path, data: Buffer) -> None:
         raise
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line that was being written when a run was killed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 class ArchiveWriter:
     """Write tensors and their manifests on a thread of its own. Closed by ``with``.
 
@@ -144,6 +150,7 @@ class ArchiveWriter:
     def _list(self, folder: Path, entry: Entry) -> None:
         if folder not in self._manifests:
             path = folder / MANIFEST
+            _cut_torn_line(path)
             self._manifests[folder] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._manifests[folder].write(manifest_line(entry) + "\n")
 

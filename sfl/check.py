@@ -9,7 +9,7 @@ from sfl.config import KeepTensors, RunConfig
 from sfl.data import check_partition, dataset_spec, num_batches
 from sfl.errors import RunError
 from sfl.outcome import check_rule
-from sfl.schedule import learning_rate
+from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
 from sfl.split_model import SplitModel, resolve_cut
@@ -18,7 +18,7 @@ from sfl.weights import weight_store
 
 
 def check_run(run: RunConfig) -> RunConfig:
-    """Return the run with its cut filled in, after checking every name that it uses.
+    """Return the run with its cut and its schedule's length filled in, after checking its names.
 
     A data set that is a user's own function is not imported here: the server does without it.
 
@@ -26,16 +26,25 @@ def check_run(run: RunConfig) -> RunConfig:
         ConfigError: there is no such scheme, model, cut, data set, partition, optimiser, schedule,
             aggregation rule or store.
     """
-    scheme(run.scheme)
+    check_names(run)
     check_partition(run)
-    check_optimizer(run.optimizer)
-    learning_rate(run, 0)
     check_rule(run)
-    weight_store(run.weights)
     if ":" not in run.dataset:
         spec = dataset_spec(run.dataset)
         SplitModel(run, spec.input_shape, len(spec.classes))
-    return dataclasses.replace(run, cut=resolve_cut(run))
+    return dataclasses.replace(run, cut=resolve_cut(run), lr_rounds=run.lr_rounds or run.rounds)
+
+
+def check_names(run: RunConfig) -> None:
+    """See that this installation has what the run names, for whoever trains in it.
+
+    Raises:
+        ConfigError: there is no such scheme, optimiser, schedule or store.
+    """
+    scheme(run.scheme)
+    check_optimizer(run.optimizer)
+    check_schedule(run)
+    weight_store(run.weights)
 
 
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sfl.check import check_names
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
 from sfl.data import OWN, ClientData, dataset_spec, num_batches, part_of
@@ -16,7 +17,7 @@ from sfl.own_data import load_own
 from sfl.party import ClientParty
 from sfl.protocol import Limits, MessageType
 from sfl.registration import DataReport, client_join, send_report
-from sfl.resume import load_front
+from sfl.resume import check_same_run, load_front
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
@@ -51,6 +52,8 @@ def take_part(node: ClientNode) -> None:
             connection.name = f"client_{client}"
             path = node.out_path / "client" / run.run / connection.name
             _create_folder(path, goes_on=first_round > 0)
+            if first_round:
+                check_same_run(path, run)
             with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
                 folder.events.say(f"{connection.name} of run {run.run} at {node.server}")
                 folder.archive.write("config", "config.json", to_json(options_record(run, node)))
@@ -117,10 +120,11 @@ def _run(
     device: torch.device,
 ) -> None:
     events, allowed = folder.events, node.allowed_imports
+    check_names(run)
     data = load_data(run, client, node.data_path, allowed, events.say)
     split = SplitModel(run, data.input_shape, len(data.classes), allowed)
     connection.limits = split.client_limits()
-    report = DataReport.of(data)
+    report = DataReport.of(data, run.run)
     counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
     events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
     front = split.front(device)

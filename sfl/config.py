@@ -76,6 +76,9 @@ class RunConfig:
     optimizer_state: str = _option(
         "reset", "optimisers begin each round fresh, or keep their state", ("reset", "keep")
     )
+    lr_rounds: int = _option(
+        0, "rounds over which the schedule runs, kept when a run goes on; 0: as --rounds"
+    )
     clip_norm: float = _option(0.0, "clip each half's gradient to this norm; 0: do not")
     fedprox_mu: float = _option(0.0, "FedProx: pull of a client's weights to the round's start")
     server_order: str = _option(
@@ -105,6 +108,7 @@ class RunConfig:
         for name in ("weight_decay", "clip_norm", "fedprox_mu"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+        _require(self.lr_rounds >= 0, "lr_rounds", self.lr_rounds, "0 or more")
         most = self.max_clients
         _require(most == 0 or most >= self.clients, "max_clients", most, "at least --clients")
         if most > self.clients and self.partition != "own":

@@ -57,6 +57,7 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
         yield link
         message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
     yield from _take_over(party, message)
+    _keep(party, round_index)
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
@@ -151,6 +152,19 @@ def _parse_seconds(text: str) -> float:
     return float(text)
 
 
+def _keep(party: ClientParty, round_index: int) -> None:
+    """Write down what only this client has, before the server can take the round for done."""
+    if scheme(party.run.scheme).fronts is Fronts.OWN:
+        path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
+        state = encode_state(party.front.state())
+        party.archive.write("one_client_model", path, state, round_index)
+    if party.run.optimizer_state == "keep":
+        path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
+        state = encode_state(party.front.optimizer_state())
+        party.archive.write("client_optimizer", path, state, round_index)
+    party.archive.flush()
+
+
 def client_run(party: ClientParty) -> Conversation[None]:
     """Take part in all rounds of a run, or in those that are left; faces ``rounds.run_all``."""
     run, first = party.run, party.first_round
@@ -161,14 +175,6 @@ def client_run(party: ClientParty) -> Conversation[None]:
         party.front.load(decode_state(initial, party.split.front_spec, "the initial weights"))
     for round_index in range(first, run.rounds):
         own = yield from client_round(party, round_index)
-        if keeps_front:
-            path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
-            state = encode_state(party.front.state())
-            party.archive.write("one_client_model", path, state, round_index)
-        if run.optimizer_state == "keep":
-            path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
-            state = encode_state(party.front.optimizer_state())
-            party.archive.write("client_optimizer", path, state, round_index)
         party.archive.end_round(round_index)
         party.on_round(round_index, own)
     yield party.link

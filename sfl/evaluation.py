@@ -18,7 +18,7 @@ from sfl.driver import Conversation
 from sfl.errors import ProtocolError
 from sfl.party import VALIDATION, ClientParty, ServerParty
 from sfl.protocol import Message, MessageType
-from sfl.segment import Tally, add_up, evaluate_step
+from sfl.segment import Tally, add_up, checked, evaluate_step
 from sfl.step import decode_features, decode_labels
 from sfl.tensors import encode
 
@@ -106,7 +106,7 @@ def _content(tally: Tally) -> dict[str, float]:
 
 def _tally(message: Message, size: int) -> Tally:
     """Return what a peer counted over ``size`` samples."""
-    samples, correct = message.get("samples", int), message.get("correct", int)
-    if not (samples == size and 0 <= correct <= size):
-        raise ProtocolError(f"{correct} hits in {samples} samples, of which there are {size}")
-    return Tally(samples, correct, message.get("loss_sum", float))
+    if (samples := message.get("samples", int)) != size:
+        raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
+    loss_sum, correct = checked(message.get("loss_sum", float), message.get("correct", int), size)
+    return Tally(size, correct, loss_sum)

@@ -1,6 +1,5 @@
 """Gradients of all clients, brought together into one update a step: synchronous SGD."""
 
-from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -23,11 +22,7 @@ class GradientPool:
         """``num_steps``: of each client that takes part; the shorter ones fall away."""
         self._equal = run.aggregation_weights == "equal"
         self._model = model
-        lasts = Counter(num_steps.values())
-        self._due = [
-            sum(count for steps, count in lasts.items() if steps > step)
-            for step in range(max(num_steps.values()))
-        ]
+        self._num_steps = num_steps
         self._given: dict[int, tuple[Mapping[str, Tensor], int]] = {}
         self._updates = 0
         self.parameters = b""  # the file of the parameters after the last update
@@ -35,7 +30,8 @@ class GradientPool:
     def add(self, client: int, grads: Mapping[str, Tensor], num_samples: int) -> None:
         """Add a client's gradients of the step that is open; the last one makes the update."""
         self._given[client] = grads, 1 if self._equal else num_samples
-        if len(self._given) < self._due[self._updates]:
+        due = sum(steps > self._updates for steps in self._num_steps.values())
+        if len(self._given) < due:
             return
         states, weights = zip(*(self._given[k] for k in sorted(self._given)), strict=True)
         self._model.set_gradients(fed_avg(states, weights))

@@ -1,6 +1,7 @@
 """The server before the start: register clients until all are there with their data."""
 
 import time
+from collections.abc import Collection
 
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation
@@ -8,6 +9,7 @@ from sfl.errors import RunError, SflError
 from sfl.link import Link
 from sfl.protocol import MessageType
 from sfl.registration import ANY_ID, Joined, server_join
+from sfl.resume import Past
 from sfl.runfolder import EventLog
 from sfl.switchboard import DrainedConnection, Switchboard
 
@@ -18,8 +20,9 @@ NOTICE_EVERY_S = 30.0  # to the clients that wait; well below any --peer-timeout
 class Lobby:
     """The clients that have registered so far."""
 
-    def __init__(self, run: RunConfig, needed: int) -> None:
+    def __init__(self, run: RunConfig, ids: Collection[int], needed: int) -> None:
         self.run = run
+        self.ids = frozenset(ids)  # that clients can have
         self.needed = needed  # clients; more may register until these are ready
         self.taken: set[int] = set()
         self.joined: dict[int, Joined] = {}
@@ -30,13 +33,13 @@ class Lobby:
         Raises:
             RunError: it cannot be had.
         """
-        num_clients = self.run.most_clients
-        if len(self.taken) == num_clients:
+        if self.taken == self.ids:
             raise RunError(self.full)
         if wanted == ANY_ID:
-            wanted = min(set(range(num_clients)) - self.taken)
-        if not 0 <= wanted < num_clients:
-            raise RunError(f"--client-id {wanted}: this run has the ids 0 to {num_clients - 1}")
+            wanted = min(self.ids - self.taken)
+        if wanted not in self.ids:
+            known = ", ".join(map(str, sorted(self.ids)))
+            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
         if wanted in self.taken:
             raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
         self.taken.add(wanted)
@@ -55,25 +58,27 @@ class Lobby:
     @property
     def missing(self) -> str:
         """Say who is not there yet."""
-        ids = sorted(set(range(self.needed)) - self.joined.keys())
-        if self.run.most_clients > self.needed:  # any will do
-            ids = sorted(self.taken - self.joined.keys())
+        any_will_do = len(self.ids) > self.needed
+        ids = sorted((self.taken if any_will_do else self.ids) - self.joined.keys())
         count = max(self.needed - len(self.joined), len(self.taken) - len(self.joined))
         names = f": {', '.join(map(str, ids))}" if ids else ""
         return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
 
 
 def gather(
-    switchboard: Switchboard, run: RunConfig, events: EventLog, *, needed: int, first_round: int
+    switchboard: Switchboard, run: RunConfig, events: EventLog, past: Past | None
 ) -> dict[int, Joined]:
-    """Register clients until as many as ``needed`` are there with their data.
+    """Register clients until enough are there with their data: those of the past, if there is one.
 
     Whoever connects and is no client of the run is turned away, now and later, and the run goes on.
 
     Raises:
         RunError: a client that had registered left again.
     """
-    lobby = Lobby(run, needed)
+    if past:
+        lobby, first_round = Lobby(run, past.num_samples, past.clients), past.first_round
+    else:
+        lobby, first_round = Lobby(run, range(run.most_clients), run.clients), 0
     conversations: dict[DrainedConnection, Conversation[Joined]] = {}
     noticed_at = time.monotonic()
     while not lobby.complete:

@@ -117,7 +117,8 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: is no table of options")
     if recorded:
-        values.pop("run", None)
+        for name in ("run", "resume"):
+            values.pop(name, None)
     tables = {n: v for n, v in values.items() if n in _TABLES and isinstance(v, dict)}
     outside = {n: v for n, v in values.items() if n not in tables}
     chosen: dict[str, Any] = {}
@@ -146,13 +147,22 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--resume {folder}: cannot read {path.name}: {reason}") from error
     if not isinstance(recorded, dict):
         raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
-    for name in sorted(values.keys() & names_of(RunConfig) - CAN_GROW):
-        if name in recorded and values[name] != recorded[name]:
+    check_goes_on(recorded, {n: v for n, v in values.items() if n in names_of(RunConfig)})
+    return recorded | values
+
+
+def check_goes_on(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """See that the options of a run are those that it was recorded with, where they must be.
+
+    Raises:
+        ConfigError: one differs.
+    """
+    for name in sorted(wanted.keys() & recorded.keys() - CAN_GROW):
+        if wanted[name] != recorded[name]:
             raise ConfigError(
-                f"{flag(name)} {values[name]}: the run has {recorded[name]}; of a run that goes on"
+                f"{flag(name)} {wanted[name]}: the run has {recorded[name]}; of a run that goes on"
                 f" only {', '.join(map(flag, sorted(CAN_GROW)))} may differ"
             )
-    return recorded | values
 
 
 def names_of(config_class: Any) -> set[str]:

@@ -13,7 +13,6 @@ A copy of the back that serves one client takes that client's steps as they come
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -47,20 +46,21 @@ class Turns:
     """Whose turn it is, by a sequence of clients; without one it is always everyone's."""
 
     def __init__(self, sequence: Iterable[int] | None) -> None:
-        self._left = None if sequence is None else deque(sequence)
+        self._left = None if sequence is None else iter(sequence)
+        self._next = None if self._left is None else next(self._left, None)
 
     @property
-    def taken_in_order(self) -> bool:
+    def in_order(self) -> bool:
         return self._left is not None
 
     def of(self, client: int) -> Gate:
         """Return what opens when it is this client's turn."""
-        return lambda: self._left is None or self._left[0] == client
+        return lambda: self._left is None or self._next == client
 
     def done(self) -> None:
         """End the turn of whose turn it is."""
         if self._left is not None:
-            self._left.popleft()
+            self._next = next(self._left, None)
 
 
 class RoundPlan:
@@ -84,7 +84,7 @@ class RoundPlan:
         self.taken = {b: itertools.count() for b in backs}  # steps that a back has taken
         for b in backs:
             ours = [k for k in self.order if row.back_of(k) == b]
-            fixed = ours and not in_turns and run.server_order == "fixed"
+            fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
             self.steps[b] = Turns(interleaved(ours, num_steps) if fixed else None)
         gathers = row.exchange is Exchange.WEIGHT_GRADS
         self.pool = GradientPool(run, backs[0], self.num_steps) if gathers else None
@@ -95,6 +95,6 @@ class RoundPlan:
 
     def end_turn(self, front: NamedWeights) -> None:
         """End the turn of the client that these weights are from, if clients take turns."""
-        if self.rounds.taken_in_order:
+        if self.rounds.in_order:
             self.relayed = front
             self.rounds.done()

@@ -11,6 +11,7 @@ import torch
 
 from sfl.aggregate import RULES, State, Update
 from sfl.config import RunConfig
+from sfl.errors import ConfigError
 from sfl.order import draw
 from sfl.registry import with_options
 from sfl.schemes import Exchange, Fronts, scheme
@@ -50,16 +51,25 @@ def averages_backs(run: RunConfig) -> bool:
 
 
 def check_rule(run: RunConfig) -> None:
-    """Try the run's aggregation rule on as many models as take part in a round.
+    """Try the run's aggregation rule on as many models as there are of each half in a round.
 
     Raises:
-        ConfigError: there is no such rule, or it does not take such options or so few models.
+        ConfigError: there is no such rule, it does not take such options or so few models, or the
+            scheme averages no models.
     """
-    count = len(draw(run, range(run.clients), 0))
+    row, drawn = scheme(run.scheme), draw(run, range(run.clients), 0)
+    counts = [len(drawn)] if row.fronts is Fronts.AVERAGED else []
+    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(run) else []
     one = {"w": torch.zeros(1)}
-    with_options("aggregation", run.aggregation, RULES)(
-        Update([one] * count, [1] * count, start=one, trained={"w"})
-    )
+    for count in counts or [3]:
+        with_options("aggregation", run.aggregation, RULES)(
+            Update([one] * count, [1] * count, start=one, trained={"w"})
+        )
+    averages_models = counts and row.exchange is not Exchange.WEIGHT_GRADS and not row.pooled
+    if run.aggregation != "fedavg" and not averages_models:
+        raise ConfigError(
+            f"--aggregation {run.aggregation}: --scheme {run.scheme} averages no trained models"
+        )
 
 
 @dataclass(frozen=True)

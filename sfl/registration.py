@@ -6,11 +6,13 @@
     REGISTER {client_id, fingerprint}            ->
                                                  <-  REGISTERED {client_id, config, round}
                                                  or  INVALID_MESSAGE: why not
-    REQUEST_TO_START {samples, classes, shape}   ->  its data are loaded
+    REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
                                                  <-  MESSAGE: who is still missing
 """
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,12 +38,17 @@ class DataReport:
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
+    digest: str  # of the samples and the run's name: whether they are the same when it goes on
 
     @classmethod
-    def of(cls, data: ClientData) -> "DataReport":
+    def of(cls, data: ClientData, run: str) -> "DataReport":
         parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
         counts = {name: len(samples) for name, samples in parts.items()}
-        return cls(counts, data.classes, data.input_shape)
+        digest = hashlib.sha256(run.encode())
+        for samples in parts.values():
+            for tensor in (samples.x, samples.y):
+                digest.update(tensor.numpy().tobytes())
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,10 @@ def _parse_report(message: Message, client: int) -> DataReport:
         raise ProtocolError(f"client_{client} reports no list of classes")
     if not (0 < len(shape) <= 4 and all(type(n) is int and 0 < n <= MAX_SIDE for n in shape)):
         raise ProtocolError(f"client_{client} reports no shape of samples")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest := message.get("digest", str)):
+        raise ProtocolError(f"client_{client} reports no digest of its data")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, tuple(shape))
+    return DataReport(samples, names, tuple(shape), digest)
 
 
 def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:

@@ -77,7 +77,7 @@ def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) ->
     def call(*arguments: object) -> R:
         try:
             return function(*arguments, **options)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ConfigError(f"--{kind} {text}: {error}") from error
 
     return call

@@ -5,13 +5,14 @@ Resuming and replay both begin a round with what the one before wrote down.
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sfl.archive
-from sfl.archive import RunArchive
+from sfl.archive import MANIFEST, RunArchive
 from sfl.config import RunConfig, counted
 from sfl.errors import ConfigError, RunError
+from sfl.options import check_goes_on
 from sfl.outcome import (
     BACK,
     CLIENT_MODEL,
@@ -110,6 +111,22 @@ def _load_optimizer(archive: RunArchive, segment: Segment, path: str) -> None:
     segment.load_optimizer_state(state)
 
 
+def check_same_run(folder: Path, run: RunConfig) -> None:
+    """See that a client's folder, if anything lies in it, is of the run that a server goes on with.
+
+    Raises:
+        RunError: it is of another run of that name.
+        IntegrityError: its records are damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    recorded = sfl.archive.open(folder).config()
+    try:
+        check_goes_on(recorded, asdict(run) | {"keep_tensors": recorded["keep_tensors"]})
+    except ConfigError as error:
+        raise RunError(f"{folder} is of another run: {error}") from error
+
+
 @dataclass(frozen=True)
 class Past:
     """What a run did before it goes on."""
@@ -117,6 +134,7 @@ class Past:
     archive: RunArchive
     first_round: int  # that is not done
     num_samples: Mapping[int, Mapping[str, int]]  # of each client
+    digests: Mapping[int, str]  # of each client's data
     fingerprint: Mapping[str, str]  # of what it ran on
 
     @property
@@ -145,7 +163,8 @@ def open_past(folder: Path, run: RunConfig) -> Past:
     environment = archive.environment()
     counts = environment["data"]["num_samples"]
     samples = {int(k): parts for k, parts in counts.items()}
-    return Past(archive, first_round, samples, environment["fingerprint"])
+    digests = {int(k): digest for k, digest in environment["data"]["digests"].items()}
+    return Past(archive, first_round, samples, digests, environment["fingerprint"])
 
 
 def drop_partial_rounds(past: Past) -> None:
@@ -155,15 +174,15 @@ def drop_partial_rounds(past: Past) -> None:
             shutil.rmtree(folder)
 
 
-def check_same_data(past: Past, num_samples: Mapping[int, Mapping[str, int]]) -> None:
-    """See that the clients have what they had before.
+def check_same_data(past: Past, digests: Mapping[int, str]) -> None:
+    """See that the clients have the data that they had before.
 
     Raises:
-        RunError: a client's number of samples differs.
+        RunError: a client has others.
     """
-    for k, before in past.num_samples.items():
-        if dict(before) != dict(num_samples[k]):
+    for k, before in past.digests.items():
+        if before != digests[k]:
             raise RunError(
-                f"client_{k} reports {dict(num_samples[k])} samples; in this run it had"
-                f" {dict(before)}"
+                f"client_{k} has other data than it had in this run; give each client the"
+                " --client-id and the --data-dir that it had"
             )

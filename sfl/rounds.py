@@ -100,8 +100,7 @@ class Rounds:
         """Let the round's clients train; all copies of the back start with the same weights."""
         for segment in self.backs.values():
             segment.start_round(round_index)
-        num_steps = {k: self._num_steps(party) for k, party in self._items()}
-        plan = RoundPlan(self.run, round_index, num_steps, self.backs)
+        plan = RoundPlan(self.run, round_index, self.num_steps, self.backs)
         self.log.start_round(round_index, sum(plan.num_steps.values()))
         for party in self.parties.values():
             party.compute_s = 0.0
@@ -109,13 +108,11 @@ class Rounds:
         return plan, run_together(self.network, conversations)
 
     @property
-    def most_steps(self) -> int:
-        """The steps in a round of the client that has most."""
-        return max(map(self._num_steps, self.parties.values()))
-
-    def _num_steps(self, party: ServerParty) -> int:
-        an_epoch = num_batches(party.num_samples[TRAIN], self.run.batch_size)
-        return an_epoch * self.run.local_epochs
+    def num_steps(self) -> dict[int, int]:
+        """Each client's steps in a round."""
+        counts = {k: party.num_samples[TRAIN] for k, party in self._items()}
+        run = self.run
+        return {k: num_batches(n, run.batch_size) * run.local_epochs for k, n in counts.items()}
 
     def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
         """Make of what was trained what everyone goes on from, and write it down."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import sys
@@ -59,7 +60,16 @@ class EventLog:
     """Lines for people: on the terminal, and with the time in a file. Closed by ``with``."""
 
     def __init__(self, path: Path) -> None:
+        """Raises ``RunError`` if another process writes it: a run has one writer at a time."""
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - see close
+        if importlib.util.find_spec("fcntl"):  # not on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            except OSError as error:
+                self._file.close()
+                raise RunError(f"another process is writing {path.parent}") from error
 
     def __enter__(self) -> "EventLog":
         return self

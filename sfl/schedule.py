@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from sfl.config import RunConfig
+from sfl.errors import ConfigError
 from sfl.registry import with_options
 
 
@@ -13,13 +14,14 @@ def constant(round_index: int, rounds: int) -> float:
 
 
 def cosine(round_index: int, rounds: int, *, floor: float = 0.0) -> float:
-    """Fall along half a cosine, from 1 in round 0 towards ``floor`` at the end.
+    """Fall along half a cosine, from 1 in round 0 to ``floor`` after ``rounds``, and stay there.
 
     Loshchilov & Hutter 2017 (arXiv 1608.03983), Equation 5, without restarts.
     """
     if not 0 <= floor <= 1:
         raise ValueError("wanted: floor in [0, 1]")
-    return floor + (1 - floor) * (1 + math.cos(math.pi * round_index / rounds)) / 2
+    done = min(round_index / rounds, 1.0)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
 def step(round_index: int, rounds: int, *, every: int = 10, factor: float = 0.1) -> float:
@@ -44,4 +46,11 @@ def learning_rate(run: RunConfig, round_index: int) -> float:
         ConfigError: there is no such schedule, or an option that it does not take.
     """
     schedule = with_options("lr-schedule", run.lr_schedule, SCHEDULES)
-    return run.lr * schedule(round_index, run.rounds)
+    return run.lr * schedule(round_index, run.lr_rounds or run.rounds)
+
+
+def check_schedule(run: RunConfig) -> None:
+    """Raise ``ConfigError`` for a schedule that does not exist or leaves the range of floats."""
+    last = learning_rate(run, run.rounds - 1)
+    if not (math.isfinite(last) and last < 1e30):
+        raise ConfigError(f"--lr-schedule {run.lr_schedule}: ends at a learning rate of {last:g}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfl import seeds
 from sfl.config import RunConfig, unknown_name
-from sfl.errors import RunError
+from sfl.errors import ProtocolError, RunError
 from sfl.protocol import Position
 from sfl.schedule import learning_rate
 from sfl.tensors import TensorSpec, state_spec
@@ -245,6 +245,23 @@ class StepFigures:
     loss: float
     correct: int
     samples: int
+
+
+MOST_LOSS = 1e60  # of a batch or a part: far above what float32 gives, far below what sums overflow
+
+
+def checked(loss: float, correct: float, samples: int) -> tuple[float, int]:
+    """Return a peer's loss, or sum of losses, and hits over so many samples.
+
+    Raises:
+        ProtocolError: cross-entropy and hits cannot be that. NaN and infinity can: training
+            diverges.
+    """
+    if loss < 0 or MOST_LOSS < loss < math.inf:
+        raise ProtocolError(f"{loss:g} is no loss")
+    if not (0 <= correct <= samples and correct == int(correct)):
+        raise ProtocolError(f"{correct!r:.40} hits in {samples} samples")
+    return loss, int(correct)
 
 
 def train_step(

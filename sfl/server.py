@@ -71,16 +71,17 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             events = folder.events
             events.note(f"command line: {' '.join(command_line())}")
             address = listener.address
-            needed, first_round = (past.clients, past.first_round) if past else (run.clients, 0)
+            needed = past.clients if past else run.clients
             events.say(f"run {run.run}: listening on {address} for {counted(needed, 'client')}")
             if past:
-                events.say(f"going on with round {first_round + 1}/{run.rounds}")
+                events.say(f"going on with round {past.first_round + 1}/{run.rounds}")
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
-            joined = gather(switchboard, run, events, needed=needed, first_round=first_round)
+            joined = gather(switchboard, run, events, past)
             rounds = prepare(run, joined, switchboard, folder, device=device, node=node, past=past)
+            num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
             for connection in switchboard.connections:
-                connection.limits = rounds.split.server_limits(rounds.most_steps)
+                connection.limits = rounds.split.server_limits(num_steps[connection])
             finish(rounds, folder)
     return path
 
@@ -124,11 +125,11 @@ def prepare(
         "input_shape": list(report.input_shape),
         "classes": list(report.classes),
         "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
+        "digests": {str(k): client.data.digest for k, client in joined.items()},
     }
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
-    num_samples = {k: dict(client.data.num_samples) for k, client in joined.items()}
     if past:
-        check_same_data(past, num_samples)
+        check_same_data(past, {k: client.data.digest for k, client in joined.items()})
         for difference in differences(past.fingerprint, fingerprint(device)):
             events.say(f"warning: {difference} of the run so far: the last bit may differ")
     archive.write("config", "config.json", to_json(options_record(run, node)))

@@ -102,7 +102,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
         folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
         pairs = {k: local_pair(k) for k in data}
         ours = fingerprint(device)
-        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k])) for k in data}
+        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k], run.run)) for k in data}
         network = LocalNetwork()
         rounds = prepare(run, joined, network, folder, device=device, node=node)
         for k, (server_end, client_end) in pairs.items():
@@ -135,7 +135,7 @@ def _pooled(data: Mapping[int, ClientData]) -> ClientData:
     Raises:
         RunError: their data do not go together.
     """
-    check_agreement({k: DataReport.of(part) for k, part in data.items()})
+    check_agreement({k: DataReport.of(part, "") for k, part in data.items()})
     parts = list(data.values())
 
     def join(samples: Iterable[Samples]) -> Samples:

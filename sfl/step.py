@@ -31,9 +31,9 @@ from sfl.driver import Conversation
 from sfl.errors import ProtocolError
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
-from sfl.protocol import MessageType, Position
+from sfl.protocol import Message, MessageType, Position
 from sfl.schemes import Exchange
-from sfl.segment import StepFigures, train_step
+from sfl.segment import StepFigures, checked, train_step
 from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
 
 
@@ -86,7 +86,7 @@ def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversati
     party.front.backward(decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}"))
     party.front.update()
     party.record(at, at.step, len(y), (labels, features, bytes(reply.payload)))
-    return StepFigures(reply.get("loss", float), reply.get("correct", int), len(y))
+    return _figures(reply, len(y))
 
 
 def server_step(
@@ -113,6 +113,12 @@ def server_step(
     party.compute_s += time.perf_counter() - started
     party.record(at, next(taken), num_samples, (labels, features, grads))
     return figures
+
+
+def _figures(message: Message, size: int) -> StepFigures:
+    """Return what a peer says of a step over ``size`` samples."""
+    loss, correct = message.get("loss", float), message.get("correct", int)
+    return StepFigures(*checked(loss, correct, size), size)
 
 
 def _content(figures: StepFigures) -> dict[str, float]:
@@ -175,10 +181,10 @@ def server_gradient_steps(
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
             started = time.perf_counter()
             grads = decode_state(message.payload, spec, f"the gradients of {link.peer_title}")
-            loss, correct = message.get("loss", float), message.get("correct", int)
+            figures = _figures(message, own[1])
             pool.add(party.client, grads, own[1])
             party.record_gradients(at, own[1], message.payload)
-            party.watcher.step(at, StepFigures(loss, correct, own[1]))
+            party.watcher.step(at, figures)
             party.compute_s += time.perf_counter() - started
         yield pool.has_updated(step)
         link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.parameters, at=at)
@@ -206,9 +212,7 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     spec = party.split.figures_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}").tolist()
     for (at, size), (loss, correct) in zip(_sizes(party, round_index), table, strict=True):
-        if not (0 <= correct <= size and correct == int(correct)):
-            raise ProtocolError(f"{link.peer_title} reports {correct} hits in {size} samples")
-        party.watcher.step(at, StepFigures(loss, int(correct), size))
+        party.watcher.step(at, StepFigures(*checked(loss, correct, size), size))
 
 
 class Ends(NamedTuple):

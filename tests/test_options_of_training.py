@@ -8,12 +8,14 @@ from torch import nn
 
 from sfl.config import RunConfig
 from sfl.data import batch_indices
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, ProtocolError
 from sfl.models import build, model_spec
+from sfl.order import Turns, interleaved
+from sfl.outcome import check_rule
 from sfl.protocol import Position
 from sfl.registry import with_options
-from sfl.schedule import SCHEDULES, learning_rate
-from sfl.segment import train_step
+from sfl.schedule import SCHEDULES, check_schedule, learning_rate
+from sfl.segment import checked, train_step
 from sfl.split_model import SplitModel
 from tests.test_schemes import data_of, joined, simulated
 
@@ -132,3 +134,52 @@ def test_fedprox_pulls_the_client_side_half_alone(tmp_path: Path) -> None:
 def test_options_behind_a_colon_are_checked(text: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         with_options("lr-schedule", text, SCHEDULES)(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "correct"),
+    [(-0.5, 1), (1e80, 1), (float("-inf"), 1), (1.0, -1), (1.0, 11), (1.0, 10**400), (1.0, 0.5)],
+)
+def test_figures_that_cannot_be_are_refused(loss: float, correct: float) -> None:
+    with pytest.raises(ProtocolError):
+        checked(loss, correct, 10)
+
+
+def test_figures_of_a_run_that_diverged_are_figures() -> None:
+    assert checked(float("inf"), 0, 10) == (float("inf"), 0)
+    assert str(checked(float("nan"), 10.0, 10)) == "(nan, 10)"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rule", "wanted"),
+    [
+        ("sl", "median", "--scheme sl averages no trained models"),
+        ("sync-sgd", "fedadam", "--scheme sync-sgd averages no trained models"),
+        ("central", "median", "--scheme central averages no trained models"),
+        ("fl", "krum:faulty=1", "2 faulty"),
+        ("sl", "krumm", "did you mean krum"),
+    ],
+)
+def test_a_rule_that_has_nothing_to_do_is_refused(scheme: str, rule: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        check_rule(RunConfig(scheme=scheme, aggregation=rule))
+
+
+@pytest.mark.parametrize("name", ["sflv2", "sflv3", "fl"])
+def test_a_rule_that_has_something_to_do_is_taken(name: str) -> None:
+    check_rule(RunConfig(scheme=name, aggregation="trimmed-mean"))
+
+
+@pytest.mark.parametrize("schedule", ["step:every=1,factor=1e200", "step:every=1,factor=1e20"])
+def test_a_schedule_that_explodes_is_refused_before_the_start(schedule: str) -> None:
+    with pytest.raises(ConfigError, match="--lr-schedule"):
+        check_schedule(RunConfig(lr_schedule=schedule, rounds=10))
+
+
+def test_turns_do_not_unfold_what_a_client_claims() -> None:
+    """A sequence of billions of steps is taken one by one."""
+    turns = Turns(interleaved([1, 0], {0: 2**40, 1: 2**40}))
+    for client in (1, 0, 1):
+        assert turns.of(client)()
+        assert not turns.of(1 - client)()
+        turns.done()

@@ -78,7 +78,7 @@ def test_one_client_or_round_is_checked_alone(run: Path) -> None:
 
 def test_a_selection_that_holds_nothing_is_an_error(run: Path) -> None:
     for selection in (["--client", 9], ["--round", 77]):
-        with pytest.raises(RunError, match="no recorded tensors of that client and round"):
+        with pytest.raises(RunError, match="has nothing recorded of that client and round"):
             run_replay(run, *selection)
 
 

@@ -45,6 +45,7 @@ def uninterrupted(tmp_path: Path, options: Sequence[object]) -> Path:
         ["--scheme", "fl", "--aggregation", "fedadam:lr=0.01"],
         ["--scheme", "sync-sgd", "--optimizer-state", "keep", "--participation", 0.6],
         ["--aggregation", "fedyogi:lr=0.01", "--optimizer-state", "keep"],
+        ["--scheme", "sflv2", "--lr-schedule", "cosine", "--lr-rounds", 4],
     ],
 )
 def test_a_finished_run_goes_on_as_if_it_had_not_ended(
@@ -112,11 +113,11 @@ def test_a_client_that_lost_what_only_it_had_says_so(launcher: Launcher) -> None
 
 def test_clients_with_other_data_cannot_go_on(launcher: Launcher, tmp_path: Path) -> None:
     options = ["--model", "mlp", "--rounds", 1, "--batch-size", 16, "--partition", "own"]
-    first, other = (write_own(tmp_path / name, count=n) for name, n in (("a", 60), ("b", 80)))
+    first, other = (write_own(tmp_path / name, count=n) for name, n in (("a", 60), ("b", 61)))
     run = launcher.run(*options, clients=1, client_options=["--data-dir", first])
     server = launcher.server("--resume", run, "--rounds", 2)
     client = launcher.client("--data-dir", other)
-    assert "client_0 reports" in server.ended_with(1)
+    assert "client_0 has other data than it had in this run" in server.ended_with(1)
     client.ended_with(1)
 
 
@@ -162,3 +163,103 @@ def test_clients_beyond_the_most_are_turned_away(launcher: Launcher, tmp_path: P
     send_signal(server, signal.SIGINT)
     for program in (server, *clients):
         program.ended_with(1)
+
+
+SMALL = ["--model", "mlp", "--batch-size", 500]
+
+
+def test_a_schedule_keeps_its_length_when_a_run_goes_on(launcher: Launcher) -> None:
+    """Else the rounds before would be replayed with a learning rate that they never had."""
+    run = launcher.run(*SMALL, "--lr-schedule", "cosine", "--rounds", 2, clients=1)
+    server, client = launcher.server("--resume", run, "--rounds", 3), launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    assert load(run).run.lr_rounds == 2
+    assert replay.check(load(run)).findings == []
+
+
+def test_a_run_has_one_server_at_a_time(launcher: Launcher) -> None:
+    server = launcher.server("--run", "r", *SMALL, "--rounds", 500, "--clients", 1)
+    client = launcher.client()
+    wait_for(server, "round 2/500")
+    run = launcher.folder / "server/r"
+    second = launcher.server("--resume", run, "--rounds", 600, "--port", 0)
+    assert "another process is writing" in second.ended_with(1)
+    tensors = sum(1 for _ in run.glob("client_files/*/*/*.pt"))
+    assert tensors > 0
+    send_signal(server, signal.SIGINT)
+    assert server.ended_with(1) == "run_server.py: error: interrupted"
+    client.ended_with(1)
+    assert sum(1 for _ in run.glob("client_files/*/*/*.pt")) >= tensors
+
+
+def test_only_the_clients_of_a_run_go_on_with_it(launcher: Launcher, tmp_path: Path) -> None:
+    folders = {k: write_own(tmp_path / f"data_{k}", count=60 + k) for k in (1, 2, 3)}
+    server = launcher.server("--clients", 2, "--max-clients", 4, "--run", "r", *OWN)
+    clients = [launcher.client("--client-id", k, "--data-dir", folders[k]) for k in (1, 3)]
+    for program in (server, *clients):
+        program.ended_with(0)
+    server = launcher.server("--resume", launcher.folder / "server/r", "--rounds", 3)
+    other = launcher.client("--client-id", 2, "--data-dir", folders[2])
+    assert "--client-id 2: this run has the ids 1, 3" in other.ended_with(1)
+    first = launcher.client("--client-id", 1, "--data-dir", folders[1])
+    wait_for(first, "waiting for 1 of 2 clients: 3")
+    last = launcher.client("--data-dir", folders[3])  # the only id that is free
+    for program in (server, first, last):
+        program.ended_with(0)
+
+
+def test_a_torn_line_of_a_manifest_is_cut_off(launcher: Launcher) -> None:
+    run = launcher.run(*SMALL, "--rounds", 1, clients=1)
+    with open(run / "manifest.jsonl", "a") as manifest:
+        manifest.write('{"kind": "one_client_mod')
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    assert replay.check(load(run)).findings == []
+
+
+def test_a_recorded_configuration_of_a_run_that_went_on_starts_another(launcher: Launcher) -> None:
+    run = launcher.run(*SMALL, "--rounds", 1, clients=1)
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    options = ["--config", run / "config.json", "--run", "fresh", "--seed", 3]
+    server = launcher.server(*options, "--port", launcher.port)
+    client = launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    assert len(list((launcher.folder / "server/fresh/rounds").iterdir())) == 2
+
+
+def test_a_client_does_not_write_into_another_run_of_that_name(launcher: Launcher) -> None:
+    run = launcher.run(*SMALL, "--rounds", 1, clients=1)
+    config = launcher.folder / "client/r/client_0/config.json"
+    folder = launcher.folder / "client/r"
+    (launcher.folder / "elsewhere").mkdir()
+    other = Launcher(launcher.folder / "elsewhere")
+    theirs = other.run(*SMALL, "--rounds", 1, "--seed", 4, clients=1)
+    before = config.read_bytes()
+    server = launcher.server("--resume", theirs, "--rounds", 2, "--port", launcher.port)
+    client = launcher.client()
+    assert "is of another run: --seed 4: the run has 0" in client.ended_with(1)
+    server.ended_with(1)
+    assert config.read_bytes() == before
+    assert folder.is_dir()
+    assert run.is_dir()
+
+
+def test_a_client_that_was_killed_can_go_on_with_what_only_it_has(launcher: Launcher) -> None:
+    """What only it has is on disk before the server can take the round for done."""
+    options = [*SMALL, "--scheme", "sflv3", "--optimizer-state", "keep", "--run", "r"]
+    server = launcher.server("--clients", 1, *options, "--rounds", 500)
+    client = launcher.client()
+    wait_for(server, "round 3/500")
+    send_signal(client, signal.SIGKILL)
+    server.ended_with(1)
+    done = server.out.count("training loss")
+    run = launcher.folder / "server/r"
+    server, client = launcher.server("--resume", run, "--rounds", done + 1), launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    assert replay.check(load(run)).findings == []
