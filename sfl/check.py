@@ -13,8 +13,8 @@ from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
 from sfl.split_model import SplitModel, resolve_cut
+from sfl.stores import check_address
 from sfl.tensors import max_file_bytes
-from sfl.weights import weight_store
 
 
 def check_run(run: RunConfig) -> RunConfig:
@@ -44,7 +44,7 @@ def check_names(run: RunConfig) -> None:
     scheme(run.scheme)
     check_optimizer(run.optimizer)
     check_schedule(run)
-    weight_store(run.weights)
+    check_address(run.weights)
 
 
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:

@@ -20,12 +20,13 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         from sfl.config import RunConfig, ServerNode
+        from sfl.fed_server import serve_fed
         from sfl.options import parse_options
         from sfl.server import serve
 
         about = "Start the server of a split-learning run; the clients are run_client.py."
         run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
-        serve(run, node)
+        (serve_fed if node.role == "fed" else serve)(run, node)
 
     return run_program("run_server.py", program)
 

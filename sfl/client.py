@@ -1,28 +1,27 @@
 """A client: connect, register, load the data, take part in the rounds."""
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from sfl.check import check_names
+from sfl.client_store import hearing_why, open_store
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
 from sfl.data import OWN, ClientData, dataset_spec, num_batches, part_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import ConnectionLost, PeerFailed, ProtocolError, RunError, reason_of
+from sfl.errors import RunError
 from sfl.own_data import load_own
 from sfl.party import ClientParty
-from sfl.protocol import Limits, MessageType
-from sfl.registration import DataReport, client_join, send_report
+from sfl.protocol import Limits
+from sfl.registration import DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, load_front
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
 from sfl.transport import Connection, connect, parse_address
-from sfl.weights import weight_store
 
 
 def take_part(node: ClientNode) -> None:
@@ -46,13 +45,13 @@ def take_part(node: ClientNode) -> None:
     )
     with connection:
         connection.peer_name, connection.on_notice = "server", say
-        with _hearing_why(connection):
+        with hearing_why(connection):
             joining = client_join(connection, node.client_id, fingerprint(device))
-            client, run, first_round = run_blocking(joining)
-            connection.name = f"client_{client}"
+            welcome = run_blocking(joining)
+            run, connection.name = welcome.run, f"client_{welcome.client}"
             path = node.out_path / "client" / run.run / connection.name
-            _create_folder(path, goes_on=first_round > 0)
-            if first_round:
+            _create_folder(path, goes_on=welcome.first_round > 0)
+            if welcome.first_round:
                 check_same_run(path, run)
             with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
                 folder.events.say(f"{connection.name} of run {run.run} at {node.server}")
@@ -60,25 +59,7 @@ def take_part(node: ClientNode) -> None:
                 environment = describe(device, command_line())
                 folder.archive.write("environment", "environment.json", to_json(environment))
                 with telling_why(folder.events):
-                    _run(connection, client, run, first_round, node, folder, device)
-
-
-@contextlib.contextmanager
-def _hearing_why(connection: Connection) -> Iterator[None]:
-    """Tell the server why we end; when it is the one that left, find out why."""
-    try:
-        yield
-    except PeerFailed:
-        raise
-    except ConnectionLost as error:
-        if why := connection.last_words():
-            raise why from error
-        raise
-    except BaseException as error:
-        wrong = isinstance(error, ProtocolError)
-        last = MessageType.INVALID_MESSAGE if wrong else MessageType.ABORT
-        connection.dismiss(last, reason_of(error))
-        raise
+                    _run(connection, welcome, node, folder, device)
 
 
 def _create_folder(path: Path, *, goes_on: bool) -> None:
@@ -112,14 +93,13 @@ def load_data(
 
 def _run(
     connection: Connection,
-    client: int,
-    run: RunConfig,
-    first_round: int,
+    welcome: Welcome,
     node: ClientNode,
     folder: RunFolder,
     device: torch.device,
 ) -> None:
     events, allowed = folder.events, node.allowed_imports
+    client, run, first_round = welcome.client, welcome.run, welcome.first_round
     check_names(run)
     data = load_data(run, client, node.data_path, allowed, events.say)
     split = SplitModel(run, data.input_shape, len(data.classes), allowed)
@@ -130,23 +110,26 @@ def _run(
     front = split.front(device)
     if first_round:
         load_front(folder.path, front, run, client, first_round)
-    send_report(connection, report)
     log = ClientLog(run, folder, num_batches(len(data.train), run.batch_size))
-    party = ClientParty(
-        client=client,
-        run=run,
-        link=connection,
-        weights=weight_store(run.weights)(connection),
-        split=split,
-        archive=folder.archive,
-        watcher=log,
-        front=front,
-        data=data,
-        on_round=log.end_round,
-        first_round=first_round,
-    )
-    try:
-        run_blocking(client_run(party))
-    finally:
-        log.progress.close()
+    with open_store(connection, welcome, node, folder, report, fingerprint(device)) as (store, fed):
+        if fed is not None:
+            fed.limits = split.client_limits()
+        send_report(connection, report)
+        party = ClientParty(
+            client=client,
+            run=run,
+            link=connection,
+            weights=store,
+            split=split,
+            archive=folder.archive,
+            watcher=log,
+            front=front,
+            data=data,
+            on_round=log.end_round,
+            first_round=first_round,
+        )
+        try:
+            run_blocking(client_run(party))
+        finally:
+            log.progress.close()
     events.say(f"the run is over; this client's log lies in {folder.path}")

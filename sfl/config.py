@@ -91,7 +91,9 @@ class RunConfig:
     aggregation_weights: str = _option(
         "samples", "clients weigh by their training samples, or equally", ("samples", "equal")
     )
-    weights: str = _option("socket", "how client-side weights travel for averaging: socket")
+    weights: str = _option(
+        "socket", "how client-side weights travel: socket, dir:PATH or gs://BUCKET/PREFIX"
+    )
     keep_tensors: str = _option(
         "all", "rounds whose tensors stay on disk: all, last, every:N or none"
     )
@@ -170,10 +172,14 @@ class NodeConfig:
     threads: int = _option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = _option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
     out: str = _option("shared_files", "folder that runs are written into")
+    weights_timeout: float = _option(
+        600.0, "seconds that a store of weights may stay away before the run ends"
+    )
 
     def check(self) -> None:
         """Raise ``ConfigError`` for a value out of range."""
         _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        _check_timeout("weights_timeout", self.weights_timeout)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"--device {self.device!r}: give auto, cpu, cuda or cuda:N")
         _check_choices(self)
@@ -194,6 +200,12 @@ class ServerNode(NodeConfig):
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
     peer_timeout: float = _option(3600.0, "seconds without a byte from a client it must hear from")
+    role: str = _option(
+        "all", "main server, fed server, or both in one process", ("all", "main", "fed")
+    )
+    fed_server: str = _option(
+        "", "HOST:PORT of the fed server, for --role main; clients must reach it, too"
+    )
     resume: str = _option(
         "", "folder of a run that goes on, with its options; --rounds may be more than it had"
     )
@@ -202,6 +214,8 @@ class ServerNode(NodeConfig):
         super().check()
         _require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
         _check_timeout("peer_timeout", self.peer_timeout)
+        if self.fed_server and self.role != "main":
+            raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
 
 
 @dataclass(frozen=True)
@@ -215,6 +229,9 @@ class ClientNode(NodeConfig):
     connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
     peer_timeout: float = _option(3600.0, "seconds without a byte from the server")
     keep_tensors: str = _option("none", "as the server's; the server has the same files")
+    allow_weights: str = _option(
+        "", "gs://BUCKET/PREFIX that the server may name for weights; or this machine's dir:PATH"
+    )
     allow_import: str = _option(
         "", "comma-separated package.module:function that the server may name as model or dataset"
     )

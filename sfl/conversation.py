@@ -27,6 +27,8 @@ them, ``weights`` the exchange of weights::
 import re
 import time
 
+from torch import Tensor
+
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
 from sfl.evaluation import client_evaluate, server_evaluate
@@ -39,7 +41,7 @@ from sfl.schemes import Fronts, scheme
 from sfl.segment import Tally
 from sfl.step import STEPS
 from sfl.tensors import decode_state, encode_state
-from sfl.weights import INITIAL, NamedWeights, WeightKey, check_name, client_weights
+from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, check_name, client_weights
 
 SECONDS_WIDTH = 16  # characters
 TIMES = ("compute_s", "wait_s", "transfer_s")
@@ -90,7 +92,8 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
     if row.fronts is not Fronts.OWN:
         key = WeightKey(client_weights(party.client), at)
-        yield from party.weights.put(key, encode_state(party.front.state()))
+        front = encode_state(party.front.state())
+        yield from party.weights.put(key, front, len(party.data.train))
 
 
 def server_train(
@@ -109,8 +112,10 @@ def server_train(
         return RoundResult({}, b"", seconds)
     name = client_weights(party.client)
     data = yield from party.weights.get(WeightKey(name, at))
-    front = decode_state(data, party.split.front_spec, f"the weights of client {party.client}")
-    result = RoundResult(front, encode_state(front), seconds)
+    front: dict[str, Tensor] = {}
+    if data:  # else they went to the fed server
+        front = decode_state(data, party.split.front_spec, f"the weights of client {party.client}")
+    result = RoundResult(front, encode_state(front) if data else b"", seconds)
     plan.end_turn(NamedWeights(name, result.file))
     return result
 
@@ -129,7 +134,9 @@ def _hand_over(
     content = {"front": front.name if front else "", **more}
     party.link.send_message_as_json(message, content=content, at=at)
     if front:
-        yield from party.weights.put(WeightKey(front.name, at), front.data)
+        key, averaged = WeightKey(front.name, at), front.name == AVERAGE
+        give = party.weights.put if averaged else party.weights.pass_on
+        yield from give(key, front.data)
 
 
 def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict[str, str]:

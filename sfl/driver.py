@@ -18,8 +18,15 @@ Conversation = Generator[Link | Gate, None, T]
 class Network(Protocol):
     """Several links, of which one can wait for whichever has a message."""
 
-    def wait(self, links: Collection[Link]) -> Link:
-        """Return one of ``links`` that has a message or has failed; block until there is one."""
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
+        """Return one of ``links`` that has a message or has failed; block until there is one.
+
+        None if a gate has opened instead: ``wake`` says so.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Look at the gates again; called from other threads."""
         ...
 
 
@@ -54,9 +61,10 @@ def run_together(network: Network, conversations: Mapping[int, Conversation[T]])
         resume(client)
     while receiving or held:
         free = next((client for client, gate in held.items() if gate()), None)
-        if free is None:
-            free = receiving.pop(network.wait(receiving))
-        else:
+        if free is not None:
             del held[free]
-        resume(free)
+        elif link := network.wait(receiving, held.values()):
+            free = receiving.pop(link)
+        if free is not None:
+            resume(free)
     return {client: results[client] for client in conversations}

@@ -8,7 +8,7 @@ from sfl.driver import Conversation
 from sfl.errors import RunError, SflError
 from sfl.link import Link
 from sfl.protocol import MessageType
-from sfl.registration import ANY_ID, Joined, server_join
+from sfl.registration import ANY_ID, HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
 from sfl.switchboard import DrainedConnection, Switchboard
@@ -38,7 +38,9 @@ class Lobby:
         if wanted == ANY_ID:
             wanted = min(self.ids - self.taken)
         if wanted not in self.ids:
-            known = ", ".join(map(str, sorted(self.ids)))
+            every = sorted(self.ids)
+            in_a_row = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
         if wanted in self.taken:
             raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
@@ -66,7 +68,11 @@ class Lobby:
 
 
 def gather(
-    switchboard: Switchboard, run: RunConfig, events: EventLog, past: Past | None
+    switchboard: Switchboard,
+    run: RunConfig,
+    events: EventLog,
+    past: Past | None,
+    fed: str = HERE,
 ) -> dict[int, Joined]:
     """Register clients until enough are there with their data: those of the past, if there is one.
 
@@ -76,16 +82,17 @@ def gather(
         RunError: a client that had registered left again.
     """
     if past:
-        lobby, first_round = Lobby(run, past.num_samples, past.clients), past.first_round
+        lobby = Lobby(run, past.num_samples, past.clients)
     else:
-        lobby, first_round = Lobby(run, range(run.most_clients), run.clients), 0
+        lobby = Lobby(run, range(run.most_clients), run.clients)
+    welcome = Welcome(ANY_ID, run, past.first_round if past else 0, fed)
     conversations: dict[DrainedConnection, Conversation[Joined]] = {}
     noticed_at = time.monotonic()
     while not lobby.complete:
         for connection in switchboard.wait_for_any(timeout_s=1.0):
             if connection not in conversations:
                 connection.name = "server"
-                conversations[connection] = server_join(connection, run, first_round, lobby.take_id)
+                conversations[connection] = server_join(connection, welcome, lobby.take_id)
                 next(conversations[connection])
             _resume(connection, conversations[connection], lobby, switchboard, events)
         now = time.monotonic()

@@ -70,7 +70,7 @@ def compare(store: ObjectStore, path: str, data: bytes) -> None:
 class Directory:
     """Objects as files of a folder, on any file system that several machines share.
 
-    Metadata lie beside an object, in ``<name>.json``, which is written first.
+    Metadata lie beside an object, in ``<name>.about``, which is written first.
     """
 
     def __init__(self, root: str) -> None:
@@ -89,7 +89,7 @@ class Directory:
         target = self._root / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for file, content in ((target.with_suffix(".json"), described), (target, data)):
+            for file, content in ((_about(target), described), (target, data)):
                 if not _create_file(file, content) and file.read_bytes() != content:
                     compare(self, path, data)
                     raise RunError(
@@ -103,7 +103,7 @@ class Directory:
         file = self._root / path
         try:
             data = file.read_bytes()
-            metadata = json.loads(file.with_suffix(".json").read_bytes())
+            metadata = json.loads(_about(file).read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -116,8 +116,12 @@ class Directory:
 
     def delete(self, path: str) -> None:
         file = self._root / path
-        for one in (file, file.with_suffix(".json")):
+        for one in (file, _about(file)):
             one.unlink(missing_ok=True)
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(f"{path.name}.about")
 
 
 def _create_file(path: Path, data: bytes) -> bool:

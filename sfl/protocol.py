@@ -55,6 +55,7 @@ class MessageType(StrEnum):
     ROUND_TRAINED = "ROUND_TRAINED"  # C: my steps of this round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: a large file is offered: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it, from this offset on
+    WEIGHTS_STORED = "WEIGHTS_STORED"  # C, S: weights lie in the store: name, checksum
     SEND_MODEL = "SEND_MODEL"  # C, S: file, client-side weights (S: the initial ones)
     SEND_AGGREGATED_MODEL = "SEND_AGGREGATED_MODEL"  # S: file, averaged or updated ones
     START_VALIDATION = "START_VALIDATION"  # S: evaluate the round's outcome: which front

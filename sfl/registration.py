@@ -4,7 +4,7 @@
 
     client (client_join)                             server (server_join)
     REGISTER {client_id, fingerprint}            ->
-                                                 <-  REGISTERED {client_id, config, round}
+                                                 <-  REGISTERED {client_id, config, round, fed}
                                                  or  INVALID_MESSAGE: why not
     REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
                                                  <-  MESSAGE: who is still missing
@@ -61,10 +61,23 @@ class Joined:
     data: DataReport
 
 
+HERE, APART = "here", "apart"  # where the fed server is; or its HOST:PORT
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a server says to a client that it registers."""
+
+    client: int
+    run: RunConfig
+    first_round: int  # that is not done yet
+    fed: str = HERE  # APART: it has no port, the weights go through the store
+
+
 def client_join(
     link: Link, wanted_id: int | None, fingerprint: Mapping[str, str]
-) -> Conversation[tuple[int, RunConfig, int]]:
-    """Register; return the client's id, the run's configuration and the round it goes on with."""
+) -> Conversation[Welcome]:
+    """Register, and return what the server says."""
     wanted = ANY_ID if wanted_id is None else wanted_id
     content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
     link.send_message_as_json(MessageType.REGISTER, content=content)
@@ -81,7 +94,7 @@ def client_join(
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) < run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
-    return client, run, first_round
+    return Welcome(client, run, first_round, reply.get("fed", str))
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -97,12 +110,12 @@ def send_report(link: Link, report: DataReport) -> None:
 
 
 def server_join(
-    link: Link, run: RunConfig, first_round: int, take_id: Callable[[int], int]
+    link: Link, welcome: Welcome, take_id: Callable[[int], int]
 ) -> Conversation[Joined]:
     """Register one client and wait until its data are loaded.
 
-    ``first_round`` is the one that the run goes on with. ``take_id`` gives the client its id or
-    raises ``RunError`` to turn it away.
+    ``welcome`` is for every client, apart from its id, which ``take_id`` gives; it raises
+    ``RunError`` to turn the client away.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -112,7 +125,12 @@ def server_join(
         raise ProtocolError(str(error)) from error
     client = take_id(hello.get("client_id", int))
     link.peer_name = f"client_{client}"
-    content = {"client_id": client, "config": dataclasses.asdict(run), "round": first_round}
+    content = {
+        "client_id": client,
+        "config": dataclasses.asdict(welcome.run),
+        "round": welcome.first_round,
+        "fed": welcome.fed,
+    }
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)

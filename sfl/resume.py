@@ -42,9 +42,10 @@ def read_halves(
         IntegrityError: a file of theirs is damaged or missing.
     """
     files = {}
-    if round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN:
+    fronts_lie_here = archive.lists(model_path(CLIENT_MODEL, -1))  # not with a main server alone
+    if fronts_lie_here and (round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN):
         files[FRONT] = CLIENT_MODEL, split.front_spec
-    if has_back_files(run):
+    if has_back_files(run) and archive.lists(model_path(SERVER_MODEL, -1)):
         files[BACK] = SERVER_MODEL, split.back_spec
     halves = {}
     for name, (template, spec) in files.items():
@@ -132,7 +133,8 @@ class Past:
     """What a run did before it goes on."""
 
     archive: RunArchive
-    first_round: int  # that is not done
+    first_round: int  # that it goes on with
+    done: int  # rounds
     num_samples: Mapping[int, Mapping[str, int]]  # of each client
     digests: Mapping[int, str]  # of each client's data
     fingerprint: Mapping[str, str]  # of what it ran on
@@ -142,8 +144,8 @@ class Past:
         return len(self.num_samples)
 
 
-def open_past(folder: Path, run: RunConfig) -> Past:
-    """Return how far a run got.
+def open_past(folder: Path, run: RunConfig, first_round: int | None = None) -> Past:
+    """Return how far a run got; ``first_round`` is the one to go on with, if somebody else says.
 
     Raises:
         RunError: the folder is none of a run that started.
@@ -151,20 +153,23 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         ConfigError: there is nothing left to do.
     """
     archive = sfl.archive.open(folder)
-    done = [entry.round for entry in archive.listed if entry.kind == "round_log"]
+    rounds = [entry.round for entry in archive.listed if entry.kind == "round_log"]
+    done = max(rounds, default=-1) + 1
     if not archive.lists("environment.json"):
         raise RunError(f"the run in {folder} never started; start it again under another --run")
-    first_round = max(done, default=-1) + 1
-    if run.rounds <= first_round:
+    if first_round is None and run.rounds <= done:
         raise ConfigError(
-            f"the run in {folder} has done its {counted(first_round, 'round')};"
+            f"the run in {folder} has done its {counted(done, 'round')};"
             " say with --rounds how many it shall have in all"
         )
+    if first_round is not None and first_round > done:
+        raise RunError(f"{folder} has {counted(done, 'round')}, the run {first_round}")
     environment = archive.environment()
     counts = environment["data"]["num_samples"]
     samples = {int(k): parts for k, parts in counts.items()}
     digests = {int(k): digest for k, digest in environment["data"]["digests"].items()}
-    return Past(archive, first_round, samples, digests, environment["fingerprint"])
+    first_round = done if first_round is None else first_round
+    return Past(archive, first_round, done, samples, digests, environment["fingerprint"])
 
 
 def drop_partial_rounds(past: Past) -> None:

@@ -83,7 +83,7 @@ class RoundLog:
     ) -> None:
         """Write the round's file and its line of ``rounds.csv``."""
         self.progress.close()
-        rows: list[tuple[object, ...]] = [("client", "file", "metric", "value")]
+        rows: list[tuple[object, ...]] = []
         for client, metrics in sorted(clients.items()):
             for step, figures in self._steps.get(client, []):
                 name = f"labels_{round_index}_{step}.pt"
@@ -92,7 +92,7 @@ class RoundLog:
             name = f"client_model_{round_index:03d}.pt"
             rows.extend((client, name, metric, value) for metric, value in metrics.items())
         path = f"rounds/round_{round_index:03d}.csv"
-        self._folder.archive.write("round_log", path, _csv(rows), round_index)
+        self._folder.archive.write("round_log", path, write_table(rows), round_index)
         row = {"round": round_index, **overall}
         self._write_summary_row([row.get(name, "") for name in ROUND_COLUMNS])
         self._folder.events.say(_summary(round_index, self._rounds, overall))
@@ -138,6 +138,11 @@ def _csv(rows: Sequence[Sequence[object]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
+
+
+def write_table(rows: Sequence[Sequence[object]]) -> bytes:
+    """Return a round's file: what it says of each client and file."""
+    return _csv([("client", "file", "metric", "value"), *rows])
 
 
 def _summary(round_index: int, rounds: int, overall: Mapping[str, float]) -> str:

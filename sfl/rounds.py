@@ -162,7 +162,8 @@ class Rounds:
         if policy is Fronts.RELAYED:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:
-            front = NamedWeights(AVERAGE, encode_state(self.halves[FRONT].state))
+            half = self.halves.get(FRONT)  # the fed server's, where that is apart
+            front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"")
         conversations = {
             k: server_evaluate_round(
                 party, None if front and front.name == client_weights(k) else front, round_index

@@ -1,8 +1,10 @@
 """The server: listen, gather the clients, run the rounds, say goodbye."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,11 +13,15 @@ from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.errors import ConfigError
+from sfl.fed import put_config
+from sfl.fed_server import fed_server
+from sfl.link import Link
 from sfl.lobby import gather
+from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.party import TRAIN, ServerParty
 from sfl.protocol import Limits
-from sfl.registration import Joined, check_agreement
+from sfl.registration import APART, HERE, Joined, check_agreement
 from sfl.resume import (
     Past,
     check_same_data,
@@ -27,6 +33,7 @@ from sfl.resume import (
 from sfl.roundlog import RoundLog
 from sfl.rounds import Rounds
 from sfl.runfolder import (
+    EventLog,
     RunFolder,
     create_run_folder,
     open_folder,
@@ -36,9 +43,10 @@ from sfl.runfolder import (
 )
 from sfl.schemes import Exchange, scheme
 from sfl.split_model import SplitModel
+from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
 from sfl.transport import listen
-from sfl.weights import weight_store
+from sfl.weights import Elsewhere, WeightStore
 
 
 def serve(run: RunConfig, node: ServerNode) -> Path:
@@ -54,9 +62,10 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
+    check_role(run, node)
     device = set_up_torch(node)
     past = open_past(Path(node.resume), run) if node.resume else None
-    with listen(node.host, node.port) as listener:
+    with listen(node.host, node.port) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
         with (
             open_folder(path, "server_log.txt", run.keep_tensors) as folder,
@@ -69,6 +78,11 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             telling_why(folder.events, switchboard.end),
         ):
             events = folder.events
+            first_round = past.first_round if past else 0
+            place = _check_place(run, node, path, events)
+            fed = HERE if node.role == "all" else node.fed_server or APART
+            if node.fed_server:
+                stack.enter_context(fed_server(node, run, first_round))
             events.note(f"command line: {' '.join(command_line())}")
             address = listener.address
             needed = past.clients if past else run.clients
@@ -77,13 +91,66 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 events.say(f"going on with round {past.first_round + 1}/{run.rounds}")
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
-            joined = gather(switchboard, run, events, past)
-            rounds = prepare(run, joined, switchboard, folder, device=device, node=node, past=past)
+            joined = gather(switchboard, run, events, past, fed)
+            make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
+            rounds = prepare(
+                run, joined, switchboard, folder, device=device, node=node, past=past,
+                store=make if fed == HERE else lambda link: Elsewhere(), with_fronts=fed == HERE,
+            )  # fmt: skip
+            if place is not None:
+                put_config(place, run, first_round, folder_data(joined))
             num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits(num_steps[connection])
             finish(rounds, folder)
     return path
+
+
+def check_role(run: RunConfig, node: ServerNode) -> None:
+    """See that the servers of a run can be apart as this one is told.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if node.role != "main":
+        return
+    if scheme(run.scheme).exchange is Exchange.WEIGHT_GRADS:
+        raise ConfigError(
+            f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
+            " fed server to part from"
+        )
+    if (run.weights == SOCKET) != bool(node.fed_server):
+        raise ConfigError(
+            "--role main needs to know where the fed server is: give --fed-server HOST:PORT, or"
+            " let the weights go through a store, --weights dir:PATH or gs://BUCKET/PREFIX"
+        )
+
+
+def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLog) -> StoreOptions:
+    scratch = path / "downloads"
+    return StoreOptions(run.weights, scratch, node.weights_timeout, node.peer_timeout, events.say)
+
+
+def _check_place(
+    run: RunConfig, node: ServerNode, path: Path, events: EventLog
+) -> ObjectStore | None:
+    """Open the place that keeps the weights, if there is one, and see that it can be used."""
+    place = _store_options(run, node, path, events).open_place()
+    if place is not None:
+        place.check()
+        events.say(f"weights go through {place.title}")
+    return place
+
+
+def folder_data(joined: Mapping[int, Joined]) -> dict[str, Any]:
+    """Return what is recorded of the clients' data."""
+    report = check_agreement({k: client.data for k, client in joined.items()})
+    return {
+        "input_shape": list(report.input_shape),
+        "classes": list(report.classes),
+        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
+        "digests": {str(k): client.data.digest for k, client in joined.items()},
+    }
 
 
 def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
@@ -102,9 +169,14 @@ def prepare(
     *,
     device: torch.device,
     node: NodeConfig,
+    store: Callable[[Link], WeightStore],
     past: Past | None = None,
+    with_fronts: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
+
+    ``store`` makes the store of weights for a client's link. Without ``with_fronts`` another server
+    has the fronts, and none of them lie here.
 
     Raises:
         ConfigError: the model does not take such data.
@@ -121,12 +193,7 @@ def prepare(
                 f"warning: client_{k} has {difference} of the server: the last bit may differ"
             )
     clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
-    data = {
-        "input_shape": list(report.input_shape),
-        "classes": list(report.classes),
-        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
-        "digests": {str(k): client.data.digest for k, client in joined.items()},
-    }
+    data = folder_data(joined)
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
     if past:
         check_same_data(past, {k: client.data.digest for k, client in joined.items()})
@@ -148,7 +215,7 @@ def prepare(
         load_backs(past.archive, run, backs, halves, first_round)
         drop_partial_rounds(past)
     else:
-        halves = {FRONT: Half(split.front_state(), {})}
+        halves = {FRONT: Half(split.front_state(), {})} if with_fronts else {}
         if has_back_files(run):
             halves[BACK] = Half(split.back_state(), {})
     log = RoundLog(folder, run.rounds, first_round)
@@ -157,7 +224,7 @@ def prepare(
             client=k,
             run=run,
             link=client.link,
-            weights=weight_store(run.weights)(client.link),
+            weights=store(client.link),
             split=split,
             archive=archive,
             watcher=log,

@@ -16,7 +16,7 @@ from sfl.check import check_run
 from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
 from sfl.data import OWN, ClientData, Samples, dataset_spec, part_of
-from sfl.driver import Conversation
+from sfl.driver import Conversation, Gate
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
 from sfl.own_data import load_own
@@ -27,7 +27,7 @@ from sfl.runfolder import create_run_folder, open_folder, say, telling_why
 from sfl.schemes import scheme
 from sfl.segment import StepFigures
 from sfl.server import finish, prepare
-from sfl.weights import weight_store
+from sfl.stores import StoreOptions, store_maker
 
 
 class LocalLink(Link):
@@ -66,7 +66,10 @@ class LocalNetwork:
     def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
         self._clients[link] = conversation
 
-    def wait(self, links: Collection[Link]) -> Link:
+    def wake(self) -> None:
+        """Nothing waits: the clients run when they are asked."""
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link:
         """Return a link that has a message for the server, after letting its client run."""
         for link in links:
             assert isinstance(link, LocalLink)
@@ -104,13 +107,17 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
         ours = fingerprint(device)
         joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k], run.run)) for k in data}
         network = LocalNetwork()
-        rounds = prepare(run, joined, network, folder, device=device, node=node)
+        options = StoreOptions(
+            run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
+        )
+        make = store_maker(options.open_place(), options)
+        rounds = prepare(run, joined, network, folder, device=device, node=node, store=make)
         for k, (server_end, client_end) in pairs.items():
             party = ClientParty(
                 client=k,
                 run=run,
                 link=client_end,
-                weights=weight_store(run.weights)(client_end),
+                weights=make(client_end),
                 split=rounds.split,
                 archive=writers.enter_context(_client_archive(run, node, k)),
                 watcher=_Nobody(),

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import cast
 
+from sfl.driver import Gate
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
 from sfl.link import LAST_WORDS, Link, one_line
 from sfl.protocol import Limits, Message, MessageType
@@ -219,8 +220,15 @@ class Switchboard:
             self._changed.wait_for(lambda: any(c.arrived for c in self._connections), timeout_s)
             return [c for c in self._connections if c.arrived]
 
-    def wait(self, links: Collection[Link]) -> Link:
+    def wake(self) -> None:
+        """Let ``wait`` look at its gates again; called from other threads."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
         """Return the one of ``links`` whose message has waited longest, or that has failed.
+
+        None if a gate opens first.
 
         Raises:
             ConnectionLost: none of them sent anything for the length of the deadline.
@@ -234,13 +242,15 @@ class Switchboard:
 
         with self._changed:
             if not self._changed.wait_for(
-                lambda: any(c.arrived for c in drained) or ended(), self._timeout_s
+                lambda: any(c.arrived for c in drained) or ended() or any(g() for g in gates),
+                None if gates and not drained else self._timeout_s,
             ):
                 names = ", ".join(c.peer_name for c in drained)
                 raise ConnectionLost(f"{names} sent nothing for {self._timeout_s:g} seconds")
             if why := ended():
                 raise why
-            return min((c for c in drained if c.arrived), key=DrainedConnection.arrival_ns)
+            arrived = (c for c in drained if c.arrived)
+            return min(arrived, key=DrainedConnection.arrival_ns, default=None)
 
     def drop(self, connection: DrainedConnection, reason: str) -> None:
         """Turn one connection away, leaving it the time to read why."""

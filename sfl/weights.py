@@ -1,6 +1,7 @@
-"""How client-side weights travel for averaging: one interface, so far one store.
+"""How client-side weights travel for averaging: one interface; here, straight over a connection.
 
-A store is one party's end. What one end puts under a key, the other end gets::
+A store is one party's end; ``sfl.shared_weights`` has those that several reach, ``sfl.stores``
+chooses. What one end puts under a key, the other end gets::
 
     sender                                receiver
     put                                   get
@@ -10,11 +11,10 @@ A store is one party's end. What one end puts under a key, the other end gets::
 """
 
 import re
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from sfl.config import unknown_name
+from sfl.driver import Conversation
 from sfl.errors import IntegrityError, ProtocolError
 from sfl.link import Link
 from sfl.protocol import MessageType, Position, checksum
@@ -62,9 +62,15 @@ class NamedWeights:
 class WeightStore(Protocol):
     """One party's access to the weights of a run; ``data`` are the bytes of a state's file."""
 
-    def put(self, key: WeightKey, data: bytes) -> Generator[Link, None, None]: ...
+    def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
+        """Make weights, trained on so many samples, available under a key."""
+        ...
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Generator[Link, None, bytes]:
+    def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
+        """Let the peer have weights that another one has put."""
+        ...
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
         """Return what was put under ``key``; ``held`` is what may be that already."""
         ...
 
@@ -75,7 +81,7 @@ class SocketWeights:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def put(self, key: WeightKey, data: bytes) -> Generator[Link, None, None]:
+    def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
         link = self._link
         offer = {"name": key.name, "bytes": len(data), "checksum": checksum(data)}
         link.send_message_as_json(MessageType.REQUEST_TO_SEND_FILE, content=offer, at=key.at)
@@ -87,7 +93,10 @@ class SocketWeights:
         if offset < len(data):
             link.send_file(key.message_type, data[offset:], at=key.at)
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Generator[Link, None, bytes]:
+    def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
+        yield from self.put(key, data)
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
         link = self._link
         yield link
         offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE, at=key.at)
@@ -106,15 +115,15 @@ class SocketWeights:
         return data
 
 
-WEIGHT_STORES: dict[str, Callable[[Link], WeightStore]] = {"socket": SocketWeights}
+class Elsewhere:
+    """The main server's end where the fed server has the weights: none of them passes here."""
 
+    def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
+        yield from ()
 
-def weight_store(name: str) -> Callable[[Link], WeightStore]:
-    """Return the maker of the store that ``--weights`` names.
+    def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
+        yield from ()
 
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in WEIGHT_STORES:
-        raise unknown_name("weight store", name, WEIGHT_STORES)
-    return WEIGHT_STORES[name]
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+        yield from ()
+        return b""

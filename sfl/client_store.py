@@ -1,0 +1,162 @@
+"""A client's way to the weights: over its connection, to a fed server, or through a store."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sfl.config import ClientNode, RunConfig
+from sfl.driver import Conversation, run_blocking
+from sfl.errors import (
+    ConfigError,
+    ConnectionLost,
+    PeerFailed,
+    ProtocolError,
+    RunError,
+    reason_of,
+)
+from sfl.objects import ObjectStore
+from sfl.protocol import Limits, MessageType, checksum
+from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
+from sfl.runfolder import RunFolder, say
+from sfl.stores import SOCKET, StoreOptions, store_maker
+from sfl.transport import Connection, connect, parse_address
+from sfl.weights import SocketWeights, WeightKey, WeightStore
+
+
+@contextlib.contextmanager
+def hearing_why(connection: Connection) -> Iterator[None]:
+    """Tell the server why we end; when it is the one that left, find out why."""
+    try:
+        yield
+    except PeerFailed:
+        raise
+    except ConnectionLost as error:
+        if why := connection.last_words():
+            raise why from error
+        raise
+    except BaseException as error:
+        wrong = isinstance(error, ProtocolError)
+        last = MessageType.INVALID_MESSAGE if wrong else MessageType.ABORT
+        connection.dismiss(last, reason_of(error))
+        raise
+
+
+@contextlib.contextmanager
+def open_store(
+    connection: Connection,
+    welcome: Welcome,
+    node: ClientNode,
+    folder: RunFolder,
+    report: DataReport,
+    fingerprint: Mapping[str, str],
+) -> Iterator[tuple[WeightStore, Connection | None]]:
+    """Open a client's store; also return the connection to a fed server, if there is one.
+
+    Raises:
+        ConfigError: the server names a place that this client does not allow.
+        RunError: the place or the fed server cannot be used.
+    """
+    run = welcome.run
+    if run.weights == SOCKET and welcome.fed in (HERE, APART):
+        yield SocketWeights(connection), None
+    elif run.weights == SOCKET:
+        with _fed_connection(welcome, node, folder, report, fingerprint) as fed:
+            yield _FromFed(SocketWeights(fed)), fed
+    else:
+        address = allowed_address(run.weights, node.allow_weights)
+        options = StoreOptions(
+            address, folder.path / "downloads", node.weights_timeout, node.peer_timeout, say
+        )
+        place = options.open_place()
+        assert place is not None
+        place.check()
+        _sign_in(place, run, welcome.client, report)
+        folder.events.say(f"weights go through {place.title}")
+        yield store_maker(place, options)(connection if welcome.fed == HERE else None), None
+
+
+def allowed_address(named: str, allowed: str) -> str:
+    """Return the address of a store that a server names, as this client knows it.
+
+    A server chooses neither a path nor whom a client's weights are given to: the client's own
+    command line does.
+
+    Raises:
+        ConfigError: the client does not allow it.
+    """
+    if named.startswith("dir:") and allowed.startswith("dir:"):
+        return allowed  # where this machine has that folder
+    inside = allowed and f"{named.rstrip('/')}/".startswith(f"{allowed.rstrip('/')}/")
+    if not inside:
+        raise ConfigError(
+            f"the server lets the weights go through {named!r:.200}, which this client does not"
+            f" allow; if you trust that place, give --allow-weights {named:.200}"
+        )
+    return named
+
+
+def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport) -> None:
+    """Write a first object: it shows that we may, and that nobody else is this client."""
+    content = json.dumps({"client": client, "data": report.digest}).encode()
+    about = {"run": run.run, "client": str(client), "checksum": checksum(content)}
+    place.create(f"{run.run}/clients/client_{client}", content, about)
+
+
+@contextlib.contextmanager
+def _fed_connection(
+    welcome: Welcome,
+    node: ClientNode,
+    folder: RunFolder,
+    report: DataReport,
+    fingerprint: Mapping[str, str],
+) -> Iterator[Connection]:
+    """Join the run at the fed server, and take our leave there at the end."""
+    host, port = parse_address(welcome.fed)
+    connection = connect(
+        host,
+        port,
+        timeout_s=node.peer_timeout,
+        connect_timeout_s=node.connect_timeout,
+        limits=Limits(),
+        on_wait=say,
+    )
+    with connection:
+        connection.name, connection.on_notice = f"client_{welcome.client}", say
+        connection.peer_name = "the fed server"
+        with hearing_why(connection):
+            theirs = run_blocking(client_join(connection, welcome.client, fingerprint))
+            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
+                raise ProtocolError("the fed server runs another run than the main server")
+            send_report(connection, report)
+            folder.events.say(f"the fed server is at {welcome.fed}")
+            yield connection
+            connection.send_message_as_json(MessageType.UNREGISTER)
+
+
+@dataclass(frozen=True)
+class _FromFed:
+    """A store over the connection to the fed server, which tells the main server when it fails."""
+
+    store: WeightStore
+
+    def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
+        with _failing():
+            yield from self.store.put(key, data, samples)
+
+    def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
+        with _failing():
+            yield from self.store.pass_on(key, data)
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+        with _failing():
+            return (yield from self.store.get(key, held))
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    """Make of the fed server's failure one of ours, so that the main server hears of it."""
+    try:
+        yield
+    except (ConnectionLost, PeerFailed) as error:
+        raise RunError(str(error)) from error

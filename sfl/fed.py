@@ -1,0 +1,207 @@
+"""The fed server by itself: it has the clients' fronts, and nothing of what the main server has.
+
+Over TCP the main server tells it the run, and clients hold a second connection, to it::
+
+    main server (main_join)                          fed server (fed_join)
+    REGISTER {config, round}                     ->
+                                                 <-  REGISTERED
+    (then tells its clients where the fed server is)
+    UNREGISTER                                   ->  when the run is over; ABORT if it fails
+
+    client                                           fed server
+    REGISTER, REQUEST_TO_START as for the main server
+                                                 <-  initial weights
+    a round, if it takes part in it:
+    the client's weights                         ->
+                                                     merge
+                                                 <-  the averaged weights
+    UNREGISTER                                   ->
+
+Through a folder or a bucket it needs no port: it finds the run's configuration as an object there,
+and looks for the clients' weights until they come.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfl.config import RunConfig, counted
+from sfl.driver import Conversation, Network, run_together
+from sfl.errors import ConfigError, IntegrityError, ProtocolError
+from sfl.link import Link
+from sfl.objects import ObjectStore
+from sfl.options import from_values
+from sfl.order import Turns, draw
+from sfl.outcome import (
+    CLIENT_MODEL,
+    FRONT,
+    MEMORY,
+    ONE_CLIENT_MODEL,
+    Half,
+    averaging_weights,
+    merge_fronts,
+    model_path,
+)
+from sfl.protocol import MessageType, Position, checksum
+from sfl.roundlog import write_table
+from sfl.runfolder import RunFolder
+from sfl.schemes import Fronts, scheme
+from sfl.split_model import SplitModel
+from sfl.tensors import decode_state, encode_state
+from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, WeightStore, client_weights
+
+MAIN = "main"  # who registers
+
+
+def main_join(link: Link, run: RunConfig, first_round: int) -> Conversation[None]:
+    """Tell the fed server which run it is; faces ``fed_join``."""
+    content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
+    link.send_message_as_json(MessageType.REGISTER, content=content)
+    yield link
+    link.receive_message_as_json(MessageType.REGISTERED)
+
+
+def fed_join(link: Link) -> Conversation[tuple[RunConfig, int]]:
+    """Hear from the main server which run it is, and with which round it begins."""
+    yield link
+    hello = link.receive_message_as_json(MessageType.REGISTER)
+    if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
+        raise ProtocolError("the main server has not come yet")
+    try:
+        run = from_values(RunConfig, hello.get("config", dict), "the main server's configuration")
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    if not run.run or not 0 <= (first_round := hello.get("round", int)) < run.rounds:
+        raise ProtocolError(f"the main server starts no run: {run.run!r}")
+    link.peer_name = "the main server"
+    link.send_message_as_json(MessageType.REGISTERED)
+    return run, first_round
+
+
+def config_path(run: str, first_round: int) -> str:
+    """Return where the main server puts a run's configuration for the fed server."""
+    return f"{run}/round_{first_round:03d}/config"
+
+
+def put_config(
+    place: ObjectStore, run: RunConfig, first_round: int, data: Mapping[str, Any]
+) -> None:
+    """Put a run's configuration and what is known of its clients' data into a store."""
+    content = json.dumps({"config": dataclasses.asdict(run), "data": data}, sort_keys=True).encode()
+    about = {"run": run.run, "round": str(first_round), "name": "config"}
+    path = config_path(run.run, first_round)
+    place.create(path, content, about | {"checksum": checksum(content)})
+
+
+def parse_config(data: bytes, metadata: Mapping[str, str]) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration and the description of the clients' data in such an object.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    if metadata.get("checksum") != checksum(data):
+        raise IntegrityError("the configuration in the store is damaged")
+    try:
+        values = json.loads(data)
+        run = from_values(RunConfig, values["config"], "the configuration in the store")
+        return run, dict(values["data"])
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
+        raise IntegrityError(f"the configuration in the store is damaged: {error}") from error
+
+
+@dataclass
+class FedRounds:
+    """The fed server's part of a run."""
+
+    run: RunConfig
+    network: Network
+    stores: Mapping[int, WeightStore]  # in the order of the clients
+    num_train: Mapping[int, int]
+    split: SplitModel
+    folder: RunFolder
+    half: Half  # what everyone goes on from
+    first_round: int = 0
+
+    def run_all(self) -> None:
+        """Give the initial weights; then merge what each round brings."""
+        keeps_own, archive = scheme(self.run.scheme).fronts is Fronts.OWN, self.folder.archive
+        if self.first_round == 0:
+            data = encode_state(self.half.state)
+            archive.write("client_model", model_path(CLIENT_MODEL, -1), data, -1)
+        if not (keeps_own and self.first_round):
+            self._give(INITIAL, self.first_round - 1)
+        if keeps_own:
+            return
+        for round_index in range(self.first_round, self.run.rounds):
+            self._round(round_index)
+
+    def _at(self, client: int, round_index: int) -> Position:
+        return Position(self.run.run, round_index, -1, client)
+
+    def _give(self, name: str, round_index: int) -> None:
+        """Put what everyone goes on from."""
+        data, total = encode_state(self.half.state), sum(self.num_train.values())
+        keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
+        puts = {k: store.put(keys[k], data, total) for k, store in self.stores.items()}
+        run_together(self.network, puts)
+
+    def _round(self, round_index: int) -> None:
+        """Take the fronts of those who train in a round, and give what becomes of them."""
+        archive, policy = self.folder.archive, scheme(self.run.scheme).fronts
+        order = draw(self.run, list(self.stores), round_index)
+        turns = Turns(order if policy is Fronts.RELAYED else None)
+        relay: list[NamedWeights] = []
+        collect = {k: self._collect(k, round_index, turns, relay) for k in order}
+        fronts = run_together(self.network, collect)
+        for k in sorted(fronts):
+            path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
+            archive.write("one_client_model", path, encode_state(fronts[k]), round_index)
+        weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
+        names = self.split.parameter_names
+        merged = merge_fronts(
+            self.run, fronts, weights, start=self.half, trained=names, last=order[-1]
+        )
+        assert merged is not None
+        self.half = merged
+        state = encode_state(merged.state)
+        archive.write("client_model", model_path(CLIENT_MODEL, round_index), state, round_index)
+        if merged.memory:
+            path, memory = model_path(MEMORY, round_index, half=FRONT), encode_state(merged.memory)
+            archive.write("aggregation", path, memory, round_index)
+        if policy is Fronts.AVERAGED:
+            self._give(AVERAGE, round_index)
+        else:
+            self._pass_on(relay[-1], round_index)
+        rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
+        archive.write(
+            "round_log", f"rounds/round_{round_index:03d}.csv", write_table(rows), round_index
+        )
+        archive.end_round(round_index)
+        self.folder.events.say(
+            f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
+            f" {policy.name.lower()}"
+        )
+
+    def _collect(
+        self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]
+    ) -> Conversation[Mapping[str, Any]]:
+        """Take a client's front; where fronts are relayed, after giving it the one before."""
+        store, at, name = self.stores[client], self._at(client, round_index), client_weights(client)
+        yield turns.of(client)
+        if relay:
+            yield from store.pass_on(WeightKey(relay[-1].name, at), relay[-1].data)
+        data = yield from store.get(WeightKey(name, at))
+        state = decode_state(data, self.split.front_spec, f"the weights of client {client}")
+        if turns.in_order:
+            relay.append(NamedWeights(name, encode_state(state)))
+            turns.done()
+        return state
+
+    def _pass_on(self, last: NamedWeights, round_index: int) -> None:
+        """Give the last front of a relay to everyone else."""
+        others = {k: s for k, s in self.stores.items() if client_weights(k) != last.name}
+        keys = {k: WeightKey(last.name, self._at(k, round_index)) for k in others}
+        passing = {k: store.pass_on(keys[k], last.data) for k, store in others.items()}
+        run_together(self.network, passing)

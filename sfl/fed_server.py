@@ -1,0 +1,214 @@
+"""Running the fed server by itself, and the main server's connection to it."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfl.client_store import hearing_why
+from sfl.config import RunConfig, ServerNode, counted
+from sfl.driver import Conversation, Network, run_blocking, run_together
+from sfl.environment import command_line, describe, set_up_torch
+from sfl.errors import ConfigError, RunError, SflError
+from sfl.fed import (
+    FedRounds,
+    config_path,
+    fed_join,
+    main_join,
+    parse_config,
+)
+from sfl.link import Link
+from sfl.lobby import gather
+from sfl.outcome import FRONT, Half
+from sfl.party import TRAIN
+from sfl.protocol import Limits, MessageType
+from sfl.registration import check_agreement
+from sfl.resume import Past, open_past, read_halves
+from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.shared_weights import Threads
+from sfl.split_model import SplitModel
+from sfl.stores import SOCKET, StoreOptions, store_maker
+from sfl.switchboard import DrainedConnection, Switchboard
+from sfl.transport import connect, listen, parse_address
+from sfl.weights import SocketWeights, WeightStore
+
+LOG = "server_log.txt"
+
+
+@contextlib.contextmanager
+def fed_server(node: ServerNode, run: RunConfig, first_round: int) -> Iterator[None]:
+    """Hold the main server's connection to the fed server while a run goes on.
+
+    Raises:
+        RunError: it is not there, or has failed.
+    """
+    host, port = parse_address(node.fed_server)
+    connection = connect(
+        host,
+        port,
+        timeout_s=node.peer_timeout,
+        connect_timeout_s=60.0,
+        limits=Limits(),
+        on_wait=say,
+    )
+    with connection:
+        connection.name, connection.peer_name = "the main server", "the fed server"
+        with hearing_why(connection):
+            run_blocking(main_join(connection, run, first_round))
+            yield
+            connection.send_message_as_json(MessageType.UNREGISTER)
+
+
+def serve_fed(run: RunConfig, node: ServerNode) -> Path:
+    """Run a fed server from the first connection, or object, to the last; return its folder.
+
+    Raises:
+        ConfigError: it cannot be run as it was configured.
+        RunError: port, folder, store; or somebody left.
+        ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from main server and clients.
+    """
+    device = set_up_torch(node)
+    if run.weights == SOCKET:
+        return _serve_connections(node, device)
+    return _serve_store(run, node, device)
+
+
+def _folder(run: RunConfig, node: ServerNode, first_round: int) -> Path:
+    path = node.out_path / "fed" / run.run
+    try:
+        path.mkdir(parents=True, exist_ok=first_round > 0)
+    except FileExistsError:
+        raise ConfigError(f"a run {run.run} exists in {path.parent}") from None
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
+    return path
+
+
+def _serve_connections(node: ServerNode, device: torch.device) -> Path:
+    with (
+        listen(node.host, node.port) as listener,
+        Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
+    ):
+        say(f"fed server: listening on {listener.address} for the main server")
+        run, first_round, main = _await_main(switchboard)
+        path = _folder(run, node, first_round)
+        with (
+            open_folder(path, LOG, "none") as folder,
+            telling_why(folder.events, switchboard.end),
+        ):
+            folder.events.say(f"run {run.run}: {main.address} is the main server")
+            past = open_past(path, run, first_round) if first_round else None
+            joined = gather(switchboard, run, folder.events, past)
+            report = check_agreement({k: client.data for k, client in joined.items()})
+            data = {
+                "input_shape": list(report.input_shape),
+                "classes": list(report.classes),
+                "num_samples": {str(k): dict(c.data.num_samples) for k, c in joined.items()},
+                "digests": {str(k): c.data.digest for k, c in joined.items()},
+            }
+            stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
+            rounds = _prepare(run, node, folder, data, stores, switchboard, past, device)
+            for connection in switchboard.connections:
+                connection.limits = rounds.split.server_limits(0)
+            rounds.run_all()
+            links = {k: c.link for k, c in joined.items()} | {-1: main}
+            run_together(switchboard, {k: _goodbye(link) for k, link in links.items()})
+            _finish(folder)
+    return path
+
+
+def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path:
+    if not run.run:
+        raise ConfigError("--role fed: say with --run which run of the store it is")
+    scratch = node.out_path / "fed" / ".downloads"
+    options = StoreOptions(run.weights, scratch, node.weights_timeout, node.peer_timeout, say)
+    place = options.open_place()
+    assert place is not None
+    place.check()
+    past_path = Path(node.resume) if node.resume else None
+    say(f"fed server: waiting in {place.title} for the run {run.run}")
+    done = open_past(past_path, run, 0).done if past_path else 0
+    found = None
+    started = time.monotonic()
+    while found is None:
+        for first_round in {done, max(done - 1, 0)}:
+            if found := place.read(config_path(run.run, first_round)):
+                break
+        else:
+            if time.monotonic() - started > node.peer_timeout:
+                raise RunError(
+                    f"no main server put the run {run.run} into {place.title} within"
+                    f" {node.peer_timeout:g} seconds"
+                )
+            time.sleep(1.0)
+    their_run, data = parse_config(*found)
+    if their_run.run != run.run:
+        raise ConfigError(f"{place.title} has the run {their_run.run} there")
+    path = _folder(their_run, node, first_round)
+    network = Threads()
+    with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
+        past = open_past(path, their_run, first_round) if first_round else None
+        make = store_maker(place, options, network.wake)
+        stores = {int(k): make(None) for k in sorted(data["num_samples"], key=int)}
+        rounds = _prepare(their_run, node, folder, data, stores, network, past, device)
+        rounds.run_all()
+        _finish(folder)
+    return path
+
+
+def _prepare(
+    run: RunConfig,
+    node: ServerNode,
+    folder: RunFolder,
+    data: Mapping[str, Any],
+    stores: Mapping[int, WeightStore],
+    network: Network,
+    past: Past | None,
+    device: torch.device,
+) -> FedRounds:
+    """Build the model, record configuration and machine, and find what the run starts from."""
+    archive = folder.archive
+    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
+    half = Half(split.front_state(), {})
+    if past and FRONT in (halves := read_halves(past.archive, run, split, past.first_round)):
+        half = halves[FRONT]
+    environment = describe(device, command_line()) | {"data": dict(data)}
+    archive.write("config", "config.json", to_json(options_record(run, node)))
+    archive.write("environment", "environment.json", to_json(environment))
+    num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
+    folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
+    first_round = past.first_round if past else 0
+    return FedRounds(run, network, stores, num_train, split, folder, half, first_round)
+
+
+def _await_main(switchboard: Switchboard) -> tuple[RunConfig, int, DrainedConnection]:
+    """Wait until the main server has come; whoever else comes before is turned away."""
+    joining: dict[DrainedConnection, Conversation[tuple[RunConfig, int]]] = {}
+    while True:
+        for connection in switchboard.wait_for_any(timeout_s=1.0):
+            if connection not in joining:
+                connection.name = "the fed server"
+                joining[connection] = fed_join(connection)
+                next(joining[connection])
+            try:
+                next(joining[connection])
+            except StopIteration as end:
+                run, first_round = end.value
+                return run, first_round, connection
+            except SflError as error:
+                switchboard.drop(connection, str(error))
+
+
+def _goodbye(link: Link) -> Conversation[None]:
+    yield link
+    link.receive_message_as_json(MessageType.UNREGISTER)
+
+
+def _finish(folder: RunFolder) -> None:
+    """Say where the run lies, and list the log."""
+    folder.events.say(f"the fronts lie in {folder.path}")
+    folder.archive.write("events", LOG, (folder.path / LOG).read_bytes())
+    folder.archive.flush()

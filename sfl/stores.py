@@ -1,0 +1,101 @@
+"""The stores that ``--weights`` names, and opening one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.bucket import Bucket, parse_address
+from sfl.config import unknown_name
+from sfl.errors import ConfigError
+from sfl.link import Link
+from sfl.objects import Directory, ObjectStore
+from sfl.shared_weights import SharedWeights, Transfers
+from sfl.weights import SocketWeights, WeightStore
+
+SOCKET = "socket"
+
+
+def _directory(
+    address: str, scratch: Path, timeout_s: float, say: Callable[[str], None]
+) -> Directory:
+    return Directory(address.removeprefix("dir:"))
+
+
+def _bucket(address: str, scratch: Path, timeout_s: float, say: Callable[[str], None]) -> Bucket:
+    return Bucket(address, scratch, timeout_s=timeout_s, say=say)
+
+
+# What stands in front of the colon -> how to open such a place; a socket needs none.
+PLACES: dict[str, Callable[[str, Path, float, Callable[[str], None]], ObjectStore]] = {
+    "dir": _directory,
+    "gs": _bucket,
+}
+WEIGHT_STORES = (SOCKET, *PLACES)
+
+
+def check_address(address: str) -> str:
+    """Return an address of weights after a look at its form.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if address == SOCKET:
+        return address
+    kind, colon, rest = address.partition(":")
+    if not colon or kind not in PLACES:
+        raise unknown_name("weight store", address, ("socket", "dir:PATH", "gs://BUCKET/PREFIX"))
+    if kind == "dir" and not rest:
+        raise ConfigError(f"--weights {address}: give a folder, dir:PATH")
+    if kind == "gs":
+        if not rest.startswith("//"):
+            raise ConfigError(f"--weights {address}: give gs://BUCKET/PREFIX")
+        parse_address(address)
+    return address
+
+
+def open_place(
+    address: str, scratch: Path, *, timeout_s: float, say: Callable[[str], None]
+) -> ObjectStore | None:
+    """Return the place that an address names; None for a socket.
+
+    ``scratch`` is a folder for downloads, ``timeout_s`` the deadline of every call.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    if check_address(address) == SOCKET:
+        return None
+    return PLACES[address.partition(":")[0]](address, scratch, timeout_s, say)
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What opening a party's store takes, apart from the link to its peer."""
+
+    address: str
+    scratch: Path  # a folder for downloads
+    timeout_s: float  # of every call
+    patience_s: float  # with an object that nobody announces
+    say: Callable[[str], None]
+
+    def open_place(self) -> ObjectStore | None:
+        return open_place(self.address, self.scratch, timeout_s=self.timeout_s, say=self.say)
+
+
+def store_maker(
+    place: ObjectStore | None, options: StoreOptions, wake: Callable[[], None] | None = None
+) -> Callable[[Link | None], WeightStore]:
+    """Return what makes a party's store for a link; all of one process share its transfers.
+
+    Without a link nobody announces what a place has; ``wake`` is as of ``Transfers``.
+    """
+    transfers = Transfers(wake)
+
+    def make(link: Link | None) -> WeightStore:
+        if place is not None:
+            patience_s = options.patience_s
+            return SharedWeights(place, link, transfers, patience_s=patience_s, say=options.say)
+        assert link is not None
+        return SocketWeights(link)
+
+    return make
