@@ -24,8 +24,9 @@ class RecordedRun:
     def __init__(self, archive: "RunArchive", device: "torch.device") -> None:
         from sfl.config import RunConfig
         from sfl.options import from_values, names_of
+        from sfl.outcome import CLIENT_MODEL, model_path
         from sfl.party import TRAIN
-        from sfl.schemes import scheme
+        from sfl.schemes import Exchange, scheme
         from sfl.split_model import SplitModel
 
         self.archive = archive
@@ -36,6 +37,10 @@ class RecordedRun:
         self.split = SplitModel(self.run, tuple(data["input_shape"]), len(data["classes"]))
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = scheme(self.run.scheme)
+        is_fed = archive.config().get("role") == "fed"  # then no step passed here
+        self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
+        # A main server whose fed server is apart has none.
+        self.has_fronts = archive.lists(model_path(CLIENT_MODEL, -1))
 
     @property
     def clients(self) -> list[int]:

@@ -115,13 +115,13 @@ def _check_round(
     broken: set[int] = set()  # the backs whose further steps cannot be computed
     steps = _read_steps(recorded, round_index, client, broken, report)
     backs: dict[int, Segment] = {}
-    if recorded.scheme.exchange is not Exchange.NOTHING:
+    if recorded.exchange is not Exchange.NOTHING:
         try:
             backs = recorded.backs_at(round_index)
         except IntegrityError as error:
             report.find(error)
             broken |= {recorded.scheme.back_of(k) for k in recorded.clients}
-    if recorded.scheme.exchange is Exchange.WEIGHT_GRADS:
+    if recorded.exchange is Exchange.WEIGHT_GRADS:
         _check_updates(recorded, round_index, backs, steps, report)
         backs = {}
     else:
@@ -273,7 +273,7 @@ def _check_outcome(
             path = model_path(SERVER_MODEL, round_index)
             _compare(recorded, path, merged.state, split.back_spec, report)
             _check_memory(recorded, round_index, BACK, merged.memory, report)
-        if recorded.scheme.fronts is Fronts.OWN:
+        if recorded.scheme.fronts is Fronts.OWN or not recorded.has_fronts:
             return
         paths = {k: model_path(ONE_CLIENT_MODEL, round_index, client=k) for k in order}
         fronts = {k: recorded.archive.state(path, split.front_spec) for k, path in paths.items()}

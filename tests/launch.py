@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -17,10 +17,13 @@ from sfl.cli import main_client, main_server
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
-_CONTEXT.set_forkserver_preload(["sfl.server", "sfl.client", "sfl.own_data", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(
+    ["sfl.server", "sfl.fed_server", "sfl.client", "sfl.own_data", "torch._dynamo"]
+)
 TIMEOUT_S = 120
 # No test reaches out: a download ends at a proxy that is not there.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:1")
+OFFLINE["no_proxy"] = "127.0.0.1"
 
 
 def free_port() -> int:
@@ -28,8 +31,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _child(main: Callable[[list[str]], int], argv: list[str], log: Path) -> None:
-    os.environ.update(OFFLINE)
+def _child(
+    main: Callable[[list[str]], int], argv: list[str], log: Path, env: Mapping[str, str]
+) -> None:
+    os.environ.update(OFFLINE | dict(env))
     for stream, suffix in ((1, "out"), (2, "err")):
         target = os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, stream)
@@ -77,11 +82,12 @@ class Launcher:
     folder: Path
     port: int = field(default_factory=free_port)
     programs: list[Program] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
 
     def _start(self, name: str, main: Callable[[list[str]], int], argv: Sequence[str]) -> Program:
         log = self.folder / f"{name}-{len(self.programs)}"
         Path(f"{log}.out").touch()
-        arguments = (main, [str(a) for a in argv], log)
+        arguments = (main, [str(a) for a in argv], log, self.env)
         process = _CONTEXT.Process(target=_child, args=arguments)
         process.start()
         self.programs.append(Program(process, log))
@@ -90,6 +96,10 @@ class Launcher:
     def server(self, *options: object) -> Program:
         argv = ["--port", self.port, "--out", self.folder, *options]
         return self._start("server", main_server, argv)
+
+    def fed(self, *options: object) -> Program:
+        argv = ["--role", "fed", "--out", self.folder, *options]
+        return self._start("fed", main_server, argv)
 
     def client(self, *options: object) -> Program:
         argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]

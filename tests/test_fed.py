@@ -1,0 +1,390 @@
+"""Weights through every store, and the fed server apart: the same weights, and nobody sees more."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import replay
+from experiments.recorded import load
+from sfl.config import NodeConfig, RunConfig
+from sfl.protocol import MessageType
+from sfl.simulate import simulate
+from tests.emulator import BUCKET, Emulator, Gate, emulated
+from tests.launch import Launcher, Program, free_port
+from tests.proxy import UP, Proxy
+from tests.test_demo import ROOT
+from tests.test_equivalence import BN_DROPOUT, assert_equal, weights
+from tests.test_failures import wait_for
+
+OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100, "--rounds", 2]
+ALLOW = ["--allow-import", BN_DROPOUT]
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Emulator, Gate]]:
+    with emulated(tmp_path_factory.mktemp("cloud")) as both:
+        yield both
+
+
+@pytest.fixture
+def gate(cloud: tuple[Emulator, Gate], launcher: Launcher) -> Iterator[Gate]:
+    gate = cloud[1]
+    launcher.env["STORAGE_EMULATOR_HOST"] = gate.address
+    gate.log.clear()
+    yield gate
+    gate.faults = lambda request: None
+
+
+def address(kind: str, folder: Path) -> str:
+    """Return a store of this test's own."""
+    return {
+        "socket": "socket",
+        "dir": f"dir:{folder / 'shared'}",
+        "gs": f"gs://{BUCKET}/{folder.name}",
+    }[kind]
+
+
+def start_all(
+    launcher: Launcher, place: str, *options: object, apart: bool = False, clients: int = 3
+) -> tuple[list[Program], list[Program]]:
+    """Start servers and clients of a run; return both."""
+    store = [] if place == "socket" else ["--weights", place]
+    servers, role = [], []
+    if apart and place == "socket":
+        port = free_port()
+        servers.append(launcher.fed("--port", port))
+        role = ["--role", "main", "--fed-server", f"127.0.0.1:{port}"]
+    elif apart:
+        servers.append(launcher.fed(*store, "--run", "r"))
+        role = ["--role", "main"]
+    servers.append(launcher.server("--clients", clients, "--run", "r", *store, *role, *options))
+    allow = [] if place == "socket" else ["--allow-weights", place]
+    own = [launcher.client("--client-id", k, *ALLOW, *allow) for k in range(clients)]
+    return servers, own
+
+
+def finish(programs: list[Program]) -> None:
+    for program in programs:
+        program.ended_with(0)
+
+
+def all_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of every model file, wherever it lies."""
+    runs = [folder / "server/r", folder / "fed/r", *folder.glob("client/r/client_*")]
+    found: dict[str, torch.Tensor] = {}
+    for run in runs:
+        prefix = "own/" if "client" in run.parts[-3:] else ""
+        ours = {f"{prefix}{name}": tensor for name, tensor in weights(run).items()}
+        assert not ours.keys() & found.keys()
+        found |= ours
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Return every weight of a scheme's run in one process, through the socket store."""
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def run(scheme: str) -> dict[str, torch.Tensor]:
+        if scheme not in known:
+            out = tmp_path_factory.mktemp("reference")
+            config = RunConfig(
+                scheme=scheme, model=BN_DROPOUT, cut=6, batch_size=100, rounds=2, run="r"
+            )
+            simulate(config, NodeConfig(out=str(out)))
+            known[scheme] = all_weights(out)
+        return known[scheme]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "kind", "apart"),
+    [
+        ("sflv1", "dir", False), ("sflv1", "gs", False), ("sl", "dir", False), ("sl", "gs", False),
+        ("sflv1", "socket", True), ("sflv1", "dir", True), ("sflv1", "gs", True),
+        ("sl", "socket", True), ("sl", "gs", True), ("sflv2", "socket", True),
+        ("sflv3", "socket", True), ("sflv3", "gs", True), ("fl", "gs", True),
+        ("sync-sgd", "gs", False),
+    ],
+)  # fmt: skip
+def test_every_store_and_role_gives_the_same_weights(
+    launcher: Launcher,
+    gate: Gate,
+    reference: Callable[[str], dict[str, torch.Tensor]],
+    scheme: str,
+    kind: str,
+    apart: bool,
+) -> None:
+    place = address(kind, launcher.folder)
+    servers, clients = start_all(launcher, place, "--scheme", scheme, *OPTIONS, apart=apart)
+    finish([*servers, *clients])
+    assert_equal(all_weights(launcher.folder), reference(scheme))
+    figures = (launcher.folder / "server/r/rounds.csv").read_text().splitlines()
+    assert figures[-1].split(",")[6] != ""  # the test accuracy, in every role
+    for run in (launcher.folder / "server/r", launcher.folder / "fed/r"):
+        nothing = [("sflv3", "fed"), ("fl", "server")] if apart else []  # there is to compute
+        if run.exists() and (scheme, run.parent.name) not in nothing:
+            report = replay.check(load(run))
+            assert report.findings == []
+            assert report.models + report.checked > 0
+    if apart:
+        assert not list((launcher.folder / "server/r/models").glob("client_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dir", "gs"])
+def test_simulation_goes_through_a_store_as_well(
+    tmp_path: Path,
+    gate: Gate,
+    reference: Callable[[str], dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gate.address)
+    options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": 2, "run": "r"}
+    run = RunConfig(**options, weights=address(kind, tmp_path))
+    simulate(run, NodeConfig(out=str(tmp_path / "out")))
+    assert_equal(all_weights(tmp_path / "out"), reference("sflv1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["socket", "gs"])
+def test_no_byte_of_a_front_reaches_the_main_server(
+    launcher: Launcher, gate: Gate, kind: str
+) -> None:
+    """Everything that the clients send it is recorded; so are its counters and its files."""
+    place = address(kind, launcher.folder)
+    store = [] if kind == "socket" else ["--weights", place]
+    fed_port = free_port()
+    if kind == "socket":
+        fed = launcher.fed("--port", fed_port)
+        role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
+    else:
+        fed, role = launcher.fed(*store, "--run", "r"), ["--role", "main"]
+    server = launcher.server("--clients", 2, "--run", "r", *store, *role, *OPTIONS)
+    wait_for(server, "listening")
+    proxy = Proxy(launcher.port)
+    real, launcher.port = launcher.port, proxy.port
+    allow = [] if kind == "socket" else ["--allow-weights", place]
+    clients = [launcher.client("--client-id", k, *ALLOW, *allow) for k in range(2)]
+    launcher.port = real
+    finish([fed, server, *clients])
+    proxy.close()
+    fronts = [
+        tensor.numpy().tobytes()
+        for path in (launcher.folder / "fed/r/models").glob("client_*.pt")
+        for name, tensor in torch.load(path, weights_only=True).items()
+        if tensor.numel() * tensor.itemsize >= 256
+    ]
+    assert len(fronts) >= 7  # the convolution's weights: initial, and two clients and their average
+    carries = {
+        MessageType.SEND_MODEL,
+        MessageType.SEND_AGGREGATED_MODEL,
+        MessageType.WEIGHTS_STORED,
+    }
+    carries |= {MessageType.REQUEST_TO_SEND_FILE, MessageType.SEND_FILE}
+    sent = received = 0
+    for recorded in proxy.connections:
+        assert not {message.type for _, message in recorded.messages} & carries
+        received += len(recorded.streams[UP])
+        for way, stream in recorded.streams.items():
+            assert not any(front[:128] in stream for front in fronts), way
+        sent += 1
+    assert sent == 2
+    rows = [
+        line.split(",") for line in (launcher.folder / "server/r/rounds.csv").read_text().split()
+    ]
+    counted = sum(int(row[rows[0].index("bytes_up")]) for row in rows[1:])
+    assert 0 < counted <= received
+    files = [path for path in (launcher.folder / "server/r").rglob("*") if path.is_file()]
+    assert len(files) > 50
+    for path in files:
+        content = path.read_bytes()
+        assert not any(front[:128] in content for front in fronts), path
+
+
+def outage(gate: Gate, seconds: float) -> threading.Thread:
+    """Take the bucket from the net for a while, from now on."""
+    gate.stop()
+
+    def back() -> None:
+        time.sleep(seconds)
+        gate.start()
+
+    thread = threading.Thread(target=back)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_bucket_that_is_away_for_a_while_is_waited_for(
+    launcher: Launcher, gate: Gate, apart: bool, tmp_path: Path
+) -> None:
+    place = address("gs", launcher.folder)
+    more = [*OPTIONS, "--rounds", 4, "--local-epochs", 2]
+    servers, clients = start_all(launcher, place, *more, apart=apart)
+    wait_for(servers[0], "round 1/4")
+    thread = outage(gate, 4.0)
+    finish([*servers, *clients])
+    thread.join()
+    programs = [*servers[:1], *clients]
+    said = [program.out.count("does not answer") for program in programs]
+    assert sum(said) >= 1
+    assert max(said) <= 2  # each says it once for each time that it meets it
+    options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": 4, "local_epochs": 2}
+    simulate(RunConfig(**options, run="r"), NodeConfig(out=str(tmp_path / "simulated")))
+    assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
+
+
+@pytest.mark.slow
+def test_a_bucket_that_stays_away_ends_the_run_which_can_go_on(
+    launcher: Launcher, gate: Gate, tmp_path: Path
+) -> None:
+    place = address("gs", launcher.folder)
+    impatient = ["--weights-timeout", 1.5]
+    more = [*OPTIONS, "--rounds", 50]
+    server = launcher.server("--clients", 2, "--run", "r", "--weights", place, *more, *impatient)
+    options = [*ALLOW, "--allow-weights", place]
+    clients = [launcher.client("--client-id", k, *options, *impatient) for k in range(2)]
+    wait_for(server, "round 2/50")
+    gate.stop()
+    try:
+        lines = [program.ended_with(1) for program in (server, *clients)]
+    finally:
+        gate.start()
+    assert any("did not answer for 1.5 seconds" in line for line in lines)
+    done = server.out.count("training loss")
+    run = launcher.folder / "server/r"
+    server = launcher.server("--resume", run, "--rounds", done + 2)
+    clients = [launcher.client("--client-id", k, *options) for k in range(2)]
+    finish([server, *clients])
+    options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": done + 2, "clients": 2}
+    simulate(RunConfig(**options, run="r"), NodeConfig(out=str(tmp_path / "simulated")))
+    assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
+
+
+@pytest.mark.slow
+def test_separate_servers_go_on_as_well(
+    launcher: Launcher, gate: Gate, reference: Callable
+) -> None:
+    fed_port = free_port()
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
+    one_round = [*OPTIONS[:-2], "--rounds", 1]
+    programs = [
+        launcher.fed("--port", fed_port),
+        launcher.server("--clients", 3, "--run", "r", *role, *one_round),
+        *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
+    ]
+    finish(programs)
+    programs = [
+        launcher.fed("--port", fed_port),
+        launcher.server("--resume", launcher.folder / "server/r", "--rounds", 2),
+        *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
+    ]
+    finish(programs)
+    assert_equal(all_weights(launcher.folder), reference("sflv1"))
+
+
+# What ends before the training, with one line.
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "wanted"),
+    [
+        (["--weights", "gs://No-Bucket/x"], 2, "is no name of a bucket"),
+        (["--weights", "gs://no-such-bucket/x"], 1, "there is no bucket 'no-such-bucket'"),
+        (["--weights", "dir:/dev/null/x"], 1, "cannot use dir:/dev/null/x: Not a directory"),
+        (["--role", "main"], 2, "give --fed-server HOST:PORT, or let the weights"),
+        (["--role", "main", "--weights", "dir:x", "--fed-server", "h:1"], 2, "give --fed-server"),
+        (["--fed-server", "h:1"], 2, "--fed-server h:1: is for --role main"),
+        (
+            ["--role", "main", "--scheme", "sync-sgd", "--weights", "dir:x"], 2,
+            "in --scheme sync-sgd the server updates all weights",
+        ),
+        (["--role", "fed", "--weights", "dir:x"], 2, "say with --run which run"),
+        (["--weights-timeout", 0], 2, "--weights-timeout 0.0: must be"),
+    ],
+)  # fmt: skip
+def test_servers_that_cannot_start_say_why(
+    launcher: Launcher, gate: Gate, options: list[object], code: int, wanted: str
+) -> None:
+    assert wanted in launcher.server(*options).ended_with(code)
+
+
+def test_no_permission_ends_before_the_training(launcher: Launcher, gate: Gate) -> None:
+    place = address("gs", launcher.folder)
+    gate.faults = lambda request: (403, "forbidden") if request.uploads else None
+    servers, clients = start_all(launcher, place, *OPTIONS, clients=1)
+    assert "no permission to write r/clients/client_0" in clients[0].ended_with(1)
+    servers[0].ended_with(1)
+
+
+def test_a_client_gives_its_weights_to_no_place_that_it_does_not_allow(
+    launcher: Launcher, gate: Gate
+) -> None:
+    place = address("gs", launcher.folder)
+    for allow in ([], ["--allow-weights", "gs://another"], ["--allow-weights", f"{place}-x"]):
+        server = launcher.server("--clients", 1, "--weights", place, *OPTIONS)
+        client = launcher.client(*ALLOW, *allow)
+        assert "which this client does not allow" in client.ended_with(2)
+        server.ended_with(1)
+
+
+def test_a_client_has_its_own_path_to_a_shared_folder(launcher: Launcher) -> None:
+    """The same folder by another name, as machines mount it."""
+    folder = launcher.folder / "shared"
+    folder.mkdir()
+    (launcher.folder / "mounted").symlink_to(folder)
+    server = launcher.server("--clients", 1, "--run", "r", "--weights", f"dir:{folder}", *OPTIONS)
+    client = launcher.client(*ALLOW, "--allow-weights", f"dir:{launcher.folder / 'mounted'}")
+    finish([server, client])
+    assert (folder / "r/round_001/client_0.pt").exists()
+
+
+def test_a_second_client_of_an_id_is_told(launcher: Launcher) -> None:
+    """Two servers of one run's name share a folder: one client 0 has signed in with other data."""
+    place = f"dir:{launcher.folder / 'shared'}"
+    options = ["--clients", 1, "--run", "r", "--weights", place, *OPTIONS]
+    server = launcher.server(*options)
+    client = launcher.client(*ALLOW, "--allow-weights", place)
+    finish([server, client])
+    shutil.rmtree(launcher.folder / "server")
+    shutil.rmtree(launcher.folder / "client")
+    server = launcher.server(*options, "--partition", "sizes:1", "--seed", 5)
+    client = launcher.client(*ALLOW, "--allow-weights", place)
+    line = client.ended_with(1)
+    assert "client_0 is there already with other content" in line
+    server.ended_with(1)
+
+
+def test_a_fed_server_that_ends_is_named(launcher: Launcher) -> None:
+    fed_port = free_port()
+    fed = launcher.fed("--port", fed_port)
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
+    server = launcher.server("--clients", 1, "--run", "r", *role, *OPTIONS[:-2], "--rounds", 500)
+    client = launcher.client(*ALLOW)
+    wait_for(server, "round 2/500")
+    fed.process.kill()
+    assert "the fed server closed the connection" in client.ended_with(1)
+    assert "client_0 stopped: the fed server closed the connection" in server.ended_with(1)
+
+
+def test_a_run_without_a_bucket_does_not_import_the_library() -> None:
+    code = (
+        "import sys, sfl.server, sfl.fed_server, sfl.client, sfl.simulate;"
+        "print([m for m in sys.modules if m.startswith('google.cloud.storage')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
