@@ -17,7 +17,7 @@ from sfl.roundlog import ROUND_COLUMNS
 from sfl.schedule import SCHEDULES
 from sfl.schemes import SCHEMES
 from sfl.segment import OPTIMIZERS
-from sfl.weights import WEIGHT_STORES
+from sfl.stores import WEIGHT_STORES
 from tests.test_replay import recorded
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +86,7 @@ def test_every_rule_is_in_the_table_with_its_options() -> None:
 
 
 def test_every_option_that_the_pages_use_exists() -> None:
+    pages = [README, *(page.read_text() for page in ROOT.glob("docs/**/*.md"))]
     known = {
         "--" + field.name.replace("_", "-")
         for group in (RunConfig, ServerNode, ClientNode)
@@ -94,7 +95,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--config", "--help", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
-    pages = [README, *(page.read_text() for page in ROOT.glob("docs/**/*.md"))]
+    known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))
     assert {
         o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)
     } - known == set()

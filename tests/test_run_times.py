@@ -67,3 +67,27 @@ def test_delays_that_make_no_sense_are_refused() -> None:
     for text in ("-1", "a", ""):
         with pytest.raises(ConfigError, match="give milliseconds"):
             numbers(text)
+
+
+def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
+    place = f"dir:{tmp_path / 'shared'}"
+    out = run("-m", "experiments.weights_store", "--weights", place, "--megabytes", 0.1).stdout
+    assert [line.partition(":")[0] for line in out.splitlines()] == [
+        "reached", "written", "read back", "written again, with the same content",
+        "it cannot be overwritten", "deleted", "dir",
+    ]  # fmt: skip
+    assert list((tmp_path / "shared/check").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    place = f"dir:{tmp_path / 'file'}"
+    done = run("-m", "experiments.weights_store", "--weights", place, code=1)
+    assert done.stderr.startswith("weights_store: error: cannot use dir:")
+    done = run("-m", "experiments.weights_store", "--weights", "gs://X", code=2)
+    assert "is no name of a bucket" in done.stderr
+
+
+def test_ways_for_weights_are_timed(tmp_path: Path) -> None:
+    ways = f"socket,dir:{tmp_path / 'shared'}"
+    options = ["--weights", ways, "--megabytes", 0.5, "--rounds", 2]
+    lines = run("-m", "experiments.weights_times", *options).stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ways.split(",")
+    assert all(len(line.split("|")[2].split(",")) == 2 for line in lines[2:])

@@ -1,0 +1,173 @@
+"""How long averaging takes through each way for weights, in one run of this program.
+
+python -m experiments.weights_times [--megabytes 50] [--clients 3] [--weights socket,dir:PATH,gs://...]
+
+Clients on threads of this process each give a front of that size, the server averages them and
+every client takes the average back: what happens between a round's last step and its evaluation,
+over real connections of this machine. ``STORAGE_EMULATOR_HOST`` names an emulator.
+"""
+
+import sys
+import threading
+import time
+import uuid
+from argparse import Namespace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from sfl.cli import run_program
+
+if TYPE_CHECKING:
+    from sfl.aggregate import State
+    from sfl.driver import Conversation
+    from sfl.link import Link
+    from sfl.stores import StoreOptions
+    from sfl.switchboard import Switchboard
+    from sfl.tensors import StateSpec
+    from sfl.weights import WeightKey, WeightStore
+
+
+def parse() -> Namespace:
+    from sfl.options import Parser
+
+    about = __doc__.partition("\n")[0]
+    parser = Parser(prog="python -m experiments.weights_times", description=about)
+    parser.add_argument("--weights", default="socket", help="ways, with commas (default: socket)")
+    parser.add_argument("--megabytes", type=float, default=50.0, help="of a front (default: 50)")
+    parser.add_argument("--clients", type=int, default=3, help="number of clients (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to time (default: 3)")
+    return parser.parse_args()
+
+
+def client(k: int, port: int, timing: "Timing") -> None:
+    """Give a front and take the average back, each round."""
+    from sfl.driver import run_blocking
+    from sfl.protocol import MessageType
+    from sfl.runfolder import say
+    from sfl.stores import store_maker
+    from sfl.tensors import decode_state, encode_state
+    from sfl.transport import connect
+    from sfl.weights import AVERAGE, client_weights
+
+    options = timing.options(str(k))
+    with connect(
+        "127.0.0.1", port, timeout_s=120, connect_timeout_s=10, limits=timing.limits, on_wait=say
+    ) as link:
+        link.send_message_as_json(MessageType.REGISTER, content=k)
+        store = store_maker(options.open_place(), options)(link)
+        for r in range(timing.rounds):
+            front = encode_state({"w": timing.front["w"] + k})
+            run_blocking(store.put(timing.key(client_weights(k), k, r), front))
+            average = run_blocking(store.get(timing.key(AVERAGE, k, r)))
+            decode_state(average, timing.spec, "the average")
+            timing.everyone_has_it.wait()
+
+
+class Timing:
+    """What server and clients of one measurement share."""
+
+    def __init__(self, address: str, options: Namespace, folder: Path) -> None:
+        import torch
+
+        from sfl.protocol import Limits, MessageType
+        from sfl.tensors import max_file_bytes, state_spec
+
+        self.front = {"w": torch.randn(int(options.megabytes * 1e6) // 4)}
+        self.spec = state_spec(self.front)
+        self.rounds = options.rounds
+        self.everyone_has_it = threading.Barrier(options.clients + 1)
+        self._address, self._folder, self._run = address, folder, uuid.uuid4().hex
+        weights = (MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL)
+        most = max_file_bytes(self.spec.values())
+        self.limits = Limits(payload_bytes=dict.fromkeys(weights, most))
+
+    def key(self, name: str, client: int, round_index: int) -> "WeightKey":
+        from sfl.protocol import Position
+        from sfl.weights import WeightKey
+
+        return WeightKey(name, Position(self._run, round_index, -1, client))
+
+    def options(self, name: str) -> "StoreOptions":
+        from sfl.runfolder import say
+        from sfl.stores import StoreOptions
+
+        return StoreOptions(self._address, self._folder / name, 120.0, 120.0, say)
+
+
+def take(store: "WeightStore", key: "WeightKey", spec: "StateSpec") -> "Conversation[State]":
+    """Take a front and decode it, as a server does."""
+    from sfl.tensors import decode_state
+
+    data = yield from store.get(key)
+    return decode_state(data, spec, "a front")
+
+
+def time_rounds(timing: Timing, num_clients: int) -> list[float]:
+    """Return the seconds that each round's exchange of weights took."""
+    from sfl.aggregate import fed_avg
+    from sfl.driver import run_together
+    from sfl.stores import store_maker
+    from sfl.switchboard import Switchboard
+    from sfl.tensors import encode_state
+    from sfl.transport import listen
+    from sfl.weights import AVERAGE, client_weights
+
+    with (
+        listen("127.0.0.1", 0) as listener,
+        Switchboard(listener, timeout_s=120, limits=timing.limits) as switchboard,
+    ):
+        port = int(listener.address.rpartition(":")[2])
+        threads = [
+            threading.Thread(target=client, args=(k, port, timing)) for k in range(num_clients)
+        ]
+        for thread in threads:
+            thread.start()
+        links = gather(switchboard, num_clients)
+        options = timing.options("server")
+        make = store_maker(options.open_place(), options, switchboard.wake)
+        stores = {k: make(link) for k, link in sorted(links.items())}
+        seconds = []
+        for r in range(timing.rounds):
+            started = time.perf_counter()
+            keys = {k: timing.key(client_weights(k), k, r) for k in stores}
+            taking = {k: take(store, keys[k], timing.spec) for k, store in stores.items()}
+            fronts = run_together(switchboard, taking)
+            data = encode_state(fed_avg(list(fronts.values()), [1] * len(fronts)))
+            giving = {k: s.put(timing.key(AVERAGE, k, r), data) for k, s in stores.items()}
+            run_together(switchboard, giving)
+            timing.everyone_has_it.wait()
+            seconds.append(time.perf_counter() - started)
+        for thread in threads:
+            thread.join()
+    return seconds
+
+
+def gather(switchboard: "Switchboard", num_clients: int) -> "dict[int, Link]":
+    """Return the clients' links when all are there."""
+    from sfl.protocol import MessageType
+
+    links: dict[int, Link] = {}
+    while len(links) < num_clients:
+        for link in switchboard.wait_for_any(timeout_s=1.0):
+            if not link.peer_name:
+                k = link.receive_message_as_json(MessageType.REGISTER).content
+                link.peer_name, links[k] = f"client_{k}", link
+    return links
+
+
+def main() -> None:
+    options = parse()
+    print("| weights | seconds a round, each | median |")
+    print("| --- | --- | --- |")
+    for address in options.weights.split(","):
+        with TemporaryDirectory(prefix="sfl-") as folder:
+            timing = Timing(address, options, Path(folder))
+            seconds = time_rounds(timing, options.clients)
+        each = ", ".join(f"{s:.2f}" for s in seconds)
+        median = sorted(seconds)[len(seconds) // 2]
+        print(f"| {address} | {each} | {median:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("weights_times", main))
