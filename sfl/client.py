@@ -50,8 +50,8 @@ def take_part(node: ClientNode) -> None:
             welcome = run_blocking(joining)
             run, connection.name = welcome.run, f"client_{welcome.client}"
             path = node.out_path / "client" / run.run / connection.name
-            _create_folder(path, goes_on=welcome.first_round > 0)
-            if welcome.first_round:
+            _create_folder(path, goes_on=welcome.goes_on)
+            if welcome.goes_on:
                 check_same_run(path, run)
             with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
                 folder.events.say(f"{connection.name} of run {run.run} at {node.server}")

@@ -1,6 +1,7 @@
 """A client's way to the weights: over its connection, to a fed server, or through a store."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _fed_connection(
         connection.peer_name = "the fed server"
         with hearing_why(connection):
             theirs = run_blocking(client_join(connection, welcome.client, fingerprint))
-            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
+            if dataclasses.replace(theirs, fed=welcome.fed) != welcome:
                 raise ProtocolError("the fed server runs another run than the main server")
             send_report(connection, report)
             folder.events.say(f"the fed server is at {welcome.fed}")

@@ -3,7 +3,7 @@
 Over TCP the main server tells it the run, and clients hold a second connection, to it::
 
     main server (main_join)                          fed server (fed_join)
-    REGISTER {config, round}                     ->
+    REGISTER {config, round, goes_on}            ->
                                                  <-  REGISTERED
     (then tells its clients where the fed server is)
     UNREGISTER                                   ->  when the run is over; ABORT if it fails
@@ -35,16 +35,16 @@ from sfl.objects import ObjectStore
 from sfl.options import from_values
 from sfl.order import Turns, draw
 from sfl.outcome import (
-    CLIENT_MODEL,
     FRONT,
-    MEMORY,
     ONE_CLIENT_MODEL,
     Half,
     averaging_weights,
+    half_files,
     merge_fronts,
     model_path,
 )
 from sfl.protocol import MessageType, Position, checksum
+from sfl.registration import ANY_ID, Welcome
 from sfl.roundlog import write_table
 from sfl.runfolder import RunFolder
 from sfl.schemes import Fronts, scheme
@@ -55,16 +55,17 @@ from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, WeightStore, 
 MAIN = "main"  # who registers
 
 
-def main_join(link: Link, run: RunConfig, first_round: int) -> Conversation[None]:
+def main_join(link: Link, run: RunConfig, first_round: int, *, goes_on: bool) -> Conversation[None]:
     """Tell the fed server which run it is; faces ``fed_join``."""
     content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
+    content["goes_on"] = goes_on
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     link.receive_message_as_json(MessageType.REGISTERED)
 
 
-def fed_join(link: Link) -> Conversation[tuple[RunConfig, int]]:
-    """Hear from the main server which run it is, and with which round it begins."""
+def fed_join(link: Link) -> Conversation[Welcome]:
+    """Hear from the main server which run it is; what it says is for the clients as well."""
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
     if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
@@ -77,7 +78,7 @@ def fed_join(link: Link) -> Conversation[tuple[RunConfig, int]]:
         raise ProtocolError(f"the main server starts no run: {run.run!r}")
     link.peer_name = "the main server"
     link.send_message_as_json(MessageType.REGISTERED)
-    return run, first_round
+    return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool))
 
 
 def config_path(run: str, first_round: int) -> str:
@@ -126,10 +127,9 @@ class FedRounds:
 
     def run_all(self) -> None:
         """Give the initial weights; then merge what each round brings."""
-        keeps_own, archive = scheme(self.run.scheme).fronts is Fronts.OWN, self.folder.archive
+        keeps_own = scheme(self.run.scheme).fronts is Fronts.OWN
         if self.first_round == 0:
-            data = encode_state(self.half.state)
-            archive.write("client_model", model_path(CLIENT_MODEL, -1), data, -1)
+            self._write_half(-1)
         if not (keeps_own and self.first_round):
             self._give(INITIAL, self.first_round - 1)
         if keeps_own:
@@ -165,11 +165,7 @@ class FedRounds:
         )
         assert merged is not None
         self.half = merged
-        state = encode_state(merged.state)
-        archive.write("client_model", model_path(CLIENT_MODEL, round_index), state, round_index)
-        if merged.memory:
-            path, memory = model_path(MEMORY, round_index, half=FRONT), encode_state(merged.memory)
-            archive.write("aggregation", path, memory, round_index)
+        self._write_half(round_index)
         if policy is Fronts.AVERAGED:
             self._give(AVERAGE, round_index)
         else:
@@ -183,6 +179,10 @@ class FedRounds:
             f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
             f" {policy.name.lower()}"
         )
+
+    def _write_half(self, round_index: int) -> None:
+        for kind, path, data in half_files(FRONT, self.half, round_index):
+            self.folder.archive.write(kind, path, data, round_index)
 
     def _collect(
         self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]

@@ -25,7 +25,7 @@ from sfl.lobby import gather
 from sfl.outcome import FRONT, Half
 from sfl.party import TRAIN
 from sfl.protocol import Limits, MessageType
-from sfl.registration import check_agreement
+from sfl.registration import Welcome, describe_data
 from sfl.resume import Past, open_past, read_halves
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.shared_weights import Threads
@@ -39,7 +39,7 @@ LOG = "server_log.txt"
 
 
 @contextlib.contextmanager
-def fed_server(node: ServerNode, run: RunConfig, first_round: int) -> Iterator[None]:
+def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[None]:
     """Hold the main server's connection to the fed server while a run goes on.
 
     Raises:
@@ -57,7 +57,8 @@ def fed_server(node: ServerNode, run: RunConfig, first_round: int) -> Iterator[N
     with connection:
         connection.name, connection.peer_name = "the main server", "the fed server"
         with hearing_why(connection):
-            run_blocking(main_join(connection, run, first_round))
+            first_round = past.first_round if past else 0
+            run_blocking(main_join(connection, run, first_round, goes_on=past is not None))
             yield
             connection.send_message_as_json(MessageType.UNREGISTER)
 
@@ -76,10 +77,10 @@ def serve_fed(run: RunConfig, node: ServerNode) -> Path:
     return _serve_store(run, node, device)
 
 
-def _folder(run: RunConfig, node: ServerNode, first_round: int) -> Path:
+def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
     path = node.out_path / "fed" / run.run
     try:
-        path.mkdir(parents=True, exist_ok=first_round > 0)
+        path.mkdir(parents=True, exist_ok=goes_on)
     except FileExistsError:
         raise ConfigError(f"a run {run.run} exists in {path.parent}") from None
     except OSError as error:
@@ -93,22 +94,17 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
         Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
     ):
         say(f"fed server: listening on {listener.address} for the main server")
-        run, first_round, main = _await_main(switchboard)
-        path = _folder(run, node, first_round)
+        welcome, main = _await_main(switchboard)
+        run = welcome.run
+        path = _folder(run, node, goes_on=welcome.goes_on)
         with (
             open_folder(path, LOG, "none") as folder,
             telling_why(folder.events, switchboard.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
-            past = open_past(path, run, first_round) if first_round else None
+            past = open_past(path, run, welcome.first_round) if welcome.goes_on else None
             joined = gather(switchboard, run, folder.events, past)
-            report = check_agreement({k: client.data for k, client in joined.items()})
-            data = {
-                "input_shape": list(report.input_shape),
-                "classes": list(report.classes),
-                "num_samples": {str(k): dict(c.data.num_samples) for k, c in joined.items()},
-                "digests": {str(k): c.data.digest for k, c in joined.items()},
-            }
+            data = describe_data(joined)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
             rounds = _prepare(run, node, folder, data, stores, switchboard, past, device)
             for connection in switchboard.connections:
@@ -147,10 +143,10 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     their_run, data = parse_config(*found)
     if their_run.run != run.run:
         raise ConfigError(f"{place.title} has the run {their_run.run} there")
-    path = _folder(their_run, node, first_round)
+    path = _folder(their_run, node, goes_on=past_path is not None)
     network = Threads()
     with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
-        past = open_past(path, their_run, first_round) if first_round else None
+        past = open_past(path, their_run, first_round) if past_path else None
         make = store_maker(place, options, network.wake)
         stores = {int(k): make(None) for k in sorted(data["num_samples"], key=int)}
         rounds = _prepare(their_run, node, folder, data, stores, network, past, device)
@@ -184,9 +180,9 @@ def _prepare(
     return FedRounds(run, network, stores, num_train, split, folder, half, first_round)
 
 
-def _await_main(switchboard: Switchboard) -> tuple[RunConfig, int, DrainedConnection]:
+def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:
     """Wait until the main server has come; whoever else comes before is turned away."""
-    joining: dict[DrainedConnection, Conversation[tuple[RunConfig, int]]] = {}
+    joining: dict[DrainedConnection, Conversation[Welcome]] = {}
     while True:
         for connection in switchboard.wait_for_any(timeout_s=1.0):
             if connection not in joining:
@@ -196,8 +192,7 @@ def _await_main(switchboard: Switchboard) -> tuple[RunConfig, int, DrainedConnec
             try:
                 next(joining[connection])
             except StopIteration as end:
-                run, first_round = end.value
-                return run, first_round, connection
+                return end.value, connection
             except SflError as error:
                 switchboard.drop(connection, str(error))
 

@@ -85,7 +85,8 @@ def gather(
         lobby = Lobby(run, past.num_samples, past.clients)
     else:
         lobby = Lobby(run, range(run.most_clients), run.clients)
-    welcome = Welcome(ANY_ID, run, past.first_round if past else 0, fed)
+    first_round = past.first_round if past else 0
+    welcome = Welcome(ANY_ID, run, first_round, past is not None, fed)
     conversations: dict[DrainedConnection, Conversation[Joined]] = {}
     noticed_at = time.monotonic()
     while not lobby.complete:

@@ -4,7 +4,7 @@ The server's rounds compute it, and replay computes it again. Each half is aggre
 SplitFed the fed server knows the fronts and the main server the backs, and neither the other's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from sfl.errors import ConfigError
 from sfl.order import draw
 from sfl.registry import with_options
 from sfl.schemes import Exchange, Fronts, scheme
-from sfl.tensors import StateSpec, TensorSpec
+from sfl.tensors import StateSpec, TensorSpec, encode_state
 
 # Where a run's weights lie in its folder; {round} counts from 0, "init" is before round 0.
 CLIENT_MODEL = "models/client_model_{round}.pt"
@@ -78,6 +78,18 @@ class Half:
 
     state: State
     memory: State
+
+
+def half_files(name: str, half: Half, round_index: int) -> Iterator[tuple[str, str, bytes]]:
+    """Yield what is written of a half that everyone goes on from: kind, path and content."""
+    kind, template = {
+        FRONT: ("client_model", CLIENT_MODEL),
+        BACK: ("server_model", SERVER_MODEL),
+    }[name]
+    yield kind, model_path(template, round_index), encode_state(half.state)
+    if half.memory:
+        path = model_path(MEMORY, round_index, half=name)
+        yield "aggregation", path, encode_state(half.memory)
 
 
 def merge_fronts(

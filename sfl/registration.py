@@ -4,7 +4,7 @@
 
     client (client_join)                             server (server_join)
     REGISTER {client_id, fingerprint}            ->
-                                                 <-  REGISTERED {client_id, config, round, fed}
+                                                 <-  REGISTERED {client_id, config, round, ...}
                                                  or  INVALID_MESSAGE: why not
     REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
                                                  <-  MESSAGE: who is still missing
@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sfl.config import RunConfig
 from sfl.data import ClientData
@@ -71,6 +72,7 @@ class Welcome:
     client: int
     run: RunConfig
     first_round: int  # that is not done yet
+    goes_on: bool = False  # it has begun before, and its folders are there
     fed: str = HERE  # APART: it has no port, the weights go through the store
 
 
@@ -94,7 +96,7 @@ def client_join(
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) < run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
-    return Welcome(client, run, first_round, reply.get("fed", str))
+    return Welcome(client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str))
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -129,6 +131,7 @@ def server_join(
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
+        "goes_on": welcome.goes_on,
         "fed": welcome.fed,
     }
     link.send_message_as_json(MessageType.REGISTERED, content=content)
@@ -153,6 +156,21 @@ def _parse_report(message: Message, client: int) -> DataReport:
         raise ProtocolError(f"client_{client} reports no digest of its data")
     names = tuple(one_line(name, 40) for name in classes)
     return DataReport(samples, names, tuple(shape), digest)
+
+
+def describe_data(joined: Mapping[int, Joined]) -> dict[str, Any]:
+    """Return what is recorded of the clients' data, after seeing that they go together.
+
+    Raises:
+        RunError: they do not.
+    """
+    report = check_agreement({k: client.data for k, client in joined.items()})
+    return {
+        "input_shape": list(report.input_shape),
+        "classes": list(report.classes),
+        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
+        "digests": {str(k): client.data.digest for k, client in joined.items()},
+    }
 
 
 def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:

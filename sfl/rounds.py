@@ -17,14 +17,12 @@ from sfl.link import Counters
 from sfl.order import RoundPlan
 from sfl.outcome import (
     BACK,
-    CLIENT_MODEL,
     FRONT,
-    MEMORY,
     ONE_CLIENT_MODEL,
-    SERVER_MODEL,
     SERVER_OPTIMIZER,
     Half,
     averaging_weights,
+    half_files,
     has_back_files,
     merge_backs,
     merge_fronts,
@@ -142,14 +140,9 @@ class Rounds:
 
     def _write_halves(self, round_index: int) -> None:
         """Write down what everyone goes on from, with what else the next round starts from."""
-        models = {FRONT: ("client_model", CLIENT_MODEL), BACK: ("server_model", SERVER_MODEL)}
         for name, half in self.halves.items():
-            kind, template = models[name]
-            state = encode_state(half.state)
-            self.archive.write(kind, model_path(template, round_index), state, round_index)
-            if half.memory:
-                path, memory = model_path(MEMORY, round_index, half=name), encode_state(half.memory)
-                self.archive.write("aggregation", path, memory, round_index)
+            for kind, path, data in half_files(name, half, round_index):
+                self.archive.write(kind, path, data, round_index)
         if self.run.optimizer_state == "keep" and round_index >= 0:
             for b, segment in self.backs.items():
                 path = model_path(SERVER_OPTIMIZER, round_index, back=b)

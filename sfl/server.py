@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.party import TRAIN, ServerParty
 from sfl.protocol import Limits
-from sfl.registration import APART, HERE, Joined, check_agreement
+from sfl.registration import APART, HERE, Joined, describe_data
 from sfl.resume import (
     Past,
     check_same_data,
@@ -82,7 +81,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             place = _check_place(run, node, path, events)
             fed = HERE if node.role == "all" else node.fed_server or APART
             if node.fed_server:
-                stack.enter_context(fed_server(node, run, first_round))
+                stack.enter_context(fed_server(node, run, past))
             events.note(f"command line: {' '.join(command_line())}")
             address = listener.address
             needed = past.clients if past else run.clients
@@ -98,7 +97,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 store=make if fed == HERE else lambda link: Elsewhere(), with_fronts=fed == HERE,
             )  # fmt: skip
             if place is not None:
-                put_config(place, run, first_round, folder_data(joined))
+                put_config(place, run, first_round, describe_data(joined))
             num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits(num_steps[connection])
@@ -142,17 +141,6 @@ def _check_place(
     return place
 
 
-def folder_data(joined: Mapping[int, Joined]) -> dict[str, Any]:
-    """Return what is recorded of the clients' data."""
-    report = check_agreement({k: client.data for k, client in joined.items()})
-    return {
-        "input_shape": list(report.input_shape),
-        "classes": list(report.classes),
-        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
-        "digests": {str(k): client.data.digest for k, client in joined.items()},
-    }
-
-
 def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
     """Return the folder of the run, new or resumed, and the run by its name."""
     if node.resume:
@@ -185,15 +173,14 @@ def prepare(
         IntegrityError: a file that the run goes on from is damaged.
     """
     archive, events = folder.archive, folder.events
-    report = check_agreement({k: client.data for k, client in joined.items()})
-    split = SplitModel(run, report.input_shape, len(report.classes))
+    data = describe_data(joined)
+    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
     for k, client in joined.items():
         for difference in differences(fingerprint(device), client.fingerprint):
             events.say(
                 f"warning: client_{k} has {difference} of the server: the last bit may differ"
             )
     clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
-    data = folder_data(joined)
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
     if past:
         check_same_data(past, {k: client.data.digest for k, client in joined.items()})

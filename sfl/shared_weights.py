@@ -87,7 +87,7 @@ class Transfers:
     def __init__(self, wake: Callable[[], None] | None = None) -> None:
         self._wake = wake
         self._places = threading.Semaphore(MAX_THREADS)
-        self._once: dict[str, _Job[None]] = {}
+        self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
 
     def run(self, call: Callable[[], T]) -> Conversation[T]:
         """Make a call; without threads, nothing is yielded."""
@@ -104,12 +104,12 @@ class Transfers:
             yield from ()
             if name not in self._once:
                 call()
-                self._once[name] = _Job(lambda: None, self._places, lambda: None)
+                self._once[name] = None
             return
-        if name not in self._once:
-            self._once[name] = _Job(call, self._places, self._wake)
-        yield self._once[name].is_done
-        self._once[name].result()
+        job = self._once.get(name) or _Job(call, self._places, self._wake)
+        self._once[name] = job
+        yield job.is_done
+        job.result()
 
 
 class Threads:
@@ -198,5 +198,6 @@ class SharedWeights:
                 raise IntegrityError(
                     f"{where}: is of {field} {metadata.get(field)!r:.40}, not {wanted[field]!r}"
                 )
-        if {metadata.get("checksum"), announced or wanted["checksum"]} != {wanted["checksum"]}:
+        ours = wanted["checksum"]
+        if metadata.get("checksum") != ours or announced not in ("", ours):
             raise IntegrityError(f"{where}: is damaged: its checksum is not the one it was given")

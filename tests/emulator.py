@@ -51,6 +51,8 @@ class Request:
 
 
 DROP = "drop"  # a fault: forward, then close without the answer
+STALL = "stall"  # a fault: say nothing for STALL_S, then close
+STALL_S = 1.5
 Fault = str | tuple[int, str] | None  # or an answer of our own; None: go on
 
 
@@ -115,6 +117,10 @@ class Gate:
         fault = self.faults(request)
         if isinstance(fault, tuple):
             self._answer(handler, fault[0], error(*fault), {})
+            return
+        if fault == STALL:
+            time.sleep(STALL_S)
+            handler.close_connection = True
             return
         upload_id = request.query.get("upload_id", [""])[0]
         name = request.uploads or self._sessions.get(upload_id, "")

@@ -263,3 +263,24 @@ def test_a_client_that_was_killed_can_go_on_with_what_only_it_has(launcher: Laun
     server.ended_with(0)
     client.ended_with(0)
     assert replay.check(load(run)).findings == []
+
+
+def test_a_run_that_was_killed_in_its_first_round_goes_on(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ["--model", "mlp", "--batch-size", 100, "--rounds", 1, "--local-epochs", 60]
+    server = launcher.server("--clients", 1, "--run", "r", *options)
+    client = launcher.client()
+    run = launcher.folder / "server/r"
+    while not (run / "client_files/client_0/round_000/labels_0_3.pt").exists():
+        server.process.join(0.01)
+        assert server.process.is_alive(), server.err
+    send_signal(server, signal.SIGKILL)
+    client.ended_with(1)
+    server, client = launcher.server("--resume", run), launcher.client()
+    server.ended_with(0)
+    client.ended_with(0)
+    (tmp_path / "whole").mkdir()
+    theirs = Launcher(tmp_path / "whole").run(*options, clients=1)
+    assert_equal(all_weights(run), all_weights(theirs), at_least=6)
+    assert replay.check(load(run)).findings == []

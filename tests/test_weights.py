@@ -21,7 +21,7 @@ from sfl.shared_weights import SharedWeights, Transfers, describe, object_path
 from sfl.stores import check_address, open_place
 from sfl.transport import Connection
 from sfl.weights import AVERAGE, INITIAL, SocketWeights, WeightKey, WeightStore, client_weights
-from tests.emulator import BUCKET, DROP, Emulator, Fault, Gate, Request, emulated
+from tests.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
 
 LIMITS = Limits(
     payload_bytes=dict.fromkeys((MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL), 10**6)
@@ -371,11 +371,33 @@ def test_a_bucket_that_stutters_is_asked_again(gate: Gate, tmp_path: Path, statu
     assert said.lines[0].endswith("trying again for 20 seconds")
 
 
-@pytest.mark.parametrize("how", ["refused", "503"])
-def test_the_deadline_is_ours(gate: Gate, tmp_path: Path, how: str) -> None:
+def test_a_bucket_that_says_nothing_is_asked_again(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.bucket.ANSWER_S", 0.3)
+    said = Said()
+    place = bucket(tmp_path, say=said)
+    for call in (lambda: place.create("r/x.pt", DATA, {}), lambda: place.read("r/x.pt")):
+        left = [1]  # the library asks for other things, too, on threads of its own
+
+        def stall_once(request: Request, left: list[int] = left) -> Fault:
+            ours = "x.pt" in request.path + request.uploads
+            return STALL if ours and left and left.pop() else None
+
+        gate.faults = stall_once
+        call()
+    assert place.read("r/x.pt") == (DATA, {})
+    assert ["timed out" in line for line in said.lines] == [True, True]
+
+
+@pytest.mark.parametrize("how", ["refused", "503", "silent"])
+def test_the_deadline_is_ours(
+    gate: Gate, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.bucket.ANSWER_S", 0.5)
     place, started = bucket(tmp_path, timeout_s=1.5), time.monotonic()
     place.check()
-    gate.faults = failing(503, 10**9)
+    gate.faults = (lambda request: STALL) if how == "silent" else failing(503, 10**9)
     if how == "refused":
         gate.stop()
     try:
