@@ -193,7 +193,7 @@ def test_a_host_that_does_not_exist_is_said(launcher: Launcher) -> None:
         (["--rounds", 0], "--rounds 0: must be at least 1"),
         (["--cut", 12], "lenet5 has 12: conv1, relu1"),
         (["--cut", 0], "needs blocks on both sides"),
-        (["--weights", "gs://bucket/x"], "unknown weight store"),
+        (["--weights", "s3://bucket/x"], "unknown weight store"),
         (["--scheme", "sflv4"], "unknown scheme 'sflv4'; did you mean sflv"),
         (["--scheme", "central"], "one process: python -m experiments.simulate"),
         (["--participation", 0], "--participation 0.0: must be in (0, 1]"),
