@@ -25,8 +25,8 @@ def draw_curves(run_dir: Path) -> Path:
 
     opened = archive.open(run_dir)
     logs = sorted((e for e in opened.listed if e.kind == "round_log"), key=lambda e: e.round)
-    rounds = [entry.round + 1 for entry in logs]
-    curves: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    # client -> metric -> round -> value; a client that sat a round out has no loss there
+    curves: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for entry in logs:
         figures = read_round(opened.read(entry.path))
         losses = defaultdict(list)
@@ -34,16 +34,16 @@ def draw_curves(run_dir: Path) -> Path:
             if metric == "loss":
                 losses[client].append(value)
             elif metric == "val_acc":
-                curves[client][metric].append(value)
+                curves[client][metric][entry.round + 1] = value
         for client, values in losses.items():
-            curves[client]["loss"].append(sum(values) / len(values))
+            curves[client]["loss"][entry.round + 1] = sum(values) / len(values)
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     titles = {"loss": "training loss (mean of the round's steps)", "val_acc": "validation accuracy"}
     for axis, (metric, title) in zip(axes, titles.items(), strict=True):
         for client, values in sorted(curves.items()):
-            if len(values[metric]) == len(rounds):
+            if of_metric := values[metric]:
                 style = {"marker": MARKERS[client % len(MARKERS)], "markersize": 4, "alpha": 0.8}
-                axis.plot(rounds, values[metric], label=f"client {client}", **style)
+                axis.plot(*zip(*of_metric.items(), strict=True), label=f"client {client}", **style)
         axis.set(xlabel="round", ylabel=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)

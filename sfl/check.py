@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sfl.config import KeepTensors, RunConfig
-from sfl.data import check_partition, dataset_spec, num_batches
+from sfl.data import dataset_spec, num_batches
 from sfl.errors import RunError
 from sfl.outcome import check_rule
+from sfl.partition import check_partition
 from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer

@@ -9,11 +9,12 @@ from sfl.check import check_names
 from sfl.client_store import hearing_why, open_store
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
-from sfl.data import OWN, ClientData, dataset_spec, num_batches, part_of
+from sfl.data import ClientData, dataset_spec, num_batches, part_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import RunError
 from sfl.own_data import load_own
+from sfl.partition import OWN
 from sfl.party import ClientParty
 from sfl.protocol import Limits
 from sfl.registration import DataReport, Welcome, client_join, send_report

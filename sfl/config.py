@@ -47,7 +47,11 @@ class RunConfig:
         "sflv1",
         "who shares what: sl, sflv1, sflv2, sflv3, fl, sync-sgd; in simulation also central",
     )
-    model: str = _option("lenet5", "mlp, lenet5, or your own package.module:function")
+    model: str = _option(
+        "lenet5",
+        "mlp, lenet5, cnn-mnist, cnn-cifar10, cnn-femnist, alexnet, vgg16, resnet18, resnet50,"
+        " or your own package.module:function",
+    )
     cut: int | None = _option(
         None, "number of top-level blocks on the client; the model's own if not given"
     )
@@ -55,7 +59,9 @@ class RunConfig:
         "mnist-5k", "mnist-5k, mnist, fashion-mnist, or your own package.module:function"
     )
     partition: str = _option(
-        "iid", "who has which training samples: own, iid, sizes:0.2,0.2,0.6 (see the README)"
+        "iid",
+        "who has which training samples: own, iid, sizes:0.2,0.2,0.6, dirichlet:0.5,"
+        " dirichlet-size:0.5, shards:2 (see the README)",
     )
     clients: int = _option(3, "number of clients; the run starts when all are there")
     max_clients: int = _option(

@@ -8,8 +8,6 @@ import contextlib
 import gzip
 import importlib.util
 import io
-import itertools
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sfl import seeds
-from sfl.config import RunConfig, unknown_name
+from sfl.config import RunConfig
 from sfl.errors import ConfigError, DataError
+from sfl.partition import partition
 from sfl.registry import look_up
 
 Notify = Callable[[str], None]
-OWN = "own"
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
 
@@ -175,52 +173,6 @@ def dataset_spec(name: str, allowed: Collection[str] | None = None) -> DatasetSp
     return look_up("data set", name, DATASETS, own, allowed)
 
 
-def _iid(num_samples: int, run: RunConfig, argument: str) -> list[Tensor]:
-    order = torch.randperm(num_samples, generator=seeds.generator(run.seed, seeds.PARTITION))
-    return list(order.tensor_split(run.clients))
-
-
-def _sizes(num_samples: int, run: RunConfig, argument: str) -> list[Tensor]:
-    bounds = [round(num_samples * s) for s in itertools.accumulate(_shares(argument, run.clients))]
-    order = torch.randperm(num_samples, generator=seeds.generator(run.seed, seeds.PARTITION))
-    return list(order.tensor_split(bounds[:-1]))
-
-
-def _shares(argument: str, num_clients: int) -> list[float]:
-    try:
-        shares = [float(share) for share in argument.split(",")]
-    except ValueError:
-        shares = []
-    if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
-        raise ConfigError(f"--partition sizes:{argument}: give a share above 0 for each client")
-    if len(shares) != num_clients:
-        raise ConfigError(
-            f"--partition sizes:{argument} names {len(shares)} shares for {num_clients} clients"
-        )
-    if abs(sum(shares) - 1) > 1e-6:
-        raise ConfigError(f"--partition sizes:{argument}: the shares add up to {sum(shares):g}")
-    return shares
-
-
-# (number of training samples, run, what follows the colon) -> each client's indices: disjoint,
-# covering, and dependent on the seed alone.
-PARTITIONS: dict[str, Callable[[int, RunConfig, str], list[Tensor]]] = {
-    "iid": _iid,
-    "sizes": _sizes,
-}
-
-
-def check_partition(run: RunConfig) -> None:
-    """Raise ``ConfigError`` for a partition that does not exist or does not fit the run."""
-    name, colon, argument = run.partition.partition(":")
-    if name not in {OWN, *PARTITIONS}:
-        raise unknown_name("partition", run.partition, {OWN, *PARTITIONS})
-    if name == "sizes":
-        _shares(argument, run.clients)
-    elif colon:
-        raise ConfigError(f"--partition {run.partition}: {name} takes nothing behind a colon")
-
-
 def part_of(
     spec: DatasetSpec, run: RunConfig, client: int, loaded: tuple[Samples, Samples]
 ) -> ClientData:
@@ -229,11 +181,10 @@ def part_of(
     The training part is the partition's; the test set is dealt out to the clients in turn.
 
     Raises:
-        DataError: the client's part is empty.
+        DataError: the client's part is empty, or no draw gives every client its share.
     """
     train, test = loaded
-    name, _, argument = run.partition.partition(":")
-    part = train.take(PARTITIONS[name](len(train), run, argument)[client])
+    part = train.take(partition(train.y, run)[client])
     return client_data(spec, run, client, part, test.take(slice(client, None, run.clients)))
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from sfl import seeds
 from sfl.errors import ConfigError
 from sfl.registry import look_up
+from sfl.vision_models import vision_model
 
 Shape = tuple[int, ...]  # of one sample, (channels, height, width) for images
 
@@ -69,9 +70,87 @@ def lenet5(input_shape: Shape, num_classes: int) -> nn.Sequential:
     )
 
 
+def cnn_cifar10(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build the small CNN of the field's frameworks for CIFAR-10: 3-6-16 k5, FC 400-120-84-10."""
+    channels, height, width = input_shape
+    left = [((size - 4) // 2 - 4) // 2 for size in (height, width)]  # behind both pools
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 6, 5),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * left[0] * left[1], 120),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(84, num_classes),
+        )
+    )
+
+
+def cnn_femnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build the CNN of the field's frameworks for FEMNIST: 1-32 k7, 32-64, FC 3136-62.
+
+    Both convolutions keep the size, and a pool behind each halves it: 64 x 7 x 7 for 28x28 images.
+    """
+    channels, height, width = input_shape
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 32, 7, padding=3),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(32, 64, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(64 * (height // 4) * (width // 4), num_classes),
+        )
+    )
+
+
+def cnn_mnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build the CNN of the field's frameworks for MNIST: 1-6, 6-16 k5 p2, FC 784-256-128-10."""
+    channels, height, width = input_shape
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 6, 5, padding=2),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5, padding=2),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * (height // 4) * (width // 4), 256),
+            relu3=nn.ReLU(),
+            drop1=nn.Dropout(0.5),
+            fc2=nn.Linear(256, 128),
+            relu4=nn.ReLU(),
+            drop2=nn.Dropout(0.5),
+            fc3=nn.Linear(128, num_classes),
+        )
+    )
+
+
+def _of_torchvision(name: str, cut: int) -> ModelSpec:
+    return ModelSpec(lambda shape, classes: vision_model(name, shape, classes), cut)
+
+
+# ResNets are cut behind the first residual block, as SplitFed does: 64x16x16 for 64x64 images with
+# resnet18. The others behind their first pool.
 MODELS: dict[str, ModelSpec] = {
     "mlp": ModelSpec(mlp, cut=3),
     "lenet5": ModelSpec(lenet5, cut=7),
+    "cnn-mnist": ModelSpec(cnn_mnist, cut=3),
+    "cnn-cifar10": ModelSpec(cnn_cifar10, cut=3),
+    "cnn-femnist": ModelSpec(cnn_femnist, cut=3),
+    "alexnet": _of_torchvision("alexnet", cut=3),
+    "vgg16": _of_torchvision("vgg16", cut=5),
+    "resnet18": _of_torchvision("resnet18", cut=5),
+    "resnet50": _of_torchvision("resnet50", cut=5),
 }
 
 

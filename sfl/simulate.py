@@ -15,11 +15,12 @@ from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
 from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
-from sfl.data import OWN, ClientData, Samples, dataset_spec, part_of
+from sfl.data import ClientData, Samples, dataset_spec, part_of
 from sfl.driver import Conversation, Gate
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
 from sfl.own_data import load_own
+from sfl.partition import OWN
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement

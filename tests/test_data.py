@@ -18,7 +18,6 @@ from sfl.data import (
     Samples,
     batch_indices,
     batch_sizes,
-    check_partition,
     client_data,
     dataset_spec,
     num_batches,
@@ -26,6 +25,7 @@ from sfl.data import (
 )
 from sfl.errors import ConfigError, DataError
 from sfl.own_data import load_own
+from sfl.partition import check_partition
 
 DIGITS = DATASETS["mnist-5k"]
 
@@ -125,7 +125,7 @@ def test_sizes_are_what_was_asked_for(digits: tuple[Samples, Samples]) -> None:
         ("sizes:a,b,c", "above 0"),
         ("sizes", "above 0"),
         ("iid:3", "nothing behind a colon"),
-        ("dirichlet:0.1", "unknown partition"),
+        ("writer", "unknown partition"),
     ],
 )
 def test_a_partition_that_does_not_fit_is_refused(partition: str, reason: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from sfl.aggregate import RULES
 from sfl.config import ClientNode, RunConfig, ServerNode
-from sfl.data import DATASETS, OWN, PARTITIONS
+from sfl.data import DATASETS
 from sfl.models import MODELS
+from sfl.partition import OWN, PARTITIONS
 from sfl.protocol import MessageType
 from sfl.roundlog import ROUND_COLUMNS
 from sfl.schedule import SCHEDULES
