@@ -55,7 +55,7 @@ def client(k: int, port: int, timing: "Timing") -> None:
         "127.0.0.1", port, timeout_s=120, connect_timeout_s=10, limits=timing.limits, on_wait=say
     ) as link:
         link.send_message_as_json(MessageType.REGISTER, content=k)
-        store = store_maker(options.open_place(), options)(link)
+        store = store_maker(options.open_place(), options)(link, timing.most_bytes)
         for r in range(timing.rounds):
             front = encode_state({"w": timing.front["w"] + k})
             run_blocking(store.put(timing.key(client_weights(k), k, r), front))
@@ -79,8 +79,8 @@ class Timing:
         self.everyone_has_it = threading.Barrier(options.clients + 1)
         self._address, self._folder, self._run = address, folder, uuid.uuid4().hex
         weights = (MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL)
-        most = max_file_bytes(self.spec.values())
-        self.limits = Limits(payload_bytes=dict.fromkeys(weights, most))
+        self.most_bytes = max_file_bytes(self.spec.values())
+        self.limits = Limits(payload_bytes=dict.fromkeys(weights, self.most_bytes))
 
     def key(self, name: str, client: int, round_index: int) -> "WeightKey":
         from sfl.protocol import Position
@@ -126,7 +126,7 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
         links = gather(switchboard, num_clients)
         options = timing.options("server")
         make = store_maker(options.open_place(), options, switchboard.wake)
-        stores = {k: make(link) for k, link in sorted(links.items())}
+        stores = {k: make(link, timing.most_bytes) for k, link in sorted(links.items())}
         seconds = []
         for r in range(timing.rounds):
             started = time.perf_counter()
@@ -163,6 +163,8 @@ def main() -> None:
     for address in options.weights.split(","):
         with TemporaryDirectory(prefix="sfl-") as folder:
             timing = Timing(address, options, Path(folder))
+            if place := timing.options("check").open_place():
+                place.check()
             seconds = time_rounds(timing, options.clients)
         each = ", ".join(f"{s:.2f}" for s in seconds)
         median = sorted(seconds)[len(seconds) // 2]

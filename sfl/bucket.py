@@ -5,8 +5,10 @@ are found as Google's libraries find them; ``STORAGE_EMULATOR_HOST`` names an em
 """
 
 import contextlib
+import os
+import queue
 import re
-import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.link import one_line
-from sfl.objects import Metadata, compare
+from sfl.objects import Metadata, check_size, compare, is_there
 
 # https://cloud.google.com/storage/docs/buckets#naming
 BUCKET_NAME = re.compile(r"(?!goog)[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -43,8 +45,9 @@ def parse_address(address: str) -> tuple[str, str]:
 class Bucket:
     """Objects under a prefix of a bucket.
 
-    ``timeout_s`` bounds every call, tries and pauses together; ``say`` hears, once for each time
-    that the bucket stays away, what is being waited for. Downloads go through ``scratch``.
+    ``timeout_s`` bounds every call, tries and pauses together, to within one try; ``say`` hears,
+    once for each time that the bucket stays away, what is being waited for. Downloads go through
+    ``scratch``.
     """
 
     def __init__(
@@ -56,21 +59,23 @@ class Bucket:
         self._timeout_s = timeout_s
         self._say = say
         self._waiting = False
-        self._local = threading.local()
-        self._credentials: Any = None
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # buckets, each with a connection
 
     def check(self) -> None:
-        with self._errors("list objects"):
-            bucket = self._bucket()
-            options = {"retry": self._retry(), "timeout": (CONNECT_S, ANSWER_S)}
-            prefix = self._object("")
-            next(iter(bucket.list_blobs(prefix=prefix, max_results=1, **options)), None)
+        with self._call("list objects") as (bucket, options):
+            found = bucket.list_blobs(prefix=self._object(""), max_results=1, **options())
+            next(iter(found), None)
+
+    def names(self, prefix: str) -> list[str]:
+        with self._call("list objects") as (bucket, options):
+            found = bucket.list_blobs(prefix=self._object(prefix), **options())
+            return sorted(blob.name.removeprefix(self._object("")) for blob in found)
 
     def create(self, path: str, data: bytes, metadata: Metadata) -> None:
-        from google.api_core.exceptions import PreconditionFailed
+        from google.api_core.exceptions import Forbidden, PreconditionFailed
 
-        with self._errors(f"write {path}"):
-            blob = self._bucket().blob(self._object(path))
+        with self._call(f"write {path}") as (bucket, options):
+            blob = bucket.blob(self._object(path))
             blob.metadata = dict(metadata)
             try:
                 blob.upload_from_string(
@@ -78,27 +83,30 @@ class Bucket:
                     content_type="application/octet-stream",
                     if_generation_match=0,
                     checksum="crc32c",
-                    retry=self._retry(),
-                    timeout=(CONNECT_S, ANSWER_S),
+                    **options(),
                 )
             except PreconditionFailed:
                 # Somebody was first: perhaps ourselves, in a try whose answer got lost.
                 compare(self, path, data)
+            except Forbidden:
+                # Who may not overwrite may hear so before the precondition is looked at.
+                if not is_there(self, path, data):
+                    raise
 
-    def read(self, path: str) -> tuple[bytes, Metadata] | None:
+    def read(self, path: str, most_bytes: int | None = None) -> tuple[bytes, Metadata] | None:
         from google.api_core.exceptions import NotFound
 
-        timeouts = {"retry": self._retry(), "timeout": (CONNECT_S, ANSWER_S)}
-        with self._errors(f"read {path}"):
-            blob = self._bucket().get_blob(self._object(path), **timeouts)
+        with self._call(f"read {path}") as (bucket, options):
+            blob = bucket.get_blob(self._object(path), **options())
             if blob is None:
                 return None
+            check_size(f"{self.title}/{path}", blob.size, most_bytes)
             self._scratch.mkdir(parents=True, exist_ok=True)
             whole = self._scratch / uuid.uuid4().hex
             partial = whole.with_suffix(".tmp")
             try:
                 blob.download_to_filename(
-                    partial, checksum="crc32c", if_generation_match=blob.generation, **timeouts
+                    partial, checksum="crc32c", if_generation_match=blob.generation, **options()
                 )
                 partial.rename(whole)
                 data = whole.read_bytes()
@@ -112,31 +120,53 @@ class Bucket:
     def delete(self, path: str) -> None:
         from google.api_core.exceptions import NotFound
 
-        with self._errors(f"delete {path}"), contextlib.suppress(NotFound):
-            blob = self._bucket().blob(self._object(path))
-            blob.delete(retry=self._retry(), timeout=(CONNECT_S, ANSWER_S))
+        with self._call(f"delete {path}") as (bucket, options), contextlib.suppress(NotFound):
+            bucket.blob(self._object(path)).delete(**options())
 
     def _object(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path
 
-    def _bucket(self) -> Any:
-        """Return the library's bucket, with a connection pool for each thread."""
+    @contextlib.contextmanager
+    def _call(self, what: str) -> Iterator[tuple[Any, Callable[[], dict[str, Any]]]]:
+        """Yield the library's bucket for one call, and what gives each request what time is left.
+
+        A bucket serves one thread at a time, and the next one afterwards.
+        """
+        with self._errors(what):
+            try:
+                bucket = self._free.get_nowait()
+            except queue.Empty:
+                bucket = self._open()
+            end = time.monotonic() + self._timeout_s
+            try:
+                yield bucket, lambda: self._options(max(end - time.monotonic(), 0.1))
+            finally:
+                self._free.put(bucket)
+
+    def _open(self) -> Any:
         from google.cloud import storage
 
-        if not hasattr(self._local, "bucket"):
-            client = storage.Client(credentials=self._credentials)
-            self._credentials = client._credentials
-            self._local.bucket = client.bucket(self._name)
-        return self._local.bucket
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+        if emulator and ("://" not in emulator or emulator.endswith("/")):
+            raise ConfigError(
+                f"STORAGE_EMULATOR_HOST={emulator}: give it a scheme, and no slash at the end:"
+                " http://127.0.0.1:9023"
+            )
+        return storage.Client(project=None).bucket(self._name)  # objects need no project
 
-    def _retry(self) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        """Return the library's retry, with our deadline, saying once that we wait."""
+    def _options(self, left_s: float) -> dict[str, Any]:
+        """Return the library's retry and a try's deadlines, within what time is left."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        retry = DEFAULT_RETRY.with_timeout(self._timeout_s).with_delay(
-            initial=FIRST_PAUSE_S, maximum=LONGEST_PAUSE_S, multiplier=2.0
+        retry = DEFAULT_RETRY.with_timeout(left_s).with_delay(
+            initial=FIRST_PAUSE_S,
+            maximum=min(LONGEST_PAUSE_S, max(left_s / 8, 0.1)),
+            multiplier=2.0,
         )
-        return lambda call: retry(call, on_error=self._note)
+        return {
+            "retry": lambda call: retry(call, on_error=self._note),
+            "timeout": (min(CONNECT_S, left_s), min(ANSWER_S, left_s)),
+        }
 
     def _note(self, error: Exception) -> None:
         if not self._waiting:

@@ -22,6 +22,7 @@ from sfl.resume import check_same_run, load_front
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
+from sfl.tensors import max_file_bytes
 from sfl.transport import Connection, connect, parse_address
 
 
@@ -112,7 +113,15 @@ def _run(
     if first_round:
         load_front(folder.path, front, run, client, first_round)
     log = ClientLog(run, folder, num_batches(len(data.train), run.batch_size))
-    with open_store(connection, welcome, node, folder, report, fingerprint(device)) as (store, fed):
+    with open_store(
+        connection,
+        welcome,
+        node,
+        folder,
+        report,
+        fingerprint(device),
+        max_file_bytes(split.front_spec.values()),
+    ) as (store, fed):
         if fed is not None:
             fed.limits = split.client_limits()
         send_report(connection, report)

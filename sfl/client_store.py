@@ -51,15 +51,24 @@ def open_store(
     folder: RunFolder,
     report: DataReport,
     fingerprint: Mapping[str, str],
+    most_bytes: int,
 ) -> Iterator[tuple[WeightStore, Connection | None]]:
     """Open a client's store; also return the connection to a fed server, if there is one.
+
+    A file of weights has at most ``most_bytes``.
 
     Raises:
         ConfigError: the server names a place that this client does not allow.
         RunError: the place or the fed server cannot be used.
     """
     run = welcome.run
+    if run.weights == SOCKET and node.allow_weights:
+        raise ConfigError(
+            f"--allow-weights {node.allow_weights}: but the server has the weights sent to it"
+        )
     if run.weights == SOCKET and welcome.fed in (HERE, APART):
+        if node.fed_server:
+            raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         yield SocketWeights(connection), None
     elif run.weights == SOCKET:
         with _fed_connection(welcome, node, folder, report, fingerprint) as fed:
@@ -67,14 +76,15 @@ def open_store(
     else:
         address = allowed_address(run.weights, node.allow_weights)
         options = StoreOptions(
-            address, folder.path / "downloads", node.weights_timeout, node.peer_timeout, say
+            address, folder.path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
         place = options.open_place()
         assert place is not None
         place.check()
         _sign_in(place, run, welcome.client, report)
         folder.events.say(f"weights go through {place.title}")
-        yield store_maker(place, options)(connection if welcome.fed == HERE else None), None
+        link = connection if welcome.fed == HERE else None
+        yield store_maker(place, options)(link, most_bytes), None
 
 
 def allowed_address(named: str, allowed: str) -> str:
@@ -113,7 +123,7 @@ def _fed_connection(
     fingerprint: Mapping[str, str],
 ) -> Iterator[Connection]:
     """Join the run at the fed server, and take our leave there at the end."""
-    host, port = parse_address(welcome.fed)
+    host, port = parse_address(node.fed_server or welcome.fed)
     connection = connect(
         host,
         port,

@@ -178,6 +178,9 @@ class NodeConfig:
     threads: int = _option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = _option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
     out: str = _option("shared_files", "folder that runs are written into")
+    allow_import: str = _option(
+        "", "comma-separated package.module:function that another machine may name as model or data"
+    )
     weights_timeout: float = _option(
         600.0, "seconds that a store of weights may stay away before the run ends"
     )
@@ -197,6 +200,10 @@ class NodeConfig:
     @property
     def out_path(self) -> Path:
         return Path(self.out).expanduser()
+
+    @property
+    def allowed_imports(self) -> frozenset[str]:
+        return frozenset(name.strip() for name in self.allow_import.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -236,10 +243,11 @@ class ClientNode(NodeConfig):
     peer_timeout: float = _option(3600.0, "seconds without a byte from the server")
     keep_tensors: str = _option("none", "as the server's; the server has the same files")
     allow_weights: str = _option(
-        "", "gs://BUCKET/PREFIX that the server may name for weights; or this machine's dir:PATH"
-    )
-    allow_import: str = _option(
-        "", "comma-separated package.module:function that the server may name as model or dataset"
+        "", "gs://BUCKET/PREFIX that the server may name for weights, or this machine's dir:PATH;"
+        " if given, weights go nowhere else",
+    )  # fmt: skip
+    fed_server: str = _option(
+        "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
     )
 
     def check(self) -> None:
@@ -248,10 +256,6 @@ class ClientNode(NodeConfig):
         _check_timeout("connect_timeout", self.connect_timeout)
         _check_timeout("peer_timeout", self.peer_timeout)
         KeepTensors.parse(self.keep_tensors)
-
-    @property
-    def allowed_imports(self) -> frozenset[str]:
-        return frozenset(name.strip() for name in self.allow_import.split(",") if name.strip())
 
 
 def flag(name: str) -> str:

@@ -135,8 +135,10 @@ def _hand_over(
     party.link.send_message_as_json(message, content=content, at=at)
     if front:
         key, averaged = WeightKey(front.name, at), front.name == AVERAGE
-        give = party.weights.put if averaged else party.weights.pass_on
-        yield from give(key, front.data)
+        if averaged:
+            yield from party.weights.put(key, front.data, front.samples)
+        else:
+            yield from party.weights.pass_on(key, front.data)
 
 
 def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict[str, str]:

@@ -23,6 +23,7 @@ and looks for the clients' weights until they come.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,35 +82,54 @@ def fed_join(link: Link) -> Conversation[Welcome]:
     return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool))
 
 
-def config_path(run: str, first_round: int) -> str:
-    """Return where the main server puts a run's configuration for the fed server."""
-    return f"{run}/round_{first_round:03d}/config"
+MOST_CONFIG_BYTES = 2**20
 
 
-def put_config(
+def put_start(
     place: ObjectStore, run: RunConfig, first_round: int, data: Mapping[str, Any]
 ) -> None:
-    """Put a run's configuration and what is known of its clients' data into a store."""
+    """Put a run's configuration and what is known of its clients' data into a store.
+
+    Each start of the main server has an object of its own, named by its first round and its rounds.
+    """
     content = json.dumps({"config": dataclasses.asdict(run), "data": data}, sort_keys=True).encode()
-    about = {"run": run.run, "round": str(first_round), "name": "config"}
-    path = config_path(run.run, first_round)
-    place.create(path, content, about | {"checksum": checksum(content)})
+    path = f"{run.run}/starts/{first_round:06d}_{run.rounds:06d}"
+    place.create(path, content, {"run": run.run, "checksum": checksum(content)})
 
 
-def parse_config(data: bytes, metadata: Mapping[str, str]) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the configuration and the description of the clients' data in such an object.
+def find_start(
+    place: ObjectStore, run: str, done: int
+) -> tuple[int, RunConfig, dict[str, Any]] | None:
+    """Return the last start of a run that leaves something to do after so many rounds, if any.
+
+    Its first round, its configuration and the description of its clients' data.
 
     Raises:
-        IntegrityError: it is damaged.
+        IntegrityError: it is damaged, or of another run.
     """
+    for path in reversed(place.names(f"{run}/starts/")):
+        numbers = re.fullmatch(r"(\d{6,9})_(\d{6,9})", path.rpartition("/")[2], re.ASCII)
+        if numbers and int(numbers[2]) > done >= int(numbers[1]):
+            found = place.read(path, MOST_CONFIG_BYTES)
+            if found is not None:
+                return int(numbers[1]), *_parse_start(f"{place.title}/{path}", run, *found)
+    return None
+
+
+def _parse_start(
+    where: str, name: str, data: bytes, metadata: Mapping[str, str]
+) -> tuple[RunConfig, dict[str, Any]]:
     if metadata.get("checksum") != checksum(data):
-        raise IntegrityError("the configuration in the store is damaged")
+        raise IntegrityError(f"{where}: is damaged")
     try:
         values = json.loads(data)
-        run = from_values(RunConfig, values["config"], "the configuration in the store")
-        return run, dict(values["data"])
+        run = from_values(RunConfig, values["config"], where)
+        described = dict(values["data"])
     except (ValueError, TypeError, KeyError, ConfigError) as error:
-        raise IntegrityError(f"the configuration in the store is damaged: {error}") from error
+        raise IntegrityError(f"{where}: is damaged: {error}") from error
+    if run.run != name:
+        raise IntegrityError(f"{where}: is of the run {run.run!r:.70}")
+    return run, described
 
 
 @dataclass
@@ -131,7 +151,7 @@ class FedRounds:
         if self.first_round == 0:
             self._write_half(-1)
         if not (keeps_own and self.first_round):
-            self._give(INITIAL, self.first_round - 1)
+            self.give_initial(self.half, self.first_round)
         if keeps_own:
             return
         for round_index in range(self.first_round, self.run.rounds):
@@ -140,11 +160,15 @@ class FedRounds:
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
 
-    def _give(self, name: str, round_index: int) -> None:
-        """Put what everyone goes on from."""
-        data, total = encode_state(self.half.state), sum(self.num_train.values())
+    def give_initial(self, half: Half, first_round: int) -> None:
+        """Put what clients start from that begin with this round."""
+        self._give(INITIAL, half, first_round - 1, 0)
+
+    def _give(self, name: str, half: Half, round_index: int, samples: int) -> None:
+        """Put weights, trained on so many samples, for everyone."""
+        data = encode_state(half.state)
         keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
-        puts = {k: store.put(keys[k], data, total) for k, store in self.stores.items()}
+        puts = {k: store.put(keys[k], data, samples) for k, store in self.stores.items()}
         run_together(self.network, puts)
 
     def _round(self, round_index: int) -> None:
@@ -167,7 +191,7 @@ class FedRounds:
         self.half = merged
         self._write_half(round_index)
         if policy is Fronts.AVERAGED:
-            self._give(AVERAGE, round_index)
+            self._give(AVERAGE, merged, round_index, sum(self.num_train[k] for k in order))
         else:
             self._pass_on(relay[-1], round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]

@@ -1,6 +1,8 @@
 """Running the fed server by itself, and the main server's connection to it."""
 
 import contextlib
+import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sfl.check import check_names
 from sfl.client_store import hearing_why
 from sfl.config import RunConfig, ServerNode, counted
 from sfl.driver import Conversation, Network, run_blocking, run_together
@@ -15,10 +18,9 @@ from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError
 from sfl.fed import (
     FedRounds,
-    config_path,
     fed_join,
+    find_start,
     main_join,
-    parse_config,
 )
 from sfl.link import Link
 from sfl.lobby import gather
@@ -32,10 +34,12 @@ from sfl.shared_weights import Threads
 from sfl.split_model import SplitModel
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import DrainedConnection, Switchboard
+from sfl.tensors import max_file_bytes
 from sfl.transport import connect, listen, parse_address
 from sfl.weights import SocketWeights, WeightStore
 
 LOG = "server_log.txt"
+LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
 
 
 @contextlib.contextmanager
@@ -91,7 +95,9 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
 def _serve_connections(node: ServerNode, device: torch.device) -> Path:
     with (
         listen(node.host, node.port) as listener,
-        Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
+        Switchboard(
+            listener, timeout_s=node.peer_timeout, limits=Limits(), waits=True
+        ) as switchboard,
     ):
         say(f"fed server: listening on {listener.address} for the main server")
         welcome, main = _await_main(switchboard)
@@ -105,8 +111,9 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
             past = open_past(path, run, welcome.first_round) if welcome.goes_on else None
             joined = gather(switchboard, run, folder.events, past)
             data = describe_data(joined)
+            split = _model(run, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
-            rounds = _prepare(run, node, folder, data, stores, switchboard, past, device)
+            rounds = _prepare(run, node, folder, data, split, stores, switchboard, past, device)
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits(0)
             rounds.run_all()
@@ -119,40 +126,43 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
 def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path:
     if not run.run:
         raise ConfigError("--role fed: say with --run which run of the store it is")
-    scratch = node.out_path / "fed" / ".downloads"
-    options = StoreOptions(run.weights, scratch, node.weights_timeout, node.peer_timeout, say)
+    path = node.out_path / "fed" / run.run
+    scratch = path.parent / f".{run.run}.downloads"  # the run's folder is not there yet
+    options = StoreOptions(run.weights, scratch, node.weights_timeout, math.inf, say)
     place = options.open_place()
     assert place is not None
     place.check()
-    past_path = Path(node.resume) if node.resume else None
+    past = open_past(path, run, 0) if node.resume else None
+    if node.resume and Path(node.resume).resolve() != path.resolve():
+        raise ConfigError(f"--resume {node.resume}: this run lies in {path}; see --out and --run")
+    done = past.done if past else 0
     say(f"fed server: waiting in {place.title} for the run {run.run}")
-    done = open_past(past_path, run, 0).done if past_path else 0
-    found = None
-    started = time.monotonic()
-    while found is None:
-        for first_round in {done, max(done - 1, 0)}:
-            if found := place.read(config_path(run.run, first_round)):
-                break
-        else:
-            if time.monotonic() - started > node.peer_timeout:
-                raise RunError(
-                    f"no main server put the run {run.run} into {place.title} within"
-                    f" {node.peer_timeout:g} seconds"
-                )
-            time.sleep(1.0)
-    their_run, data = parse_config(*found)
-    if their_run.run != run.run:
-        raise ConfigError(f"{place.title} has the run {their_run.run} there")
-    path = _folder(their_run, node, goes_on=past_path is not None)
+    while (found := find_start(place, run.run, done)) is None:
+        time.sleep(LOOK_AGAIN_S)
+    first_round, their_run, data = found
+    _folder(their_run, node, goes_on=past is not None)
     network = Threads()
     with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
-        past = open_past(path, their_run, first_round) if past_path else None
         make = store_maker(place, options, network.wake)
-        stores = {int(k): make(None) for k in sorted(data["num_samples"], key=int)}
-        rounds = _prepare(their_run, node, folder, data, stores, network, past, device)
+        split = _model(their_run, node, data)
+        most_bytes = max_file_bytes(split.front_spec.values())
+        stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
+        if past:  # what this server has published stays; clients may start from a round before
+            past = dataclasses.replace(past, first_round=done)
+        rounds = _prepare(their_run, node, folder, data, split, stores, network, past, device)
+        if past and first_round < done:
+            start = read_halves(past.archive, their_run, rounds.split, first_round)
+            rounds.give_initial(start[FRONT], first_round)
         rounds.run_all()
         _finish(folder)
     return path
+
+
+def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
+    """Build the model of a run that another machine named: it imports what this one allows."""
+    check_names(run)
+    shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
+    return SplitModel(run, shape, num_classes, node.allowed_imports)
 
 
 def _prepare(
@@ -160,14 +170,14 @@ def _prepare(
     node: ServerNode,
     folder: RunFolder,
     data: Mapping[str, Any],
+    split: SplitModel,
     stores: Mapping[int, WeightStore],
     network: Network,
     past: Past | None,
     device: torch.device,
 ) -> FedRounds:
-    """Build the model, record configuration and machine, and find what the run starts from."""
+    """Record configuration and machine, and find what the run starts from."""
     archive = folder.archive
-    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
     half = Half(split.front_state(), {})
     if past and FRONT in (halves := read_halves(past.archive, run, split, past.first_round)):
         half = halves[FRONT]

@@ -40,11 +40,15 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def read(self, path: str) -> tuple[bytes, Metadata] | None:
+    def names(self, prefix: str) -> list[str]:
+        """Return the paths of the objects that begin so, sorted."""
+        ...
+
+    def read(self, path: str, most_bytes: int | None = None) -> tuple[bytes, Metadata] | None:
         """Return an object's content and metadata, or None if it is not there.
 
         Raises:
-            IntegrityError: what arrived is not what is stored.
+            IntegrityError: what arrived is not what is stored, or has more than ``most_bytes``.
         """
         ...
 
@@ -53,11 +57,11 @@ class ObjectStore(Protocol):
         ...
 
 
-def compare(store: ObjectStore, path: str, data: bytes) -> None:
-    """See that the object that is there is ours.
+def is_there(store: ObjectStore, path: str, data: bytes) -> bool:
+    """Say whether an object is there with this content.
 
     Raises:
-        RunError: it is another one.
+        RunError: it is there with other content.
     """
     found = store.read(path)
     if found is not None and found[0] != data:
@@ -65,6 +69,27 @@ def compare(store: ObjectStore, path: str, data: bytes) -> None:
             f"{store.title}/{path} is there already with other content ({checksum(found[0])}; ours"
             f" {checksum(data)}): another process writes as the same client of this run"
         )
+    return found is not None
+
+
+def compare(store: ObjectStore, path: str, data: bytes) -> None:
+    """See that an object that was found to be there is ours.
+
+    Raises:
+        RunError: it is another one, or gone again.
+    """
+    if not is_there(store, path, data):
+        raise RunError(f"{store.title}/{path} was there, and is not any more: who deletes it?")
+
+
+def check_size(where: str, size: int, most_bytes: int | None) -> None:
+    """Refuse an object that is larger than what it should be, before it is read.
+
+    Raises:
+        IntegrityError: it is.
+    """
+    if most_bytes is not None and size > most_bytes:
+        raise IntegrityError(f"{where}: has {size} bytes, at most {most_bytes} are expected")
 
 
 class Directory:
@@ -89,19 +114,29 @@ class Directory:
         target = self._root / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for file, content in ((_about(target), described), (target, data)):
-                if not _create_file(file, content) and file.read_bytes() != content:
-                    compare(self, path, data)
+            about = _about(target)
+            if not _create_file(about, described) and about.read_bytes() != described:
+                # Somebody else has described it: theirs is the only one that may follow.
+                if not is_there(self, path, data):
                     raise RunError(
                         f"{self.title}/{path} is described otherwise already: another process"
                         " writes as the same client of this run"
                     )
+            elif not _create_file(target, data):
+                compare(self, path, data)
         except OSError as error:
             raise RunError(f"cannot write {self.title}/{path}: {error.strerror}") from error
 
-    def read(self, path: str) -> tuple[bytes, Metadata] | None:
+    def names(self, prefix: str) -> list[str]:
+        folder = (self._root / prefix).parent
+        files = (f.relative_to(self._root).as_posix() for f in folder.rglob("*") if f.is_file())
+        found = (name for name in files if name.startswith(prefix))
+        return sorted(name for name in found if not name.endswith((ABOUT, CLAIM, TEMPORARY)))
+
+    def read(self, path: str, most_bytes: int | None = None) -> tuple[bytes, Metadata] | None:
         file = self._root / path
         try:
+            check_size(f"{self.title}/{path}", file.stat().st_size, most_bytes)
             data = file.read_bytes()
             metadata = json.loads(_about(file).read_bytes())
         except FileNotFoundError:
@@ -120,19 +155,28 @@ class Directory:
             one.unlink(missing_ok=True)
 
 
+ABOUT, CLAIM, TEMPORARY = ".about", ".claim", ".tmp"  # ends of names that are no objects'
+
+
 def _about(path: Path) -> Path:
-    return path.with_name(f"{path.name}.about")
+    return path.with_name(path.name + ABOUT)
 
 
 def _create_file(path: Path, data: bytes) -> bool:
     """Write a file that is not there, whole or not at all; say whether it was us."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+        try:
+            os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links: claim the name, then rename
+            path.with_name(path.name + CLAIM).touch(exist_ok=False)
+            temporary.rename(path)
     except FileExistsError:
         return False
     finally:

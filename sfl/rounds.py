@@ -156,7 +156,8 @@ class Rounds:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:
             half = self.halves.get(FRONT)  # the fed server's, where that is apart
-            front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"")
+            samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
+            front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"", samples)
         conversations = {
             k: server_evaluate_round(
                 party, None if front and front.name == client_weights(k) else front, round_index

@@ -12,7 +12,7 @@ from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.errors import ConfigError
-from sfl.fed import put_config
+from sfl.fed import put_start
 from sfl.fed_server import fed_server
 from sfl.link import Link
 from sfl.lobby import gather
@@ -44,6 +44,7 @@ from sfl.schemes import Exchange, scheme
 from sfl.split_model import SplitModel
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
+from sfl.tensors import max_file_bytes
 from sfl.transport import listen
 from sfl.weights import Elsewhere, WeightStore
 
@@ -94,10 +95,11 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
             rounds = prepare(
                 run, joined, switchboard, folder, device=device, node=node, past=past,
-                store=make if fed == HERE else lambda link: Elsewhere(), with_fronts=fed == HERE,
+                store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),
+                with_fronts=fed == HERE,
             )  # fmt: skip
-            if place is not None:
-                put_config(place, run, first_round, describe_data(joined))
+            if place is not None and fed == APART:
+                put_start(place, run, first_round, describe_data(joined))
             num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits(num_steps[connection])
@@ -127,7 +129,9 @@ def check_role(run: RunConfig, node: ServerNode) -> None:
 
 def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLog) -> StoreOptions:
     scratch = path / "downloads"
-    return StoreOptions(run.weights, scratch, node.weights_timeout, node.peer_timeout, events.say)
+    return StoreOptions(
+        run.weights, scratch, node.weights_timeout, node.weights_timeout, events.say
+    )
 
 
 def _check_place(
@@ -157,14 +161,14 @@ def prepare(
     *,
     device: torch.device,
     node: NodeConfig,
-    store: Callable[[Link], WeightStore],
+    store: Callable[[Link, int], WeightStore],
     past: Past | None = None,
     with_fronts: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
 
-    ``store`` makes the store of weights for a client's link. Without ``with_fronts`` another server
-    has the fronts, and none of them lie here.
+    ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
+    Without ``with_fronts`` another server has the fronts, and none of them lie here.
 
     Raises:
         ConfigError: the model does not take such data.
@@ -205,13 +209,14 @@ def prepare(
         halves = {FRONT: Half(split.front_state(), {})} if with_fronts else {}
         if has_back_files(run):
             halves[BACK] = Half(split.back_state(), {})
+    most_bytes = max_file_bytes(split.front_spec.values())
     log = RoundLog(folder, run.rounds, first_round)
     parties = {
         k: ServerParty(
             client=k,
             run=run,
             link=client.link,
-            weights=store(client.link),
+            weights=store(client.link, most_bytes),
             split=split,
             archive=archive,
             watcher=log,

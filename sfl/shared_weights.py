@@ -139,8 +139,13 @@ class SharedWeights:
         *,
         patience_s: float,
         say: Callable[[str], None],
+        most_bytes: int | None = None,
     ) -> None:
-        """``link`` leads to who gets what we put; ``patience_s`` bounds the wait for an object."""
+        """``link`` leads to who gets what we put; ``patience_s`` bounds the wait for an object.
+
+        No object of more than ``most_bytes`` is read.
+        """
+        self._most_bytes = most_bytes
         self._objects = objects
         self._link = link
         self._transfers = transfers
@@ -177,7 +182,7 @@ class SharedWeights:
     def _look_for(self, key: WeightKey) -> tuple[bytes, Metadata]:
         """Read an object, looking again until it is there."""
         path, started, pause_s, said = object_path(key), time.monotonic(), FIRST_LOOK_S, False
-        while (found := self._objects.read(path)) is None:
+        while (found := self._objects.read(path, self._most_bytes)) is None:
             waited_s = time.monotonic() - started
             if waited_s > self._patience_s:
                 raise RunError(

@@ -29,6 +29,7 @@ from sfl.schemes import scheme
 from sfl.segment import StepFigures
 from sfl.server import finish, prepare
 from sfl.stores import StoreOptions, store_maker
+from sfl.tensors import max_file_bytes
 
 
 class LocalLink(Link):
@@ -118,7 +119,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
                 client=k,
                 run=run,
                 link=client_end,
-                weights=make(client_end),
+                weights=make(client_end, max_file_bytes(rounds.split.front_spec.values())),
                 split=rounds.split,
                 archive=writers.enter_context(_client_archive(run, node, k)),
                 watcher=_Nobody(),

@@ -83,18 +83,27 @@ class StoreOptions:
 
 
 def store_maker(
-    place: ObjectStore | None, options: StoreOptions, wake: Callable[[], None] | None = None
-) -> Callable[[Link | None], WeightStore]:
-    """Return what makes a party's store for a link; all of one process share its transfers.
+    place: ObjectStore | None,
+    options: StoreOptions,
+    wake: Callable[[], None] | None = None,
+) -> Callable[[Link | None, int], WeightStore]:
+    """Return what makes a party's store, from its link and how large a file of weights may be.
 
-    Without a link nobody announces what a place has; ``wake`` is as of ``Transfers``.
+    All of one process share their transfers; ``wake`` is as of ``Transfers``. Without a link nobody
+    announces what a place has.
     """
     transfers = Transfers(wake)
 
-    def make(link: Link | None) -> WeightStore:
+    def make(link: Link | None, most_bytes: int) -> WeightStore:
         if place is not None:
-            patience_s = options.patience_s
-            return SharedWeights(place, link, transfers, patience_s=patience_s, say=options.say)
+            return SharedWeights(
+                place,
+                link,
+                transfers,
+                patience_s=options.patience_s,
+                say=options.say,
+                most_bytes=most_bytes,
+            )
         assert link is not None
         return SocketWeights(link)
 

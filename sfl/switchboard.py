@@ -159,9 +159,19 @@ class Switchboard:
     """A listening socket and the connections that came over it. Closed by ``with``."""
 
     def __init__(
-        self, listener: Listener, *, timeout_s: float, limits: Limits, max_strangers: int = 64
+        self,
+        listener: Listener,
+        *,
+        timeout_s: float,
+        limits: Limits,
+        max_strangers: int = 64,
+        waits: bool = False,
     ) -> None:
-        """``max_strangers`` may be connected without having registered; more are just closed."""
+        """``max_strangers`` may be connected without having registered; more are just closed.
+
+        One that ``waits`` does so for as long as its peers are there, however silent.
+        """
+        self._waits = waits
         self._listener = listener
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
@@ -243,7 +253,7 @@ class Switchboard:
         with self._changed:
             if not self._changed.wait_for(
                 lambda: any(c.arrived for c in drained) or ended() or any(g() for g in gates),
-                None if gates and not drained else self._timeout_s,
+                None if self._waits or (gates and not drained) else self._timeout_s,
             ):
                 names = ", ".join(c.peer_name for c in drained)
                 raise ConnectionLost(f"{names} sent nothing for {self._timeout_s:g} seconds")

@@ -57,6 +57,7 @@ class NamedWeights:
 
     name: str
     data: bytes  # the file of a state
+    samples: int = 0  # that it was trained on
 
 
 class WeightStore(Protocol):

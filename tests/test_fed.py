@@ -59,10 +59,10 @@ def start_all(
     servers, role = [], []
     if apart and place == "socket":
         port = free_port()
-        servers.append(launcher.fed("--port", port))
+        servers.append(launcher.fed("--port", port, *ALLOW))
         role = ["--role", "main", "--fed-server", f"127.0.0.1:{port}"]
     elif apart:
-        servers.append(launcher.fed(*store, "--run", "r"))
+        servers.append(launcher.fed(*store, "--run", "r", *ALLOW))
         role = ["--role", "main"]
     servers.append(launcher.server("--clients", clients, "--run", "r", *store, *role, *options))
     allow = [] if place == "socket" else ["--allow-weights", place]
@@ -166,10 +166,10 @@ def test_no_byte_of_a_front_reaches_the_main_server(
     store = [] if kind == "socket" else ["--weights", place]
     fed_port = free_port()
     if kind == "socket":
-        fed = launcher.fed("--port", fed_port)
+        fed = launcher.fed("--port", fed_port, *ALLOW)
         role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
     else:
-        fed, role = launcher.fed(*store, "--run", "r"), ["--role", "main"]
+        fed, role = launcher.fed(*store, "--run", "r", *ALLOW), ["--role", "main"]
     server = launcher.server("--clients", 2, "--run", "r", *store, *role, *OPTIONS)
     wait_for(server, "listening")
     proxy = Proxy(launcher.port)
@@ -281,18 +281,87 @@ def test_separate_servers_go_on_as_well(
     role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
     one_round = [*OPTIONS[:-2], "--rounds", 1]
     programs = [
-        launcher.fed("--port", fed_port),
+        launcher.fed("--port", fed_port, *ALLOW),
         launcher.server("--clients", 3, "--run", "r", *role, *one_round),
         *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
     ]
     finish(programs)
     programs = [
-        launcher.fed("--port", fed_port),
+        launcher.fed("--port", fed_port, *ALLOW),
         launcher.server("--resume", launcher.folder / "server/r", "--rounds", 2),
         *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
     ]
     finish(programs)
     assert_equal(all_weights(launcher.folder), reference("sflv1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dir", "gs"])
+def test_separate_servers_go_on_through_a_store(
+    launcher: Launcher, gate: Gate, reference: Callable[[str], dict[str, torch.Tensor]], kind: str
+) -> None:
+    place = address(kind, launcher.folder)
+    store, allow = ["--weights", place], ["--allow-weights", place]
+    fed = ["--run", "r", *store, *ALLOW]
+    main = ["--clients", 3, "--run", "r", "--role", "main", *store, *OPTIONS[:-2], "--rounds", 1]
+    more = [["--resume", launcher.folder / "fed/r"], ["--resume", launcher.folder / "server/r"]]
+    for number in range(2):
+        resume_fed = more[0] if number else []
+        resume_main = [*more[1], "--rounds", 2] if number else main
+        finish([
+            launcher.fed(*fed, *resume_fed),
+            launcher.server(*resume_main),
+            *(launcher.client("--client-id", k, *ALLOW, *allow) for k in range(3)),
+        ])  # fmt: skip
+    assert_equal(all_weights(launcher.folder), reference("sflv1"))
+
+
+def test_a_fed_server_that_was_killed_takes_its_run_up_again(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """The main server and the clients only wait for the average that is missing."""
+    place = f"dir:{launcher.folder / 'shared'}"
+    fed_options = ["--run", "r", "--weights", place, *ALLOW]
+    servers, clients = start_all(launcher, place, *OPTIONS[:-2], "--rounds", 6, apart=True)
+    wait_for(servers[0], "round 2/6")
+    servers[0].process.kill()
+    servers[0].process.join()
+    fed = launcher.fed(*fed_options, "--resume", launcher.folder / "fed/r")
+    finish([fed, servers[1], *clients])
+    options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": 6, "run": "r"}
+    simulate(RunConfig(**options), NodeConfig(out=str(tmp_path / "simulated")))
+    assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
+
+
+def test_a_fed_server_waits_as_long_as_its_peers_are_there(launcher: Launcher) -> None:
+    """In sflv3 it hears nothing through the whole run; its --peer-timeout is no limit to that."""
+    fed_port = free_port()
+    fed = launcher.fed("--port", fed_port, *ALLOW, "--peer-timeout", 0.5)
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}", "--scheme", "sflv3"]
+    options = [*OPTIONS[:-2], "--rounds", 25, "--keep-tensors", "none"]
+    server = launcher.server("--clients", 1, "--run", "r", *role, *options)
+    finish([launcher.client(*ALLOW), server, fed])
+
+
+def test_a_fed_server_imports_nothing_that_it_does_not_allow(launcher: Launcher) -> None:
+    fed_port = free_port()
+    fed = launcher.fed("--port", fed_port)
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
+    server = launcher.server("--clients", 1, "--run", "r", *role, *OPTIONS)
+    client = launcher.client(*ALLOW)
+    assert "if you trust that module, give --allow-import" in fed.ended_with(2)
+    server.ended_with(1)
+    client.ended_with(1)
+
+
+def test_a_client_that_wants_the_servers_apart_insists(launcher: Launcher) -> None:
+    for own, wanted in (
+        (["--fed-server", "127.0.0.1:1"], "but the server is that as well"),
+        (["--allow-weights", "gs://mine"], "but the server has the weights sent to it"),
+    ):
+        server = launcher.server("--clients", 1, *OPTIONS)
+        assert wanted in launcher.client(*ALLOW, *own).ended_with(2)
+        server.ended_with(1)
 
 
 # What ends before the training, with one line.
@@ -369,7 +438,7 @@ def test_a_second_client_of_an_id_is_told(launcher: Launcher) -> None:
 
 def test_a_fed_server_that_ends_is_named(launcher: Launcher) -> None:
     fed_port = free_port()
-    fed = launcher.fed("--port", fed_port)
+    fed = launcher.fed("--port", fed_port, *ALLOW)
     role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
     server = launcher.server("--clients", 1, "--run", "r", *role, *OPTIONS[:-2], "--rounds", 500)
     client = launcher.client(*ALLOW)

@@ -265,6 +265,59 @@ def test_weights_that_were_altered_are_named(place: ObjectStore, altered: bytes)
         run_blocking(shared(place).get(key()))
 
 
+def test_weights_larger_than_the_model_are_not_read(place: ObjectStore) -> None:
+    run_blocking(shared(place).put(key(), DATA))
+    store = SharedWeights(
+        place, None, Transfers(), patience_s=1, say=Said(), most_bytes=len(DATA) - 1
+    )
+    with pytest.raises(IntegrityError, match=r"client_1.pt: has 300000 bytes, at most 299999 are"):
+        run_blocking(store.get(key()))
+
+
+def test_objects_are_listed_by_how_their_paths_begin(place: ObjectStore) -> None:
+    for path in ("r/starts/000000_000002", "r/starts/000002_000004", "r/x.pt", "s/starts/1"):
+        place.create(path, b"x", {"a": "b"})
+    assert place.names("r/starts/") == ["r/starts/000000_000002", "r/starts/000002_000004"]
+    assert place.names("nothing/") == []
+
+
+def test_a_folder_without_hard_links_keeps_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    place = directory(tmp_path)
+    test_an_object_is_written_once(place)
+
+
+def test_who_may_not_overwrite_may_find_its_own(gate: Gate, tmp_path: Path) -> None:
+    """A refusal that comes before the precondition is looked at."""
+    place = bucket(tmp_path)
+    place.create("r/x.pt", DATA, {"a": "b"})
+    gate.faults = lambda request: (403, "forbidden") if request.uploads else None
+    place.create("r/x.pt", DATA, {"a": "b"})
+    with pytest.raises(RunError, match="is there already with other content"):
+        place.create("r/x.pt", b"other", {"a": "b"})
+
+
+def test_one_bucket_serves_call_after_call(gate: Gate, tmp_path: Path) -> None:
+    place = bucket(tmp_path)
+    for number in range(3):
+        place.create(f"r/{number}.pt", b"x", {})
+    assert place._free.qsize() == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9023", "http://127.0.0.1:9023/"])
+def test_an_emulators_address_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+    with pytest.raises(ConfigError, match="give it a scheme, and no slash at the end"):
+        bucket(tmp_path).check()
+
+
 def test_objects_say_what_they_are(place: ObjectStore) -> None:
     run_blocking(shared(place).put(key("client_2", 11), DATA, 480))
     found = place.read("r/round_011/client_2.pt")
