@@ -7,16 +7,19 @@ every client takes the average back: what happens between a round's last step an
 over real connections of this machine. ``STORAGE_EMULATOR_HOST`` names an emulator.
 """
 
+import contextlib
 import sys
 import threading
 import time
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
+from sfl.errors import SflError
 
 if TYPE_CHECKING:
     from sfl.aggregate import State
@@ -51,9 +54,17 @@ def client(k: int, port: int, timing: "Timing") -> None:
     from sfl.weights import AVERAGE, client_weights
 
     options = timing.options(str(k))
-    with connect(
-        "127.0.0.1", port, timeout_s=120, connect_timeout_s=10, limits=timing.limits, on_wait=say
-    ) as link:
+    with (
+        timing.failing(),
+        connect(
+            "127.0.0.1",
+            port,
+            timeout_s=120,
+            connect_timeout_s=10,
+            limits=timing.limits,
+            on_wait=say,
+        ) as link,
+    ):
         link.send_message_as_json(MessageType.REGISTER, content=k)
         store = store_maker(options.open_place(), options)(link, timing.most_bytes)
         for r in range(timing.rounds):
@@ -77,10 +88,20 @@ class Timing:
         self.spec = state_spec(self.front)
         self.rounds = options.rounds
         self.everyone_has_it = threading.Barrier(options.clients + 1)
+        self.failure: SflError | None = None
         self._address, self._folder, self._run = address, folder, uuid.uuid4().hex
         weights = (MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL)
         self.most_bytes = max_file_bytes(self.spec.values())
         self.limits = Limits(payload_bytes=dict.fromkeys(weights, self.most_bytes))
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Let a client's failure end the measurement; the server says why."""
+        try:
+            yield
+        except SflError as error:
+            self.failure = error
+            self.everyone_has_it.abort()
 
     def key(self, name: str, client: int, round_index: int) -> "WeightKey":
         from sfl.protocol import Position
@@ -119,7 +140,8 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     ):
         port = int(listener.address.rpartition(":")[2])
         threads = [
-            threading.Thread(target=client, args=(k, port, timing)) for k in range(num_clients)
+            threading.Thread(target=client, args=(k, port, timing), daemon=True)
+            for k in range(num_clients)
         ]
         for thread in threads:
             thread.start()
@@ -165,7 +187,10 @@ def main() -> None:
             timing = Timing(address, options, Path(folder))
             if place := timing.options("check").open_place():
                 place.check()
-            seconds = time_rounds(timing, options.clients)
+            try:
+                seconds = time_rounds(timing, options.clients)
+            except (SflError, threading.BrokenBarrierError) as error:
+                raise timing.failure or error from error
         each = ", ".join(f"{s:.2f}" for s in seconds)
         median = sorted(seconds)[len(seconds) // 2]
         print(f"| {address} | {each} | {median:.2f} |", flush=True)

@@ -14,6 +14,8 @@ import torch
 from experiments import replay
 from experiments.recorded import load
 from sfl.config import NodeConfig, RunConfig
+from sfl.errors import RunError
+from sfl.objects import Directory
 from sfl.protocol import MessageType
 from sfl.simulate import simulate
 from tests.emulator import BUCKET, Emulator, Gate, emulated
@@ -212,12 +214,14 @@ def test_no_byte_of_a_front_reaches_the_main_server(
         assert not any(front[:128] in content for front in fronts), path
 
 
-def outage(gate: Gate, seconds: float) -> threading.Thread:
-    """Take the bucket from the net for a while, from now on."""
+def outage(emulator: Emulator, gate: Gate, seconds: float) -> threading.Thread:
+    """Stop the bucket for a while, from now on, and start it again with its data."""
     gate.stop()
+    emulator.kill()
 
     def back() -> None:
         time.sleep(seconds)
+        emulator.start()
         gate.start()
 
     thread = threading.Thread(target=back)
@@ -228,13 +232,13 @@ def outage(gate: Gate, seconds: float) -> threading.Thread:
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_bucket_that_is_away_for_a_while_is_waited_for(
-    launcher: Launcher, gate: Gate, apart: bool, tmp_path: Path
+    launcher: Launcher, cloud: tuple[Emulator, Gate], gate: Gate, apart: bool, tmp_path: Path
 ) -> None:
     place = address("gs", launcher.folder)
     more = [*OPTIONS, "--rounds", 4, "--local-epochs", 2]
     servers, clients = start_all(launcher, place, *more, apart=apart)
     wait_for(servers[0], "round 1/4")
-    thread = outage(gate, 4.0)
+    thread = outage(cloud[0], gate, 4.0)
     finish([*servers, *clients])
     thread.join()
     programs = [*servers[:1], *clients]
@@ -434,6 +438,22 @@ def test_a_second_client_of_an_id_is_told(launcher: Launcher) -> None:
     line = client.ended_with(1)
     assert "client_0 is there already with other content" in line
     server.ended_with(1)
+
+
+def test_of_two_clients_of_an_id_the_first_counts(
+    launcher: Launcher, reference: Callable[[str], dict[str, torch.Tensor]]
+) -> None:
+    """Another process writes as client 0 as soon as client 0 has written; it is told, and alone."""
+    place = address("dir", launcher.folder)
+    servers, clients = start_all(launcher, place, *OPTIONS)
+    path, store = "r/round_000/client_0.pt", Directory(place.removeprefix("dir:"))
+    while store.read(path) is None:
+        servers[0].process.join(0.01)
+        assert servers[0].process.is_alive()
+    with pytest.raises(RunError, match=r"client_0.pt is there already with other content"):
+        store.create(path, b"weights of another process", {"run": "r"})
+    finish([*servers, *clients])
+    assert_equal(all_weights(launcher.folder), reference("sflv1"))
 
 
 def test_a_fed_server_that_ends_is_named(launcher: Launcher) -> None:
