@@ -50,46 +50,51 @@ def lenet5(input_shape: Shape, num_classes: int) -> nn.Sequential:
 
     The convolutions stand in front of the default cut: 400 floats a sample for 28x28 images.
     """
-    channels, height, width = input_shape
-    left = [(size // 2 - 4) // 2 for size in (height, width)]  # behind both pools
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, 6, 5, padding=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * left[0] * left[1], 120),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            fc3=nn.Linear(84, num_classes),
-        )
-    )
+    return _like_lenet5(input_shape, num_classes, padding=(2, 0), hidden=(120, 84))
 
 
 def cnn_cifar10(input_shape: Shape, num_classes: int) -> nn.Sequential:
     """Build the small CNN of the field's frameworks for CIFAR-10: 3-6-16 k5, FC 400-120-84-10."""
+    return _like_lenet5(input_shape, num_classes, padding=(0, 0), hidden=(120, 84))
+
+
+def cnn_mnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
+    """Build the CNN of the field's frameworks for MNIST: 1-6, 6-16 k5 p2, FC 784-256-128-10."""
+    return _like_lenet5(input_shape, num_classes, padding=(2, 2), hidden=(256, 128), dropout=0.5)
+
+
+def _like_lenet5(
+    input_shape: Shape,
+    num_classes: int,
+    *,
+    padding: tuple[int, int],
+    hidden: tuple[int, int],
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Build two 5x5 convolutions of 6 and 16 channels with pools, and three linear layers."""
     channels, height, width = input_shape
-    left = [((size - 4) // 2 - 4) // 2 for size in (height, width)]  # behind both pools
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, 6, 5),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * left[0] * left[1], 120),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            fc3=nn.Linear(84, num_classes),
-        )
+    sides = [height, width]
+    for pad in padding:
+        sides = [(side + 2 * pad - 4) // 2 for side in sides]
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(channels, 6, 5, padding=padding[0]),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(6, 16, 5, padding=padding[1]),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(16 * sides[0] * sides[1], hidden[0]),
+        relu3=nn.ReLU(),
+        drop1=nn.Dropout(dropout),
+        fc2=nn.Linear(*hidden),
+        relu4=nn.ReLU(),
+        drop2=nn.Dropout(dropout),
+        fc3=nn.Linear(hidden[1], num_classes),
     )
+    if not dropout:
+        del blocks["drop1"], blocks["drop2"]
+    return nn.Sequential(blocks)
 
 
 def cnn_femnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
@@ -108,29 +113,6 @@ def cnn_femnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
             fc=nn.Linear(64 * (height // 4) * (width // 4), num_classes),
-        )
-    )
-
-
-def cnn_mnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
-    """Build the CNN of the field's frameworks for MNIST: 1-6, 6-16 k5 p2, FC 784-256-128-10."""
-    channels, height, width = input_shape
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, 6, 5, padding=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5, padding=2),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * (height // 4) * (width // 4), 256),
-            relu3=nn.ReLU(),
-            drop1=nn.Dropout(0.5),
-            fc2=nn.Linear(256, 128),
-            relu4=nn.ReLU(),
-            drop2=nn.Dropout(0.5),
-            fc3=nn.Linear(128, num_classes),
         )
     )
 
