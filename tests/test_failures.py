@@ -188,7 +188,7 @@ def test_a_host_that_does_not_exist_is_said(launcher: Launcher) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--model", "lenet"], "unknown model 'lenet'; did you mean lenet5?"),
+        (["--model", "lenet"], "unknown model 'lenet'; did you mean lenet5"),
         (["--dataset", "mnits"], "unknown data set 'mnits'; did you mean mnist or mnist-5k?"),
         (["--rounds", 0], "--rounds 0: must be at least 1"),
         (["--cut", 12], "lenet5 has 12: conv1, relu1"),
