@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sfl.check import check_names
-from sfl.client_store import hearing_why, open_store
+from sfl.client_store import hearing_why, open_store, reach
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
 from sfl.data import ClientData, dataset_spec, num_batches, part_of
@@ -16,14 +16,13 @@ from sfl.errors import RunError
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
-from sfl.protocol import Limits
 from sfl.registration import DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, load_front
 from sfl.roundlog import ClientLog
-from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.runfolder import RunFolder, open_folder, options_record, telling_why, to_json
 from sfl.split_model import SplitModel
 from sfl.tensors import max_file_bytes
-from sfl.transport import Connection, connect, parse_address
+from sfl.transport import Connection, parse_address
 
 
 def take_part(node: ClientNode) -> None:
@@ -35,18 +34,10 @@ def take_part(node: ClientNode) -> None:
         PeerFailed: the server turned us away or ended the run, and says why.
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
-    host, port = parse_address(node.server)
+    parse_address(node.server)  # before torch's own start
     device = set_up_torch(node)
-    connection = connect(
-        host,
-        port,
-        timeout_s=node.peer_timeout,
-        connect_timeout_s=node.connect_timeout,
-        limits=Limits(),
-        on_wait=say,
-    )
-    with connection:
-        connection.peer_name, connection.on_notice = "server", say
+    with reach(node.server, node) as connection:
+        connection.peer_name = "server"
         with hearing_why(connection):
             joining = client_join(connection, node.client_id, fingerprint(device))
             welcome = run_blocking(joining)

@@ -25,6 +25,26 @@ from sfl.transport import Connection, connect, parse_address
 from sfl.weights import SocketWeights, WeightKey, WeightStore
 
 
+def reach(address: str, node: ClientNode) -> Connection:
+    """Connect to a server, with this node's patience; no files are accepted yet.
+
+    Raises:
+        ConfigError: it is no address.
+        RunError: nobody is there.
+    """
+    host, port = parse_address(address)
+    connection = connect(
+        host,
+        port,
+        timeout_s=node.peer_timeout,
+        connect_timeout_s=node.connect_timeout,
+        limits=Limits(),
+        on_wait=say,
+    )
+    connection.on_notice = say
+    return connection
+
+
 @contextlib.contextmanager
 def hearing_why(connection: Connection) -> Iterator[None]:
     """Tell the server why we end; when it is the one that left, find out why."""
@@ -123,18 +143,8 @@ def _fed_connection(
     fingerprint: Mapping[str, str],
 ) -> Iterator[Connection]:
     """Join the run at the fed server, and take our leave there at the end."""
-    host, port = parse_address(node.fed_server or welcome.fed)
-    connection = connect(
-        host,
-        port,
-        timeout_s=node.peer_timeout,
-        connect_timeout_s=node.connect_timeout,
-        limits=Limits(),
-        on_wait=say,
-    )
-    with connection:
-        connection.name, connection.on_notice = f"client_{welcome.client}", say
-        connection.peer_name = "the fed server"
+    with reach(node.fed_server or welcome.fed, node) as connection:
+        connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
         with hearing_why(connection):
             theirs = run_blocking(client_join(connection, welcome.client, fingerprint))
             if dataclasses.replace(theirs, fed=welcome.fed) != welcome:
