@@ -53,7 +53,8 @@ def main() -> None:
     import torch
 
     from sfl.config import NodeConfig, RunConfig
-    from sfl.data import dataset_spec
+    from sfl.data import Source
+    from sfl.datasets import dataset_of
     from sfl.errors import ConfigError
     from sfl.options import parse_options
     from sfl.partition import OWN, check_partition, partition
@@ -67,10 +68,10 @@ def main() -> None:
         raise ConfigError(
             "--partition own: each client's data are its own; there is nothing to deal"
         )
-    spec = dataset_spec(run.dataset)
-    train, _ = spec.load(node.data_path, say)
+    spec = dataset_of(run)
+    train, _ = spec.load(Source(node.data_path, node.cache_path, spec.input_shape, say))
     num_classes = len(spec.classes)
-    parts = partition(train.y, run)
+    parts = partition(train, run)
     counts = [torch.bincount(train.y[part], minlength=num_classes).tolist() for part in parts]
     node.out_path.mkdir(parents=True, exist_ok=True)
     write_csv(node.out_path / "partition.csv", spec.classes, counts)

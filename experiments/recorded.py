@@ -34,7 +34,7 @@ class RecordedRun:
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
         self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
         data = archive.environment()["data"]
-        self.split = SplitModel(self.run, tuple(data["input_shape"]), len(data["classes"]))
+        self.split = SplitModel.of_data(self.run, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = scheme(self.run.scheme)
         is_fed = archive.config().get("role") == "fed"  # then no step passed here

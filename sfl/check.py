@@ -5,11 +5,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from sfl.augment import check_augmentation
+from sfl.class_weights import BALANCED, class_weights, parse
 from sfl.config import KeepTensors, RunConfig
-from sfl.data import dataset_spec, num_batches
-from sfl.errors import RunError
+from sfl.data import num_batches
+from sfl.datasets import dataset_of
+from sfl.errors import ConfigError, RunError
 from sfl.outcome import check_rule
-from sfl.partition import check_partition
+from sfl.partition import OWN, WRITER, check_partition
 from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
@@ -30,9 +33,17 @@ def check_run(run: RunConfig) -> RunConfig:
     check_names(run)
     check_partition(run)
     check_rule(run)
+    parse(run.class_weights)
+    check_augmentation(run.augment)
     if ":" not in run.dataset:
-        spec = dataset_spec(run.dataset)
+        spec = dataset_of(run)
+        if run.partition == WRITER and not spec.has_writers:
+            raise ConfigError(
+                f"--partition {WRITER}: {run.dataset} does not say who made its samples"
+            )
         SplitModel(run, spec.input_shape, len(spec.classes))
+        if run.partition != OWN and run.class_weights != BALANCED:
+            class_weights(run.class_weights, len(spec.classes))
     return dataclasses.replace(run, cut=resolve_cut(run), lr_rounds=run.lr_rounds or run.rounds)
 
 

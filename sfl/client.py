@@ -1,6 +1,6 @@
 """A client: connect, register, load the data, take part in the rounds."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ from sfl.check import check_names
 from sfl.client_store import hearing_why, open_store, reach
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
-from sfl.data import ClientData, dataset_spec, num_batches, part_of
+from sfl.data import ClientData, Source, load, num_batches, part_of
+from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import RunError
@@ -67,21 +68,18 @@ def _create_folder(path: Path, *, goes_on: bool) -> None:
 
 
 def load_data(
-    run: RunConfig,
-    client: int,
-    data_dir: Path,
-    allowed: Collection[str] | None,
-    notify: Callable[[str], None],
+    run: RunConfig, client: int, node: ClientNode, notify: Callable[[str], None]
 ) -> ClientData:
     """Return what this client trains, validates and tests on.
 
     Raises:
         ConfigError, DataError: the data set is not known, not allowed, or not there.
     """
-    spec = dataset_spec(run.dataset, allowed)
+    spec = dataset_of(run, node.allowed_imports)
     if run.partition == OWN:
-        return load_own(spec, run, client, data_dir)
-    return part_of(spec, run, client, spec.load(data_dir, notify))
+        return load_own(spec, run, client, node.data_path)
+    source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
+    return part_of(spec, run, client, load(spec, source))
 
 
 def _run(
@@ -94,10 +92,10 @@ def _run(
     events, allowed = folder.events, node.allowed_imports
     client, run, first_round = welcome.client, welcome.run, welcome.first_round
     check_names(run)
-    data = load_data(run, client, node.data_path, allowed, events.say)
+    data = load_data(run, client, node, events.say)
     split = SplitModel(run, data.input_shape, len(data.classes), allowed)
     connection.limits = split.client_limits()
-    report = DataReport.of(data, run.run)
+    report = DataReport.of(data, run)
     counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
     events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
     front = split.front(device)

@@ -56,12 +56,19 @@ class RunConfig:
         None, "number of top-level blocks on the client; the model's own if not given"
     )
     dataset: str = _option(
-        "mnist-5k", "mnist-5k, mnist, fashion-mnist, or your own package.module:function"
+        "mnist-5k",
+        "mnist-5k, mnist, fashion-mnist, emnist, emnist-byclass, emnist-letters, emnist-digits,"
+        " femnist, cifar10, cifar100, ham10000, or your own package.module:function",
     )
+    image_size: int = _option(0, "side of the images in pixels; 0: the data set's own")
+    augment: str = _option(
+        "", "random changes to training images: none, or hflip, vflip, crop:padding=4 and"
+        " rotate:degrees=10 joined by +; the data set's own if not given",
+    )  # fmt: skip
     partition: str = _option(
         "iid",
         "who has which training samples: own, iid, sizes:0.2,0.2,0.6, dirichlet:0.5,"
-        " dirichlet-size:0.5, shards:2 (see the README)",
+        " dirichlet-size:0.5, shards:2, writer (see the README)",
     )
     clients: int = _option(3, "number of clients; the run starts when all are there")
     max_clients: int = _option(
@@ -86,6 +93,10 @@ class RunConfig:
         0, "rounds over which the schedule runs, kept when a run goes on; 0: as --rounds"
     )
     clip_norm: float = _option(0.0, "clip each half's gradient to this norm; 0: do not")
+    class_weights: str = _option(
+        "none", "weights of the classes in the training loss: none, balanced (clients then tell"
+        " the server how many samples they have of each), or 1,2.5,... for each class",
+    )  # fmt: skip
     fedprox_mu: float = _option(0.0, "FedProx: pull of a client's weights to the round's start")
     server_order: str = _option(
         "fixed", "clients that share a back: in drawn order, or as they come", ("fixed", "arrival")
@@ -116,6 +127,7 @@ class RunConfig:
         for name in ("weight_decay", "clip_norm", "fedprox_mu"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+        _require(0 <= self.image_size <= 4096, "image_size", self.image_size, "0 to 4096")
         _require(self.lr_rounds >= 0, "lr_rounds", self.lr_rounds, "0 or more")
         most = self.max_clients
         _require(most == 0 or most >= self.clients, "max_clients", most, "at least --clients")
@@ -177,6 +189,9 @@ class NodeConfig:
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
     threads: int = _option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = _option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
+    cache_dir: str = _option(
+        "", "folder for decoded images; else $SFL_CACHE_DIR, else .cache/sfl in the home folder"
+    )
     out: str = _option("shared_files", "folder that runs are written into")
     allow_import: str = _option(
         "", "comma-separated package.module:function that another machine may name as model or data"
@@ -196,6 +211,11 @@ class NodeConfig:
     @property
     def data_path(self) -> Path:
         return Path(self.data_dir or os.environ.get("SFL_DATA_DIR", "") or "data").expanduser()
+
+    @property
+    def cache_path(self) -> Path:
+        chosen = self.cache_dir or os.environ.get("SFL_CACHE_DIR", "")
+        return Path(chosen or "~/.cache/sfl").expanduser()
 
     @property
     def out_path(self) -> Path:

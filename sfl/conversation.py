@@ -24,8 +24,10 @@ them, ``weights`` the exchange of weights::
 ``front`` is the name of the weights that the client takes over first; "" lets it keep what it has.
 """
 
+import math
 import re
 import time
+from typing import Any
 
 from torch import Tensor
 
@@ -87,6 +89,7 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     yield from _take_over(party, start)
     started, before, party.waited_s = time.perf_counter(), link.counters.copy(), 0.0
     party.front.start_round(at.round)
+    party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
     yield from STEPS[row.exchange].client(party, at.round, start.get("steps", int))
     spent = _seconds_spent(party, time.perf_counter() - started, before)
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
@@ -103,7 +106,14 @@ def server_train(
     link, at, row = party.link, party.at(round_index), scheme(party.run.scheme)
     yield plan.rounds.of(party.client)
     steps = plan.num_steps_for(party.client)
-    yield from _hand_over(party, MessageType.START_TRAINING, plan.relayed, at, steps=steps)
+    yield from _hand_over(
+        party,
+        MessageType.START_TRAINING,
+        plan.relayed,
+        at,
+        steps=steps,
+        class_weights=list(party.split.class_weights),
+    )
     yield from STEPS[row.exchange].server(party, plan, round_index)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
@@ -120,6 +130,15 @@ def server_train(
     return result
 
 
+def _parse_weights(start: Message, num_classes: int) -> list[float]:
+    """Return the weights of the classes in the loss, for a client that computes it."""
+    weights = start.get("class_weights", list)
+    fine = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    if not fine or len(weights) not in (0, num_classes):
+        raise ProtocolError(f"{len(weights)} weights of {num_classes} classes make no sense")
+    return weights
+
+
 def _take_over(party: ClientParty, message: Message) -> Conversation[None]:
     """Take over the front that a message names, if any; faces ``_hand_over``."""
     if name := message.get("front", str):
@@ -128,7 +147,7 @@ def _take_over(party: ClientParty, message: Message) -> Conversation[None]:
 
 
 def _hand_over(
-    party: ServerParty, message: MessageType, front: NamedWeights | None, at: Position, **more: int
+    party: ServerParty, message: MessageType, front: NamedWeights | None, at: Position, **more: Any
 ) -> Conversation[None]:
     """Start a client on a front, or on the one that it has."""
     content = {"front": front.name if front else "", **more}

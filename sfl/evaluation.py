@@ -13,11 +13,11 @@
 
 import time
 
-from sfl.data import Samples
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
 from sfl.party import VALIDATION, ClientParty, ServerParty
 from sfl.protocol import Message, MessageType
+from sfl.samples import Samples
 from sfl.segment import Tally, add_up, checked, evaluate_step
 from sfl.step import decode_features, decode_labels
 from sfl.tensors import encode

@@ -110,7 +110,7 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run, welcome.first_round) if welcome.goes_on else None
             joined = gather(switchboard, run, folder.events, past)
-            data = describe_data(joined)
+            data = describe_data(joined, run)
             split = _model(run, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
             rounds = _prepare(run, node, folder, data, split, stores, switchboard, past, device)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from sfl.config import RunConfig
-from sfl.data import ClientData, DatasetSpec, Samples, client_data
+from sfl.data import ClientData, DatasetSpec, client_data
 from sfl.errors import DataError
+from sfl.images import read_image
+from sfl.samples import Samples
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
@@ -81,27 +83,11 @@ def _read_images(folder: Path, classes: tuple[str, ...], spec: DatasetSpec) -> S
         paths = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
         for path in paths:
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                images.append(_read_image(path, spec.input_shape))
+                images.append(torch.from_numpy(read_image(path, spec.input_shape)))
                 labels.append(label)
     if not images:
         return _nothing(spec)
     return Samples(torch.stack(images), torch.tensor(labels, dtype=torch.int64))
-
-
-def _read_image(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Return an image as (C, H, W) uint8, resized if its size is another."""
-    from PIL import Image
-
-    channels, height, width = shape
-    try:
-        with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
-    if converted.size != (width, height):
-        converted = converted.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(converted, dtype=np.uint8))
-    return pixels.reshape(height, width, -1).permute(2, 0, 1).contiguous()
 
 
 def _load_npz(path: Path, spec: DatasetSpec) -> tuple[Samples, Samples, tuple[str, ...]]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from sfl import seeds
 from sfl.config import RunConfig, unknown_name
 from sfl.errors import ConfigError, DataError
+from sfl.samples import Samples
 
 OWN = "own"  # each client's own data, which nobody deals out
+WRITER = "writer"
 MIN_SAMPLES = 10  # that a Dirichlet draw leaves every client, as in Li et al. 2022 (NIID-Bench)
 MAX_DRAWS = 1000
 
@@ -24,14 +26,14 @@ def _shuffled(num_samples: int, run: RunConfig) -> Tensor:
     return torch.randperm(num_samples, generator=seeds.generator(run.seed, seeds.PARTITION))
 
 
-def _iid(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
+def _iid(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
     """Deal out equal parts."""
-    return list(_shuffled(len(labels), run).tensor_split(run.clients))
+    return list(_shuffled(len(samples), run).tensor_split(run.clients))
 
 
-def _sizes(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
+def _sizes(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
     """Deal out parts of these shares."""
-    return _cut(_shuffled(len(labels), run), _shares(argument, run.clients))
+    return _cut(_shuffled(len(samples), run), _shares(argument, run.clients))
 
 
 def _cut(order: Tensor, shares: list[float]) -> list[Tensor]:
@@ -55,14 +57,14 @@ def _shares(argument: str, num_clients: int) -> list[float]:
     return shares
 
 
-def _dirichlet(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
+def _dirichlet(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
     """Deal out each class in shares drawn from a Dirichlet distribution.
 
     Yurochkin et al. 2019 (arXiv 1905.12022), Section 4: for each class, shares over the clients
     from Dir(alpha); the smaller alpha, the fewer classes a client has.
     """
-    order = _shuffled(len(labels), run)
-    classes = [order[labels[order] == label] for label in sorted(set(labels.tolist()))]
+    order = _shuffled(len(samples), run)
+    classes = [order[samples.y[order] == label] for label in sorted(set(samples.y.tolist()))]
 
     def draw(drawn: np.random.Generator) -> list[Tensor]:
         alphas = np.full(run.clients, _alpha(argument, "dirichlet"))
@@ -72,12 +74,12 @@ def _dirichlet(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
     return _draw_until_all_have_some(draw, run)
 
 
-def _dirichlet_size(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
+def _dirichlet_size(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
     """Deal out parts whose sizes are drawn from a Dirichlet distribution, classes alike.
 
     Li et al. 2022 (arXiv 2102.02079), Section 4.3, quantity skew.
     """
-    order = _shuffled(len(labels), run)
+    order = _shuffled(len(samples), run)
 
     def draw(drawn: np.random.Generator) -> list[Tensor]:
         alphas = np.full(run.clients, _alpha(argument, "dirichlet-size"))
@@ -111,18 +113,19 @@ def _draw_until_all_have_some(
     )
 
 
-def _shards(labels: Tensor, run: RunConfig, argument: str) -> list[Tensor]:
+def _shards(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
     """Sort by label, cut into shards, and deal each client the same number of them.
 
     McMahan et al. 2017, Section 3: with two shards, most clients have two classes.
     """
     count = run.clients * _num_shards(argument)
-    if count > len(labels):
+    if count > len(samples):
         raise DataError(
-            f"--partition {run.partition}: {count} shards of {len(labels)} samples leave some empty"
+            f"--partition {run.partition}: {count} shards of {len(samples)} samples leave some"
+            " empty"
         )
-    order = _shuffled(len(labels), run)
-    by_label = order[torch.sort(labels[order], stable=True).indices]
+    order = _shuffled(len(samples), run)
+    by_label = order[torch.sort(samples.y[order], stable=True).indices]
     shards = by_label.tensor_split(count)
     drawn = seeds.generator(run.seed, seeds.PARTITION, 0)
     dealt = torch.randperm(count, generator=drawn).reshape(run.clients, -1).tolist()
@@ -135,13 +138,36 @@ def _num_shards(argument: str) -> int:
     return int(argument)
 
 
-# (labels of the training samples, run, what follows the colon) -> each client's indices
-PARTITIONS: dict[str, Callable[[Tensor, RunConfig, str], list[Tensor]]] = {
+def _writer(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
+    """Deal out writers, as many to each client as to the next.
+
+    Caldas et al. 2018 (arXiv 1812.01097): with as many clients as writers, one each.
+    """
+    writers = torch.unique(_writers(samples))
+    if len(writers) < run.clients:
+        raise DataError(
+            f"--partition writer: {len(writers)} writers for {run.clients} clients leave some"
+            " without data"
+        )
+    drawn = _shuffled(len(writers), run)
+    groups = writers[drawn].tensor_split(run.clients)
+    return [torch.isin(_writers(samples), group).nonzero().flatten() for group in groups]
+
+
+def _writers(samples: Samples) -> Tensor:
+    if samples.writers is None:
+        raise DataError("--partition writer: the data set does not say who made its samples")
+    return samples.writers
+
+
+# (training samples, run, what follows the colon) -> each client's indices
+PARTITIONS: dict[str, Callable[[Samples, RunConfig, str], list[Tensor]]] = {
     "iid": _iid,
     "sizes": _sizes,
     "dirichlet": _dirichlet,
     "dirichlet-size": _dirichlet_size,
     "shards": _shards,
+    WRITER: _writer,
 }
 
 
@@ -160,7 +186,7 @@ def check_partition(run: RunConfig) -> None:
         raise ConfigError(f"--partition {run.partition}: {name} takes nothing behind a colon")
 
 
-def partition(labels: Tensor, run: RunConfig) -> list[Tensor]:
+def partition(samples: Samples, run: RunConfig) -> list[Tensor]:
     """Return the indices of each client's training samples.
 
     Raises:
@@ -168,4 +194,26 @@ def partition(labels: Tensor, run: RunConfig) -> list[Tensor]:
         DataError: no draw gives every client its share.
     """
     name, _, argument = run.partition.partition(":")
-    return PARTITIONS[name](labels, run, argument)
+    return PARTITIONS[name](samples, run, argument)
+
+
+def deal(train: Samples, test: Samples, run: RunConfig) -> list[tuple[Samples, Samples]]:
+    """Return each client's training and test samples.
+
+    The test set is dealt out in turn, but with ``writer`` to whoever has the writer; writers who
+    have no training samples are dealt out in turn.
+
+    Raises:
+        ConfigError, DataError: as ``partition``.
+    """
+    parts = [train.take(indices) for indices in partition(train, run)]
+    if run.partition != WRITER:
+        tests = [test.take(slice(k, None, run.clients)) for k in range(run.clients)]
+        return list(zip(parts, tests, strict=True))
+    writers = _writers(test)
+    others = torch.unique(writers[~torch.isin(writers, _writers(train))])
+    dealt = []
+    for k, part in enumerate(parts):
+        own = torch.cat([_writers(part), others[k :: run.clients]])
+        dealt.append((part, test.take(torch.isin(writers, own).nonzero().flatten())))
+    return dealt

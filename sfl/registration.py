@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.driver import Conversation
@@ -40,16 +43,19 @@ class DataReport:
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
     digest: str  # of the samples and the run's name: whether they are the same when it goes on
+    class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
 
     @classmethod
-    def of(cls, data: ClientData, run: str) -> "DataReport":
+    def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
         parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
         counts = {name: len(samples) for name, samples in parts.items()}
-        digest = hashlib.sha256(run.encode())
+        digest = hashlib.sha256(run.run.encode())
         for samples in parts.values():
             for tensor in (samples.x, samples.y):
                 digest.update(tensor.numpy().tobytes())
-        return cls(counts, data.classes, data.input_shape, digest.hexdigest())
+        per_class = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
+        told = tuple(per_class) if run.class_weights == BALANCED else ()
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), told)
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,10 @@ def server_join(
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    return Joined(client, link, fingerprint, _parse_report(message, client))
+    return Joined(client, link, fingerprint, _parse_report(message, client, welcome.run))
 
 
-def _parse_report(message: Message, client: int) -> DataReport:
+def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     samples, classes = message.get("num_samples", dict), message.get("classes", list)
     shape = message.get("input_shape", list)
     counts_fine = samples.keys() == {TRAIN, VALIDATION, TEST} and all(
@@ -154,20 +160,27 @@ def _parse_report(message: Message, client: int) -> DataReport:
         raise ProtocolError(f"client_{client} reports no shape of samples")
     if not re.fullmatch(r"[0-9a-f]{64}", digest := message.get("digest", str)):
         raise ProtocolError(f"client_{client} reports no digest of its data")
+    told = message.get("class_counts", list)
+    wanted = len(classes) if run.class_weights == BALANCED else 0
+    if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
+        raise ProtocolError(f"client_{client} reports no samples of each class")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, tuple(shape), digest)
+    return DataReport(samples, names, tuple(shape), digest, tuple(told))
 
 
-def describe_data(joined: Mapping[int, Joined]) -> dict[str, Any]:
+def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:
     """Return what is recorded of the clients' data, after seeing that they go together.
 
     Raises:
         RunError: they do not.
+        ConfigError: the run's class weights are not those of their classes.
     """
     report = check_agreement({k: client.data for k, client in joined.items()})
+    counts = [client.data.class_counts for client in joined.values()]
     return {
         "input_shape": list(report.input_shape),
         "classes": list(report.classes),
+        "class_weights": list(class_weights(run.class_weights, len(report.classes), counts)),
         "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
         "digests": {str(k): client.data.digest for k, client in joined.items()},
     }

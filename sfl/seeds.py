@@ -14,6 +14,7 @@ PARTITION = "partition"  # which training samples are which client's
 VALIDATION = "validation"  # (client): which of its samples a client holds out
 BATCHES = "batches"  # (round, client, local epoch): the order of a client's samples
 CLIENT_ORDER = "client order"  # (round): who takes part, and in which order
+AUGMENTATION = "augmentation"  # (round, client, step, change): a draw for each sample
 BLOCK = "block"  # (round, client, step, block): dropout masks and the like
 OFFLINE = "offline"  # (epoch): the order of recorded steps when a back is trained offline
 

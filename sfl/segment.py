@@ -6,7 +6,7 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,7 @@ class Segment:
         *,
         boundary: int,
         proximal_mu: float = 0.0,
+        class_weights: Sequence[float] = (),
     ) -> None:
         self.blocks = blocks.to(device)
         self.device = device
@@ -69,11 +70,16 @@ class Segment:
         self._run = run
         self._boundary = boundary
         self._proximal_mu = proximal_mu
+        self.weigh_classes(class_weights)
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._reset_optimizer()
+
+    def weigh_classes(self, weights: Sequence[float]) -> None:
+        """Let the loss weigh samples by their class; without weights, alike."""
+        self.class_weights = torch.tensor(weights, device=self.device) if weights else None
 
     def start_round(self, round_index: int) -> None:
         """Take the round's learning rate; and a fresh optimiser, unless they keep their state.
@@ -269,14 +275,15 @@ def train_step(
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
-    It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax.
+    It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax. With
+    weights of classes the average is weighted: divided by the sum of the samples' weights.
     ``update()`` is the caller's, when the gradient, like ``z``, is on its way. A segment that is
     the whole model has no such gradient.
     """
     y = y.to(last.device)
     logits = last.forward(z, at)
     leaf = logits.detach().requires_grad_()
-    loss = nn.functional.cross_entropy(leaf, y)
+    loss = nn.functional.cross_entropy(leaf, y, last.class_weights)
     torch.autograd.backward(loss)
     assert leaf.grad is not None
     grads = last.backward(leaf.grad)

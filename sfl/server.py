@@ -99,7 +99,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 with_fronts=fed == HERE,
             )  # fmt: skip
             if place is not None and fed == APART:
-                put_start(place, run, first_round, describe_data(joined))
+                put_start(place, run, first_round, describe_data(joined, run))
             num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
             for connection in switchboard.connections:
                 connection.limits = rounds.split.server_limits(num_steps[connection])
@@ -177,8 +177,8 @@ def prepare(
         IntegrityError: a file that the run goes on from is damaged.
     """
     archive, events = folder.archive, folder.events
-    data = describe_data(joined)
-    split = SplitModel(run, tuple(data["input_shape"]), len(data["classes"]))
+    data = describe_data(joined, run)
+    split = SplitModel.of_data(run, data)
     for k, client in joined.items():
         for difference in differences(fingerprint(device), client.fingerprint):
             events.say(

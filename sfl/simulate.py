@@ -6,16 +6,15 @@ Both ends of the conversations run as they are; a message goes from one end's ha
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-
-import torch
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
 from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
-from sfl.data import ClientData, Samples, dataset_spec, part_of
+from sfl.data import ClientData, Source, load, part_of
+from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
@@ -25,6 +24,7 @@ from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement
 from sfl.runfolder import create_run_folder, open_folder, say, telling_why
+from sfl.samples import join
 from sfl.schemes import scheme
 from sfl.segment import StepFigures
 from sfl.server import finish, prepare
@@ -96,7 +96,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
     device = set_up_torch(node)
     data = _load_all(run, node)
     if scheme(run.scheme).pooled:
-        data = {0: _pooled(data)}
+        data = {0: _pooled(data, run)}
     path = create_run_folder(node.out_path / "server", run.run)
     run = dataclasses.replace(run, run=path.name)
     with (
@@ -107,7 +107,7 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
         folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
         pairs = {k: local_pair(k) for k in data}
         ours = fingerprint(device)
-        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k], run.run)) for k in data}
+        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k], run)) for k in data}
         network = LocalNetwork()
         options = StoreOptions(
             run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
@@ -138,19 +138,14 @@ def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWri
     return ArchiveWriter(path, KeepTensors.parse("none"))
 
 
-def _pooled(data: Mapping[int, ClientData]) -> ClientData:
+def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
     """Return the union of what the clients have, as one client's.
 
     Raises:
         RunError: their data do not go together.
     """
-    check_agreement({k: DataReport.of(part, "") for k, part in data.items()})
+    check_agreement({k: DataReport.of(part, run) for k, part in data.items()})
     parts = list(data.values())
-
-    def join(samples: Iterable[Samples]) -> Samples:
-        xs, ys = zip(*((s.x, s.y) for s in samples), strict=True)
-        return Samples(torch.cat(xs), torch.cat(ys))
-
     return dataclasses.replace(
         parts[0],
         train=join(part.train for part in parts),
@@ -160,10 +155,10 @@ def _pooled(data: Mapping[int, ClientData]) -> ClientData:
 
 
 def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
-    spec, clients = dataset_spec(run.dataset), range(run.clients)
+    spec, clients = dataset_of(run), range(run.clients)
     if run.partition == OWN:
         return {k: load_own(spec, run, k, node.data_path / f"client_{k}") for k in clients}
-    loaded = spec.load(node.data_path, say)
+    loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))
     return {k: part_of(spec, run, k, loaded) for k in clients}
 
 

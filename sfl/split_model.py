@@ -1,7 +1,8 @@
 """A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class SplitModel:
         input_shape: tuple[int, ...],
         num_classes: int,
         allowed: Collection[str] | None = None,
+        class_weights: tuple[float, ...] = (),
     ) -> None:
         model = build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
         self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
@@ -59,12 +61,19 @@ class SplitModel:
         self._segments = split(model, *self.cuts)  # these keep the initial weights
         self._first_blocks = (0, *self.cuts)
         self.num_classes = num_classes
+        self.class_weights = class_weights
         self._run = run
         self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
         self._cut_samples = self._find_cut_samples(input_shape)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
+
+    @classmethod
+    def of_data(cls, run: RunConfig, data: Mapping[str, Any]) -> "SplitModel":
+        """Return a run's model for what is recorded of its clients' data."""
+        shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
+        return cls(run, shape, len(data["classes"]), class_weights=weights)
 
     def _segment(self, index: int, device: torch.device, proximal_mu: float = 0.0) -> Segment:
         return Segment(
@@ -74,6 +83,7 @@ class SplitModel:
             device,
             boundary=self.cut,
             proximal_mu=proximal_mu,
+            class_weights=self.class_weights,
         )
 
     def front(self, device: torch.device) -> Segment:

@@ -73,7 +73,7 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
 def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversation[StepFigures]:
     """Train the front on one batch; faces ``server_step``."""
     link = party.link
-    x, y = party.data.batch(party.data.train, indices)
+    x, y = party.data.training_batch(indices, at)
     z = party.front.forward(x, at)
     labels, features = encode(y), encode(z)
     link.send_file(MessageType.TRAINING_LABELS, labels, at=at)
@@ -153,7 +153,7 @@ def client_gradient_steps(
     for step in range(num_steps):
         at = party.at(round_index, step)
         if batch := next(batches, None):
-            x, y = party.data.batch(party.data.train, batch[1])
+            x, y = party.data.training_batch(batch[1], at)
             figures, _ = train_step(party.front, x, y, at)
             grads = encode_state(party.front.gradients())
             link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
@@ -194,7 +194,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
     """Train the whole model through a round, alone; faces ``server_local_steps``."""
     rows = []
     for at, indices in _batches(party, round_index):
-        x, y = party.data.batch(party.data.train, indices)
+        x, y = party.data.training_batch(indices, at)
         figures, _ = train_step(party.front, x, y, at)
         party.front.update()
         party.watcher.step(at, figures)

@@ -8,6 +8,10 @@ from hypothesis import settings
 
 from tests.launch import Launcher
 
+# Tests of real data are collected if they are there; all others do without the caller's folder.
+REAL_DATA = Path(os.environ["SFL_DATA_DIR"]).resolve() if os.environ.get("SFL_DATA_DIR") else None
+collect_ignore = [] if REAL_DATA else ["test_real_data.py"]
+
 # Time on a shared machine says nothing about the code.
 settings.register_profile("sfl", deadline=None)
 settings.load_profile("sfl")

@@ -1,7 +1,6 @@
 """Data sets, partitions, batches, and a client's own data."""
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,27 @@ from PIL import Image
 
 from sfl.config import RunConfig
 from sfl.data import (
-    DATASETS,
     ClientData,
-    Samples,
+    DatasetSpec,
     batch_indices,
     batch_sizes,
     client_data,
-    dataset_spec,
     num_batches,
     part_of,
 )
+from sfl.datasets import DATASETS, dataset_spec
 from sfl.errors import ConfigError, DataError
 from sfl.own_data import load_own
 from sfl.partition import check_partition
+from sfl.samples import Samples
+from tests.made_data import loaded, write_mnist
 
 DIGITS = DATASETS["mnist-5k"]
 
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Samples, Samples]:
-    return DIGITS.load(Path("nowhere"), print)
+    return loaded("mnist-5k")
 
 
 def test_the_embedded_digits_are_split_by_class(digits: tuple[Samples, Samples]) -> None:
@@ -46,18 +46,6 @@ def test_the_embedded_digits_are_split_by_class(digits: tuple[Samples, Samples])
     assert not any(torch.equal(test.x[0], x) for x in train.x[:400])
 
 
-def write_mnist(root: Path, name: str, sizes: tuple[int, int]) -> None:
-    """Write a small data set in MNIST's own format."""
-    raw = root / name / "raw"
-    raw.mkdir(parents=True)
-    for prefix, count in zip(("train", "t10k"), sizes, strict=True):
-        pixels = np.arange(count * 784, dtype=np.uint64).astype(np.uint8)
-        images = struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()
-        labels = struct.pack(">II", 0x801, count) + bytes(k % 10 for k in range(count))
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(images)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-
-
 @pytest.mark.parametrize(
     ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
 )
@@ -66,7 +54,7 @@ def test_torchvisions_data_sets_are_read_from_the_data_folder(
 ) -> None:
     write_mnist(tmp_path, folder, (30, 20))
     said: list[str] = []
-    train, test = DATASETS[name].load(tmp_path, said.append)
+    train, test = loaded(name, tmp_path, said.append)
     assert (train.x.shape, test.x.shape) == ((30, 1, 28, 28), (20, 1, 28, 28))
     assert train.y[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert train.x[0, 0, 0, :5].tolist() == [0, 1, 2, 3, 4]
@@ -81,7 +69,7 @@ def test_data_that_are_nowhere_are_one_clear_error(
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:1/"])  # nobody listens there
     said: list[str] = []
     with pytest.raises(DataError, match=r"MNIST is not in .* and cannot be downloaded \(.*refused"):
-        DATASETS["mnist"].load(tmp_path / "data", said.append)
+        loaded("mnist", tmp_path / "data", said.append)
     assert said == [f"MNIST is not in {tmp_path / 'data'}; downloading it"]
     assert capsys.readouterr().out == ""
 
@@ -90,14 +78,13 @@ def test_a_data_set_that_is_damaged_is_not_downloaded_again(tmp_path: Path) -> N
     write_mnist(tmp_path, "MNIST", (30, 20))
     path = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"MNIST is damaged: "):
-        DATASETS["mnist"].load(tmp_path, print)
+    with pytest.raises(DataError, match=r"MNIST.raw is damaged: .*; remove it"):
+        loaded("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("partition", ["iid", "sizes:0.2,0.2,0.6", "sizes:0.98,0.01,0.01"])
 def test_parts_are_disjoint_and_cover_the_data(partition: str) -> None:
-    marked = Samples(torch.arange(4000), torch.arange(4000))
-    marked_test = Samples(torch.arange(1000), torch.arange(1000))
+    marked, marked_test = (Samples(torch.arange(n), torch.arange(n)) for n in (4000, 1000))
     run = RunConfig(partition=partition, seed=3)
     parts = [part_of(DIGITS, run, k, (marked, marked_test)) for k in range(3)]
     mine = [torch.cat([part.train.y, part.validation.y]) for part in parts]
@@ -125,7 +112,8 @@ def test_sizes_are_what_was_asked_for(digits: tuple[Samples, Samples]) -> None:
         ("sizes:a,b,c", "above 0"),
         ("sizes", "above 0"),
         ("iid:3", "nothing behind a colon"),
-        ("writer", "unknown partition"),
+        ("writers", "unknown partition .*did you mean writer"),
+        ("writer:2", "nothing behind a colon"),
     ],
 )
 def test_a_partition_that_does_not_fit_is_refused(partition: str, reason: str) -> None:
@@ -283,10 +271,8 @@ def test_a_users_own_data_set_is_looked_up() -> None:
 
 
 def small() -> object:
-    from sfl.data import DatasetSpec
-
     samples = Samples(torch.zeros(8, 1, 28, 28), torch.arange(8) % 2)
-    return DatasetSpec(lambda folder, say: (samples, samples), (1, 28, 28), ("a", "b"), 0.0, 1.0)
+    return DatasetSpec(lambda source: (samples, samples), (1, 28, 28), ("a", "b"), 0.0, 1.0)
 
 
 def nothing() -> None:

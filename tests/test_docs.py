@@ -10,7 +10,7 @@ import pytest
 
 from sfl.aggregate import RULES
 from sfl.config import ClientNode, RunConfig, ServerNode
-from sfl.data import DATASETS
+from sfl.datasets import DATASETS
 from sfl.models import MODELS
 from sfl.partition import OWN, PARTITIONS
 from sfl.protocol import MessageType

@@ -8,13 +8,15 @@ import torch
 
 from sfl import seeds
 from sfl.config import NodeConfig, RunConfig
-from sfl.data import ClientData, batch_indices, dataset_spec, part_of
+from sfl.data import ClientData, batch_indices, part_of
+from sfl.datasets import dataset_spec
 from sfl.link import Link
 from sfl.models import build, model_spec
 from sfl.protocol import MessageType
 from sfl.segment import OPTIMIZERS, Segment
 from sfl.simulate import LocalLink, simulate
 from tests.launch import Launcher
+from tests.made_data import loaded
 from tests.test_failures import write_own
 
 BN_DROPOUT = "tests.models:bn_dropout"
@@ -152,8 +154,8 @@ def joined_weights(run: Path) -> dict[str, torch.Tensor]:
 def ordinary_training(run: RunConfig) -> dict[str, torch.Tensor]:
     """Train the unsplit model for two rounds in a plain loop, one optimiser a client; average."""
     spec = dataset_spec(run.dataset)
-    loaded = spec.load(Path(), print)
-    data = [part_of(spec, run, k, loaded) for k in range(run.clients)]
+    both = loaded(run.dataset)
+    data = [part_of(spec, run, k, both) for k in range(run.clients)]
     models = [build(model_spec(run.model), (1, 28, 28), 10, seed=run.seed) for _ in data]
     optimizers = [OPTIMIZERS[run.optimizer](model.parameters(), run) for model in models]
     average = {name: tensor.clone() for name, tensor in models[0].state_dict().items()}

@@ -8,17 +8,20 @@ import torch
 from sfl.config import NodeConfig, RunConfig
 from sfl.errors import ConfigError, DataError
 from sfl.partition import MIN_SAMPLES, check_partition, partition
+from sfl.samples import Samples
 from sfl.simulate import simulate
 from tests.test_demo import run
 
 LABELS = torch.arange(3000) % 10
-ALL = ["iid", "sizes:0.1,0.2,0.3,0.4", "dirichlet:0.3", "dirichlet-size:0.5", "shards:2"]
+WRITERS = torch.arange(3000) // 37
+SAMPLES = Samples(torch.arange(3000), LABELS, WRITERS)
+ALL = ["iid", "sizes:0.1,0.2,0.3,0.4", "dirichlet:0.3", "dirichlet-size:0.5", "shards:2", "writer"]
 
 
 def parts_of(name: str, clients: int = 4, seed: int = 0) -> list[torch.Tensor]:
     config = RunConfig(partition=name, clients=clients, seed=seed)
     check_partition(config)
-    return partition(LABELS, config)
+    return partition(SAMPLES, config)
 
 
 def classes_of(part: torch.Tensor) -> int:

@@ -12,7 +12,8 @@ from experiments import replay
 from experiments.recorded import load
 from sfl import archive, schemes, seeds
 from sfl.config import NodeConfig, RunConfig
-from sfl.data import ClientData, batch_indices, dataset_spec, part_of
+from sfl.data import ClientData, batch_indices, part_of
+from sfl.datasets import dataset_spec
 from sfl.errors import ConfigError
 from sfl.models import build, model_spec, split
 from sfl.order import draw, interleaved
@@ -20,6 +21,7 @@ from sfl.schemes import SCHEMES, Scheme
 from sfl.segment import OPTIMIZERS
 from sfl.simulate import simulate
 from tests.launch import Launcher
+from tests.made_data import loaded
 from tests.test_equivalence import BN_DROPOUT, assert_equal, ordinary_training, weights
 
 CUT = 6  # BatchNorm and dropout on both sides
@@ -121,8 +123,8 @@ def test_fl_equals_plain_federated_averaging(tmp_path: Path, state: str) -> None
 
 def data_of(run: RunConfig) -> list[ClientData]:
     spec = dataset_spec(run.dataset)
-    loaded = spec.load(Path(), print)
-    return [part_of(spec, run, k, loaded) for k in range(run.clients)]
+    both = loaded(run.dataset)
+    return [part_of(spec, run, k, both) for k in range(run.clients)]
 
 
 class Plain:

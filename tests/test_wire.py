@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from sfl.config import RunConfig
-from sfl.data import DATASETS, Samples, part_of
+from sfl.data import part_of
+from sfl.datasets import DATASETS
 from sfl.protocol import FILE_TYPES, MessageType, encode_head
+from sfl.samples import Samples
 from sfl.tensors import owns_storage
 from tests.launch import Launcher
+from tests.made_data import loaded
 from tests.proxy import DOWN, UP, Proxy, Recorded
 
 ROUNDS, CLIENTS, BATCH = 2, 2, 64
@@ -112,10 +115,10 @@ def test_the_initial_weights_are_offered_and_not_sent(
 def test_raw_data_never_leave_the_client(recorded: tuple[Path, list[Recorded]]) -> None:
     _, connections = recorded
     spec = DATASETS["mnist-5k"]
-    loaded = spec.load(Path(), print)
+    both = loaded("mnist-5k")
     found = searched = 0
     for k in range(CLIENTS):
-        data = part_of(spec, RunConfig(clients=CLIENTS), k, loaded)
+        data = part_of(spec, RunConfig(clients=CLIENTS), k, both)
         streams = [bytes(connection.streams[UP]) for connection in connections]
         for samples in (data.train, data.validation, data.test):
             for image in raw_rows(data.batch(samples, slice(0, 40))[0], samples):
@@ -134,7 +137,7 @@ def raw_rows(x: torch.Tensor, samples: Samples) -> list[bytes]:
 def test_the_search_for_raw_data_would_find_them() -> None:
     """With the cut behind ``flatten`` the activations of an mlp are the images themselves."""
     spec = DATASETS["mnist-5k"]
-    data = part_of(spec, RunConfig(), 0, spec.load(Path(), print))
+    data = part_of(spec, RunConfig(), 0, loaded("mnist-5k"))
     x, _ = data.batch(data.train, slice(0, 40))
     leaked = np.ascontiguousarray(torch.nn.Flatten()(x).numpy()).tobytes()
     rows = raw_rows(x, data.train)

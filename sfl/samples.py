@@ -1,0 +1,42 @@
+"""Some samples of a data set: what partitions deal out and batches are drawn from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some rows of what is stored, gathered only when their pixels are needed.
+
+    ``stored``: (M, C, H, W) uint8 or float32 in [0, 1], often shared by the parts of a data set;
+    ``y``: (N,) int64; ``writers``: (N,) int64, who made each sample, where that is known;
+    ``rows``: (N,) int64, which rows of ``stored`` they are: all, in order, if not given.
+    """
+
+    stored: Tensor
+    y: Tensor
+    writers: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def x(self) -> Tensor:
+        """(N, C, H, W), as stored."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    def take(self, indices: Tensor | slice) -> "Samples":
+        """Return some of these samples; no pixel is copied."""
+        rows = torch.arange(len(self)) if self.rows is None else self.rows
+        writers = None if self.writers is None else self.writers[indices]
+        return Samples(self.stored, self.y[indices], writers, rows[indices])
+
+
+def join(parts: Iterable[Samples]) -> Samples:
+    """Return the samples of several parts in one."""
+    xs, ys = zip(*((part.x, part.y) for part in parts), strict=True)
+    return Samples(torch.cat(xs), torch.cat(ys))
