@@ -23,8 +23,9 @@ def train_back(recorded: "RecordedRun", options: Namespace) -> None:
     from sfl import seeds
     from sfl.archive_writer import write_file
     from sfl.errors import RunError
+    from sfl.metrics import add_up
     from sfl.protocol import Position
-    from sfl.segment import add_up, evaluate_step, train_step
+    from sfl.segment import evaluate_step, train_step
     from sfl.split_model import SplitModel
     from sfl.tensors import encode_state
 
@@ -55,7 +56,7 @@ def train_back(recorded: "RecordedRun", options: Namespace) -> None:
             back.update()
             loss_sum += figures.loss * figures.samples
             samples += figures.samples
-        tally = add_up(evaluate_step(back, step.activations, step.labels) for step in held_out)
+        tally = add_up(evaluate_step(back, step.activations, step.labels)[0] for step in held_out)
         held = ", ".join(f"{name} {v:.4f}" for name, v in tally.figures("held_out").items())
         print(f"epoch {epoch + 1}/{options.epochs}: train_loss {loss_sum / samples:.4f}, {held}")
     if options.save:

@@ -35,12 +35,12 @@ from sfl.driver import Conversation
 from sfl.errors import ProtocolError
 from sfl.evaluation import client_evaluate, server_evaluate
 from sfl.link import Counters
+from sfl.metrics import Tally
 from sfl.order import RoundPlan
 from sfl.outcome import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, model_path
 from sfl.party import PREFIXES, ClientParty, RoundResult, ServerParty
 from sfl.protocol import Message, MessageType, Position
 from sfl.schemes import Fronts, scheme
-from sfl.segment import Tally
 from sfl.step import STEPS
 from sfl.tensors import decode_state, encode_state
 from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, check_name, client_weights

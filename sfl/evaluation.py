@@ -8,19 +8,27 @@
       VALIDATION_FEATURES + activations          ->
                                                  <-  VALIDATION_RESULT {samples, correct, loss_sum}
     a client that holds the whole model:
-      VALIDATION_RESULT {part, samples, ...}     ->
+      VALIDATION_RESULT {part, per_class, ...}   ->
+
+Whoever computes the logits keeps those of the test set.
 """
 
+import dataclasses
 import time
+
+import torch
+from torch import Tensor
 
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
-from sfl.party import VALIDATION, ClientParty, ServerParty
+from sfl.metrics import Tally, add_up, checked, checked_classes
+from sfl.outcome import PREDICTIONS, model_path
+from sfl.party import TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.protocol import Message, MessageType
 from sfl.samples import Samples
-from sfl.segment import Tally, add_up, checked, evaluate_step
+from sfl.segment import evaluate_step
 from sfl.step import decode_features, decode_labels
-from sfl.tensors import encode
+from sfl.tensors import encode, encode_state
 
 
 def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
@@ -55,7 +63,7 @@ def _client_split(
 
 
 def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    link, tallies = party.link, []
+    link, tallies, kept = party.link, [], _Predictions()
     for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
         yield link
@@ -65,26 +73,51 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).payload
         started = time.perf_counter()
         y = decode_labels(party, labels.payload, size)
-        tally = evaluate_step(party.back, decode_features(party, features, size), y)
+        tally, logits = evaluate_step(party.back, decode_features(party, features, size), y)
+        kept.add(y, logits)
         party.compute_s += time.perf_counter() - started
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
         tallies.append(tally)
+    kept.write(party, part, round_index)
     return add_up(tallies)
 
 
 def _client_alone(
     party: ClientParty, part: str, samples: Samples, round_index: int
 ) -> Conversation[Tally]:
-    tallies, start = [], 0
+    tallies, kept, start = [], _Predictions(), 0
     for size in party.split.evaluation_sizes(len(samples)):
         x, y = party.data.batch(samples, slice(start, start + size))
-        tallies.append(evaluate_step(party.front, x, y))
+        tally, logits = evaluate_step(party.front, x, y)
+        kept.add(y, logits)
+        tallies.append(tally)
         start += size
-    tally, at = add_up(tallies), party.at(round_index)
-    content = _content(tally) | {"part": part}
+    kept.write(party, part, round_index)
+    whole, at = add_up(tallies), party.at(round_index)
+    per_class = [] if whole.per_class is None else whole.per_class.tolist()
+    content = _content(whole) | {"part": part, "per_class": per_class}
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
     yield from ()
-    return tally
+    return whole
+
+
+class _Predictions:
+    """Labels and logits of a part, batch by batch."""
+
+    def __init__(self) -> None:
+        self._labels: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, labels: Tensor, logits: Tensor) -> None:
+        self._labels.append(labels)
+        self._logits.append(logits)
+
+    def write(self, party: Party, part: str, round_index: int) -> None:
+        """Write down those of the test set: what curves are drawn from after the run."""
+        if part == TEST and self._labels:
+            path = model_path(PREDICTIONS, round_index, client=party.client)
+            both = {"labels": torch.cat(self._labels), "logits": torch.cat(self._logits)}
+            party.archive.write("predictions", path, encode_state(both), round_index)
 
 
 def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
@@ -92,7 +125,12 @@ def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversati
     at = party.at(round_index)
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
-    return _tally(message, party.num_samples[part])
+    heard = _tally(message, party.num_samples[part])
+    if not heard.samples:
+        return heard
+    rows, classes = message.get("per_class", list), party.split.num_classes
+    per_class = checked_classes(rows, heard.correct, heard.samples, classes)
+    return dataclasses.replace(heard, per_class=per_class)
 
 
 def _check_part(message: Message, part: str, party: ServerParty) -> None:

@@ -10,8 +10,9 @@ the process in ``simulate``.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sfl.errors import PeerFailed, ProtocolError
@@ -19,6 +20,23 @@ from sfl.protocol import Message, MessageType, Position
 
 _NOWHERE = Position()
 # What ends a conversation, and how to say so.
+# What messages carry, to tell where a run's bytes go; those that are not listed carry "control".
+KINDS = {
+    MessageType.TRAINING_LABELS: "labels",
+    MessageType.TRAINING_FEATURES: "activations",
+    MessageType.TRAINING_GRADS: "gradients",
+    MessageType.REQUEST_TO_SEND_FILE: "weights",
+    MessageType.SEND_FILE: "weights",
+    MessageType.WEIGHTS_STORED: "weights",
+    MessageType.SEND_MODEL: "weights",
+    MessageType.SEND_AGGREGATED_MODEL: "weights",
+    MessageType.VALIDATION_LABELS: "validation",
+    MessageType.VALIDATION_FEATURES: "validation",
+    MessageType.VALIDATION_RESULT: "validation",
+}
+CONTROL = "control"
+KINDS_UP = ("labels", "activations", "gradients", "weights", "validation", CONTROL)
+KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
 LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
 
 
@@ -27,6 +45,8 @@ class Counters:
     """What passed over a connection so far; seconds by what this side was doing.
 
     ``waiting_s`` ends with the first byte of a message, ``receiving_s`` with its last.
+    ``sent`` and ``received`` have the bytes by what was carried; a round trip is one or more
+    messages of the peer and what this side says to them.
     """
 
     bytes_sent: int = 0
@@ -36,9 +56,12 @@ class Counters:
     sending_s: float = 0.0
     waiting_s: float = 0.0
     receiving_s: float = 0.0
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    round_trips: int = 0
 
     def copy(self) -> "Counters":
-        return replace(self)
+        return replace(self, sent=self.sent.copy(), received=self.received.copy())
 
 
 class Link(ABC):
@@ -49,18 +72,32 @@ class Link(ABC):
         self.name = name  # what we call ourselves, and the peer, in messages and errors
         self.peer_name = peer_name
         self.on_notice: Callable[[str], None] | None = None
+        self._answers = False  # whether the peer has said something since we last did
 
     @property
     def peer_title(self) -> str:
         return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)
 
     @abstractmethod
-    def _send(self, message: Message) -> None:
-        """Send one message."""
+    def _send(self, message: Message) -> int:
+        """Send one message; return its number of bytes on the wire."""
 
     @abstractmethod
     def _next(self) -> Message:
         """Return the next message, waiting for it."""
+
+    def _say(self, message: Message) -> None:
+        num_bytes = self._send(message)
+        self.counters.sent[KINDS.get(message.type, CONTROL)] += num_bytes
+        self.counters.round_trips += self._answers
+        self._answers = False
+
+    def _hear(self) -> Message:
+        message = self._next()
+        num_bytes = message.head_bytes + len(message.payload)
+        self.counters.received[KINDS.get(message.type, CONTROL)] += num_bytes
+        self._answers = True
+        return message
 
     def send_message_as_json(
         self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
@@ -72,7 +109,7 @@ class Link(ABC):
             ConnectionLost: the peer is gone, or takes nothing for the length of the deadline.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._send(Message(message_type, sender, receiver, content, at))
+        self._say(Message(message_type, sender, receiver, content, at))
 
     def send_file(
         self, message_type: MessageType, data: bytes, sender: str = "", receiver: str = "",
@@ -84,7 +121,7 @@ class Link(ABC):
             ConnectionLost: as ``send_message_as_json``.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._send(Message(message_type, sender, receiver, content, at, data))
+        self._say(Message(message_type, sender, receiver, content, at, data))
 
     def receive_message_as_json(
         self, *expected: MessageType, at: Position | None = None
@@ -100,7 +137,7 @@ class Link(ABC):
             ConnectionLost: the peer is gone, or silent for the length of the deadline.
         """
         while True:
-            message = self._next()
+            message = self._hear()
             if message.type is MessageType.MESSAGE and self.on_notice is not None:
                 self.on_notice(one_line(message.content))
             else:

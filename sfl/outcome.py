@@ -24,6 +24,7 @@ ONE_CLIENT_MODEL = "models/client_{client}_{round}.pt"
 SERVER_OPTIMIZER = "models/server_optimizer_{back}_{round}.pt"
 CLIENT_OPTIMIZER = "models/client_optimizer_{client}_{round}.pt"
 MEMORY = "models/aggregation_{half}_{round}.pt"
+PREDICTIONS = "predictions/client_{client}_{round}.pt"  # on its test set
 FRONT, BACK = "front", "back"  # the halves
 
 

@@ -11,9 +11,10 @@ from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.link import Link
+from sfl.metrics import StepFigures
 from sfl.protocol import Position
 from sfl.schemes import scheme
-from sfl.segment import Segment, StepFigures
+from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import Buffer, TensorSpec
 from sfl.weights import WeightStore

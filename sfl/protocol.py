@@ -99,7 +99,10 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message; ``payload`` holds the bytes of a file, or nothing."""
+    """One message; ``payload`` holds the bytes of a file, or nothing.
+
+    ``head_bytes`` is what else of it came over the wire; 0 if it has not yet.
+    """
 
     type: MessageType
     sender: str = ""
@@ -107,6 +110,7 @@ class Message:
     content: Any = ""  # any JSON value
     at: Position = field(default_factory=Position)
     payload: bytes | bytearray | memoryview = b""
+    head_bytes: int = field(default=0, compare=False)
 
     def get(self, name: str, kind: builtins.type[T]) -> T:
         """Return a field of the content, which must be an object, or raise ``ProtocolError``."""
@@ -334,11 +338,14 @@ class Decoder:
         return json_bytes, payload_bytes
 
     def _finish(self) -> Message:
+        assert self._lengths is not None
+        head_bytes = HEAD.size + self._lengths[0]
         message, self._message, self._lengths = self._message, None, None
         assert message is not None
         payload, self._payload = self._payload, bytearray()
         if payload and _checksum_text(self._crc) != self._announced:
             raise IntegrityError(f"the file of a {message.type} arrived damaged: checksum differs")
         return Message(
-            message.type, message.sender, message.receiver, message.content, message.at, payload
-        )
+            message.type, message.sender, message.receiver, message.content, message.at, payload,
+            head_bytes,
+        )  # fmt: skip

@@ -13,13 +13,20 @@ from tqdm import tqdm
 
 from sfl.archive_writer import write_file
 from sfl.config import RunConfig
+from sfl.link import KINDS_DOWN, KINDS_UP
+from sfl.metrics import StepFigures
 from sfl.protocol import Position
 from sfl.runfolder import RunFolder
-from sfl.segment import StepFigures
 
+EVALUATED = ("loss", "acc", "balanced_acc", "macro_f1", "weighted_f1")
+UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # and what was carried
+TRAFFIC = (
+    "bytes_up", "bytes_down", "messages_up", "messages_down", "round_trips",
+    *map(UP.format, KINDS_UP), *map(DOWN.format, KINDS_DOWN),
+)  # fmt: skip
 ROUND_COLUMNS = (
-    "round", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
-    "bytes_up", "bytes_down", "messages_up", "messages_down", "seconds", "server_compute_s",
+    "round", "train_loss", "train_acc", *(f"val_{n}" for n in EVALUATED),
+    *(f"test_{n}" for n in EVALUATED), *TRAFFIC, "seconds", "server_compute_s",
     "client_compute_s", "client_wait_s", "client_transfer_s",
 )  # fmt: skip
 

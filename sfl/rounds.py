@@ -13,7 +13,8 @@ from sfl.config import RunConfig
 from sfl.conversation import TIMES, server_evaluate_round, server_goodbye, server_train
 from sfl.data import num_batches
 from sfl.driver import Network, run_together
-from sfl.link import Counters
+from sfl.link import KINDS_DOWN, KINDS_UP, Counters
+from sfl.metrics import Tally, add_up
 from sfl.order import RoundPlan
 from sfl.outcome import (
     BACK,
@@ -30,9 +31,9 @@ from sfl.outcome import (
 )
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.protocol import MessageType
-from sfl.roundlog import RoundLog
+from sfl.roundlog import DOWN, TRAFFIC, UP, RoundLog
 from sfl.schemes import Fronts, scheme
-from sfl.segment import Segment, Tally, add_up
+from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import encode_state
 from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, client_weights
@@ -184,13 +185,16 @@ class Rounds:
             "bytes_down": now.bytes_sent - before.bytes_sent,
             "messages_up": now.messages_received - before.messages_received,
             "messages_down": now.messages_sent - before.messages_sent,
+            "round_trips": now.round_trips - before.round_trips,
+            **{UP.format(n): now.received[n] - before.received[n] for n in KINDS_UP},
+            **{DOWN.format(n): now.sent[n] - before.sent[n] for n in KINDS_DOWN},
             **{f"client_{name}": seconds[name] for name in TIMES},
             "server_compute_s": party.compute_s,
         }
 
 
 _TIMES = ("server_compute_s", *(f"client_{name}" for name in TIMES))
-_SUMMED = ("bytes_up", "bytes_down", "messages_up", "messages_down", *_TIMES)
+_SUMMED = (*TRAFFIC, *_TIMES)
 
 
 def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -5,16 +5,15 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sfl import seeds
 from sfl.config import RunConfig, unknown_name
-from sfl.errors import ProtocolError, RunError
+from sfl.errors import RunError
+from sfl.metrics import StepFigures, Tally, tally
 from sfl.protocol import Position
 from sfl.schedule import learning_rate
 from sfl.tensors import TensorSpec, state_spec
@@ -244,32 +243,6 @@ class Segment:
         return state_spec(trial.optimizer_state())
 
 
-@dataclass(frozen=True, slots=True)
-class StepFigures:
-    """Figures of one training step: the batch's mean loss, and its hits."""
-
-    loss: float
-    correct: int
-    samples: int
-
-
-MOST_LOSS = 1e60  # of a batch or a part: far above what float32 gives, far below what sums overflow
-
-
-def checked(loss: float, correct: float, samples: int) -> tuple[float, int]:
-    """Return a peer's loss, or sum of losses, and hits over so many samples.
-
-    Raises:
-        ProtocolError: cross-entropy and hits cannot be that. NaN and infinity can: training
-            diverges.
-    """
-    if loss < 0 or MOST_LOSS < loss < math.inf:
-        raise ProtocolError(f"{loss:g} is no loss")
-    if not (0 <= correct <= samples and correct == int(correct)):
-        raise ProtocolError(f"{correct!r:.40} hits in {samples} samples")
-    return loss, int(correct)
-
-
 def train_step(
     last: Segment, z: Tensor, y: Tensor, at: Position
 ) -> tuple[StepFigures, Tensor | None]:
@@ -291,35 +264,9 @@ def train_step(
     return StepFigures(loss.item(), correct, len(y)), grads
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """Samples, hits and summed loss of some evaluated batches."""
-
-    samples: int = 0
-    correct: int = 0
-    loss_sum: float = 0.0
-
-    def figures(self, prefix: str) -> dict[str, float]:
-        """Return mean loss and accuracy as ``<prefix>_loss`` and ``<prefix>_acc``, if any."""
-        if not self.samples:
-            return {}
-        loss, accuracy = self.loss_sum / self.samples, self.correct / self.samples
-        return {f"{prefix}_loss": loss, f"{prefix}_acc": accuracy}
-
-
-def add_up(tallies: Iterable[Tally]) -> Tally:
-    """Return the sum of tallies; it is the same in any order."""
-    tallies = list(tallies)
-    return Tally(
-        sum(tally.samples for tally in tallies),
-        sum(tally.correct for tally in tallies),
-        math.fsum(tally.loss_sum for tally in tallies),
-    )
-
-
-def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> Tally:
-    """Return the tally of one batch under the model's last segment in evaluation mode."""
-    y = y.to(last.device)
+def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
+    """Return the tally of one batch under the model's last segment in evaluation mode, and the
+    logits: (B, classes) float32, on the CPU.
+    """
     logits = last.evaluate(z)
-    loss_sum = nn.functional.cross_entropy(logits, y, reduction="sum")
-    return Tally(len(y), int((logits.argmax(1) == y).sum()), loss_sum.item())
+    return tally(logits, y.to(last.device)), logits.cpu()

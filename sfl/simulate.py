@@ -18,6 +18,7 @@ from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
+from sfl.metrics import StepFigures
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
@@ -26,7 +27,6 @@ from sfl.registration import DataReport, Joined, check_agreement
 from sfl.runfolder import create_run_folder, open_folder, say, telling_why
 from sfl.samples import join
 from sfl.schemes import scheme
-from sfl.segment import StepFigures
 from sfl.server import finish, prepare
 from sfl.stores import StoreOptions, store_maker
 from sfl.tensors import max_file_bytes
@@ -40,13 +40,15 @@ class LocalLink(Link):
         self.inbox: deque[Message] = deque()
         self.peer: LocalLink = self
 
-    def _send(self, message: Message) -> None:
-        num_bytes = len(encode_head(message)) + len(message.payload)
+    def _send(self, message: Message) -> int:
+        head_bytes = len(encode_head(message))
+        num_bytes = head_bytes + len(message.payload)
         self.counters.bytes_sent += num_bytes
         self.counters.messages_sent += 1
         self.peer.counters.bytes_received += num_bytes
         self.peer.counters.messages_received += 1
-        self.peer.inbox.append(message)
+        self.peer.inbox.append(dataclasses.replace(message, head_bytes=head_bytes))
+        return num_bytes
 
     def _next(self) -> Message:
         return self.inbox.popleft()

@@ -29,11 +29,12 @@ from torch import Tensor
 from sfl.data import batch_indices, batch_sizes
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
+from sfl.metrics import StepFigures, checked
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
 from sfl.protocol import Message, MessageType, Position
 from sfl.schemes import Exchange
-from sfl.segment import StepFigures, checked, train_step
+from sfl.segment import train_step
 from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
 
 

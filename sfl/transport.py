@@ -57,13 +57,15 @@ class Connection(Link):
     def limits(self, limits: Limits) -> None:
         self._decoder.limits = limits
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message) -> int:
         started = time.perf_counter()
         parts = [memoryview(encode_head(message)), memoryview(message.payload)]
-        self.counters.bytes_sent += sum(map(len, parts))
+        num_bytes = sum(map(len, parts))
+        self.counters.bytes_sent += num_bytes
         self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
+        return num_bytes
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
         """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""

@@ -78,6 +78,13 @@ def test_bytes_on_the_wire_are_at_most_five_percent_over_the_files(
     assert all_files < total <= 1.05 * all_files
 
 
+PARTS = {
+    "labels": MessageType.TRAINING_LABELS,
+    "activations": MessageType.TRAINING_FEATURES,
+    "gradients": MessageType.TRAINING_GRADS,
+}
+
+
 def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
     """rounds.csv counts from START_TRAINING to VALIDATION_DONE."""
     run, connections = recorded
@@ -93,6 +100,25 @@ def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
         assert int(row["messages_down"]) == sum(way == DOWN for way, _ in of_round)
         for way, column in ((UP, "bytes_up"), (DOWN, "bytes_down")):
             assert int(row[column]) == sum(size for w, size in of_round if w == way)
+            parts = {n: int(v) for n, v in row.items() if n.startswith(f"{column}_")}
+            assert sum(parts.values()) == int(row[column])
+            for n, wanted in PARTS.items():
+                of_kind = [
+                    len(encode_head(m)) + len(m.payload)
+                    for c in connections
+                    for w, m in c.messages
+                    if m.at.round == round_index and w == way and m.type == wanted
+                ]
+                assert parts.get(f"{column}_{n}", 0) == sum(of_kind), n
+        # One for each step and each batch of validation and test, three for the round's weights
+        # (offered and sent, both ways), one for the initial weights.
+        batches = sum(
+            m.type == MessageType.VALIDATION_LABELS and m.at.round == round_index
+            for c in connections
+            for _, m in c.messages
+        )
+        weights = 1 + (round_index > 0) * 0
+        assert int(row["round_trips"]) == CLIENTS * (25 + 3 + (round_index == 0)) + batches
     for connection in connections:  # frames are what the messages encode to, and nothing else
         for way, stream in connection.streams.items():
             frames = [encode_head(m) + m.payload for w, m in connection.messages if w == way]
