@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfl.config import RunConfig
 from sfl.protocol import Position
+from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 
@@ -77,3 +79,25 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def formula_bytes(
+    run: RunConfig, split: SplitModel, samples: int, num_steps: int
+) -> tuple[int, int]:
+    """Return what a client's training sends and receives in a round, by the field's formulas:
+    smashed data with their gradients, and weights.
+
+    Thapa et al. 2022 (arXiv 2004.12088), Table 2: with ``|W|`` the bytes of all parameters, ``q``
+    those of a sample's smashed data, ``beta`` the front's share of ``|W|`` and ``p/K`` the client's
+    samples, ``2|W|`` in FL, ``2(p/K)q + 2 beta |W|`` in SL and both SFL. By the same count SFLV3,
+    whose fronts stay, has ``2(p/K)q``, and synchronous SGD ``2|W|`` a step.
+    """
+    row = scheme(run.scheme)
+    if row.pooled or not samples:
+        return 0, 0
+    named = split.parameter_names
+    weights = 2 * sum(spec.num_bytes for n, spec in split.front_spec.items() if n in named)
+    if row.exchange is Exchange.WEIGHT_GRADS:
+        return 0, weights * num_steps
+    smashed = 2 * samples * run.local_epochs * split.features_spec(1).num_bytes if split.cuts else 0
+    return smashed, 0 if row.fronts is Fronts.OWN else weights

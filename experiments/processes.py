@@ -47,7 +47,7 @@ class Processes:
         failed = []
         for name, process in [("server", self.server), *_named(self.clients)]:
             if process.wait() != 0:
-                failed.append(f"{name}: {_last_line(self.logs / f'{name}.err')}")
+                failed.append(f"{name}: {last_line(self.logs / f'{name}.err')}")
         if failed:
             raise RunError("; ".join(failed))
 
@@ -58,7 +58,7 @@ def _named(
     return [(f"client_{k}", process) for k, process in enumerate(clients)]
 
 
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it ended without a word"
 

@@ -189,7 +189,10 @@ def test_a_host_that_does_not_exist_is_said(launcher: Launcher) -> None:
     ("options", "reason"),
     [
         (["--model", "lenet"], "unknown model 'lenet'; did you mean lenet5"),
-        (["--dataset", "mnits"], "unknown data set 'mnits'; did you mean mnist or emnist or femnist?"),
+        (
+            ["--dataset", "mnits"],
+            "unknown data set 'mnits'; did you mean mnist or emnist or femnist?",
+        ),
         (["--rounds", 0], "--rounds 0: must be at least 1"),
         (["--cut", 12], "lenet5 has 12: conv1, relu1"),
         (["--cut", 0], "needs blocks on both sides"),

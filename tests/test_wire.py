@@ -117,7 +117,6 @@ def test_the_counters_are_exact(recorded: tuple[Path, list[Recorded]]) -> None:
             for c in connections
             for _, m in c.messages
         )
-        weights = 1 + (round_index > 0) * 0
         assert int(row["round_trips"]) == CLIENTS * (25 + 3 + (round_index == 0)) + batches
     for connection in connections:  # frames are what the messages encode to, and nothing else
         for way, stream in connection.streams.items():

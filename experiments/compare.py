@@ -1,0 +1,75 @@
+"""Compare schemes and partitions: run every combination, and write tables and figures.
+
+python -m experiments.compare --schemes central,fl,sl,sflv1,sflv2 --partitions iid,sizes:0.2,0.2,0.6
+    --seeds 3 [--over sockets] [--jobs 2] [--out DIR] [run options]
+
+What is done is not done again: break it off, and start it with the same options. ``--out`` gets
+``compare.csv`` (a line a run, round and client), ``times.csv``, ``compare.md`` and the figures.
+"""
+
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from sfl.cli import run_program
+
+
+def parse() -> tuple[Namespace, list[str]]:
+    """Return this program's options, and those of the runs."""
+    from experiments.plan import OVER
+    from sfl.options import Parser
+
+    parser = Parser(
+        prog="python -m experiments.compare",
+        description="Run every combination of schemes, partitions and seeds, and compare them.",
+        epilog="All other options are those of a run: see python -m experiments.simulate --help.",
+    )
+    parser.add_argument("--schemes", default="central,fl,sl,sflv1,sflv2", help="with commas")
+    parser.add_argument(
+        "--partitions", default="iid", help="with commas: iid,sizes:0.2,0.8,shards:2"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many, counting on from --seed")
+    parser.add_argument("--over", choices=OVER, default=OVER[0], help="one process, or many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    from experiments.plan import Study, carry_out, check_all, is_done, names
+    from sfl.config import NodeConfig, RunConfig
+    from sfl.errors import ConfigError
+    from sfl.options import parse_options
+
+    own, rest = parse()
+    if own.seeds < 1 or own.jobs < 1:
+        raise ConfigError("--seeds and --jobs: must be at least 1")
+    run, node = parse_options(
+        rest, RunConfig, NodeConfig, prog="python -m experiments.compare", about=""
+    )
+    if not any(option.startswith("--keep-tensors") for option in rest):
+        run = replace(run, keep_tensors="none")  # tables need none, and they are large
+    seeds = range(run.seed, run.seed + own.seeds)
+    study = Study(names(own.schemes), names(own.partitions), seeds, run, node, own.over)
+    check_all(study)
+    total = len(study.runs) * run.rounds
+    done = sum(is_done(study, r) for r in study.runs) * run.rounds
+    with tqdm(total=total, initial=done, unit="round", desc="all runs", disable=None) as bar:
+
+        def on_round(of: RunConfig, line: str) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{of.run}, {line}")
+            if bar.disable:  # not in a terminal
+                tqdm.write(f"{of.run}: {line}")
+                sys.stdout.flush()
+
+        carry_out(study, own.jobs, on_round)
+    from experiments.comparison import write_results
+
+    for path in write_results(study):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("compare", main))
