@@ -9,7 +9,7 @@ the smashed data up and as many bytes of gradients down; the front's weights tra
 import csv
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,20 +44,27 @@ class Cut:
 
 def measure(
     run: "RunConfig", input_shape: tuple[int, ...], num_classes: int, device: "torch.device"
-) -> list[Cut]:
-    """Count and time every cut that has blocks on both sides."""
+) -> Iterator[Cut]:
+    """Count and time every cut that has blocks on both sides.
+
+    Raises:
+        ConfigError: the model is a single block.
+    """
     from experiments.costs import costs_of, times_of
+    from sfl.errors import ConfigError
     from sfl.models import build, model_spec
     from sfl.split_model import SplitModel
 
     model = build(model_spec(run.model), input_shape, num_classes, seed=run.seed)
     names = [name for name, _ in model.named_children()]
-    cuts = []
+    if len(names) < 2:
+        raise ConfigError(f"--model {run.model} has one block, and no cut")
     for cut in range(1, len(names)):
-        split = SplitModel(dataclasses.replace(run, cut=cut), input_shape, num_classes)
+        cut_there = dataclasses.replace(run, cut=cut, scheme="sflv1")  # any scheme with a cut
+        split = SplitModel(cut_there, input_shape, num_classes)
         front, back = costs_of(split, input_shape)
         times = times_of(split, input_shape, run.batch_size, device)
-        counted = Cut(
+        yield Cut(
             cut,
             names[cut - 1],
             front.parameters,
@@ -69,8 +76,6 @@ def measure(
             split.features_spec(1).num_bytes,
             *(1000 * seconds for seconds in times),
         )
-        cuts.append(counted)
-    return cuts
 
 
 def write_csv(path: Path, cuts: list[Cut]) -> None:
@@ -138,8 +143,8 @@ def _stack(
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
 
 
-def show(cuts: list[Cut], default: int | None) -> None:
-    """Print a line a cut."""
+def show(cuts: Iterable[Cut], default: int | None) -> list[Cut]:
+    """Print a line a cut as it is measured, and return them all."""
     print(
         f"{'cut behind':24} {'parameters':>23} {'training MFLOPs':>19} {'smashed':>9}"
         f" {'client ms':>13} {'server ms':>13}"
@@ -148,6 +153,7 @@ def show(cuts: list[Cut], default: int | None) -> None:
         f"{'':24} {'client':>11} {'server':>11} {'client':>9} {'server':>9} {'bytes':>9}"
         + f" {'forw.':>6} {'backw.':>6}" * 2
     )
+    shown = []
     for c in cuts:
         mark = " *" if c.cut == default else ""
         print(
@@ -155,10 +161,13 @@ def show(cuts: list[Cut], default: int | None) -> None:
             f" {c.server_parameters:11,} {c.client_training_flops / 1e6:9.2f}"
             f" {c.server_training_flops / 1e6:9.2f} {c.smashed_bytes:9,}"
             f" {c.client_forward_ms:6.1f} {c.client_backward_ms:6.1f}"
-            f" {c.server_forward_ms:6.1f} {c.server_backward_ms:6.1f}"
+            f" {c.server_forward_ms:6.1f} {c.server_backward_ms:6.1f}",
+            flush=True,
         )
+        shown.append(c)
     if default is not None:
         print("* the model's own cut")
+    return shown
 
 
 def main() -> None:
@@ -175,14 +184,13 @@ def main() -> None:
     run, node = parse_options(None, RunConfig, NodeConfig, prog=prog, about=about)
     spec, device = dataset_of(run), set_up_torch(node)
     shape, default = spec.input_shape, model_spec(run.model).cut
-    cuts = measure(run, shape, len(spec.classes), device)
     size = "x".join(map(str, shape))
     title = (
         f"{run.model} on {run.dataset} ({size}), {len(spec.classes)} classes,"
         f" batches of {run.batch_size}, {device.type}, {node.threads} thread(s)"
     )
     print(title)
-    show(cuts, default)
+    cuts = show(measure(run, shape, len(spec.classes), device), default)
     node.out_path.mkdir(parents=True, exist_ok=True)
     write_csv(node.out_path / "cuts.csv", cuts)
     draw(node.out_path / "cuts.png", title, cuts, math.prod(shape), default)

@@ -17,6 +17,7 @@ from sfl.protocol import Position
 from sfl.registry import with_options
 
 NONE = "none"
+MOST_PADDING = 64  # pixels
 
 
 def _flip(x: Tensor, dimension: int, drawn: Generator) -> Tensor:
@@ -25,12 +26,12 @@ def _flip(x: Tensor, dimension: int, drawn: Generator) -> Tensor:
 
 
 def hflip(x: Tensor, drawn: Generator, background: float) -> Tensor:
-    """Mirror every second image left to right."""
+    """Mirror an image left to right with probability 1/2."""
     return _flip(x, 3, drawn)
 
 
 def vflip(x: Tensor, drawn: Generator, background: float) -> Tensor:
-    """Mirror every second image top to bottom."""
+    """Mirror an image top to bottom with probability 1/2."""
     return _flip(x, 2, drawn)
 
 
@@ -39,8 +40,8 @@ def crop(x: Tensor, drawn: Generator, background: float, *, padding: int = 4) ->
 
     He et al. 2016 (arXiv 1512.03385), Section 4.2.
     """
-    if padding < 1:
-        raise ValueError("padding must be at least 1")
+    if not 1 <= padding <= MOST_PADDING:
+        raise ValueError(f"padding must be from 1 to {MOST_PADDING}")
     count, channels, height, width = x.shape
     padded = nn.functional.pad(x, [padding] * 4, value=background)
     offsets = torch.randint(2 * padding + 1, (count, 2), generator=drawn)

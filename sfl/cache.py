@@ -1,7 +1,7 @@
 """What takes long to read is read once, and kept as arrays that are mapped into memory.
 
-The clients of one machine share them. Nothing half-written is ever read: a folder of arrays gets
-its name when it is whole.
+The clients that one user runs on a machine share them. Nothing half-written is ever read: a folder
+of arrays gets its name when it is whole.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sfl.errors import DataError
+
+FORMAT = 1  # of what is kept; counts up when something else comes out of the same files
 
 
 @contextlib.contextmanager
@@ -35,47 +37,81 @@ def one_at_a_time(lock_path: Path) -> Iterator[None]:
 
 
 def signature(paths: Iterable[Path]) -> str:
-    """Return what tells whether files have changed: their names, sizes and times."""
+    """Return what tells whether files have changed: their names, sizes and times.
+
+    Raises:
+        DataError: one of them cannot be found.
+    """
     lines = []
     for path in paths:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
         lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
     return "\n".join(lines)
 
 
-def cached(folder: Path, name: str, key: str, make: Callable[[Path], None]) -> Mapping[str, Tensor]:
+def cached(
+    folder: Path,
+    name: str,
+    key: str,
+    lengths: Mapping[str, int | None],
+    make: Callable[[Path], None],
+) -> Mapping[str, Tensor]:
     """Return the arrays that ``make`` writes as ``.npy`` files into the folder that it is given.
 
-    It is called once for a ``key``, which says all that the arrays depend on. Who writes into the
-    tensors writes into a copy of its own.
+    It is called once for a ``key``, which says all that the arrays depend on; ``lengths`` has their
+    names, and how many rows each has, where that is known. Who writes into the tensors writes into
+    a copy of its own.
 
     Raises:
-        DataError: the folder cannot be written; or from ``make``.
+        DataError: the folder cannot be written, or a file in it is damaged; or from ``make``.
     """
-    whole = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{FORMAT}\n{key}".encode()).hexdigest()[:16]
+    whole = folder / f"{name}-{digest}"
     try:
         if not whole.is_dir():
             with one_at_a_time(folder / f"{name}.lock"):
                 if not whole.is_dir():
                     _make(whole, make)
-        return {path.stem: _map(path) for path in sorted(whole.glob("*.npy"))}
     except OSError as error:
         raise DataError(
-            f"cannot write or read the cache {whole}: {error.strerror or error}; --cache-dir may"
-            " name another folder"
+            f"cannot write the cache {whole}: {error.strerror or error}; --cache-dir may name"
+            " another folder"
         ) from error
-    except ValueError as error:
-        raise DataError(f"the cache {whole} is damaged ({error}); remove it") from error
+    return {array: _map(whole / f"{array}.npy", length) for array, length in lengths.items()}
 
 
-def _map(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+def _map(path: Path, length: int | None) -> Tensor:
+    try:
+        array = torch.from_numpy(np.load(path, mmap_mode="c"))
+        if length not in (None, len(array)):
+            raise ValueError(f"{len(array)} rows instead of {length}")
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise DataError(
+            f"the cache {path.parent} is damaged ({error}); remove it, or name another --cache-dir"
+        ) from error
+    return array
+
+
+def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Create a file for an array of bytes, with the disk that it needs, and map it.
+
+    Raises:
+        OSError: there is no room for it; a sparse file would end the process when it is filled.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _make(whole: Path, make: Callable[[Path], None]) -> None:
     partial = whole.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(mode=0o700)
+    partial.mkdir()
     try:
         make(partial)
         for path in (*partial.iterdir(), partial):

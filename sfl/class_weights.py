@@ -1,11 +1,11 @@
 """Weights of the classes in the training loss, for data in which some classes are rare."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from sfl.errors import ConfigError
 
 NONE, BALANCED = "none", "balanced"
+LEAST, MOST = 1e-6, 1e6  # of a class: what float32 adds up
 
 
 def class_weights(
@@ -45,8 +45,9 @@ def parse(text: str) -> tuple[float, ...]:
         weights = tuple(float(number) for number in text.split(","))
     except ValueError:
         weights = ()
-    if not weights or not all(math.isfinite(w) and w > 0 for w in weights):
+    if not weights or not all(LEAST <= w <= MOST for w in weights):
         raise ConfigError(
-            f"--class-weights {text!r}: give {NONE}, {BALANCED}, or a number above 0 for each class"
+            f"--class-weights {text!r}: give {NONE}, {BALANCED}, or a number from {LEAST:g}"
+            f" to {MOST:g} for each class"
         )
     return weights

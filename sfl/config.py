@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,10 @@ class NodeConfig:
     @property
     def cache_path(self) -> Path:
         chosen = self.cache_dir or os.environ.get("SFL_CACHE_DIR", "")
-        return Path(chosen or "~/.cache/sfl").expanduser()
+        try:
+            return Path(chosen or "~/.cache/sfl").expanduser()
+        except RuntimeError:  # a user without a home folder, as in some containers
+            return Path(tempfile.gettempdir()) / "sfl-cache"
 
     @property
     def out_path(self) -> Path:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sfl import seeds
-from sfl.augment import NONE, augment
+from sfl.augment import NONE, augment, check_augmentation
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, DataError
 from sfl.partition import deal
 from sfl.protocol import Position
-from sfl.samples import Samples
+from sfl.samples import Samples, as_floats
 
+RESIZED_AT_ONCE = 1024  # images, to bound the memory that it takes
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
 
@@ -29,7 +30,7 @@ class Source:
 
     folder: Path  # --data-dir
     cache: Path  # --cache-dir: for what takes long to read
-    input_shape: tuple[int, ...]  # of a sample; images of another size are resized afterwards
+    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when dealt out
     say: Callable[[str], None] = print  # what is going on, for people
 
 
@@ -59,27 +60,58 @@ class DatasetSpec:
 
 
 def load(spec: DatasetSpec, source: Source) -> tuple[Samples, Samples]:
-    """Return a data set's training and test samples, of the spec's size.
+    """Return a data set's training and test samples.
 
     Raises:
-        DataError: it is not there, or damaged.
+        DataError: it is not there, damaged, or not what a data set must be.
     """
-    source = dataclasses.replace(source, input_shape=spec.input_shape)
     train, test = spec.load(source)
-    return _resized(train, spec), _resized(test, spec)
+    for part, samples in (("training", train), ("test", test)):
+        if wrong := _what_is_wrong(samples, spec):
+            raise DataError(f"the {part} samples of the data set are wrong: {wrong}")
+    return train, test
 
 
-def _resized(samples: Samples, spec: DatasetSpec) -> Samples:
-    """Return samples whose images have the size of the spec, bilinearly resized if need be."""
-    shape = tuple(samples.stored.shape[1:])
-    if shape == spec.input_shape:
+def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
+    """Return what keeps samples from being used, if anything does."""
+    if not isinstance(samples, Samples) or not all(
+        isinstance(tensor, Tensor) for tensor in (samples.stored, samples.y)
+    ):
+        return "they are no sfl.samples.Samples of tensors"
+    x, y = samples.stored, samples.y
+    count = len(x) if samples.rows is None else len(samples.rows)
+    if y.dtype != torch.int64 or y.dim() != 1 or len(y) != count:
+        return (
+            f"{count} samples, and labels {list(y.shape)} of {y.dtype}; wanted is int64, one each"
+        )
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(spec.classes):
+        return f"labels {y.min()} to {y.max()}, of {len(spec.classes)} classes"
+    if x.dtype not in (torch.uint8, torch.float32):
+        return f"x is {x.dtype}; wanted is uint8, or float32 in [0, 1]"
+    shape = tuple(x.shape[1:])
+    if len(shape) != len(spec.input_shape) or shape[0] != spec.input_shape[0]:
+        return f"samples of shape {list(shape)}, but the data set says {list(spec.input_shape)}"
+    for figures in (spec.mean, spec.std):
+        if isinstance(figures, tuple) and len(figures) != shape[0]:
+            return f"mean and std of {len(figures)} channels, of which there are {shape[0]}"
+    return ""
+
+
+def _resized(samples: Samples, shape: tuple[int, ...]) -> Samples:
+    """Return samples whose images have this shape, bilinearly resized if need be."""
+    if tuple(samples.stored.shape[1:]) == shape or not len(samples):
         return samples
-    if len(shape) != 3 or shape[0] != spec.input_shape[0]:
-        raise DataError(f"samples of shape {list(shape)} cannot be made {list(spec.input_shape)}")
+    if len(shape) != 3:
+        raise DataError(
+            f"samples of shape {list(samples.stored.shape[1:])} cannot be made {list(shape)}"
+        )
     from torchvision.transforms.v2 import functional  # takes seconds to import
 
-    stored = functional.resize(samples.stored, list(spec.input_shape[1:]), antialias=True)
-    return dataclasses.replace(samples, stored=stored)
+    pieces = [
+        functional.resize(piece.x, list(shape[1:]), antialias=True)
+        for piece in map(samples.take, torch.split(torch.arange(len(samples)), RESIZED_AT_ONCE))
+    ]
+    return Samples(torch.cat(pieces), samples.y, samples.writers)
 
 
 @dataclass(frozen=True)
@@ -101,12 +133,12 @@ class ClientData:
     def batch(self, samples: Samples, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return ``x``: (B, C, H, W) float32, normalised, and ``y``: (B,) int64."""
         part = samples.take(indices)
-        return self._normalised(_pixels(part)), part.y
+        return self._normalised(as_floats(part.x)), part.y
 
     def training_batch(self, indices: Tensor, at: Position) -> tuple[Tensor, Tensor]:
         """Return a step's batch, augmented; shapes as of ``batch``."""
         part, background = self.train.take(indices), self.spec.background
-        x = augment(_pixels(part), self.augment, background, seed=self.seed, at=at)
+        x = augment(as_floats(part.x), self.augment, background, seed=self.seed, at=at)
         return self._normalised(x), part.y
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -116,12 +148,6 @@ class ClientData:
             for figures in (self.spec.mean, self.spec.std)
         )
         return (x - mean) / std
-
-
-def _pixels(part: Samples) -> Tensor:
-    """Return (B, C, H, W) float32 in [0, 1]."""
-    x = part.x
-    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def part_of(
@@ -153,8 +179,10 @@ def client_data(
     if not len(part):
         raise DataError(f"client {client} has no training samples (--partition {run.partition})")
     changes = run.augment or spec.augment
+    check_augmentation(changes)
     if changes != NONE and len(spec.input_shape) != 3:
         raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
+    part, test = _resized(part, spec.input_shape), _resized(test, spec.input_shape)
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
     num_held_out = len(part) // VALIDATION_SHARE

@@ -44,6 +44,10 @@ def _load_mnist_5k(source: Source) -> tuple[Samples, Samples]:
     return samples.take(~held_out), samples.take(held_out)
 
 
+# What torchvision raises for files that are not there, or damaged.
+_NOT_THERE = (OSError, RuntimeError, ValueError, AssertionError, KeyError, EOFError)
+
+
 def _of_torchvision(
     class_name: str,
     folder: str,
@@ -65,30 +69,32 @@ def _of_torchvision(
             )
             return train, test
 
+        why = ""  # it is damaged, if it is
         try:
-            if place.is_dir():
-                return parts(download=False)
-        except (RuntimeError, ValueError, OSError) as error:
+            return parts(download=False)
+        except _NOT_THERE as error:
             # torchvision's words for files that are not there, and for any that are wrong
-            if "not found" not in str(error) or "corrupted" in str(error):
-                reason = " ".join(str(error).partition(" You can use")[0].split())
-                raise DataError(
-                    f"{place} is damaged: {reason:.160}; remove it to download it again"
-                ) from error
-        source.say(f"{class_name} is not in {source.folder}; downloading it")
+            if place.is_dir() and ("not found" not in str(error) or "corrupted" in str(error)):
+                why = " ".join(str(error).partition(" You can use")[0].split()) or repr(error)
         try:
             # torchvision prints each mirror that it tries; the last one's error is what counts.
             with (
                 one_at_a_time(source.folder / ".sfl-download.lock"),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                return parts(download=True)
+                with contextlib.suppress(*_NOT_THERE):  # another process has just brought it
+                    return parts(download=False)
+                if not why:
+                    source.say(f"{class_name} is not in {source.folder}; downloading it")
+                    return parts(download=True)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{class_name} is not in {source.folder} and cannot be downloaded ({reason:.160});"
-                f" give --data-dir the folder that has {folder}"
-            ) from error
+            if not why:
+                reason = " ".join(str(error).split())
+                raise DataError(
+                    f"{class_name} is not in {source.folder} and cannot be downloaded"
+                    f" ({reason:.160}); give --data-dir the folder that has {folder}"
+                ) from error
+        raise DataError(f"{place} is damaged: {why:.160}; remove it to download it again")
 
     return load
 

@@ -11,6 +11,7 @@ so.
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from sfl.errors import DataError
 from sfl.samples import Samples
 
 NUM_CLASSES = 62
+# What reading a damaged file raises, beside our own errors.
+_DAMAGE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+    RecursionError, zlib.error,
+)  # fmt: skip
 SIDE = 28
 
 
@@ -46,7 +52,8 @@ def load_femnist(source: Source) -> tuple[Samples, Samples]:
                 np.save(into / f"{part}_{name}.npy", array)
 
     key = "\n".join(f"{part}\n{signature(paths)}" for part, paths in files.items())
-    kept = cached(source.cache, "femnist", key, parse)
+    arrays = dict.fromkeys((f"{part}_{n}" for part in files for n in ("x", "y", "writers")), None)
+    kept = cached(source.cache, "femnist", key, arrays, parse)
     train, test = (
         Samples(kept[f"{part}_x"], kept[f"{part}_y"], kept[f"{part}_writers"]) for part in files
     )
@@ -72,6 +79,8 @@ def _parse(paths: list[Path], writers: dict[str, int]) -> Mapping[str, np.ndarra
             xs.append(x)
             ys.append(y)
             by.append(np.full(len(y), writers.setdefault(writer, len(writers)), np.int64))
+    if not ys:
+        raise DataError(f"{paths[0].parent} names no writers")
     return {"x": np.concatenate(xs), "y": np.concatenate(ys), "writers": np.concatenate(by)}
 
 
@@ -84,7 +93,7 @@ def _read(path: Path) -> "list[tuple[str, np.ndarray, np.ndarray]]":
         return [
             (name, *_arrays(path, name, content["user_data"][name])) for name in content["users"]
         ]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         raise DataError(
             f"{path} is damaged or not LEAF's: {type(error).__name__} {error}"
         ) from error
@@ -94,12 +103,12 @@ def _arrays(path: Path, writer: str, data: Mapping[str, Any]) -> tuple[np.ndarra
     x, y = np.array(data["x"], dtype=np.float64), np.array(data["y"])
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or x.shape != (len(y), SIDE * SIDE):
         raise DataError(
-            f"{path}: writer {writer} has x of shape {list(x.shape)} and y of shape"
+            f"{path}: writer {writer!r} has x of shape {list(x.shape)} and y of shape"
             f" {list(y.shape)}; wanted are [N, {SIDE * SIDE}] and [N] integers"
         )
     if not 0 <= y.min() <= y.max() < NUM_CLASSES:
-        raise DataError(f"{path}: writer {writer} has labels outside 0 to {NUM_CLASSES - 1}")
+        raise DataError(f"{path}: writer {writer!r} has labels outside 0 to {NUM_CLASSES - 1}")
     pixels = np.rint(x * 255)
     if not (0 <= pixels.min() <= pixels.max() <= 255 and np.abs(pixels - x * 255).max() < 1e-3):
-        raise DataError(f"{path}: writer {writer} has pixels that are not k/255 in [0, 1]")
+        raise DataError(f"{path}: writer {writer!r} has pixels that are not k/255 in [0, 1]")
     return pixels.astype(np.uint8).reshape(-1, 1, SIDE, SIDE), y.astype(np.int64)

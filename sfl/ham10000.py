@@ -14,12 +14,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sfl.cache import cached, signature
+from sfl.cache import cached, new_array, signature
 from sfl.data import Source
 from sfl.errors import DataError
 from sfl.images import read_images
@@ -53,14 +52,15 @@ def load_ham10000(source: Source) -> tuple[Samples, Samples]:
 
     def decode(into: Path) -> None:
         source.say(f"decoding {len(paths)} images to {width}x{height}; the next start reads them")
-        shape = (len(paths), *source.input_shape)
-        stored = np.lib.format.open_memmap(into / "x.npy", "w+", np.uint8, shape)
+        stored = new_array(into / "x.npy", (len(paths), *source.input_shape))
         with tqdm(total=len(paths), desc="decoding", leave=False, disable=None) as bar:
             read_images(paths, stored, bar.update)
         stored.flush()
 
     name = f"ham10000-{width}x{height}"
-    x = cached(source.cache, name, f"{source.input_shape}\n{signature(paths)}", decode)["x"]
+    x = cached(
+        source.cache, name, f"{source.input_shape}\n{signature(paths)}", {"x": len(paths)}, decode
+    )["x"]
     samples = Samples(x, torch.tensor([CLASSES.index(row["dx"]) for row in rows]))
     tests = _is_test(rows)
     return samples.take(~tests), samples.take(tests)
@@ -78,11 +78,22 @@ def _read_metadata(path: Path) -> list[dict[str, str]]:
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+    class_of: dict[str, str] = {}
+    images: set[str] = set()
     for number, row in enumerate(rows, 2):
-        if row["dx"] not in CLASSES:
-            raise DataError(
-                f"{path}, line {number}: {row['dx']!r} is no class; there are {', '.join(CLASSES)}"
-            )
+        lesion, image, name = (row[column] for column in COLUMNS)
+        wrong = ""
+        if name not in CLASSES:
+            wrong = f"{name!r} is no class; there are {', '.join(CLASSES)}"
+        elif not lesion or not image:
+            wrong = "no lesion_id or no image_id"
+        elif image in images:
+            wrong = f"the image {image} stands there twice"
+        elif class_of.setdefault(lesion, name) != name:
+            wrong = f"the lesion {lesion} is {name} here and {class_of[lesion]} before"
+        if wrong:
+            raise DataError(f"{path}, line {number}: {wrong}")
+        images.add(image)
     if not rows:
         raise DataError(f"{path} names no images")
     return rows

@@ -21,6 +21,8 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     channels, height, width = shape
     try:
         with Image.open(path) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise DataError(f"{path} has more than 8 bits a pixel: convert it to 8")
             converted = image.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {path}: {error}") from error

@@ -100,7 +100,7 @@ def _load_npz(path: Path, spec: DatasetSpec) -> tuple[Samples, Samples, tuple[st
         raise DataError(
             f"{path} has arrays {', '.join(sorted(read)) or 'none'}; wanted are x and y"
         )
-    classes = tuple(str(name) for name in read["classes"]) if "classes" in read else spec.classes
+    classes = tuple(map(str, read["classes"].reshape(-1))) if "classes" in read else spec.classes
     part = _samples(path, read["x"], read["y"], spec, len(classes))
     if not {"x_test", "y_test"} <= read.keys():
         return part, _nothing(spec), classes
@@ -110,14 +110,15 @@ def _load_npz(path: Path, spec: DatasetSpec) -> tuple[Samples, Samples, tuple[st
 def _samples(
     path: Path, x: np.ndarray, y: np.ndarray, spec: DatasetSpec, num_classes: int
 ) -> Samples:
-    shape = (len(x), *spec.input_shape) if x.ndim else ()
-    if y.shape != shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise DataError(f"{path}: y must hold one integer for each sample of x")
-    if x.size != np.prod(shape, dtype=np.int64):
+    channels = spec.input_shape[0]
+    fits = (x.ndim == 4 and x.shape[1] == channels) or (x.ndim == 3 and channels == 1)
+    if not fits:
         raise DataError(
-            f"{path}: samples of shape {list(x.shape[1:])}, but --dataset has"
-            f" {list(spec.input_shape)}"
+            f"{path}: samples of shape {list(x.shape[1:])}; wanted are (N, {channels}, H, W)"
+            + (" or (N, H, W)" if channels == 1 else "")
         )
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise DataError(f"{path}: y must hold one integer for each sample of x")
     if np.issubdtype(x.dtype, np.floating):
         x = x.astype(np.float32)
         if not ((x >= 0) & (x <= 1)).all():
@@ -128,4 +129,7 @@ def _samples(
         raise DataError(
             f"{path}: labels {y.min()} to {y.max()}, but there are {num_classes} classes"
         )
-    return Samples(torch.from_numpy(x.reshape(shape)), torch.from_numpy(y.astype(np.int64)))
+    return Samples(
+        torch.from_numpy(x.reshape(len(x), channels, *x.shape[-2:])),
+        torch.from_numpy(y.astype(np.int64)),
+    )

@@ -32,6 +32,7 @@ from sfl.protocol import Message, MessageType
 
 ANY_ID = -1  # a client that takes what is free
 MAX_CLASSES = 1000
+HASHED_AT_ONCE = 256  # samples, of which no more than these are in memory
 MAX_SIDE = 65_536  # of an image
 
 
@@ -51,11 +52,13 @@ class DataReport:
         counts = {name: len(samples) for name, samples in parts.items()}
         digest = hashlib.sha256(run.run.encode())
         for samples in parts.values():
-            for tensor in (samples.x, samples.y):
-                digest.update(tensor.numpy().tobytes())
-        per_class = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
-        told = tuple(per_class) if run.class_weights == BALANCED else ()
-        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), told)
+            for rows in torch.split(torch.arange(len(samples)), HASHED_AT_ONCE):
+                digest.update(samples.take(rows).x.numpy().tobytes())
+            digest.update(samples.y.numpy().tobytes())
+        told: list[int] = []
+        if run.class_weights == BALANCED:
+            told = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(told))
 
 
 @dataclass(frozen=True)

@@ -39,4 +39,10 @@ class Samples:
 def join(parts: Iterable[Samples]) -> Samples:
     """Return the samples of several parts in one."""
     xs, ys = zip(*((part.x, part.y) for part in parts), strict=True)
-    return Samples(torch.cat(xs), torch.cat(ys))
+    alike = len({x.dtype for x in xs}) == 1
+    return Samples(torch.cat(xs if alike else [as_floats(x) for x in xs]), torch.cat(ys))
+
+
+def as_floats(x: Tensor) -> Tensor:
+    """Return pixels as float32 in [0, 1]."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x

@@ -13,14 +13,14 @@ from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
 from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
-from sfl.data import ClientData, Source, load, part_of
+from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.own_data import load_own
-from sfl.partition import OWN
+from sfl.partition import OWN, deal
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement
@@ -161,7 +161,7 @@ def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
     if run.partition == OWN:
         return {k: load_own(spec, run, k, node.data_path / f"client_{k}") for k in clients}
     loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))
-    return {k: part_of(spec, run, k, loaded) for k in clients}
+    return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
 
 
 class _Nobody:

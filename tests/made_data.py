@@ -20,11 +20,10 @@ def loaded(
     name: str,
     folder: Path = Path("nowhere"),
     say: Callable[[str], None] = print,
-    side: int = 0,
     cache: Path | None = None,
 ) -> tuple[Samples, Samples]:
     """Load a data set from a folder, with the cache in it."""
-    spec = dataset_spec(name).sized(side)
+    spec = dataset_spec(name)
     return load(spec, Source(folder, cache or folder / "cache", spec.input_shape, say))
 
 

@@ -38,9 +38,11 @@ def test_balanced_is_scikit_learns() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("heavy", "give none, balanced, or a number above 0"),
-        ("1,0", "a number above 0"),
-        ("1,inf", "a number above 0"),
+        ("heavy", "give none, balanced, or a number from 1e-06 to"),
+        ("1,0", "a number from"),
+        ("1,1e-46", "a number from"),
+        ("1,nan", "a number from"),
+        ("1,inf", "a number from"),
         ("1,2", "2 weights for 10 classes"),
     ],
 )

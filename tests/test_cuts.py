@@ -29,7 +29,7 @@ def test_both_halves_together_cost_what_the_whole_costs() -> None:
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
-    options = ("--model", "lenet5", "--dataset", "mnist", "--out", tmp_path)
+    options = ("--scheme", "fl", "--model", "lenet5", "--dataset", "mnist", "--out", tmp_path)
     out = run("-m", "experiments.cuts", *options).stdout
     rows = list(csv.DictReader((tmp_path / "cuts.csv").read_text().splitlines()))
     assert [row["last_block"] for row in rows[:3]] == ["conv1", "relu1", "pool1"]

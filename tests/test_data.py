@@ -24,7 +24,7 @@ from sfl.datasets import DATASETS, dataset_spec
 from sfl.errors import ConfigError, DataError
 from sfl.own_data import load_own
 from sfl.partition import check_partition
-from sfl.samples import Samples
+from sfl.samples import Samples, join
 from tests.made_data import loaded, write_mnist
 
 DIGITS = DATASETS["mnist-5k"]
@@ -84,7 +84,9 @@ def test_a_data_set_that_is_damaged_is_not_downloaded_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("partition", ["iid", "sizes:0.2,0.2,0.6", "sizes:0.98,0.01,0.01"])
 def test_parts_are_disjoint_and_cover_the_data(partition: str) -> None:
-    marked, marked_test = (Samples(torch.arange(n), torch.arange(n)) for n in (4000, 1000))
+    marked, marked_test = (
+        Samples(torch.zeros(1).expand(n, 1, 28, 28), torch.arange(n)) for n in (4000, 1000)
+    )
     run = RunConfig(partition=partition, seed=3)
     parts = [part_of(DIGITS, run, k, (marked, marked_test)) for k in range(3)]
     mine = [torch.cat([part.train.y, part.validation.y]) for part in parts]
@@ -225,7 +227,11 @@ GOOD = {"x": np.zeros((5, 28, 28), np.uint8), "y": np.arange(5)}
         ({**GOOD, "y": np.arange(4)}, "one integer for each sample"),
         ({**GOOD, "y": np.arange(5) / 2}, "one integer for each sample"),
         ({**GOOD, "y": np.arange(5) + 6}, "labels 6 to 10, but there are 10 classes"),
-        ({**GOOD, "x": np.zeros((5, 32, 32), np.uint8)}, r"shape \[32, 32\], but --dataset has"),
+        (
+            {**GOOD, "x": np.zeros((5, 784), np.uint8)},
+            r"shape \[784\]; wanted are \(N, 1, H, W\) or",
+        ),
+        ({**GOOD, "x": np.zeros((5, 28, 28, 1), np.uint8)}, r"wanted are \(N, 1, H, W\) or"),
         ({**GOOD, "x": np.full((5, 28, 28), 2.0)}, r"floats outside \[0, 1\]"),
         ({**GOOD, "x": np.full((5, 28, 28), np.nan)}, r"floats outside \[0, 1\]"),
         ({**GOOD, "x": np.zeros((5, 28, 28), np.int32)}, "x is int32"),
@@ -277,3 +283,25 @@ def small() -> object:
 
 def nothing() -> None:
     return None
+
+
+def test_own_data_come_in_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    write_images(tmp_path / "folders", {"a": 6, "b": 6}, size=(50, 40))
+    np.savez(tmp_path / "mine.npz", x=np.zeros((5, 30, 30), np.uint8), y=np.arange(5))
+    for name, side in (("folders", 28), ("mine.npz", 28), ("folders", 64), ("mine.npz", 64)):
+        spec = DIGITS.sized(side)
+        data = load_own(spec, RunConfig(partition="own"), 0, tmp_path / name)
+        assert data.train.x.shape[1:] == data.input_shape == (1, side, side)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((28, 28), 5000, np.uint16)).save(tmp_path / "a" / "deep.png")
+    with pytest.raises(DataError, match=r"deep.png has more than 8 bits a pixel"):
+        own(tmp_path)
+
+
+def test_parts_of_different_types_join_as_floats() -> None:
+    bytes_, floats = torch.full((2, 1, 1, 1), 255, dtype=torch.uint8), torch.full((3, 1, 1, 1), 0.5)
+    both = join([Samples(bytes_, torch.arange(2)), Samples(floats, torch.arange(3))])
+    assert both.x.flatten().tolist() == [1.0, 1.0, 0.5, 0.5, 0.5]

@@ -1,21 +1,28 @@
 """Data sets in the formats in which their owners give them out, and what is wrong with bad ones."""
 
+import errno
 import gzip
 import hashlib
 import json
+import multiprocessing
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
 
+from sfl.cache import one_at_a_time
 from sfl.config import NodeConfig, RunConfig
-from sfl.data import part_of
-from sfl.datasets import DATASETS
+from sfl.data import DatasetSpec, Source, load, part_of
+from sfl.datasets import DATASETS, dataset_of
 from sfl.errors import DataError, SflError
+from sfl.samples import Samples
 from sfl.simulate import simulate
 from tests.made_data import (
     loaded,
@@ -110,16 +117,73 @@ def test_there_are_as_many_classes_as_the_data_sets_have() -> None:
 
 
 def test_images_come_in_the_size_that_is_asked_for(tmp_path: Path) -> None:
-    write_mnist(tmp_path, "MNIST", (30, 20))
-    train, test = loaded("mnist", tmp_path, side=64)
-    assert (train.x.shape, test.x.shape, train.x.dtype) == (
-        (30, 1, 64, 64), (20, 1, 64, 64), torch.uint8,
-    )  # fmt: skip
-    small = loaded("mnist", tmp_path)[0]
-    mean = small.x[0].float().mean()
-    assert abs(train.x[0].float().mean() - mean) < 2
-    run = trains(tmp_path, "mnist", model="lenet5", image_size=40, batch_size=4)
-    assert json.loads((run / "environment.json").read_text())["data"]["input_shape"] == [1, 40, 40]
+    write_mnist(tmp_path, "MNIST", (40, 20))
+    both = loaded("mnist", tmp_path)
+    run = RunConfig(dataset="mnist", image_size=64)
+    parts = [part_of(dataset_of(run), run, k, both) for k in range(3)]
+    small = part_of(DATASETS["mnist"], run, 0, both)
+    assert [p.test.x.shape for p in parts] == [(7, 1, 64, 64), (7, 1, 64, 64), (6, 1, 64, 64)]
+    assert parts[0].train.x.dtype == torch.uint8
+    assert torch.equal(parts[0].train.y, small.train.y)
+    for ours, source in zip(parts[0].train.x, small.train.x, strict=True):
+        wanted = torch.nn.functional.interpolate(
+            source[None].float(), (64, 64), mode="bilinear", antialias=True
+        )
+        assert (ours - wanted[0]).abs().max() <= 1
+    run_dir = trains(tmp_path, "mnist", model="lenet5", image_size=40, batch_size=4)
+    data = json.loads((run_dir / "environment.json").read_text())["data"]
+    assert data["input_shape"] == [1, 40, 40]
+
+
+def test_a_colour_batch_is_normalised_by_channel() -> None:
+    spec = DATASETS["cifar10"]
+    pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    samples = Samples(pixels, torch.arange(40) % 10)
+    data = part_of(spec, RunConfig(augment="none"), 0, (samples, samples))
+    x, _ = data.batch(data.test, slice(0, 3))
+    for channel in range(3):
+        wanted = data.test.x[:3, channel] / 255 - spec.mean[channel]  # type: ignore[index]
+        assert torch.allclose(x[:, channel], wanted / spec.std[channel], atol=1e-5)  # type: ignore[index]
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "numpy": (lambda: np.zeros((8, 1, 28, 28)), "no sfl.samples.Samples"),
+    "counts": (lambda: Samples(X8, Y8[:5]), r"8 samples, and labels \[5\]"),
+    "floats": (lambda: Samples(X8, Y8.float()), "wanted is int64"),
+    "negative": (lambda: Samples(X8, Y8 - 1), "labels -1 to 0, of 2 classes"),
+    "many": (lambda: Samples(X8, Y8 + 200), "labels 200 to 201, of 2 classes"),
+    "double": (lambda: Samples(X8.double(), Y8), "x is torch.float64"),
+    "colour": (lambda: Samples(X8.expand(-1, 3, -1, -1), Y8), r"samples of shape \[3, 28, 28\]"),
+}
+X8, Y8 = torch.zeros(8, 1, 28, 28), torch.arange(8) % 2
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_data_set_that_is_not_what_it_must_be_is_one_line(name: str) -> None:
+    make, reason = WRONG[name]
+    spec = DatasetSpec(lambda source: (make(), make()), (1, 28, 28), ("a", "b"), 0.0, 1.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(DataError, match=rf"training samples of the data set are wrong: .*{reason}"):
+        load(spec, Source(Path(), Path(), (1, 28, 28)))
+
+
+def test_clients_wait_for_the_one_that_downloads(tmp_path: Path) -> None:
+    """What is there half while another process brings it is not damaged."""
+    write_mnist(tmp_path / "whole", "MNIST", (30, 20))
+    raw = tmp_path / "MNIST/raw"
+    shutil.copytree(tmp_path / "whole/MNIST/raw", raw)
+    labels = raw / "t10k-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:9])
+    with one_at_a_time(tmp_path / ".sfl-download.lock"):
+        waiting = multiprocessing.get_context("forkserver").Process(
+            target=loaded, args=("mnist", tmp_path)
+        )
+        waiting.start()
+        waiting.join(2)
+        assert waiting.is_alive()
+        labels.write_bytes(whole)
+    waiting.join(60)
+    assert waiting.exitcode == 0
 
 
 # ---- FEMNIST
@@ -188,7 +252,8 @@ def of_first_writer(name: str, values: object) -> Callable[[dict[str, object]], 
     ("change", "reason"),
     [
         (lambda content: content.pop("users"), "is damaged or not LEAF's: KeyError 'users'"),
-        (of_first_writer("y", [0, 1, 2]), r"writer f0000 has x of shape \[4, 784\] and y of"),
+        (lambda content: content.update(users=[]), "train names no writers"),
+        (of_first_writer("y", [0, 1, 2]), r"writer 'f0000' has x of shape \[4, 784\] and y of"),
         (of_first_writer("y", [0, 1, 2, 62]), "labels outside 0 to 61"),
         (of_first_writer("y", [0, 1, 2, 0.5]), r"wanted are \[N, 784\] and \[N\] integers"),
         (of_first_writer("x", [[0.5] * 784] * 3 + [[0.5] * 783]), "is damaged or not LEAF's"),
@@ -241,7 +306,8 @@ def test_ham10000_is_decoded_once_for_each_size(tmp_path: Path) -> None:
     again, _ = loaded("ham10000", tmp_path, said.append)
     assert said == ["decoding 140 images to 64x64; the next start reads them"]
     assert torch.equal(again.x, train.x)
-    small, _ = loaded("ham10000", tmp_path, said.append, side=32)
+    source = Source(tmp_path, tmp_path / "cache", (3, 32, 32), said.append)
+    small, _ = load(DATASETS["ham10000"].sized(32), source)
     assert small.x.shape[1:] == (3, 32, 32)
     assert len(said) == 2
     # Who writes into it, writes into a copy of its own.
@@ -252,6 +318,9 @@ def test_ham10000_is_decoded_once_for_each_size(tmp_path: Path) -> None:
     Image.new("RGB", (60, 45), (1, 2, 3)).save(path)
     loaded("ham10000", tmp_path, said.append)
     assert len(said) == 3
+    os.utime(path, (1, 1))  # another of the same size, perhaps
+    loaded("ham10000", tmp_path, said.append)
+    assert len(said) == 4
 
 
 def test_ham10000_trains_with_weights_of_its_classes(tmp_path: Path) -> None:
@@ -290,6 +359,9 @@ def replace_in_metadata(old: str, new: str) -> Callable[[Path], object]:
          "names no images"),
         (lambda folder: (folder / "HAM10000_metadata.csv").write_text("lesion_id,image_id,dx\na\n"),
          "line 2: None is no class"),
+        (replace_in_metadata("HAM_0000003", ""), "line 8: no lesion_id or no image_id"),
+        (replace_in_metadata("ISIC_0000003", "ISIC_0000002"), "line 5: the image .* twice"),
+        (replace_in_metadata("HAM_0000001", "HAM_0000000"), "line 4: the lesion .* is bcc here"),
     ],
 )  # fmt: skip
 def test_a_bad_ham10000_is_one_line(
@@ -306,19 +378,65 @@ def test_a_bad_ham10000_is_one_line(
 # ---- the cache
 
 
-def test_a_cache_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     write_ham10000(tmp_path)
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match=r"cannot write or read the cache .*; --cache-dir may"):
+    with pytest.raises(DataError, match=r"cannot write the cache .*; --cache-dir may"):
         loaded("ham10000", tmp_path)
-    (tmp_path / "cache").unlink()
-    train, _ = loaded("ham10000", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: np.save(path, np.zeros((5, 3, 64, 64), np.uint8)),
+    ],
+)
+def test_a_damaged_cache_is_one_line(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    write_ham10000(tmp_path)
+    loaded("ham10000", tmp_path)
     (path,) = (tmp_path / "cache").glob("ham10000-64x64-*/x.npy")
-    whole = path.read_bytes()
-    del train
-    path.write_bytes(whole[:1000])
+    damage(path)
     with pytest.raises(DataError, match=r"the cache .* is damaged \(.*\); remove it"):
         loaded("ham10000", tmp_path)
+
+
+def test_a_full_disk_under_the_cache_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ham10000(tmp_path)
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"cannot write the cache .*: No space left on device"):
+        loaded("ham10000", tmp_path)
+    assert list((tmp_path / "cache").glob("ham10000-64x64-*")) == []
+
+
+def test_of_clients_that_start_at_once_one_decodes(tmp_path: Path) -> None:
+    write_ham10000(tmp_path)
+    (tmp_path / "said").mkdir()
+    context = multiprocessing.get_context("forkserver")
+    starts = [context.Process(target=_load_and_note, args=(tmp_path, k)) for k in range(4)]
+    for process in starts:
+        process.start()
+    for process in starts:
+        process.join(60)
+    assert [process.exitcode for process in starts] == [0] * 4
+    said = [path.read_text() for path in (tmp_path / "said").iterdir()]
+    assert len(said) == 4
+    assert sum("decoding" in text for text in said) == 1
+
+
+def _load_and_note(folder: Path, k: int) -> None:
+    said: list[str] = []
+    train, _ = loaded("ham10000", folder, said.append)
+    assert len(train) == 112
+    (folder / "said" / str(k)).write_text(" ".join(said))
 
 
 def test_what_a_killed_process_left_in_the_cache_is_not_read(tmp_path: Path) -> None:
