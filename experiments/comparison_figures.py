@@ -1,6 +1,6 @@
 """The figures of a comparison; lines and bars can be told apart in grey."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from experiments.plan import Study
 
-# Brightness, dashes and markers differ as well as hue; earlier ones are wider, so that a line that
+# Brightness, dashes and markers differ as well as hue; wide lines are drawn first, so that one that
 # coincides with another (sflv1 and fl do) is seen below it.
 STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "o", "lw": 1.5},
@@ -24,6 +24,7 @@ STYLES: list[dict[str, Any]] = [
     {"color": "#7f7f7f", "linestyle": (0, (1, 3)), "marker": "X", "lw": 1.5},
 ]
 HATCHES = ["", "//", "..", "xx", "\\\\", "--", "++"]
+ORDER = ("central", "fl", "sl", "sflv1", "sflv2", "sflv3", "sync-sgd")  # of styles, and of drawing
 ALL = "all"
 
 
@@ -52,6 +53,14 @@ def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
     for index, partition in enumerate(study.partitions):
         paths.append(_of_clients(out / f"clients_{index}.png", study, clients, partition))
     return paths
+
+
+def _styled(schemes: "Sequence[str]") -> Iterator[tuple[str, int]]:
+    """Yield schemes in the order in which they are drawn, with the index of each one's style."""
+    others = [name for name in schemes if name not in ORDER]
+    for index, name in enumerate((*ORDER, *others)):
+        if name in schemes:
+            yield name, index % len(STYLES)
 
 
 def _title(study: "Study", spread: str = "range") -> str:
@@ -105,11 +114,11 @@ def _by_round(
         ("validation accuracy", "training loss (nats)"),
         strict=True,
     ):
-        for name, style in zip(study.schemes, STYLES, strict=False):
+        for name, style in _styled(study.schemes):
             by_seed = _lines_of(overall, partition, name).pivot(
                 index="round", columns="seed", values=metric
             )
-            _plot(axes, by_seed.index + 1, by_seed, name, style)
+            _plot(axes, by_seed.index + 1, by_seed, name, STYLES[style])
         _label(axes, "round", title)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -123,7 +132,9 @@ def _against(
     cost: str,
 ) -> None:
     """Draw validation accuracy against what a client has spent until then, the mean client's."""
-    for name, style in zip(study.schemes, STYLES, strict=False):
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for name, style in _styled(study.schemes):
         if cost == "bytes" and scheme(name).pooled:
             continue
         of_clients = _lines_of(clients, partition, name)
@@ -138,8 +149,11 @@ def _against(
         by_seed = _lines_of(overall, partition, name).pivot(
             index="round", columns="seed", values="val_acc"
         )
-        _plot(axes, a_round.cumsum(), by_seed, name, style)
+        _plot(axes, a_round.cumsum(), by_seed, name, STYLES[style])
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _label(
         axes,
         {"bytes": "MB a client, up and down", "flops": "TFLOPs a client"}[cost],
@@ -162,14 +176,14 @@ def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
         ("test accuracy", "balanced test accuracy"),
         strict=True,
     ):
-        for index, name in enumerate(study.schemes):
+        for index, (name, style) in enumerate(_styled(study.schemes)):
             for group, partition in enumerate(study.partitions):
                 values = _lines_of(last, partition, name)[metric]
                 place = group + (index - (len(study.schemes) - 1) / 2) * width
                 axes.bar(
                     place, values.mean(), width * 0.95, edgecolor="black", lw=0.6,
-                    color=STYLES[index % len(STYLES)]["color"] if index else "#bbbbbb",
-                    hatch=HATCHES[index % len(HATCHES)], label=name if group == 0 else None,
+                    color=STYLES[style]["color"] if style else "#bbbbbb",
+                    hatch=HATCHES[style], label=name if group == 0 else None,
                     yerr=values.std(ddof=1) if len(values) > 1 else None, capsize=3,
                 )  # fmt: skip
                 axes.annotate(

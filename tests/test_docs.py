@@ -96,6 +96,8 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--config", "--help", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
+    known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
+    known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))
     assert {
         o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)
