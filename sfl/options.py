@@ -47,7 +47,13 @@ def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line: a ``ConfigError``."""
+    """An ``ArgumentParser`` that wants whole names, and whose errors are one line: a ``ConfigError``.
+
+    A program that passes on what it does not know must not take ``--seed`` for its ``--seeds``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
@@ -61,7 +67,7 @@ def parse_options(
     Raises:
         ConfigError: a bad option, or a configuration file that cannot be read.
     """
-    parser = Parser(prog=prog, description=about, allow_abbrev=False)
+    parser = Parser(prog=prog, description=about)
     parser.add_argument("--config", metavar="FILE", help="TOML file, or a recorded config.json")
     tables = {group.table: group for group in groups}
     for title, group in tables.items():

@@ -123,8 +123,9 @@ def test_runs_that_cannot_be_or_that_differ_are_one_line(tmp_path: Path) -> None
     assert "names 2 shares" in compare(tmp_path, "--partitions", "sizes:0.5,0.5", code=2)
     assert "must be at least 1" in compare(tmp_path, "--seeds", 0, code=2)
     assert "--foo" in compare(tmp_path, "--foo", code=2)
-    compare(tmp_path, "--schemes", "fl")
-    said = compare(tmp_path, "--schemes", "fl", "--lr", 0.5, code=2)
+    compare(tmp_path, "--schemes", "fl", "--seed", 7)
+    assert [path.name for path in (tmp_path / "server").iterdir()] == ["fl-iid-7"]
+    said = compare(tmp_path, "--schemes", "fl", "--seed", 7, "--lr", 0.5, code=2)
     assert "holds a run with --lr 0.001, not 0.5: give another --out" in said
     assert not list(tmp_path.glob("*.err"))
 
