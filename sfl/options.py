@@ -47,7 +47,7 @@ def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that wants whole names, and whose errors are one line: a ``ConfigError``.
+    """An ``ArgumentParser`` that wants whole names, and whose errors are one ``ConfigError``.
 
     A program that passes on what it does not know must not take ``--seed`` for its ``--seeds``.
     """
