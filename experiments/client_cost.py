@@ -14,8 +14,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
+
+if TYPE_CHECKING:
+    from sfl.split_model import SplitModel
 
 NUM_SAMPLES = 50_000  # training images of CIFAR-10 and CIFAR-100
 SHAPE = (3, 32, 32)
@@ -50,22 +55,31 @@ class PassCost:
     num_bytes: float
 
 
+@cache
+def _cut_model(
+    model: str, cut: int | None, num_classes: int, method: str
+) -> "tuple[SplitModel, float, int]":
+    """Return a model, a client's FLOPs of one sample in it, and the bytes of its weights' file."""
+    from experiments.costs import costs_of
+    from sfl.config import RunConfig
+    from sfl.split_model import SplitModel
+    from sfl.tensors import encode_state
+
+    split = SplitModel(RunConfig(scheme=method, model=model, cut=cut), SHAPE, num_classes)
+    return split, costs_of(split, SHAPE)[0].training_flops, len(encode_state(split.front_state()))
+
+
 def cost_of_a_pass(
     model: str, cut: int | None, num_classes: int, method: str, samples: int, batch_size: int
 ) -> PassCost:
     """Count and measure what one pass costs a client that has so many samples."""
     import torch
 
-    from experiments.costs import costs_of
-    from sfl.config import RunConfig
     from sfl.data import batch_sizes
-    from sfl.split_model import SplitModel
-    from sfl.tensors import encode, encode_state
+    from sfl.tensors import encode
 
-    run = RunConfig(scheme=method, model=model, cut=cut)
-    split = SplitModel(run, SHAPE, num_classes)
-    flops = samples * costs_of(split, SHAPE)[0].training_flops
-    num_bytes = 2 * len(encode_state(split.front_state()))
+    split, flops_of_one, file_bytes = _cut_model(model, cut, num_classes, method)
+    flops, num_bytes = samples * flops_of_one, 2 * file_bytes
     if split.cuts:
         for size in batch_sizes(samples, batch_size):
             spec = split.features_spec(size)

@@ -3,17 +3,22 @@
 python -m experiments.compare --schemes central,fl,sl,sflv1,sflv2 --partitions iid,sizes:0.2,0.2,0.6
     --seeds 3 [--over sockets] [--jobs 2] [--out DIR] [run options]
 
-What is done is not done again: break it off, and start it with the same options. ``--out`` gets
+Break it off, and start it again with the same options: runs that are done are not done again, one
+that was going on begins again with its first round. ``--out`` gets
 ``compare.csv`` (a line a run, round and client), ``times.csv``, ``compare.md`` and the figures.
 """
 
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from sfl.cli import run_program
+
+if TYPE_CHECKING:
+    from sfl.config import RunConfig
 
 
 def parse() -> tuple[Namespace, list[str]]:
@@ -33,7 +38,19 @@ def parse() -> tuple[Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=1, help="how many, counting on from --seed")
     parser.add_argument("--over", choices=OVER, default=OVER[0], help="one process, or many")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--keep-tensors", default="none", help="as a run's; tables need none (default: none)"
+    )
     return parser.parse_known_args()
+
+
+def _refuse_overridden(run: "RunConfig") -> None:
+    from sfl.config import RunConfig
+    from sfl.errors import ConfigError
+
+    for name, instead in (("scheme", "--schemes"), ("partition", "--partitions"), ("run", "--out")):
+        if getattr(run, name) != getattr(RunConfig, name):
+            raise ConfigError(f"--{name}: a comparison has many; give {instead}")
 
 
 def main() -> None:
@@ -48,10 +65,21 @@ def main() -> None:
     run, node = parse_options(
         rest, RunConfig, NodeConfig, prog="python -m experiments.compare", about=""
     )
-    if not any(option.startswith("--keep-tensors") for option in rest):
-        run = replace(run, keep_tensors="none")  # tables need none, and they are large
+    _refuse_overridden(run)
+    run = replace(run, keep_tensors=own.keep_tensors)
+    node = replace(
+        node, out=str(node.out_path.resolve()), data_dir=str(node.data_path.resolve())
+    )  # the runs are started in another folder
     seeds = range(run.seed, run.seed + own.seeds)
-    study = Study(names(own.schemes), names(own.partitions), seeds, run, node, own.over)
+    study = Study(
+        names("--schemes", own.schemes),
+        names("--partitions", own.partitions),
+        seeds,
+        run,
+        node,
+        own.over,
+        own.jobs,
+    )
     check_all(study)
     total = len(study.runs) * run.rounds
     done = sum(is_done(study, r) for r in study.runs) * run.rounds
@@ -64,7 +92,7 @@ def main() -> None:
                 tqdm.write(f"{of.run}: {line}")
                 sys.stdout.flush()
 
-        carry_out(study, own.jobs, on_round)
+        carry_out(study, on_round)
     from experiments.comparison import write_results
 
     for path in write_results(study):

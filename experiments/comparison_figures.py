@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.comparison import ALL, of_cell, training_bytes
 from sfl.schemes import scheme
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ STYLES: list[dict[str, Any]] = [
 ]
 HATCHES = ["", "//", "..", "xx", "\\\\", "--", "++"]
 ORDER = ("central", "fl", "sl", "sflv1", "sflv2", "sflv3", "sync-sgd")  # of styles, and of drawing
-ALL = "all"
+MOST_CLIENTS = len(STYLES)  # of whom each has its line and its name
 
 
 def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
@@ -36,20 +37,16 @@ def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
     overall, clients = lines[lines["client"] == ALL], lines[lines["client"] != ALL]
     paths = [
         _grid(out / "rounds.png", study, lambda axes, p: _by_round(axes, study, overall, p), 2),
-        _grid(
-            out / "bytes.png",
-            study,
-            lambda axes, p: _against(axes[0], study, clients, overall, p, "bytes"),
-            1,
-        ),
-        _grid(
-            out / "flops.png",
-            study,
-            lambda axes, p: _against(axes[0], study, clients, overall, p, "flops"),
-            1,
-        ),
         _final(out / "final.png", study, overall),
     ]
+    if all(scheme(name).pooled for name in study.schemes):
+        return paths  # no clients
+    for cost in ("bytes", "flops"):
+
+        def draw(panels: "Sequence[Axes]", partition: str, cost: str = cost) -> None:
+            _against(panels[0], study, clients, overall, partition, cost)
+
+        paths.append(_grid(out / f"{cost}.png", study, draw, 1))
     for index, partition in enumerate(study.partitions):
         paths.append(_of_clients(out / f"clients_{index}.png", study, clients, partition))
     return paths
@@ -91,12 +88,10 @@ def _grid(
     return path
 
 
-def _lines_of(lines: "pd.DataFrame", partition: str, name: str) -> "pd.DataFrame":
-    return lines[(lines["partition"] == partition) & (lines["scheme"] == name)]
-
-
 def _plot(axes: "Axes", x: Any, by_seed: "pd.DataFrame", label: str, style: dict[str, Any]) -> None:
     """Draw the mean over seeds, and a band from the lowest to the highest."""
+    known = by_seed.notna().all(axis=1).to_numpy()  # a client may sit rounds out
+    x, by_seed = x[known], by_seed[known]
     every = max(1, len(by_seed) // 8)
     axes.plot(x, by_seed.mean(axis=1), label=label, markevery=every, markersize=4, **style)
     if by_seed.shape[1] > 1:
@@ -115,12 +110,12 @@ def _by_round(
         strict=True,
     ):
         for name, style in _styled(study.schemes):
-            by_seed = _lines_of(overall, partition, name).pivot(
+            by_seed = of_cell(overall, partition, name).pivot(
                 index="round", columns="seed", values=metric
             )
             _plot(axes, by_seed.index + 1, by_seed, name, STYLES[style])
         _label(axes, "round", title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _count_rounds(axes)
 
 
 def _against(
@@ -135,18 +130,18 @@ def _against(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, style in _styled(study.schemes):
-        if cost == "bytes" and scheme(name).pooled:
+        if scheme(name).pooled:  # which has no clients
             continue
-        of_clients = _lines_of(clients, partition, name)
+        of_clients = of_cell(clients, partition, name)
         spent = (
-            (of_clients["bytes_up"] + of_clients["bytes_down"]) / 1e6
+            (training_bytes(of_clients, "up") + training_bytes(of_clients, "down")) / 1e6
             if cost == "bytes"
             else of_clients["client_gflops"] / 1e3
         )
         a_round = spent.groupby(of_clients["round"]).sum() / (
             of_clients["client"].nunique() * of_clients["seed"].nunique()
         )
-        by_seed = _lines_of(overall, partition, name).pivot(
+        by_seed = of_cell(overall, partition, name).pivot(
             index="round", columns="seed", values="val_acc"
         )
         _plot(axes, a_round.cumsum(), by_seed, name, STYLES[style])
@@ -156,7 +151,7 @@ def _against(
     axes.xaxis.set_minor_formatter(NullFormatter())
     _label(
         axes,
-        {"bytes": "MB a client, up and down", "flops": "TFLOPs a client"}[cost],
+        {"bytes": "MB a client, training, up and down", "flops": "TFLOPs a client, training"}[cost],
         "validation accuracy",
     )
 
@@ -178,7 +173,9 @@ def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
     ):
         for index, (name, style) in enumerate(_styled(study.schemes)):
             for group, partition in enumerate(study.partitions):
-                values = _lines_of(last, partition, name)[metric]
+                values = of_cell(last, partition, name)[metric].dropna()
+                if values.empty:
+                    continue
                 place = group + (index - (len(study.schemes) - 1) / 2) * width
                 axes.bar(
                     place, values.mean(), width * 0.95, edgecolor="black", lw=0.6,
@@ -191,7 +188,9 @@ def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
                     ha="center", va="bottom", fontsize=8, rotation=90,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
                 )  # fmt: skip
-        axes.set_xticks(range(len(study.partitions)), study.partitions)
+        long = max(map(len, study.partitions)) > 18
+        turned = {"rotation": 20, "ha": "right"} if long else {}
+        axes.set_xticks(range(len(study.partitions)), study.partitions, **turned)
         axes.set_title(title, loc="left", fontsize=10)
     lowest = last[["test_acc", "test_balanced_acc"]].min().min()
     highest = last[["test_acc", "test_balanced_acc"]].max().max()
@@ -218,15 +217,23 @@ def _of_clients(path: Path, study: "Study", clients: "pd.DataFrame", partition: 
     )  # fmt: skip
     for row, (metric, title) in zip(panels, metrics.items(), strict=True):
         for axes, name in zip(row, shown, strict=True):
-            of_cell = _lines_of(clients, partition, name)
-            for client in sorted(of_cell["client"].unique(), key=int):
-                by_seed = of_cell[of_cell["client"] == client].pivot(
+            own = of_cell(clients, partition, name)
+            ids = sorted(own["client"].unique(), key=int)
+            many = len(ids) > MOST_CLIENTS
+            for client in ids:
+                by_seed = own[own["client"] == client].pivot(
                     index="round", columns="seed", values=metric
                 )
-                style = STYLES[int(client) % len(STYLES)]
-                _plot(axes, by_seed.index + 1, by_seed, f"client {client}", style)
+                if many:
+                    axes.plot(by_seed.index + 1, by_seed.mean(axis=1), color="#999999", lw=0.6)
+                else:
+                    style = STYLES[int(client) % len(STYLES)]
+                    _plot(axes, by_seed.index + 1, by_seed, f"client {client}", style)
+            if many:
+                mean = own.pivot_table(index="round", columns="seed", values=metric)
+                _plot(axes, mean.index + 1, mean, f"mean of {len(ids)} clients", STYLES[0])
             _label(axes, "round" if metric == "train_loss" else "", title if axes is row[0] else "")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            _count_rounds(axes)
             if metric == "val_acc":
                 axes.set_title(name, loc="left", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -241,3 +248,10 @@ def _label(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
+
+
+def _count_rounds(axes: "Axes") -> None:
+    """Let an axis of rounds have whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

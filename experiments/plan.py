@@ -1,5 +1,6 @@
 """The runs of a comparison: which there are, which are done, and doing the others."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -12,11 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from experiments.processes import ROOT, Processes, last_line, running
+from experiments.processes import ROOT, last_line, running
 from sfl.config import NodeConfig, RunConfig, flag
 from sfl.errors import ConfigError, RunError
+from sfl.partition import OWN
+from sfl.runfolder import is_being_written
+from sfl.stores import SOCKET
 
 OVER = ("simulation", "sockets")
+MOST_SHOWN = 40  # characters of a partition in the name of a run
 LAST_FILE = "server_log.txt"  # what a run writes into its manifest when it is over
 
 
@@ -30,6 +35,7 @@ class Study:
     run: RunConfig  # what all cells have in common
     node: NodeConfig
     over: str
+    jobs: int = 1  # runs at a time
 
     @property
     def runs(self) -> list[RunConfig]:
@@ -49,12 +55,25 @@ class Study:
 
 
 def run_name(scheme: str, partition: str, seed: int) -> str:
-    return f"{scheme}-{re.sub('[^a-z0-9.]', '-', partition)}-{seed}"[:64]
+    """Return the name of a cell's run; a long partition is shortened, and told apart by a hash."""
+    shown = re.sub("[^a-z0-9.]", "-", partition)
+    if len(shown) > MOST_SHOWN:
+        digest = hashlib.sha256(partition.encode()).hexdigest()[:8]
+        shown = f"{shown[: MOST_SHOWN - 9]}-{digest}"
+    return f"{scheme}-{shown}-{seed}"
 
 
-def names(text: str) -> list[str]:
-    """Return the names of a list with commas; numbers belong to the name before them."""
-    return re.split(r",(?=[a-z])", text)
+def names(option: str, text: str) -> list[str]:
+    """Return the names of a list with commas; numbers belong to the name before them.
+
+    Raises:
+        ConfigError: one of them is there twice.
+    """
+    found = re.split(r",(?=[a-z])", re.sub(r"\s", "", text))
+    for name in found:
+        if found.count(name) > 1:
+            raise ConfigError(f"{option} {text}: {name} is there twice")
+    return found
 
 
 def check_all(study: Study) -> None:
@@ -66,17 +85,21 @@ def check_all(study: Study) -> None:
     from sfl.check import check_run
 
     for run in study.runs:
-        wanted = asdict(check_run(run))
+        node = {name: getattr(study.node, name) for name in ("threads", "device")}
+        wanted = asdict(check_run(run)) | node  # these change the last bit
         path = study.folder(run) / "config.json"
         if not path.is_file():
             continue
         recorded = json.loads(path.read_bytes())
-        for name, value in wanted.items():
-            if recorded.get(name) != value:
-                raise ConfigError(
-                    f"{path.parent} holds a run with {flag(name)} {recorded.get(name)}, not"
-                    f" {value}: give another --out, or remove it"
-                )
+        what = next(
+            (f"{flag(n)} {recorded.get(n)}" for n, v in wanted.items() if recorded.get(n) != v), ""
+        )
+        if not what and ("port" in recorded) != study.over_sockets(run):
+            what = f"--over {OVER['port' in recorded]}"
+        if what:
+            raise ConfigError(
+                f"{path.parent} holds a run with {what}: give another --out, or remove it"
+            )
 
 
 def is_done(study: Study, run: RunConfig) -> bool:
@@ -84,10 +107,12 @@ def is_done(study: Study, run: RunConfig) -> bool:
     import sfl.archive
 
     path = study.folder(run)
-    return path.is_dir() and sfl.archive.open(path).lists(LAST_FILE)
+    if not (path / sfl.archive.MANIFEST).is_file():  # it was broken off before it began
+        return False
+    return sfl.archive.open(path).lists(LAST_FILE)
 
 
-def carry_out(study: Study, jobs: int, on_round: Callable[[RunConfig, str], None]) -> None:
+def carry_out(study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
     """Do what is missing, so many runs at a time; a run that was broken off begins again.
 
     ``on_round`` hears a line of each round that ends.
@@ -105,7 +130,7 @@ def carry_out(study: Study, jobs: int, on_round: Callable[[RunConfig, str], None
         except RunError as error:
             failed.append(f"{run.run}: {error}")
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(study.jobs) as pool:
         try:
             list(pool.map(work, missing))
         except BaseException:
@@ -124,22 +149,25 @@ class _Workers:
         self._on_round = on_round
         self._lock = threading.Lock()
         self._stopped = False
-        self._active: list[subprocess.Popen[str]] = []
+        self._active: list[Callable[[], None]] = []  # what ends each of them
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
-            for process in self._active:
-                process.kill()
+            for kill in self._active:
+                kill()
 
-    def _register(self, process: "subprocess.Popen[str]") -> None:
+    def _register(self, kill: Callable[[], None]) -> None:
         with self._lock:
-            self._active.append(process)
+            self._active.append(kill)
             if self._stopped:
-                process.kill()
+                kill()
+                raise RunError("it was ended")
 
     def do(self, run: RunConfig) -> None:
         """Carry out one run from its beginning."""
+        if is_being_written(self._study.folder(run) / LAST_FILE):
+            raise RunError(f"another process is writing {self._study.folder(run)}")
         shutil.rmtree(self._study.folder(run), ignore_errors=True)
         shutil.rmtree(self._study.node.out_path / "client" / run.run, ignore_errors=True)
         if self._study.over_sockets(run):
@@ -157,7 +185,7 @@ class _Workers:
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
             ) as process,
         ):
-            self._register(process)
+            self._register(process.kill)
             assert process.stdout is not None
             for line in process.stdout:
                 self._hear(run, line)
@@ -168,18 +196,27 @@ class _Workers:
     def _over_sockets(self, run: RunConfig) -> None:
         node = self._study.node
         with running(_options(run, node)) as processes:
-            self._register(processes.server)
-            processes.start_clients([processes.address] * run.clients, _options(None, node))
-            self._follow(run, processes)
-
-    def _follow(self, run: RunConfig, processes: Processes) -> None:
-        for line in processes.lines():
-            self._hear(run, line)
-        processes.wait()
+            self._register(processes.kill)
+            trusted = [] if run.weights == SOCKET else ["--allow-weights", run.weights]
+            processes.start_clients(
+                [processes.address] * run.clients,
+                [*_options(None, node), *trusted],
+                lambda k: _own_data(run, node, k),
+            )
+            if self._stopped:  # while they were being started
+                processes.kill()
+            for line in processes.lines():
+                self._hear(run, line)
+            processes.wait()
 
     def _hear(self, run: RunConfig, line: str) -> None:
         if line.startswith("round "):
             self._on_round(run, line.rstrip("\n"))
+
+
+def _own_data(run: RunConfig, node: NodeConfig, client: int) -> list[str]:
+    """Return where a client's own data lie: where the simulation looks for them."""
+    return ["--data-dir", str(node.data_path / f"client_{client}")] if run.partition == OWN else []
 
 
 def _options(run: RunConfig | None, node: NodeConfig) -> list[str]:

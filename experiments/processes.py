@@ -26,11 +26,16 @@ class Processes:
     run: str = ""
     address: str = ""
 
-    def start_clients(self, addresses: Sequence[str], options: Sequence[str] = ()) -> None:
-        """Start a client for each address of the server."""
+    def start_clients(
+        self,
+        addresses: Sequence[str],
+        options: Sequence[str] = (),
+        own: "Callable[[int], Sequence[str]]" = lambda client: (),
+    ) -> None:
+        """Start a client for each address of the server; ``own`` gives the options of each."""
         for k, address in enumerate(addresses):
-            command = ["run_client.py", "--server", address, "--client-id", str(k), *options]
-            self.clients.append(self.start(f"client_{k}", command))
+            command = ["run_client.py", "--server", address, "--client-id", str(k)]
+            self.clients.append(self.start(f"client_{k}", [*command, *options, *own(k)]))
 
     def lines(self) -> Iterator[str]:
         """Yield what the server prints, line by line, until it ends."""
@@ -39,17 +44,25 @@ class Processes:
             yield line.rstrip("\n")
 
     def wait(self) -> None:
-        """Wait until all have ended.
+        """Wait until all have ended; when the server has failed, the clients are ended.
 
         Raises:
             RunError: one of them failed; the text is its last line.
         """
         failed = []
+        if self.server.wait() != 0:
+            self.kill()
         for name, process in [("server", self.server), *_named(self.clients)]:
-            if process.wait() != 0:
+            if process.wait() > 0:  # less: it was killed here
                 failed.append(f"{name}: {last_line(self.logs / f'{name}.err')}")
         if failed:
             raise RunError("; ".join(failed))
+
+    def kill(self) -> None:
+        """End all of them at once."""
+        for process in [self.server, *self.clients]:
+            if process.poll() is None:
+                process.kill()
 
 
 def _named(

@@ -19,7 +19,6 @@ from sfl.errors import PeerFailed, ProtocolError
 from sfl.protocol import Message, MessageType, Position
 
 _NOWHERE = Position()
-# What ends a conversation, and how to say so.
 # What messages carry, to tell where a run's bytes go; those that are not listed carry "control".
 KINDS = {
     MessageType.TRAINING_LABELS: "labels",
@@ -37,6 +36,7 @@ KINDS = {
 CONTROL = "control"
 KINDS_UP = ("labels", "activations", "gradients", "weights", "validation", CONTROL)
 KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
+# What ends a conversation, and how to say so.
 LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
 
 

@@ -74,7 +74,7 @@ def class_metrics(per_class: Tensor) -> dict[str, float]:
 
 def add_up(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of tallies; it is the same in any order."""
-    tallies = list(tallies)
+    tallies = [tally for tally in tallies if tally.samples]  # an empty part has no classes
     per_class = [tally.per_class for tally in tallies if tally.per_class is not None]
     return Tally(
         sum(tally.samples for tally in tallies),

@@ -87,6 +87,17 @@ class EventLog:
         self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
+def is_being_written(log: Path) -> bool:
+    """Say whether a process is writing the run of this log."""
+    try:
+        with EventLog(log):
+            return False
+    except RunError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
     try:

@@ -4,14 +4,19 @@ import csv
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from experiments.comparison import markdown, read_study
+from experiments.comparison_figures import draw_all
 from experiments.costs import formula_bytes
 from experiments.plan import Study, names, run_name
 from sfl.config import NodeConfig, RunConfig
+from sfl.errors import ConfigError
+from sfl.simulate import simulate
 from sfl.split_model import SplitModel
 from tests.test_demo import ROOT, run
 
@@ -109,13 +114,77 @@ def test_a_comparison_that_was_broken_off_goes_on_and_gives_the_same_csv(
 
 @pytest.mark.slow
 def test_over_sockets_the_csv_is_that_of_the_simulation(tmp_path: Path) -> None:
-    cells = ("--schemes", "sflv2")
+    cells = ("--schemes", "sflv2", "--over")
+    # Broken off while the server waits for its clients: nothing is left running, or in the way.
+    process = started(tmp_path / "sockets", *cells, "sockets")
+    while not (tmp_path / "sockets/server/sflv2-iid-0").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 1
     for over in ("sockets", "simulation"):
-        compare(tmp_path / over, *cells, "--over", over)
+        compare(tmp_path / over, *cells, over)
     ours, theirs = (
         (tmp_path / over / "compare.csv").read_bytes() for over in ("sockets", "simulation")
     )
     assert ours == theirs
+    said = compare(tmp_path / "sockets", *cells, "simulation", code=2)
+    assert "holds a run with --over sockets: give another --out" in said
+
+
+def study_of(tmp_path: Path, **options: object) -> tuple[Study, pd.DataFrame]:
+    """Carry out a study in this process, and return it with its lines."""
+    config = RunConfig(rounds=2, keep_tensors="none", **options)  # type: ignore[arg-type]
+    node = NodeConfig(out=str(tmp_path))
+    study = Study([config.scheme], [config.partition], [0], config, node, "simulation")
+    (cell,) = study.runs
+    simulate(cell, node)
+    return study, read_study(study)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "model", "batch_size"),
+    [("sflv2", "lenet5", 64), ("sl", "lenet5", 64), ("fl", "lenet5", 64), ("sync-sgd", "mlp", 24)],
+)
+def test_measured_bytes_are_within_five_percent_of_the_formula(
+    tmp_path: Path, scheme: str, model: str, batch_size: int
+) -> None:
+    study, lines = study_of(tmp_path, scheme=scheme, model=model, batch_size=batch_size)
+    table = markdown(study, lines).partition("## Measured bytes")[2]
+    (row,) = [row for row in table.splitlines() if row.startswith(f"| iid | {scheme} |")]
+    cells = [cell.strip(" %") for cell in row.split("|")[3:-1]]
+    formula, measured, percent, *parts = map(float, cells)
+    assert 0 < percent < 5
+    assert abs(measured / formula - 1 - percent / 100) < 1e-3
+    assert abs(sum(parts) - (measured - formula)) < 0.003
+    assert all(part >= -0.001 for part in parts)
+
+
+def test_figures_of_clients_are_weighted_and_counted(tmp_path: Path) -> None:
+    _, lines = study_of(tmp_path, scheme="sflv1", model="mlp", clients=1, batch_size=1000)
+    of_client, overall = (lines[lines["client"] == who].reset_index() for who in ("0", "all"))
+    assert of_client["samples"].tolist() == [3200, 3200]  # batches of 1000, 1000, 1000 and 200
+    for metric in ("train_loss", "train_acc"):
+        assert abs(of_client[metric] - overall[metric]).max() < 1e-12
+    assert of_client["client_gflops"][0] == pytest.approx(3200 * 4 * 784 * 128 / 1e9)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_pictures_of_few_and_of_many(tmp_path: Path, many: bool) -> None:
+    options = {"clients": 12, "participation": 0.3} if many else {"clients": 1}
+    study, lines = study_of(tmp_path, scheme="sflv3" if many else "fl", model="mlp", **options)
+    for path in draw_all(study, lines, tmp_path):
+        assert path.stat().st_size > 5000
+    assert ("lowest | mean | highest" in markdown(study, lines)) == many
+
+
+def test_central_alone_has_no_clients(tmp_path: Path) -> None:
+    study, lines = study_of(tmp_path, scheme="central", model="mlp")
+    assert [path.name for path in draw_all(study, lines, tmp_path)] == ["rounds.png", "final.png"]
+    assert lines["bytes_up"].isna().all()
+    whole = 3202 * (4 * 784 * 128 + 6 * (128 * 64 + 64 * 10)) / 1e9
+    assert lines["client_gflops"].tolist() == pytest.approx([whole] * 4)
 
 
 def test_runs_that_cannot_be_or_that_differ_are_one_line(tmp_path: Path) -> None:
@@ -123,10 +192,11 @@ def test_runs_that_cannot_be_or_that_differ_are_one_line(tmp_path: Path) -> None
     assert "names 2 shares" in compare(tmp_path, "--partitions", "sizes:0.5,0.5", code=2)
     assert "must be at least 1" in compare(tmp_path, "--seeds", 0, code=2)
     assert "--foo" in compare(tmp_path, "--foo", code=2)
+    assert "a comparison has many; give --schemes" in compare(tmp_path, "--scheme", "sl", code=2)
     compare(tmp_path, "--schemes", "fl", "--seed", 7)
     assert [path.name for path in (tmp_path / "server").iterdir()] == ["fl-iid-7"]
     said = compare(tmp_path, "--schemes", "fl", "--seed", 7, "--lr", 0.5, code=2)
-    assert "holds a run with --lr 0.001, not 0.5: give another --out" in said
+    assert "holds a run with --lr 0.001: give another --out" in said
     assert not list(tmp_path.glob("*.err"))
 
 
@@ -138,7 +208,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_names_keep_their_numbers() -> None:
-    assert names("iid,sizes:0.2,0.2,0.6,dirichlet:0.1,shards:2") == [
+    assert names("--partitions", "iid,sizes:0.2,0.2,0.6, dirichlet:0.1,shards:2") == [
         "iid", "sizes:0.2,0.2,0.6", "dirichlet:0.1", "shards:2",
     ]  # fmt: skip
     study = Study(["sl", "fl"], ["iid", "shards:2"], [3, 4], RunConfig(), NodeConfig(), "sockets")
@@ -146,6 +216,13 @@ def test_names_keep_their_numbers() -> None:
     for cell in study.runs:
         cell.check()
     assert run_name("sl", "sizes:0.2,0.2,0.6", 3) == "sl-sizes-0.2-0.2-0.6-3"
+    long = "sizes:" + ",".join(["0.05"] * 20)
+    others = [(long, 0), (long, 1), (long.replace("0.05,0.05", "0.04,0.06", 1), 0)]
+    others.append((long[:-9] + "0.04,0.06", 0))
+    assert len({run_name("sl", partition, seed) for partition, seed in others}) == 4
+    assert all(len(run_name("sync-sgd", p, 2**40)) <= 64 for p, _ in others)
+    with pytest.raises(ConfigError, match="--schemes fl,sl,fl: fl is there twice"):
+        names("--schemes", "fl,sl,fl")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 import sfl.archive
 from sfl.errors import ProtocolError
-from sfl.metrics import add_up, checked_classes, tally
+from sfl.metrics import Tally, add_up, checked_classes, tally
 from sfl.roundlog import EVALUATED, read_round
 from tests.test_equivalence import simulated
 
@@ -82,3 +82,11 @@ def test_metrics_of_a_run_are_those_of_its_predictions(tmp_path: Path, scheme: s
     lines = (run / "rounds.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
     assert all(abs(float(last[f"test_{n}"]) - overall[f"test_{n}"]) < 1e-6 for n in EVALUATED)
+
+
+def test_a_client_without_samples_takes_nothing_from_the_others() -> None:
+    counted = tally(torch.eye(3), torch.tensor([0, 1, 1]))
+    both = add_up([counted, Tally()])
+    assert both.figures("val") == counted.figures("val")
+    assert "val_macro_f1" in both.figures("val")
+    assert add_up([Tally(), Tally()]).figures("val") == {}
