@@ -9,13 +9,14 @@ from torch import nn
 from sfl.config import RunConfig
 from sfl.data import batch_indices
 from sfl.errors import ConfigError, ProtocolError
+from sfl.metrics import checked
 from sfl.models import build, model_spec
 from sfl.order import Turns, interleaved
 from sfl.outcome import check_rule
 from sfl.protocol import Position
 from sfl.registry import with_options
 from sfl.schedule import SCHEDULES, check_schedule, learning_rate
-from sfl.segment import checked, train_step
+from sfl.segment import train_step
 from sfl.split_model import SplitModel
 from tests.test_schemes import data_of, joined, simulated
 
