@@ -24,7 +24,7 @@ def draw_curves(run_dir: Path) -> Path:
     from sfl.roundlog import read_round
 
     opened = archive.open(run_dir)
-    logs = sorted((e for e in opened.listed if e.kind == "round_log"), key=lambda e: e.round)
+    logs = sorted((e for e in opened.listed if e.kind == archive.ROUND_LOG), key=lambda e: e.round)
     # client -> metric -> round -> value; a client that sat a round out has no loss there
     curves: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for entry in logs:

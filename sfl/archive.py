@@ -27,6 +27,7 @@ from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
 MANIFEST = "manifest.jsonl"
 DROPPED = "dropped"  # kind of the entry for a manifest whose round was not to stay
+ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step over a cut; else it has WEIGHT_GRADS alone

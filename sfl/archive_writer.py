@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from sfl.archive import DROPPED, MANIFEST, Entry, client_folder, manifest_line
+from sfl.archive import DROPPED, MANIFEST, ROUND_LOG, Entry, client_folder, manifest_line
 from sfl.config import KeepTensors
 from sfl.errors import RunError, reason_of
 from sfl.protocol import checksum
@@ -19,18 +19,34 @@ from sfl.tensors import Buffer, TensorSpec
 MAX_PENDING_BYTES = 256 * 2**20
 
 
-def write_file(path: Path, data: Buffer) -> None:
-    """Write a file under a temporary name and rename it: under its name it is whole."""
+def write_file(path: Path, data: Buffer, *, durable: bool = False) -> None:
+    """Write a file under a temporary name and rename it: under its name it is whole.
+
+    What is ``durable`` is so after a loss of power, too, and there when this returns.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb", buffering=0) as stream:
             view = memoryview(data)
             while view:
                 view = view[stream.write(view) :]
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Let what was created and renamed in a folder outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -143,9 +159,14 @@ class ArchiveWriter:
         self._list(folder, entry)
 
     def _write_listed(self, kind: str, path: str, data: Buffer, round_index: int) -> None:
-        (self._root / path).parent.mkdir(parents=True, exist_ok=True)
-        write_file(self._root / path, data)
+        folder = (self._root / path).parent
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
+        write_file(self._root / path, data, durable=True)
         self._list(self._root, Entry(kind, path, len(data), checksum(data), round=round_index))
+        if kind == ROUND_LOG:  # the round is done when this line is there, and all before it
+            os.fsync(self._manifests[self._root].fileno())
 
     def _list(self, folder: Path, entry: Entry) -> None:
         if folder not in self._manifests:

@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Network, run_together
 from sfl.errors import ConfigError, IntegrityError, ProtocolError
@@ -196,7 +197,7 @@ class FedRounds:
             self._pass_on(relay[-1], round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
         archive.write(
-            "round_log", f"rounds/round_{round_index:03d}.csv", write_table(rows), round_index
+            ROUND_LOG, f"rounds/round_{round_index:03d}.csv", write_table(rows), round_index
         )
         archive.end_round(round_index)
         self.folder.events.say(

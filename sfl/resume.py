@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sfl.archive
-from sfl.archive import MANIFEST, RunArchive
+from sfl.archive import MANIFEST, ROUND_LOG, RunArchive
 from sfl.config import RunConfig, counted
 from sfl.errors import ConfigError, RunError
 from sfl.options import check_goes_on
@@ -153,7 +153,7 @@ def open_past(folder: Path, run: RunConfig, first_round: int | None = None) -> P
         ConfigError: there is nothing left to do.
     """
     archive = sfl.archive.open(folder)
-    rounds = [entry.round for entry in archive.listed if entry.kind == "round_log"]
+    rounds = [entry.round for entry in archive.listed if entry.kind == ROUND_LOG]
     done = max(rounds, default=-1) + 1
     if not archive.lists("environment.json"):
         raise RunError(f"the run in {folder} never started; start it again under another --run")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sfl.archive import ROUND_LOG
 from sfl.archive_writer import write_file
 from sfl.config import RunConfig
 from sfl.link import KINDS_DOWN, KINDS_UP
@@ -99,7 +100,7 @@ class RoundLog:
             name = f"client_model_{round_index:03d}.pt"
             rows.extend((client, name, metric, value) for metric, value in metrics.items())
         path = f"rounds/round_{round_index:03d}.csv"
-        self._folder.archive.write("round_log", path, write_table(rows), round_index)
+        self._folder.archive.write(ROUND_LOG, path, write_table(rows), round_index)
         row = {"round": round_index, **overall}
         self._write_summary_row([row.get(name, "") for name in ROUND_COLUMNS])
         self._folder.events.say(_summary(round_index, self._rounds, overall))

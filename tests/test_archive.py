@@ -1,5 +1,6 @@
 """The archive: what is written off the critical path, and its one reader."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 import sfl.archive
 from sfl import archive_writer
-from sfl.archive import GRADS, LABELS, MANIFEST, TENSOR_KINDS
+from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS
 from sfl.archive_writer import ArchiveWriter, write_file
 from sfl.config import KeepTensors
 from sfl.errors import IntegrityError, RunError
@@ -176,3 +177,42 @@ def record_until_it_fails(writer: ArchiveWriter) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no folder of a run"):
         sfl.archive.open(tmp_path)
+
+
+def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is synced before it gets its name, its folder after; the manifest's line last."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        number = os.fstat(descriptor).st_ino
+        (path,) = (p for p in (tmp_path, *tmp_path.rglob("*")) if p.stat().st_ino == number)
+        calls.append(f"sync {path.relative_to(tmp_path)}")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append(f"rename {target.relative_to(tmp_path)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        writer.write("client_model", "models/client_model_000.pt", b"weights", 0)
+        record(writer, 0, 0, 0)
+        writer.write(ROUND_LOG, "rounds/round_000.csv", b"figures", 0)
+        writer.flush()
+    durable = [call for call in calls if "client_files" not in call]
+    assert durable == [
+        "sync .",
+        "sync models/client_model_000.pt.tmp",
+        "rename models/client_model_000.pt",
+        "sync models",
+        "sync .",
+        "sync rounds/round_000.csv.tmp",
+        "rename rounds/round_000.csv",
+        "sync rounds",
+        f"sync {MANIFEST}",
+    ]
+    assert [c for c in calls if "client_files" in c and c.startswith("sync")] == []
