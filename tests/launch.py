@@ -6,6 +6,7 @@ through the same ``main`` functions as the programs.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,9 @@ def _child(
     main: Callable[[list[str]], int], argv: list[str], log: Path, env: Mapping[str, str]
 ) -> None:
     os.environ.update(OFFLINE | dict(env))
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # who tests in the background ignores it
     for stream, suffix in ((1, "out"), (2, "err")):
         target = os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, stream)

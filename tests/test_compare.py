@@ -96,7 +96,7 @@ def test_a_comparison_that_was_broken_off_goes_on_and_gives_the_same_csv(
     for line in process.stdout:
         if line.startswith("sl-iid-0: round 2/3"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1, err
