@@ -1,6 +1,7 @@
 """The comparison: what it runs, that it goes on where it stopped, and what it writes."""
 
 import csv
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +177,26 @@ def test_pictures_of_few_and_of_many(tmp_path: Path, many: bool) -> None:
     for path in draw_all(study, lines, tmp_path):
         assert path.stat().st_size > 5000
     assert ("lowest | mean | highest" in markdown(study, lines)) == many
+
+
+def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
+    config = RunConfig(rounds=2, model="mlp", keep_tensors="none", batch_size=64)
+    node = NodeConfig(out=str(tmp_path))
+    study = Study(["central", "sl"], ["iid"], [0], config, node, "simulation")
+    for cell in study.runs:
+        simulate(cell, node)
+    lines = read_study(study)
+    accuracy, _, costs, _ = re.split("^## .*$", markdown(study, lines), flags=re.MULTILINE)[1:]
+    last = lines[(lines["client"] == "all") & (lines["round"] == 1)].set_index("scheme")["test_acc"]
+    (row,) = [row for row in accuracy.splitlines() if row.startswith("| iid | sl |")]
+    assert row.endswith(f"| {last['sl'] - last['central']:.4f} |")
+    (row,) = [row for row in costs.splitlines() if row.startswith("| iid | sl |")]
+    of_clients = lines[(lines["scheme"] == "sl") & (lines["client"] != "all")]
+    kinds = ("labels", "activations", "weights", "control")
+    up = sum(of_clients[f"bytes_up_{kind}"].mean() for kind in kinds) / 1e6
+    assert row.split(" | ")[3] == f"{up:.2f}"
+    (row,) = [row for row in costs.splitlines() if row.startswith("| iid | central |")]
+    assert row.split(" | ")[3:6] == ["-", "-", "-"]
 
 
 def test_central_alone_has_no_clients(tmp_path: Path) -> None:
