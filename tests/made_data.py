@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sfl.config import NodeConfig, RunConfig
 from sfl.data import Source, load
 from sfl.datasets import dataset_spec
 from sfl.samples import Samples
+from sfl.simulate import simulate
 
 
 def loaded(
@@ -99,3 +101,12 @@ def write_ham10000(root: Path, num_lesions: int = 70, images_of_a_lesion: int = 
         writer = csv.writer(stream)
         writer.writerow(["lesion_id", "image_id", "dx", "dx_type", "age"])
         writer.writerows(rows)
+
+
+def trains(tmp_path: Path, dataset: str, **options: object) -> Path:
+    """Train one round of three clients on what lies in a folder."""
+    run = RunConfig(dataset=dataset, rounds=1, run="r", **options)  # type: ignore[arg-type]
+    node = NodeConfig(
+        data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), out=str(tmp_path / "out")
+    )
+    return simulate(run, node)
