@@ -22,6 +22,7 @@ from sfl.data import (
 )
 from sfl.datasets import DATASETS, dataset_spec
 from sfl.errors import ConfigError, DataError
+from sfl.images import read_image
 from sfl.own_data import load_own
 from sfl.partition import check_partition
 from sfl.samples import Samples, join
@@ -305,3 +306,12 @@ def test_parts_of_different_types_join_as_floats() -> None:
     bytes_, floats = torch.full((2, 1, 1, 1), 255, dtype=torch.uint8), torch.full((3, 1, 1, 1), 0.5)
     both = join([Samples(bytes_, torch.arange(2)), Samples(floats, torch.arange(3))])
     assert both.x.flatten().tolist() == [1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+def test_an_images_file_is_resized_bilinearly(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    ours = torch.from_numpy(read_image(tmp_path / "x.png", (1, 28, 28)))
+    source = torch.from_numpy(pixels)[None, None].float()
+    wanted = torch.nn.functional.interpolate(source, (28, 28), mode="bilinear", antialias=True)
+    assert (ours - wanted[0]).abs().max() < 2
