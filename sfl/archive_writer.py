@@ -34,15 +34,15 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False) -> None:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
         if durable:
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Let what was created and renamed in a folder outlast a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Let a file, or what was created and renamed in a folder, outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -162,7 +162,7 @@ class ArchiveWriter:
         folder = (self._root / path).parent
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            sync_folder(folder.parent)
+            sync(folder.parent)
         write_file(self._root / path, data, durable=True)
         self._list(self._root, Entry(kind, path, len(data), checksum(data), round=round_index))
         if kind == ROUND_LOG:  # the round is done when this line is there, and all before it

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfl.archive_writer import sync
 from sfl.errors import DataError
 
 FORMAT = 1  # of what is kept; counts up when something else comes out of the same files
@@ -115,18 +116,8 @@ def _make(whole: Path, make: Callable[[Path], None]) -> None:
     try:
         make(partial)
         for path in (*partial.iterdir(), partial):
-            with _opened(path) as descriptor:
-                os.fsync(descriptor)
+            sync(path)
         partial.rename(whole)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

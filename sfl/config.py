@@ -191,7 +191,8 @@ class NodeConfig:
     threads: int = _option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = _option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
     cache_dir: str = _option(
-        "", "folder for decoded images; else $SFL_CACHE_DIR, else .cache/sfl in the home folder"
+        "",
+        "folder for what takes long to read; else $SFL_CACHE_DIR, else ~/.cache/sfl",
     )
     out: str = _option("shared_files", "folder that runs are written into")
     allow_import: str = _option(
