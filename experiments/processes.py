@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,12 @@ class Processes:
         for k, address in enumerate(addresses):
             command = ["run_client.py", "--server", address, "--client-id", str(k)]
             self.clients.append(self.start(f"client_{k}", [*command, *options, *own(k)]))
+            threading.Thread(target=self._watch, args=[self.clients[-1]], daemon=True).start()
+
+    def _watch(self, client: "subprocess.Popen[str]") -> None:
+        """End the server, which would wait for it to come back, when a client has failed."""
+        if client.wait() > 0:
+            self.server.kill()
 
     def lines(self) -> Iterator[str]:
         """Yield what the server prints, line by line, until it ends."""

@@ -51,9 +51,15 @@ class RecordedRun:
         return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
 
     def order(self, round_index: int) -> list[int]:
-        """Return who took part in a round, in the round's order."""
+        """Return who took part in a round, in the round's order; of one that did not end, who was
+        to.
+        """
+        from sfl.archive import ROUND_LOG
         from sfl.order import draw
 
+        for entry in self.archive.listed:
+            if entry.kind == ROUND_LOG and entry.round == round_index:
+                return list(entry.clients)
         return draw(self.run, self.clients, round_index)
 
     def weights(self, round_index: int) -> dict[int, int]:

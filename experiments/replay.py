@@ -172,6 +172,7 @@ def _check_updates(
     from sfl.errors import IntegrityError
     from sfl.gradients import GradientPool
     from sfl.outcome import ONE_CLIENT_MODEL, model_path
+    from sfl.spool import Spool
 
     run, order = recorded.run, recorded.order(round_index)
     an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
@@ -182,7 +183,7 @@ def _check_updates(
     if not backs:
         report.unchecked += len(steps)
         return
-    pool = GradientPool(run, backs[0], num_steps)
+    pool = GradientPool(run, backs[0], num_steps, Spool(None))
     try:
         for step in steps:
             grads = step.weight_grads(recorded.split.parameters_spec)

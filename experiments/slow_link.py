@@ -1,7 +1,8 @@
-"""A link that is slower than this machine's: a TCP proxy with a delay and a rate.
+"""A link that is worse than this machine's: a TCP proxy with a delay, a rate, cuts and blackouts.
 
 What one side sends arrives at the other ``delay_s`` later, at ``bytes_per_s`` at most, each
-direction by itself.
+direction by itself. A connection breaks when as many bytes have passed as ``cut_after`` drew for
+it. While the link is dark nothing arrives, and nobody is told.
 """
 
 import contextlib
@@ -9,10 +10,11 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 CHUNK = 16 * 2**10  # bytes
 MAX_ON_THE_WAY = 1024  # chunks; then TCP holds the sender back
+UNCUT = float("inf")
 
 
 def _shut(sock: socket.socket, how: int) -> None:
@@ -23,11 +25,9 @@ def _shut(sock: socket.socket, how: int) -> None:
 class _Pipe:
     """One direction of a connection: a thread that reads and a thread that delivers."""
 
-    def __init__(
-        self, source: socket.socket, target: socket.socket, delay_s: float, bytes_per_s: float
-    ) -> None:
-        self._source, self._target = source, target
-        self._delay_s, self._bytes_per_s = delay_s, bytes_per_s
+    def __init__(self, source: socket.socket, target: socket.socket, link: "SlowLink") -> None:
+        self._source, self._target, self._link = source, target, link
+        self._left = link.cut_after()  # bytes that pass before the connection breaks
         self._on_the_way: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_ON_THE_WAY)
         for run in (self._read, self._deliver):
             threading.Thread(target=run, daemon=True).start()
@@ -40,46 +40,91 @@ class _Pipe:
                 data = self._source.recv(CHUNK)
             except OSError:
                 data = b""
-            free_at = max(free_at, time.monotonic()) + len(data) / self._bytes_per_s
-            self._on_the_way.put((free_at + self._delay_s, data))
+            free_at = max(free_at, time.monotonic()) + len(data) / self._link.bytes_per_s
+            self._on_the_way.put((free_at + self._link.delay_s, data))
 
     def _deliver(self) -> None:
         while True:
             due_at, data = self._on_the_way.get()
-            time.sleep(max(due_at - time.monotonic(), 0))
+            while (wait_s := max(due_at, self._link.dark_until) - time.monotonic()) > 0:
+                time.sleep(wait_s)
             if not data:
                 _shut(self._target, socket.SHUT_WR)
                 return
+            passes = data[: int(min(self._left, len(data)))]
+            self._left -= len(passes)
             try:
-                self._target.sendall(data)
+                self._target.sendall(passes)
             except OSError:  # the reader goes on, so that nobody waits for a place
                 _shut(self._source, socket.SHUT_RD)
+            if len(passes) < len(data):
+                self._link.count_cut()
+                for sock in (self._source, self._target):
+                    _shut(sock, socket.SHUT_RDWR)
+                return
+
+
+class SlowLink:
+    """An address of this machine that leads to ``host:port`` over such a link."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        delay_s: float = 0.0,
+        bytes_per_s: float = float("inf"),
+        cut_after: Callable[[], float] = lambda: UNCUT,
+    ) -> None:
+        self.delay_s, self.bytes_per_s, self.cut_after = delay_s, bytes_per_s, cut_after
+        self.dark_until = 0.0
+        self.num_cut = 0
+        self._far = host, port
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def go_dark(self, seconds: float) -> None:
+        """Let nothing arrive for a while."""
+        self.dark_until = time.monotonic() + seconds
+
+    def count_cut(self) -> None:
+        with self._lock:
+            self.num_cut += 1
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed at the end
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(self._far)
+                except OSError:  # the server is not there
+                    near.close()
+                    continue
+                self._sockets = [s for s in self._sockets if s.fileno() >= 0]
+                for sock in (near, far):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    self._sockets.append(sock)
+                _Pipe(near, far, self)
+                _Pipe(far, near, self)
+
+    def close(self) -> None:
+        _shut(self._listener, socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in self._sockets:
+            _shut(sock, socket.SHUT_RDWR)
+            sock.close()
 
 
 @contextlib.contextmanager
 def slow_link(
     host: str, port: int, *, delay_s: float, bytes_per_s: float = float("inf")
 ) -> Iterator[str]:
-    """Offer an address of this machine that leads to ``host:port`` over a slow link."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    sockets: list[socket.socket] = []
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):  # closed at the end
-            while True:
-                near, _ = listener.accept()
-                far = socket.create_connection((host, port))
-                for sock in (near, far):
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    sockets.append(sock)
-                _Pipe(near, far, delay_s, bytes_per_s)
-                _Pipe(far, near, delay_s, bytes_per_s)
-
-    threading.Thread(target=accept, daemon=True).start()
+    """Offer an address that leads to ``host:port`` over a slow link, while it is open."""
+    link = SlowLink(host, port, delay_s=delay_s, bytes_per_s=bytes_per_s)
     try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        yield link.address
     finally:
-        _shut(listener, socket.SHUT_RDWR)
-        listener.close()
-        for sock in sockets:
-            sock.close()
+        link.close()

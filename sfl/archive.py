@@ -49,11 +49,18 @@ class Entry:
     offset: int = 0
     shape: tuple[int, ...] = ()  # of weight_grads: that of the labels they come from, (B,)
     dtype: str = ""
+    clients: tuple[int, ...] = ()  # of a round's log: who took part, in the round's order
 
 
 def client_folder(root: Path, client: int, round_index: int) -> Path:
     """Return where a client's tensors of a round lie."""
     return root / "client_files" / f"client_{client}" / f"round_{round_index:03d}"
+
+
+def round_of_folder(folder: Path) -> tuple[int, int] | None:
+    """Return the client and the round whose tensors lie in a folder; None if none do."""
+    place = re.fullmatch(r"client_(\d+)/round_(\d+)", "/".join(folder.parts[-2:]))
+    return (int(place[1]), int(place[2])) if place else None
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class RunArchive:
         self.root = root
         if not (root / MANIFEST).is_file():
             raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
-        newest = {entry.path: entry for entry in _read_manifest(root)}
+        newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
 
     @property
@@ -173,9 +180,9 @@ class RunArchive:
         lying = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
         found = []
         for folder in {path.parent for path in listed | lying}:
-            place = re.fullmatch(r"client_(\d+)/round_(\d+)", "/".join(folder.parts[-2:]))
-            if place and client in (None, int(place[1])) and round in (None, int(place[2])):
-                found.append((int(place[2]), int(place[1]), folder))
+            place = round_of_folder(folder)
+            if place and client in (None, place[0]) and round in (None, place[1]):
+                found.append((place[1], place[0], folder))
         return [folder for _, _, folder in sorted(found)]
 
     def rounds(self, client: int | None = None) -> list[int]:
@@ -195,7 +202,7 @@ class RunArchive:
         if name in self._listed:  # of a round that was finished
             self.read(name)
         files: dict[int, dict[str, Entry]] = {}
-        for entry in _read_manifest(folder):
+        for entry in read_manifest(folder):
             files.setdefault(entry.step, {})[entry.kind] = entry
         steps = []
         for step, entries in sorted(files.items()):
@@ -206,7 +213,12 @@ class RunArchive:
         return steps
 
 
-def _read_manifest(folder: Path) -> list[Entry]:
+def read_manifest(folder: Path) -> list[Entry]:
+    """Return the entries of a folder's manifest.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
     path = folder / MANIFEST
     try:
         *lines, rest = path.read_bytes().split(b"\n")
@@ -232,7 +244,8 @@ def manifest_line(entry: Entry) -> str:
 def _parse_line(line: bytes) -> Entry:
     fields = json.loads(line)
     fields.pop("check", None)
-    entry = Entry(**fields | {"shape": tuple(fields["shape"])})
+    tuples = {name: tuple(fields[name]) for name in ("shape", "clients")}
+    entry = Entry(**fields | tuples)
     if manifest_line(entry).encode() != line:
         raise ValueError("a line is not what was written")
     # A manifest may come from somebody else: it names no file outside its own folder.

@@ -1,28 +1,44 @@
-"""Writing a run's folder: on a thread of its own, each file atomically, with its manifest line."""
+"""Writing a run's folder: on a thread of its own, each file atomically, with its manifest line.
+
+What a round starts from is synced before the round's checkpoint names it; see ``sfl.checkpoint``.
+"""
 
 import contextlib
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from sfl.archive import DROPPED, MANIFEST, ROUND_LOG, Entry, client_folder, manifest_line
+from sfl.archive import (
+    DROPPED,
+    MANIFEST,
+    Entry,
+    client_folder,
+    manifest_line,
+    read_manifest,
+    round_of_folder,
+)
+from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of, round_of
 from sfl.config import KeepTensors
+from sfl.crash import crash_point
 from sfl.errors import RunError, reason_of
 from sfl.protocol import checksum
 from sfl.tensors import Buffer, TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
+# Files that are written anew whenever a run goes on; until then they are in no manifest.
+REWRITTEN = ("config", "environment", "summary", "events")
 
 
-def write_file(path: Path, data: Buffer, *, durable: bool = False) -> None:
+def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "file") -> None:
     """Write a file under a temporary name and rename it: under its name it is whole.
 
-    What is ``durable`` is so after a loss of power, too, and there when this returns.
+    What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
+    its part in the names of ``sfl.crash``.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -32,7 +48,9 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False) -> None:
                 view = view[stream.write(view) :]
             if durable:
                 os.fsync(stream.fileno())
+        crash_point(f"{what}.before_rename")
         os.replace(temporary, path)
+        crash_point(f"{what}.after_rename")
         if durable:
             sync(path.parent)
     except OSError:
@@ -71,6 +89,7 @@ class ArchiveWriter:
         self._num_pending = 0
         self._failure: Exception | None = None
         self._manifests: dict[Path, TextIO] = {}
+        self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
         self._thread: threading.Thread | None = None  # started by the first job
 
     def __enter__(self) -> "ArchiveWriter":
@@ -96,9 +115,41 @@ class ArchiveWriter:
                 lambda: self._write_tensor(kind, data, spec.shape, dtype, entry), len(data)
             )
 
-    def write(self, kind: str, path: str, data: Buffer, round_index: int = -1) -> None:
-        """Write and list a file of the run itself (a model, a log), by its path in the folder."""
-        self._submit(lambda: self._write_listed(kind, path, data, round_index), len(data))
+    def write(
+        self,
+        kind: str,
+        path: str,
+        data: Buffer,
+        round_index: int = -1,
+        clients: tuple[int, ...] = (),
+    ) -> None:
+        """Write and list a file of the run itself (a model, a log), by its path in the folder.
+
+        ``clients``: whom a round's log is of.
+        """
+        self._submit(lambda: self._write_listed(kind, path, data, round_index, clients), len(data))
+
+    def append(self, path: str, data: bytes) -> None:
+        """Append to a file that no manifest lists, and sync it."""
+        self._submit(lambda: self._append(path, data), len(data))
+
+    def commit(
+        self,
+        round_index: int,
+        config: Mapping[str, Any],
+        about: Mapping[str, Any],
+        paths: Collection[str],
+    ) -> None:
+        """Write the checkpoint that a round starts from, of files that were handed over before."""
+        self._submit(lambda: self._commit(round_index, config, about, paths), 0)
+
+    def begin_at(self, round_index: int) -> None:
+        """Forget what was written of this round and later ones: they are done again."""
+        self._submit(lambda: self._forget(round_index), 0)
+
+    def drop_steps(self, client: int, round_index: int) -> None:
+        """Remove the tensors of a client that left a round without a trace."""
+        self._submit(lambda: self._remove(client_folder(self._root, client, round_index)), 0)
 
     def end_round(self, round_index: int) -> None:
         """Wait until all is on disk, list the round's manifests, and drop what does not stay."""
@@ -155,18 +206,79 @@ class ArchiveWriter:
         if folder not in self._manifests:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / name, data)
-        entry = Entry(kind, name, len(data), checksum(data), shape=shape, dtype=dtype, **at)
+        entry = Entry(
+            kind, name, len(data), checksum(data), client=at["client"], round=at["round"],
+            step=at["step"], order=at["order"], shape=shape, dtype=dtype,
+        )  # fmt: skip
         self._list(folder, entry)
 
-    def _write_listed(self, kind: str, path: str, data: Buffer, round_index: int) -> None:
+    def _write_listed(
+        self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]
+    ) -> None:
         folder = (self._root / path).parent
         if not folder.is_dir():
             folder.mkdir(parents=True)
             sync(folder.parent)
         write_file(self._root / path, data, durable=True)
-        self._list(self._root, Entry(kind, path, len(data), checksum(data), round=round_index))
-        if kind == ROUND_LOG:  # the round is done when this line is there, and all before it
+        entry = Entry(kind, path, len(data), checksum(data), round=round_index, clients=clients)
+        self._list(self._root, entry)
+        self._written[path] = entry.bytes, entry.checksum
+
+    def _append(self, path: str, data: bytes) -> None:
+        crash_point("rounds_csv.before")
+        with open(self._root / path, "ab", buffering=0) as stream:
+            stream.write(data)
+            os.fsync(stream.fileno())
+        crash_point("rounds_csv.after")
+
+    def _commit(
+        self,
+        round_index: int,
+        config: Mapping[str, Any],
+        about: Mapping[str, Any],
+        paths: Collection[str],
+    ) -> None:
+        self._written = {path: self._written[path] for path in paths}
+        if self._root in self._manifests:
             os.fsync(self._manifests[self._root].fileno())
+        target = self._root / path_of(round_index)
+        if not target.parent.is_dir():
+            target.parent.mkdir()
+            sync(self._root)
+        checkpoint = Checkpoint(self._root, round_index, config, about, self._written)
+        write_file(target, checkpoint.encode(), durable=True, what="checkpoint")
+        for path in lying(self._root)[NUM_KEPT:]:
+            path.unlink()
+        crash_point("checkpoint.after_removal")
+
+    def _forget(self, round_index: int) -> None:
+        for folder in [f for f in self._manifests if f != self._root]:
+            self._manifests.pop(folder).close()
+        for folder in self._root.glob("client_files/client_*/round_*"):
+            if (place := round_of_folder(folder)) and place[1] >= round_index:
+                self._remove(folder)
+        for path in lying(self._root):  # of later rounds, or damaged: not to be taken for whole
+            if round_of(path) > round_index:
+                path.unlink()
+        if (self._root / MANIFEST).exists():
+            self._shorten_manifest(round_index)
+
+    def _shorten_manifest(self, round_index: int) -> None:
+        """Remove what is of this round or a later one, and what is about to be written anew."""
+        if manifest := self._manifests.pop(self._root, None):
+            manifest.close()
+        kept = []
+        for entry in read_manifest(self._root):
+            if entry.round < round_index and entry.kind not in REWRITTEN:
+                kept.append(manifest_line(entry) + "\n")
+            elif entry.kind not in REWRITTEN:
+                (self._root / entry.path).unlink(missing_ok=True)
+        write_file(self._root / MANIFEST, "".join(kept).encode(), durable=True)
+
+    def _remove(self, folder: Path) -> None:
+        if manifest := self._manifests.pop(folder, None):
+            manifest.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _list(self, folder: Path, entry: Entry) -> None:
         if folder not in self._manifests:
@@ -174,6 +286,7 @@ class ArchiveWriter:
             _cut_torn_line(path)
             self._manifests[folder] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._manifests[folder].write(manifest_line(entry) + "\n")
+        crash_point("manifest.after_line")
 
     def _close_round(self, round_index: int) -> None:
         for folder in [folder for folder in self._manifests if folder != self._root]:

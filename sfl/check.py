@@ -95,5 +95,19 @@ def check_disk(folder: Path, needed: int) -> str:
     return line
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """See that the disk holds another round.
+
+    Raises:
+        RunError: it does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"{folder}: the next round takes about {_megabytes(needed)} of disk, and"
+            f" {_megabytes(free)} are free: make space, then go on"
+        )
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"

@@ -1,7 +1,8 @@
 """The two programs, and how every program of the project ends.
 
-Exit codes: 0 done; 1 the run failed; 2 bad options. Whatever goes wrong is one line on standard
-error; ``SFL_TRACEBACK=1`` shows the traceback as well, for whoever looks for a bug.
+Exit codes: 0 done; 1 the run failed; 2 bad options; 3 told to stop, by Ctrl-C or SIGTERM: the run
+can go on. Whatever goes wrong is one line on standard error; ``SFL_TRACEBACK=1`` shows the
+traceback as well, for whoever looks for a bug.
 """
 
 import os
@@ -13,6 +14,8 @@ from types import FrameType
 from typing import NoReturn
 
 from sfl.errors import ConfigError, reason_of
+
+INTERRUPTED = 3  # exit code
 
 
 def main_server(argv: Sequence[str] | None = None) -> int:
@@ -51,20 +54,33 @@ def main_client(argv: Sequence[str] | None = None) -> int:
 def run_program(name: str, program: Callable[[], int | None]) -> int:
     """Run a program and return its exit code, with one line on standard error if it fails.
 
-    SIGTERM ends it as Ctrl-C does. Modules are imported inside ``program``, so that neither shows
-    a traceback while torch is being imported.
+    SIGTERM ends it as Ctrl-C does: peers are told, what is under way is written. A second one ends
+    it at once. Modules are imported inside ``program``, so that neither shows a traceback while
+    torch is being imported.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    told = False
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal told
+        if told:
+            os.write(2, f"{name}: error: interrupted twice\n".encode())
+            os._exit(INTERRUPTED)
+        told = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # as a shell starts what is in the background
+            signal.signal(number, interrupt)
     try:
         return program() or 0
     except ConfigError as error:
         return _fail(name, error, 2)
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the process's edge
+    except KeyboardInterrupt as error:
+        return _fail(name, error, INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the process's edge
         return _fail(name, error, 1)
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _fail(name: str, error: BaseException, code: int) -> int:

@@ -1,5 +1,9 @@
 """A client: connect, register, load the data, take part in the rounds."""
 
+import contextlib
+import dataclasses
+import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,25 +13,27 @@ from sfl.check import check_names
 from sfl.client_store import hearing_why, open_store, reach
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
+from sfl.crash import crash_point
 from sfl.data import ClientData, Source, load, num_batches, part_of
 from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import RunError
+from sfl.errors import PASSING, ConnectionLost, IntegrityError, PeerStopped, RunError, SflError
+from sfl.heartbeat import Heart
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
-from sfl.registration import DataReport, Welcome, client_join, send_report
-from sfl.resume import check_same_run, load_front
+from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
+from sfl.resume import check_same_run, has_own, load_kept, own_checkpoints
 from sfl.roundlog import ClientLog
-from sfl.runfolder import RunFolder, open_folder, options_record, telling_why, to_json
+from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
 from sfl.tensors import max_file_bytes
 from sfl.transport import Connection, parse_address
 
 
 def take_part(node: ClientNode) -> None:
-    """Take part in one run as a client.
+    """Take part in one run as a client; if the server is lost, for as long as the node says so.
 
     Raises:
         ConfigError, DataError: the run's configuration or data cannot be had here.
@@ -36,24 +42,130 @@ def take_part(node: ClientNode) -> None:
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
     parse_address(node.server)  # before torch's own start
-    device = set_up_torch(node)
-    with reach(node.server, node) as connection:
-        connection.peer_name = "server"
-        with hearing_why(connection):
-            joining = client_join(connection, node.client_id, fingerprint(device))
-            welcome = run_blocking(joining)
-            run, connection.name = welcome.run, f"client_{welcome.client}"
-            path = node.out_path / "client" / run.run / connection.name
-            _create_folder(path, goes_on=welcome.goes_on)
-            if welcome.goes_on:
-                check_same_run(path, run)
-            with open_folder(path, "client_log.txt", node.keep_tensors) as folder:
-                folder.events.say(f"{connection.name} of run {run.run} at {node.server}")
-                folder.archive.write("config", "config.json", to_json(options_record(run, node)))
-                environment = describe(device, command_line())
-                folder.archive.write("environment", "environment.json", to_json(environment))
-                with telling_why(folder.events):
-                    _run(connection, welcome, node, folder, device)
+    with contextlib.ExitStack() as stack:
+        client = _Client(node, set_up_torch(node), stack)
+        attempts = _Attempts()
+        client.take_part()
+        while client.lost is not None:
+            attempts.wait(client.lost, client.num_steps, client.patience_s)
+            client.take_part(client.patience_s)
+
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+
+
+class _Attempts:
+    """How often a server that was lost is tried again: ever less, while nothing comes of it."""
+
+    def __init__(self) -> None:
+        self._num_steps = -1
+        self._pause_s = FIRST_PAUSE_S
+        self._since = 0.0
+
+    def wait(self, error: SflError, num_steps: int, timeout_s: float) -> None:
+        """Wait a little after a loss; ``num_steps`` tells whether something came of the last try.
+
+        Raises:
+            SflError: nothing has come of any for as long as ``timeout_s``.
+        """
+        now = time.monotonic()
+        if num_steps != self._num_steps:
+            self._num_steps, self._pause_s, self._since = num_steps, FIRST_PAUSE_S, now
+        else:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        if now - self._since >= timeout_s:
+            raise error
+        say(f"{error}; trying for {timeout_s:g} seconds to reach the server again")
+        time.sleep(self._pause_s)
+
+
+class _Client:
+    """One client through all its connections: what it keeps when one is lost."""
+
+    def __init__(self, node: ClientNode, device: torch.device, stack: contextlib.ExitStack) -> None:
+        self._node = node
+        self._device = device
+        self._stack = stack
+        self._instance = secrets.token_hex(16)
+        self._welcome: Welcome | None = None  # of the first connection
+        self._folder: RunFolder | None = None
+        self._loaded: _Loaded | None = None
+        self.lost: SflError | None = None  # why the last connection ended, if we may come back
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps this process has taken."""
+        return self._loaded.log.num_steps if self._loaded else 0
+
+    @property
+    def patience_s(self) -> float:
+        """For how long to try to reach the server."""
+        node = self._node
+        return node.reconnect_timeout if self._welcome else node.connect_timeout
+
+    def take_part(self, again_s: float | None = None) -> None:
+        """Take part over one connection; ``lost`` says afterwards whether to come back.
+
+        ``again_s`` is for how long to try to connect, if it is not the first time.
+        """
+        self.lost = None
+        try:
+            with reach(self._node.server, self._node, again_s) as link:
+                link.peer_name = "server"
+                with hearing_why(link):
+                    self._join(link)
+        except BaseException as error:
+            if isinstance(error, PASSING) and self._may_come_back(error):
+                self.lost = error
+            elif self._folder:
+                with telling_why(self._folder.events):
+                    raise
+            else:
+                raise
+
+    def _may_come_back(self, error: SflError) -> bool:
+        """Say whether a new connection may mend an error.
+
+        Not if the server is one of two; nor if it said that it ends before the run had begun.
+        """
+        if self._welcome is None:  # the server went away before it answered
+            return isinstance(error, ConnectionLost)
+        if self._welcome.fed != HERE:
+            return False
+        has_begun = self._loaded is not None and self._loaded.has_begun
+        return has_begun or not isinstance(error, PeerStopped)
+
+    def _join(self, connection: Connection) -> None:
+        known = self._welcome
+        wanted = known.client if known else self._node.client_id
+        ours = fingerprint(self._device)
+        welcome = run_blocking(client_join(connection, wanted, ours, self._instance))
+        crash_point("start.registered")
+        if known and (welcome.client, welcome.run) != (known.client, known.run):
+            raise RunError(f"the server has another run now: {welcome.run.run}")
+        connection.name = f"client_{welcome.client}"
+        with Heart(lambda: [connection], lambda: welcome.heartbeat_s):
+            if self._folder is None:
+                self._folder, self._welcome = self._open(welcome), welcome
+            if self._loaded is None:
+                self._loaded = _Loaded(welcome, self._node, self._folder, self._device)
+            self._loaded.run_over(connection, welcome, self._instance)
+        connection.part()
+
+    def _open(self, welcome: Welcome) -> RunFolder:
+        """Open the folder of this client in the run, new or not."""
+        node, name = self._node, f"client_{welcome.client}"
+        path = node.out_path / "client" / welcome.run.run / name
+        _create_folder(path, goes_on=welcome.goes_on)
+        if welcome.goes_on:
+            check_same_run(path, welcome.run)
+        folder = self._stack.enter_context(open_folder(path, "client_log.txt", node.keep_tensors))
+        folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
+        record = options_record(welcome.run, node)
+        folder.archive.write("config", "config.json", to_json(record))
+        environment = describe(self._device, command_line())
+        folder.archive.write("environment", "environment.json", to_json(environment))
+        return folder
 
 
 def _create_folder(path: Path, *, goes_on: bool) -> None:
@@ -82,53 +194,81 @@ def load_data(
     return part_of(spec, run, client, load(spec, source))
 
 
-def _run(
-    connection: Connection,
-    welcome: Welcome,
-    node: ClientNode,
-    folder: RunFolder,
-    device: torch.device,
-) -> None:
-    events, allowed = folder.events, node.allowed_imports
-    client, run, first_round = welcome.client, welcome.run, welcome.first_round
-    check_names(run)
-    data = load_data(run, client, node, events.say)
-    split = SplitModel(run, data.input_shape, len(data.classes), allowed)
-    connection.limits = split.client_limits()
-    report = DataReport.of(data, run)
-    counts = ", ".join(f"{count} {part}" for part, count in report.num_samples.items())
-    events.say(f"{counts} samples; {run.model} cut at {split.cut}, on {device}")
-    front = split.front(device)
-    if first_round:
-        load_front(folder.path, front, run, client, first_round)
-    log = ClientLog(run, folder, num_batches(len(data.train), run.batch_size))
-    with open_store(
-        connection,
-        welcome,
-        node,
-        folder,
-        report,
-        fingerprint(device),
-        max_file_bytes(split.front_spec.values()),
-    ) as (store, fed):
-        if fed is not None:
-            fed.limits = split.client_limits()
-        send_report(connection, report)
-        party = ClientParty(
-            client=client,
-            run=run,
-            link=connection,
-            weights=store,
-            split=split,
-            archive=folder.archive,
-            watcher=log,
-            front=front,
-            data=data,
-            on_round=log.end_round,
-            first_round=first_round,
-        )
-        try:
-            run_blocking(client_run(party))
-        finally:
-            log.progress.close()
-    events.say(f"the run is over; this client's log lies in {folder.path}")
+class _Loaded:
+    """A client that has its data and its model."""
+
+    def __init__(
+        self, welcome: Welcome, node: ClientNode, folder: RunFolder, device: torch.device
+    ) -> None:
+        self._client, self._run, self._node = welcome.client, welcome.run, node
+        self._folder, self._device = folder, device
+        run, events = self._run, folder.events
+        check_names(run)
+        self._data = load_data(run, self._client, node, events.say)
+        shape, num_classes = self._data.input_shape, len(self._data.classes)
+        self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
+        self._report = DataReport.of(self._data, run)
+        counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
+        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {device}")
+        self.log = ClientLog(run, folder, num_batches(len(self._data.train), run.batch_size))
+        self.has_begun = False
+
+    def run_over(self, connection: Connection, welcome: Welcome, instance: str) -> None:
+        """Take part in the run over a connection, from where the server says."""
+        run, folder, split = self._run, self._folder, self._split
+        connection.limits = split.client_limits()
+        report = self._report
+        if has_own(run):
+            own = own_checkpoints(folder.path, run)
+            report = dataclasses.replace(report, rounds=tuple(c.round for c in own))
+            if welcome.first_round > 0 and len(own) == 1:
+                raise RunError(
+                    f"{folder.path} lacks what only client_{self._client} has of round"
+                    f" {welcome.first_round - 1}: start it where it ran before, with the same --out"
+                )
+        most_bytes = max_file_bytes(split.front_spec.values())
+        ours = fingerprint(self._device)
+        with open_store(
+            connection, welcome, self._node, folder, report, ours, instance, most_bytes
+        ) as (store, fed):
+            if fed is not None:
+                fed.limits = split.client_limits()
+            send_report(connection, report)
+            party = ClientParty(
+                client=self._client,
+                run=run,
+                link=connection,
+                weights=store,
+                split=split,
+                archive=folder.archive,
+                watcher=self.log,
+                front=split.front(self._device),
+                data=self._data,
+                on_round=self.log.end_round,
+                on_start=lambda round_index: self._start(party, round_index),
+            )
+            self.log.start_over()
+            try:
+                run_blocking(client_run(party))
+            finally:
+                self.log.progress.close()
+            folder.archive.flush()
+        folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _start(self, party: ClientParty, round_index: int) -> None:
+        """Bring the client to where it was when a round began.
+
+        Raises:
+            RunError: what only this client had is damaged.
+        """
+        self.has_begun = True
+        self._folder.archive.begin_at(round_index)
+        if has_own(party.run):
+            checkpoints = own_checkpoints(self._folder.path, party.run)
+            newest = next(c for c in checkpoints if c.round <= round_index)
+            try:
+                load_kept(newest, party.front, party.run, party.client)
+            except IntegrityError as error:
+                raise RunError(str(error)) from error
+        if round_index > 0:
+            self._folder.events.say(f"going on with round {round_index + 1}/{party.run.rounds}")

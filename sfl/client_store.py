@@ -1,7 +1,6 @@
 """A client's way to the weights: over its connection, to a fed server, or through a store."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from sfl.errors import (
     RunError,
     reason_of,
 )
+from sfl.heartbeat import Heart
 from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
@@ -25,8 +25,10 @@ from sfl.transport import Connection, connect, parse_address
 from sfl.weights import SocketWeights, WeightKey, WeightStore
 
 
-def reach(address: str, node: ClientNode) -> Connection:
+def reach(address: str, node: ClientNode, again_s: float | None = None) -> Connection:
     """Connect to a server, with this node's patience; no files are accepted yet.
+
+    ``again_s`` is for how long to try, if it was there before.
 
     Raises:
         ConfigError: it is no address.
@@ -37,7 +39,8 @@ def reach(address: str, node: ClientNode) -> Connection:
         host,
         port,
         timeout_s=node.peer_timeout,
-        connect_timeout_s=node.connect_timeout,
+        connect_timeout_s=again_s or node.connect_timeout,
+        again=again_s is not None,
         limits=Limits(),
         on_wait=say,
     )
@@ -57,8 +60,11 @@ def hearing_why(connection: Connection) -> Iterator[None]:
             raise why from error
         raise
     except BaseException as error:
-        wrong = isinstance(error, ProtocolError)
-        last = MessageType.INVALID_MESSAGE if wrong else MessageType.ABORT
+        last = MessageType.ABORT
+        if isinstance(error, KeyboardInterrupt):
+            last = MessageType.UNREGISTER
+        elif isinstance(error, ProtocolError):
+            last = MessageType.INVALID_MESSAGE
         connection.dismiss(last, reason_of(error))
         raise
 
@@ -71,6 +77,7 @@ def open_store(
     folder: RunFolder,
     report: DataReport,
     fingerprint: Mapping[str, str],
+    instance: str,
     most_bytes: int,
 ) -> Iterator[tuple[WeightStore, Connection | None]]:
     """Open a client's store; also return the connection to a fed server, if there is one.
@@ -91,7 +98,7 @@ def open_store(
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         yield SocketWeights(connection), None
     elif run.weights == SOCKET:
-        with _fed_connection(welcome, node, folder, report, fingerprint) as fed:
+        with _fed_connection(welcome, node, folder, report, fingerprint, instance) as fed:
             yield _FromFed(SocketWeights(fed)), fed
     else:
         address = allowed_address(run.weights, node.allow_weights)
@@ -141,18 +148,22 @@ def _fed_connection(
     folder: RunFolder,
     report: DataReport,
     fingerprint: Mapping[str, str],
+    instance: str,
 ) -> Iterator[Connection]:
     """Join the run at the fed server, and take our leave there at the end."""
     with reach(node.fed_server or welcome.fed, node) as connection:
         connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
         with hearing_why(connection):
-            theirs = run_blocking(client_join(connection, welcome.client, fingerprint))
-            if dataclasses.replace(theirs, fed=welcome.fed) != welcome:
+            joining = client_join(connection, welcome.client, fingerprint, instance)
+            theirs = run_blocking(joining)
+            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
                 raise ProtocolError("the fed server runs another run than the main server")
-            send_report(connection, report)
-            folder.events.say(f"the fed server is at {welcome.fed}")
-            yield connection
+            with Heart(lambda: [connection], lambda: theirs.heartbeat_s):
+                send_report(connection, report)
+                folder.events.say(f"the fed server is at {welcome.fed}")
+                yield connection
             connection.send_message_as_json(MessageType.UNREGISTER)
+            connection.part()
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,20 @@ class ServerNode(NodeConfig):
 
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
-    peer_timeout: float = _option(3600.0, "seconds without a byte from a client it must hear from")
+    peer_timeout: float = _option(
+        60.0, "seconds without a sign of life from a client until it is taken for lost"
+    )
+    on_missing: str = _option(
+        "wait", "clients that are lost are waited for; or skipped, until they come back",
+        ("wait", "skip"),
+    )  # fmt: skip
+    round_timeout: float = _option(
+        600.0, "seconds that a round waits for a client that is lost or silent, with"
+        " --on-missing skip; then it closes without it",
+    )  # fmt: skip
+    min_clients: int = _option(
+        1, "fewest clients that a round may close with; below, it waits for others to come back"
+    )
     role: str = _option(
         "all", "main server, fed server, or both in one process", ("all", "main", "fed")
     )
@@ -252,8 +265,22 @@ class ServerNode(NodeConfig):
         super().check()
         _require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
         _check_timeout("peer_timeout", self.peer_timeout)
+        _check_timeout("round_timeout", self.round_timeout)
+        _require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
+        if self.on_missing == "skip" and self.role != "all":
+            raise ConfigError("--on-missing skip: is for --role all")
         if self.fed_server and self.role != "main":
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
+
+    @property
+    def skip_after_s(self) -> float | None:
+        """Seconds after which a round goes on without a client; None: it waits."""
+        return self.round_timeout if self.on_missing == "skip" else None
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds of silence that have consequences."""
+        return min(self.peer_timeout, self.skip_after_s or math.inf)
 
 
 @dataclass(frozen=True)
@@ -265,7 +292,12 @@ class ClientNode(NodeConfig):
     server: str = _option("127.0.0.1:8765", "HOST:PORT of the server")
     client_id: int | None = _option(None, "0 to clients-1; the lowest free one if not given")
     connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
-    peer_timeout: float = _option(3600.0, "seconds without a byte from the server")
+    reconnect_timeout: float = _option(
+        600.0, "seconds to try to reach a server that was lost; 0: end at once"
+    )
+    peer_timeout: float = _option(
+        60.0, "seconds without a sign of life from the server until it is taken for lost"
+    )
     keep_tensors: str = _option("none", "as the server's; the server has the same files")
     allow_weights: str = _option(
         "", "gs://BUCKET/PREFIX that the server may name for weights, or this machine's dir:PATH;"
@@ -279,6 +311,9 @@ class ClientNode(NodeConfig):
         super().check()
         _require((self.client_id or 0) >= 0, "client_id", self.client_id, "0 or more")
         _check_timeout("connect_timeout", self.connect_timeout)
+        patience = self.reconnect_timeout
+        fine = math.isfinite(patience) and patience >= 0
+        _require(fine, "reconnect_timeout", patience, "0 or more")
         _check_timeout("peer_timeout", self.peer_timeout)
         KeepTensors.parse(self.keep_tensors)
 

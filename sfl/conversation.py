@@ -5,7 +5,9 @@ them, ``weights`` the exchange of weights::
 
     client                                           server
     client_run                                       rounds.run_all
-                                                <-   initial weights
+      client_start                                   server_start
+                                                <-   GO_ON {front}
+                                                <-   the weights that its first round starts from
       client_round
         if it takes part in the round: client_train  server_train
                                                 <-   START_TRAINING {front, steps}
@@ -22,17 +24,24 @@ them, ``weights`` the exchange of weights::
       UNREGISTER                                ->
 
 ``front`` is the name of the weights that the client takes over first; "" lets it keep what it has.
+
+A client that was lost and is back begins with ``client_start`` again, and redoes its part of the
+round that is going on; what of it has been done, the server knows, and does not do again.
 """
 
+import contextlib
 import math
 import re
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
+from sfl.crash import crash_point
 from sfl.driver import Conversation
-from sfl.errors import ProtocolError
+from sfl.errors import ConnectionLost, ProtocolError
 from sfl.evaluation import client_evaluate, server_evaluate
 from sfl.link import Counters
 from sfl.metrics import Tally
@@ -40,6 +49,7 @@ from sfl.order import RoundPlan
 from sfl.outcome import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, model_path
 from sfl.party import PREFIXES, ClientParty, RoundResult, ServerParty
 from sfl.protocol import Message, MessageType, Position
+from sfl.resume import has_own
 from sfl.schemes import Fronts, scheme
 from sfl.step import STEPS
 from sfl.tensors import decode_state, encode_state
@@ -61,6 +71,7 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
         yield link
         message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
     yield from _take_over(party, message)
+    crash_point("validation.before")
     _keep(party, round_index)
     own: dict[str, float] = {}
     for part in party.parts(round_index):
@@ -80,6 +91,7 @@ def server_evaluate_round(
     tallies = {}
     for part in party.parts(round_index):
         tallies[part] = yield from server_evaluate(party, part, round_index)
+    party.at_start_of = round_index + 1
     return tallies
 
 
@@ -91,12 +103,15 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     party.front.start_round(at.round)
     party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
     yield from STEPS[row.exchange].client(party, at.round, start.get("steps", int))
+    crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
     if row.fronts is not Fronts.OWN:
         key = WeightKey(client_weights(party.client), at)
         front = encode_state(party.front.state())
+        crash_point("weights.before_put")
         yield from party.weights.put(key, front, len(party.data.train))
+        crash_point("weights.after_put")
 
 
 def server_train(
@@ -104,12 +119,12 @@ def server_train(
 ) -> Conversation[RoundResult]:
     """Train with one client through a round, when it is its turn, and take its weights."""
     link, at, row = party.link, party.at(round_index), scheme(party.run.scheme)
-    yield plan.rounds.of(party.client)
+    yield plan.turn_of(party.client)
     steps = plan.num_steps_for(party.client)
     yield from _hand_over(
         party,
         MessageType.START_TRAINING,
-        plan.relayed,
+        plan.begin(party.client),
         at,
         steps=steps,
         class_weights=list(party.split.class_weights),
@@ -118,6 +133,7 @@ def server_train(
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
+    party.has_trained = round_index
     if row.fronts is Fronts.OWN:
         return RoundResult({}, b"", seconds)
     name = client_weights(party.client)
@@ -126,7 +142,7 @@ def server_train(
     if data:  # else they went to the fed server
         front = decode_state(data, party.split.front_spec, f"the weights of client {party.client}")
     result = RoundResult(front, encode_state(front) if data else b"", seconds)
-    plan.end_turn(NamedWeights(name, result.file))
+    plan.end_turn(party.client, NamedWeights(name, result.file))
     return result
 
 
@@ -139,10 +155,13 @@ def _parse_weights(start: Message, num_classes: int) -> list[float]:
     return weights
 
 
-def _take_over(party: ClientParty, message: Message) -> Conversation[None]:
-    """Take over the front that a message names, if any; faces ``_hand_over``."""
+def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
+    """Take over the front that a message names, if any; faces ``_hand_over``.
+
+    ``held`` may be that already.
+    """
     if name := message.get("front", str):
-        data = yield from party.weights.get(WeightKey(check_name(name), message.at))
+        data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
         party.front.load(decode_state(data, party.split.front_spec, f"the weights {name}"))
 
 
@@ -153,8 +172,8 @@ def _hand_over(
     content = {"front": front.name if front else "", **more}
     party.link.send_message_as_json(message, content=content, at=at)
     if front:
-        key, averaged = WeightKey(front.name, at), front.name == AVERAGE
-        if averaged:
+        key = WeightKey(front.name, at)
+        if front.name in (INITIAL, AVERAGE):
             yield from party.weights.put(key, front.data, front.samples)
         else:
             yield from party.weights.pass_on(key, front.data)
@@ -182,35 +201,59 @@ def _parse_seconds(text: str) -> float:
 
 def _keep(party: ClientParty, round_index: int) -> None:
     """Write down what only this client has, before the server can take the round for done."""
+    if not has_own(party.run):
+        return
+    files = {}
     if scheme(party.run.scheme).fronts is Fronts.OWN:
         path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
-        state = encode_state(party.front.state())
-        party.archive.write("one_client_model", path, state, round_index)
+        files[path] = "one_client_model", encode_state(party.front.state())
     if party.run.optimizer_state == "keep":
         path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
-        state = encode_state(party.front.optimizer_state())
-        party.archive.write("client_optimizer", path, state, round_index)
+        files[path] = "client_optimizer", encode_state(party.front.optimizer_state())
+    for path, (kind, data) in files.items():
+        party.archive.write(kind, path, data, round_index)
+    party.archive.commit(round_index + 1, asdict(party.run), {}, files)
     party.archive.flush()
+
+
+def client_start(party: ClientParty) -> Conversation[int]:
+    """Take over what the next round starts from; return which round that is."""
+    yield party.link
+    message = party.link.receive_message_as_json(MessageType.GO_ON)
+    first = message.at.round + 1
+    if message.at != party.at(first - 1) or first > party.run.rounds:
+        raise ProtocolError(f"the server lets us go on after {message.at}")
+    party.on_start(first)
+    held = encode_state(party.front.state())
+    yield from _take_over(party, message, held)
+    return first
+
+
+def server_start(
+    party: ServerParty, front: NamedWeights | None, round_index: int
+) -> Conversation[None]:
+    """Bring a client to where a round starts, if it is not there; faces ``client_start``."""
+    if party.at_start_of != round_index:
+        yield from _hand_over(party, MessageType.GO_ON, front, party.at(round_index - 1))
+        party.at_start_of = round_index
 
 
 def client_run(party: ClientParty) -> Conversation[None]:
     """Take part in all rounds of a run, or in those that are left; faces ``rounds.run_all``."""
-    run, first = party.run, party.first_round
-    keeps_front = scheme(run.scheme).fronts is Fronts.OWN
-    if not (keeps_front and first):  # else it goes on with its own
-        held = encode_state(party.front.state())
-        initial = yield from party.weights.get(WeightKey(INITIAL, party.at(first - 1)), held)
-        party.front.load(decode_state(initial, party.split.front_spec, "the initial weights"))
-    for round_index in range(first, run.rounds):
+    first = yield from client_start(party)
+    for round_index in range(first, party.run.rounds):
         own = yield from client_round(party, round_index)
         party.archive.end_round(round_index)
         party.on_round(round_index, own)
     yield party.link
     party.link.receive_message_as_json(MessageType.TRAINING_DONE)
-    party.link.send_message_as_json(MessageType.UNREGISTER)
+    crash_point("run.before_goodbye")
+    with contextlib.suppress(ConnectionLost):  # all is done, whether the server hears it or not
+        party.link.send_message_as_json(MessageType.UNREGISTER)
 
 
-def server_goodbye(party: ServerParty) -> Conversation[None]:
-    """Wait until a client has taken its leave."""
+def server_goodbye(party: ServerParty, figures: Mapping[str, float]) -> Conversation[None]:
+    """Say that the run is over, and wait until a client has taken its leave."""
+    party.link.send_message_as_json(MessageType.TRAINING_DONE, content=dict(figures))
     yield party.link
     party.link.receive_message_as_json(MessageType.UNREGISTER)

@@ -3,11 +3,15 @@
 A conversation is straight-line code that yields the link it is about to receive from, or a gate:
 what it waits for among the other conversations. It computes where it is resumed, so that one thread
 owns all the segments that it touches.
+
+A conversation whose client is lost is dropped, and begun again when the client is back. So it must
+find out by itself what has been done already; between two yields it either does all or nothing.
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
+from sfl.errors import PEER_ERRORS, SflError
 from sfl.link import Link
 
 T = TypeVar("T")
@@ -15,19 +19,53 @@ Gate = Callable[[], bool]  # whether it is open
 Conversation = Generator[Link | Gate, None, T]
 
 
-class Network(Protocol):
-    """Several links, of which one can wait for whichever has a message."""
+class Network:
+    """Several links, of which one can wait for whichever has a message.
+
+    As it stands here, nobody who is lost comes back: the first loss ends the run.
+    """
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
         """Return one of ``links`` that has a message or has failed; block until there is one.
 
-        None if a gate has opened instead: ``wake`` says so.
+        None if something else happened: a gate has opened, as ``wake`` says; a client was lost that
+        is not in ``links``, or is back; or time has passed.
         """
-        ...
+        raise NotImplementedError
 
     def wake(self) -> None:
         """Look at the gates again; called from other threads."""
-        ...
+
+    def is_here(self, client: int) -> bool:
+        """Say whether a client is connected and ready."""
+        return True
+
+    def is_out(self, client: int) -> bool:
+        """Say whether nobody waits for a client any more."""
+        return False
+
+    def lost(self, client: int, error: SflError) -> None:
+        """Take note that a client's link, which was being used, is of no more use.
+
+        Raises:
+            SflError: nobody comes back here.
+        """
+        raise error
+
+    def take_changes(self) -> list[tuple[int, bool]]:
+        """Return who was lost, or is back (True), since the last call, in that order."""
+        return []
+
+    def why_away(self, client: int) -> str:
+        """Say why a client is not here."""
+        return ""
+
+    def end_soon(self) -> None:
+        """Wait only shortly for whoever is away: all that is left is to say goodbye."""
+
+    def gives_up(self, client: int, others: int) -> bool:
+        """Say whether to go on without a client that is away, with so many others."""
+        return False
 
 
 def run_blocking(conversation: Conversation[T]) -> T:
@@ -40,31 +78,96 @@ def run_blocking(conversation: Conversation[T]) -> T:
             return result
 
 
-def run_together(network: Network, conversations: Mapping[int, Conversation[T]]) -> dict[int, T]:
-    """Run one conversation a client, each as its messages arrive; return what each returns."""
-    results: dict[int, T] = {}
-    receiving: dict[Link, int] = {}
-    held: dict[int, Gate] = {}
+def run_together(
+    network: Network,
+    conversations: Mapping[int, Callable[[], Conversation[T]]],
+    on_leave: Callable[[int], None] = lambda client: None,
+) -> dict[int, T]:
+    """Run one conversation a client, each as its messages arrive; return what each returns.
 
-    def resume(client: int) -> None:
-        try:
-            due = next(conversations[client])
-        except StopIteration as end:
-            results[client] = end.value
-            return
-        if isinstance(due, Link):
-            receiving[due] = client
-        else:
-            held[client] = due
-
+    ``conversations`` begin one, and begin it again when a client that was lost is back. A client
+    that the network gives up has no result, unless it had one before; ``on_leave`` is told.
+    """
+    together = _Together(network, conversations)
     for client in conversations:
-        resume(client)
-    while receiving or held:
-        free = next((client for client, gate in held.items() if gate()), None)
+        if network.is_here(client):
+            together.begin(client)
+    while together.is_open():
+        for client, is_back in network.take_changes():
+            together.begin(client) if is_back else together.stop(client)
+        for client in together.given_up():
+            on_leave(client)
+        together.go_on()
+    return {k: together.results[k] for k in conversations if k in together.results}
+
+
+class _Together(Generic[T]):
+    """Conversations that run, those that wait for their clients, and what has come of them."""
+
+    def __init__(
+        self, network: Network, conversations: Mapping[int, Callable[[], Conversation[T]]]
+    ) -> None:
+        self._network = network
+        self._beginnings = conversations
+        self._running: dict[int, Conversation[T]] = {}
+        self._receiving: dict[Link, int] = {}
+        self._held: dict[int, Gate] = {}
+        self._left: set[int] = set()
+        self.results: dict[int, T] = {}
+
+    def is_open(self) -> bool:
+        """Say whether a conversation runs, or waits for a client that is to come back."""
+        expected = self._beginnings.keys() - self.results.keys() - self._left
+        return bool(self._running or expected)
+
+    def begin(self, client: int) -> None:
+        """Begin a client's conversation, if it has one here and has not left."""
+        self.stop(client)
+        if client in self._beginnings and client not in self._left:
+            self._running[client] = self._beginnings[client]()
+            self._resume(client)
+
+    def stop(self, client: int) -> None:
+        """Drop a client's conversation, if one runs."""
+        if conversation := self._running.pop(client, None):
+            conversation.close()
+        self._held.pop(client, None)
+        self._receiving = {link: k for link, k in self._receiving.items() if k != client}
+
+    def given_up(self) -> list[int]:
+        """Return the clients that have just left without a result."""
+        left = []
+        for client in self._beginnings:
+            if not (client in self.results or client in self._running or client in self._left):
+                others = len(self._beginnings) - len(self._left) - 1
+                if self._network.gives_up(client, others):
+                    self._left.add(client)
+                    left.append(client)
+        return left
+
+    def go_on(self) -> None:
+        """Resume one conversation whose gate is open or whose message is there, or wait."""
+        free = next((client for client, gate in self._held.items() if gate()), None)
         if free is not None:
-            del held[free]
-        elif link := network.wait(receiving, held.values()):
-            free = receiving.pop(link)
+            del self._held[free]
+        elif not self.is_open():
+            return
+        elif link := self._network.wait(self._receiving, self._held.values()):
+            free = self._receiving.pop(link)
         if free is not None:
-            resume(free)
-    return {client: results[client] for client in conversations}
+            self._resume(free)
+
+    def _resume(self, client: int) -> None:
+        try:
+            due = next(self._running[client])
+        except StopIteration as end:
+            self.results[client] = end.value
+            del self._running[client]
+        except PEER_ERRORS as error:
+            self.stop(client)
+            self._network.lost(client, error)
+        else:
+            if isinstance(due, Link):
+                self._receiving[due] = client
+            else:
+                self._held[client] = due

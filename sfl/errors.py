@@ -9,7 +9,10 @@
      |- ProtocolError      the peer sent something that it must not send
      |- ConnectionLost     the peer is gone, or silent for too long
      |- PeerFailed         the peer said that it cannot go on, and why
+     |   `- PeerStopped    ... for a reason of its own
+     |       `- PeerLeft   ... since it was told to stop; it may come back
      `- IntegrityError     a file or payload is not what its sender or writer made
+         `- Damaged        it changed on its way here
 
 ``str(error)`` is one line that a user can read: what came, what was wanted, what to do.
 """
@@ -43,8 +46,26 @@ class PeerFailed(SflError):
     """The peer ended the run or turned us away; the text is the peer's reason."""
 
 
+class PeerStopped(PeerFailed):
+    """The peer stopped, without a fault of ours."""
+
+
+class PeerLeft(PeerStopped):
+    """The peer was told to stop, and may come back."""
+
+
 class IntegrityError(SflError):
     """A payload or file is damaged: its bytes are not those that were sent or written."""
+
+
+class Damaged(IntegrityError):
+    """A payload changed on its way: to be sent again."""
+
+
+# What may go wrong with one peer, of which the others need not notice anything.
+PEER_ERRORS = (ConnectionLost, PeerFailed, ProtocolError, IntegrityError)
+# What a new connection may mend.
+PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
 def reason_of(error: BaseException) -> str:

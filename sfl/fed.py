@@ -22,10 +22,11 @@ and looks for the clients' weights until they come.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sfl.archive import ROUND_LOG
@@ -144,13 +145,16 @@ class FedRounds:
     split: SplitModel
     folder: RunFolder
     half: Half  # what everyone goes on from
+    about: Mapping[str, Any]  # what a checkpoint records beside the weights
     first_round: int = 0
+    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
     def run_all(self) -> None:
         """Give the initial weights; then merge what each round brings."""
         keeps_own = scheme(self.run.scheme).fronts is Fronts.OWN
         if self.first_round == 0:
             self._write_half(-1)
+            self._commit(0)
         if not (keeps_own and self.first_round):
             self.give_initial(self.half, self.first_round)
         if keeps_own:
@@ -169,7 +173,10 @@ class FedRounds:
         """Put weights, trained on so many samples, for everyone."""
         data = encode_state(half.state)
         keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
-        puts = {k: store.put(keys[k], data, samples) for k, store in self.stores.items()}
+        puts = {
+            k: functools.partial(store.put, keys[k], data, samples)
+            for k, store in self.stores.items()
+        }
         run_together(self.network, puts)
 
     def _round(self, round_index: int) -> None:
@@ -178,7 +185,7 @@ class FedRounds:
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)
         relay: list[NamedWeights] = []
-        collect = {k: self._collect(k, round_index, turns, relay) for k in order}
+        collect = {k: functools.partial(self._collect, k, round_index, turns, relay) for k in order}
         fronts = run_together(self.network, collect)
         for k in sorted(fronts):
             path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
@@ -196,18 +203,24 @@ class FedRounds:
         else:
             self._pass_on(relay[-1], round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
-        archive.write(
-            ROUND_LOG, f"rounds/round_{round_index:03d}.csv", write_table(rows), round_index
-        )
+        path = f"rounds/round_{round_index:03d}.csv"
+        archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
         archive.end_round(round_index)
+        self._commit(round_index + 1)
         self.folder.events.say(
             f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
             f" {policy.name.lower()}"
         )
 
     def _write_half(self, round_index: int) -> None:
-        for kind, path, data in half_files(FRONT, self.half, round_index):
+        files = list(half_files(FRONT, self.half, round_index))
+        for kind, path, data in files:
             self.folder.archive.write(kind, path, data, round_index)
+        self._paths = [path for _, path, _ in files]
+
+    def _commit(self, round_index: int) -> None:
+        self.folder.archive.commit(round_index, asdict(self.run), self.about, self._paths)
+        self.folder.archive.flush()
 
     def _collect(
         self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]
@@ -228,5 +241,7 @@ class FedRounds:
         """Give the last front of a relay to everyone else."""
         others = {k: s for k, s in self.stores.items() if client_weights(k) != last.name}
         keys = {k: WeightKey(last.name, self._at(k, round_index)) for k in others}
-        passing = {k: store.pass_on(keys[k], last.data) for k, store in others.items()}
+        passing = {
+            k: functools.partial(store.pass_on, keys[k], last.data) for k, store in others.items()
+        }
         run_together(self.network, passing)

@@ -1,7 +1,7 @@
 """Running the fed server by itself, and the main server's connection to it."""
 
 import contextlib
-import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import sfl.archive
 from sfl.check import check_names
 from sfl.client_store import hearing_why
 from sfl.config import RunConfig, ServerNode, counted
@@ -22,8 +23,9 @@ from sfl.fed import (
     find_start,
     main_join,
 )
+from sfl.heartbeat import Heart, interval_s
 from sfl.link import Link
-from sfl.lobby import gather
+from sfl.lobby import Lobby, Patience
 from sfl.outcome import FRONT, Half
 from sfl.party import TRAIN
 from sfl.protocol import Limits, MessageType
@@ -63,8 +65,10 @@ def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[
         with hearing_why(connection):
             first_round = past.first_round if past else 0
             run_blocking(main_join(connection, run, first_round, goes_on=past is not None))
-            yield
+            with Heart(lambda: [connection], lambda: interval_s(node.peer_timeout)):
+                yield
             connection.send_message_as_json(MessageType.UNREGISTER)
+            connection.part()
 
 
 def serve_fed(run: RunConfig, node: ServerNode) -> Path:
@@ -95,9 +99,7 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
 def _serve_connections(node: ServerNode, device: torch.device) -> Path:
     with (
         listen(node.host, node.port) as listener,
-        Switchboard(
-            listener, timeout_s=node.peer_timeout, limits=Limits(), waits=True
-        ) as switchboard,
+        Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
     ):
         say(f"fed server: listening on {listener.address} for the main server")
         welcome, main = _await_main(switchboard)
@@ -108,8 +110,16 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
             telling_why(folder.events, switchboard.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
-            past = open_past(path, run, welcome.first_round) if welcome.goes_on else None
-            joined = gather(switchboard, run, folder.events, past)
+            past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
+            lobby = Lobby(
+                switchboard=switchboard,
+                run=run,
+                events=folder.events,
+                past=past,
+                goes_on=welcome.goes_on,
+                patience=Patience(comes_back=False),
+            )
+            joined = lobby.gather()
             data = describe_data(joined, run)
             split = _model(run, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
@@ -118,7 +128,8 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
                 connection.limits = rounds.split.server_limits(0)
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
-            run_together(switchboard, {k: _goodbye(link) for k, link in links.items()})
+            goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
+            run_together(switchboard, goodbyes)
             _finish(folder)
     return path
 
@@ -132,10 +143,10 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     place = options.open_place()
     assert place is not None
     place.check()
-    past = open_past(path, run, 0) if node.resume else None
+    past = open_past(path, run) if node.resume else None
     if node.resume and Path(node.resume).resolve() != path.resolve():
         raise ConfigError(f"--resume {node.resume}: this run lies in {path}; see --out and --run")
-    done = past.done if past else 0
+    done = past.first_round if past else 0
     say(f"fed server: waiting in {place.title} for the run {run.run}")
     while (found := find_start(place, run.run, done)) is None:
         time.sleep(LOOK_AGAIN_S)
@@ -147,11 +158,9 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         split = _model(their_run, node, data)
         most_bytes = max_file_bytes(split.front_spec.values())
         stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
-        if past:  # what this server has published stays; clients may start from a round before
-            past = dataclasses.replace(past, first_round=done)
         rounds = _prepare(their_run, node, folder, data, split, stores, network, past, device)
-        if past and first_round < done:
-            start = read_halves(past.archive, their_run, rounds.split, first_round)
+        if past and first_round < done:  # what was published stays; clients start from before
+            start = read_halves(sfl.archive.open(path), their_run, rounds.split, first_round)
             rounds.give_initial(start[FRONT], first_round)
         rounds.run_all()
         _finish(folder)
@@ -179,15 +188,17 @@ def _prepare(
     """Record configuration and machine, and find what the run starts from."""
     archive = folder.archive
     half = Half(split.front_state(), {})
-    if past and FRONT in (halves := read_halves(past.archive, run, split, past.first_round)):
+    if past and FRONT in (halves := read_halves(past.files, run, split, past.first_round)):
         half = halves[FRONT]
+    archive.begin_at(past.first_round if past else 0)
     environment = describe(device, command_line()) | {"data": dict(data)}
+    about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
     num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
     folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
     first_round = past.first_round if past else 0
-    return FedRounds(run, network, stores, num_train, split, folder, half, first_round)
+    return FedRounds(run, network, stores, num_train, split, folder, half, about, first_round)
 
 
 def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:

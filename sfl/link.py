@@ -12,11 +12,11 @@ the process in ``simulate``.
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from sfl.errors import PeerFailed, ProtocolError
-from sfl.protocol import Message, MessageType, Position
+from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
+from sfl.protocol import Limits, Message, MessageType, Position
 
 _NOWHERE = Position()
 # What messages carry, to tell where a run's bytes go; those that are not listed carry "control".
@@ -37,7 +37,17 @@ CONTROL = "control"
 KINDS_UP = ("labels", "activations", "gradients", "weights", "validation", CONTROL)
 KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
 # What ends a conversation, and how to say so.
-LAST_WORDS = {MessageType.ABORT: "stopped", MessageType.INVALID_MESSAGE: "refused"}
+LAST_WORDS = {
+    MessageType.ABORT: ("stopped", PeerStopped),
+    MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
+    MessageType.UNREGISTER: ("left", PeerLeft),
+}
+
+
+def is_last(message: Message) -> bool:
+    """Say whether a peer ends the conversation with this, and why; a plain goodbye has no why."""
+    plain = message.type is MessageType.UNREGISTER and not message.content
+    return message.type in LAST_WORDS and not plain
 
 
 @dataclass(slots=True)
@@ -63,9 +73,16 @@ class Counters:
     def copy(self) -> "Counters":
         return replace(self, sent=self.sent.copy(), received=self.received.copy())
 
+    def add(self, other: "Counters") -> None:
+        """Count what passed over another connection as well."""
+        for spec in fields(self):
+            setattr(self, spec.name, getattr(self, spec.name) + getattr(other, spec.name))
+
 
 class Link(ABC):
     """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
+
+    limits = Limits()  # what we accept from the peer, where somebody checks it
 
     def __init__(self, name: str = "", peer_name: str = "") -> None:
         self.counters = Counters()
@@ -144,7 +161,7 @@ class Link(ABC):
                 break
         wanted = " or ".join(expected) or "nothing"
         if message.type not in expected:
-            if message.type in LAST_WORDS:
+            if is_last(message):
                 raise self.peer_failed(message)
             raise ProtocolError(f"{self.peer_title} sent {message.type}, expected was {wanted}")
         if at is not None and message.at != at:
@@ -155,12 +172,25 @@ class Link(ABC):
 
     def peer_failed(self, last_words: Message) -> PeerFailed:
         """Return the error for a peer's last words."""
-        verb = LAST_WORDS[last_words.type]
-        return PeerFailed(f"{self.peer_title} {verb}: {one_line(last_words.content)}")
+        verb, kind = LAST_WORDS[last_words.type]
+        return kind(f"{self.peer_title} {verb}: {one_line(last_words.content)}")
 
     def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message:
         """As ``receive_message_as_json``, for message types that carry a file (``payload``)."""
         return self.receive_message_as_json(*expected, at=at)
+
+
+class Absent(Link):
+    """The link to a client that is not there."""
+
+    def __init__(self, client: int) -> None:
+        super().__init__("server", f"client_{client}")
+
+    def _send(self, message: Message) -> int:
+        raise ConnectionLost(f"{self.peer_title} is not there")
+
+    def _next(self) -> Message:
+        raise ConnectionLost(f"{self.peer_title} is not there")
 
 
 def one_line(text: object, max_length: int = 500) -> str:

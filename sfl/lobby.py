@@ -1,154 +1,375 @@
-"""The server before the start: register clients until all are there with their data."""
+"""Who is there: clients register before the start, are lost in mid-run, and come back.
+
+A client is away from when its connection is lost, or it was silent for too long, until it has
+registered again and its data are loaded. Who waits for it, and for how long, ``Patience`` says.
+"""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from sfl.config import RunConfig, counted
-from sfl.driver import Conversation
-from sfl.errors import RunError, SflError
+from sfl.driver import Conversation, Gate, Network
+from sfl.environment import differences
+from sfl.errors import (
+    ConnectionLost,
+    Damaged,
+    IntegrityError,
+    PeerFailed,
+    PeerLeft,
+    ProtocolError,
+    RunError,
+    SflError,
+)
 from sfl.link import Link
 from sfl.protocol import MessageType
 from sfl.registration import ANY_ID, HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
-from sfl.switchboard import DrainedConnection, Switchboard
+from sfl.switchboard import DrainedConnection, Switchboard, first_arrived
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
-NOTICE_EVERY_S = 30.0  # to the clients that wait; well below any --peer-timeout
+NOTICE_EVERY_S = 30.0  # to those who wait
+GOODBYE_S = 10.0  # for whoever was lost when the run was over
+TICK_S = 0.5  # how often to look at the time
 
 
-class Lobby:
-    """The clients that have registered so far."""
+@dataclass(frozen=True)
+class Patience:
+    """For how long clients that are away are waited for, and whether they may be."""
 
-    def __init__(self, run: RunConfig, ids: Collection[int], needed: int) -> None:
-        self.run = run
-        self.ids = frozenset(ids)  # that clients can have
-        self.needed = needed  # clients; more may register until these are ready
-        self.taken: set[int] = set()
-        self.joined: dict[int, Joined] = {}
+    comes_back: bool = True  # else the first loss ends the run
+    skip_after_s: float | None = None  # a round closes without who is away for so long
+    min_clients: int = 1  # that a round may close with
 
-    def take_id(self, wanted: int) -> int:
-        """Return the id for a client that wants ``wanted``, or ``ANY_ID`` for the lowest free.
+
+@dataclass
+class Place:
+    """One client's place in the run."""
+
+    instance: str = ""  # the process that has it
+    link: DrainedConnection | None = None
+    ready: bool = False  # its data are loaded
+    joined: Joined | None = None  # what it was when it was last ready
+    lost_at: float = 0.0
+    why: str = ""  # it is away
+    is_out: bool = False  # the rounds go on without it until it is back
+
+    @property
+    def is_here(self) -> bool:
+        return self.ready and self.link is not None
+
+
+@dataclass(kw_only=True)
+class Lobby(Network):
+    """The clients of a run: who has registered, who is ready, who is away."""
+
+    switchboard: Switchboard
+    run: RunConfig
+    events: EventLog
+    past: Past | None = None
+    goes_on: bool = False  # clients may have folders of this run already
+    fed: str = HERE
+    patience: Patience = field(default_factory=Patience)
+    places: dict[int, Place] = field(default_factory=dict)
+    # told of a client that is back, and its link is to be used from now on
+    on_return: Callable[[Joined], None] = lambda joined: None
+
+    def __post_init__(self) -> None:
+        if self.past:
+            self.ids, self.needed = frozenset(self.past.num_samples), self.past.clients
+        else:  # more may register until so many are ready
+            self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
+        self._joining: dict[DrainedConnection, Conversation[Joined]] = {}
+        self._changes: list[tuple[int, bool]] = []
+        self._has_begun = False
+        self._noticed_at = time.monotonic()
+
+    # Before the start
+
+    def gather(self) -> dict[int, Joined]:
+        """Register clients until enough are there with their data: those of the past, if any.
+
+        Whoever connects and is no client of the run is turned away, now and later, and the run goes
+        on. Of a run that goes on, who does not come is waited for as in a round.
+
+        Raises:
+            RunError: a client that had registered could not go on.
+        """
+        began_at = time.monotonic()
+        while not self.complete and not self._goes_without(time.monotonic() - began_at):
+            self._attend([], [])
+        if self.past:
+            for k in self.ids - self._ready():
+                place = self.places.setdefault(k, Place(lost_at=began_at, why="it did not come"))
+                place.is_out = True
+        else:
+            self.places = {k: p for k, p in self.places.items() if p.is_here}
+        self.ids = frozenset(self.places)
+        self._has_begun = True
+        joined = {k: place.joined for k, place in sorted(self.places.items())}
+        return {k: client for k, client in joined.items() if client}
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough clients are ready, and nobody who registered is still loading."""
+        return len(self._ready()) >= self.needed and self._ready() == self._taken()
+
+    def _ready(self) -> set[int]:
+        return {k for k, place in self.places.items() if place.is_here}
+
+    def _taken(self) -> set[int]:
+        return {k for k, place in self.places.items() if place.link}
+
+    def _goes_without(self, waited_s: float) -> bool:
+        """Say whether a run that goes on does so without those who have not come."""
+        limit, enough = self.patience.skip_after_s, self.patience.min_clients
+        return bool(self.past and limit and waited_s > limit and len(self._ready()) >= enough)
+
+    @property
+    def full(self) -> str:
+        """Say that nobody else can join."""
+        return f"the run {self.run.run} has its {counted(len(self.places), 'client')}"
+
+    @property
+    def missing(self) -> str:
+        """Say who is not there yet, or any more."""
+        ready = self._ready()
+        if self._has_begun:
+            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_out}
+            names = ", ".join(f"client_{k} ({place.why})" for k, place in sorted(away.items()))
+            return f"waiting for {names}"
+        any_will_do = len(self.ids) > self.needed
+        ids = sorted((self._taken() if any_will_do else self.ids) - ready)
+        count = max(self.needed - len(ready), len(self._taken()) - len(ready))
+        names = f": {', '.join(map(str, ids))}" if ids else ""
+        return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
+
+    # Registering, before the start and later
+
+    def _take_id(self, wanted: int, instance: str, link: DrainedConnection) -> int:
+        """Give a connection the id that it wants, or with ``ANY_ID`` the lowest free.
 
         Raises:
             RunError: it cannot be had.
         """
-        if self.taken == self.ids:
-            raise RunError(self.full)
+        free = sorted(self.ids - self._taken())
         if wanted == ANY_ID:
-            wanted = min(self.ids - self.taken)
+            if not free:
+                raise RunError(self.full)
+            wanted = free[0]
         if wanted not in self.ids:
             every = sorted(self.ids)
             in_a_row = every == list(range(len(every)))
             known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
-        if wanted in self.taken:
+        place = self.places.setdefault(wanted, Place())
+        if place.link and place.instance != instance:
             raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
-        self.taken.add(wanted)
+        if place.link:  # the same process: it has noticed before us that its connection is dead
+            self._lose(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
+        place.link, place.instance, place.ready = link, instance, False
         return wanted
 
-    @property
-    def full(self) -> str:
-        """Say that nobody else can join."""
-        return f"the run {self.run.run} has its {counted(len(self.taken), 'client')}"
-
-    @property
-    def complete(self) -> bool:
-        """Whether enough clients are ready, and nobody who registered is still loading."""
-        return len(self.joined) >= self.needed and self.taken == self.joined.keys()
-
-    @property
-    def missing(self) -> str:
-        """Say who is not there yet."""
-        any_will_do = len(self.ids) > self.needed
-        ids = sorted((self.taken if any_will_do else self.ids) - self.joined.keys())
-        count = max(self.needed - len(self.joined), len(self.taken) - len(self.joined))
-        names = f": {', '.join(map(str, ids))}" if ids else ""
-        return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
-
-
-def gather(
-    switchboard: Switchboard,
-    run: RunConfig,
-    events: EventLog,
-    past: Past | None,
-    fed: str = HERE,
-) -> dict[int, Joined]:
-    """Register clients until enough are there with their data: those of the past, if there is one.
-
-    Whoever connects and is no client of the run is turned away, now and later, and the run goes on.
-
-    Raises:
-        RunError: a client that had registered left again.
-    """
-    if past:
-        lobby = Lobby(run, past.num_samples, past.clients)
-    else:
-        lobby = Lobby(run, range(run.most_clients), run.clients)
-    first_round = past.first_round if past else 0
-    welcome = Welcome(ANY_ID, run, first_round, past is not None, fed)
-    conversations: dict[DrainedConnection, Conversation[Joined]] = {}
-    noticed_at = time.monotonic()
-    while not lobby.complete:
-        for connection in switchboard.wait_for_any(timeout_s=1.0):
-            if connection not in conversations:
-                connection.name = "server"
-                conversations[connection] = server_join(connection, welcome, lobby.take_id)
-                next(conversations[connection])
-            _resume(connection, conversations[connection], lobby, switchboard, events)
-        now = time.monotonic()
-        for connection in switchboard.connections:
-            if not connection.peer_name and now - connection.accepted_at > REGISTER_WITHIN_S:
-                events.note(f"turned away {connection.address}: it did not register")
-                switchboard.drop(connection, f"register within {REGISTER_WITHIN_S:g} seconds")
-        open_ones = set(switchboard.connections)
-        conversations = {c: conversations[c] for c in conversations if c in open_ones}
-        if now - noticed_at > NOTICE_EVERY_S:
-            noticed_at = now
-            _notify(lobby)
-    switchboard.turn_away(lobby.full)
-    for connection in switchboard.connections:
-        if not connection.peer_name:
-            switchboard.drop(connection, lobby.full)
-    return dict(sorted(lobby.joined.items()))
-
-
-def _resume(
-    connection: DrainedConnection,
-    conversation: Conversation[Joined],
-    lobby: Lobby,
-    switchboard: Switchboard,
-    events: EventLog,
-) -> None:
-    """Let one connection's registration go on with the message that has arrived."""
-    try:
-        if any(joined.link is connection for joined in lobby.joined.values()):
-            connection.receive_message_as_json()  # nothing is due from it: whatever came is wrong
-        next(conversation)
-        events.say(f"{connection.peer_name} registered from {connection.address}")
-    except StopIteration as end:
-        joined: Joined = end.value
-        lobby.joined[joined.client] = joined
-        counts = joined.data.num_samples
-        shown = ", ".join(f"{count} {part}" for part, count in counts.items())
-        events.say(f"{connection.peer_name} is ready: {shown} samples")
-        if not lobby.complete:
-            events.say(lobby.missing)
-            _notify(lobby)
-    except SflError as error:
-        if connection.peer_name:
-            raise _left(connection, error) from error
-        events.note(f"turned away {connection.address}: {error}")
-        switchboard.drop(connection, str(error))
-
-
-def _notify(lobby: Lobby) -> None:
-    for joined in lobby.joined.values():
+    def _register(self, connection: DrainedConnection) -> None:
+        """Let one connection's registration go on with the message that has arrived."""
+        if connection not in self._joining:
+            connection.name = "server"
+            welcome = self._welcome()
+            self._joining[connection] = server_join(
+                connection, welcome, lambda wanted, who: self._take_id(wanted, who, connection)
+            )
+            next(self._joining[connection])
         try:
-            joined.link.send_message_as_json(MessageType.MESSAGE, content=lobby.missing)
+            next(self._joining[connection])
+            self.events.say(f"{connection.peer_name} registered from {connection.address}")
+        except StopIteration as end:
+            del self._joining[connection]
+            self._is_ready(end.value, connection)
         except SflError as error:
-            raise _left(joined.link, error) from error
+            del self._joining[connection]
+            if connection.peer_name:
+                self._left(connection, error)
+            else:
+                self.events.note(f"turned away {connection.address}: {error}")
+                self.switchboard.drop(connection, str(error))
 
+    def _welcome(self) -> Welcome:
+        known = frozenset(k for k, place in self.places.items() if place.instance)
+        return Welcome(
+            ANY_ID, self.run, self.past.first_round if self.past else 0,
+            goes_on=self.goes_on, fed=self.fed, known=known,
+            heartbeat_s=self.switchboard.heartbeat_s,
+        )  # fmt: skip
 
-def _left(link: Link, error: SflError) -> RunError:
-    return RunError(f"{link.peer_name} left before the start: {error}")
+    def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
+        place = self.places[joined.client]
+        if why := self._unlike(joined, place.joined):
+            self._left(connection, ProtocolError(why))
+            return
+        if place.joined:
+            for difference in differences(place.joined.fingerprint, joined.fingerprint):
+                self.events.say(
+                    f"warning: client_{joined.client} comes back with {difference} before: the last"
+                    " bit may differ"
+                )
+        place.joined, place.ready, place.is_out = joined, True, False
+        if self._has_begun:
+            self.events.say(f"client_{joined.client} is back")
+            self.on_return(joined)
+            self._changes.append((joined.client, True))
+            return
+        shown = ", ".join(f"{count} {part}" for part, count in joined.data.num_samples.items())
+        self.events.say(f"client_{joined.client} is ready: {shown} samples")
+        if not self.complete:
+            self.events.say(self.missing)
+            self._notify()
+
+    def _unlike(self, joined: Joined, before: Joined | None) -> str:
+        """Say what is wrong with a client that should be the one that was here before."""
+        digest = before.data.digest if before else ""
+        if self.past:
+            digest = self.past.digests[joined.client]
+        if digest in ("", joined.data.digest):
+            return ""
+        return (
+            f"client_{joined.client} has other data than it had in this run; give each client the"
+            " --client-id and the --data-dir that it had"
+        )
+
+    def _left(self, connection: DrainedConnection, error: SflError) -> None:
+        """Free the place of a client that could not be made ready.
+
+        Raises:
+            RunError: it says that it cannot take part, and nothing is lost by an end.
+        """
+        client = self._client_of(connection)
+        passing = self.patience.comes_back and isinstance(
+            error, ConnectionLost | Damaged | PeerLeft
+        )
+        if client is None or not (self._has_begun or passing):
+            raise RunError(f"{connection.peer_title} left before the start: {error}") from error
+        self._lose(client, error)
+
+    # In a round
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
+        drained = [link for link in links if isinstance(link, DrainedConnection)]
+        return self._attend(drained, gates)
+
+    def _attend(
+        self, links: Collection[DrainedConnection], gates: Collection[Gate]
+    ) -> DrainedConnection | None:
+        """Wait until something happens, and see to whoever is not in ``links``."""
+
+        def others() -> list[DrainedConnection]:
+            held = {place.link for place in self.places.values() if place.is_here}
+            return [
+                c for c in self.switchboard.connections
+                if c not in links and (c.failed if c in held else c.arrived)
+            ]  # fmt: skip
+
+        def ready() -> bool:
+            return any(c.arrived for c in links) or bool(others()) or any(g() for g in gates)
+
+        self.switchboard.until(ready, TICK_S)
+        if link := first_arrived(links):
+            return link
+        for connection in others():
+            client, why = self._client_of(connection), connection.ending()
+            if client is None or not self.places[client].ready or why is None:
+                self._register(connection)
+            elif self._has_begun:
+                self.lost(client, why)
+                self._changes.append((client, False))
+            else:
+                self._left(connection, why)
+        self._look_at_the_time()
+        return None
+
+    def _client_of(self, connection: DrainedConnection) -> int | None:
+        return next((k for k, place in self.places.items() if place.link is connection), None)
+
+    def _look_at_the_time(self) -> None:
+        """Turn away who does not register, drop who is silent, say who is missing."""
+        for connection in self.switchboard.connections:
+            if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
+                self._joining.pop(connection, None)
+                self.events.note(f"turned away {connection.address}: it did not register")
+                reason = f"register within {REGISTER_WITHIN_S:g} seconds"
+                self.switchboard.drop(connection, reason)
+        limit = self.patience.skip_after_s
+        for client, place in self.places.items():
+            silent_s = place.link.silent_s() if place.link and place.ready else 0.0
+            if limit and self._has_begun and silent_s > limit:
+                error = ConnectionLost(f"client_{client} was silent for {silent_s:.0f} seconds")
+                self.lost(client, error)
+                place.lost_at -= silent_s
+                self._changes.append((client, False))
+        if time.monotonic() - self._noticed_at > NOTICE_EVERY_S:
+            waits = any(not p.is_here and not p.is_out for p in self.places.values())
+            if waits or not self._has_begun:
+                if self._has_begun:
+                    self.events.say(self.missing)
+                self._notify()
+            self._noticed_at = time.monotonic()
+
+    def is_here(self, client: int) -> bool:
+        return self.places[client].is_here
+
+    def is_out(self, client: int) -> bool:
+        return self.places[client].is_out
+
+    def lost(self, client: int, error: SflError) -> None:
+        if not self.patience.comes_back:
+            raise error
+        self._lose(client, error)
+
+    def _lose(self, client: int, error: SflError) -> None:
+        """Let go of a client's connection, and tell the others whom we wait for."""
+        place = self.places[client]
+        if place.link:
+            at_fault = isinstance(error, ProtocolError | IntegrityError) and not isinstance(
+                error, Damaged
+            )
+            last_words = MessageType.INVALID_MESSAGE if at_fault else MessageType.ABORT
+            self._joining.pop(place.link, None)
+            self.switchboard.drop(place.link, str(error), last_words)
+        place.link, place.ready, place.lost_at, place.why = (
+            None,
+            False,
+            time.monotonic(),
+            str(error),
+        )
+        self.events.say(f"client_{client} is away: {error}")
+        if not place.is_out:
+            self._noticed_at = time.monotonic()
+            self._notify()
+
+    def take_changes(self) -> list[tuple[int, bool]]:
+        changes, self._changes = self._changes, []
+        return changes
+
+    def gives_up(self, client: int, others: int) -> bool:
+        place, limit = self.places[client], self.patience.skip_after_s
+        if place.is_here or not limit or time.monotonic() - place.lost_at < limit:
+            return False
+        if others < self.patience.min_clients:
+            return False
+        place.is_out = True
+        return True
+
+    def why_away(self, client: int) -> str:
+        return self.places[client].why
+
+    def end_soon(self) -> None:
+        self.patience = Patience(self.patience.comes_back, GOODBYE_S, 0)
+
+    def _notify(self) -> None:
+        """Tell those who wait for whom they do; who is gone is noticed elsewhere."""
+        for place in self.places.values():
+            if place.is_here and place.link:
+                try:
+                    place.link.send_message_as_json(MessageType.MESSAGE, content=self.missing)
+                except (ConnectionLost, PeerFailed):
+                    continue

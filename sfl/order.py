@@ -11,8 +11,8 @@ back, whose step is next::
 A copy of the back that serves one client takes that client's steps as they come.
 """
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,7 +22,8 @@ from sfl.config import RunConfig
 from sfl.driver import Gate
 from sfl.gradients import GradientPool
 from sfl.schemes import Exchange, Fronts, scheme
-from sfl.segment import Segment
+from sfl.segment import Segment, Snapshot
+from sfl.spool import Spool
 from sfl.weights import NamedWeights
 
 
@@ -62,6 +63,14 @@ class Turns:
         if self._left is not None:
             self._next = next(self._left, None)
 
+    def drop(self, client: int) -> None:
+        """Leave out a client from now on."""
+        if self._left is not None:
+            left = self._left
+            self._left = (k for k in left if k != client)
+            if self._next == client:
+                self.done()
+
 
 class RoundPlan:
     """One round: who takes part, whose turn it is, and what passes from client to client."""
@@ -72,29 +81,92 @@ class RoundPlan:
         round_index: int,
         num_steps: Mapping[int, int],
         backs: Mapping[int, Segment],
+        *,
+        spool: Spool,
+        may_skip: bool = False,
     ) -> None:
-        """``num_steps``: of each client in a round, taking part or not."""
+        """``num_steps``: of each client that is there, taking part in the round or not.
+
+        ``may_skip``: a client may be dropped, so that what it did must be undone.
+        """
         row = scheme(run.scheme)
+        self._run, self._backs, self._may_skip = run, backs, may_skip
+        self.spool = spool
+        self.starts: dict[int, NamedWeights | None] = {}  # of who has begun: whose front it has
+        self.ended: set[int] = set()
+        self.left: set[int] = set()  # who was dropped
+        self.unlike: set[int] = set()  # who sent something else when it redid a step
+        self._snapshots: dict[int, Snapshot] = {}
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
-        self.rounds = Turns(self.order if in_turns else None)
+        self.rounds = Turns(tuple(self.order) if in_turns else None)
         self.relayed: NamedWeights | None = None  # what the next client starts from
         self.steps: dict[int, Turns] = {}
-        self.taken = {b: itertools.count() for b in backs}  # steps that a back has taken
+        self._taken: Counter[int] = Counter()  # steps of each client that its back has taken
         for b in backs:
             ours = [k for k in self.order if row.back_of(k) == b]
             fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
             self.steps[b] = Turns(interleaved(ours, num_steps) if fixed else None)
         gathers = row.exchange is Exchange.WEIGHT_GRADS
-        self.pool = GradientPool(run, backs[0], self.num_steps) if gathers else None
+        self.pool = GradientPool(run, backs[0], self.num_steps, spool) if gathers else None
 
     def num_steps_for(self, client: int) -> int:
         """Return how many answers a client waits for: its own steps, or those of the longest."""
         return self.num_steps[client] if self.pool is None else max(self.num_steps.values())
 
-    def end_turn(self, front: NamedWeights) -> None:
-        """End the turn of the client that these weights are from, if clients take turns."""
-        if self.rounds.in_order:
+    def turn_of(self, client: int) -> Gate:
+        """Return what opens when a client may train: at its turn, and again if it redoes it."""
+        is_its_turn = self.rounds.of(client)
+        return lambda: client in self.starts or is_its_turn()
+
+    def begin(self, client: int) -> NamedWeights | None:
+        """Begin a client's round, or let it redo it; return whose front it starts from."""
+        if client not in self.starts:
+            self.starts[client] = self.relayed
+            if self._may_skip and self._leaves_no_trace(client) and self._backs:
+                back = self._backs[scheme(self._run.scheme).back_of(client)]
+                self._snapshots[client] = back.snapshot(weights=self.rounds.in_order)
+        return self.starts[client]
+
+    def end_turn(self, client: int, front: NamedWeights) -> None:
+        """End a client's round with these weights, if it has not ended before."""
+        if client not in self.ended and self.rounds.in_order:
             self.relayed = front
             self.rounds.done()
+            self._snapshots.pop(client, None)
+        self.ended.add(client)
+
+    def drop(self, client: int) -> bool:
+        """Go on without a client; say whether the round is as if it had never taken part.
+
+        A back that others train as well, in between, keeps the steps that it has taken for it. One
+        that it has for itself, or for its turn, goes back to where it was.
+        """
+        self.left.add(client)
+        self.order.remove(client)
+        del self.num_steps[client]
+        self.rounds.drop(client)
+        for turns in self.steps.values():
+            turns.drop(client)
+        if self.pool is not None:
+            self.pool.drop(client)
+        if not self._leaves_no_trace(client):
+            return False
+        if snapshot := self._snapshots.pop(client, None):
+            self._backs[scheme(self._run.scheme).back_of(client)].restore(snapshot)
+            del self._taken[client]
+        return True
+
+    def take(self, client: int) -> int:
+        """Count a step of a client's back; return how many it had taken before."""
+        back_of = scheme(self._run.scheme).back_of
+        before = sum(n for k, n in self._taken.items() if back_of(k) == back_of(client))
+        self._taken[client] += 1
+        return before
+
+    def _leaves_no_trace(self, client: int) -> bool:
+        """Say whether nobody else's steps come between those of a client on its back."""
+        back_of = scheme(self._run.scheme).back_of
+        alone = all(back_of(k) != back_of(client) for k in self.order if k != client)
+        return self.pool is None and (alone or self.rounds.in_order)

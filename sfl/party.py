@@ -76,7 +76,7 @@ class ClientParty(Party):
     front: Segment
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
-    first_round: int = 0  # later if the run goes on from where it was
+    on_start: Callable[[int], None] = lambda round_index: None  # takes its own things of then
     waited_s: float = 0.0  # for the server's answers, since the start of the round
 
 
@@ -95,6 +95,10 @@ class ServerParty(Party):
 
     backs: Mapping[int, Segment]  # all copies of the server's model; none if there is none
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
+    # What the client at the other end has, since it connected: what this round starts from, and
+    # what its own training made of this one. A client that is back has neither.
+    at_start_of: int = -1
+    has_trained: int = -1
     compute_s: float = 0.0  # the server's arithmetic for this client, since the round's start
 
     @property

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
-from sfl.errors import IntegrityError, ProtocolError
+from sfl.errors import Damaged, ProtocolError
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class MessageType(StrEnum):
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
     REQUEST_TO_START = "REQUEST_TO_START"  # C: my data are loaded: samples, classes, shape
     MESSAGE = "MESSAGE"  # S: a notice for people, at any moment
+    GO_ON = "GO_ON"  # S: this round is done (-1: none is); which front the next starts from
     START_TRAINING = "START_TRAINING"  # S: train in round r: from which front, how many steps
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
@@ -66,7 +67,8 @@ class MessageType(StrEnum):
     )
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
-    UNREGISTER = "UNREGISTER"  # C: goodbye after TRAINING_DONE
+    UNREGISTER = "UNREGISTER"  # C: goodbye after TRAINING_DONE; or, with a reason, for now
+    HEARTBEAT = "HEARTBEAT"  # C, S: I am here; at any moment, and not counted
     INVALID_MESSAGE = "INVALID_MESSAGE"  # C, S: I refuse what you sent, and why
     ABORT = "ABORT"  # C, S: I cannot go on, and why
 
@@ -101,7 +103,8 @@ class Position:
 class Message:
     """One message; ``payload`` holds the bytes of a file, or nothing.
 
-    ``head_bytes`` is what else of it came over the wire; 0 if it has not yet.
+    ``head_bytes`` is what else of it came over the wire; 0 if it has not yet. ``checksum`` is the
+    payload's; "" if nobody has computed it.
     """
 
     type: MessageType
@@ -111,6 +114,7 @@ class Message:
     at: Position = field(default_factory=Position)
     payload: bytes | bytearray | memoryview = b""
     head_bytes: int = field(default=0, compare=False)
+    checksum: str = field(default="", compare=False)
 
     def get(self, name: str, kind: builtins.type[T]) -> T:
         """Return a field of the content, which must be an object, or raise ``ProtocolError``."""
@@ -230,7 +234,7 @@ class Decoder:
     and length have been checked against ``limits``, which may be replaced between messages.
 
     ``next_message`` raises ``ProtocolError`` for bytes that are no frame or exceed a limit, and
-    ``IntegrityError`` for a payload whose checksum differs. The decoder is of no use afterwards.
+    ``Damaged`` for a payload whose checksum differs. The decoder is of no use afterwards.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -344,8 +348,8 @@ class Decoder:
         assert message is not None
         payload, self._payload = self._payload, bytearray()
         if payload and _checksum_text(self._crc) != self._announced:
-            raise IntegrityError(f"the file of a {message.type} arrived damaged: checksum differs")
+            raise Damaged(f"the file of a {message.type} arrived damaged: checksum differs")
         return Message(
             message.type, message.sender, message.receiver, message.content, message.at, payload,
-            head_bytes,
+            head_bytes, self._announced,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 ::
 
     client (client_join)                             server (server_join)
-    REGISTER {client_id, fingerprint}            ->
+    REGISTER {client_id, instance, fingerprint}  ->
                                                  <-  REGISTERED {client_id, config, round, ...}
                                                  or  INVALID_MESSAGE: why not
     REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
@@ -12,6 +12,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from sfl.protocol import Message, MessageType
 
 ANY_ID = -1  # a client that takes what is free
 MAX_CLASSES = 1000
+MAX_ROUNDS_KEPT = 16
 HASHED_AT_ONCE = 256  # samples, of which no more than these are in memory
 MAX_SIDE = 65_536  # of an image
 
@@ -45,6 +47,7 @@ class DataReport:
     input_shape: tuple[int, ...]
     digest: str  # of the samples and the run's name: whether they are the same when it goes on
     class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
+    rounds: tuple[int, ...] = ()  # of which it has what only it has; none: it has nothing such
 
     @classmethod
     def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
@@ -83,14 +86,19 @@ class Welcome:
     first_round: int  # that is not done yet
     goes_on: bool = False  # it has begun before, and its folders are there
     fed: str = HERE  # APART: it has no port, the weights go through the store
+    heartbeat_s: float = 0.0  # how often the server wants to hear from a client
+    known: frozenset[int] = frozenset()  # clients that have begun before, in any case
 
 
 def client_join(
-    link: Link, wanted_id: int | None, fingerprint: Mapping[str, str]
+    link: Link, wanted_id: int | None, fingerprint: Mapping[str, str], instance: str
 ) -> Conversation[Welcome]:
-    """Register, and return what the server says."""
+    """Register, and return what the server says.
+
+    ``instance`` is this process's alone: who connects anew with it is no other client.
+    """
     wanted = ANY_ID if wanted_id is None else wanted_id
-    content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
+    content = {"client_id": wanted, "instance": instance, "fingerprint": dict(fingerprint)}
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     reply = link.receive_message_as_json(MessageType.REGISTERED)
@@ -105,7 +113,11 @@ def client_join(
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) < run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
-    return Welcome(client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str))
+    if not 0 < (heartbeat_s := reply.get("heartbeat_s", float)) < math.inf:
+        raise ProtocolError(f"the server wants to hear from us every {heartbeat_s} seconds")
+    return Welcome(
+        client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str), heartbeat_s
+    )
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -121,12 +133,12 @@ def send_report(link: Link, report: DataReport) -> None:
 
 
 def server_join(
-    link: Link, welcome: Welcome, take_id: Callable[[int], int]
+    link: Link, welcome: Welcome, take_id: Callable[[int, str], int]
 ) -> Conversation[Joined]:
     """Register one client and wait until its data are loaded.
 
-    ``welcome`` is for every client, apart from its id, which ``take_id`` gives; it raises
-    ``RunError`` to turn the client away.
+    ``welcome`` is for every client, apart from its id, which ``take_id`` gives for the id that it
+    wants and its instance; it raises ``RunError`` to turn the client away.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -134,14 +146,17 @@ def server_join(
         fingerprint = check_fingerprint(hello.get("fingerprint", dict))
     except ConfigError as error:
         raise ProtocolError(str(error)) from error
-    client = take_id(hello.get("client_id", int))
+    if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
+        raise ProtocolError("a client does not say which process it is")
+    client = take_id(hello.get("client_id", int), instance)
     link.peer_name = f"client_{client}"
     content = {
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
-        "goes_on": welcome.goes_on,
+        "goes_on": welcome.goes_on or client in welcome.known,
         "fed": welcome.fed,
+        "heartbeat_s": welcome.heartbeat_s,
     }
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     yield link
@@ -167,8 +182,11 @@ def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     wanted = len(classes) if run.class_weights == BALANCED else 0
     if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
         raise ProtocolError(f"client_{client} reports no samples of each class")
+    rounds = message.get("rounds", list)
+    if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
+        raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, tuple(shape), digest, tuple(told))
+    return DataReport(samples, names, tuple(shape), digest, tuple(told), tuple(rounds))
 
 
 def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 Resuming and replay both begin a round with what the one before wrote down.
 """
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
 
 import sfl.archive
-from sfl.archive import MANIFEST, ROUND_LOG, RunArchive
+from sfl.checkpoint import Checkpoint, lying, whole
 from sfl.config import RunConfig, counted
-from sfl.errors import ConfigError, RunError
+from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.options import check_goes_on
 from sfl.outcome import (
     BACK,
@@ -30,35 +33,50 @@ from sfl.outcome import (
 from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
-from sfl.tensors import decode_state
+from sfl.tensors import StateSpec, decode_state
+
+
+class Files(Protocol):
+    """Checked files of a run's folder: all that are recorded, or those of a checkpoint."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def lists(self, path: str) -> bool: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]: ...
 
 
 def read_halves(
-    archive: RunArchive, run: RunConfig, split: SplitModel, round_index: int
+    files: Files, run: RunConfig, split: SplitModel, round_index: int
 ) -> dict[str, Half]:
     """Return the halves that everyone started a round from, of those that there are.
 
     Raises:
         IntegrityError: a file of theirs is damaged or missing.
     """
-    files = {}
-    fronts_lie_here = archive.lists(model_path(CLIENT_MODEL, -1))  # not with a main server alone
+    wanted = {}
+    last = round_index - 1
+    # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
+    fronts_lie_here = any(files.lists(model_path(CLIENT_MODEL, r)) for r in (-1, last))
     if fronts_lie_here and (round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN):
-        files[FRONT] = CLIENT_MODEL, split.front_spec
-    if has_back_files(run) and archive.lists(model_path(SERVER_MODEL, -1)):
-        files[BACK] = SERVER_MODEL, split.back_spec
+        wanted[FRONT] = CLIENT_MODEL, split.front_spec
+    if has_back_files(run) and any(files.lists(model_path(SERVER_MODEL, r)) for r in (-1, last)):
+        wanted[BACK] = SERVER_MODEL, split.back_spec
     halves = {}
-    for name, (template, spec) in files.items():
-        state = archive.state(model_path(template, round_index - 1), spec)
-        path, memory = model_path(MEMORY, round_index - 1, half=name), {}
-        if round_index > 0 and archive.lists(path):
-            memory = archive.state(path, memory_spec(run, spec, split.parameter_names))
+    for name, (template, spec) in wanted.items():
+        state = files.state(model_path(template, last), spec)
+        path, memory = model_path(MEMORY, last, half=name), {}
+        if files.lists(path):
+            memory = files.state(path, memory_spec(run, spec, split.parameter_names))
         halves[name] = Half(state, memory)
     return halves
 
 
 def load_backs(
-    archive: RunArchive,
+    files: Files,
     run: RunConfig,
     backs: Mapping[int, Segment],
     halves: Mapping[str, Half],
@@ -73,42 +91,29 @@ def load_backs(
     for b, back in backs.items():
         back.load(start.state)
         if run.optimizer_state == "keep" and round_index > 0:
-            _load_optimizer(archive, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
+            _load_optimizer(files, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
 
 
-def load_front(folder: Path, front: Segment, run: RunConfig, client: int, first_round: int) -> None:
-    """Bring a client's front and optimiser to where its own folder has them.
+def load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
+    """Bring a client's front and optimiser to where its own checkpoint has them.
 
     Raises:
-        RunError: the folder does not have what only this client had.
         IntegrityError: a file of theirs is damaged or missing.
     """
-    last = first_round - 1
-    front_path = model_path(ONE_CLIENT_MODEL, last, client=client)
-    optimizer_path = model_path(CLIENT_OPTIMIZER, last, client=client)
-    keeps_front, keeps_optimizer = (
-        scheme(run.scheme).fronts is Fronts.OWN,
-        run.optimizer_state == "keep",
-    )
-    if not keeps_front and not keeps_optimizer:
+    if checkpoint.round == 0:
         return
-    archive = sfl.archive.open(folder)
-    for path, wanted in ((front_path, keeps_front), (optimizer_path, keeps_optimizer)):
-        if wanted and not archive.lists(path):
-            raise RunError(
-                f"{folder} lacks {path}, which only client_{client} has: start it where it ran"
-                " before, with the same --out"
-            )
-    if keeps_front:
-        front.load(archive.state(front_path, front.spec))
-    if keeps_optimizer:
-        _load_optimizer(archive, front, optimizer_path)
+    last = checkpoint.round - 1
+    if scheme(run.scheme).fronts is Fronts.OWN:
+        path = model_path(ONE_CLIENT_MODEL, last, client=client)
+        front.load(checkpoint.state(path, front.spec))
+    if run.optimizer_state == "keep":
+        _load_optimizer(checkpoint, front, model_path(CLIENT_OPTIMIZER, last, client=client))
 
 
-def _load_optimizer(archive: RunArchive, segment: Segment, path: str) -> None:
+def _load_optimizer(files: Files, segment: Segment, path: str) -> None:
     """Load what was kept of an optimiser; nothing is in it if that had taken no step."""
-    data, spec = archive.read(path), segment.optimizer_spec()
-    state = decode_state(data, spec, str(archive.root / path), or_empty=True)
+    data, spec = files.read(path), segment.optimizer_spec()
+    state = decode_state(data, spec, str(files.root / path), or_empty=True)
     segment.load_optimizer_state(state)
 
 
@@ -117,14 +122,13 @@ def check_same_run(folder: Path, run: RunConfig) -> None:
 
     Raises:
         RunError: it is of another run of that name.
-        IntegrityError: its records are damaged.
     """
-    if not (folder / MANIFEST).exists():
-        return
-    recorded = sfl.archive.open(folder).config()
     try:
+        recorded = json.loads((folder / "config.json").read_bytes())
         check_goes_on(recorded, asdict(run) | {"keep_tensors": recorded["keep_tensors"]})
-    except ConfigError as error:
+    except FileNotFoundError:  # it was killed before it wrote any
+        return
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is of another run: {error}") from error
 
 
@@ -132,62 +136,120 @@ def check_same_run(folder: Path, run: RunConfig) -> None:
 class Past:
     """What a run did before it goes on."""
 
-    archive: RunArchive
-    first_round: int  # that it goes on with
-    done: int  # rounds
-    num_samples: Mapping[int, Mapping[str, int]]  # of each client
-    digests: Mapping[int, str]  # of each client's data
-    fingerprint: Mapping[str, str]  # of what it ran on
+    checkpoints: Sequence[Checkpoint]  # that it may go on from, the newest first
+    damage: Sequence[str]  # why it does not go on from newer ones
+
+    @property
+    def first_round(self) -> int:
+        """The round that it goes on with."""
+        return self.checkpoints[0].round
+
+    @property
+    def files(self) -> Checkpoint:
+        return self.checkpoints[0]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What is recorded of the clients' data."""
+        described: Mapping[str, Any] = self.files.about["data"]
+        return described
+
+    @property
+    def num_samples(self) -> Mapping[int, Mapping[str, int]]:
+        return {int(k): parts for k, parts in self.data["num_samples"].items()}
+
+    @property
+    def digests(self) -> Mapping[int, str]:
+        return {int(k): digest for k, digest in self.data["digests"].items()}
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What it ran on."""
+        theirs: Mapping[str, str] = self.files.about["fingerprint"]
+        return theirs
 
     @property
     def clients(self) -> int:
         return len(self.num_samples)
 
+    def at(self, round_index: int) -> "Past":
+        """Return what goes on with this round, if there is a checkpoint of it.
 
-def open_past(folder: Path, run: RunConfig, first_round: int | None = None) -> Past:
-    """Return how far a run got; ``first_round`` is the one to go on with, if somebody else says.
+        Raises:
+            RunError: there is none.
+        """
+        left = [c for c in self.checkpoints if c.round == round_index]
+        if not left:
+            there = ", ".join(str(c.round) for c in self.checkpoints)
+            raise RunError(
+                f"{self.files.root} can go on with round {there}, the others with {round_index}"
+            )
+        return replace(self, checkpoints=left)
+
+    def that_all_have(self, rounds: Mapping[int, Collection[int]]) -> "Past":
+        """Return what goes on with the newest round that all clients can start.
+
+        ``rounds``: of which a client has what only it has; none: it needs nothing of its own.
+
+        Raises:
+            RunError: there is no such round.
+        """
+        for checkpoint in self.checkpoints:
+            if all(not has or checkpoint.round in has for has in rounds.values()):
+                return self.at(checkpoint.round)
+        ours = ", ".join(str(c.round) for c in self.checkpoints)
+        theirs = "; ".join(f"client_{k} {', '.join(map(str, r))}" for k, r in rounds.items() if r)
+        raise RunError(
+            f"no round that all have what it starts from: the server has that of {ours}; {theirs}"
+        )
+
+
+def has_begun(folder: Path) -> bool:
+    """Say whether a run has come so far that there is something to go on from."""
+    return bool(lying(folder))
+
+
+def open_past(folder: Path, run: RunConfig) -> Past:
+    """Return how far a run got.
 
     Raises:
-        RunError: the folder is none of a run that started.
-        IntegrityError: its records are damaged.
-        ConfigError: there is nothing left to do.
+        RunError: it has not begun, or is of another configuration.
+        IntegrityError: no checkpoint of it is whole.
     """
-    archive = sfl.archive.open(folder)
-    rounds = [entry.round for entry in archive.listed if entry.kind == ROUND_LOG]
-    done = max(rounds, default=-1) + 1
-    if not archive.lists("environment.json"):
-        raise RunError(f"the run in {folder} never started; start it again under another --run")
-    if first_round is None and run.rounds <= done:
+    if not lying(folder):
+        raise RunError(f"the run in {folder} has not begun")
+    damage: list[str] = []
+    checkpoints = list(whole(folder, run, damage))
+    if not checkpoints:
+        raise IntegrityError(f"nothing to go on from is whole: {'; '.join(damage)}")
+    return Past(checkpoints, damage)
+
+
+def check_unfinished(past: Past, run: RunConfig) -> None:
+    """See that a run has something left to do, if only to tell its clients that it is over.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    folder, done = past.files.root, past.first_round
+    finished = any(entry.kind == "summary" for entry in sfl.archive.open(folder).listed)
+    if run.rounds < done or (run.rounds == done and finished):
         raise ConfigError(
             f"the run in {folder} has done its {counted(done, 'round')};"
             " say with --rounds how many it shall have in all"
         )
-    if first_round is not None and first_round > done:
-        raise RunError(f"{folder} has {counted(done, 'round')}, the run {first_round}")
-    environment = archive.environment()
-    counts = environment["data"]["num_samples"]
-    samples = {int(k): parts for k, parts in counts.items()}
-    digests = {int(k): digest for k, digest in environment["data"]["digests"].items()}
-    first_round = done if first_round is None else first_round
-    return Past(archive, first_round, done, samples, digests, environment["fingerprint"])
 
 
-def drop_partial_rounds(past: Past) -> None:
-    """Remove the tensors of a round that did not end: it is done again."""
-    for folder in past.archive.folders():
-        if int(folder.name.removeprefix("round_")) >= past.first_round:
-            shutil.rmtree(folder)
-
-
-def check_same_data(past: Past, digests: Mapping[int, str]) -> None:
-    """See that the clients have the data that they had before.
+def own_checkpoints(folder: Path, run: RunConfig) -> list[Checkpoint]:
+    """Return a client's checkpoints that are whole, the newest first, ending in that of round 0.
 
     Raises:
-        RunError: a client has others.
+        RunError: one is of another run of that name.
     """
-    for k, before in past.digests.items():
-        if before != digests[k]:
-            raise RunError(
-                f"client_{k} has other data than it had in this run; give each client the"
-                " --client-id and the --data-dir that it had"
-            )
+    config, damage = asdict(run), list[str]()
+    return [*whole(folder, run, damage), Checkpoint(folder, 0, config, {}, {})]
+
+
+def has_own(run: RunConfig) -> bool:
+    """Say whether clients have something that a round starts from and nobody else has."""
+    return scheme(run.scheme).fronts is Fronts.OWN or run.optimizer_state == "keep"

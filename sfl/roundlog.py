@@ -28,8 +28,11 @@ TRAFFIC = (
 ROUND_COLUMNS = (
     "round", "train_loss", "train_acc", *(f"val_{n}" for n in EVALUATED),
     *(f"test_{n}" for n in EVALUATED), *TRAFFIC, "seconds", "server_compute_s",
-    "client_compute_s", "client_wait_s", "client_transfer_s",
+    "client_compute_s", "client_wait_s", "client_transfer_s", "took_part", "missing",
 )  # fmt: skip
+
+
+FIGURES = frozenset(ROUND_COLUMNS) - {"round", "took_part", "missing"}
 
 
 class Progress:
@@ -61,24 +64,36 @@ class RoundLog:
         """A run that goes on keeps the lines of the rounds before ``first_round``."""
         self._folder = folder
         self._rounds = rounds
-        self._steps: dict[int, list[tuple[int, StepFigures]]] = {}
+        self._steps: dict[int, dict[int, StepFigures]] = {}
         self.progress = Progress(rounds)
+        self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
         path = folder.path / "rounds.csv"
-        header = _csv([ROUND_COLUMNS])
-        kept = path.read_bytes().splitlines(keepends=True)[: 1 + first_round] if first_round else []
-        write_file(path, b"".join(kept) or header)
+        rows = read_summary(path.read_bytes()) if first_round else []
+        rows = [row for row in rows if int(row["round"]) < first_round]
+        if rows:
+            self.figures = {n: float(v) for n, v in rows[-1].items() if v and n in FIGURES}
+        kept = [[row.get(name, "") for name in ROUND_COLUMNS] for row in rows]
+        write_file(path, _csv([ROUND_COLUMNS, *kept]), durable=True)
 
     def start_round(self, round_index: int, num_steps: int) -> None:
         self._steps = {}
         self.progress.start(round_index, num_steps)
 
     def step(self, at: Position, figures: StepFigures) -> None:
-        self._steps.setdefault(at.client, []).append((at.step, figures))
+        self._steps.setdefault(at.client, {})[at.step] = figures
         self.progress.step(figures)
+
+    def forget(self, client: int) -> None:
+        """Leave out the steps of a client that left the round without a trace."""
+        self._steps.pop(client, None)
+
+    def say(self, line: str) -> None:
+        """Tell people something about the round."""
+        self._folder.events.say(line)
 
     def train_figures(self) -> dict[str, float]:
         """Return the round's loss and accuracy over all steps, each weighted by its samples."""
-        steps = [figures for of_client in self._steps.values() for _, figures in of_client]
+        steps = [figures for of_client in self._steps.values() for figures in of_client.values()]
         samples = sum(f.samples for f in steps)
         loss = math.fsum(f.loss * f.samples for f in steps) / samples
         return {"train_loss": loss, "train_acc": sum(f.correct for f in steps) / samples}
@@ -88,26 +103,31 @@ class RoundLog:
         round_index: int,
         clients: Mapping[int, Mapping[str, float]],
         overall: Mapping[str, float],
+        took_part: Sequence[int],
+        missing: Mapping[int, str],
     ) -> None:
-        """Write the round's file and its line of ``rounds.csv``."""
+        """Write the round's file and its line of ``rounds.csv``.
+
+        ``took_part``: in the round's order; ``missing``: who was away, and why.
+        """
         self.progress.close()
         rows: list[tuple[object, ...]] = []
         for client, metrics in sorted(clients.items()):
-            for step, figures in self._steps.get(client, []):
+            for step, figures in sorted(self._steps.get(client, {}).items()):
                 name = f"labels_{round_index}_{step}.pt"
                 rows.append((client, name, "loss", figures.loss))
                 rows.append((client, name, "acc", figures.correct / figures.samples))
             name = f"client_model_{round_index:03d}.pt"
             rows.extend((client, name, metric, value) for metric, value in metrics.items())
         path = f"rounds/round_{round_index:03d}.csv"
-        self._folder.archive.write(ROUND_LOG, path, write_table(rows), round_index)
-        row = {"round": round_index, **overall}
-        self._write_summary_row([row.get(name, "") for name in ROUND_COLUMNS])
+        archive = self._folder.archive
+        archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(took_part))
+        why = "; ".join(f"client_{k}: {reason}" for k, reason in sorted(missing.items()))
+        who = ";".join(map(str, took_part))
+        self.figures = dict(overall)
+        row = {"round": round_index, **overall, "took_part": who, "missing": why}
+        archive.append("rounds.csv", _csv([[row.get(name, "") for name in ROUND_COLUMNS]]))
         self._folder.events.say(_summary(round_index, self._rounds, overall))
-
-    def _write_summary_row(self, row: Sequence[object]) -> None:
-        with open(self._folder.path / "rounds.csv", "ab") as stream:
-            stream.write(_csv([row]))
 
 
 class ClientLog:
@@ -116,14 +136,20 @@ class ClientLog:
     def __init__(self, run: RunConfig, folder: RunFolder, steps_an_epoch: int) -> None:
         self._run = run
         self._events = folder.events
-        self._num_steps = steps_an_epoch * run.local_epochs
+        self._steps_a_round = steps_an_epoch * run.local_epochs
         self._loss_sum = 0.0
         self._samples = 0
         self.progress = Progress(run.rounds)
+        self.num_steps = 0  # that were taken, those that were redone included
+
+    def start_over(self) -> None:
+        """Forget the figures of a round that is begun again."""
+        self._loss_sum, self._samples = 0.0, 0
 
     def step(self, at: Position, figures: StepFigures) -> None:
         if at.step == 0:
-            self.progress.start(at.round, self._num_steps)
+            self.progress.start(at.round, self._steps_a_round)
+        self.num_steps += 1
         self._loss_sum += figures.loss * figures.samples
         self._samples += figures.samples
         self.progress.step(figures)
@@ -168,3 +194,9 @@ def read_round(data: bytes) -> dict[tuple[int, str, str], float]:
     """Return a round's file as (client, file, metric) -> value."""
     lines = csv.DictReader(io.StringIO(data.decode()))
     return {(int(r["client"]), r["file"], r["metric"]): float(r["value"]) for r in lines}
+
+
+def read_summary(data: bytes) -> list[dict[str, str]]:
+    """Return the whole lines of ``rounds.csv``, in order of their rounds."""
+    whole = data[: data.rfind(b"\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole.decode())))

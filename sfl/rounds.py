@@ -4,16 +4,27 @@ Faces ``conversation.client_run``. The same code serves sockets and simulation; 
 the links differ.
 """
 
+import contextlib
+import functools
 import time
-from collections.abc import ItemsView, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, ItemsView, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
-from sfl.conversation import TIMES, server_evaluate_round, server_goodbye, server_train
+from sfl.conversation import (
+    TIMES,
+    server_evaluate_round,
+    server_goodbye,
+    server_start,
+    server_train,
+)
+from sfl.crash import crash_point
 from sfl.data import num_batches
-from sfl.driver import Network, run_together
-from sfl.link import KINDS_DOWN, KINDS_UP, Counters
+from sfl.driver import Conversation, Network, run_together
+from sfl.errors import PEER_ERRORS
+from sfl.link import KINDS_DOWN, KINDS_UP, Counters, Link
 from sfl.metrics import Tally, add_up
 from sfl.order import RoundPlan
 from sfl.outcome import (
@@ -31,12 +42,16 @@ from sfl.outcome import (
 )
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.protocol import MessageType
+from sfl.registration import Joined
 from sfl.roundlog import DOWN, TRAFFIC, UP, RoundLog
 from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
+from sfl.spool import Spool
 from sfl.tensors import encode_state
-from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, client_weights
+from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,60 +66,143 @@ class Rounds:
     archive: ArchiveWriter
     log: RoundLog
     halves: dict[str, Half]  # the front and the back that everyone goes on from, where there is one
+    store: Callable[[Link], WeightStore]  # to a client over its link
+    spool: Spool
+    about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
     first_round: int = 0
+    may_skip: bool = False
+    _front: Half | None = None  # that the round started from
+    _missing: dict[int, str] = field(
+        default_factory=dict
+    )  # who left the round, or was out, and why
+    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
     def run_all(self) -> dict[str, float]:
         """Run all rounds that are left and return the figures of the last one."""
         if self.first_round == 0:
             self._write_halves(-1)
-        if front := self.halves.get(FRONT):
-            data = encode_state(front.state)
-            keys = {k: WeightKey(INITIAL, p.at(self.first_round - 1)) for k, p in self._items()}
-            run_together(self.network, {k: p.weights.put(keys[k], data) for k, p in self._items()})
-        figures: dict[str, float] = {}
+            self._commit(0)
         for round_index in range(self.first_round, self.run.rounds):
-            figures = self._round(round_index)
-        for party in self.parties.values():
-            party.link.send_message_as_json(MessageType.TRAINING_DONE, content=figures)
-        run_together(self.network, {k: server_goodbye(p) for k, p in self._items()})
+            self._round(round_index)
+        crash_point("run.before_goodbye")
+        figures = self.log.figures
+        self.network.end_soon()
+        self._together(self._here(), lambda k: self._goodbye(k, figures))
+        crash_point("run.after_goodbye")
         return figures
+
+    def come_back(self, joined: Joined) -> None:
+        """Use a client's new connection from now on; its counters go on."""
+        party = self.parties[joined.client]
+        party.link.counters.add(joined.link.counters)
+        joined.link.counters = party.link.counters
+        joined.link.limits = self.split.server_limits(self.num_steps[joined.client])
+        party.link, party.weights = joined.link, self.store(joined.link)
+        party.at_start_of = party.has_trained = -1
 
     def _items(self) -> ItemsView[int, ServerParty]:
         return self.parties.items()
 
+    def _here(self) -> list[int]:
+        """Return the clients that are there, or are waited for."""
+        return [k for k in self.parties if not self.network.is_out(k)]
+
+    def _together(
+        self,
+        clients: Iterable[int],
+        conversation: Callable[[int], Conversation[T]],
+        on_leave: Callable[[int], None] | None = None,
+    ) -> dict[int, T]:
+        """Hold a conversation with each of these clients, at once."""
+        beginnings = {k: functools.partial(conversation, k) for k in clients}
+        return run_together(self.network, beginnings, on_leave or self._leave)
+
+    def _leave(self, client: int) -> None:
+        """Go on without a client, in this round and until it is back."""
+        self._missing[client] = self.network.why_away(client)
+        self.log.say(f"going on without client_{client}: {self._missing[client]}")
+
     def _round(self, round_index: int) -> dict[str, float]:
         """Run one round and return its figures."""
+        self.check_space()
         started = time.perf_counter()
+        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
+        self._front = self.halves.get(FRONT)
+        self._together(self._here(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
         self._merge(round_index, plan, trained)
         tallies = self._evaluate(round_index, plan)
+        crash_point("validation.after")
         overall = self.log.train_figures()
         for part, prefix in PREFIXES.items():
             overall |= add_up(t[part] for t in tallies.values() if part in t).figures(prefix)
-        for party in self.parties.values():
-            at = party.at(round_index)
-            party.link.send_message_as_json(MessageType.VALIDATION_DONE, content=overall, at=at)
+        for k in tallies:
+            at = self.parties[k].at(round_index)
+            with contextlib.suppress(*PEER_ERRORS):  # who is gone is noticed in the next round
+                self.parties[k].link.send_message_as_json(
+                    MessageType.VALIDATION_DONE, content=overall, at=at
+                )
+        crash_point("round.told")
         clients = {
-            k: self._client_figures(party, before[k], trained.get(k), tallies[k])
+            k: self._client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
             for k, party in self._items()
         }
         overall |= _sums(clients)
         overall["seconds"] = time.perf_counter() - started
-        self.log.end_round(round_index, clients, overall)
+        self.log.end_round(round_index, clients, overall, plan.order, self._missing)
         self.archive.end_round(round_index)
+        self._commit(round_index + 1)
         return overall
+
+    def _start(self, client: int, round_index: int) -> Conversation[None]:
+        """Bring a client to where a round starts, if it has just come."""
+        if self.parties[client].at_start_of == round_index:
+            return
+        front, keeps_own = None, scheme(self.run.scheme).fronts is Fronts.OWN
+        if round_index < self.run.rounds and not (keeps_own and round_index > 0):
+            # The one of the round's start, whatever has been made of it; or the fed server's.
+            front = NamedWeights(INITIAL, encode_state(self._front.state) if self._front else b"")
+        yield from server_start(self.parties[client], front, round_index)
+
+    def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
+        yield from self._start(client, self.run.rounds)
+        yield from server_goodbye(self.parties[client], figures)
 
     def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
         """Let the round's clients train; all copies of the back start with the same weights."""
         for segment in self.backs.values():
             segment.start_round(round_index)
-        plan = RoundPlan(self.run, round_index, self.num_steps, self.backs)
+        self.spool.start_round()
+        num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
+        plan = RoundPlan(
+            self.run, round_index, num_steps, self.backs, spool=self.spool, may_skip=self.may_skip
+        )
         self.log.start_round(round_index, sum(plan.num_steps.values()))
         for party in self.parties.values():
             party.compute_s = 0.0
-        conversations = {k: server_train(self.parties[k], plan, round_index) for k in plan.order}
-        return plan, run_together(self.network, conversations)
+
+        def leave(client: int) -> None:
+            self._leave(client)
+            if plan.drop(client):
+                self.archive.drop_steps(client, round_index)
+                self.log.forget(client)
+
+        drawn = tuple(plan.order)
+        trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
+        for k in sorted(plan.unlike):
+            self.log.say(
+                f"warning: client_{k} has sent other activations than before when it redid its"
+                " steps: it computes other last bits now, or has other data"
+            )
+        return plan, trained
+
+    def _train_one(
+        self, client: int, plan: RoundPlan, round_index: int
+    ) -> Conversation[RoundResult]:
+        yield from self._start(client, round_index)
+        return (yield from server_train(self.parties[client], plan, round_index))
 
     @property
     def num_steps(self) -> dict[int, int]:
@@ -129,11 +227,13 @@ class Rounds:
                 self.run, fronts, weights, start=self.halves[FRONT], trained=names,
                 last=plan.order[-1],
             )  # fmt: skip
+        crash_point("average.before")
         if has_back_files(self.run):
             backs = {b: segment.state() for b, segment in self.backs.items()}
             start = self.halves[BACK]
             merged[BACK] = merge_backs(self.run, backs, weights, start=start, trained=names)
         self.halves = {name: half for name, half in merged.items() if half is not None}
+        crash_point("average.after")
         self._write_halves(round_index)
         owner = BACK if has_back_files(self.run) else FRONT  # whose weights the server's copies are
         for segment in self.backs.values():
@@ -141,14 +241,21 @@ class Rounds:
 
     def _write_halves(self, round_index: int) -> None:
         """Write down what everyone goes on from, with what else the next round starts from."""
-        for name, half in self.halves.items():
-            for kind, path, data in half_files(name, half, round_index):
-                self.archive.write(kind, path, data, round_index)
+        files = [
+            f for name, half in self.halves.items() for f in half_files(name, half, round_index)
+        ]
         if self.run.optimizer_state == "keep" and round_index >= 0:
             for b, segment in self.backs.items():
                 path = model_path(SERVER_OPTIMIZER, round_index, back=b)
-                state = encode_state(segment.optimizer_state())
-                self.archive.write("server_optimizer", path, state, round_index)
+                files.append(("server_optimizer", path, encode_state(segment.optimizer_state())))
+        for kind, path, data in files:
+            self.archive.write(kind, path, data, round_index)
+        self._paths = [path for _, path, _ in files]
+
+    def _commit(self, round_index: int) -> None:
+        """Let the rounds before this one count as done, whatever happens from now on."""
+        self.archive.commit(round_index, asdict(self.run), self.about, self._paths)
+        self.archive.flush()
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
         """Let every client evaluate what the round gave; the last of a relay has its front."""
@@ -159,13 +266,17 @@ class Rounds:
             half = self.halves.get(FRONT)  # the fed server's, where that is apart
             samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
             front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"", samples)
-        conversations = {
-            k: server_evaluate_round(
-                party, None if front and front.name == client_weights(k) else front, round_index
-            )
-            for k, party in self._items()
-        }
-        return run_together(self.network, conversations)
+
+        def evaluate(client: int) -> Conversation[dict[str, Tally]]:
+            party, has_it = self.parties[client], front and front.name == client_weights(client)
+            if client in plan.order and party.has_trained != round_index:
+                yield from self._train_one(client, plan, round_index)
+            else:
+                yield from self._start(client, round_index)
+            given = None if has_it else front
+            return (yield from server_evaluate_round(party, given, round_index))
+
+        return self._together([k for k in self._here() if k not in plan.left], evaluate)
 
     def _client_figures(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sfl.archive_writer import ArchiveWriter
+from sfl.checkpoint import lying
 from sfl.config import KeepTensors
 from sfl.errors import ConfigError, RunError, reason_of
 
@@ -75,7 +76,8 @@ class EventLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self._file.close()
 
     def say(self, line: str) -> None:
         """Write one line to both."""
@@ -125,8 +127,12 @@ def open_folder(path: Path, log_name: str, keep_tensors: str) -> Iterator[RunFol
 
 
 @contextlib.contextmanager
-def telling_why(events: EventLog, tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """When a party fails, write why into its log and tell its peers before it ends."""
+def telling_why(
+    events: EventLog,
+    tell: Callable[[str], None] | None = None,
+    how_to_go_on: Callable[[], str] = lambda: "",
+) -> Iterator[None]:
+    """When a party fails, write why into its log, tell its peers, and say how to go on."""
     try:
         yield
     except BaseException as error:
@@ -135,4 +141,17 @@ def telling_why(events: EventLog, tell: Callable[[str], None] | None = None) -> 
             tell(reason)
         with contextlib.suppress(OSError):  # a full disk is no reason to lose the reason
             events.note(f"the run failed: {reason}")
+        if hint := how_to_go_on():
+            with contextlib.suppress(OSError):
+                events.note(hint)
+            say(hint)
         raise
+
+
+def how_to_go_on(path: Path) -> Callable[[], str]:
+    """Return what says how to go on with a run, if it has begun."""
+
+    def hint() -> str:
+        return f"go on with: run_server.py --resume {path}" if lying(path) else ""
+
+    return hint

@@ -6,6 +6,7 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ def check_optimizer(name: str) -> None:
     """Raise ``ConfigError`` if there is no optimiser of this name."""
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a segment was."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    rates: Sequence[float]  # the learning rates of its optimiser's groups
 
 
 class Segment:
@@ -166,6 +176,20 @@ class Segment:
         for part in (self.blocks[:inner], self.blocks[inner:]):
             if parameters := list(part.parameters()):
                 yield parameters
+
+    def snapshot(self, *, weights: bool = True) -> "Snapshot":
+        """Return what ``restore`` goes back to; without ``weights`` the optimiser alone."""
+        rates = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
+        return Snapshot(self.state() if weights else {}, self.optimizer_state(), rates)
+
+    def restore(self, snapshot: "Snapshot") -> None:
+        """Go back to where this segment was."""
+        if snapshot.weights:
+            self.load(snapshot.weights)
+        self.load_optimizer_state(snapshot.optimizer)
+        groups = self._optimizer.param_groups if self._optimizer else []
+        for group, rate in zip(groups, snapshot.rates, strict=True):
+            group["lr"] = rate
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 
-from sfl.check import check_disk, check_run, disk_bytes
+from sfl.archive_writer import write_file
+from sfl.check import check_disk, check_run, check_space, disk_bytes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
+from sfl.crash import crash_point
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.errors import ConfigError
 from sfl.fed import put_start
 from sfl.fed_server import fed_server
-from sfl.link import Link
-from sfl.lobby import gather
+from sfl.heartbeat import interval_s
+from sfl.link import Absent, Link
+from sfl.lobby import Lobby, Patience
 from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.party import TRAIN, ServerParty
@@ -23,8 +26,8 @@ from sfl.protocol import Limits
 from sfl.registration import APART, HERE, Joined, describe_data
 from sfl.resume import (
     Past,
-    check_same_data,
-    drop_partial_rounds,
+    check_unfinished,
+    has_begun,
     load_backs,
     open_past,
     read_halves,
@@ -35,6 +38,7 @@ from sfl.runfolder import (
     EventLog,
     RunFolder,
     create_run_folder,
+    how_to_go_on,
     open_folder,
     options_record,
     telling_why,
@@ -42,6 +46,7 @@ from sfl.runfolder import (
 )
 from sfl.schemes import Exchange, scheme
 from sfl.split_model import SplitModel
+from sfl.spool import Spool
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
 from sfl.tensors import max_file_bytes
@@ -64,9 +69,13 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         )
     check_role(run, node)
     device = set_up_torch(node)
-    past = open_past(Path(node.resume), run) if node.resume else None
+    past = None
+    if node.resume and has_begun(Path(node.resume)):  # else it begins there
+        past = open_past(Path(node.resume), run)
+        check_unfinished(past, run)
     with listen(node.host, node.port) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
+        fed = HERE if node.role == "all" else node.fed_server or APART
         with (
             open_folder(path, "server_log.txt", run.keep_tensors) as folder,
             Switchboard(
@@ -74,37 +83,60 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 timeout_s=node.peer_timeout,
                 limits=Limits(),  # no files from anybody before the model is known
                 max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
+                heartbeat_s=interval_s(node.silence_s),
             ) as switchboard,
-            telling_why(folder.events, switchboard.end),
+            telling_why(folder.events, switchboard.end, how_to_go_on(path)),
         ):
             events = folder.events
-            first_round = past.first_round if past else 0
             place = _check_place(run, node, path, events)
-            fed = HERE if node.role == "all" else node.fed_server or APART
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past))
             events.note(f"command line: {' '.join(command_line())}")
-            address = listener.address
             needed = past.clients if past else run.clients
-            events.say(f"run {run.run}: listening on {address} for {counted(needed, 'client')}")
+            events.say(
+                f"run {run.run}: listening on {listener.address} for {counted(needed, 'client')}"
+            )
             if past:
-                events.say(f"going on with round {past.first_round + 1}/{run.rounds}")
+                _say_how_it_goes_on(past, run, events)
             if node.host in ("127.0.0.1", "localhost", "::1"):
                 events.say("only this machine can connect; --host 0.0.0.0 lets others")
-            joined = gather(switchboard, run, events, past, fed)
+            patience = Patience(fed == HERE, node.skip_after_s, node.min_clients)
+            lobby = Lobby(
+                switchboard=switchboard,
+                run=run,
+                events=events,
+                past=past,
+                goes_on=bool(node.resume),
+                fed=fed,
+                patience=patience,
+            )
+            if past and past.first_round == run.rounds:  # all that is left is to say goodbye
+                lobby.end_soon()
+            joined = lobby.gather()
+            if past:
+                past = past.that_all_have({k: c.data.rounds for k, c in joined.items()})
+            crash_point("start.ready")
             make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
             rounds = prepare(
-                run, joined, switchboard, folder, device=device, node=node, past=past,
+                run, joined, lobby, folder, device=device, node=node, past=past,
                 store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),
-                with_fronts=fed == HERE,
+                with_fronts=fed == HERE, may_skip=bool(node.skip_after_s),
             )  # fmt: skip
+            stack.callback(rounds.spool.close)
+            lobby.on_return = rounds.come_back
             if place is not None and fed == APART:
-                put_start(place, run, first_round, describe_data(joined, run))
-            num_steps = {p.link: rounds.num_steps[k] for k, p in rounds.parties.items()}
-            for connection in switchboard.connections:
-                connection.limits = rounds.split.server_limits(num_steps[connection])
+                put_start(place, run, rounds.first_round, describe_data(joined, run))
             finish(rounds, folder)
     return path
+
+
+def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
+    for damage in past.damage:
+        events.say(f"warning: cannot go on from the newest checkpoint: {damage}")
+    if past.first_round < run.rounds:
+        events.say(f"going on with round {past.first_round + 1}/{run.rounds}")
+    else:
+        events.say("all rounds are done")
 
 
 def check_role(run: RunConfig, node: ServerNode) -> None:
@@ -146,11 +178,16 @@ def _check_place(
 
 
 def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
-    """Return the folder of the run, new or resumed, and the run by its name."""
+    """Return the folder of the run, new or resumed, and the run by its name.
+
+    The options lie in it before anything else, so that the run can go on whenever it is killed.
+    """
     if node.resume:
         return Path(node.resume), run
     path = create_run_folder(node.out_path / "server", run.run)
-    return path, dataclasses.replace(run, run=path.name)
+    run = dataclasses.replace(run, run=path.name)
+    write_file(path / "config.json", to_json(options_record(run, node)), durable=True)
+    return path, run
 
 
 def prepare(
@@ -164,68 +201,96 @@ def prepare(
     store: Callable[[Link, int], WeightStore],
     past: Past | None = None,
     with_fronts: bool = True,
+    may_skip: bool = False,
+    keeps_answers: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
 
     ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
-    Without ``with_fronts`` another server has the fronts, and none of them lie here.
+    Without ``with_fronts`` another server has the fronts, and none of them lie here. ``may_skip``:
+    rounds may close without a client; ``keeps_answers``: a client may redo its steps.
 
     Raises:
         ConfigError: the model does not take such data.
-        RunError: the clients' data do not go together, or are not those of the ``past``; or the
-            disk is too small.
+        RunError: the clients' data do not go together, or the disk is too small.
         IntegrityError: a file that the run goes on from is damaged.
     """
     archive, events = folder.archive, folder.events
-    data = describe_data(joined, run)
+    data = dict(past.data) if past else describe_data(joined, run)
     split = SplitModel.of_data(run, data)
+    ours = fingerprint(device)
     for k, client in joined.items():
-        for difference in differences(fingerprint(device), client.fingerprint):
+        for difference in differences(ours, client.fingerprint):
             events.say(
                 f"warning: client_{k} has {difference} of the server: the last bit may differ"
             )
+    if past:
+        for difference in differences(past.fingerprint, ours):
+            events.say(f"warning: {difference} of the run so far: the last bit may differ")
+    first_round = past.first_round if past else 0
+    archive.begin_at(first_round)
     clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
-    if past:
-        check_same_data(past, {k: client.data.digest for k, client in joined.items()})
-        for difference in differences(past.fingerprint, fingerprint(device)):
-            events.say(f"warning: {difference} of the run so far: the last bit may differ")
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
-    num_train = [client.data.num_samples[TRAIN] for client in joined.values()]
-    left = dataclasses.replace(run, rounds=run.rounds - (past.first_round if past else 0))
+    num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
+    num_train = [parts[TRAIN] for parts in num_samples.values()]
+    left = dataclasses.replace(run, rounds=run.rounds - first_round)
     events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
     if not split.front_spec:
         events.say("warning: the front has no weights: what clients send are their raw data")
-    row, first_round = scheme(run.scheme), past.first_round if past else 0
+    row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
-    indices = sorted({row.back_of(k) for k in joined}) if has_backs else []
+    indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
     backs = {b: split.back(device) for b in indices}
     if past:
-        halves = read_halves(past.archive, run, split, first_round)
-        load_backs(past.archive, run, backs, halves, first_round)
-        drop_partial_rounds(past)
+        halves = read_halves(past.files, run, split, first_round)
+        load_backs(past.files, run, backs, halves, first_round)
     else:
         halves = {FRONT: Half(split.front_state(), {})} if with_fronts else {}
         if has_back_files(run):
             halves[BACK] = Half(split.back_state(), {})
-    most_bytes = max_file_bytes(split.front_spec.values())
+    a_round = disk_bytes(dataclasses.replace(run, rounds=1), split, num_train)
     log = RoundLog(folder, run.rounds, first_round)
+    most_bytes = max_file_bytes(split.front_spec.values())
+
+    def store_of(link: Link) -> WeightStore:
+        return store(link, most_bytes)
+
+    links = {k: joined[k].link if k in joined else Absent(k) for k in num_samples}
     parties = {
         k: ServerParty(
             client=k,
             run=run,
-            link=client.link,
-            weights=store(client.link, most_bytes),
+            link=links[k],
+            weights=store_of(links[k]),
             split=split,
             archive=archive,
             watcher=log,
             backs=backs,
-            num_samples=client.data.num_samples,
+            num_samples=num_samples[k],
         )
-        for k, client in sorted(joined.items())
+        for k in sorted(num_samples)
     }
-    return Rounds(run, network, parties, backs, split, archive, log, halves, first_round)
+    rounds = Rounds(
+        run,
+        network,
+        parties,
+        backs,
+        split,
+        archive,
+        log,
+        halves,
+        store=store_of,
+        spool=Spool(folder.path if keeps_answers else None),
+        about={"data": data, "fingerprint": ours},
+        check_space=lambda: check_space(folder.path, a_round),
+        first_round=first_round,
+        may_skip=may_skip,
+    )
+    for k, party in parties.items():
+        party.link.limits = split.server_limits(rounds.num_steps[k])
+    return rounds
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
-from sfl.driver import Conversation, Gate
+from sfl.driver import Conversation, Gate, Network
 from sfl.errors import IntegrityError, ProtocolError, RunError
 from sfl.link import Link
 from sfl.objects import Metadata, ObjectStore
@@ -112,7 +112,7 @@ class Transfers:
         job.result()
 
 
-class Threads:
+class Threads(Network):
     """A network without links: what there is to wait for are threads."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
 from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
-from sfl.driver import Conversation, Gate
+from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
 from sfl.link import Link
 from sfl.metrics import StepFigures
@@ -61,7 +61,7 @@ def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
     return server, end
 
 
-class LocalNetwork:
+class LocalNetwork(Network):
     """Runs the clients whenever the server waits for them."""
 
     def __init__(self) -> None:
@@ -70,11 +70,11 @@ class LocalNetwork:
     def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
         self._clients[link] = conversation
 
-    def wake(self) -> None:
-        """Nothing waits: the clients run when they are asked."""
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
+        """Return a link that has a message for the server, after letting its client run.
 
-    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link:
-        """Return a link that has a message for the server, after letting its client run."""
+        None if a gate is open instead.
+        """
         for link in links:
             assert isinstance(link, LocalLink)
             while not link.inbox:
@@ -115,7 +115,9 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
             run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
         make = store_maker(options.open_place(), options)
-        rounds = prepare(run, joined, network, folder, device=device, node=node, store=make)
+        rounds = prepare(
+            run, joined, network, folder, device=device, node=node, store=make, keeps_answers=False
+        )
         for k, (server_end, client_end) in pairs.items():
             party = ClientParty(
                 client=k,

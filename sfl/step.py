@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sfl.crash import crash_point
 from sfl.data import batch_indices, batch_sizes
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
@@ -35,6 +36,7 @@ from sfl.party import TRAIN, ClientParty, ServerParty
 from sfl.protocol import Message, MessageType, Position
 from sfl.schemes import Exchange
 from sfl.segment import train_step
+from sfl.spool import Answer
 from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
 
 
@@ -63,12 +65,13 @@ def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Co
 
 def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
     """Train the back with one client through a round, at each step when it is its turn."""
-    turns, taken = plan.steps[party.back_index], plan.taken[party.back_index]
+    turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
-        yield turns.of(party.client)
-        figures = yield from server_step(party, size, taken, at)
-        turns.done()
-        party.watcher.step(at, figures)
+        if answer := plan.spool.get(party.client, at.step):
+            yield from server_step_again(party, plan, answer, at)
+        else:
+            yield turns.of(party.client)
+            yield from server_step(party, plan, size, at)
 
 
 def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversation[StepFigures]:
@@ -85,35 +88,59 @@ def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversati
     party.waited_s += time.perf_counter() - asked
     spec = party.split.features_spec(len(y))
     party.front.backward(decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}"))
+    crash_point("front.before_update")
     party.front.update()
+    crash_point("front.after_update")
     party.record(at, at.step, len(y), (labels, features, bytes(reply.payload)))
     return _figures(reply, len(y))
 
 
 def server_step(
-    party: ServerParty, num_samples: int, taken: Iterator[int], at: Position
-) -> Conversation[StepFigures]:
+    party: ServerParty, plan: RoundPlan, num_samples: int, at: Position
+) -> Conversation[None]:
     """Train the back on one batch; faces ``client_step``.
 
-    The gradients are on their way before the back's own update. ``taken`` counts the steps of this
-    copy of the back.
+    The gradients are on their way before the back's own update. Once they are computed the step is
+    taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
     """
     link = party.link
     yield link
     labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).payload
     yield link
-    features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).payload
+    message = link.receive_file(MessageType.TRAINING_FEATURES, at=at)
+    features = message.payload
     started = time.perf_counter()
     y = decode_labels(party, labels, num_samples)
     z = decode_features(party, features, num_samples)
     figures, dz = train_step(party.back, z, y, at)
     assert dz is not None
-    grads = encode(dz)
-    link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
-    party.back.update()
-    party.compute_s += time.perf_counter() - started
-    party.record(at, next(taken), num_samples, (labels, features, grads))
-    return figures
+    grads, content = encode(dz), _content(figures)
+    crash_point("step.before_answer")
+    try:
+        link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
+    finally:
+        crash_point("step.after_answer")
+        party.back.update()
+        crash_point("step.after_update")
+        party.compute_s += time.perf_counter() - started
+        party.record(at, plan.take(at.client), num_samples, (labels, features, grads))
+        plan.spool.put(at.client, at.step, grads, content, message.checksum)
+        plan.steps[party.back_index].done()
+        party.watcher.step(at, figures)
+
+
+def server_step_again(
+    party: ServerParty, plan: RoundPlan, answer: Answer, at: Position
+) -> Conversation[None]:
+    """Answer a step that has been taken as it was answered then; faces ``client_step``."""
+    link = party.link
+    yield link
+    link.receive_file(MessageType.TRAINING_LABELS, at=at)
+    yield link
+    if link.receive_file(MessageType.TRAINING_FEATURES, at=at).checksum != answer.asked:
+        plan.unlike.add(at.client)
+    content = dict(answer.content)
+    link.send_file(MessageType.TRAINING_GRADS, answer.data, content=content, at=at)
 
 
 def _figures(message: Message, size: int) -> StepFigures:
@@ -181,14 +208,15 @@ def server_gradient_steps(
             yield link
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
             started = time.perf_counter()
-            grads = decode_state(message.payload, spec, f"the gradients of {link.peer_title}")
-            figures = _figures(message, own[1])
-            pool.add(party.client, grads, own[1])
-            party.record_gradients(at, own[1], message.payload)
-            party.watcher.step(at, figures)
+            if step >= pool.num_given(party.client):  # else it redoes what is in the update already
+                grads = decode_state(message.payload, spec, f"the gradients of {link.peer_title}")
+                figures = _figures(message, own[1])
+                pool.add(party.client, grads, own[1])
+                party.record_gradients(at, own[1], message.payload)
+                party.watcher.step(at, figures)
             party.compute_s += time.perf_counter() - started
         yield pool.has_updated(step)
-        link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.parameters, at=at)
+        link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.answer(step), at=at)
 
 
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:

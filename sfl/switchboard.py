@@ -10,15 +10,17 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
-from typing import cast
+from collections.abc import Callable, Collection
+from typing import TypeVar, cast
 
-from sfl.driver import Gate
+from sfl.driver import Gate, Network
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
-from sfl.link import LAST_WORDS, Link, one_line
+from sfl.heartbeat import Heart, interval_s
+from sfl.link import Link, is_last, one_line
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener, Socket
 
+T = TypeVar("T")
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
 
 
@@ -33,7 +35,6 @@ class DrainedConnection(Connection):
         self, sock: Socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
     ) -> None:
         super().__init__(sock, timeout_s=timeout_s, limits=limits)
-        self.patient = True  # the training knows when a message is due; see Switchboard.wait
         self.accepted_at = time.monotonic()
         self._changed = changed
         self._inbox: deque[tuple[int, Message]] = deque()
@@ -49,6 +50,24 @@ class DrainedConnection(Connection):
     def arrived(self) -> bool:
         """Whether a message is waiting, or the connection has failed."""
         return bool(self._inbox) or self._failure is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the peer takes no further part."""
+        return self.ending() is not None
+
+    def age_s(self) -> float:
+        """Return for how long we have been connected."""
+        return time.monotonic() - self.accepted_at
+
+    def silent_s(self) -> float:
+        """Return for how long the peer has sent nothing that we would have read."""
+        reads = len(self._inbox) < READ_AHEAD_MESSAGES
+        return time.monotonic() - self.heard_at if reads else 0.0
+
+    def beat(self, silent_s: float) -> None:
+        if not self._outbox:  # else the peer will hear from us in any case
+            super().beat(silent_s)
 
     def _drain(self) -> None:
         try:
@@ -113,7 +132,7 @@ class DrainedConnection(Connection):
 
     def ending(self) -> SflError | None:
         """Return why the peer takes no further part: its last words, or that it is gone."""
-        if self._inbox and self._inbox[-1][1].type in LAST_WORDS:
+        if self._inbox and is_last(self._inbox[-1][1]):
             return self.peer_failed(self._inbox[-1][1])
         return None if self._unregistered else self._failure
 
@@ -155,7 +174,7 @@ class DrainedConnection(Connection):
             self._writer.join()
 
 
-class Switchboard:
+class Switchboard(Network):
     """A listening socket and the connections that came over it. Closed by ``with``."""
 
     def __init__(
@@ -165,13 +184,13 @@ class Switchboard:
         timeout_s: float,
         limits: Limits,
         max_strangers: int = 64,
-        waits: bool = False,
+        heartbeat_s: float | None = None,
     ) -> None:
         """``max_strangers`` may be connected without having registered; more are just closed.
 
-        One that ``waits`` does so for as long as its peers are there, however silent.
+        Who has registered hears from us every ``heartbeat_s``.
         """
-        self._waits = waits
+        self.heartbeat_s = heartbeat_s or interval_s(timeout_s)
         self._listener = listener
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
@@ -183,6 +202,9 @@ class Switchboard:
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="acceptor", daemon=True)
         self._thread.start()
+        self._heart = Heart(
+            lambda: [c for c in self.connections if c.peer_name], lambda: self.heartbeat_s
+        )
 
     def __enter__(self) -> "Switchboard":
         return self
@@ -230,6 +252,15 @@ class Switchboard:
             self._changed.wait_for(lambda: any(c.arrived for c in self._connections), timeout_s)
             return [c for c in self._connections if c.arrived]
 
+    def until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
+        """Return what ``ready`` finds once it finds something; None after ``timeout_s``.
+
+        It is asked whenever a connection, or ``wake``, gives reason to.
+        """
+        with self._changed:
+            self._changed.wait_for(ready, timeout_s)
+            return ready()
+
     def wake(self) -> None:
         """Let ``wait`` look at its gates again; called from other threads."""
         with self._changed:
@@ -241,7 +272,6 @@ class Switchboard:
         None if a gate opens first.
 
         Raises:
-            ConnectionLost: none of them sent anything for the length of the deadline.
             ConnectionLost, PeerFailed: another client, which is not being waited for, has ended.
         """
         drained = [cast(DrainedConnection, link) for link in links]
@@ -251,26 +281,32 @@ class Switchboard:
             return next(filter(None, (other.ending() for other in others)), None)
 
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: any(c.arrived for c in drained) or ended() or any(g() for g in gates),
-                None if self._waits or (gates and not drained) else self._timeout_s,
-            ):
-                names = ", ".join(c.peer_name for c in drained)
-                raise ConnectionLost(f"{names} sent nothing for {self._timeout_s:g} seconds")
+            self._changed.wait_for(
+                lambda: any(c.arrived for c in drained) or ended() or any(g() for g in gates)
+            )
             if why := ended():
                 raise why
-            arrived = (c for c in drained if c.arrived)
-            return min(arrived, key=DrainedConnection.arrival_ns, default=None)
+            return first_arrived(drained)
 
-    def drop(self, connection: DrainedConnection, reason: str) -> None:
+    def drop(
+        self,
+        connection: DrainedConnection,
+        reason: str,
+        last_words: MessageType = MessageType.INVALID_MESSAGE,
+    ) -> None:
         """Turn one connection away, leaving it the time to read why."""
         with self._changed:
+            if connection not in self._connections:
+                return
             self._connections.remove(connection)
             self._num_leaving += 1
-        threading.Thread(target=self._say_farewell, args=(connection, reason), daemon=True).start()
+        arguments = connection, reason, last_words
+        threading.Thread(target=self._say_farewell, args=arguments, daemon=True).start()
 
-    def _say_farewell(self, connection: DrainedConnection, reason: str) -> None:
-        connection.end_sending(MessageType.INVALID_MESSAGE, reason)
+    def _say_farewell(
+        self, connection: DrainedConnection, reason: str, last_words: MessageType
+    ) -> None:
+        connection.end_sending(last_words, reason)
         connection.join(time.monotonic() + FAREWELL_S)
         with self._changed:
             self._num_leaving -= 1
@@ -280,6 +316,7 @@ class Switchboard:
         if self._closed:
             return
         self._closed = True
+        self._heart.stop()
         self._listener.close()
         self._thread.join(FAREWELL_S)
         deadline = time.monotonic() + FAREWELL_S
@@ -287,3 +324,9 @@ class Switchboard:
             connection.end_sending(MessageType.ABORT, reason)
         for connection in self.connections:
             connection.join(deadline)
+
+
+def first_arrived(links: Collection[DrainedConnection]) -> DrainedConnection | None:
+    """Return the link whose message has waited longest; None if none has any."""
+    arrived = (link for link in links if link.arrived)
+    return min(arrived, key=DrainedConnection.arrival_ns, default=None)

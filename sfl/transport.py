@@ -1,13 +1,15 @@
 """Messages over TCP: a connection, listening, connecting.
 
 Every blocking call has a deadline. It counts from the last byte that moved, so that a large file
-on a slow link passes and a silent peer is noticed.
+on a slow link passes and a silent peer is noticed. ``sfl.heartbeat`` lets a peer that is busy say
+so: heartbeats are neither handed on nor counted.
 """
 
 import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,12 +17,12 @@ from functools import partial
 from sfl.errors import (
     ConfigError,
     ConnectionLost,
-    IntegrityError,
+    Damaged,
     PeerFailed,
     ProtocolError,
     RunError,
 )
-from sfl.link import LAST_WORDS, Link, one_line
+from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
 
 Socket = socket.socket
@@ -35,10 +37,11 @@ class Connection(Link):
         super().__init__()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(sock)
+            _keep_alive(sock, timeout_s)
         sock.settimeout(timeout_s)
         self.timeout_s = timeout_s
-        self.patient = False  # whether the peer may be silent between two messages for ever
+        self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
+        self._sending = threading.Lock()  # a message is sent whole before the next one
         self._sock = sock
         self._decoder = Decoder(limits)
 
@@ -62,10 +65,23 @@ class Connection(Link):
         parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
-        self._transmit(parts)
+        with self._sending:
+            self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
         return num_bytes
+
+    def beat(self, silent_s: float) -> None:
+        """Say that we are here, if we have said nothing for so long; called from a thread."""
+        if time.monotonic() - self.spoke_at < silent_s or not self._sending.acquire(blocking=False):
+            return
+        try:
+            message = Message(MessageType.HEARTBEAT, self.name, self.peer_name)
+            self._transmit([memoryview(encode_head(message))])
+        except ConnectionLost:  # whoever waits for the peer notices it
+            pass
+        finally:
+            self._sending.release()
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
         """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
@@ -74,6 +90,7 @@ class Connection(Link):
                 # The descriptor is non-blocking; it is sendmsg that waits, up to the deadline.
                 send = self._sock.sendmsg if wait else partial(os.writev, self._sock.fileno())
                 num_sent = send(parts)
+                self.spoke_at = time.monotonic()
                 while parts and num_sent >= len(parts[0]):
                     num_sent -= len(parts.pop(0))
                 if parts:
@@ -91,12 +108,17 @@ class Connection(Link):
         """Read from the socket until one message is complete, and return it."""
         started = time.perf_counter()
         first_byte = started if self._decoder.inside else None
-        while (message := self._decoded()) is None:
+        while (message := self._decoded()) is None or message.type is MessageType.HEARTBEAT:
+            if message is not None:
+                self.counters.bytes_received -= message.head_bytes
+                first_byte = None
+                continue
             with self._decoder.get_buffer() as buffer:
                 num_bytes = self._receive_into(buffer)
             if first_byte is None:
                 first_byte = time.perf_counter()
             self._decoder.advance(num_bytes)
+            self.heard_at = time.monotonic()
             self.counters.bytes_received += num_bytes
         now = time.perf_counter()
         self.counters.messages_received += 1
@@ -107,25 +129,22 @@ class Connection(Link):
     def _decoded(self) -> Message | None:
         try:
             return self._decoder.next_message()
-        except (ProtocolError, IntegrityError) as error:
+        except (ProtocolError, Damaged) as error:
             raise type(error)(f"from {self.peer_title}: {error}") from error
 
     def _receive_into(self, buffer: memoryview) -> int:
         inside = self._decoder.inside
         where = f" in the middle of a message's {inside}" if inside else ""
-        while True:
-            try:
-                num_bytes = self._sock.recv_into(buffer)
-            except TimeoutError as error:
-                if self.patient and not inside:
-                    continue
-                silent = f"sent nothing for {self.timeout_s:g} seconds"
-                raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
-            except OSError as error:
-                raise ConnectionLost(f"{self.peer_title} {_how(error)}{where}") from error
-            if num_bytes == 0:
-                raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
-            return num_bytes
+        try:
+            num_bytes = self._sock.recv_into(buffer)
+        except TimeoutError as error:
+            silent = f"sent nothing for {self.timeout_s:g} seconds"
+            raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
+        except OSError as error:
+            raise ConnectionLost(f"{self.peer_title} {_how(error)}{where}") from error
+        if num_bytes == 0:
+            raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
+        return num_bytes
 
     @property
     def address(self) -> str:
@@ -140,11 +159,11 @@ class Connection(Link):
 
         To be asked after a send failed: the peer may have said why before it closed.
         """
-        with contextlib.suppress(OSError, ProtocolError, IntegrityError, ConnectionLost):
+        with contextlib.suppress(OSError, ProtocolError, Damaged, ConnectionLost):
             self._sock.settimeout(FAREWELL_S)
             while True:
                 message = self._next()
-                if message.type in LAST_WORDS:
+                if is_last(message):
                     return self.peer_failed(message)
         return None
 
@@ -167,6 +186,11 @@ class Connection(Link):
         message; so they are read and thrown away until the peer closes or time is up.
         """
         self.end_sending(message_type, reason)
+        self.part()
+
+    def part(self) -> None:
+        """Close after our last message: what the peer still sends is read and thrown away."""
+        self.shut_sending()
         deadline = time.monotonic() + FAREWELL_S
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline and self._sock.recv(65536):
@@ -188,15 +212,15 @@ def _how(error: OSError) -> str:
     )
 
 
-def _keep_alive(sock: socket.socket) -> None:
-    """Let the system notice, within two minutes, a peer whose machine or network is gone.
+def _keep_alive(sock: socket.socket, timeout_s: float) -> None:
+    """Let the system, too, notice a peer whose machine or network is gone.
 
     An idle connection is probed after 30 seconds; while bytes are unacknowledged Linux does not
     probe, and would go on sending them for 15 minutes.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     seconds = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-    for option, value in (*seconds.items(), ("TCP_USER_TIMEOUT", 120_000)):
+    for option, value in (*seconds.items(), ("TCP_USER_TIMEOUT", round(timeout_s * 1000))):
         if hasattr(socket, option):  # macOS lacks some
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
@@ -289,12 +313,14 @@ def connect(
     *,
     timeout_s: float,
     connect_timeout_s: float,
+    again: bool = False,
     limits: Limits,
     on_wait: Callable[[str], None],
 ) -> Connection:
     """Connect, trying again with growing pauses until ``connect_timeout_s`` has passed.
 
-    ``on_wait`` is told once, with the reason, when the first try fails.
+    ``on_wait`` is told once, with the reason, when the first try fails. ``again``: it was there
+    before, so that a name that is unknown for a while is no reason to give up.
 
     Raises:
         RunError: there is no such host, or nobody answered in time.
@@ -319,12 +345,12 @@ def connect(
             unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
         except UnicodeError:  # by the codec for host names
             reason, unknown = "no host has such a name", True
-        if unknown:
+        if unknown and not again:
             raise RunError(f"unknown host {host!r}: {reason}; see --server")
         if deadline - time.monotonic() <= pause_s:
             raise RunError(
                 f"no server at {address} within {connect_timeout_s:g} seconds ({reason});"
-                " see --server and --connect-timeout"
+                f" see --server and --{'re' if again else ''}connect-timeout"
             )
         if not told:
             on_wait(f"waiting for the server at {address} ({reason})")

@@ -33,7 +33,7 @@ def check_name(name: str) -> str:
     Raises:
         ProtocolError: it is none.
     """
-    if not re.fullmatch(rf"{AVERAGE}|client_\d{{1,9}}", name, re.ASCII):
+    if not re.fullmatch(rf"{INITIAL}|{AVERAGE}|client_\d{{1,9}}", name, re.ASCII):
         raise ProtocolError(f"{name!r:.40} is no name of weights")
     return name
 

@@ -202,6 +202,7 @@ def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
         writer.write("client_model", "models/client_model_000.pt", b"weights", 0)
         record(writer, 0, 0, 0)
         writer.write(ROUND_LOG, "rounds/round_000.csv", b"figures", 0)
+        writer.commit(1, {}, {}, ["models/client_model_000.pt"])
         writer.flush()
     durable = [call for call in calls if "client_files" not in call]
     assert durable == [
@@ -214,5 +215,9 @@ def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
         "rename rounds/round_000.csv",
         "sync rounds",
         f"sync {MANIFEST}",
+        "sync .",
+        "sync checkpoints/round_001.json.tmp",
+        "rename checkpoints/round_001.json",
+        "sync checkpoints",
     ]
     assert [c for c in calls if "client_files" in c and c.startswith("sync")] == []

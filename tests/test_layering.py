@@ -12,7 +12,7 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
     "socket": {"transport"},
-    "threading": {"switchboard", "archive_writer", "shared_weights"},
+    "threading": {"archive_writer", "heartbeat", "shared_weights", "switchboard", "transport"},
     "pickle": set(),
 }
 

@@ -1,0 +1,48 @@
+"""Signs of life: a thread that speaks when nothing else is said.
+
+A peer that computes for an hour is not dead, and one behind a link that silently drops everything
+is not alive. So both ends of a connection say that they are there, whatever their main thread does,
+and whoever hears nothing for ``--peer-timeout`` takes the connection for lost.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+
+from sfl.transport import Connection
+
+LONGEST_INTERVAL_S = 10.0
+BEATS_IN_A_TIMEOUT = 4  # so that one that is late does no harm
+
+
+def interval_s(timeout_s: float) -> float:
+    """Return how often to speak to a peer that waits for so long."""
+    return min(timeout_s / BEATS_IN_A_TIMEOUT, LONGEST_INTERVAL_S)
+
+
+class Heart:
+    """Speaks over connections that have been silent for an interval. Closed by ``with``."""
+
+    def __init__(
+        self, connections: Callable[[], Iterable[Connection]], interval: Callable[[], float]
+    ) -> None:
+        self._connections = connections
+        self._interval = interval
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Heart":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Fall silent."""
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval() / 2):
+            for connection in self._connections():
+                connection.beat(self._interval() / 2)
