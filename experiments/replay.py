@@ -13,6 +13,7 @@ Findings are printed, then the closing line. Exit code 0 if everything is equal,
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -176,8 +177,8 @@ def _check_updates(
 
     run, order = recorded.run, recorded.order(round_index)
     an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
-    num_steps = {k: count * run.local_epochs for k, count in an_epoch.items()}
-    if len(steps) < sum(num_steps.values()):
+    num_steps = Counter(step.client for step in steps)  # fewer for who left in mid-round
+    if any(num_steps[k] < count * run.local_epochs for k, count in an_epoch.items()):
         report.unended += len(steps)
         return
     if not backs:

@@ -9,14 +9,14 @@ from sfl.cli import run_program
 
 
 def main() -> None:
-    from sfl.config import NodeConfig, RunConfig
+    from sfl.config import RunConfig, SimulationNode
     from sfl.options import parse_options
-    from sfl.simulate import simulate
+    from sfl.simulate import Away, simulate
 
     prog = "python -m experiments.simulate"
     about = "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
-    run, node = parse_options(None, RunConfig, NodeConfig, prog=prog, about=about)
-    simulate(run, node)
+    run, node = parse_options(None, RunConfig, SimulationNode, prog=prog, about=about)
+    simulate(run, node, [Away.parse(text) for text in node.away.split(",") if text])
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from sfl.data import ClientData, Source, load, num_batches, part_of
 from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import PASSING, ConnectionLost, IntegrityError, PeerStopped, RunError, SflError
+from sfl.errors import PASSING, ConnectionLost, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
-from sfl.resume import check_same_run, has_own, load_kept, own_checkpoints
+from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.split_model import SplitModel
@@ -256,19 +256,9 @@ class _Loaded:
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
     def _start(self, party: ClientParty, round_index: int) -> None:
-        """Bring the client to where it was when a round began.
-
-        Raises:
-            RunError: what only this client had is damaged.
-        """
+        """Bring the client to where it was when a round began."""
         self.has_begun = True
         self._folder.archive.begin_at(round_index)
-        if has_own(party.run):
-            checkpoints = own_checkpoints(self._folder.path, party.run)
-            newest = next(c for c in checkpoints if c.round <= round_index)
-            try:
-                load_kept(newest, party.front, party.run, party.client)
-            except IntegrityError as error:
-                raise RunError(str(error)) from error
+        load_own_state(self._folder.path, party.front, party.run, party.client, round_index)
         if round_index > 0:
             self._folder.events.say(f"going on with round {round_index + 1}/{party.run.rounds}")

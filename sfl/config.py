@@ -318,6 +318,18 @@ class ClientNode(NodeConfig):
         KeepTensors.parse(self.keep_tensors)
 
 
+@dataclass(frozen=True)
+class SimulationNode(NodeConfig):
+    """The machine of a simulation."""
+
+    table: ClassVar[str] = "simulation"
+
+    away: str = _option(
+        "", "comma-separated CLIENT:ROUND[.STEP][-BACK], from 0: a client that is lost in a round,"
+        " before that step, and takes part again in round BACK",
+    )  # fmt: skip
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

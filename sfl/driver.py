@@ -36,6 +36,9 @@ class Network:
     def wake(self) -> None:
         """Look at the gates again; called from other threads."""
 
+    def start_round(self, round_index: int) -> None:
+        """Take note that a round begins."""
+
     def is_here(self, client: int) -> bool:
         """Say whether a client is connected and ready."""
         return True

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from sfl.config import ClientNode, RunConfig, ServerNode, flag, unknown_name
+from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag, unknown_name
 from sfl.errors import ConfigError
 
 T = TypeVar("T")
@@ -99,10 +99,12 @@ def _add_options(group: Any, config_class: Any) -> None:
 
 
 _ALL_OPTIONS = frozenset(
-    f.name for group in (RunConfig, ServerNode, ClientNode) for f in dataclasses.fields(group)
+    spec.name
+    for group in (RunConfig, ServerNode, ClientNode, SimulationNode)
+    for spec in dataclasses.fields(group)
 )
 CAN_GROW = frozenset({"rounds"})  # when a run goes on
-_TABLES = frozenset({"run", "server", "client"})
+_TABLES = frozenset({"run", "server", "client", "simulation"})
 
 
 def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:

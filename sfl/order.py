@@ -169,4 +169,4 @@ class RoundPlan:
         """Say whether nobody else's steps come between those of a client on its back."""
         back_of = scheme(self._run.scheme).back_of
         alone = all(back_of(k) != back_of(client) for k in self.order if k != client)
-        return self.pool is None and (alone or self.rounds.in_order)
+        return self.pool is None and (alone or self.rounds.in_order or not self._backs)

@@ -111,7 +111,7 @@ def client_join(
         raise ProtocolError(f"the server made us client {client} instead of {wanted}")
     if not run.run or not 0 <= client < run.most_clients:
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
-    if not 0 <= (first_round := reply.get("round", int)) < run.rounds:
+    if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     if not 0 < (heartbeat_s := reply.get("heartbeat_s", float)) < math.inf:
         raise ProtocolError(f"the server wants to hear from us every {heartbeat_s} seconds")

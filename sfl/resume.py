@@ -94,12 +94,26 @@ def load_backs(
             _load_optimizer(files, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
 
 
-def load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
-    """Bring a client's front and optimiser to where its own checkpoint has them.
+def load_own_state(
+    folder: Path, front: Segment, run: RunConfig, client: int, round_index: int
+) -> None:
+    """Bring a client's front and optimiser to where they were when a round began.
+
+    After rounds that it missed: to where they were when it last took part.
 
     Raises:
-        IntegrityError: a file of theirs is damaged or missing.
+        RunError: what only this client had is damaged.
     """
+    if not has_own(run):
+        return
+    newest = next(c for c in own_checkpoints(folder, run) if c.round <= round_index)
+    try:
+        _load_kept(newest, front, run, client)
+    except IntegrityError as error:
+        raise RunError(str(error)) from error
+
+
+def _load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
     if checkpoint.round == 0:
         return
     last = checkpoint.round - 1

@@ -127,6 +127,7 @@ class Rounds:
         """Run one round and return its figures."""
         self.check_space()
         started = time.perf_counter()
+        self.network.start_round(round_index)
         self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
         self._front = self.halves.get(FRONT)
         self._together(self._here(), lambda k: self._start(k, round_index))

@@ -68,6 +68,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
     check_role(run, node)
+    if node.min_clients > run.most_clients:
+        raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     device = set_up_torch(node)
     past = None
     if node.resume and has_begun(Path(node.resume)):  # else it begins there

@@ -5,8 +5,10 @@ Both ends of the conversations run as they are; a message goes from one end's ha
 
 import contextlib
 import dataclasses
+import re
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sfl.archive_writer import ArchiveWriter
@@ -17,6 +19,7 @@ from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
+from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.own_data import load_own
@@ -24,6 +27,7 @@ from sfl.partition import OWN, deal
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement
+from sfl.resume import load_own_state
 from sfl.runfolder import create_run_folder, open_folder, say, telling_why
 from sfl.samples import join
 from sfl.schemes import scheme
@@ -39,6 +43,7 @@ class LocalLink(Link):
         super().__init__(name, peer_name)
         self.inbox: deque[Message] = deque()
         self.peer: LocalLink = self
+        self.is_lost = False
 
     def _send(self, message: Message) -> int:
         head_bytes = len(encode_head(message))
@@ -51,6 +56,8 @@ class LocalLink(Link):
         return num_bytes
 
     def _next(self) -> Message:
+        if self.is_lost:
+            raise ConnectionLost(f"{self.peer_title} is away")
         return self.inbox.popleft()
 
 
@@ -61,20 +68,70 @@ def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
     return server, end
 
 
-class LocalNetwork(Network):
-    """Runs the clients whenever the server waits for them."""
+@dataclass(frozen=True)
+class Away:
+    """A client that is lost in mid-run: as ``--on-missing skip`` has it, without the wait."""
 
-    def __init__(self) -> None:
+    client: int
+    round: int  # in which it is lost
+    step: int = 0  # before this one of its steps
+    back: int | None = None  # the round that it takes part in again; None: none
+
+    @classmethod
+    def parse(cls, text: str) -> "Away":
+        """Return what ``CLIENT:ROUND``, ``CLIENT:ROUND.STEP`` or ``CLIENT:ROUND-BACK`` means.
+
+        Raises:
+            ConfigError: the text is none of them.
+        """
+        found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
+        if not found:
+            raise ConfigError(f"--away {text!r:.40}: give CLIENT:ROUND[.STEP][-BACK], from 0")
+        client, first, step, back = (int(n) if n else None for n in found.groups())
+        assert client is not None
+        assert first is not None
+        if back is not None and back <= first:
+            raise ConfigError(f"--away {text}: it can be back in round {first + 1} or later")
+        return cls(client, first, step or 0, back)
+
+
+class LocalNetwork(Network):
+    """Runs the clients whenever the server waits for them, and loses them when it should."""
+
+    def __init__(self, away: Sequence[Away] = ()) -> None:
+        self._away = list(away)
         self._clients: dict[Link, Conversation[None]] = {}  # by the server's end of the link
+        self._out: set[int] = set()
+        self.bring_back: Callable[[int], None] = lambda client: None
 
     def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
         self._clients[link] = conversation
 
-    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        """Return a link that has a message for the server, after letting its client run.
+    def start_round(self, round_index: int) -> None:
+        for away in self._away:
+            if away.back == round_index and away.client in self._out:
+                self._out.remove(away.client)
+                self.bring_back(away.client)
 
-        None if a gate is open instead.
-        """
+    def is_here(self, client: int) -> bool:
+        return client not in self._out
+
+    def is_out(self, client: int) -> bool:
+        return client in self._out
+
+    def lost(self, client: int, error: SflError) -> None:
+        if not isinstance(error, ConnectionLost):
+            raise error
+        self._out.add(client)
+
+    def gives_up(self, client: int, others: int) -> bool:
+        return True
+
+    def why_away(self, client: int) -> str:
+        return "away"
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
+        """Return a link that has a message for the server, after letting its client run."""
         for link in links:
             assert isinstance(link, LocalLink)
             while not link.inbox:
@@ -82,14 +139,21 @@ class LocalNetwork(Network):
                     next(self._clients[link])  # up to the client's own next wait
                 except StopIteration:
                     assert link.inbox, "the server waits for a client that has ended"
+            at = link.inbox[0].at
+            link.is_lost = any(
+                (at.client, at.round) == (away.client, away.round)
+                and (at.step >= away.step or at.step < 0)
+                for away in self._away
+            )
             return link
         raise AssertionError("the server waits for nobody")
 
 
-def simulate(run: RunConfig, node: NodeConfig) -> Path:
+def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Path:
     """Run a configuration in this process, and return its folder, which has the same files.
 
-    With ``--partition own``, client k's data are looked for in ``<data-dir>/client_k``.
+    With ``--partition own``, client k's data are looked for in ``<data-dir>/client_k``. Clients may
+    be ``away`` for some rounds.
 
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
@@ -107,39 +171,57 @@ def simulate(run: RunConfig, node: NodeConfig) -> Path:
         telling_why(folder.events),
     ):
         folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
-        pairs = {k: local_pair(k) for k in data}
         ours = fingerprint(device)
-        joined = {k: Joined(k, pairs[k][0], ours, DataReport.of(data[k], run)) for k in data}
-        network = LocalNetwork()
+        reports = {k: DataReport.of(data[k], run) for k in data}
+        pairs = {k: local_pair(k) for k in data}
+        joined = {k: Joined(k, pairs[k][0], ours, reports[k]) for k in data}
+        network = LocalNetwork(away)
         options = StoreOptions(
             run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
         make = store_maker(options.open_place(), options)
         rounds = prepare(
-            run, joined, network, folder, device=device, node=node, store=make, keeps_answers=False
-        )
-        for k, (server_end, client_end) in pairs.items():
+            run, joined, network, folder, device=device, node=node, store=make,
+            may_skip=bool(away), keeps_answers=False,
+        )  # fmt: skip
+        archives = {k: writers.enter_context(_client_archive(run, node, k)) for k in data}
+
+        def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
+            front, folder = rounds.split.front(device), _client_folder(run, node, client)
             party = ClientParty(
-                client=k,
+                client=client,
                 run=run,
                 link=client_end,
                 weights=make(client_end, max_file_bytes(rounds.split.front_spec.values())),
                 split=rounds.split,
-                archive=writers.enter_context(_client_archive(run, node, k)),
+                archive=archives[client],
                 watcher=_Nobody(),
-                front=rounds.split.front(device),
-                data=data[k],
+                front=front,
+                data=data[client],
                 on_round=lambda round_index, figures: None,
+                on_start=lambda start: load_own_state(folder, front, run, client, start),
             )
             network.add(server_end, client_run(party))
+
+        def bring_back(client: int) -> None:
+            server_end, client_end = local_pair(client)
+            connect(client, server_end, client_end)
+            rounds.come_back(Joined(client, server_end, ours, reports[client]))
+
+        for k, ends in pairs.items():
+            connect(k, *ends)
+        network.bring_back = bring_back
         finish(rounds, folder)
     return path
 
 
 def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
     """Return the writer of a client's folder; it writes what only the client has."""
-    path = node.out_path / "client" / run.run / f"client_{client}"
-    return ArchiveWriter(path, KeepTensors.parse("none"))
+    return ArchiveWriter(_client_folder(run, node, client), KeepTensors.parse("none"))
+
+
+def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:
+    return node.out_path / "client" / run.run / f"client_{client}"
 
 
 def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:

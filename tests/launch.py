@@ -88,26 +88,32 @@ class Launcher:
     programs: list[Program] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
 
-    def _start(self, name: str, main: Callable[[list[str]], int], argv: Sequence[str]) -> Program:
+    def _start(
+        self,
+        name: str,
+        main: Callable[[list[str]], int],
+        argv: Sequence[object],
+        env: Mapping[str, str] | None = None,
+    ) -> Program:
         log = self.folder / f"{name}-{len(self.programs)}"
         Path(f"{log}.out").touch()
-        arguments = (main, [str(a) for a in argv], log, self.env)
+        arguments = (main, [str(a) for a in argv], log, self.env | dict(env or {}))
         process = _CONTEXT.Process(target=_child, args=arguments)
         process.start()
         self.programs.append(Program(process, log))
         return self.programs[-1]
 
-    def server(self, *options: object) -> Program:
+    def server(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--port", self.port, "--out", self.folder, *options]
-        return self._start("server", main_server, argv)
+        return self._start("server", main_server, argv, env)
 
     def fed(self, *options: object) -> Program:
         argv = ["--role", "fed", "--out", self.folder, *options]
         return self._start("fed", main_server, argv)
 
-    def client(self, *options: object) -> Program:
+    def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]
-        return self._start("client", main_client, argv)
+        return self._start("client", main_client, argv, env)
 
     def run(
         self, *options: object, clients: int = 3, client_options: Sequence[object] = ()

@@ -1,26 +1,5 @@
 """Models for tests, named on command lines as ``tests.models:<function>``."""
 
-from collections import OrderedDict
+from experiments.small_model import bn_dropout
 
-from torch import nn
-
-
-def bn_dropout(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """A small CNN with BatchNorm, dropout and in-place modules on both sides of every cut."""
-    channels, height, width = input_shape
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(channels, 4, 5, stride=2),
-            norm1=nn.BatchNorm2d(4),
-            relu1=nn.ReLU(inplace=True),
-            drop1=nn.Dropout2d(0.2),
-            pool=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            norm2=nn.BatchNorm1d(4 * ((height - 3) // 4) * ((width - 3) // 4)),
-            fc1=nn.Linear(4 * ((height - 3) // 4) * ((width - 3) // 4), 32),
-            relu2=nn.ReLU(inplace=True),
-            drop2=nn.Dropout(0.3),
-            norm3=nn.BatchNorm1d(32),
-            fc2=nn.Linear(32, num_classes),
-        )
-    )
+__all__ = ["bn_dropout"]

@@ -1,0 +1,317 @@
+"""Whoever is killed, stopped or cut off comes back, and the run ends as if nothing had happened."""
+
+import csv
+import random
+import signal
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from experiments.same_run import compare
+from experiments.slow_link import SlowLink
+from sfl.config import NodeConfig, RunConfig
+from sfl.crash import POINTS, VARIABLE
+from sfl.options import from_values
+from sfl.simulate import Away, simulate
+from tests.launch import Launcher, Program
+from tests.test_equivalence import BN_DROPOUT
+from tests.test_failures import send_signal, wait_for
+
+RUN: dict[str, object] = {
+    "model": BN_DROPOUT,
+    "cut": 6,
+    "batch_size": 200,
+    "rounds": 3,
+    "run": "r",
+}
+ALLOW = ["--allow-import", BN_DROPOUT]
+STEPS = 6  # of each of three clients in a round
+
+
+References = Callable[[dict[str, object]], Path]
+
+
+def options_of(run: dict[str, object]) -> list[object]:
+    return [text for name, value in run.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+def reference(folder: Path, run: dict[str, object], away: Sequence[Away] = ()) -> Path:
+    """Return the server's folder of the same run in one process, undisturbed but for ``away``."""
+    config = from_values(RunConfig, dict(run), "the test")
+    return simulate(config, NodeConfig(out=str(folder)), away)
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """Return what gives the undisturbed run of a configuration, made once."""
+
+    @cache
+    def of(items: tuple[tuple[str, object], ...]) -> Path:
+        return reference(tmp_path_factory.mktemp("whole"), dict(items))
+
+    return lambda run: of(tuple(sorted(run.items())))
+
+
+def assert_same(whole: Path, other: Path) -> None:
+    assert compare(whole, other).lines == []
+
+
+def start(launcher: Launcher, run: dict[str, object], *options: object) -> list[Program]:
+    """Start a server and its clients."""
+    server = launcher.server(*options_of(run), *options)
+    clients = range(int(str(run.get("clients", 3))))
+    return [server, *(launcher.client("--client-id", k, *ALLOW) for k in clients)]
+
+
+def resume(launcher: Launcher, *options: object) -> Program:
+    return launcher.server("--resume", launcher.folder / "server/r", *options)
+
+
+def was_killed(program: Program) -> None:
+    program.process.join(60)
+    assert program.process.exitcode == -signal.SIGKILL, program.out + program.err
+
+
+EACH_SCHEME = [
+    {"scheme": "sl"},
+    {"scheme": "sflv1", "optimizer_state": "keep"},
+    {"scheme": "sflv2"},
+    {"scheme": "sflv3", "optimizer_state": "keep", "participation": 0.6},
+    {"scheme": "fl", "aggregation": "fedadam:lr=0.01"},
+    {"scheme": "sync-sgd", "optimizer_state": "keep"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", EACH_SCHEME, ids=lambda scheme: scheme["scheme"])
+def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
+    launcher: Launcher, tmp_path: Path, scheme: dict[str, object], references: References
+) -> None:
+    """A client twice, once with its successor, then the server, and the server with a client."""
+    run = RUN | scheme
+    server = launcher.server(*options_of(run))
+    in_step = {"fl": "trained.before_said:1"}.get(str(scheme["scheme"]), "")
+    first = in_step or ("weights.before_put:1" if scheme["scheme"] == "sync-sgd" else "")
+    first = first or "front.before_update:3"
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, env={VARIABLE: first} if k == 1 else {})
+        for k in range(3)
+    ]
+    was_killed(clients[1])
+    wait_for(server, "client_1 is away: client_1 closed the connection")
+    clients[1] = launcher.client("--client-id", 1, *ALLOW, env={VARIABLE: "validation.before:1"})
+    was_killed(clients[1])
+    clients[1] = launcher.client("--client-id", 1, *ALLOW)
+    wait_for(server, "round 1/3")
+    send_signal(server, signal.SIGKILL)
+    was_killed(server)
+    server = launcher.server(
+        "--resume", launcher.folder / "server/r", env={VARIABLE: "validation.after:1"}
+    )
+    was_killed(server)
+    send_signal(clients[2], signal.SIGKILL)
+    clients[2] = launcher.client("--client-id", 2, *ALLOW)
+    server = resume(launcher)
+    for program in (server, *clients):
+        program.ended_with(0)
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+# Where each end of a run gets to; how often before it dies, so that it is in the second round.
+SERVER_POINTS = {
+    "start.ready": 1, "file.before_rename": 40, "file.after_rename": 41, "manifest.after_line": 42,
+    "step.before_answer": 15, "step.after_answer": 16, "step.after_update": 17,
+    "average.before": 2, "average.after": 2, "validation.after": 2, "round.told": 2,
+    "rounds_csv.before": 2, "rounds_csv.after": 2, "checkpoint.before_rename": 3,
+    "checkpoint.after_rename": 3, "checkpoint.after_removal": 3, "run.before_goodbye": 1,
+    "run.after_goodbye": 1,
+}  # fmt: skip
+CLIENT_POINTS = {
+    "start.registered": 1, "file.before_rename": 5, "file.after_rename": 5,
+    "manifest.after_line": 5, "front.before_update": 9, "front.after_update": 9,
+    "trained.before_said": 2, "validation.before": 2, "checkpoint.before_rename": 2,
+    "checkpoint.after_rename": 2, "checkpoint.after_removal": 2, "run.before_goodbye": 1,
+}  # fmt: skip
+WEIGHTS_POINTS = {"weights.before_put": 2, "weights.after_put": 2}  # of clients that send them
+OWN_STATE = RUN | {"scheme": "sflv3", "optimizer_state": "keep", "clients": 2}
+AVERAGED = RUN | {"clients": 2}
+
+
+def test_every_crash_point_is_tried() -> None:
+    assert set(POINTS) == SERVER_POINTS.keys() | CLIENT_POINTS.keys() | WEIGHTS_POINTS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", SERVER_POINTS)
+def test_a_server_that_dies_anywhere_goes_on(
+    launcher: Launcher, point: str, references: References
+) -> None:
+    crash = {VARIABLE: f"{point}:{SERVER_POINTS[point]}"}
+    server = launcher.server(*options_of(OWN_STATE), env=crash)
+    clients = [launcher.client("--client-id", k, *ALLOW) for k in range(2)]
+    was_killed(server)
+    for program in (resume(launcher), *clients):
+        program.ended_with(0)
+    assert_same(references(OWN_STATE), launcher.folder / "server/r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "count", "run"),
+    [(p, n, OWN_STATE) for p, n in CLIENT_POINTS.items()]
+    + [(p, n, AVERAGED) for p, n in WEIGHTS_POINTS.items()],
+)
+def test_a_client_that_dies_anywhere_comes_back(
+    launcher: Launcher, point: str, count: int, run: dict[str, object], references: References
+) -> None:
+    server = launcher.server(*options_of(run))
+    crash = {VARIABLE: f"{point}:{count}"}
+    other, dies = (
+        launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
+    )
+    was_killed(dies)
+    if point == "run.before_goodbye":  # all is done; nobody waits for long
+        programs = [server, other]
+    else:
+        programs = [server, other, launcher.client("--client-id", 1, *ALLOW)]
+    for program in programs:
+        program.ended_with(0)
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+@pytest.mark.slow
+def test_connections_that_break_anywhere_are_made_anew(
+    launcher: Launcher, references: References
+) -> None:
+    draws, run = random.Random(5), RUN | {"batch_size": 50}
+    link = SlowLink(
+        "127.0.0.1", launcher.port,
+        cut_after=lambda: draws.uniform(0, 400_000) if link.num_cut < 25 else float("inf"),
+    )  # fmt: skip
+    server = launcher.server(*options_of(run))
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, "--server", link.address) for k in range(3)
+    ]
+    try:
+        for program in (server, *clients):
+            program.ended_with(0)
+    finally:
+        link.close()
+    assert link.num_cut >= 10
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+def test_a_link_that_goes_dark_is_noticed_and_left(
+    launcher: Launcher, references: References
+) -> None:
+    """Both ends notice that nothing is heard, though nobody closes the connection."""
+    run = RUN | {"clients": 2}
+    link = SlowLink("127.0.0.1", launcher.port, bytes_per_s=400_000)
+    server = launcher.server(*options_of(run), "--peer-timeout", 2)
+    timeouts = ["--peer-timeout", 2, *ALLOW]
+    clients = [launcher.client(*timeouts), launcher.client(*timeouts, "--server", link.address)]
+    try:
+        wait_for(server, "round 1/3")
+        link.go_dark(4)
+        wait_for(server, "sent nothing for 2 seconds")
+        for program in (server, *clients):
+            program.ended_with(0)
+    finally:
+        link.close()
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+def test_a_peer_that_is_busy_is_not_taken_for_dead(launcher: Launcher) -> None:
+    """Its data take three times as long to load as anybody may be silent."""
+    options = ["--clients", 2, "--model", "mlp", "--rounds", 1, "--batch-size", 500]
+    timeout = ["--peer-timeout", 1]
+    server = launcher.server(*options, *timeout, "--dataset", "tests.slow_data:slow_to_load")
+    allow = ["--allow-import", "tests.slow_data:slow_to_load", *timeout]
+    for program in (server, launcher.client(*allow), launcher.client(*allow)):
+        program.ended_with(0)
+    assert "is away" not in server.out
+
+
+SKIP = ["--on-missing", "skip", "--round-timeout", 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "crash", "step"),
+    [
+        ({"scheme": "sl"}, f"front.before_update:{STEPS + 4}", 4),
+        ({"scheme": "sflv1"}, f"front.before_update:{STEPS + 4}", 4),
+        ({"scheme": "sflv2"}, f"front.before_update:{STEPS + 4}", 4),
+        ({"scheme": "sflv3", "optimizer_state": "keep"}, f"front.before_update:{STEPS + 1}", 1),
+        ({"scheme": "sl", "optimizer_state": "keep"}, "trained.before_said:2", STEPS),
+        ({"scheme": "fl"}, "trained.before_said:2", 0),
+        ({"scheme": "sync-sgd"}, "trained.before_said:2", STEPS),
+        ({"scheme": "sflv1"}, "validation.before:2", None),
+    ],
+)
+def test_rounds_close_without_a_client_that_is_gone_for_good(
+    launcher: Launcher, tmp_path: Path, scheme: dict[str, object], crash: str, step: int | None
+) -> None:
+    """As in a simulation without it from that step on; after validation, from the next round."""
+    run = RUN | scheme
+    server = launcher.server(*options_of(run), *SKIP)
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, env={VARIABLE: crash} if k == 1 else {})
+        for k in range(3)
+    ]
+    was_killed(clients[1])
+    for program in (server, clients[0], clients[2]):
+        program.ended_with(0)
+    away = Away(1, 2) if step is None else Away(1, 1, step)
+    whole, folder = reference(tmp_path / "whole", run, [away]), launcher.folder / "server/r"
+    found = compare(whole, folder)
+    if step is None:  # it validated in the simulation
+        assert all("round_001.csv" in line for line in found.lines)
+    else:
+        assert found.lines == []
+    rows = list(csv.DictReader((folder / "rounds.csv").read_text().splitlines()))
+    assert ["1" in row["took_part"].split(";") for row in rows] == [True, step is None, False]
+    assert "client_1: client_1 closed the connection" in rows[-1]["missing"]
+
+
+def test_a_client_that_was_stopped_too_long_rejoins_at_the_next_round(launcher: Launcher) -> None:
+    run = RUN | {"rounds": 400, "clients": 2, "keep_tensors": "none"}
+    server, stays, stopped = start(launcher, run, *SKIP)
+    wait_for(server, "round 2/400")
+    send_signal(stopped, signal.SIGSTOP)
+    wait_for(server, "going on without client_1: client_1 was silent for")
+    send_signal(stopped, signal.SIGCONT)
+    wait_for(server, "client_1 is back")
+    assert "client_1 was silent for" in stopped.out
+    line = launcher.folder / "server/r/rounds.csv"
+
+    def took_part() -> list[str]:
+        return [row["took_part"] for row in csv.DictReader(line.read_text().splitlines())]
+
+    done = len(took_part())
+    wait_for(server, f"round {done + 3}/400")
+    assert "0" in took_part()
+    assert set(took_part()[-1].split(";")) == {"0", "1"}
+    wait_for(stopped, "going on with round")
+    send_signal(server, signal.SIGINT)
+    server.ended_with(3)
+    for client in (stays, stopped):
+        send_signal(client, signal.SIGINT)
+        client.ended_with(3)
+
+
+def test_below_the_fewest_clients_a_round_waits(launcher: Launcher, references: References) -> None:
+    """It says so, can be stopped, and goes on."""
+    server, *clients = start(launcher, RUN, *SKIP, "--min-clients", 3)
+    wait_for(server, "round 1/3")
+    send_signal(clients[1], signal.SIGKILL)
+    wait_for(server, "client_1 is away")
+    wait_for(clients[0], "waiting for client_1")
+    send_signal(server, signal.SIGINT)
+    server.ended_with(3)
+    clients[1] = launcher.client("--client-id", 1, *ALLOW)
+    for program in (resume(launcher), *clients):
+        program.ended_with(0)
+    assert_same(references(RUN), launcher.folder / "server/r")
