@@ -60,7 +60,7 @@ def test_a_second_interrupt_ends_at_once(launcher: Launcher) -> None:
     """The first one waits for a peer that takes nothing, to tell it why."""
     server = launcher.server("--clients", 2, *LONG)
     wait_for(server, "listening")
-    client = launcher.client()
+    client = launcher.client("--reconnect-timeout", 0)
     wait_for(client, "waiting for 1 of 2 clients")
     send_signal(client, signal.SIGSTOP)
     send_signal(server, signal.SIGINT)
