@@ -13,7 +13,7 @@ from experiments.plan import Study
 from sfl.config import RunConfig
 from sfl.data import batch_sizes, num_batches
 from sfl.link import KINDS_DOWN, KINDS_UP
-from sfl.roundlog import DOWN, EVALUATED, TRAFFIC, UP, read_round
+from sfl.roundlog import DOWN, EVALUATED, FIGURES, TRAFFIC, UP, read_round
 from sfl.schemes import Exchange, scheme
 from sfl.split_model import SplitModel
 from sfl.stores import SOCKET
@@ -60,7 +60,7 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
             name: sum(metrics[name] for metrics in clients.values())
             for name in ("samples", "client_gflops", *FORMULA)
         }
-        numbers = {name: float(v) for name, v in of_round.items() if v != "" and name != "round"}
+        numbers = {n: float(v) for n, v in of_round.items() if v and n in FIGURES}
         lines.append({"client": ALL, "round": round_index, **numbers, **sums})
     frame = pd.DataFrame(lines)
     for name, value in zip(RUN, (run.partition, run.scheme, run.seed), strict=True):
