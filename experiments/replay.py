@@ -74,14 +74,22 @@ def check(recorded: "RecordedRun", client: int | None = None, round: int | None 
 
 
 def _check_listed(recorded: "RecordedRun", report: Report) -> None:
-    """Check the bytes of every model, log and manifest of the run."""
-    from sfl.errors import IntegrityError
+    """Check the bytes of every model, log, manifest and checkpoint of the run."""
+    from sfl.checkpoint import whole
+    from sfl.errors import IntegrityError, RunError
 
     for entry in recorded.archive.listed:
         try:
             recorded.archive.read(entry.path)
         except IntegrityError as error:
             report.find(error)
+    damage: list[str] = []
+    try:
+        list(whole(recorded.archive.root, recorded.run, damage))
+    except RunError as error:
+        report.find(error)
+    for line in damage:
+        report.find(line)
 
 
 def _read_steps(

@@ -14,6 +14,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -153,10 +154,11 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
         for r in range(timing.rounds):
             started = time.perf_counter()
             keys = {k: timing.key(client_weights(k), k, r) for k in stores}
-            taking = {k: take(store, keys[k], timing.spec) for k, store in stores.items()}
+            taking = {k: partial(take, s, keys[k], timing.spec) for k, s in stores.items()}
             fronts = run_together(switchboard, taking)
             data = encode_state(fed_avg(list(fronts.values()), [1] * len(fronts)))
-            giving = {k: s.put(timing.key(AVERAGE, k, r), data) for k, s in stores.items()}
+            keys = {k: timing.key(AVERAGE, k, r) for k in stores}
+            giving = {k: partial(s.put, keys[k], data) for k, s in stores.items()}
             run_together(switchboard, giving)
             timing.everyone_has_it.wait()
             seconds.append(time.perf_counter() - started)

@@ -19,7 +19,7 @@ from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConnectionLost, PeerStopped, RunError, SflError
-from sfl.heartbeat import Heart
+from sfl.heartbeat import Heart, interval_s
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
@@ -139,12 +139,16 @@ class _Client:
         known = self._welcome
         wanted = known.client if known else self._node.client_id
         ours = fingerprint(self._device)
-        welcome = run_blocking(client_join(connection, wanted, ours, self._instance))
+        joining = client_join(
+            connection, wanted, ours, instance=self._instance,
+            heartbeat_s=interval_s(self._node.peer_timeout),
+        )  # fmt: skip
+        welcome = run_blocking(joining)
         crash_point("start.registered")
         if known and (welcome.client, welcome.run) != (known.client, known.run):
             raise RunError(f"the server has another run now: {welcome.run.run}")
         connection.name = f"client_{welcome.client}"
-        with Heart(lambda: [connection], lambda: welcome.heartbeat_s):
+        with Heart(lambda: [connection]):
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
             if self._loaded is None:

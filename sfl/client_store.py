@@ -15,7 +15,7 @@ from sfl.errors import (
     RunError,
     reason_of,
 )
-from sfl.heartbeat import Heart
+from sfl.heartbeat import Heart, interval_s
 from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
@@ -154,11 +154,14 @@ def _fed_connection(
     with reach(node.fed_server or welcome.fed, node) as connection:
         connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
         with hearing_why(connection):
-            joining = client_join(connection, welcome.client, fingerprint, instance)
+            joining = client_join(
+                connection, welcome.client, fingerprint, instance=instance,
+                heartbeat_s=interval_s(node.peer_timeout),
+            )  # fmt: skip
             theirs = run_blocking(joining)
             if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
                 raise ProtocolError("the fed server runs another run than the main server")
-            with Heart(lambda: [connection], lambda: theirs.heartbeat_s):
+            with Heart(lambda: [connection]):
                 send_report(connection, report)
                 folder.events.say(f"the fed server is at {welcome.fed}")
                 yield connection

@@ -4,7 +4,7 @@ Over TCP the main server tells it the run, and clients hold a second connection,
 
     main server (main_join)                          fed server (fed_join)
     REGISTER {config, round, goes_on}            ->
-                                                 <-  REGISTERED
+                                                 <-  REGISTERED {heartbeat_s}
     (then tells its clients where the fed server is)
     UNREGISTER                                   ->  when the run is over; ABORT if it fails
 
@@ -47,7 +47,7 @@ from sfl.outcome import (
     model_path,
 )
 from sfl.protocol import MessageType, Position, checksum
-from sfl.registration import ANY_ID, Welcome
+from sfl.registration import ANY_ID, Welcome, parse_heartbeat
 from sfl.roundlog import write_table
 from sfl.runfolder import RunFolder
 from sfl.schemes import Fronts, scheme
@@ -58,16 +58,18 @@ from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, WeightStore, 
 MAIN = "main"  # who registers
 
 
-def main_join(link: Link, run: RunConfig, first_round: int, *, goes_on: bool) -> Conversation[None]:
+def main_join(
+    link: Link, run: RunConfig, first_round: int, *, goes_on: bool, heartbeat_s: float
+) -> Conversation[None]:
     """Tell the fed server which run it is; faces ``fed_join``."""
     content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
-    content["goes_on"] = goes_on
+    content |= {"goes_on": goes_on, "heartbeat_s": heartbeat_s}
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
-    link.receive_message_as_json(MessageType.REGISTERED)
+    link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))
 
 
-def fed_join(link: Link) -> Conversation[Welcome]:
+def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
     """Hear from the main server which run it is; what it says is for the clients as well."""
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -79,8 +81,9 @@ def fed_join(link: Link) -> Conversation[Welcome]:
         raise ProtocolError(str(error)) from error
     if not run.run or not 0 <= (first_round := hello.get("round", int)) < run.rounds:
         raise ProtocolError(f"the main server starts no run: {run.run!r}")
+    link.heartbeat_s = parse_heartbeat(hello)
     link.peer_name = "the main server"
-    link.send_message_as_json(MessageType.REGISTERED)
+    link.send_message_as_json(MessageType.REGISTERED, content={"heartbeat_s": heartbeat_s})
     return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool))
 
 

@@ -64,8 +64,12 @@ def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[
         connection.name, connection.peer_name = "the main server", "the fed server"
         with hearing_why(connection):
             first_round = past.first_round if past else 0
-            run_blocking(main_join(connection, run, first_round, goes_on=past is not None))
-            with Heart(lambda: [connection], lambda: interval_s(node.peer_timeout)):
+            often = interval_s(node.peer_timeout)
+            goes_on = past is not None
+            run_blocking(
+                main_join(connection, run, first_round, goes_on=goes_on, heartbeat_s=often)
+            )
+            with Heart(lambda: [connection]):
                 yield
             connection.send_message_as_json(MessageType.UNREGISTER)
             connection.part()
@@ -208,7 +212,7 @@ def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:
         for connection in switchboard.wait_for_any(timeout_s=1.0):
             if connection not in joining:
                 connection.name = "the fed server"
-                joining[connection] = fed_join(connection)
+                joining[connection] = fed_join(connection, switchboard.heartbeat_s)
                 next(joining[connection])
             try:
                 next(joining[connection])

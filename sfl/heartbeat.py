@@ -2,7 +2,8 @@
 
 A peer that computes for an hour is not dead, and one behind a link that silently drops everything
 is not alive. So both ends of a connection say that they are there, whatever their main thread does,
-and whoever hears nothing for ``--peer-timeout`` takes the connection for lost.
+and whoever hears nothing for ``--peer-timeout`` takes the connection for lost. When they register
+they tell each other how often they want to hear something.
 """
 
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from sfl.transport import Connection
 
 LONGEST_INTERVAL_S = 10.0
+LONGEST_PAUSE_S = 0.5  # until a new connection is noticed
 BEATS_IN_A_TIMEOUT = 4  # so that one that is late does no harm
 
 
@@ -20,13 +22,10 @@ def interval_s(timeout_s: float) -> float:
 
 
 class Heart:
-    """Speaks over connections that have been silent for an interval. Closed by ``with``."""
+    """Speaks over connections on which we have been silent. Closed by ``with``."""
 
-    def __init__(
-        self, connections: Callable[[], Iterable[Connection]], interval: Callable[[], float]
-    ) -> None:
+    def __init__(self, connections: Callable[[], Iterable[Connection]]) -> None:
         self._connections = connections
-        self._interval = interval
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
         self._thread.start()
@@ -43,6 +42,9 @@ class Heart:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._interval() / 2):
+        pause_s = 0.0
+        while not self._ended.wait(pause_s):
+            pause_s = LONGEST_PAUSE_S
             for connection in self._connections():
-                connection.beat(self._interval() / 2)
+                connection.beat(connection.heartbeat_s / 2)
+                pause_s = min(pause_s, connection.heartbeat_s / 2)

@@ -297,7 +297,7 @@ class Lobby(Network):
                 self._joining.pop(connection, None)
                 self.events.note(f"turned away {connection.address}: it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
-                self.switchboard.drop(connection, reason)
+                self.switchboard.drop(connection, reason, MessageType.ABORT)
         limit = self.patience.skip_after_s
         for client, place in self.places.items():
             silent_s = place.link.silent_s() if place.link and place.ready else 0.0

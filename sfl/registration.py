@@ -34,6 +34,7 @@ from sfl.protocol import Message, MessageType
 ANY_ID = -1  # a client that takes what is free
 MAX_CLASSES = 1000
 MAX_ROUNDS_KEPT = 16
+SHORTEST_HEARTBEAT_S = 0.01
 HASHED_AT_ONCE = 256  # samples, of which no more than these are in memory
 MAX_SIDE = 65_536  # of an image
 
@@ -91,14 +92,25 @@ class Welcome:
 
 
 def client_join(
-    link: Link, wanted_id: int | None, fingerprint: Mapping[str, str], instance: str
+    link: Link,
+    wanted_id: int | None,
+    fingerprint: Mapping[str, str],
+    *,
+    instance: str,
+    heartbeat_s: float,
 ) -> Conversation[Welcome]:
     """Register, and return what the server says.
 
-    ``instance`` is this process's alone: who connects anew with it is no other client.
+    ``instance`` is this process's alone: who connects anew with it is no other client. We want to
+    hear from the server every ``heartbeat_s``.
     """
     wanted = ANY_ID if wanted_id is None else wanted_id
-    content = {"client_id": wanted, "instance": instance, "fingerprint": dict(fingerprint)}
+    content = {
+        "client_id": wanted,
+        "instance": instance,
+        "heartbeat_s": heartbeat_s,
+        "fingerprint": dict(fingerprint),
+    }
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     reply = link.receive_message_as_json(MessageType.REGISTERED)
@@ -113,11 +125,19 @@ def client_join(
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
-    if not 0 < (heartbeat_s := reply.get("heartbeat_s", float)) < math.inf:
-        raise ProtocolError(f"the server wants to hear from us every {heartbeat_s} seconds")
-    return Welcome(
-        client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str), heartbeat_s
-    )
+    link.heartbeat_s = parse_heartbeat(reply)
+    return Welcome(client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str))
+
+
+def parse_heartbeat(message: Message) -> float:
+    """Return how often a peer wants to hear from us.
+
+    Raises:
+        ProtocolError: it is no sensible number of seconds.
+    """
+    if not SHORTEST_HEARTBEAT_S <= (seconds := message.get("heartbeat_s", float)) < math.inf:
+        raise ProtocolError(f"a heartbeat every {seconds} seconds makes no sense")
+    return seconds
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -148,6 +168,7 @@ def server_join(
         raise ProtocolError(str(error)) from error
     if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
         raise ProtocolError("a client does not say which process it is")
+    link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(hello.get("client_id", int), instance)
     link.peer_name = f"client_{client}"
     content = {

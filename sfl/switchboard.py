@@ -188,7 +188,7 @@ class Switchboard(Network):
     ) -> None:
         """``max_strangers`` may be connected without having registered; more are just closed.
 
-        Who has registered hears from us every ``heartbeat_s``.
+        We want to hear from who has registered every ``heartbeat_s``.
         """
         self.heartbeat_s = heartbeat_s or interval_s(timeout_s)
         self._listener = listener
@@ -202,9 +202,7 @@ class Switchboard(Network):
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="acceptor", daemon=True)
         self._thread.start()
-        self._heart = Heart(
-            lambda: [c for c in self.connections if c.peer_name], lambda: self.heartbeat_s
-        )
+        self._heart = Heart(lambda: [c for c in self.connections if c.peer_name])
 
     def __enter__(self) -> "Switchboard":
         return self

@@ -40,6 +40,7 @@ class Connection(Link):
             _keep_alive(sock, timeout_s)
         sock.settimeout(timeout_s)
         self.timeout_s = timeout_s
+        self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self._sock = sock

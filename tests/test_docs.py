@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfl.aggregate import RULES
-from sfl.config import ClientNode, RunConfig, ServerNode
+from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode
 from sfl.datasets import DATASETS
 from sfl.models import MODELS
 from sfl.partition import OWN, PARTITIONS
@@ -90,13 +90,14 @@ def test_every_option_that_the_pages_use_exists() -> None:
     pages = [README, *(page.read_text() for page in ROOT.glob("docs/**/*.md"))]
     known = {
         "--" + field.name.replace("_", "-")
-        for group in (RunConfig, ServerNode, ClientNode)
+        for group in (RunConfig, ServerNode, ClientNode, SimulationNode)
         for field in dataclasses.fields(group)
     }
     known |= {"--config", "--help", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
+    known |= {"--kills", "--cuts", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))
     assert {

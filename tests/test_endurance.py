@@ -1,0 +1,55 @@
+"""Many rounds in one tree of processes: what they hold at the end is what they held early on."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sfl.crash import VARIABLE
+from tests.launch import Launcher, Program
+from tests.test_failures import wait_for
+from tests.test_recovery import was_killed
+
+ROUNDS, EARLY = 500, 20
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    kilobytes: int
+    threads: int
+    files: int
+
+    @classmethod
+    def by(cls, program: Program) -> "Held":
+        folder = Path("/proc") / str(program.process.pid)
+        status = (folder / "status").read_text()
+        found = {name: re.search(rf"{name}:\s+(\d+)", status) for name in ("VmRSS", "Threads")}
+        counts = [int(match[1]) for match in found.values() if match]
+        return cls(*counts, len(os.listdir(folder / "fd")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_nothing_grows_over_many_rounds(launcher: Launcher) -> None:
+    """Memory, threads and open files, on server and clients; one client is lost and back."""
+    options = ["--model", "mlp", "--batch-size", 500, "--keep-tensors", "last"]
+    server = launcher.server("--clients", 2, "--rounds", ROUNDS + 1, *options)
+    crash = {VARIABLE: "front.before_update:30"}
+    stays, dies = launcher.client("--client-id", 0), launcher.client("--client-id", 1, env=crash)
+    was_killed(dies)
+    back = launcher.client("--client-id", 1)
+    programs = [server, stays, back]
+    wait_for(server, f"round {EARLY}/")
+    early = [Held.by(program) for program in programs]
+    wait_for(server, f"round {ROUNDS}/")
+    late = [Held.by(program) for program in programs]
+    for before, after in zip(early, late, strict=True):
+        assert after.kilobytes <= before.kilobytes * (1 + MARGIN), (before, after)
+        assert (after.threads, after.files) == (before.threads, before.files)
+    for program in programs:
+        program.ended_with(0)
