@@ -68,11 +68,11 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         told = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # as a shell starts what is in the background
-            signal.signal(number, interrupt)
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, interrupt)
     try:
         return program() or 0
     except ConfigError as error:
@@ -81,6 +81,9 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         return _fail(name, error, INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the process's edge
         return _fail(name, error, 1)
+    finally:  # all is over: a signal that comes now says nothing new
+        for number in caught:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(name: str, error: BaseException, code: int) -> int:

@@ -18,7 +18,7 @@ from sfl.data import ClientData, Source, load, num_batches, part_of
 from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import PASSING, ConnectionLost, PeerStopped, RunError, SflError
+from sfl.errors import PASSING, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart, interval_s
 from sfl.own_data import load_own
 from sfl.partition import OWN
@@ -128,8 +128,8 @@ class _Client:
 
         Not if the server is one of two; nor if it said that it ends before the run had begun.
         """
-        if self._welcome is None:  # the server went away before it answered
-            return isinstance(error, ConnectionLost)
+        if self._welcome is None:  # the server did not get to answer
+            return True
         if self._welcome.fed != HERE:
             return False
         has_begun = self._loaded is not None and self._loaded.has_begun

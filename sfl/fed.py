@@ -201,15 +201,15 @@ class FedRounds:
         assert merged is not None
         self.half = merged
         self._write_half(round_index)
-        if policy is Fronts.AVERAGED:
-            self._give(AVERAGE, merged, round_index, sum(self.num_train[k] for k in order))
-        else:
-            self._pass_on(relay[-1], round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
         path = f"rounds/round_{round_index:03d}.csv"
         archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
         archive.end_round(round_index)
-        self._commit(round_index + 1)
+        self._commit(round_index + 1)  # before the main server can take the round for done
+        if policy is Fronts.AVERAGED:
+            self._give(AVERAGE, merged, round_index, sum(self.num_train[k] for k in order))
+        else:
+            self._pass_on(relay[-1], round_index)
         self.folder.events.say(
             f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
             f" {policy.name.lower()}"

@@ -13,7 +13,7 @@ from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError
 from sfl.fed import put_start
 from sfl.fed_server import fed_server
 from sfl.heartbeat import interval_s
@@ -116,7 +116,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 lobby.end_soon()
             joined = lobby.gather()
             if past:
-                past = past.that_all_have({k: c.data.rounds for k, c in joined.items()})
+                past = _agree(past, joined, fed)
             crash_point("start.ready")
             make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
             rounds = prepare(
@@ -130,6 +130,21 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 put_start(place, run, rounds.first_round, describe_data(joined, run))
             finish(rounds, folder)
     return path
+
+
+def _agree(past: Past, joined: Mapping[int, Joined], fed: str) -> Past:
+    """Return what goes on with the newest round that the server and all clients have.
+
+    Raises:
+        RunError: there is none.
+    """
+    agreed = past.that_all_have({k: client.data.rounds for k, client in joined.items()})
+    if fed != HERE and agreed.first_round != past.first_round:
+        raise RunError(
+            f"a client has only what round {agreed.first_round} starts from, and the fed server has"
+            f" begun with round {past.first_round}"
+        )
+    return agreed
 
 
 def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:

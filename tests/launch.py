@@ -107,9 +107,9 @@ class Launcher:
         argv = ["--port", self.port, "--out", self.folder, *options]
         return self._start("server", main_server, argv, env)
 
-    def fed(self, *options: object) -> Program:
+    def fed(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--role", "fed", "--out", self.folder, *options]
-        return self._start("fed", main_server, argv)
+        return self._start("fed", main_server, argv, env)
 
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]

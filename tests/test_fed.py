@@ -15,6 +15,7 @@ import torch
 from experiments import replay
 from experiments.recorded import load
 from sfl.config import NodeConfig, RunConfig
+from sfl.crash import VARIABLE
 from sfl.errors import RunError
 from sfl.objects import Directory
 from sfl.protocol import MessageType
@@ -25,6 +26,8 @@ from tests.proxy import UP, Proxy
 from tests.test_demo import ROOT
 from tests.test_equivalence import BN_DROPOUT, assert_equal, weights
 from tests.test_failures import send_signal, wait_for
+from tests.test_recovery import RUN, options_of, was_killed
+from tests.test_recovery import reference as recovery_reference
 
 OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100, "--rounds", 2]
 ALLOW = ["--allow-import", BN_DROPOUT]
@@ -280,6 +283,31 @@ def test_a_bucket_that_stays_away_ends_who_is_impatient_and_the_run_goes_on(
     options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": done + 2, "clients": 2}
     simulate(RunConfig(**options, run="r"), NodeConfig(out=str(tmp_path / "simulated")))
     assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["checkpoint.before_rename:3", "checkpoint.after_rename:3"])
+def test_a_fed_server_that_dies_anywhere_goes_on_with_the_others(
+    launcher: Launcher, tmp_path: Path, point: str
+) -> None:
+    """With two servers the run ends for all; started again, all agree on a round."""
+    port, run = free_port(), RUN | {"rounds": 4}
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{port}"]
+    fed = launcher.fed("--port", port, *ALLOW, env={VARIABLE: point})
+    server = launcher.server(*options_of(run), *role)
+    clients = [launcher.client("--client-id", k, *ALLOW) for k in range(3)]
+    was_killed(fed)
+    for program in (server, *clients):
+        program.ended_with(1)
+    finish(
+        [
+            launcher.fed("--port", port, *ALLOW),
+            launcher.server("--resume", launcher.folder / "server/r"),
+            *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
+        ]
+    )
+    whole = recovery_reference(tmp_path / "simulated", run)
+    assert_equal(all_weights(launcher.folder), all_weights(whole.parent.parent))
 
 
 @pytest.mark.slow
