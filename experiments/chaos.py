@@ -17,7 +17,6 @@ from argparse import Namespace
 from pathlib import Path
 
 from sfl.cli import run_program
-from sfl.errors import RunError
 
 NUM_CLIENTS = 3
 
@@ -25,11 +24,11 @@ NUM_CLIENTS = 3
 def main() -> int:
     from experiments.disturbed import Disturbance, Trouble, undisturbed
     from experiments.same_run import compare
+    from sfl.runfolder import create_run_folder
 
     options, rest = parse()
-    out = Path(options.out).resolve()
-    if out.exists():
-        raise RunError(f"{out} exists; give another --out")
+    out = create_run_folder(Path(options.out).resolve(), "")
+    print(f"everything lies in {out}")
     run_options = ["--scheme", options.scheme, "--rounds", str(options.rounds), *rest]
     print(f"undisturbed: {options.rounds} rounds of {options.scheme}", flush=True)
     whole, round_s, round_bytes = undisturbed(out / "undisturbed", run_options, NUM_CLIENTS)
@@ -75,7 +74,7 @@ def parse() -> tuple[Namespace, list[str]]:
     parser.add_argument("--blackouts", type=int, default=0, help="times that nothing arrives")
     parser.add_argument("--blackout-s", type=float, default=20.0, help="for how long (default: 20)")
     parser.add_argument("--rounds", type=int, default=12, help="of each run (default: 12)")
-    parser.add_argument("--out", default="shared_files/chaos", help="folder, must not exist")
+    parser.add_argument("--out", default="shared_files/chaos", help="for folders by start time")
     return parser.parse_known_args()
 
 

@@ -127,8 +127,10 @@ class Disturbance:
                     cut_before = self._link.num_cut
                 kinds = [kind for kind in self._trouble.kinds_left() if kind != "cut"]
                 if kinds and time.monotonic() >= next_at and not self._restart_at:
-                    self._disturb(self._draws.choice(kinds))
+                    kind = self._draws.choice(kinds)
+                    self._disturb(kind)
                     next_at = time.monotonic() + self._pause_s()
+                    next_at += self._trouble.blackout_s if kind == "blackout" else 0
             for name in self._names[1:]:
                 self._end_client(name)
             return self._folder

@@ -29,13 +29,17 @@ def compare(whole: Path, other: Path) -> Differences:
     """Compare everything that two runs' servers and clients wrote, and replay the second."""
     from experiments.recorded import load
     from experiments.replay import check
+    from sfl.errors import IntegrityError
 
     found = Differences()
     ours, theirs = load(whole), load(other)
     _compare_files(whole, other, found)
     _compare_files(_client_folder(whole), _client_folder(other), found)
-    _compare_steps(ours.archive, theirs.archive, found)
-    _compare_figures(ours, theirs, found)
+    try:
+        _compare_steps(ours.archive, theirs.archive, found)
+        _compare_figures(ours, theirs, found)
+    except IntegrityError as error:
+        found.find(str(error))
     for finding in check(theirs).findings:
         found.find(f"replay: {finding}")
     return found
