@@ -185,10 +185,11 @@ class Disturbance:
             code = process.poll()
             if code is None or name in self._restart_at:
                 continue
-            if name == SERVER and code == 0:
+            why = last_line(self._out / f"{name}.err")
+            if name == SERVER and (code == 0 or "has done its" in why):
                 return True
             if code != 0:
-                raise RunError(f"{name} ended by itself: {last_line(self._out / f'{name}.err')}")
+                raise RunError(f"{name} ended by itself: {why}")
         newest = max(path.stat().st_mtime for path in self._out.glob("*.out"))
         if time.time() - newest > PATIENCE_S:
             raise RunError(f"no line of output for {PATIENCE_S:g} seconds; see {self._out}")
@@ -232,8 +233,14 @@ class Disturbance:
             self._trouble.done["stop"] += 1
 
     def _end_client(self, name: str) -> None:
-        """Wait for a client of a run that is over; one that has just been started finds nobody."""
+        """Wait for a client of a run that is over; one that has just been started finds nobody.
+
+        Raises:
+            RunError: it failed.
+        """
         try:
-            self._processes[name].wait(10)
+            if self._processes[name].wait(10) > 0:
+                why = last_line(self._out / f"{name}.err")
+                raise RunError(f"{name} ended by itself: {why}")
         except subprocess.TimeoutExpired:
             self._say(f"{name} came too late to hear that the run is over")

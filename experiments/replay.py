@@ -192,7 +192,7 @@ def _check_updates(
     if not backs:
         report.unchecked += len(steps)
         return
-    pool = GradientPool(run, backs[0], num_steps, Spool(None))
+    pool = GradientPool(run, backs[0], num_steps, Spool(None, lambda: None))
     try:
         for step in steps:
             grads = step.weight_grads(recorded.split.parameters_spec)

@@ -67,8 +67,11 @@ def _count_tensors(data: bytes) -> int:
 
     if not data:
         return 1
-    with zipfile.ZipFile(io.BytesIO(data)) as container:
-        return sum("/data/" in name for name in container.namelist())
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as container:
+            return sum("/data/" in name for name in container.namelist())
+    except zipfile.BadZipFile:
+        return 1
 
 
 def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences) -> None:
@@ -94,7 +97,7 @@ def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences)
 
 def _compare_figures(ours: "RecordedRun", theirs: "RecordedRun", found: Differences) -> None:
     """Compare what the rounds' files say, but for times and bytes."""
-    from sfl.roundlog import read_round
+    from sfl.roundlog import read_round, read_summary
 
     for round_index in range(ours.run.rounds):
         path = f"rounds/round_{round_index:03d}.csv"
@@ -105,3 +108,10 @@ def _compare_figures(ours: "RecordedRun", theirs: "RecordedRun", found: Differen
             tables.append({k: repr(v) for k, v in rows.items() if k[2].startswith(FIGURES)})
         if tables[0] != tables[1]:
             found.find(f"{theirs.archive.root / path}: differs")
+    summaries = []
+    for recorded in (ours, theirs):
+        rows = read_summary((recorded.archive.root / "rounds.csv").read_bytes())
+        names = ("round", "took_part", "train_loss", "val_loss", "test_loss")
+        summaries.append([[row[name] for name in names] for row in rows])
+    if summaries[0] != summaries[1]:
+        found.find(f"{theirs.archive.root / 'rounds.csv'}: differs")

@@ -30,7 +30,7 @@ from sfl.tensors import Buffer, TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
-# Files that are written anew whenever a run goes on; until then they are in no manifest.
+# Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
 
 
@@ -87,6 +87,7 @@ class ArchiveWriter:
         self._changed = threading.Condition()
         self._pending_bytes = 0
         self._num_pending = 0
+        self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
         self._manifests: dict[Path, TextIO] = {}
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
@@ -109,11 +110,18 @@ class ArchiveWriter:
         ``entry`` gives ``client``, ``round``, ``step`` and ``order``. ``data`` must not change
         afterwards.
         """
-        if self._keep.records(entry["round"]):
+        if path := self.place(kind, entry):
             dtype = str(spec.dtype).removeprefix("torch.")
             self._submit(
-                lambda: self._write_tensor(kind, data, spec.shape, dtype, entry), len(data)
+                lambda: self._write_tensor(path, kind, data, spec.shape, dtype, entry), len(data)
             )
+
+    def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
+        """Return where ``record`` writes a tensor of a step; None if its round's do not stay."""
+        if not self._keep.records(at["round"]):
+            return None
+        folder = client_folder(self._root, at["client"], at["round"])
+        return folder / f"{kind}_{at['round']}_{at['step']}.pt"
 
     def write(
         self,
@@ -141,22 +149,32 @@ class ArchiveWriter:
         paths: Collection[str],
     ) -> None:
         """Write the checkpoint that a round starts from, of files that were handed over before."""
+        self._num_commits += 1
         self._submit(lambda: self._commit(round_index, config, about, paths), 0)
 
-    def begin_at(self, round_index: int) -> None:
-        """Forget what was written of this round and later ones: they are done again."""
-        self._submit(lambda: self._forget(round_index), 0)
+    def wait_committed(self) -> None:
+        """Wait until all checkpoints that were handed over are on disk."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._num_committed == self._num_commits or self._failure is not None
+            )
+        self._check()
+
+    def begin_at(self, round_index: int, anew: Collection[str] = ()) -> None:
+        """Forget what was written of this round and later ones: they are done again.
+
+        Also files of the kinds that are written ``anew``.
+        """
+        self._submit(lambda: self._forget(round_index, anew), 0)
 
     def drop_steps(self, client: int, round_index: int) -> None:
         """Remove the tensors of a client that left a round without a trace."""
         self._submit(lambda: self._remove(client_folder(self._root, client, round_index)), 0)
 
     def end_round(self, round_index: int) -> None:
-        """Wait until all is on disk, list the round's manifests, and drop what does not stay."""
-        if self._thread is None:
-            return  # nothing was handed over
-        self._submit(lambda: self._close_round(round_index), 0)
-        self.flush()
+        """List the round's manifests when all is on disk, and drop what does not stay."""
+        if self._thread is not None:  # else nothing was handed over
+            self._submit(lambda: self._close_round(round_index), 0)
 
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
@@ -199,18 +217,22 @@ class ArchiveWriter:
             job()
 
     def _write_tensor(
-        self, kind: str, data: Buffer, shape: tuple[int, ...], dtype: str, at: Mapping[str, int]
+        self,
+        path: Path,
+        kind: str,
+        data: Buffer,
+        shape: tuple[int, ...],
+        dtype: str,
+        at: Mapping[str, int],
     ) -> None:
-        folder = client_folder(self._root, at["client"], at["round"])
-        name = f"{kind}_{at['round']}_{at['step']}.pt"
-        if folder not in self._manifests:
-            folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, data)
+        if path.parent not in self._manifests:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
         entry = Entry(
-            kind, name, len(data), checksum(data), client=at["client"], round=at["round"],
+            kind, path.name, len(data), checksum(data), client=at["client"], round=at["round"],
             step=at["step"], order=at["order"], shape=shape, dtype=dtype,
         )  # fmt: skip
-        self._list(folder, entry)
+        self._list(path.parent, entry)
 
     def _write_listed(
         self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]
@@ -250,28 +272,31 @@ class ArchiveWriter:
         for path in lying(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
+        with self._changed:
+            self._num_committed += 1
+            self._changed.notify_all()
 
-    def _forget(self, round_index: int) -> None:
-        for folder in [f for f in self._manifests if f != self._root]:
-            self._manifests.pop(folder).close()
+    def _forget(self, round_index: int, anew: Collection[str]) -> None:
         for folder in self._root.glob("client_files/client_*/round_*"):
             if (place := round_of_folder(folder)) and place[1] >= round_index:
                 self._remove(folder)
+        if self._manifests.keys() - {self._root}:  # of a round whose end we have not heard of
+            self._close_round(round_index - 1)
         for path in lying(self._root):  # of later rounds, or damaged: not to be taken for whole
             if round_of(path) > round_index:
                 path.unlink()
         if (self._root / MANIFEST).exists():
-            self._shorten_manifest(round_index)
+            self._shorten_manifest(round_index, anew)
 
-    def _shorten_manifest(self, round_index: int) -> None:
+    def _shorten_manifest(self, round_index: int, anew: Collection[str]) -> None:
         """Remove what is of this round or a later one, and what is about to be written anew."""
         if manifest := self._manifests.pop(self._root, None):
             manifest.close()
         kept = []
         for entry in read_manifest(self._root):
-            if entry.round < round_index and entry.kind not in REWRITTEN:
+            if entry.round < round_index and entry.kind not in anew:
                 kept.append(manifest_line(entry) + "\n")
-            elif entry.kind not in REWRITTEN:
+            elif entry.kind not in anew:
                 (self._root / entry.path).unlink(missing_ok=True)
         write_file(self._root / MANIFEST, "".join(kept).encode(), durable=True)
 

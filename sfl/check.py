@@ -72,6 +72,11 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     elif row.exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_steps * front
     keep = KeepTensors.parse(run.keep_tensors)
+    answers = 0.0  # of one round, for whoever redoes it, where they are not recorded anyway
+    if row.exchange is Exchange.WEIGHT_GRADS:
+        answers = run.local_epochs * num_steps / max(len(clients), 1) * front
+    elif row.exchange is Exchange.CUT and not keep.records_all:
+        answers = run.local_epochs * sum(clients) * split.features_spec(1).num_bytes
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
     tensors = run.participation * run.local_epochs * an_epoch * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
@@ -79,7 +84,7 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * run.rounds * (back or front) * num_backs
-    return round(tensors + models)
+    return round(tensors + models + answers)
 
 
 def check_disk(folder: Path, needed: int) -> str:

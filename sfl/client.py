@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from sfl.data import ClientData, Source, load, num_batches, part_of
 from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import PASSING, PeerStopped, RunError, SflError
+from sfl.errors import PASSING, ConfigError, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart, interval_s
+from sfl.options import check_goes_on
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
@@ -27,6 +29,7 @@ from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_file_bytes
 from sfl.transport import Connection, parse_address
@@ -47,7 +50,7 @@ def take_part(node: ClientNode) -> None:
         attempts = _Attempts()
         client.take_part()
         while client.lost is not None:
-            attempts.wait(client.lost, client.num_steps, client.patience_s)
+            attempts.wait(client.lost, client.progress, client.patience_s)
             client.take_part(client.patience_s)
 
 
@@ -58,19 +61,21 @@ class _Attempts:
     """How often a server that was lost is tried again: ever less, while nothing comes of it."""
 
     def __init__(self) -> None:
-        self._num_steps = -1
+        self._num_starts = self._num_steps = -1
         self._pause_s = FIRST_PAUSE_S
         self._since = 0.0
 
-    def wait(self, error: SflError, num_steps: int, timeout_s: float) -> None:
-        """Wait a little after a loss; ``num_steps`` tells whether something came of the last try.
+    def wait(self, error: SflError, progress: tuple[int, int], timeout_s: float) -> None:
+        """Wait a little after a loss; ``progress`` tells what came of the last try.
 
         Raises:
-            SflError: nothing has come of any for as long as ``timeout_s``.
+            SflError: the server has not let us go on for as long as ``timeout_s``.
         """
-        now = time.monotonic()
+        now, (num_starts, num_steps) = time.monotonic(), progress
+        if num_starts != self._num_starts:
+            self._num_starts, self._since = num_starts, now
         if num_steps != self._num_steps:
-            self._num_steps, self._pause_s, self._since = num_steps, FIRST_PAUSE_S, now
+            self._num_steps, self._pause_s = num_steps, FIRST_PAUSE_S
         else:
             self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
         if now - self._since >= timeout_s:
@@ -93,9 +98,10 @@ class _Client:
         self.lost: SflError | None = None  # why the last connection ended, if we may come back
 
     @property
-    def num_steps(self) -> int:
-        """How many steps this process has taken."""
-        return self._loaded.log.num_steps if self._loaded else 0
+    def progress(self) -> tuple[int, int]:
+        """How often the server has let this process go on, and how many steps it has taken."""
+        loaded = self._loaded
+        return (loaded.num_starts, loaded.log.num_steps) if loaded else (0, 0)
 
     @property
     def patience_s(self) -> float:
@@ -132,8 +138,7 @@ class _Client:
             return True
         if self._welcome.fed != HERE:
             return False
-        has_begun = self._loaded is not None and self._loaded.has_begun
-        return has_begun or not isinstance(error, PeerStopped)
+        return self.progress[0] > 0 or not isinstance(error, PeerStopped)
 
     def _join(self, connection: Connection) -> None:
         known = self._welcome
@@ -145,8 +150,8 @@ class _Client:
         )  # fmt: skip
         welcome = run_blocking(joining)
         crash_point("start.registered")
-        if known and (welcome.client, welcome.run) != (known.client, known.run):
-            raise RunError(f"the server has another run now: {welcome.run.run}")
+        if known:
+            _check_still_that(welcome, known)
         connection.name = f"client_{welcome.client}"
         with Heart(lambda: [connection]):
             if self._folder is None:
@@ -170,6 +175,18 @@ class _Client:
         environment = describe(self._device, command_line())
         folder.archive.write("environment", "environment.json", to_json(environment))
         return folder
+
+
+def _check_still_that(welcome: Welcome, known: Welcome) -> None:
+    """See that a server that we came back to has the run that it had.
+
+    Raises:
+        RunError: it has another one.
+    """
+    try:
+        check_goes_on(dataclasses.asdict(known.run), dataclasses.asdict(welcome.run))
+    except ConfigError as error:
+        raise RunError(f"the server has another run now: {error}") from error
 
 
 def _create_folder(path: Path, *, goes_on: bool) -> None:
@@ -215,23 +232,20 @@ class _Loaded:
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {device}")
         self.log = ClientLog(run, folder, num_batches(len(self._data.train), run.batch_size))
-        self.has_begun = False
+        self.num_starts = 0  # how often the server has let it go on
 
     def run_over(self, connection: Connection, welcome: Welcome, instance: str) -> None:
         """Take part in the run over a connection, from where the server says."""
+        self._run = self.log.run = welcome.run  # which may have more rounds than before
         run, folder, split = self._run, self._folder, self._split
         connection.limits = split.client_limits()
         report = self._report
         if has_own(run):
             own = own_checkpoints(folder.path, run)
-            report = dataclasses.replace(report, rounds=tuple(c.round for c in own))
-            if welcome.first_round > 0 and len(own) == 1:
-                raise RunError(
-                    f"{folder.path} lacks what only client_{self._client} has of round"
-                    f" {welcome.first_round - 1}: start it where it ran before, with the same --out"
-                )
+            report = dataclasses.replace(report, rounds=own)
         most_bytes = max_file_bytes(split.front_spec.values())
         ours = fingerprint(self._device)
+        front = split.front(self._device)
         with open_store(
             connection, welcome, self._node, folder, report, ours, instance, most_bytes
         ) as (store, fed):
@@ -246,10 +260,10 @@ class _Loaded:
                 split=split,
                 archive=folder.archive,
                 watcher=self.log,
-                front=split.front(self._device),
+                front=front,
                 data=self._data,
                 on_round=self.log.end_round,
-                on_start=lambda round_index: self._start(party, round_index),
+                on_start=functools.partial(self._start, front),
             )
             self.log.start_over()
             try:
@@ -259,10 +273,10 @@ class _Loaded:
             folder.archive.flush()
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
-    def _start(self, party: ClientParty, round_index: int) -> None:
+    def _start(self, front: Segment, round_index: int, own_round: int) -> None:
         """Bring the client to where it was when a round began."""
-        self.has_begun = True
+        self.num_starts += 1
         self._folder.archive.begin_at(round_index)
-        load_own_state(self._folder.path, party.front, party.run, party.client, round_index)
-        if round_index > 0:
-            self._folder.events.say(f"going on with round {round_index + 1}/{party.run.rounds}")
+        load_own_state(self._folder.path, front, self._run, self._client, own_round)
+        if 0 < round_index < self._run.rounds:
+            self._folder.events.say(f"going on with round {round_index + 1}/{self._run.rounds}")

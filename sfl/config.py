@@ -176,6 +176,11 @@ class KeepTensors:
         """Say whether this round's tensors are written at all."""
         return self.last or (self.period > 0 and round_index % self.period == 0)
 
+    @property
+    def records_all(self) -> bool:
+        """Whether every round's tensors are written."""
+        return self.last or self.period == 1
+
     def num_kept(self, rounds: int) -> int:
         """Return of how many of ``rounds`` rounds the tensors lie on disk at the end."""
         return 1 if self.last else -(-rounds // self.period) if self.period else 0
@@ -249,7 +254,7 @@ class ServerNode(NodeConfig):
         " --on-missing skip; then it closes without it",
     )  # fmt: skip
     min_clients: int = _option(
-        1, "fewest clients that a round may close with; below, it waits for others to come back"
+        1, "fewest clients that must be there; with fewer, rounds wait for others to come back"
     )
     role: str = _option(
         "all", "main server, fed server, or both in one process", ("all", "main", "fed")

@@ -6,7 +6,7 @@ them, ``weights`` the exchange of weights::
     client                                           server
     client_run                                       rounds.run_all
       client_start                                   server_start
-                                                <-   GO_ON {front}
+                                                <-   GO_ON {front, own}
                                                 <-   the weights that its first round starts from
       client_round
         if it takes part in the round: client_train  server_train
@@ -223,7 +223,7 @@ def client_start(party: ClientParty) -> Conversation[int]:
     first = message.at.round + 1
     if message.at != party.at(first - 1) or first > party.run.rounds:
         raise ProtocolError(f"the server lets us go on after {message.at}")
-    party.on_start(first)
+    party.on_start(first, message.get("own", int))
     held = encode_state(party.front.state())
     yield from _take_over(party, message, held)
     return first
@@ -234,7 +234,8 @@ def server_start(
 ) -> Conversation[None]:
     """Bring a client to where a round starts, if it is not there; faces ``client_start``."""
     if party.at_start_of != round_index:
-        yield from _hand_over(party, MessageType.GO_ON, front, party.at(round_index - 1))
+        at, own = party.at(round_index - 1), party.own_round
+        yield from _hand_over(party, MessageType.GO_ON, front, at, own=own)
         party.at_start_of = round_index
 
 

@@ -11,7 +11,7 @@ find out by itself what has been done already; between two yields it either does
 from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Generic, TypeVar
 
-from sfl.errors import PEER_ERRORS, SflError
+from sfl.errors import PEER_ERRORS, RunError, SflError
 from sfl.link import Link
 
 T = TypeVar("T")
@@ -66,9 +66,17 @@ class Network:
     def end_soon(self) -> None:
         """Wait only shortly for whoever is away: all that is left is to say goodbye."""
 
-    def gives_up(self, client: int, others: int) -> bool:
-        """Say whether to go on without a client that is away, with so many others."""
+    def gives_up(self, client: int) -> bool:
+        """Say whether to go on without a client that is away."""
         return False
+
+    def await_anybody(self) -> None:
+        """Wait until a client is here.
+
+        Raises:
+            RunError: nobody comes.
+        """
+        raise RunError("no client is left")
 
 
 def run_blocking(conversation: Conversation[T]) -> T:
@@ -85,13 +93,17 @@ def run_together(
     network: Network,
     conversations: Mapping[int, Callable[[], Conversation[T]]],
     on_leave: Callable[[int], None] = lambda client: None,
+    *,
+    results_stay: bool = True,
 ) -> dict[int, T]:
     """Run one conversation a client, each as its messages arrive; return what each returns.
 
     ``conversations`` begin one, and begin it again when a client that was lost is back. A client
-    that the network gives up has no result, unless it had one before; ``on_leave`` is told.
+    that the network gives up has no result, unless it had one before and ``results_stay`` when a
+    client begins again; ``on_leave`` is told.
     """
-    together = _Together(network, conversations)
+    network.take_changes()  # of before: who is here now, counts
+    together = _Together(network, conversations, results_stay)
     for client in conversations:
         if network.is_here(client):
             together.begin(client)
@@ -108,9 +120,13 @@ class _Together(Generic[T]):
     """Conversations that run, those that wait for their clients, and what has come of them."""
 
     def __init__(
-        self, network: Network, conversations: Mapping[int, Callable[[], Conversation[T]]]
+        self,
+        network: Network,
+        conversations: Mapping[int, Callable[[], Conversation[T]]],
+        results_stay: bool,
     ) -> None:
         self._network = network
+        self._results_stay = results_stay
         self._beginnings = conversations
         self._running: dict[int, Conversation[T]] = {}
         self._receiving: dict[Link, int] = {}
@@ -127,6 +143,8 @@ class _Together(Generic[T]):
         """Begin a client's conversation, if it has one here and has not left."""
         self.stop(client)
         if client in self._beginnings and client not in self._left:
+            if not self._results_stay:
+                self.results.pop(client, None)
             self._running[client] = self._beginnings[client]()
             self._resume(client)
 
@@ -141,11 +159,10 @@ class _Together(Generic[T]):
         """Return the clients that have just left without a result."""
         left = []
         for client in self._beginnings:
-            if not (client in self.results or client in self._running or client in self._left):
-                others = len(self._beginnings) - len(self._left) - 1
-                if self._network.gives_up(client, others):
-                    self._left.add(client)
-                    left.append(client)
+            settled = client in self.results or client in self._running or client in self._left
+            if not settled and self._network.gives_up(client):
+                self._left.add(client)
+                left.append(client)
         return left
 
     def go_on(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import sfl.archive
+from sfl.archive_writer import REWRITTEN
 from sfl.check import check_names
 from sfl.client_store import hearing_why
 from sfl.config import RunConfig, ServerNode, counted
@@ -194,7 +195,7 @@ def _prepare(
     half = Half(split.front_state(), {})
     if past and FRONT in (halves := read_halves(past.files, run, split, past.first_round)):
         half = halves[FRONT]
-    archive.begin_at(past.first_round if past else 0)
+    archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
     about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
     archive.write("config", "config.json", to_json(options_record(run, node)))

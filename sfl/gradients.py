@@ -60,7 +60,7 @@ class GradientPool:
         self._model.set_gradients(fed_avg(states, weights))
         self._model.update()
         self._parameters = encode_state(self._model.parameters())
-        self._spool.put(EVERYONE, self._updates, self._parameters, {}, "")
+        self._spool.put(EVERYONE, self._updates, self._parameters, {})
         self._given = {}
         self._updates += 1
 

@@ -5,7 +5,7 @@ registered again and its data are loaded. Who waits for it, and for how long, ``
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sfl.config import RunConfig, counted
@@ -31,6 +31,7 @@ from sfl.switchboard import DrainedConnection, Switchboard, first_arrived
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
 NOTICE_EVERY_S = 30.0  # to those who wait
 GOODBYE_S = 10.0  # for whoever was lost when the run was over
+SILENT_BEATS = 2  # that a client misses before another process may take its place
 TICK_S = 0.5  # how often to look at the time
 
 
@@ -40,7 +41,7 @@ class Patience:
 
     comes_back: bool = True  # else the first loss ends the run
     skip_after_s: float | None = None  # a round closes without who is away for so long
-    min_clients: int = 1  # that a round may close with
+    min_clients: int = 1  # that must be there; else whoever is away is waited for all the same
 
 
 @dataclass
@@ -82,7 +83,8 @@ class Lobby(Network):
             self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
         self._joining: dict[DrainedConnection, Conversation[Joined]] = {}
         self._changes: list[tuple[int, bool]] = []
-        self._has_begun = False
+        self._has_begun = self._ends = False
+        self._looked_at = 0.0
         self._noticed_at = time.monotonic()
 
     # Before the start
@@ -107,6 +109,7 @@ class Lobby(Network):
             self.places = {k: p for k, p in self.places.items() if p.is_here}
         self.ids = frozenset(self.places)
         self._has_begun = True
+        self._changes.clear()
         joined = {k: place.joined for k, place in sorted(self.places.items())}
         return {k: client for k, client in joined.items() if client}
 
@@ -164,15 +167,24 @@ class Lobby(Network):
             known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
         place = self.places.setdefault(wanted, Place())
-        if place.link and place.instance != instance:
-            raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
-        if place.link:  # the same process: it has noticed before us that its connection is dead
+        if place.link:
+            # The same process has noticed before us that its connection is dead; of another one
+            # we see so ourselves, or have heard nothing for too long.
+            silent = place.link.silent_s() > SILENT_BEATS * self.switchboard.heartbeat_s
+            if not (place.instance == instance or place.link.failed or silent):
+                raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
             self._lose(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
+            self._changes.append((wanted, False))
         place.link, place.instance, place.ready = link, instance, False
         return wanted
 
     def _register(self, connection: DrainedConnection) -> None:
         """Let one connection's registration go on with the message that has arrived."""
+        if connection.failed and not connection.peer_name:  # it is gone already
+            self._joining.pop(connection, None)
+            self.events.note(f"turned away {connection.address}: {connection.ending()}")
+            self.switchboard.drop(connection, "")
+            return
         if connection not in self._joining:
             connection.name = "server"
             welcome = self._welcome()
@@ -207,12 +219,12 @@ class Lobby(Network):
         if why := self._unlike(joined, place.joined):
             self._left(connection, ProtocolError(why))
             return
-        if place.joined:
-            for difference in differences(place.joined.fingerprint, joined.fingerprint):
-                self.events.say(
-                    f"warning: client_{joined.client} comes back with {difference} before: the last"
-                    " bit may differ"
-                )
+        before = place.joined.fingerprint if place.joined else self._past_fingerprint(joined)
+        for difference in differences(before, joined.fingerprint):
+            self.events.say(
+                f"warning: client_{joined.client} comes back with {difference} before: the last bit"
+                " may differ"
+            )
         place.joined, place.ready, place.is_out = joined, True, False
         if self._has_begun:
             self.events.say(f"client_{joined.client} is back")
@@ -225,11 +237,21 @@ class Lobby(Network):
             self.events.say(self.missing)
             self._notify()
 
+    def _past_fingerprint(self, joined: Joined) -> Mapping[str, str]:
+        """Return what a client ran on before a run that goes on; else what it runs on."""
+        known = self.past.client_fingerprints if self.past else {}
+        return known.get(joined.client, joined.fingerprint)
+
     def _unlike(self, joined: Joined, before: Joined | None) -> str:
         """Say what is wrong with a client that should be the one that was here before."""
         digest = before.data.digest if before else ""
         if self.past:
             digest = self.past.digests[joined.client]
+        if self.past and not self.past.may_have_own(joined.client, joined.data.rounds):
+            return (
+                f"client_{joined.client} lacks what only it has of round"
+                f" {self.past.first_round - 1}: start it where it ran before, with the same --out"
+            )
         if digest in ("", joined.data.digest):
             return ""
         return (
@@ -244,12 +266,13 @@ class Lobby(Network):
             RunError: it says that it cannot take part, and nothing is lost by an end.
         """
         client = self._client_of(connection)
-        passing = self.patience.comes_back and isinstance(
-            error, ConnectionLost | Damaged | PeerLeft
-        )
-        if client is None or not (self._has_begun or passing):
+        passing = isinstance(error, ConnectionLost | Damaged | PeerLeft) or self.goes_on
+        if not self._has_begun and not (self.patience.comes_back and passing):
             raise RunError(f"{connection.peer_title} left before the start: {error}") from error
-        self._lose(client, error)
+        if client is not None:
+            self._lose(client, error)
+        else:
+            self.switchboard.drop(connection, str(error))
 
     # In a round
 
@@ -273,9 +296,9 @@ class Lobby(Network):
             return any(c.arrived for c in links) or bool(others()) or any(g() for g in gates)
 
         self.switchboard.until(ready, TICK_S)
-        if link := first_arrived(links):
-            return link
         for connection in others():
+            if connection not in self.switchboard.connections:
+                continue  # seen to with one before it
             client, why = self._client_of(connection), connection.ending()
             if client is None or not self.places[client].ready or why is None:
                 self._register(connection)
@@ -284,21 +307,23 @@ class Lobby(Network):
                 self._changes.append((client, False))
             else:
                 self._left(connection, why)
-        self._look_at_the_time()
-        return None
+        if time.monotonic() - self._looked_at > TICK_S:
+            self._look_at_the_time()
+        return None if self._changes else first_arrived(links)
 
     def _client_of(self, connection: DrainedConnection) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)
 
     def _look_at_the_time(self) -> None:
         """Turn away who does not register, drop who is silent, say who is missing."""
+        self._looked_at = time.monotonic()
         for connection in self.switchboard.connections:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
                 self.events.note(f"turned away {connection.address}: it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.switchboard.drop(connection, reason, MessageType.ABORT)
-        limit = self.patience.skip_after_s
+        limit = None if self._ends else self.patience.skip_after_s
         for client, place in self.places.items():
             silent_s = place.link.silent_s() if place.link and place.ready else 0.0
             if limit and self._has_begun and silent_s > limit:
@@ -350,20 +375,23 @@ class Lobby(Network):
         changes, self._changes = self._changes, []
         return changes
 
-    def gives_up(self, client: int, others: int) -> bool:
+    def gives_up(self, client: int) -> bool:
         place, limit = self.places[client], self.patience.skip_after_s
         if place.is_here or not limit or time.monotonic() - place.lost_at < limit:
             return False
-        if others < self.patience.min_clients:
-            return False
-        place.is_out = True
-        return True
+        place.is_out = len(self._ready()) >= self.patience.min_clients
+        return place.is_out
+
+    def await_anybody(self) -> None:
+        while not self._ready():
+            self._attend([], [])
 
     def why_away(self, client: int) -> str:
         return self.places[client].why
 
     def end_soon(self) -> None:
         self.patience = Patience(self.patience.comes_back, GOODBYE_S, 0)
+        self._ends = True
 
     def _notify(self) -> None:
         """Tell those who wait for whom they do; who is gone is noticed elsewhere."""

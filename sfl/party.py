@@ -64,9 +64,12 @@ class Party:
         shape = self.split.labels_spec(num_samples)  # what they were computed from
         self._record(WEIGHT_GRADS, data, shape, at, at.step)
 
+    def where(self, at: Position) -> dict[str, int]:
+        """Return what identifies a step in the archive."""
+        return {"client": at.client, "round": at.round, "step": at.step}
+
     def _record(self, kind: str, data: Buffer, spec: TensorSpec, at: Position, order: int) -> None:
-        where = {"client": at.client, "round": at.round, "step": at.step, "order": order}
-        self.archive.record(kind, data, spec, where)
+        self.archive.record(kind, data, spec, self.where(at) | {"order": order})
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,8 @@ class ClientParty(Party):
     front: Segment
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
-    on_start: Callable[[int], None] = lambda round_index: None  # takes its own things of then
+    # Told which round it begins with, and of which round's beginning to take its own things.
+    on_start: Callable[[int, int], None] = lambda round_index, own: None
     waited_s: float = 0.0  # for the server's answers, since the start of the round
 
 
@@ -99,6 +103,7 @@ class ServerParty(Party):
     # what its own training made of this one. A client that is back has neither.
     at_start_of: int = -1
     has_trained: int = -1
+    own_round: int = 0  # of which round's beginning the client's own things are
     compute_s: float = 0.0  # the server's arithmetic for this client, since the round's start
 
     @property

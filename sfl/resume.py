@@ -99,23 +99,24 @@ def load_own_state(
 ) -> None:
     """Bring a client's front and optimiser to where they were when a round began.
 
-    After rounds that it missed: to where they were when it last took part.
-
     Raises:
-        RunError: what only this client had is damaged.
+        RunError: what only this client had is not there, or damaged.
     """
-    if not has_own(run):
+    if not has_own(run) or round_index == 0:
         return
-    newest = next(c for c in own_checkpoints(folder, run) if c.round <= round_index)
-    try:
-        _load_kept(newest, front, run, client)
-    except IntegrityError as error:
-        raise RunError(str(error)) from error
+    damage: list[str] = []
+    for checkpoint in whole(folder, run, damage):
+        if checkpoint.round == round_index:
+            _load_kept(checkpoint, front, run, client)
+            return
+    why = f" ({'; '.join(damage)})" if damage else ""
+    raise RunError(
+        f"{folder} lacks what only client_{client} has of round {round_index - 1}{why}: start it"
+        " where it ran before, with the same --out"
+    )
 
 
 def _load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
-    if checkpoint.round == 0:
-        return
     last = checkpoint.round - 1
     if scheme(run.scheme).fronts is Fronts.OWN:
         path = model_path(ONE_CLIENT_MODEL, last, client=client)
@@ -183,6 +184,21 @@ class Past:
         return theirs
 
     @property
+    def client_fingerprints(self) -> Mapping[int, Mapping[str, str]]:
+        """What each client ran on."""
+        return {int(k): theirs for k, theirs in self.files.about.get("clients", {}).items()}
+
+    @property
+    def own_rounds(self) -> Mapping[int, int]:
+        """For each client, which round's beginning its own things are of."""
+        return own_rounds(self.files)
+
+    def may_have_own(self, client: int, rounds: Collection[int]) -> bool:
+        """Say whether a client can go on from any of the checkpoints with what it has."""
+        wanted = {own_rounds(checkpoint).get(client, 0) for checkpoint in self.checkpoints}
+        return not rounds or not wanted.isdisjoint(rounds)
+
+    @property
     def clients(self) -> int:
         return len(self.num_samples)
 
@@ -209,13 +225,19 @@ class Past:
             RunError: there is no such round.
         """
         for checkpoint in self.checkpoints:
-            if all(not has or checkpoint.round in has for has in rounds.values()):
+            own = own_rounds(checkpoint)
+            if all(not has or own.get(k, 0) in has for k, has in rounds.items()):
                 return self.at(checkpoint.round)
         ours = ", ".join(str(c.round) for c in self.checkpoints)
         theirs = "; ".join(f"client_{k} {', '.join(map(str, r))}" for k, r in rounds.items() if r)
         raise RunError(
             f"no round that all have what it starts from: the server has that of {ours}; {theirs}"
         )
+
+
+def own_rounds(checkpoint: Checkpoint) -> Mapping[int, int]:
+    """Return for each client which round's beginning its own things are of, by the server."""
+    return {int(k): r for k, r in checkpoint.about.get("own", {}).items()}
 
 
 def has_begun(folder: Path) -> bool:
@@ -254,14 +276,13 @@ def check_unfinished(past: Past, run: RunConfig) -> None:
         )
 
 
-def own_checkpoints(folder: Path, run: RunConfig) -> list[Checkpoint]:
-    """Return a client's checkpoints that are whole, the newest first, ending in that of round 0.
+def own_checkpoints(folder: Path, run: RunConfig) -> tuple[int, ...]:
+    """Return of which rounds' beginnings a client has whole what only it has; 0 needs nothing.
 
     Raises:
-        RunError: one is of another run of that name.
+        RunError: something is of another run of that name.
     """
-    config, damage = asdict(run), list[str]()
-    return [*whole(folder, run, damage), Checkpoint(folder, 0, config, {}, {})]
+    return *(checkpoint.round for checkpoint in whole(folder, run, [])), 0
 
 
 def has_own(run: RunConfig) -> bool:

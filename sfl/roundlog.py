@@ -134,7 +134,7 @@ class ClientLog:
     """A client's progress bar and its line a round."""
 
     def __init__(self, run: RunConfig, folder: RunFolder, steps_an_epoch: int) -> None:
-        self._run = run
+        self.run = run
         self._events = folder.events
         self._steps_a_round = steps_an_epoch * run.local_epochs
         self._loss_sum = 0.0
@@ -164,7 +164,7 @@ class ClientLog:
         own |= {title: figures[name] for name, title in titles.items() if name in figures}
         shown = ", ".join(f"{title} {value:.4f}" for title, value in own.items())
         took = "own" if trained else "sat out; own"
-        self._events.say(f"round {round_index + 1}/{self._run.rounds}: {took} {shown}")
+        self._events.say(f"round {round_index + 1}/{self.run.rounds}: {took} {shown}")
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> bytes:

@@ -45,7 +45,7 @@ from sfl.protocol import MessageType
 from sfl.registration import Joined
 from sfl.roundlog import DOWN, TRAFFIC, UP, RoundLog
 from sfl.schemes import Fronts, scheme
-from sfl.segment import Segment
+from sfl.segment import Segment, Snapshot
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
 from sfl.tensors import encode_state
@@ -76,6 +76,7 @@ class Rounds:
     _missing: dict[int, str] = field(
         default_factory=dict
     )  # who left the round, or was out, and why
+    _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
     def run_all(self) -> dict[str, float]:
@@ -85,6 +86,7 @@ class Rounds:
             self._commit(0)
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
+        self.archive.wait_committed()
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
@@ -113,10 +115,13 @@ class Rounds:
         clients: Iterable[int],
         conversation: Callable[[int], Conversation[T]],
         on_leave: Callable[[int], None] | None = None,
+        *,
+        results_stay: bool = True,
     ) -> dict[int, T]:
         """Hold a conversation with each of these clients, at once."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
-        return run_together(self.network, beginnings, on_leave or self._leave)
+        leave = on_leave or self._leave
+        return run_together(self.network, beginnings, leave, results_stay=results_stay)
 
     def _leave(self, client: int) -> None:
         """Go on without a client, in this round and until it is back."""
@@ -133,6 +138,12 @@ class Rounds:
         self._together(self._here(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
+        while not trained:  # everybody who took part has left: begin again with who is here
+            self.network.await_anybody()
+            self._undo(round_index)
+            plan, trained = self._train(round_index)
+        # Nobody gets more than one round ahead of what would be gone on with: clients keep two.
+        self.archive.wait_committed()
         self._merge(round_index, plan, trained)
         tallies = self._evaluate(round_index, plan)
         crash_point("validation.after")
@@ -150,6 +161,8 @@ class Rounds:
             k: self._client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
             for k, party in self._items()
         }
+        for k in tallies:  # it has written down what it has of its own
+            self.parties[k].own_round = round_index + 1
         overall |= _sums(clients)
         overall["seconds"] = time.perf_counter() - started
         self.log.end_round(round_index, clients, overall, plan.order, self._missing)
@@ -171,10 +184,23 @@ class Rounds:
         yield from self._start(client, self.run.rounds)
         yield from server_goodbye(self.parties[client], figures)
 
+    def _undo(self, round_index: int) -> None:
+        """Bring the server back to where a round began, in which all who took part have left."""
+        owner = BACK if has_back_files(self.run) else FRONT
+        for b, segment in self.backs.items():
+            segment.load(self.halves[owner].state)
+            if self.run.optimizer_state == "keep":
+                segment.restore(self._optimizers[b])
+        for k in self.parties:
+            self.archive.drop_steps(k, round_index)
+            self.log.forget(k)
+
     def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
         """Let the round's clients train; all copies of the back start with the same weights."""
-        for segment in self.backs.values():
+        for b, segment in self.backs.items():
             segment.start_round(round_index)
+            if self.may_skip and self.run.optimizer_state == "keep":
+                self._optimizers[b] = segment.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
         plan = RoundPlan(
@@ -191,6 +217,8 @@ class Rounds:
                 self.log.forget(client)
 
         drawn = tuple(plan.order)
+        for k in drawn:  # it came while the round began
+            self._missing.pop(k, None)
         trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
         for k in sorted(plan.unlike):
             self.log.say(
@@ -254,9 +282,10 @@ class Rounds:
         self._paths = [path for _, path, _ in files]
 
     def _commit(self, round_index: int) -> None:
-        """Let the rounds before this one count as done, whatever happens from now on."""
-        self.archive.commit(round_index, asdict(self.run), self.about, self._paths)
-        self.archive.flush()
+        """Let the rounds before this one count as done, when all is on disk; do not wait."""
+        own = {str(k): party.own_round for k, party in self._items()}
+        about = {**self.about, "own": own}
+        self.archive.commit(round_index, asdict(self.run), about, self._paths)
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
         """Let every client evaluate what the round gave; the last of a relay has its front."""
@@ -277,7 +306,9 @@ class Rounds:
             given = None if has_it else front
             return (yield from server_evaluate_round(party, given, round_index))
 
-        return self._together([k for k in self._here() if k not in plan.left], evaluate)
+        there = [k for k in self._here() if k not in plan.left]
+        # Who begins again has not written down its own things of the round, or not any more.
+        return self._together(there, evaluate, results_stay=False)
 
     def _client_figures(
         self,

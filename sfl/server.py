@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sfl.archive_writer import write_file
+from sfl.archive_writer import REWRITTEN, write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
@@ -71,10 +71,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     device = set_up_torch(node)
-    past = None
-    if node.resume and has_begun(Path(node.resume)):  # else it begins there
-        past = open_past(Path(node.resume), run)
-        check_unfinished(past, run)
+    past = _past(run, node)
     with listen(node.host, node.port) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
@@ -116,7 +113,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 lobby.end_soon()
             joined = lobby.gather()
             if past:
-                past = _agree(past, joined, fed)
+                past = _agree(past, joined, fed, events)
             crash_point("start.ready")
             make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
             rounds = prepare(
@@ -128,22 +125,42 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             lobby.on_return = rounds.come_back
             if place is not None and fed == APART:
                 put_start(place, run, rounds.first_round, describe_data(joined, run))
+            if place is not None and fed == HERE and node.resume:
+                _forget_weights(place, rounds)
             finish(rounds, folder)
     return path
 
 
-def _agree(past: Past, joined: Mapping[int, Joined], fed: str) -> Past:
+def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
+    """Remove the weights of rounds that are done again, if they may become others."""
+    if not (rounds.may_skip or rounds.run.server_order == "arrival"):
+        return
+    for path in place.names(f"{rounds.run.run}/round_"):
+        if int(path.split("/")[1].removeprefix("round_")) >= rounds.first_round:
+            place.delete(path)
+
+
+def _past(run: RunConfig, node: ServerNode) -> Past | None:
+    """Return what a run goes on from; None if it is to begin, where it lies or elsewhere."""
+    if not (node.resume and has_begun(Path(node.resume))):
+        return None
+    past = open_past(Path(node.resume), run)
+    check_unfinished(past, run)
+    return past
+
+
+def _agree(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
     """Return what goes on with the newest round that the server and all clients have.
 
     Raises:
         RunError: there is none.
     """
     agreed = past.that_all_have({k: client.data.rounds for k, client in joined.items()})
-    if fed != HERE and agreed.first_round != past.first_round:
-        raise RunError(
-            f"a client has only what round {agreed.first_round} starts from, and the fed server has"
-            f" begun with round {past.first_round}"
-        )
+    if agreed.first_round != past.first_round:
+        why = f"a client has only what round {agreed.first_round} starts from"
+        if fed != HERE:
+            raise RunError(f"{why}, and the fed server has begun with {past.first_round}")
+        events.say(f"warning: {why}: all go back to it")
     return agreed
 
 
@@ -245,9 +262,11 @@ def prepare(
         for difference in differences(past.fingerprint, ours):
             events.say(f"warning: {difference} of the run so far: the last bit may differ")
     first_round = past.first_round if past else 0
-    archive.begin_at(first_round)
+    archive.begin_at(first_round, anew=REWRITTEN)
     clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
     environment = describe(device, command_line()) | {"clients": clients, "data": data}
+    known = past.client_fingerprints if past else {}
+    fingerprints = dict(known) | {k: dict(client.fingerprint) for k, client in joined.items()}
     archive.write("config", "config.json", to_json(options_record(run, node)))
     archive.write("environment", "environment.json", to_json(environment))
     num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
@@ -286,6 +305,7 @@ def prepare(
             watcher=log,
             backs=backs,
             num_samples=num_samples[k],
+            own_round=past.own_rounds.get(k, 0) if past else 0,
         )
         for k in sorted(num_samples)
     }
@@ -299,8 +319,8 @@ def prepare(
         log,
         halves,
         store=store_of,
-        spool=Spool(folder.path if keeps_answers else None),
-        about={"data": data, "fingerprint": ours},
+        spool=Spool(folder.path if keeps_answers else None, archive.flush),
+        about={"data": data, "fingerprint": ours, "clients": fingerprints},
         check_space=lambda: check_space(folder.path, a_round),
         first_round=first_round,
         may_skip=may_skip,

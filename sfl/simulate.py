@@ -124,7 +124,7 @@ class LocalNetwork(Network):
             raise error
         self._out.add(client)
 
-    def gives_up(self, client: int, others: int) -> bool:
+    def gives_up(self, client: int) -> bool:
         return True
 
     def why_away(self, client: int) -> str:
@@ -199,7 +199,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
                 front=front,
                 data=data[client],
                 on_round=lambda round_index, figures: None,
-                on_start=lambda start: load_own_state(folder, front, run, client, start),
+                on_start=lambda _, own: load_own_state(folder, front, run, client, own),
             )
             network.add(server_end, client_run(party))
 

@@ -1,12 +1,12 @@
 """The answers of a round, kept until it is over: whoever redoes a step is given the same again.
 
-They lie in a file without a name, which the system removes with the process: after a restart of the
-server everyone redoes the round, and nobody asks for them.
+What the archive does not record lies in a file without a name, which the system removes with the
+process: after a restart of the server everyone redoes the round, and nobody asks for them.
 """
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -29,16 +29,19 @@ class Answer:
 class Spool:
     """The answers to the steps of one round, by client and step. Closed by ``close``.
 
-    Raises (from ``put``):
-        RunError: the disk is full.
+    What the archive records anyway is read there.
+
+    Raises (from any method):
+        RunError: the disk is full, or the archive's has failed.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, flush_archive: Callable[[], None]) -> None:
         """Without a folder nothing is kept: nobody redoes anything."""
         self._folder = folder
+        self._flush_archive = flush_archive
         self._file: IO[bytes] | None = None
         self._size = 0
-        self._places: dict[tuple[int, int], tuple[int, int, Mapping[str, float], str]] = {}
+        self._places: dict[tuple[int, int], Callable[[], Answer]] = {}
 
     def start_round(self) -> None:
         """Forget the answers of the round before."""
@@ -47,35 +50,58 @@ class Spool:
             os.ftruncate(self._file.fileno(), 0)
 
     def put(
-        self, client: int, step: int, data: Buffer, content: Mapping[str, float], asked: str
+        self,
+        client: int,
+        step: int,
+        data: Buffer,
+        content: Mapping[str, float],
+        *,
+        asked: str = "",
+        recorded: Path | None = None,
     ) -> None:
-        """Keep an answer."""
+        """Keep an answer; ``recorded`` is where the archive has it, if it does."""
         if self._folder is None:
             return
+        if recorded:
+
+            def read() -> Answer:
+                self._flush_archive()
+                return Answer(recorded.read_bytes(), content, asked)
+
+        else:
+            offset, size = self._append(data), len(data)
+
+            def read() -> Answer:
+                return Answer(self._read(offset, size), content, asked)
+
+        self._places[client, step] = read
+
+    def get(self, client: int, step: int) -> Answer | None:
+        """Return the answer to a step; None if it has not been answered."""
+        read = self._places.get((client, step))
+        return read() if read else None
+
+    def _append(self, data: Buffer) -> int:
+        """Write an answer behind the others, and return where."""
+        offset = self._size
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(  # noqa: SIM115 - see close
                     dir=self._folder, buffering=0
                 )
-            written = 0
-            while written < len(data):
-                part = memoryview(data)[written:]
-                written += os.pwrite(self._file.fileno(), part, self._size + written)
+            while self._size < offset + len(data):
+                rest = memoryview(data)[self._size - offset :]
+                self._size += os.pwrite(self._file.fileno(), rest, self._size)
         except OSError as error:
             raise RunError(f"cannot write to {self._folder}: {error.strerror}") from error
-        self._places[client, step] = self._size, len(data), content, asked
-        self._size += len(data)
+        return offset
 
-    def get(self, client: int, step: int) -> Answer | None:
-        """Return the answer to a step; None if it has not been answered."""
-        if (client, step) not in self._places:
-            return None
+    def _read(self, offset: int, size: int) -> bytes:
         assert self._file is not None
-        offset, size, content, asked = self._places[client, step]
         parts = bytearray()
         while len(parts) < size:
             parts += os.pread(self._file.fileno(), size - len(parts), offset + len(parts))
-        return Answer(bytes(parts), content, asked)
+        return bytes(parts)
 
     def close(self) -> None:
         if self._file is not None:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sfl.archive import GRADS
 from sfl.crash import crash_point
 from sfl.data import batch_indices, batch_sizes
 from sfl.driver import Conversation
@@ -124,7 +125,9 @@ def server_step(
         crash_point("step.after_update")
         party.compute_s += time.perf_counter() - started
         party.record(at, plan.take(at.client), num_samples, (labels, features, grads))
-        plan.spool.put(at.client, at.step, grads, content, message.checksum)
+        recorded = party.archive.place(GRADS, party.where(at))
+        asked = message.checksum
+        plan.spool.put(at.client, at.step, grads, content, asked=asked, recorded=recorded)
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
 

@@ -2,18 +2,24 @@
 
 import csv
 import random
+import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from experiments import replay
+from experiments.recorded import load
 from experiments.same_run import compare
 from experiments.slow_link import SlowLink
 from sfl.config import NodeConfig, RunConfig
 from sfl.crash import POINTS, VARIABLE
 from sfl.options import from_values
+from sfl.order import draw
+from sfl.roundlog import read_summary
 from sfl.simulate import Away, simulate
 from tests.launch import Launcher, Program
 from tests.test_equivalence import BN_DROPOUT
@@ -315,3 +321,128 @@ def test_below_the_fewest_clients_a_round_waits(launcher: Launcher, references: 
     for program in (resume(launcher), *clients):
         program.ended_with(0)
     assert_same(references(RUN), launcher.folder / "server/r")
+
+
+def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:
+    """It ends with one line, the server waits; with its folder back the run ends the same."""
+    server = launcher.server(*options_of(OWN_STATE))
+    crash = {VARIABLE: "validation.before:2"}
+    other, dies = (
+        launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
+    )
+    was_killed(dies)
+    folder = launcher.folder / "client/r/client_1"
+    folder.rename(launcher.folder / "hidden")
+    line = launcher.client("--client-id", 1, *ALLOW).ended_with(1)
+    assert "lacks what only client_1 has of round 0: start it where it ran before" in line
+    shutil.rmtree(folder)
+    (launcher.folder / "hidden").rename(folder)
+    for program in (server, other, launcher.client("--client-id", 1, *ALLOW)):
+        program.ended_with(0)
+    assert_same(references(OWN_STATE), launcher.folder / "server/r")
+
+
+@pytest.mark.parametrize("scheme", ["sflv1", "sflv2"])
+def test_a_round_that_everybody_left_begins_again_with_who_is_here(
+    launcher: Launcher, scheme: str
+) -> None:
+    run = RUN | {"scheme": scheme, "participation": 0.34, "optimizer_state": "keep"}
+    (drawn,) = draw(from_values(RunConfig, dict(run), "the test"), range(3), 0)
+    server = launcher.server(*options_of(run), *SKIP)
+    crash = {VARIABLE: "front.before_update:3"}
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, env=crash if k == drawn else {}) for k in range(3)
+    ]
+    was_killed(clients.pop(drawn))
+    for program in (server, *clients):
+        program.ended_with(0)
+    rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
+    assert all(row["took_part"] not in ("", str(drawn)) for row in rows)
+    assert all(f"client_{drawn}: " in row["missing"] for row in rows)
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
+def test_whoever_is_back_first_goes_on(launcher: Launcher) -> None:
+    """All are lost, and one comes back: the round does not wait for a certain one."""
+    run = RUN | {"clients": 2}
+    server = launcher.server(*options_of(run), *SKIP)
+    crash = {VARIABLE: "front.before_update:3"}
+    for client in [launcher.client("--client-id", k, *ALLOW, env=crash) for k in range(2)]:
+        was_killed(client)
+    wait_for(server, "client_1 is away")
+    wait_for(server, "client_0 is away")
+    for program in (launcher.client("--client-id", 1, *ALLOW), server):
+        program.ended_with(0)
+    assert "going on without client_0" in server.out
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
+def test_survivors_go_on_with_more_rounds(launcher: Launcher, references: References) -> None:
+    run = RUN | {"clients": 2}
+    server, *clients = start(launcher, run | {"rounds": 2}, "--seed", 0)
+    wait_for(server, "round 1/2")
+    send_signal(server, signal.SIGKILL)
+    was_killed(server)
+    for program in (resume(launcher, "--rounds", 3), *clients):
+        program.ended_with(0)
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+@pytest.mark.slow
+def test_a_server_that_skips_goes_on_with_who_missed_rounds(launcher: Launcher) -> None:
+    """In sflv3 it goes on from the front that it had, whatever the others have by now."""
+    run = OWN_STATE | {"rounds": 6}
+    crash = {VARIABLE: "front.before_update:12"}
+    server = launcher.server(*options_of(run), *SKIP, env={VARIABLE: "average.before:5"})
+    stays, dies = (
+        launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
+    )
+    was_killed(dies)
+    was_killed(server)
+    server = resume(launcher, *SKIP)
+    for program in (server, stays, launcher.client("--client-id", 1, *ALLOW)):
+        program.ended_with(0)
+    rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
+    assert [set(row["took_part"]) >= {"1"} for row in rows][-1]
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
+@pytest.mark.slow
+def test_weights_through_a_folder_are_not_in_the_way_of_a_round_that_is_redone(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """With another set of clients it has another average."""
+    place = f"dir:{tmp_path / 'place'}"
+    run = RUN | {"clients": 2, "weights": place}
+    allow = [*ALLOW, "--allow-weights", place]
+    server = launcher.server(*options_of(run), *SKIP, env={VARIABLE: "checkpoint.before_rename:3"})
+    clients = [launcher.client("--client-id", k, *allow) for k in range(2)]
+    was_killed(server)
+    send_signal(clients[1], signal.SIGKILL)
+    was_killed(clients[1])
+    for program in (resume(launcher, *SKIP), clients[0]):
+        program.ended_with(0)
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
+def test_the_place_of_a_client_whose_connection_is_dead_can_be_taken(
+    launcher: Launcher, references: References
+) -> None:
+    """Its machine vanished without a word, and another has been started instead."""
+    run = RUN | {"clients": 2}
+    link = SlowLink("127.0.0.1", launcher.port, bytes_per_s=400_000)
+    server = launcher.server(*options_of(run), "--peer-timeout", 8)
+    first = launcher.client("--client-id", 0, *ALLOW)
+    gone = launcher.client("--client-id", 1, *ALLOW, "--server", link.address)
+    try:
+        wait_for(server, "round 1/3")
+        link.go_dark(60)
+        send_signal(gone, signal.SIGKILL)
+        was_killed(gone)
+        time.sleep(5)  # it is missed after two heartbeats, long before its timeout
+        for program in (launcher.client("--client-id", 1, *ALLOW), server, first):
+            program.ended_with(0)
+    finally:
+        link.close()
+    assert "client_1 has connected anew" in server.out
+    assert_same(references(run), launcher.folder / "server/r")

@@ -99,12 +99,12 @@ def test_what_cannot_go_on_says_why(launcher: Launcher, tmp_path: Path) -> None:
 
 
 def test_a_client_that_lost_what_only_it_had_says_so(launcher: Launcher) -> None:
-    options = ["--model", "mlp", "--rounds", 1, "--batch-size", 500, "--scheme", "sflv3"]
+    options = ["--model", "mlp", "--rounds", 2, "--batch-size", 500, "--scheme", "sflv3"]
     run = launcher.run(*options, clients=1)
     shutil.rmtree(launcher.folder / "client/r")
-    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
-    assert "lacks what only client_0 has of round 0" in client.ended_with(1)
-    server.ended_with(1)
+    server, client = launcher.server("--resume", run, "--rounds", 3), launcher.client()
+    assert "client_0 lacks what only it has of round 1: start it where" in client.ended_with(1)
+    wait_for(server, "client_0 is away: client_0 lacks what only it has")
 
 
 def test_clients_with_other_data_cannot_go_on(launcher: Launcher, tmp_path: Path) -> None:
@@ -113,8 +113,10 @@ def test_clients_with_other_data_cannot_go_on(launcher: Launcher, tmp_path: Path
     run = launcher.run(*options, clients=1, client_options=["--data-dir", first])
     server = launcher.server("--resume", run, "--rounds", 2)
     client = launcher.client("--data-dir", other)
-    assert "client_0 has other data than it had in this run" in server.ended_with(1)
-    client.ended_with(1)
+    assert "client_0 has other data than it had in this run" in client.ended_with(1)
+    wait_for(server, "client_0 is away")
+    for program in (launcher.client("--data-dir", first), server):
+        program.ended_with(0)
 
 
 OWN = ["--partition", "own", "--model", "mlp", "--batch-size", 16, "--rounds", 2]
@@ -241,7 +243,7 @@ def test_a_client_does_not_write_into_another_run_of_that_name(launcher: Launche
     server = launcher.server("--resume", theirs, "--rounds", 2, "--port", launcher.port)
     client = launcher.client()
     assert "is of another run: --seed 4: the run has 0" in client.ended_with(1)
-    server.ended_with(1)
+    wait_for(server, "client_0 is away")
     assert config.read_bytes() == before
     assert folder.is_dir()
     assert run.is_dir()
