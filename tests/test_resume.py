@@ -268,3 +268,13 @@ def test_a_run_that_was_killed_in_its_first_round_goes_on(
     theirs = Launcher(tmp_path / "whole").run(*options, clients=1)
     assert_equal(all_weights(run), all_weights(theirs), at_least=6)
     assert replay.check(load(run)).findings == []
+
+
+def test_what_can_change_the_last_bit_is_said_when_a_run_goes_on(launcher: Launcher) -> None:
+    run = launcher.run(*SMALL, "--rounds", 1, clients=1)
+    server = launcher.server("--resume", run, "--rounds", 2, "--threads", 2)
+    client = launcher.client("--threads", 2)
+    server.ended_with(0)
+    client.ended_with(0)
+    assert "warning: threads 2 against 1 of the run so far: the last bit may differ" in server.out
+    assert "warning: client_0 comes back with threads 2 against 1 before" in server.out
