@@ -244,13 +244,14 @@ class Lobby(Network):
 
     def _unlike(self, joined: Joined, before: Joined | None) -> str:
         """Say what is wrong with a client that should be the one that was here before."""
+        past, begins = self.past, not self._has_begun
         digest = before.data.digest if before else ""
-        if self.past:
-            digest = self.past.digests[joined.client]
-        if self.past and not self.past.may_have_own(joined.client, joined.data.rounds):
+        if past:
+            digest = past.digests[joined.client]
+        if past and begins and not past.may_have_own(joined.client, joined.data.rounds):
             return (
                 f"client_{joined.client} lacks what only it has of round"
-                f" {self.past.first_round - 1}: start it where it ran before, with the same --out"
+                f" {past.first_round - 1}: start it where it ran before, with the same --out"
             )
         if digest in ("", joined.data.digest):
             return ""

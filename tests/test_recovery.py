@@ -388,6 +388,23 @@ def test_survivors_go_on_with_more_rounds(launcher: Launcher, references: Refere
     assert_same(references(run), launcher.folder / "server/r")
 
 
+def test_a_client_comes_back_to_a_server_that_was_resumed_rounds_ago(
+    launcher: Launcher, references: References
+) -> None:
+    run = OWN_STATE | {"rounds": 7}
+    server = launcher.server(*options_of(run), env={VARIABLE: "checkpoint.before_rename:3"})
+    crash = {VARIABLE: "validation.before:7"}
+    other, dies = (
+        launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
+    )
+    was_killed(server)
+    server = resume(launcher)
+    was_killed(dies)
+    for program in (server, other, launcher.client("--client-id", 1, *ALLOW)):
+        program.ended_with(0)
+    assert_same(references(run), launcher.folder / "server/r")
+
+
 @pytest.mark.slow
 def test_a_server_that_skips_goes_on_with_who_missed_rounds(launcher: Launcher) -> None:
     """In sflv3 it goes on from the front that it had, whatever the others have by now."""
