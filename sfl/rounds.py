@@ -73,9 +73,7 @@ class Rounds:
     first_round: int = 0
     may_skip: bool = False
     _front: Half | None = None  # that the round started from
-    _missing: dict[int, str] = field(
-        default_factory=dict
-    )  # who left the round, or was out, and why
+    _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
