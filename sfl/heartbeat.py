@@ -39,7 +39,7 @@ class Heart:
     def stop(self) -> None:
         """Fall silent."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(LONGEST_PAUSE_S)  # not for one that waits for a peer that takes nothing
 
     def _beat(self) -> None:
         pause_s = 0.0
