@@ -3,7 +3,6 @@
 import csv
 import random
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from experiments import replay
 from experiments.recorded import load
 from experiments.same_run import compare
 from experiments.slow_link import SlowLink
+from sfl.checkpoint import lying
 from sfl.config import NodeConfig, RunConfig
 from sfl.crash import POINTS, VARIABLE
 from sfl.options import from_values
@@ -111,7 +111,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
     clients[1] = launcher.client("--client-id", 1, *ALLOW, env={VARIABLE: "validation.before:1"})
     was_killed(clients[1])
     clients[1] = launcher.client("--client-id", 1, *ALLOW)
-    wait_for(server, "round 1/3")
+    wait_for(server, "round 2/3")  # so that the first, with what was redone in it, is on disk
     send_signal(server, signal.SIGKILL)
     was_killed(server)
     server = launcher.server(
@@ -327,17 +327,18 @@ def test_below_the_fewest_clients_a_round_waits(launcher: Launcher, references: 
 def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:
     """It ends with one line, the server waits; with its folder back the run ends the same."""
     server = launcher.server(*options_of(OWN_STATE))
-    crash = {VARIABLE: "validation.before:2"}
+    crash = {VARIABLE: "validation.before:3"}
     other, dies = (
         launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
     )
     was_killed(dies)
     folder = launcher.folder / "client/r/client_1"
-    folder.rename(launcher.folder / "hidden")
+    newest, before = lying(folder)
+    newest.rename(launcher.folder / "hidden")  # the one before is whole, and must not be used
+    assert before.exists()
     line = launcher.client("--client-id", 1, *ALLOW).ended_with(1)
-    assert "lacks what only client_1 has of round 0: start it where it ran before" in line
-    shutil.rmtree(folder)
-    (launcher.folder / "hidden").rename(folder)
+    assert "lacks what only client_1 has of round 1: start it where it ran before" in line
+    (launcher.folder / "hidden").rename(newest)
     for program in (server, other, launcher.client("--client-id", 1, *ALLOW)):
         program.ended_with(0)
     assert_same(references(OWN_STATE), launcher.folder / "server/r")
@@ -392,8 +393,8 @@ def test_survivors_go_on_with_more_rounds(launcher: Launcher, references: Refere
 def test_a_client_comes_back_to_a_server_that_was_resumed_rounds_ago(
     launcher: Launcher, references: References
 ) -> None:
-    run = OWN_STATE | {"rounds": 7}
-    server = launcher.server(*options_of(run), env={VARIABLE: "checkpoint.before_rename:3"})
+    run = OWN_STATE | {"rounds": 8}
+    server = launcher.server(*options_of(run), env={VARIABLE: "checkpoint.before_rename:5"})
     crash = {VARIABLE: "validation.before:7"}
     other, dies = (
         launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
