@@ -1,5 +1,6 @@
 """Whether two runs of one configuration gave the same: weights, recorded steps, figures."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,13 +77,16 @@ def _count_tensors(data: bytes) -> int:
 
 def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences) -> None:
     """Compare the recorded tensors of every step, and the order in which they were processed."""
+    from sfl.archive import read_manifest
 
     def steps(archive: "RunArchive") -> dict[tuple[int, int, int], object]:
         table: dict[tuple[int, int, int], object] = {}
+        for folder in archive.folders():
+            twice = Counter((entry.step, entry.kind) for entry in read_manifest(folder))
+            if twice and max(twice.values()) > 1:
+                found.find(f"{folder}: has a step twice")
         for step in archive.steps():
             key = step.client, step.round, step.step
-            if key in table:
-                found.find(f"{step.folder}: has step {step.step} twice")
             files = {kind: entry.checksum for kind, entry in step.entries.items()}
             table[key] = step.order, files
         return table
