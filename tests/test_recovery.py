@@ -129,7 +129,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
 # Where each end of a run gets to; how often before it dies, so that it is in the second round.
 SERVER_POINTS = {
     "start.ready": 1, "file.before_rename": 40, "file.after_rename": 41, "manifest.after_line": 42,
-    "step.before_answer": 15, "step.after_answer": 16, "step.after_update": 17,
+    "step.before_answer": 27, "step.after_answer": 28, "step.after_update": 29,
     "average.before": 2, "average.after": 2, "validation.after": 2, "round.told": 2,
     "rounds_csv.before": 2, "rounds_csv.after": 2, "checkpoint.before_rename": 3,
     "checkpoint.after_rename": 3, "checkpoint.after_removal": 3, "run.before_goodbye": 1,
@@ -168,7 +168,7 @@ def test_a_server_that_dies_anywhere_goes_on(
 @pytest.mark.parametrize(
     ("point", "count", "run"),
     [(p, n, OWN_STATE) for p, n in CLIENT_POINTS.items()]
-    + [(p, n, AVERAGED) for p, n in WEIGHTS_POINTS.items()],
+    + [(p, n, AVERAGED) for p, n in {"front.before_update": 12, **WEIGHTS_POINTS}.items()],
 )
 def test_a_client_that_dies_anywhere_comes_back(
     launcher: Launcher, point: str, count: int, run: dict[str, object], references: References
