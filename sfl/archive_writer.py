@@ -9,6 +9,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -150,7 +151,8 @@ class ArchiveWriter:
     ) -> None:
         """Write the checkpoint that a round starts from, of files that were handed over before."""
         self._num_commits += 1
-        self._submit(lambda: self._commit(round_index, config, about, paths), 0)
+        checkpoint = Checkpoint(self._root, round_index, config, about, {})
+        self._submit(lambda: self._commit(checkpoint, paths), 0)
 
     def wait_committed(self) -> None:
         """Wait until all checkpoints that were handed over are on disk."""
@@ -253,22 +255,16 @@ class ArchiveWriter:
             os.fsync(stream.fileno())
         crash_point("rounds_csv.after")
 
-    def _commit(
-        self,
-        round_index: int,
-        config: Mapping[str, Any],
-        about: Mapping[str, Any],
-        paths: Collection[str],
-    ) -> None:
+    def _commit(self, checkpoint: Checkpoint, paths: Collection[str]) -> None:
         self._written = {path: self._written[path] for path in paths}
         if self._root in self._manifests:
             os.fsync(self._manifests[self._root].fileno())
-        target = self._root / path_of(round_index)
+        target = self._root / path_of(checkpoint.round)
         if not target.parent.is_dir():
             target.parent.mkdir()
             sync(self._root)
-        checkpoint = Checkpoint(self._root, round_index, config, about, self._written)
-        write_file(target, checkpoint.encode(), durable=True, what="checkpoint")
+        whole = replace(checkpoint, files=self._written)
+        write_file(target, whole.encode(), durable=True, what="checkpoint")
         for path in lying(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
