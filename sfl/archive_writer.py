@@ -27,7 +27,8 @@ from sfl.config import KeepTensors
 from sfl.crash import crash_point
 from sfl.errors import RunError, reason_of
 from sfl.protocol import checksum
-from sfl.tensors import Buffer, TensorSpec
+from sfl.saved import Buffer
+from sfl.tensors import TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20

@@ -13,10 +13,11 @@ from sfl.data import ClientData
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.protocol import Position
+from sfl.saved import Buffer
 from sfl.schemes import scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
-from sfl.tensors import Buffer, TensorSpec
+from sfl.tensors import TensorSpec
 from sfl.weights import WeightStore
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from sfl.errors import RunError
-from sfl.tensors import Buffer
+from sfl.saved import Buffer
 
 EVERYONE = -1  # instead of a client, for an answer that all are given
 

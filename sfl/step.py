@@ -35,10 +35,11 @@ from sfl.metrics import StepFigures, checked
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
 from sfl.protocol import Message, MessageType, Position
+from sfl.saved import Buffer
 from sfl.schemes import Exchange
 from sfl.segment import train_step
 from sfl.spool import Answer
-from sfl.tensors import Buffer, decode, decode_state, encode, encode_state
+from sfl.tensors import decode, decode_state, encode, encode_state
 
 
 def _batches(party: ClientParty, round_index: int) -> Iterator[tuple[Position, Tensor]]:
