@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfl import strict_json
 from sfl.errors import IntegrityError, RunError
+from sfl.plain_file import read_plain
 from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
@@ -31,6 +33,8 @@ ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step over a cut; else it has WEIGHT_GRADS alone
+
+_INSIDE = re.compile(r"[A-Za-z0-9._-][A-Za-z0-9._/-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,9 @@ def read_checked(path: Path, entry: Entry) -> bytes:
         IntegrityError: it is missing, or its bytes are not those that were written.
     """
     try:
-        data = path.read_bytes()
+        data = read_plain(path, entry.offset, entry.bytes)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error
-    data = data[entry.offset : entry.offset + entry.bytes]
     if len(data) != entry.bytes or checksum(data) != entry.checksum:
         raise IntegrityError(f"{path}: is damaged: its checksum differs from the manifest's")
     return data
@@ -162,12 +165,19 @@ class RunArchive:
 
     def config(self) -> dict[str, Any]:
         """Return every option of the run."""
-        values: dict[str, Any] = json.loads(self.read("config.json"))
-        return values
+        return self._table("config.json")
 
     def environment(self) -> dict[str, Any]:
         """Return what the run ran on: versions, threads, devices."""
-        values: dict[str, Any] = json.loads(self.read("environment.json"))
+        return self._table("environment.json")
+
+    def _table(self, path: str) -> dict[str, Any]:
+        try:
+            values = strict_json.loads(self.read(path))
+        except ValueError as error:
+            raise IntegrityError(f"{self.root / path}: is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise IntegrityError(f"{self.root / path}: is no table")
         return values
 
     def folders(self, client: int | None = None, round: int | None = None) -> list[Path]:
@@ -221,7 +231,7 @@ def read_manifest(folder: Path) -> list[Entry]:
     """
     path = folder / MANIFEST
     try:
-        *lines, rest = path.read_bytes().split(b"\n")
+        *lines, rest = read_plain(path).split(b"\n")
         entries = [_parse_line(line) for line in lines]
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error
@@ -234,6 +244,16 @@ def read_manifest(folder: Path) -> list[Entry]:
     return entries
 
 
+def check_inside(path: str) -> None:
+    """See that a file named by a record lies inside the record's own folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not _INSIDE.fullmatch(path) or ".." in path.split("/"):
+        raise ValueError(f"a path outside the folder: {path[:60]!r}")
+
+
 def manifest_line(entry: Entry) -> str:
     """Return an entry as its line of a manifest, which ends in the line's own checksum."""
     fields = asdict(entry)
@@ -242,15 +262,22 @@ def manifest_line(entry: Entry) -> str:
 
 
 def _parse_line(line: bytes) -> Entry:
-    fields = json.loads(line)
+    fields = strict_json.loads(line)
     fields.pop("check", None)
     tuples = {name: tuple(fields[name]) for name in ("shape", "clients")}
     entry = Entry(**fields | tuples)
     if manifest_line(entry).encode() != line:
         raise ValueError("a line is not what was written")
-    # A manifest may come from somebody else: it names no file outside its own folder.
-    if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
-        raise ValueError(f"a path outside the folder: {entry.path!r:.60}")
+    # A manifest may come from somebody else.
+    texts = entry.kind, entry.path, entry.checksum, entry.dtype
+    counts = entry.bytes, entry.offset
+    indices = entry.client, entry.round, entry.step, entry.link, entry.order
+    numbers = *counts, *indices, *entry.shape, *entry.clients
+    if {type(text) for text in texts} != {str} or {type(n) for n in numbers} != {int}:
+        raise ValueError("a field is of another type")
+    if min(counts) < 0:
+        raise ValueError("a file of less than nothing")
+    check_inside(entry.path)
     return entry
 
 

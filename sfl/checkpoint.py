@@ -22,10 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sfl.archive import Entry, read_checked
+from sfl import strict_json
+from sfl.archive import Entry, check_inside, read_checked
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.options import check_goes_on
+from sfl.plain_file import read_plain
 from sfl.protocol import checksum
 from sfl.tensors import StateSpec, decode_state
 
@@ -97,15 +99,15 @@ class Checkpoint:
 
 def _parse(root: Path, path: Path) -> Checkpoint:
     try:
-        fields = json.loads(path.read_bytes())
+        fields = strict_json.loads(read_plain(path))
         if fields["version"] != VERSION:
             raise RunError(f"{path}: is of version {fields['version']!r:.20}; we read {VERSION}")
         check = fields.pop("check")
         if checksum(json.dumps(fields).encode()) != check:
             raise ValueError("its checksum differs")
         files = {name: (int(size), str(what)) for name, (size, what) in fields["files"].items()}
-        if any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
-            raise ValueError("it names a file outside the folder")
+        for name in files:
+            check_inside(name)
         return Checkpoint(root, fields["round"], fields["config"], fields["about"], files)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error

@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sfl import strict_json
 from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Network, run_together
@@ -127,7 +128,7 @@ def _parse_start(
     if metadata.get("checksum") != checksum(data):
         raise IntegrityError(f"{where}: is damaged")
     try:
-        values = json.loads(data)
+        values = strict_json.loads(data)
         run = from_values(RunConfig, values["config"], where)
         described = dict(values["data"])
     except (ValueError, TypeError, KeyError, ConfigError) as error:

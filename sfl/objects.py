@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from sfl import strict_json
 from sfl.errors import IntegrityError, RunError
+from sfl.plain_file import read_plain
 from sfl.protocol import checksum
 
 Metadata = Mapping[str, str]
@@ -137,8 +139,8 @@ class Directory:
         file = self._root / path
         try:
             check_size(f"{self.title}/{path}", file.stat().st_size, most_bytes)
-            data = file.read_bytes()
-            metadata = json.loads(_about(file).read_bytes())
+            data = read_plain(file)
+            metadata = strict_json.loads(read_plain(_about(file)))
         except FileNotFoundError:
             return None
         except OSError as error:

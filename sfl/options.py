@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+from sfl import strict_json
 from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag, unknown_name
 from sfl.errors import ConfigError
+from sfl.plain_file import read_plain
 
 T = TypeVar("T")
 
@@ -116,8 +117,8 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
     """
     recorded = path.suffix == ".json"
     try:
-        content = path.read_bytes().decode("utf-8")
-        values = json.loads(content) if recorded else tomllib.loads(content)
+        content = path.read_bytes()
+        values = strict_json.loads(content) if recorded else tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except ValueError as error:  # bad UTF-8, bad JSON, bad TOML
@@ -149,7 +150,7 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        recorded = json.loads(path.read_bytes())
+        recorded = strict_json.loads(read_plain(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--resume {folder}: cannot read {path.name}: {reason}") from error

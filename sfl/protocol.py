@@ -19,6 +19,7 @@ damage; it is no protection against somebody who alters bytes on purpose.
 
 import builtins
 import json
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+from sfl import strict_json
 from sfl.errors import Damaged, ProtocolError
 
 T = TypeVar("T")
@@ -172,24 +174,18 @@ def encode_head(message: Message, payload_checksum: str = "") -> bytes:
     return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(message.payload)) + text
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ProtocolError("a message names a field twice")
-    return fields
-
-
 _FIELDS: Final[dict[str, type]] = {
     "type": str, "sender": str, "receiver": str, "run": str,
     "round": int, "step": int, "client": int, "link": int,
 }  # fmt: skip
 _MAX_INDEX: Final = 2**31
+_PLAIN_NAME: Final = re.compile(rf"[A-Za-z0-9._ -]{{0,{MAX_NAME}}}")
 
 
 def _load_object(text: bytes | bytearray) -> dict[str, Any]:
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        fields = strict_json.loads(text)
+    except ValueError as error:
         raise ProtocolError(f"a message's JSON cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ProtocolError("a message's JSON is not an object")
@@ -206,8 +202,10 @@ def _parse_json(text: bytes | bytearray, payload_bytes: int) -> tuple[Message, s
     for name, kind in _FIELDS.items():
         if type(fields[name]) is not kind:
             raise ProtocolError(f"a message's {name!r} is not of type {kind.__name__}")
-        if kind is str and len(fields[name]) > MAX_NAME:
-            raise ProtocolError(f"a message's {name!r} is longer than {MAX_NAME} characters")
+        if kind is str and not _PLAIN_NAME.fullmatch(fields[name]):
+            raise ProtocolError(
+                f"a message's {name!r} is not up to {MAX_NAME} letters, digits, '.', '_', '-', ' '"
+            )
     for name in ("round", "step", "client", "link"):
         if not -1 <= fields[name] < _MAX_INDEX:
             raise ProtocolError(f"a message's {name!r} is out of range")

@@ -3,7 +3,6 @@
 Resuming and replay both begin a round with what the one before wrote down.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 import sfl.archive
+from sfl import strict_json
 from sfl.checkpoint import Checkpoint, lying, whole
 from sfl.config import RunConfig, counted
 from sfl.errors import ConfigError, IntegrityError, RunError
@@ -30,6 +30,7 @@ from sfl.outcome import (
     memory_spec,
     model_path,
 )
+from sfl.plain_file import read_plain
 from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
@@ -139,7 +140,7 @@ def check_same_run(folder: Path, run: RunConfig) -> None:
         RunError: it is of another run of that name.
     """
     try:
-        recorded = json.loads((folder / "config.json").read_bytes())
+        recorded = strict_json.loads(read_plain(folder / "config.json"))
         check_goes_on(recorded, asdict(run) | {"keep_tensors": recorded["keep_tensors"]})
     except FileNotFoundError:  # it was killed before it wrote any
         return

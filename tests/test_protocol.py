@@ -61,7 +61,8 @@ json_values = st.recursive(
     max_leaves=8,
 )
 indices = st.integers(-1, 2**31 - 1)
-positions = st.builds(Position, texts, indices, indices, indices, indices)
+names = st.text("abcXYZ019._- ", max_size=30)
+positions = st.builds(Position, names, indices, indices, indices, indices)
 
 
 @st.composite
@@ -71,7 +72,7 @@ def messages(draw: st.DrawFn) -> Message:
     if kind in FILE_TYPES:
         payload = draw(st.binary(min_size=1, max_size=64)) * draw(st.integers(1, 300))
     content = draw(json_values)
-    return Message(kind, draw(texts), draw(texts), content, draw(positions), payload)
+    return Message(kind, draw(names), draw(names), content, draw(positions), payload)
 
 
 @st.composite
@@ -128,6 +129,12 @@ FIELDS = {
 }  # fmt: skip
 
 
+def test_brackets_in_texts_are_no_depth() -> None:
+    text = '[{"\\' * 30
+    (message,) = decode(raw_frame({**FIELDS, "content": [text, [[[[[[text]]]]]]]}), [])
+    assert message.content == [text, [[[[[[text]]]]]]]
+
+
 @pytest.mark.parametrize(
     ("stream", "reason"),
     [
@@ -137,8 +144,14 @@ FIELDS = {
         (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0), "bytes of JSON"),
         (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63), "payload of 9223372036854775808 bytes"),
         (raw_frame(b"\xff\xff"), "cannot be read"),
-        (raw_frame(b"[" * 60_000), "cannot be read"),
-        (raw_frame(b"1" * 10_000), "cannot be read"),
+        (raw_frame(b"[" * 60_000), "nested more than 16 deep"),
+        (raw_frame({**FIELDS, "content": json.loads("[" * 16 + "]" * 16)}), "nested more than 16"),
+        (raw_frame(b"1" * 10_000), "an integer of 10000 digits"),
+        (raw_frame(b'{"round": 1e999}'), "no float holds"),
+        (raw_frame({**FIELDS, "sender": "a\0b"}), "'sender' is not up to 128 letters"),
+        (raw_frame({**FIELDS, "receiver": "a\nb"}), "'receiver' is not up to"),
+        (raw_frame({**FIELDS, "run": "../x"}), "'run' is not up to"),
+        (raw_frame({**FIELDS, "run": "x" * 129}), "'run' is not up to"),
         (raw_frame([]), "not an object"),
         (raw_frame({**FIELDS, "more": 1}), "more"),
         (raw_frame({**FIELDS, "round": 2**31}), "out of range"),
