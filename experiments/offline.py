@@ -40,7 +40,7 @@ def train_back(recorded: "RecordedRun", options: Namespace) -> None:
     run = replace(recorded.run, **{n: v for n, v in changes.items() if v is not None})
     run.check()
     data = recorded.archive.environment()["data"]
-    split = SplitModel.of_data(run, data)
+    split = SplitModel.of_data(run, data, recorded.allowed)
     back = split.back(recorded.device)
     order = torch.randperm(len(steps), generator=seeds.generator(run.seed, seeds.OFFLINE, -1))
     num_held_out = max(len(steps) // 5, 1)

@@ -1,7 +1,7 @@
 """A recorded run, opened to compute with it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,12 @@ class RecordedRun:
 
     Raises:
         IntegrityError: its configuration is damaged.
-        ConfigError: its model is a user's own that cannot be imported.
+        ConfigError: its model is a user's own that is not ``allowed``, or cannot be imported.
     """
 
-    def __init__(self, archive: "RunArchive", device: "torch.device") -> None:
+    def __init__(
+        self, archive: "RunArchive", device: "torch.device", allowed: Collection[str]
+    ) -> None:
         from sfl.config import RunConfig
         from sfl.options import from_values, names_of
         from sfl.outcome import CLIENT_MODEL, model_path
@@ -31,10 +33,11 @@ class RecordedRun:
 
         self.archive = archive
         self.device = device
+        self.allowed = allowed
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
         self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
         data = archive.environment()["data"]
-        self.split = SplitModel.of_data(self.run, data)
+        self.split = SplitModel.of_data(self.run, data, allowed)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = scheme(self.run.scheme)
         is_fed = archive.config().get("role") == "fed"  # then no step passed here
@@ -86,8 +89,16 @@ class RecordedRun:
         return backs
 
 
-def load(run_dir: str | Path, device: str | None = None, threads: int | None = None) -> RecordedRun:
-    """Open a run to compute with it, and warn if this process may compute other last bits."""
+def load(
+    run_dir: str | Path,
+    device: str | None = None,
+    threads: int | None = None,
+    allow_import: str = "",
+) -> RecordedRun:
+    """Open a run to compute with it, and warn if this process may compute other last bits.
+
+    The run may be somebody else's: it imports nothing that ``allow_import`` does not list.
+    """
     from sfl import archive
     from sfl.config import NodeConfig
     from sfl.environment import differences, fingerprint, set_up_torch
@@ -95,9 +106,13 @@ def load(run_dir: str | Path, device: str | None = None, threads: int | None = N
     opened = archive.open(run_dir)
     theirs = opened.environment()["fingerprint"]
     of_run = theirs["device"].partition(":")[0]
-    node = NodeConfig(device=device or of_run, threads=threads or int(theirs["threads"]))
+    node = NodeConfig(
+        device=device or of_run,
+        threads=threads or int(theirs["threads"]),
+        allow_import=allow_import,
+    )
     node.check()
     found = set_up_torch(node)
     for difference in differences(theirs, fingerprint(found)):
         print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)
-    return RecordedRun(opened, found)
+    return RecordedRun(opened, found, node.allowed_imports)

@@ -339,6 +339,11 @@ def parse() -> Namespace:
     parser.add_argument("--round", type=int, metavar="R", help="this round only")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the run's, if not given")
     parser.add_argument("--threads", type=int, help="the run's, if not given")
+    parser.add_argument(
+        "--allow-import",
+        default="",
+        help="package.module:function that the run may import as model",
+    )
     offline = parser.add_argument_group("train another back")
     offline.add_argument("--train-back", action="store_true", help="on the recorded activations")
     offline.add_argument("--epochs", type=int, default=5, help="passes over them (default: 5)")
@@ -354,7 +359,7 @@ def main() -> int:
     from experiments.recorded import load
 
     options = parse()
-    recorded = load(options.run_dir, options.device, options.threads)
+    recorded = load(options.run_dir, options.device, options.threads, options.allow_import)
     if options.train_back:
         train_back(recorded, options)
         return 0

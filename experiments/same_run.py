@@ -30,10 +30,11 @@ def compare(whole: Path, other: Path) -> Differences:
     """Compare everything that two runs' servers and clients wrote, and replay the second."""
     from experiments.recorded import load
     from experiments.replay import check
+    from experiments.small_model import NAME
     from sfl.errors import IntegrityError
 
     found = Differences()
-    ours, theirs = load(whole), load(other)
+    ours, theirs = (load(folder, allow_import=NAME) for folder in (whole, other))
     _compare_files(whole, other, found)
     _compare_files(_client_folder(whole), _client_folder(other), found)
     try:

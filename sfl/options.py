@@ -157,6 +157,14 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(recorded, dict):
         raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
     check_goes_on(recorded, {n: v for n, v in values.items() if n in names_of(RunConfig)})
+    # The folder may be somebody else's: what it imports, this command line says.
+    recorded.pop("allow_import", None)
+    model, allowed = str(recorded.get("model")), str(values.get("allow_import", "")).split(",")
+    if ":" in model and model not in (values.get("model"), *allowed):
+        raise ConfigError(
+            f"--resume {folder}: its model {model!r:.120} would be imported; if you trust that"
+            f" module, give --allow-import {model:.120}"
+        )
     return recorded | values
 
 

@@ -20,8 +20,8 @@ def look_up(
     """Return the entry ``name`` of ``known``, or ``wrap(function)`` of a user's own function.
 
     ``allowed`` lists the functions that may be imported; None allows any, since the name then comes
-    from this machine's own command line. A name from a server never imports a module that the
-    client's own ``--allow-import`` does not list.
+    from this machine's own command line. A name from a server, or from a recorded run, imports no
+    module that this machine's own ``--allow-import`` does not list.
 
     Raises:
         ConfigError: no such entry, not allowed, or not importable.
@@ -32,7 +32,7 @@ def look_up(
         return known[name]
     if allowed is not None and name not in allowed:
         raise ConfigError(
-            f"the server names the {kind} {name!r}, which this client does not allow;"
+            f"the {kind} {name!r} was named elsewhere, and this command line does not allow it;"
             f" if you trust that module, give --allow-import {name}"
         )
     module_name, _, function_name = name.partition(":")

@@ -148,10 +148,11 @@ def telling_why(
         raise
 
 
-def how_to_go_on(path: Path) -> Callable[[], str]:
+def how_to_go_on(path: Path, model: str) -> Callable[[], str]:
     """Return what says how to go on with a run, if it has begun."""
+    allow = f" --allow-import {model}" if ":" in model else ""
 
     def hint() -> str:
-        return f"go on with: run_server.py --resume {path}" if lying(path) else ""
+        return f"go on with: run_server.py --resume {path}{allow}" if lying(path) else ""
 
     return hint

@@ -84,7 +84,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
                 heartbeat_s=interval_s(node.silence_s),
             ) as switchboard,
-            telling_why(folder.events, switchboard.end, how_to_go_on(path)),
+            telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
         ):
             events = folder.events
             place = _check_place(run, node, path, events)

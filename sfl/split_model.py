@@ -70,10 +70,12 @@ class SplitModel:
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
 
     @classmethod
-    def of_data(cls, run: RunConfig, data: Mapping[str, Any]) -> "SplitModel":
+    def of_data(
+        cls, run: RunConfig, data: Mapping[str, Any], allowed: Collection[str] | None = None
+    ) -> "SplitModel":
         """Return a run's model for what is recorded of its clients' data."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
-        return cls(run, shape, len(data["classes"]), class_weights=weights)
+        return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
 
     def _segment(self, index: int, device: torch.device, proximal_mu: float = 0.0) -> Segment:
         return Segment(

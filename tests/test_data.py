@@ -273,7 +273,7 @@ def test_a_users_own_data_set_is_looked_up() -> None:
     assert dataset_spec("tests.test_data:small").classes == ("a", "b")
     with pytest.raises(ConfigError, match=r"must return an sfl.data.DatasetSpec"):
         dataset_spec("tests.test_data:nothing")
-    with pytest.raises(ConfigError, match="does not allow"):
+    with pytest.raises(ConfigError, match="give --allow-import"):
         dataset_spec("tests.test_data:small", allowed=[])
 
 
