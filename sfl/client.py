@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sfl.check import check_names
-from sfl.client_store import hearing_why, open_store, reach
+from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
 from sfl.crash import crash_point
@@ -21,6 +21,7 @@ from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart, interval_s
+from sfl.link import ANY_ID, CLIENT, Peer
 from sfl.options import check_goes_on
 from sfl.own_data import load_own
 from sfl.partition import OWN
@@ -32,6 +33,7 @@ from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_w
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_file_bytes
+from sfl.tokens import SERVER
 from sfl.transport import Connection, parse_address
 
 
@@ -46,7 +48,8 @@ def take_part(node: ClientNode) -> None:
     """
     parse_address(node.server)  # before torch's own start
     with contextlib.ExitStack() as stack:
-        client = _Client(node, set_up_torch(node), stack)
+        access = Access.of(node)
+        client = _Client(node, access, set_up_torch(node), stack)
         attempts = _Attempts()
         client.take_part()
         while client.lost is not None:
@@ -87,8 +90,14 @@ class _Attempts:
 class _Client:
     """One client through all its connections: what it keeps when one is lost."""
 
-    def __init__(self, node: ClientNode, device: torch.device, stack: contextlib.ExitStack) -> None:
-        self._node = node
+    def __init__(
+        self,
+        node: ClientNode,
+        access: Access,
+        device: torch.device,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._node, self._access = node, access
         self._device = device
         self._stack = stack
         self._instance = secrets.token_hex(16)
@@ -116,7 +125,7 @@ class _Client:
         """
         self.lost = None
         try:
-            with reach(self._node.server, self._node, again_s) as link:
+            with reach(self._node.server, self._node, self._access, again_s) as link:
                 link.peer_name = "server"
                 with hearing_why(link):
                     self._join(link)
@@ -140,9 +149,18 @@ class _Client:
             return False
         return self.progress[0] > 0 or not isinstance(error, PeerStopped)
 
+    @property
+    def _wanted_id(self) -> int | None:
+        """The client that this is to be: as told, or as the one token says that it has."""
+        tokens = self._access.tokens
+        told = self._node.client_id
+        return tokens.only_client if told is None and tokens else told
+
     def _join(self, connection: Connection) -> None:
         known = self._welcome
-        wanted = known.client if known else self._node.client_id
+        wanted = known.client if known else self._wanted_id
+        peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
+        self._access.show(connection, peer, SERVER, known.run.run if known else "")
         ours = fingerprint(self._device)
         joining = client_join(
             connection, wanted, ours, instance=self._instance,
@@ -157,7 +175,9 @@ class _Client:
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
             if self._loaded is None:
-                self._loaded = _Loaded(welcome, self._node, self._folder, self._device)
+                self._loaded = _Loaded(
+                    welcome, self._node, self._access, self._folder, self._device
+                )
             self._loaded.run_over(connection, welcome, self._instance)
         connection.part()
 
@@ -219,9 +239,15 @@ class _Loaded:
     """A client that has its data and its model."""
 
     def __init__(
-        self, welcome: Welcome, node: ClientNode, folder: RunFolder, device: torch.device
+        self,
+        welcome: Welcome,
+        node: ClientNode,
+        access: Access,
+        folder: RunFolder,
+        device: torch.device,
     ) -> None:
-        self._client, self._run, self._node = welcome.client, welcome.run, node
+        self._client, self._run = welcome.client, welcome.run
+        self._node, self._access = node, access
         self._folder, self._device = folder, device
         run, events = self._run, folder.events
         check_names(run)
@@ -247,7 +273,15 @@ class _Loaded:
         ours = fingerprint(self._device)
         front = split.front(self._device)
         with open_store(
-            connection, welcome, self._node, folder, report, ours, instance, most_bytes
+            connection,
+            welcome,
+            self._node,
+            self._access,
+            folder,
+            report,
+            ours,
+            instance,
+            most_bytes,
         ) as (store, fed):
             if fed is not None:
                 fed.limits = split.client_limits()

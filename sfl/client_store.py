@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sfl.config import ClientNode, RunConfig
+from sfl.certificates import client_tls
+from sfl.config import ClientNode, PeerNode, RunConfig
 from sfl.driver import Conversation, run_blocking
 from sfl.errors import (
     ConfigError,
@@ -16,16 +18,47 @@ from sfl.errors import (
     reason_of,
 )
 from sfl.heartbeat import Heart, interval_s
+from sfl.link import CLIENT, Link, Peer
 from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
 from sfl.runfolder import RunFolder, say
 from sfl.stores import SOCKET, StoreOptions, store_maker
+from sfl.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.transport import Connection, connect, parse_address
 from sfl.weights import SocketWeights, WeightKey, WeightStore
 
 
-def reach(address: str, node: ClientNode, again_s: float | None = None) -> Connection:
+@dataclass(frozen=True)
+class Access:
+    """What a machine that connects has to show, and whom it trusts."""
+
+    tokens: Tokens | None = None
+    tls: ssl.SSLContext | None = None
+
+    @classmethod
+    def of(cls, node: PeerNode) -> "Access":
+        """Return what a node's options name.
+
+        Raises:
+            ConfigError: a file of theirs cannot be used.
+        """
+        return cls(tokens_of(node), client_tls(node))
+
+    def show(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
+        """Show who we are, if we have a token, and see who listens; ``run`` is what it must have.
+
+        Raises:
+            ConfigError, AuthError: as ``client_authenticate``.
+        """
+        if self.tokens is not None:
+            talk = client_authenticate(link, self.tokens, peer, listener=listener, run=run)
+            link.proved_run = run_blocking(talk)
+
+
+def reach(
+    address: str, node: ClientNode, access: Access, again_s: float | None = None
+) -> Connection:
     """Connect to a server, with this node's patience; no files are accepted yet.
 
     ``again_s`` is for how long to try, if it was there before.
@@ -33,6 +66,7 @@ def reach(address: str, node: ClientNode, again_s: float | None = None) -> Conne
     Raises:
         ConfigError: it is no address.
         RunError: nobody is there.
+        AuthError, ConnectionLost: as ``connect``.
     """
     host, port = parse_address(address)
     connection = connect(
@@ -43,6 +77,7 @@ def reach(address: str, node: ClientNode, again_s: float | None = None) -> Conne
         again=again_s is not None,
         limits=Limits(),
         on_wait=say,
+        tls=access.tls,
     )
     connection.on_notice = say
     return connection
@@ -74,6 +109,7 @@ def open_store(
     connection: Connection,
     welcome: Welcome,
     node: ClientNode,
+    access: Access,
     folder: RunFolder,
     report: DataReport,
     fingerprint: Mapping[str, str],
@@ -98,7 +134,7 @@ def open_store(
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         yield SocketWeights(connection), None
     elif run.weights == SOCKET:
-        with _fed_connection(welcome, node, folder, report, fingerprint, instance) as fed:
+        with _fed_connection(welcome, node, access, folder, report, fingerprint, instance) as fed:
             yield _FromFed(SocketWeights(fed)), fed
     else:
         address = allowed_address(run.weights, node.allow_weights)
@@ -145,15 +181,17 @@ def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport
 def _fed_connection(
     welcome: Welcome,
     node: ClientNode,
+    access: Access,
     folder: RunFolder,
     report: DataReport,
     fingerprint: Mapping[str, str],
     instance: str,
 ) -> Iterator[Connection]:
     """Join the run at the fed server, and take our leave there at the end."""
-    with reach(node.fed_server or welcome.fed, node) as connection:
+    with reach(node.fed_server or welcome.fed, node, access) as connection:
         connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
         with hearing_why(connection):
+            access.show(connection, Peer(CLIENT, welcome.client), FED, welcome.run.run)
             joining = client_join(
                 connection, welcome.client, fingerprint, instance=instance,
                 heartbeat_s=interval_s(node.peer_timeout),

@@ -237,14 +237,47 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
-class ServerNode(NodeConfig):
+class PeerNode(NodeConfig):
+    """A machine that others talk to."""
+
+    peer_timeout: float = _option(
+        60.0, "seconds without a sign of life from a peer until it is taken for lost"
+    )
+    token_file: str = _option(
+        "", "file of the secret that server and clients share, or of one for each client; made by"
+        " python -m sfl.auth new-token FILE",
+    )  # fmt: skip
+    tls_cert: str = _option(
+        "", "certificate (PEM) by which the server, or a client whose server wants one, is known"
+    )
+    tls_key: str = _option("", "its private key (PEM)")
+    tls_ca: str = _option(
+        "", "certificates (PEM) of whom to trust with the server's: the connection is under TLS"
+    )
+
+    def check(self) -> None:
+        super().check()
+        _check_timeout("peer_timeout", self.peer_timeout)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key: give both, or none")
+
+
+@dataclass(frozen=True)
+class ServerNode(PeerNode):
     """The server's machine."""
 
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
-    peer_timeout: float = _option(
-        60.0, "seconds without a sign of life from a client until it is taken for lost"
+    insecure: bool = _option(
+        False, "let whoever reaches the port take part, from other machines too, without a token"
     )
+    tls_client_ca: str = _option(
+        "", "certificates (PEM) of whom to trust with clients': only who has one may connect"
+    )
+    max_pending: int = _option(
+        0, "connections that may wait at once until they have shown who they are; 0: 64, and two"
+        " for each client",
+    )  # fmt: skip
     on_missing: str = _option(
         "wait", "clients that are lost are waited for; or skipped, until they come back",
         ("wait", "skip"),
@@ -269,8 +302,12 @@ class ServerNode(NodeConfig):
     def check(self) -> None:
         super().check()
         _require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
-        _check_timeout("peer_timeout", self.peer_timeout)
         _check_timeout("round_timeout", self.round_timeout)
+        _require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
+        if self.tls_ca and self.role != "main":
+            raise ConfigError("--tls-ca: is for clients, and for --role main")
         _require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
         if self.on_missing == "skip" and self.role != "all":
             raise ConfigError("--on-missing skip: is for --role all")
@@ -289,7 +326,7 @@ class ServerNode(NodeConfig):
 
 
 @dataclass(frozen=True)
-class ClientNode(NodeConfig):
+class ClientNode(PeerNode):
     """A client's machine."""
 
     table: ClassVar[str] = "client"
@@ -299,9 +336,6 @@ class ClientNode(NodeConfig):
     connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
     reconnect_timeout: float = _option(
         600.0, "seconds to try to reach a server that was lost; 0: end at once"
-    )
-    peer_timeout: float = _option(
-        60.0, "seconds without a sign of life from the server until it is taken for lost"
     )
     keep_tensors: str = _option("none", "as the server's; the server has the same files")
     allow_weights: str = _option(
@@ -319,7 +353,8 @@ class ClientNode(NodeConfig):
         patience = self.reconnect_timeout
         fine = math.isfinite(patience) and patience >= 0
         _require(fine, "reconnect_timeout", patience, "0 or more")
-        _check_timeout("peer_timeout", self.peer_timeout)
+        if self.tls_cert and not self.tls_ca:
+            raise ConfigError("--tls-cert: without --tls-ca there is no TLS to show it in")
         KeepTensors.parse(self.keep_tensors)
 
 

@@ -6,6 +6,7 @@
      |- ConfigError        what was typed cannot be run as it stands           (exit code 2)
      |- DataError          the data are not there, or are not what was asked for
      |- RunError           the run cannot go on: disk, port, a client that left
+     |- AuthError          the peer is not who it must be, or TLS cannot be agreed on
      |- ProtocolError      the peer sent something that it must not send
      |- ConnectionLost     the peer is gone, or silent for too long
      |- PeerFailed         the peer said that it cannot go on, and why
@@ -32,6 +33,10 @@ class DataError(SflError):
 
 class RunError(SflError):
     """The run cannot start or go on on this machine: port, folder, disk, a client that left."""
+
+
+class AuthError(SflError):
+    """The peer has not shown that it has the secret, or a certificate that we trust."""
 
 
 class ProtocolError(SflError):
@@ -63,7 +68,7 @@ class Damaged(IntegrityError):
 
 
 # What may go wrong with one peer, of which the others need not notice anything.
-PEER_ERRORS = (ConnectionLost, PeerFailed, ProtocolError, IntegrityError)
+PEER_ERRORS = (AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityError)
 # What a new connection may mend.
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 

@@ -34,7 +34,7 @@ from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Network, run_together
 from sfl.errors import ConfigError, IntegrityError, ProtocolError
-from sfl.link import Link
+from sfl.link import ANY_ID, MAIN, Link, Peer
 from sfl.objects import ObjectStore
 from sfl.options import from_values
 from sfl.order import Turns, draw
@@ -48,15 +48,13 @@ from sfl.outcome import (
     model_path,
 )
 from sfl.protocol import MessageType, Position, checksum
-from sfl.registration import ANY_ID, Welcome, parse_heartbeat
+from sfl.registration import Welcome, parse_heartbeat
 from sfl.roundlog import write_table
 from sfl.runfolder import RunFolder
 from sfl.schemes import Fronts, scheme
 from sfl.split_model import SplitModel
 from sfl.tensors import decode_state, encode_state
 from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightKey, WeightStore, client_weights
-
-MAIN = "main"  # who registers
 
 
 def main_join(
@@ -76,6 +74,8 @@ def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
     hello = link.receive_message_as_json(MessageType.REGISTER)
     if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
         raise ProtocolError("the main server has not come yet")
+    if link.proved and link.proved != Peer(MAIN):
+        raise ProtocolError(f"registers as the main server, but has proved to be {link.proved}")
     try:
         run = from_values(RunConfig, hello.get("config", dict), "the main server's configuration")
     except ConfigError as error:

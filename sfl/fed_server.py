@@ -13,8 +13,9 @@ import torch
 import sfl.archive
 from sfl.archive_writer import REWRITTEN
 from sfl.check import check_names
-from sfl.client_store import hearing_why
+from sfl.client_store import Access, hearing_why
 from sfl.config import RunConfig, ServerNode, counted
+from sfl.doorstep import exposure, guard_of
 from sfl.driver import Conversation, Network, run_blocking, run_together
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError
@@ -25,7 +26,7 @@ from sfl.fed import (
     main_join,
 )
 from sfl.heartbeat import Heart, interval_s
-from sfl.link import Link
+from sfl.link import MAIN, Link, Peer
 from sfl.lobby import Lobby, Patience
 from sfl.outcome import FRONT, Half
 from sfl.party import TRAIN
@@ -38,6 +39,7 @@ from sfl.split_model import SplitModel
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import DrainedConnection, Switchboard
 from sfl.tensors import max_file_bytes
+from sfl.tokens import FED
 from sfl.transport import connect, listen, parse_address
 from sfl.weights import SocketWeights, WeightStore
 
@@ -53,6 +55,7 @@ def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[
         RunError: it is not there, or has failed.
     """
     host, port = parse_address(node.fed_server)
+    access = Access.of(node)
     connection = connect(
         host,
         port,
@@ -60,10 +63,12 @@ def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[
         connect_timeout_s=60.0,
         limits=Limits(),
         on_wait=say,
+        tls=access.tls,
     )
     with connection:
         connection.name, connection.peer_name = "the main server", "the fed server"
         with hearing_why(connection):
+            access.show(connection, Peer(MAIN), FED)
             first_round = past.first_round if past else 0
             often = interval_s(node.peer_timeout)
             goes_on = past is not None
@@ -102,13 +107,19 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
 
 
 def _serve_connections(node: ServerNode, device: torch.device) -> Path:
+    guard = guard_of(node, FED)
     with (
         listen(node.host, node.port) as listener,
-        Switchboard(listener, timeout_s=node.peer_timeout, limits=Limits()) as switchboard,
+        Switchboard(
+            listener, timeout_s=node.peer_timeout, limits=Limits(), guard=guard, note=say
+        ) as switchboard,
     ):
+        for warning in exposure(node):
+            say(warning)
         say(f"fed server: listening on {listener.address} for the main server")
         welcome, main = _await_main(switchboard)
         run = welcome.run
+        guard.run = run.run
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
             open_folder(path, LOG, "none") as folder,

@@ -13,12 +13,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Final
 
 from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
 from sfl.protocol import Limits, Message, MessageType, Position
 
 _NOWHERE = Position()
+CLIENT, MAIN = "client", "main"  # who connects: a client, or the main server to the fed server
+ANY_ID: Final = -1  # of a client that takes what is free
 # What messages carry, to tell where a run's bytes go; those that are not listed carry "control".
 KINDS = {
     MessageType.TRAINING_LABELS: "labels",
@@ -48,6 +50,19 @@ def is_last(message: Message) -> bool:
     """Say whether a peer ends the conversation with this, and why; a plain goodbye has no why."""
     plain = message.type is MessageType.UNREGISTER and not message.content
     return message.type in LAST_WORDS and not plain
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who a connecting party has proved to be."""
+
+    role: str  # CLIENT or MAIN
+    client: int = ANY_ID  # with a token for all, the id that it asked for
+
+    @property
+    def owner(self) -> str:
+        """The name under which a file of tokens has its token."""
+        return MAIN if self.role == MAIN else str(self.client)
 
 
 @dataclass(slots=True)
@@ -89,6 +104,9 @@ class Link(ABC):
         self.counters = Counters()
         self.name = name  # what we call ourselves, and the peer, in messages and errors
         self.peer_name = peer_name
+        self.proved: Peer | None = None  # who the peer has proved to be, if it had to
+        self.proved_run = ""  # that the server has proved to have, if it had to
+        self.certificate = b""  # hash of the server's, under TLS
         self.on_notice: Callable[[str], None] | None = None
         self._answers = False  # whether the peer has said something since we last did
 

@@ -21,9 +21,9 @@ from sfl.errors import (
     RunError,
     SflError,
 )
-from sfl.link import Link
+from sfl.link import ANY_ID, Link
 from sfl.protocol import MessageType
-from sfl.registration import ANY_ID, HERE, Joined, Welcome, server_join
+from sfl.registration import HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
 from sfl.switchboard import DrainedConnection, Switchboard, first_arrived

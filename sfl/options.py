@@ -88,6 +88,12 @@ def _add_options(group: Any, config_class: Any) -> None:
     types = _value_types(config_class)
     for spec in dataclasses.fields(config_class):
         kind = types[spec.name][0]
+        if kind is bool:
+            group.add_argument(
+                flag(spec.name), action="store_true", default=argparse.SUPPRESS,
+                help=spec.metadata["help"],
+            )  # fmt: skip
+            continue
         shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
         group.add_argument(
             flag(spec.name),

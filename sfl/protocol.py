@@ -45,6 +45,9 @@ READ_AHEAD_BYTES: Final = 4096
 class MessageType(StrEnum):
     """What a message says. C: sent by clients, S: by the server."""
 
+    AUTHENTICATE = "AUTHENTICATE"  # C: let us prove that we share a token; a nonce
+    CHALLENGE = "CHALLENGE"  # S: the run, a nonce, my proof
+    PROOF = "PROOF"  # C: my proof
     REGISTER = "REGISTER"  # C: here I am; wanted client id, fingerprint
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
     REQUEST_TO_START = "REQUEST_TO_START"  # C: my data are loaded: samples, classes, shape

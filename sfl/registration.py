@@ -26,12 +26,11 @@ from sfl.data import ClientData
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, DataError, ProtocolError, RunError
-from sfl.link import Link, one_line
+from sfl.link import ANY_ID, CLIENT, Link, Peer, one_line
 from sfl.options import from_values
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
 
-ANY_ID = -1  # a client that takes what is free
 MAX_CLASSES = 1000
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
@@ -121,6 +120,8 @@ def client_join(
     client = reply.get("client_id", int)
     if client != wanted and wanted != ANY_ID:
         raise ProtocolError(f"the server made us client {client} instead of {wanted}")
+    if link.proved_run not in ("", run.run):
+        raise ProtocolError(f"the server has proved to have the run {link.proved_run!r:.80}")
     if not run.run or not 0 <= client < run.most_clients:
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
@@ -162,6 +163,9 @@ def server_join(
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
+    wanted = hello.get("client_id", int)
+    if link.proved and link.proved != Peer(CLIENT, wanted):
+        raise ProtocolError(f"registers as client {wanted}, but has proved to be {link.proved}")
     try:
         fingerprint = check_fingerprint(hello.get("fingerprint", dict))
     except ConfigError as error:
@@ -169,7 +173,7 @@ def server_join(
     if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
         raise ProtocolError("a client does not say which process it is")
     link.heartbeat_s = parse_heartbeat(hello)
-    client = take_id(hello.get("client_id", int), instance)
+    client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
     content = {
         "client_id": client,

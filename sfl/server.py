@@ -11,6 +11,7 @@ from sfl.archive_writer import REWRITTEN, write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
+from sfl.doorstep import exposure, guard_of
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.errors import ConfigError, RunError
@@ -50,6 +51,7 @@ from sfl.spool import Spool
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
 from sfl.tensors import max_file_bytes
+from sfl.tokens import SERVER
 from sfl.transport import listen
 from sfl.weights import Elsewhere, WeightStore
 
@@ -72,6 +74,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     device = set_up_torch(node)
     past = _past(run, node)
+    guard = guard_of(node, SERVER, run.most_clients)
     with listen(node.host, node.port) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
@@ -83,6 +86,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 limits=Limits(),  # no files from anybody before the model is known
                 max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
                 heartbeat_s=interval_s(node.silence_s),
+                guard=dataclasses.replace(guard, run=run.run),
+                note=folder.events.note,
             ) as switchboard,
             telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
         ):
@@ -97,8 +102,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             )
             if past:
                 _say_how_it_goes_on(past, run, events)
-            if node.host in ("127.0.0.1", "localhost", "::1"):
-                events.say("only this machine can connect; --host 0.0.0.0 lets others")
+            for line in exposure(node):
+                events.say(line)
             patience = Patience(fed == HERE, node.skip_after_s, node.min_clients)
             lobby = Lobby(
                 switchboard=switchboard,

@@ -1,9 +1,9 @@
 """Many connections at a server: threads that only move bytes, and one place to wait for them all.
 
-A thread accepts; one thread a connection reads whole messages ahead of the training, which takes
-them in the main thread. What is read ahead is bounded: a connection whose messages nobody takes is
-no longer read, and TCP holds the sender back. What a client is slow to take is sent on by a thread
-of its connection, so that no client waits for another one's link.
+``doorstep`` lets them in. One thread a connection then reads whole messages ahead of the training,
+which takes them in the main thread. What is read ahead is bounded: a connection whose messages
+nobody takes is no longer read, and TCP holds the sender back. What a client is slow to take is sent
+on by a thread of its connection, so that no client waits for another one's link.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar, cast
 
+from sfl.doorstep import Doorstep, Guard, Visitor
 from sfl.driver import Gate, Network
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Limits, Message, MessageType
-from sfl.transport import FAREWELL_S, Connection, Listener, Socket
+from sfl.transport import FAREWELL_S, Connection, Listener
 
 T = TypeVar("T")
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
@@ -32,12 +33,23 @@ class DrainedConnection(Connection):
     """
 
     def __init__(
-        self, sock: Socket, changed: threading.Condition, *, timeout_s: float, limits: Limits
+        self,
+        visitor: Visitor,
+        changed: threading.Condition,
+        *,
+        timeout_s: float,
+        limits: Limits,
     ) -> None:
-        super().__init__(sock, timeout_s=timeout_s, limits=limits)
+        super().__init__(
+            visitor.stream, timeout_s=timeout_s, limits=limits, decoder=visitor.decoder
+        )
+        self.proved, self.certificate = visitor.proved, visitor.certificate
+        self.counters = visitor.counters
+        self.counters.messages_received += len(visitor.arrived)
         self.accepted_at = time.monotonic()
         self._changed = changed
-        self._inbox: deque[tuple[int, Message]] = deque()
+        now = time.monotonic_ns()
+        self._inbox: deque[tuple[int, Message]] = deque((now, m) for m in visitor.arrived)
         self._outbox: deque[list[memoryview]] = deque()
         self._writer: threading.Thread | None = None  # started when the peer is first slow
         self._failure: SflError | None = None
@@ -163,7 +175,7 @@ class DrainedConnection(Connection):
             self.send_message_as_json(message_type, content=one_line(reason))
         with self._changed:
             self._changed.wait_for(lambda: not self._outbox, FAREWELL_S)
-        self.shut_sending()
+        self._stream.shut_sending()
 
     def join(self, deadline: float) -> None:
         """Wait for the peer to close, until ``deadline`` at the latest; then close."""
@@ -185,23 +197,24 @@ class Switchboard(Network):
         limits: Limits,
         max_strangers: int = 64,
         heartbeat_s: float | None = None,
+        guard: Guard | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """``max_strangers`` may be connected without having registered; more are just closed.
+        """``guard`` says who is let in; ``note`` is told who is not, and why.
 
-        We want to hear from who has registered every ``heartbeat_s``.
+        ``max_strangers`` may then be connected without having registered; more are just closed. We
+        want to hear from who has registered every ``heartbeat_s``.
         """
         self.heartbeat_s = heartbeat_s or interval_s(timeout_s)
-        self._listener = listener
+        self.guard = guard or Guard()
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
         self._changed = threading.Condition()
         self._connections: list[DrainedConnection] = []
         self._num_leaving = 0  # connections that were turned away and are being closed
-        self._refusal = ""
         self._closed = False
-        self._thread = threading.Thread(target=self._accept, name="acceptor", daemon=True)
-        self._thread.start()
+        self._doorstep = Doorstep(listener, self.guard, self._admit, note)
         self._heart = Heart(lambda: [c for c in self.connections if c.peer_name])
 
     def __enter__(self) -> "Switchboard":
@@ -216,33 +229,18 @@ class Switchboard(Network):
         with self._changed:
             return list(self._connections)
 
-    def _accept(self) -> None:
-        while (sock := self._listener.accept()) is not None:
-            try:
-                self._admit(sock)
-            except (OSError, RuntimeError):  # it is gone again, or no thread is left for it
-                sock.close()
-
-    def _admit(self, sock: Socket) -> None:
+    def _admit(self, visitor: Visitor) -> None:
         with self._changed:
             strangers = [c for c in self._connections if not c.peer_name]
             if len(strangers) + self._num_leaving >= self._max_strangers:
-                sock.close()
+                visitor.stream.close()
                 return
         connection = DrainedConnection(
-            sock, self._changed, timeout_s=self._timeout_s, limits=self._limits
+            visitor, self._changed, timeout_s=self._timeout_s, limits=self._limits
         )
         with self._changed:
-            refusal = self._refusal
             self._connections.append(connection)
-            self._changed.notify_all()  # its first message may have arrived already
-        if refusal:
-            self.drop(connection, refusal)
-
-    def turn_away(self, reason: str) -> None:
-        """From now on, tell everyone who connects why they cannot join, and close."""
-        with self._changed:
-            self._refusal = reason
+            self._changed.notify_all()  # its first message has arrived already
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""
@@ -315,8 +313,7 @@ class Switchboard(Network):
             return
         self._closed = True
         self._heart.stop()
-        self._listener.close()
-        self._thread.join(FAREWELL_S)
+        self._doorstep.close()
         deadline = time.monotonic() + FAREWELL_S
         for connection in self.connections:
             connection.end_sending(MessageType.ABORT, reason)

@@ -7,23 +7,27 @@ so: heartbeats are neither handed on nor counted.
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 
 from sfl.errors import (
+    AuthError,
     ConfigError,
     ConnectionLost,
     Damaged,
     PeerFailed,
     ProtocolError,
     RunError,
+    SflError,
 )
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
+from sfl.stream import Stream, is_refusal, to_server, why
 
 Socket = socket.socket
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
@@ -33,18 +37,27 @@ _MAX_BACKOFF_S = 5.0
 class Connection(Link):
     """One TCP connection, message by message. Closed by ``with`` or ``close()``."""
 
-    def __init__(self, sock: socket.socket, *, timeout_s: float, limits: Limits) -> None:
+    def __init__(
+        self,
+        stream: Stream | socket.socket,
+        *,
+        timeout_s: float,
+        limits: Limits,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """``decoder`` may have begun to read from the stream; ``limits`` hold from now on."""
         super().__init__()
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(sock, timeout_s)
-        sock.settimeout(timeout_s)
+        self._stream = stream if isinstance(stream, Stream) else Stream(stream)
+        if self._stream.sock.family != socket.AF_UNIX:
+            self._stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(self._stream.sock, timeout_s)
+        self._stream.set_timeout(timeout_s)
         self.timeout_s = timeout_s
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
-        self._sock = sock
-        self._decoder = Decoder(limits)
+        self._decoder = decoder or Decoder(limits)
+        self.limits = limits
 
     def __enter__(self) -> "Connection":
         return self
@@ -88,9 +101,7 @@ class Connection(Link):
         """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
         try:
             while any(map(len, parts)):
-                # The descriptor is non-blocking; it is sendmsg that waits, up to the deadline.
-                send = self._sock.sendmsg if wait else partial(os.writev, self._sock.fileno())
-                num_sent = send(parts)
+                num_sent = (self._stream.send if wait else self._stream.send_now)(parts)
                 self.spoke_at = time.monotonic()
                 while parts and num_sent >= len(parts[0]):
                     num_sent -= len(parts.pop(0))
@@ -103,7 +114,13 @@ class Connection(Link):
                 f"{self.peer_title} took nothing for {self.timeout_s:g} seconds"
             ) from error
         except OSError as error:
-            raise ConnectionLost(f"{self.peer_title} {_how(error)}") from error
+            raise self._broken(error) from error
+
+    def _broken(self, error: OSError, where: str = "") -> SflError:
+        """Return the error for a connection that broke, or that TLS refused."""
+        if isinstance(error, ssl.SSLError) and is_refusal(error):
+            return AuthError(f"{self.peer_title} refused us: {why(error)}; see --tls-cert")
+        return ConnectionLost(f"{self.peer_title} {_how(error)}{where}")
 
     def _next(self) -> Message:
         """Read from the socket until one message is complete, and return it."""
@@ -137,12 +154,12 @@ class Connection(Link):
         inside = self._decoder.inside
         where = f" in the middle of a message's {inside}" if inside else ""
         try:
-            num_bytes = self._sock.recv_into(buffer)
+            num_bytes = self._stream.receive_into(buffer)
         except TimeoutError as error:
             silent = f"sent nothing for {self.timeout_s:g} seconds"
             raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
         except OSError as error:
-            raise ConnectionLost(f"{self.peer_title} {_how(error)}{where}") from error
+            raise self._broken(error, where) from error
         if num_bytes == 0:
             raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
         return num_bytes
@@ -150,18 +167,15 @@ class Connection(Link):
     @property
     def address(self) -> str:
         """The peer's address, for logs."""
-        try:
-            return format_address(*self._sock.getpeername()[:2])
-        except (OSError, TypeError, ValueError):
-            return "an unknown address"
+        return address_of(self._stream.sock)
 
     def last_words(self) -> PeerFailed | None:
         """Return why the peer ended the run, if its word has already arrived.
 
         To be asked after a send failed: the peer may have said why before it closed.
         """
-        with contextlib.suppress(OSError, ProtocolError, Damaged, ConnectionLost):
-            self._sock.settimeout(FAREWELL_S)
+        with contextlib.suppress(OSError, SflError):
+            self._stream.set_timeout(FAREWELL_S)
             while True:
                 message = self._next()
                 if is_last(message):
@@ -171,14 +185,9 @@ class Connection(Link):
     def end_sending(self, message_type: MessageType, reason: str) -> None:
         """Send a last message and end our half of the connection; a peer that is gone is fine."""
         with contextlib.suppress(ConnectionLost, OSError):
-            self._sock.settimeout(FAREWELL_S)
+            self._stream.set_timeout(FAREWELL_S)
             self.send_message_as_json(message_type, content=one_line(reason))
-        self.shut_sending()
-
-    def shut_sending(self) -> None:
-        """End our half of the connection; what the peer still sends can be read."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+        self._stream.shut_sending()
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
         """Send a last message and close, leaving the peer the time to read it.
@@ -191,22 +200,24 @@ class Connection(Link):
 
     def part(self) -> None:
         """Close after our last message: what the peer still sends is read and thrown away."""
-        self.shut_sending()
-        deadline = time.monotonic() + FAREWELL_S
+        self._stream.shut_sending()
+        deadline, unread = time.monotonic() + FAREWELL_S, memoryview(bytearray(65536))
         with contextlib.suppress(OSError):
-            while time.monotonic() < deadline and self._sock.recv(65536):
+            while time.monotonic() < deadline and self._stream.receive_into(unread):
                 pass
         self.close()
 
     def close(self) -> None:
         """Close the connection; a thread that waits on it wakes with ``ConnectionLost``."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        self._stream.close()
 
 
 def _how(error: OSError) -> str:
     """Say how a connection ended: by the peer's hand, or for another reason."""
+    if isinstance(error, ssl.SSLEOFError):
+        return "closed the connection"
+    if isinstance(error, ssl.SSLError):
+        return f"sent what is no TLS: {why(error)}"
     closed = (errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN, errno.ECONNABORTED)
     return (
         "closed the connection" if error.errno in closed else f"is out of reach: {error.strerror}"
@@ -231,6 +242,14 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def address_of(sock: Socket) -> str:
+    """Return the peer's address, for logs."""
+    try:
+        return format_address(*sock.getpeername()[:2])
+    except (OSError, TypeError, ValueError):
+        return "an unknown address"
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``.
 
@@ -247,6 +266,16 @@ def parse_address(text: str) -> tuple[str, int]:
             f"{text!r} is no address: give HOST:PORT, with an IPv6 host as [HOST]:PORT"
         )
     return host, int(port)
+
+
+def _secured(sock: Socket, host: str, tls: ssl.SSLContext | None, timeout_s: float) -> Stream:
+    if tls is None:
+        return Stream(sock)
+    try:
+        return to_server(sock, tls, host, timeout_s)
+    except OSError as error:
+        how = "is silent" if isinstance(error, TimeoutError) else _how(error)
+        raise ConnectionLost(f"the server {how} in the middle of TLS's handshake") from error
 
 
 class Listener:
@@ -274,6 +303,21 @@ class Listener:
                 if not self._closed:
                     time.sleep(0.1)
         return None
+
+    def do_not_wait(self) -> None:
+        """Let nobody wait in ``accept`` from now on: ``accept_now`` is called instead."""
+        self._sock.settimeout(0)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for until ``accept_now`` gives a socket."""
+        return self._sock.fileno()
+
+    def accept_now(self) -> Socket | None:
+        """Return the socket of a connection that is there; None if none is."""
+        try:
+            return self._sock.accept()[0]
+        except OSError:  # also when a peer gave up before, or too many files are open
+            return None
 
     def close(self) -> None:
         """Stop listening; a thread that waits in ``accept`` wakes."""
@@ -308,6 +352,16 @@ def listen(host: str, port: int) -> Listener:
         ) from error
 
 
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches what listens on a host; an unknown one reaches none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return bool(host)
+    addresses = (str(address[4][0]).partition("%")[0] for address in found)
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
 def connect(
     host: str,
     port: int,
@@ -317,13 +371,17 @@ def connect(
     again: bool = False,
     limits: Limits,
     on_wait: Callable[[str], None],
+    tls: ssl.SSLContext | None = None,
 ) -> Connection:
     """Connect, trying again with growing pauses until ``connect_timeout_s`` has passed.
 
     ``on_wait`` is told once, with the reason, when the first try fails. ``again``: it was there
-    before, so that a name that is unknown for a while is no reason to give up.
+    before, so that a name that is unknown for a while is no reason to give up. With ``tls`` the
+    server must prove to be the host; nothing is ever sent in the clear instead.
 
     Raises:
+        AuthError: the server's certificate is not to be trusted, or it speaks no TLS.
+        ConnectionLost: it ended TLS's handshake.
         RunError: there is no such host, or nobody answered in time.
     """
     address = format_address(host, port)
@@ -337,7 +395,10 @@ def connect(
             attempt_s = min(max(left_s, 0.1), _MAX_BACKOFF_S)
             sock = socket.create_connection((host, port), timeout=attempt_s)
             if sock.getsockname() != sock.getpeername():
-                return Connection(sock, timeout_s=timeout_s, limits=limits)
+                stream = _secured(sock, host, tls, timeout_s)
+                connection = Connection(stream, timeout_s=timeout_s, limits=limits)
+                connection.certificate = stream.certificate
+                return connection
             # Nobody listens, and the system gave us that very port: we reached ourselves.
             sock.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")

@@ -11,8 +11,17 @@ PACKAGE = Path(sfl.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
-    "socket": {"transport"},
-    "threading": {"archive_writer", "heartbeat", "shared_weights", "switchboard", "transport"},
+    "socket": {"doorstep", "stream", "transport"},
+    "ssl": {"certificates", "client_store", "doorstep", "stream", "transport"},
+    "threading": {
+        "archive_writer",
+        "doorstep",
+        "heartbeat",
+        "shared_weights",
+        "stream",
+        "switchboard",
+        "transport",
+    },
     "pickle": set(),
 }
 

@@ -1,0 +1,57 @@
+"""JSON from others, read strictly: shallow, each field once, numbers of a sensible length.
+
+Messages, manifests, checkpoints and recorded options come through here: Python's own reader takes a
+field twice, recurses as deep as it is told to and spends a minute on an integer of many digits.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+MAX_DEPTH = 16
+MAX_DIGITS = 24  # of an integer
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+
+
+def loads(text: bytes | bytearray) -> Any:
+    """Return the value of a JSON text in UTF-8.
+
+    ``NaN`` and ``Infinity`` are values, as Python writes them; ``1e999`` is none.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+        _check_depth(_STRING.sub(b"", text))
+    return json.loads(
+        text.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer, parse_float=_number
+    )
+
+
+def _check_depth(text: bytes) -> None:
+    depth = 0
+    for byte in text:
+        depth += (byte in b"[{") - (byte in b"]}")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("it names a field twice")
+    return fields
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it has an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"it has a number {digits:.20} that no float holds")
+    return number
