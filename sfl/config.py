@@ -112,6 +112,10 @@ class RunConfig:
     weights: str = _option(
         "socket", "how client-side weights travel: socket, dir:PATH or gs://BUCKET/PREFIX"
     )
+    on_nonfinite: str = _option(
+        "reject", "NaN or infinity in what a peer sends: refuse it, or warn once a round",
+        ("reject", "log"),
+    )  # fmt: skip
     keep_tensors: str = _option(
         "all", "rounds whose tensors stay on disk: all, last, every:N or none"
     )

@@ -140,7 +140,9 @@ def server_train(
     data = yield from party.weights.get(WeightKey(name, at))
     front: dict[str, Tensor] = {}
     if data:  # else they went to the fed server
-        front = decode_state(data, party.split.front_spec, f"the weights of client {party.client}")
+        of_whom = f"the weights of client {party.client}"
+        front = decode_state(data, party.split.front_spec, of_whom)
+        party.check_finite(front.values(), of_whom, at)
     result = RoundResult(front, encode_state(front) if data else b"", seconds)
     plan.end_turn(party.client, NamedWeights(name, result.file))
     return result
@@ -162,7 +164,9 @@ def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conve
     """
     if name := message.get("front", str):
         data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
-        party.front.load(decode_state(data, party.split.front_spec, f"the weights {name}"))
+        front = decode_state(data, party.split.front_spec, f"the weights {name}")
+        party.check_finite(front.values(), f"the weights {name}", message.at)
+        party.front.load(front)
 
 
 def _hand_over(

@@ -73,7 +73,7 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).payload
         started = time.perf_counter()
         y = decode_labels(party, labels.payload, size)
-        tally, logits = evaluate_step(party.back, decode_features(party, features, size), y)
+        tally, logits = evaluate_step(party.back, decode_features(party, features, size, at), y)
         kept.add(y, logits)
         party.compute_s += time.perf_counter() - started
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)

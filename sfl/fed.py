@@ -34,6 +34,7 @@ from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Network, run_together
 from sfl.errors import ConfigError, IntegrityError, ProtocolError
+from sfl.finite import check_finite
 from sfl.link import ANY_ID, MAIN, Link, Peer
 from sfl.objects import ObjectStore
 from sfl.options import from_values
@@ -235,7 +236,9 @@ class FedRounds:
         if relay:
             yield from store.pass_on(WeightKey(relay[-1].name, at), relay[-1].data)
         data = yield from store.get(WeightKey(name, at))
-        state = decode_state(data, self.split.front_spec, f"the weights of client {client}")
+        of_whom = f"the weights of client {client}"
+        state = decode_state(data, self.split.front_spec, of_whom)
+        check_finite(state.values(), of_whom, self.run, self.folder.events.say)
         if turns.in_order:
             relay.append(NamedWeights(name, encode_state(state)))
             turns.done()

@@ -1,6 +1,6 @@
 """What each side of a conversation has in hand while a run goes on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from sfl.archive import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
+from sfl.finite import check_finite
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.protocol import Position
@@ -29,6 +30,8 @@ class Watcher(Protocol):
 
     def step(self, at: Position, figures: StepFigures) -> None: ...
 
+    def say(self, line: str) -> None: ...
+
 
 @dataclass(kw_only=True)
 class Party:
@@ -41,6 +44,21 @@ class Party:
     split: SplitModel
     archive: ArchiveWriter
     watcher: Watcher
+    warned_in: int = -1  # the round in which people were last told of NaN or infinity
+
+    def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
+        """See that what the peer sent holds neither NaN nor infinity, or warn, once a round.
+
+        Raises:
+            ProtocolError: it holds some, and the run refuses that.
+        """
+
+        def warn(line: str) -> None:
+            if self.warned_in != at.round:
+                self.watcher.say(f"{line} in round {at.round + 1}")
+                self.warned_in = at.round
+
+        check_finite(tensors, name, self.run, warn)
 
     def at(self, round_index: int, step: int = -1) -> Position:
         """Return a position of this client's in the run."""

@@ -142,6 +142,10 @@ class ClientLog:
         self.progress = Progress(run.rounds)
         self.num_steps = 0  # that were taken, those that were redone included
 
+    def say(self, line: str) -> None:
+        """Tell people something about the round."""
+        self._events.say(line)
+
     def start_over(self) -> None:
         """Forget the figures of a round that is begun again."""
         self._loss_sum, self._samples = 0.0, 0

@@ -251,3 +251,6 @@ def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
 class _Nobody:
     def step(self, at: Position, figures: StepFigures) -> None:
         pass
+
+    def say(self, line: str) -> None:
+        pass

@@ -89,7 +89,9 @@ def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversati
     reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
     party.waited_s += time.perf_counter() - asked
     spec = party.split.features_spec(len(y))
-    party.front.backward(decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}"))
+    grads = decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}")
+    party.check_finite([grads], f"the gradients of step {at.step}", at)
+    party.front.backward(grads)
     crash_point("front.before_update")
     party.front.update()
     crash_point("front.after_update")
@@ -113,7 +115,7 @@ def server_step(
     features = message.payload
     started = time.perf_counter()
     y = decode_labels(party, labels, num_samples)
-    z = decode_features(party, features, num_samples)
+    z = decode_features(party, features, num_samples, at)
     figures, dz = train_step(party.back, z, y, at)
     assert dz is not None
     grads, content = encode(dz), _content(figures)
@@ -166,10 +168,12 @@ def decode_labels(party: ServerParty, data: Buffer, num_samples: int) -> Tensor:
     return y
 
 
-def decode_features(party: ServerParty, data: Buffer, num_samples: int) -> Tensor:
+def decode_features(party: ServerParty, data: Buffer, num_samples: int, at: Position) -> Tensor:
     """Return the activations of a batch."""
-    spec = party.split.features_spec(num_samples)
-    return decode(data, spec, f"the activations of client {party.client}")
+    name = f"the activations of client {party.client}"
+    z = decode(data, party.split.features_spec(num_samples), name)
+    party.check_finite([z], name, at)
+    return z
 
 
 def client_gradient_steps(
@@ -196,7 +200,9 @@ def client_gradient_steps(
         reply = link.receive_file(MessageType.SEND_AGGREGATED_MODEL, at=at)
         party.waited_s += time.perf_counter() - asked
         name = f"the weights after step {step}"
-        party.front.load_parameters(decode_state(reply.payload, spec, name))
+        weights = decode_state(reply.payload, spec, name)
+        party.check_finite(weights.values(), name, at)
+        party.front.load_parameters(weights)
 
 
 def server_gradient_steps(
@@ -213,7 +219,9 @@ def server_gradient_steps(
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
             started = time.perf_counter()
             if step >= pool.num_given(party.client):  # else it redoes what is in the update already
-                grads = decode_state(message.payload, spec, f"the gradients of {link.peer_title}")
+                name = f"the gradients of {link.peer_title}"
+                grads = decode_state(message.payload, spec, name)
+                party.check_finite(grads.values(), name, at)
                 figures = _figures(message, own[1])
                 pool.add(party.client, grads, own[1])
                 party.record_gradients(at, own[1], message.payload)

@@ -184,3 +184,16 @@ def test_turns_do_not_unfold_what_a_client_claims() -> None:
         assert turns.of(client)()
         assert not turns.of(1 - client)()
         turns.done()
+
+
+@pytest.mark.parametrize("scheme", ["sflv1", "fl", "sync-sgd"])
+def test_a_run_that_diverges_says_so_or_goes_on(tmp_path: Path, scheme: str) -> None:
+    options = {"scheme": scheme, "model": "mlp", "optimizer": "sgd", "lr": 1e20, "rounds": 1}
+    with pytest.raises(ProtocolError, match="hold NaN or infinity: a lower --lr"):
+        simulated(tmp_path / "reject", **options)
+    folder = simulated(tmp_path / "log", on_nonfinite="log", **options)
+    log = (folder / "server_log.txt").read_text()
+    warned = [line for line in log.splitlines() if "warning: " in line]
+    assert warned
+    assert all("hold NaN or infinity in round 1" in line for line in warned)
+    assert len(warned) <= 3  # once a round for each client
