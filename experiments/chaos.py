@@ -24,7 +24,6 @@ NUM_CLIENTS = 3
 def main() -> int:
     from experiments.disturbed import Disturbance, Trouble, undisturbed
     from experiments.same_run import compare
-    from experiments.small_model import NAME
     from sfl.runfolder import create_run_folder
 
     options, rest = parse()
@@ -49,7 +48,7 @@ def main() -> int:
         folder = out / f"disturbed_{number}"
         print(f"run {number}: {trouble.left}", flush=True)
         disturbance = Disturbance(folder, run_options, NUM_CLIENTS, trouble, draws)
-        differences = compare(whole, disturbance.run(), NAME)
+        differences = compare(whole, disturbance.run())
         checked += differences.tensors
         found += differences.count
         for line in differences.lines:

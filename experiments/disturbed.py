@@ -163,7 +163,6 @@ class Disturbance:
             command += [*CLIENT_OPTIONS, *common]
         elif (self._folder / "config.json").exists():
             command = ["run_server.py", "--port", str(self._port), "--resume", str(self._folder)]
-            command += CLIENT_OPTIONS
         else:
             clients = str(len(self._names) - 1)
             command = ["run_server.py", "--port", str(self._port), *DEFAULTS]

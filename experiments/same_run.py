@@ -26,14 +26,14 @@ class Differences:
         self.lines.append(line)
 
 
-def compare(whole: Path, other: Path, allow_import: str = "") -> Differences:
+def compare(whole: Path, other: Path) -> Differences:
     """Compare everything that two runs' servers and clients wrote, and replay the second."""
     from experiments.recorded import load
     from experiments.replay import check
     from sfl.errors import IntegrityError
 
     found = Differences()
-    ours, theirs = (load(folder, allow_import=allow_import) for folder in (whole, other))
+    ours, theirs = load(whole), load(other)
     _compare_files(whole, other, found)
     _compare_files(_client_folder(whole), _client_folder(other), found)
     try:

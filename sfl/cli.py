@@ -14,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from sfl.errors import ConfigError, reason_of
+from sfl.link import one_line
 
 INTERRUPTED = 3  # exit code
 
@@ -90,5 +91,5 @@ def _fail(name: str, error: BaseException, code: int) -> int:
     if os.environ.get("SFL_TRACEBACK"):
         traceback.print_exception(error)
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason_of(error)
-    sys.stderr.write(f"{name}: error: {reason}\n")
+    sys.stderr.write(f"{name}: error: {one_line(reason, 2000)}\n")
     return code

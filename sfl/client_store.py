@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def allowed_address(named: str, allowed: str) -> str:
     if not inside:
         raise ConfigError(
             f"the server lets the weights go through {named!r:.200}, which this client does not"
-            f" allow; if you trust that place, give --allow-weights {named:.200}"
+            f" allow; if you trust that place, give --allow-weights {shlex.quote(named[:200])}"
         )
     return named
 

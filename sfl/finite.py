@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from sfl.config import RunConfig
 from sfl.errors import ProtocolError
 from sfl.tensors import is_finite
 
@@ -12,17 +11,17 @@ REJECT, LOG = "reject", "log"
 
 
 def check_finite(
-    tensors: Iterable[Tensor], name: str, run: RunConfig, warn: Callable[[str], None]
+    tensors: Iterable[Tensor], name: str, policy: str, warn: Callable[[str], None]
 ) -> None:
-    """See that a peer's tensors hold neither NaN nor infinity, or warn, as ``run`` says.
+    """See that a peer's tensors hold neither NaN nor infinity; else refuse them, or warn.
 
     Raises:
-        ProtocolError: they hold some, and the run refuses them.
+        ProtocolError: they hold some, and the policy is to refuse them.
     """
     if all(map(is_finite, tensors)):
         return
     why = f"{name} hold NaN or infinity"
-    if run.on_nonfinite == REJECT:
+    if policy == REJECT:
         raise ProtocolError(
             f"{why}: a lower --lr or --clip-norm may help; --on-nonfinite log lets them pass"
         )

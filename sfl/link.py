@@ -98,6 +98,7 @@ class Link(ABC):
     """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
 
     limits = Limits()  # what we accept from the peer, where somebody checks it
+    in_process = False  # whether the peer is in this process
     heartbeat_s = 0.0  # how often the peer wants to hear from us, where it can tell
 
     def __init__(self, name: str = "", peer_name: str = "") -> None:

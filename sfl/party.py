@@ -10,7 +10,7 @@ from sfl.archive import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
-from sfl.finite import check_finite
+from sfl.finite import LOG, check_finite
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.protocol import Position
@@ -49,6 +49,8 @@ class Party:
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """See that what the peer sent holds neither NaN nor infinity, or warn, once a round.
 
+        Within one process nobody means harm, and a run that diverges may go on.
+
         Raises:
             ProtocolError: it holds some, and the run refuses that.
         """
@@ -58,7 +60,8 @@ class Party:
                 self.watcher.say(f"{line} in round {at.round + 1}")
                 self.warned_in = at.round
 
-        check_finite(tensors, name, self.run, warn)
+        policy = LOG if self.link.in_process else self.run.on_nonfinite
+        check_finite(tensors, name, policy, warn)
 
     def at(self, round_index: int, step: int = -1) -> Position:
         """Return a position of this client's in the run."""

@@ -1,6 +1,7 @@
 """Look names up: in a registry (a plain dict), or as a user's own ``package.module:function``."""
 
 import importlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ from sfl.config import unknown_name
 from sfl.errors import ConfigError
 
 T = TypeVar("T")
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # a user's own function
 
 
 def look_up(
@@ -30,6 +32,8 @@ def look_up(
         if name not in known:
             raise unknown_name(kind, name, known)
         return known[name]
+    if not OWN.fullmatch(name):
+        raise ConfigError(f"the {kind} {name!r:.120} is no package.module:function")
     if allowed is not None and name not in allowed:
         raise ConfigError(
             f"the {kind} {name!r} was named elsewhere, and this command line does not allow it;"

@@ -19,6 +19,9 @@ from sfl.archive_writer import ArchiveWriter
 from sfl.checkpoint import lying
 from sfl.config import KeepTensors
 from sfl.errors import ConfigError, RunError, reason_of
+from sfl.link import one_line
+
+MAX_LINE = 10_000  # characters of a log
 
 
 def new_run_name() -> str:
@@ -82,10 +85,11 @@ class EventLog:
     def say(self, line: str) -> None:
         """Write one line to both."""
         self.note(line)
-        say(line)
+        say(one_line(line, MAX_LINE))
 
     def note(self, line: str) -> None:
         """Write one line to the file alone."""
+        line = one_line(line, MAX_LINE)
         self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 

@@ -21,6 +21,7 @@ from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.link import Link
+from sfl.made_here import mark
 from sfl.metrics import StepFigures
 from sfl.own_data import load_own
 from sfl.partition import OWN, deal
@@ -38,6 +39,8 @@ from sfl.tensors import max_file_bytes
 
 class LocalLink(Link):
     """One end of a link within a process; counts bytes as a socket would carry them."""
+
+    in_process = True
 
     def __init__(self, name: str, peer_name: str) -> None:
         super().__init__(name, peer_name)
@@ -164,6 +167,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     if scheme(run.scheme).pooled:
         data = {0: _pooled(data, run)}
     path = create_run_folder(node.out_path / "server", run.run)
+    mark(path, [run.model])
     run = dataclasses.replace(run, run=path.name)
     with (
         open_folder(path, "server_log.txt", run.keep_tensors) as folder,

@@ -29,6 +29,8 @@ class Stream:
     certificate = b""  # hash of the peer's, if it showed one
 
     def __init__(self, sock: socket.socket) -> None:
+        # What reads and writes the descriptor itself would bypass TLS.
+        assert isinstance(self, TlsStream) == isinstance(sock, ssl.SSLSocket)
         self.sock = sock
 
     def receive_into(self, buffer: memoryview) -> int:

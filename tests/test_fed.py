@@ -139,7 +139,7 @@ def test_every_store_and_role_gives_the_same_weights(
     for run in (launcher.folder / "server/r", launcher.folder / "fed/r"):
         nothing = [("sflv3", "fed"), ("fl", "server")] if apart else []  # there is to compute
         if run.exists() and (scheme, run.parent.name) not in nothing:
-            report = replay.check(load(run, allow_import=BN_DROPOUT))
+            report = replay.check(load(run))
             assert report.findings == []
             assert report.models + report.checked > 0
     if apart:
@@ -277,7 +277,7 @@ def test_a_bucket_that_stays_away_ends_who_is_impatient_and_the_run_goes_on(
     server.ended_with(3)
     done = server.out.count("training loss")
     run = launcher.folder / "server/r"
-    server = launcher.server(*ALLOW, "--resume", run, "--rounds", done + 2)
+    server = launcher.server("--resume", run, "--rounds", done + 2)
     clients = [launcher.client("--client-id", k, *options) for k in range(2)]
     finish([server, *clients])
     options = {"model": BN_DROPOUT, "cut": 6, "batch_size": 100, "rounds": done + 2, "clients": 2}
@@ -302,7 +302,7 @@ def test_a_fed_server_that_dies_anywhere_goes_on_with_the_others(
     finish(
         [
             launcher.fed("--port", port, *ALLOW),
-            launcher.server(*ALLOW, "--resume", launcher.folder / "server/r"),
+            launcher.server("--resume", launcher.folder / "server/r"),
             *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
         ]
     )
@@ -325,7 +325,7 @@ def test_separate_servers_go_on_as_well(
     finish(programs)
     programs = [
         launcher.fed("--port", fed_port, *ALLOW),
-        launcher.server(*ALLOW, "--resume", launcher.folder / "server/r", "--rounds", 2),
+        launcher.server("--resume", launcher.folder / "server/r", "--rounds", 2),
         *(launcher.client("--client-id", k, *ALLOW) for k in range(3)),
     ]
     finish(programs)
@@ -341,7 +341,7 @@ def test_separate_servers_go_on_through_a_store(
     store, allow = ["--weights", place], ["--allow-weights", place]
     fed = ["--run", "r", *store, *ALLOW]
     main = ["--clients", 3, "--run", "r", "--role", "main", *store, *OPTIONS[:-2], "--rounds", 1]
-    more = [["--resume", launcher.folder / f"{role}/r", *ALLOW] for role in ("fed", "server")]
+    more = [["--resume", launcher.folder / "fed/r"], ["--resume", launcher.folder / "server/r"]]
     for number in range(2):
         resume_fed = more[0] if number else []
         resume_main = [*more[1], "--rounds", 2] if number else main

@@ -187,11 +187,10 @@ def test_turns_do_not_unfold_what_a_client_claims() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["sflv1", "fl", "sync-sgd"])
-def test_a_run_that_diverges_says_so_or_goes_on(tmp_path: Path, scheme: str) -> None:
+def test_a_simulation_that_diverges_says_so_and_goes_on(tmp_path: Path, scheme: str) -> None:
     options = {"scheme": scheme, "model": "mlp", "optimizer": "sgd", "lr": 1e20, "rounds": 1}
-    with pytest.raises(ProtocolError, match="hold NaN or infinity: a lower --lr"):
-        simulated(tmp_path / "reject", **options)
-    folder = simulated(tmp_path / "log", on_nonfinite="log", **options)
+    options["cut"] = 3
+    folder = simulated(tmp_path, **options)
     log = (folder / "server_log.txt").read_text()
     warned = [line for line in log.splitlines() if "warning: " in line]
     assert warned

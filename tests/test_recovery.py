@@ -62,7 +62,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 
 def assert_same(whole: Path, other: Path) -> None:
-    assert compare(whole, other, BN_DROPOUT).lines == []
+    assert compare(whole, other).lines == []
 
 
 def start(launcher: Launcher, run: dict[str, object], *options: object) -> list[Program]:
@@ -73,7 +73,7 @@ def start(launcher: Launcher, run: dict[str, object], *options: object) -> list[
 
 
 def resume(launcher: Launcher, *options: object) -> Program:
-    return launcher.server("--resume", launcher.folder / "server/r", *options, *ALLOW)
+    return launcher.server("--resume", launcher.folder / "server/r", *options)
 
 
 def was_killed(program: Program) -> None:
@@ -115,7 +115,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
     send_signal(server, signal.SIGKILL)
     was_killed(server)
     server = launcher.server(
-        *ALLOW, "--resume", launcher.folder / "server/r", env={VARIABLE: "validation.after:1"}
+        "--resume", launcher.folder / "server/r", env={VARIABLE: "validation.after:1"}
     )
     was_killed(server)
     send_signal(clients[2], signal.SIGKILL)
@@ -273,7 +273,7 @@ def test_rounds_close_without_a_client_that_is_gone_for_good(
         program.ended_with(0)
     away = Away(1, 2) if step is None else Away(1, 1, step)
     whole, folder = reference(tmp_path / "whole", run, [away]), launcher.folder / "server/r"
-    found = compare(whole, folder, BN_DROPOUT)
+    found = compare(whole, folder)
     if step is None:  # it validated in the simulation
         assert all(re.search(r"round(_001|s)\.csv: differs", line) for line in found.lines)
     else:
@@ -361,7 +361,7 @@ def test_a_round_that_everybody_left_begins_again_with_who_is_here(
     rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
     assert all(row["took_part"] not in ("", str(drawn)) for row in rows)
     assert all(f"client_{drawn}: " in row["missing"] for row in rows)
-    assert replay.check(load(launcher.folder / "server/r", allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
 
 
 def test_whoever_is_back_first_goes_on(launcher: Launcher) -> None:
@@ -376,7 +376,7 @@ def test_whoever_is_back_first_goes_on(launcher: Launcher) -> None:
     for program in (launcher.client("--client-id", 1, *ALLOW), server):
         program.ended_with(0)
     assert "going on without client_0" in server.out
-    assert replay.check(load(launcher.folder / "server/r", allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
 
 
 def test_survivors_go_on_with_more_rounds(launcher: Launcher, references: References) -> None:
@@ -423,7 +423,7 @@ def test_a_server_that_skips_goes_on_with_who_missed_rounds(launcher: Launcher) 
         program.ended_with(0)
     rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
     assert [set(row["took_part"]) >= {"1"} for row in rows][-1]
-    assert replay.check(load(launcher.folder / "server/r", allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
 
 
 @pytest.mark.slow
@@ -441,7 +441,7 @@ def test_weights_through_a_folder_are_not_in_the_way_of_a_round_that_is_redone(
     was_killed(clients[1])
     for program in (resume(launcher, *SKIP), clients[0]):
         program.ended_with(0)
-    assert replay.check(load(launcher.folder / "server/r", allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
 
 
 def test_the_place_of_a_client_whose_connection_is_dead_can_be_taken(

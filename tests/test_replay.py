@@ -38,7 +38,7 @@ def recorded(out: Path, **options: object) -> Path:
 )
 def test_an_honest_run_differs_nowhere(tmp_path: Path, options: dict[str, object]) -> None:
     run = recorded(tmp_path, **options)
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     num_files = len(list(run.glob("client_files/*/*/grads_*.pt")))
     assert report.summary == f"{num_files} gradients checked, 0 differ"
@@ -49,7 +49,7 @@ def test_a_socket_run_differs_nowhere(launcher: Launcher) -> None:
     options = ["--model", BN_DROPOUT, "--cut", 4, "--rounds", 2, "--batch-size", 100]
     options += ["--optimizer-state", "keep"]
     run = launcher.run(*options, client_options=["--allow-import", BN_DROPOUT])
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     assert report.summary == "66 gradients checked, 0 differ"
 

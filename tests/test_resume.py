@@ -22,7 +22,7 @@ ALLOW = ["--allow-import", BN_DROPOUT]
 def go_on(launcher: Launcher, *options: object, clients: int = 3) -> Path:
     """Go on with the launcher's run to its end."""
     run = launcher.folder / "server" / "r"
-    server = launcher.server("--resume", run, *options, *ALLOW)
+    server = launcher.server("--resume", run, *options)
     own = [launcher.client("--client-id", k, *ALLOW) for k in range(clients)]
     for program in [server, *own]:
         program.ended_with(0)
@@ -57,7 +57,7 @@ def test_a_finished_run_goes_on_as_if_it_had_not_ended(
     rows = list(csv.DictReader((run / "rounds.csv").read_text().splitlines()))
     assert [row["round"] for row in rows] == ["0", "1", "2", "3"]
     assert [bool(row["test_acc"]) for row in rows] == [False, True, False, True]
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     server = next(p for p in launcher.programs[4:] if "going on" in p.out)
     assert "going on with round 3/4" in server.out
@@ -80,21 +80,21 @@ def test_a_run_that_was_killed_goes_on_from_its_last_round(
     whole = Launcher(tmp_path / "whole")
     theirs = whole.run(*OPTIONS, "--rounds", done + 1, client_options=ALLOW)
     assert_equal(all_weights(run), all_weights(theirs))
-    assert replay.check(load(run, allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(run)).findings == []
 
 
 def test_what_cannot_go_on_says_why(launcher: Launcher, tmp_path: Path) -> None:
     run = launcher.run("--model", "mlp", "--rounds", 1, "--batch-size", 500, clients=1)
 
     def refused(code: int, *options: object) -> str:
-        return launcher.server("--resume", run, *options, *ALLOW).ended_with(code)
+        return launcher.server("--resume", run, *options).ended_with(code)
 
     assert "has done its 1 round; say with --rounds how many" in refused(2)
     assert "has done its 1 round" in refused(2, "--rounds", 1)
     assert "--lr 0.5: the run has 0.001; of a run that goes on only --rounds" in refused(
         2, "--rounds", 2, "--lr", 0.5
     )
-    nothing = launcher.server(*ALLOW, "--resume", tmp_path / "nothing").ended_with(2)
+    nothing = launcher.server("--resume", tmp_path / "nothing").ended_with(2)
     assert "cannot read config.json: No such file" in nothing
 
 
@@ -102,7 +102,7 @@ def test_a_client_that_lost_what_only_it_had_says_so(launcher: Launcher) -> None
     options = ["--model", "mlp", "--rounds", 2, "--batch-size", 500, "--scheme", "sflv3"]
     run = launcher.run(*options, clients=1)
     shutil.rmtree(launcher.folder / "client/r")
-    server, client = launcher.server(*ALLOW, "--resume", run, "--rounds", 3), launcher.client()
+    server, client = launcher.server("--resume", run, "--rounds", 3), launcher.client()
     assert "client_0 lacks what only it has of round 1: start it where" in client.ended_with(1)
     wait_for(server, "client_0 is away: client_0 lacks what only it has")
 
@@ -111,7 +111,7 @@ def test_clients_with_other_data_cannot_go_on(launcher: Launcher, tmp_path: Path
     options = ["--model", "mlp", "--rounds", 1, "--batch-size", 16, "--partition", "own"]
     first, other = (write_own(tmp_path / name, count=n) for name, n in (("a", 60), ("b", 61)))
     run = launcher.run(*options, clients=1, client_options=["--data-dir", first])
-    server = launcher.server(*ALLOW, "--resume", run, "--rounds", 2)
+    server = launcher.server("--resume", run, "--rounds", 2)
     client = launcher.client("--data-dir", other)
     assert "client_0 has other data than it had in this run" in client.ended_with(1)
     wait_for(server, "client_0 is away")
@@ -141,8 +141,8 @@ def test_more_clients_than_needed_join_before_the_start(launcher: Launcher, tmp_
         "client_1_001.pt",
         "client_3_001.pt",
     }
-    assert replay.check(load(run, allow_import=BN_DROPOUT)).findings == []
-    server = launcher.server(*ALLOW, "--resume", run, "--rounds", 3)
+    assert replay.check(load(run)).findings == []
+    server = launcher.server("--resume", run, "--rounds", 3)
     clients = [
         launcher.client("--client-id", k, "--data-dir", folders[j]) for k, j in ((3, 0), (1, 1))
     ]
@@ -171,11 +171,11 @@ SMALL = ["--model", "mlp", "--batch-size", 500]
 def test_a_schedule_keeps_its_length_when_a_run_goes_on(launcher: Launcher) -> None:
     """Else the rounds before would be replayed with a learning rate that they never had."""
     run = launcher.run(*SMALL, "--lr-schedule", "cosine", "--rounds", 2, clients=1)
-    server, client = launcher.server(*ALLOW, "--resume", run, "--rounds", 3), launcher.client()
+    server, client = launcher.server("--resume", run, "--rounds", 3), launcher.client()
     server.ended_with(0)
     client.ended_with(0)
     assert load(run).run.lr_rounds == 2
-    assert replay.check(load(run, allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(run)).findings == []
 
 
 def test_a_run_has_one_server_at_a_time(launcher: Launcher) -> None:
@@ -183,7 +183,7 @@ def test_a_run_has_one_server_at_a_time(launcher: Launcher) -> None:
     client = launcher.client("--reconnect-timeout", 0)
     wait_for(server, "round 2/500")
     run = launcher.folder / "server/r"
-    second = launcher.server(*ALLOW, "--resume", run, "--rounds", 600, "--port", 0)
+    second = launcher.server("--resume", run, "--rounds", 600, "--port", 0)
     assert "another process is writing" in second.ended_with(1)
     tensors = sum(1 for _ in run.glob("client_files/*/*/*.pt"))
     assert tensors > 0
@@ -199,7 +199,7 @@ def test_only_the_clients_of_a_run_go_on_with_it(launcher: Launcher, tmp_path: P
     clients = [launcher.client("--client-id", k, "--data-dir", folders[k]) for k in (1, 3)]
     for program in (server, *clients):
         program.ended_with(0)
-    server = launcher.server(*ALLOW, "--resume", launcher.folder / "server/r", "--rounds", 3)
+    server = launcher.server("--resume", launcher.folder / "server/r", "--rounds", 3)
     other = launcher.client("--client-id", 2, "--data-dir", folders[2])
     assert "--client-id 2: this run has the ids 1, 3" in other.ended_with(1)
     first = launcher.client("--client-id", 1, "--data-dir", folders[1])
@@ -213,15 +213,15 @@ def test_a_torn_line_of_a_manifest_is_cut_off(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
     with open(run / "manifest.jsonl", "a") as manifest:
         manifest.write('{"kind": "one_client_mod')
-    server, client = launcher.server(*ALLOW, "--resume", run, "--rounds", 2), launcher.client()
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
     server.ended_with(0)
     client.ended_with(0)
-    assert replay.check(load(run, allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(run)).findings == []
 
 
 def test_a_recorded_configuration_of_a_run_that_went_on_starts_another(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
-    server, client = launcher.server(*ALLOW, "--resume", run, "--rounds", 2), launcher.client()
+    server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
     server.ended_with(0)
     client.ended_with(0)
     options = ["--config", run / "config.json", "--run", "fresh", "--seed", 3]
@@ -240,7 +240,7 @@ def test_a_client_does_not_write_into_another_run_of_that_name(launcher: Launche
     other = Launcher(launcher.folder / "elsewhere")
     theirs = other.run(*SMALL, "--rounds", 1, "--seed", 4, clients=1)
     before = config.read_bytes()
-    server = launcher.server(*ALLOW, "--resume", theirs, "--rounds", 2, "--port", launcher.port)
+    server = launcher.server("--resume", theirs, "--rounds", 2, "--port", launcher.port)
     client = launcher.client()
     assert "is of another run: --seed 4: the run has 0" in client.ended_with(1)
     wait_for(server, "client_0 is away")
@@ -261,18 +261,18 @@ def test_a_run_that_was_killed_in_its_first_round_goes_on(
         assert server.process.is_alive(), server.err
     send_signal(server, signal.SIGKILL)
     client.ended_with(1)
-    server, client = launcher.server(*ALLOW, "--resume", run), launcher.client()
+    server, client = launcher.server("--resume", run), launcher.client()
     server.ended_with(0)
     client.ended_with(0)
     (tmp_path / "whole").mkdir()
     theirs = Launcher(tmp_path / "whole").run(*options, clients=1)
     assert_equal(all_weights(run), all_weights(theirs), at_least=6)
-    assert replay.check(load(run, allow_import=BN_DROPOUT)).findings == []
+    assert replay.check(load(run)).findings == []
 
 
 def test_what_can_change_the_last_bit_is_said_when_a_run_goes_on(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
-    server = launcher.server(*ALLOW, "--resume", run, "--rounds", 2, "--threads", 2)
+    server = launcher.server("--resume", run, "--rounds", 2, "--threads", 2)
     client = launcher.client("--threads", 2)
     server.ended_with(0)
     client.ended_with(0)

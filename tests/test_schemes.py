@@ -68,7 +68,7 @@ def test_a_socket_run_equals_the_simulation(
     assert num_steps(run) == num_steps(one_process) >= 100
     own = sum(key.startswith("own/") for key in all_weights(run))
     assert (own > 0) == ((state == "keep" and name != "sync-sgd") or name == "sflv3")
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     assert report.models > 0
     over_a_cut = name not in ("fl", "sync-sgd")
@@ -334,7 +334,7 @@ def test_steps_in_order_of_arrival_are_recorded_and_replayed(
     steps = processed(run)
     assert len(steps) == 3 * 54
     assert steps != [(k, i) for i in range(54) for k in draw(RunConfig(), range(3), 0)]
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     assert report.summary == "324 gradients checked, 0 differ"
 
@@ -394,7 +394,7 @@ def test_a_scheme_of_groups_is_one_row(tmp_path: Path, monkeypatch: pytest.Monke
             }
             plain.backs[g].load_state_dict({n: a.to(state[n].dtype) for n, a in rounded.items()})
     assert_equal(joined(run), plain.weights())
-    report = replay.check(load(run, allow_import=BN_DROPOUT))
+    report = replay.check(load(run))
     assert report.findings == []
     assert report.differ == 0 < report.checked
 

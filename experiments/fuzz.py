@@ -1,0 +1,254 @@
+"""Throw mutated frames at the decoder and mutated ``torch.save`` files at the loader.
+
+python -m experiments.fuzz [--frames N] [--files N] [--seed K]
+
+Each case is drawn from (seed, kind, number) alone, so that one that fails can be had again. What
+may come out is a message or a tensor as expected, or one of the project's own errors; nothing may
+hang, write a file, or take much memory. Exit code 0 if all is so, else 1.
+"""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+
+from sfl.cli import run_program
+
+HANG_S = 5.0  # of a case that takes a millisecond
+MAX_FRAME_BYTES = 64 * 2**10  # of a payload that the decoder accepts
+KINDS = ("frames", "files")
+
+
+class Hangs(BaseException):
+    """A case took too long."""
+
+
+@dataclass
+class Report:
+    """What came of the cases of one kind."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
+    grown_bytes: int = 0  # the most that one process took beyond what it had after a warm-up
+
+    def add(self, other: "Report") -> None:
+        self.outcomes += other.outcomes
+        self.failures += other.failures
+        self.slowest_s = max(self.slowest_s, other.slowest_s)
+        self.grown_bytes = max(self.grown_bytes, other.grown_bytes)
+
+
+def mutate(data: bytes, draws: random.Random, others: list[bytes]) -> bytes:
+    """Return the bytes with one to four changes: flipped, replaced, cut, doubled, spliced."""
+    changed = bytearray(data)
+    for _ in range(draws.randint(1, 4)):
+        at = draws.randrange(len(changed) + 1)
+        length = min(draws.choice((1, 2, 4, 8, 64, 1024)), len(changed) - at)
+        match draws.randrange(8):
+            case 0 if length:
+                changed[at] ^= 1 << draws.randrange(8)
+            case 1 if length:
+                changed[at] = draws.randrange(256)
+            case 2:
+                changed[at : at + length] = draws.randbytes(length)
+            case 3:
+                extreme = draws.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
+                order = draws.choice(("big", "little"))
+                size = draws.choice((4, 8))
+                number = (extreme % 2 ** (8 * size)).to_bytes(size, order)
+                changed[at : at + size] = number
+            case 4:
+                del changed[at : at + length]
+            case 5:
+                changed[at:at] = changed[at : at + length]
+            case 6:
+                del changed[at:]
+            case 7:
+                other = draws.choice(others)
+                start = draws.randrange(len(other))
+                changed[at : at + length] = other[start : start + draws.choice((8, 64, 1024))]
+    return bytes(changed)
+
+
+def frames() -> list[bytes]:
+    """Return a valid frame of every type of message."""
+    from sfl.protocol import FILE_TYPES, Message, MessageType, Position, encode_head
+
+    found = []
+    for kind in MessageType:
+        payload = bytes(range(200)) if kind in FILE_TYPES else b""
+        content = {"loss": 1.5, "correct": 3, "names": ["a", "b"], "nested": [[{"x": None}]]}
+        message = Message(kind, "client_0", "server", content, Position("run", 1, 2, 0), payload)
+        found.append(encode_head(message) + payload)
+    return found
+
+
+def decode_frames(data: bytes) -> str:
+    """Feed bytes to a decoder, in pieces; return what came of it."""
+    from sfl.protocol import FILE_TYPES, Decoder, Limits
+
+    decoder = Decoder(Limits(payload_bytes=dict.fromkeys(FILE_TYPES, MAX_FRAME_BYTES)))
+    rest, whole = memoryview(data), 0
+    while rest:
+        with decoder.get_buffer() as buffer:
+            taken = min(len(buffer), len(rest), 97)
+            buffer[:taken] = rest[:taken]
+        decoder.advance(taken)
+        rest = rest[taken:]
+        while decoder.next_message() is not None:
+            whole += 1
+    return f"{whole} whole messages"
+
+
+def files() -> list[bytes]:
+    """Return valid files of tensors and of dicts of tensors, and some of bad will."""
+    import torch
+
+    from experiments.hostile_files import hostile_files
+    from sfl.tensors import encode, encode_state
+
+    tensors = [
+        torch.zeros(3, 4),
+        torch.arange(7),
+        torch.ones(1),
+        torch.zeros(0),
+        torch.eye(9).half(),
+    ]
+    state = torch.nn.BatchNorm1d(3).state_dict()
+    bad = [data for data, _ in hostile_files().values() if 0 < len(data) < 4096]
+    # Valid ones more often: what is close to right goes deeper.
+    return [*(encode(t) for t in tensors), encode_state(state)] * 8 + bad
+
+
+def load_file(data: bytes) -> str:
+    """Load bytes as a tensor and as a state; return what came of it."""
+    import torch
+
+    from sfl.errors import IntegrityError
+    from sfl.tensors import TensorSpec, decode, decode_state, state_spec
+
+    for tensor in (torch.zeros(3, 4), torch.arange(7), torch.eye(9).half()):
+        try:
+            decode(data, TensorSpec.of(tensor), "file")
+            return "a tensor as expected"
+        except IntegrityError as error:
+            last = error
+    try:
+        decode_state(data, state_spec(torch.nn.BatchNorm1d(3).state_dict()), "file")
+        return "a state as expected"
+    except IntegrityError:
+        raise last from None
+
+
+CASES: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], str]]] = {
+    "frames": (frames, decode_frames),
+    "files": (files, load_file),
+}
+
+
+def run(kind: str, seed: int, first: int, count: int) -> Report:
+    """Run the cases ``first`` to ``first + count`` of a kind."""
+    from sfl.errors import Damaged, IntegrityError, ProtocolError
+
+    def hang(number: int, frame: FrameType | None) -> None:
+        raise Hangs(f"took longer than {HANG_S:g} s")
+
+    signal.signal(signal.SIGALRM, hang)
+    make, check = CASES[kind]
+    corpus, report, before = make(), Report(), 0
+    for number in range(first, first + count):
+        draws = random.Random(f"{seed} {kind} {number}")
+        data = mutate(draws.choice(corpus), draws, corpus)
+        started = time.perf_counter()
+        signal.setitimer(signal.ITIMER_REAL, HANG_S)
+        try:
+            outcome = check(data)
+        except (ProtocolError, Damaged, IntegrityError) as error:
+            outcome = type(error).__name__
+        except BaseException as error:
+            outcome = "FAILURE"
+            report.failures.append(f"{kind} {number}: {type(error).__name__}: {error}")
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        report.outcomes[outcome] += 1
+        report.slowest_s = max(report.slowest_s, time.perf_counter() - started)
+        if number == first + min(count // 10, 2000):
+            before = peak_bytes()
+    report.grown_bytes = peak_bytes() - (before or peak_bytes())
+    return report
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fuzz(counts: dict[str, int], seed: int, workers: int) -> dict[str, Report]:
+    """Run so many cases of each kind, in processes of their own."""
+    reports = {kind: Report() for kind in KINDS}
+    jobs = []
+    for kind, count in counts.items():
+        share = -(-count // workers) if count else 0
+        jobs += [(kind, seed, n, min(share, count - n)) for n in range(0, count, max(share, 1))]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.getcwd()
+        sys.path.insert(0, here)
+        os.environ["PYTHONPATH"] = here
+        os.chdir(folder)
+        try:
+            with context.Pool(workers) as pool:
+                for job, report in zip(jobs, pool.starmap(run, jobs), strict=True):
+                    reports[job[0]].add(report)
+            if left := os.listdir(folder):
+                reports["files"].failures.append(f"files were written: {left}")
+        finally:
+            os.chdir(here)
+    return reports
+
+
+def main() -> int:
+    options = parse()
+    started = time.perf_counter()
+    counts = {kind: getattr(options, kind) for kind in KINDS}
+    reports = fuzz(counts, options.seed, options.workers)
+    for kind, report in reports.items():
+        total = sum(report.outcomes.values())
+        print(f"{total} mutated {kind}, seed {options.seed}:")
+        for outcome, count in report.outcomes.most_common():
+            print(f"  {count:9d}  {outcome}")
+        print(
+            f"  slowest {report.slowest_s * 1000:.0f} ms, memory beyond the warm-up"
+            f" {report.grown_bytes / 2**20:.1f} MiB, {len(report.failures)} failures"
+        )
+        for failure in report.failures[:20]:
+            print(f"  {failure:.200}")
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 1 if any(report.failures for report in reports.values()) else 0
+
+
+def parse() -> Namespace:
+    from sfl.options import Parser
+
+    parser = Parser(prog="python -m experiments.fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("--frames", type=int, default=1_000_000, help="(default: 1,000,000)")
+    parser.add_argument("--files", type=int, default=100_000, help="(default: 100,000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("fuzz", main))
