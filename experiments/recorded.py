@@ -97,13 +97,13 @@ def load(
 ) -> RecordedRun:
     """Open a run to compute with it, and warn if this process may compute other last bits.
 
-    The run may be somebody else's: it imports what ``allow_import`` lists, or what it was started
-    with on this machine.
+    The run may be somebody else's: it imports what ``allow_import`` lists, and what a command line
+    of this machine has named before.
     """
     from sfl import archive
     from sfl.config import NodeConfig
     from sfl.environment import differences, fingerprint, set_up_torch
-    from sfl.made_here import may_import
+    from sfl.own_functions import remembered
 
     opened = archive.open(run_dir)
     theirs = opened.environment()["fingerprint"]
@@ -117,4 +117,4 @@ def load(
     found = set_up_torch(node)
     for difference in differences(theirs, fingerprint(found)):
         print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)
-    return RecordedRun(opened, found, node.allowed_imports | may_import(opened.root))
+    return RecordedRun(opened, found, node.allowed_imports | remembered())

@@ -29,6 +29,7 @@ from sfl.heartbeat import Heart, interval_s
 from sfl.link import MAIN, Link, Peer
 from sfl.lobby import Lobby, Patience
 from sfl.outcome import FRONT, Half
+from sfl.own_functions import remember
 from sfl.party import TRAIN
 from sfl.protocol import Limits, MessageType
 from sfl.registration import Welcome, describe_data
@@ -186,6 +187,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
 def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
     """Build the model of a run that another machine named: it imports what this one allows."""
     check_names(run)
+    remember({run.model} & node.allowed_imports)
     shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
     return SplitModel(run, shape, num_classes, node.allowed_imports)
 

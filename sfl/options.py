@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 from sfl import strict_json
 from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag, unknown_name
 from sfl.errors import ConfigError
-from sfl.made_here import may_import
+from sfl.own_functions import remembered
 from sfl.plain_file import read_plain
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     # The folder may be somebody else's: what it imports, this command line says.
     recorded.pop("allow_import", None)
     model, allowed = str(recorded.get("model")), str(values.get("allow_import", "")).split(",")
-    if ":" in model and model not in (values.get("model"), *allowed, *may_import(folder)):
+    if ":" in model and model not in (values.get("model"), *allowed, *remembered()):
         raise ConfigError(
             f"--resume {folder}: its model {model!r:.120} would be imported; if you trust that"
             f" module, give --allow-import {model:.120}"

@@ -20,9 +20,9 @@ from sfl.fed_server import fed_server
 from sfl.heartbeat import interval_s
 from sfl.link import Absent, Link
 from sfl.lobby import Lobby, Patience
-from sfl.made_here import mark
 from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
+from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
 from sfl.protocol import Limits
 from sfl.registration import APART, HERE, Joined, describe_data
@@ -227,7 +227,7 @@ def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
     path = create_run_folder(node.out_path / "server", run.run)
     run = dataclasses.replace(run, run=path.name)
     write_file(path / "config.json", to_json(options_record(run, node)), durable=True)
-    mark(path, [run.model])
+    remember([run.model])
     return path, run
 
 

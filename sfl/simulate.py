@@ -21,9 +21,9 @@ from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.link import Link
-from sfl.made_here import mark
 from sfl.metrics import StepFigures
 from sfl.own_data import load_own
+from sfl.own_functions import remember
 from sfl.partition import OWN, deal
 from sfl.party import ClientParty
 from sfl.protocol import Message, Position, encode_head
@@ -167,7 +167,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     if scheme(run.scheme).pooled:
         data = {0: _pooled(data, run)}
     path = create_run_folder(node.out_path / "server", run.run)
-    mark(path, [run.model])
+    remember([run.model])
     run = dataclasses.replace(run, run=path.name)
     with (
         open_folder(path, "server_log.txt", run.keep_tensors) as folder,
