@@ -185,7 +185,10 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
         "no token": (frame(join),),
         "a wrong token": (hello, frame({"proof": "0" * 64}, MessageType.PROOF)),
         "a proof of no text": (hello, frame({"proof": [1]}, MessageType.PROOF)),
-        "the main server's role": (frame({**HELLO, "role": "main"}, MessageType.AUTHENTICATE),),
+        "the main server's role": (
+            frame({**HELLO, "role": "main"}, MessageType.AUTHENTICATE),
+            frame({"proof": "0" * 64}, MessageType.PROOF),
+        ),
     }
 
 

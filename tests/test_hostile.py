@@ -1,0 +1,350 @@
+"""Every attack that we know, over real sockets: what the server answers, and who is disturbed."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfl.archive
+from experiments import fuzz, hostile
+from experiments.attacks import SLOW_ATTACKS, Target, insiders, quick_attacks, try_insider
+from experiments.hostile_files import RunsCode, hostile_files, saved
+from experiments.recorded import load
+from sfl.archive import MANIFEST, manifest_line, read_manifest
+from sfl.checkpoint import path_of
+from sfl.config import NodeConfig, RunConfig
+from sfl.errors import ConfigError, IntegrityError
+from sfl.protocol import checksum
+from sfl.simulate import simulate
+from sfl.tokens import read_tokens, write_tokens
+from tests.launch import Launcher, Program
+from tests.test_auth import Certificates, certificates  # noqa: F401 - a fixture
+from tests.test_failures import wait_for
+
+FAST = ["--model", "mlp", "--batch-size", 200]
+EVIL = saved(RunsCode())
+JSON = "INVALID_MESSAGE: a message's JSON cannot be read: "
+NAME = "is not up to 128 letters"
+# What a server with tokens answers to whoever reaches its port.
+ANSWERS = {
+    "HTTP": "INVALID_MESSAGE: the peer does not speak the SFL protocol",
+    "random bytes": "INVALID_MESSAGE: the peer does not speak the SFL protocol",
+    "another version": "INVALID_MESSAGE: the peer speaks version 99",
+    "unknown flags": "INVALID_MESSAGE: a frame sets flags",
+    "JSON of 2 GiB": "INVALID_MESSAGE: a message announces 2147483648 bytes of JSON; at most 4076",
+    "a length of 2^63": "INVALID_MESSAGE: .* payload of 9223372036854775808 bytes; at most 0 ",
+    "a payload of 4 GiB": "INVALID_MESSAGE: .* payload of 4294967296 bytes; at most 0 ",
+    "JSON 10,000 deep": "INVALID_MESSAGE: a message announces 10000 bytes of JSON; at most 4076",
+    "JSON 2,000 deep": JSON + "it is nested more than 16 deep",
+    "an integer of 10,000 digits": "INVALID_MESSAGE: a message announces 10006 bytes of JSON",
+    "an integer of 3,000 digits": JSON + "it has an integer of 3000 digits",
+    "1e999": JSON + "it has a number 1e999 that no float holds",
+    "NaN as a round": "INVALID_MESSAGE: a message's 'round' is not of type int",
+    "a field twice": JSON + "it names a field twice",
+    "invalid UTF-8": JSON + "'utf-8' codec can't decode byte 0xff",
+    "a NUL byte": f"INVALID_MESSAGE: a message's 'run' {NAME}",
+    "../ in a name": f"INVALID_MESSAGE: a message's 'run' {NAME}",
+    "an absolute name": f"INVALID_MESSAGE: a message's 'sender' {NAME}",
+    "a line break in a name": f"INVALID_MESSAGE: a message's 'sender' {NAME}",
+    "a message out of turn": "INVALID_MESSAGE: the peer sent TRAINING_DONE, expected was AUTH",
+    "a heartbeat first": "INVALID_MESSAGE: the peer sent HEARTBEAT, expected was AUTHENTICATE",
+    "evil labels": r"INVALID_MESSAGE: .* payload of \d+ bytes; at most 0 are accepted here",
+    "evil activations": r"INVALID_MESSAGE: .* payload of \d+ bytes; at most 0 are accepted here",
+    "an evil model": r"INVALID_MESSAGE: .* payload of \d+ bytes; at most 0 are accepted here",
+    "a REGISTER that lacks all": "INVALID_MESSAGE: this server asks for a token",
+    "no token": "INVALID_MESSAGE: this server asks for a token",
+    "a wrong token": "INVALID_MESSAGE: the token is not the one of this server",
+    "a proof of no text": "INVALID_MESSAGE: PROOF lacks 'proof', of type str",
+    "the main server's role": "INVALID_MESSAGE: the token is not the one of this server",
+    "a replayed handshake": "INVALID_MESSAGE: the token is not the one of this server",
+    "another client's id": "INVALID_MESSAGE: registers as client 0, but has proved to be",
+    "plain text to a TLS port": "INVALID_MESSAGE: this server asks for a token",  # it is plain
+    "TLS 1.0": "no TLS: ",
+    "half-open connections": "left alone",
+}
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """A server that waits for one client, which comes when it has been attacked."""
+    launcher = Launcher(tmp_path_factory.mktemp("attacked"))
+    every, own = launcher.folder / "tokens", launcher.folder / "own"
+    write_tokens(every, [f"0 {'t' * 40}", f"3 {'a' * 40}"])
+    write_tokens(own, [f"3 {'a' * 40}"])
+    options = ["--clients", 1, "--rounds", 1, "--run", "r", "--token-file", every]
+    server = launcher.server(*FAST, *options)
+    wait_for(server, "listening")
+    yield Target("127.0.0.1", launcher.port, tokens=read_tokens(own))
+    mine = launcher.folder / "mine"
+    write_tokens(mine, [f"0 {'t' * 40}"])
+    launcher.client("--token-file", mine).ended_with(0)
+    server.ended_with(0)
+    assert not list(launcher.folder.rglob("*evil*"))
+    launcher.end()
+
+
+def test_every_attack_has_its_answer() -> None:
+    assert ANSWERS.keys() == quick_attacks().keys()
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_whoever_reaches_the_port_is_answered_and_closed(attacked: Target, name: str) -> None:
+    assert re.match(ANSWERS[name], quick_attacks()[name](attacked))
+
+
+@pytest.fixture(scope="module")
+def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    launcher = Launcher(tmp_path_factory.mktemp("insider"))
+    own = ["--partition", "own", "--batch-size", 4, "--clients", 1, "--run", "r", "--rounds", 1]
+    server = launcher.server("--model", "mlp", *own)
+    wait_for(server, "listening")
+    yield Target("127.0.0.1", launcher.port)
+    assert server.process.is_alive(), server.err
+    assert "Traceback" not in server.out + server.err
+    launcher.end()
+
+
+@pytest.mark.parametrize("name", insiders())
+def test_a_client_that_means_harm_is_refused(open_to_insiders: Target, name: str) -> None:
+    answer = try_insider(open_to_insiders, insiders()[name])
+    assert answer.startswith(("INVALID_MESSAGE: ", "ABORT: "))
+    kind, _, what = name.partition(": ")
+    title = {"labels": "the labels", "activations": "the activations", "model": "the weights"}
+    if kind in title and "bomb" not in what:
+        assert f"{title[kind]} of client 0" in answer
+    if kind == "activations" and what in hostile_files():
+        _, reason = hostile_files()[what]
+        assert re.search(f"{reason}|at most|expected", answer)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_attacked_ends_with_the_same_weights(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = {"model": "mlp", "batch_size": 100, "rounds": 4, "clients": 3, "run": "r"}
+    alone = simulate(RunConfig(**options), NodeConfig(out=str(tmp_path / "alone")))
+    words = [w for n, v in options.items() for w in (f"--{n.replace('_', '-')}", v)]
+    server = launcher.server(*words)
+    clients = [launcher.client("--client-id", k) for k in range(3)]
+    wait_for(server, "client_2 is ready")
+    target, tried = Target("127.0.0.1", launcher.port), 0
+    for attempt in itertools.cycle(quick_attacks().values()):
+        try:
+            attempt(target)
+        except OSError:  # it has ended
+            break
+        tried += 1
+    for program in (server, *clients):
+        program.ended_with(0)
+    assert tried > len(quick_attacks())
+    for name in ("client_model_003.pt", "server_model_003.pt"):
+        ours, theirs = (
+            torch.load(folder / "models" / name) for folder in (alone, launcher.folder / "server/r")
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# Files that somebody gave us
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A recorded run, as its maker sends it."""
+    run = RunConfig(model="mlp", batch_size=400, rounds=1, clients=1, run="r")
+    return simulate(run, NodeConfig(out=str(tmp_path)))
+
+
+def replace(folder: Path, path: str, data: bytes) -> None:
+    """Replace a file by another, and say in the manifests that it is the right one."""
+    (folder / path).write_bytes(data)
+    inside = (folder / path).parent
+    _relist(inside if (inside / MANIFEST).exists() else folder, folder / path)
+    if (inside / MANIFEST).exists():
+        _relist(folder, inside / MANIFEST)
+
+
+def _relist(manifest: Path, file: Path) -> None:
+    now = {"bytes": file.stat().st_size, "checksum": checksum(file.read_bytes())}
+    entries = [
+        dataclasses.replace(e, **now) if manifest / e.path == file else e
+        for e in read_manifest(manifest)
+    ]
+    (manifest / MANIFEST).write_text("".join(manifest_line(e) + "\n" for e in entries))
+
+
+TENSOR = "client_files/client_0/round_000/split_layer_tensor_0_0.pt"
+
+
+def test_an_archive_runs_nothing(given: Path) -> None:
+    for data, _ in hostile_files().values():
+        replace(given, TENSOR, data)
+        (first, *_) = sfl.archive.open(given).steps()
+        with pytest.raises(IntegrityError, match=r"split_layer_tensor_0_0\.pt: "):
+            _ = first.activations
+
+
+def test_replay_and_resume_run_nothing(given: Path, launcher: Launcher) -> None:
+    replace(given, "models/client_model_000.pt", EVIL)
+    with pytest.raises(IntegrityError, match=r"client_model_000.pt: asks for"):
+        load(given).halves_at(1)
+    checkpoint = given / path_of(1)
+    fields = json.loads(checkpoint.read_text())
+    fields["files"]["models/client_model_000.pt"] = [len(EVIL), checksum(EVIL)]
+    fields.pop("check")
+    fields["check"] = checksum(json.dumps(fields).encode())
+    checkpoint.write_text(json.dumps(fields))
+    server = launcher.server("--resume", given, "--rounds", 2)
+    client = launcher.client("--reconnect-timeout", 0)
+    assert "client_model_000.pt: asks for __builtin__ exec" in server.ended_with(1)
+    client.ended_with(1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"path": "../../evil"}, "a path outside the folder"),
+        ({"path": "/etc/passwd"}, "a path outside the folder"),
+        ({"path": "a\0b"}, "a path outside the folder"),
+        ({"path": 3}, "of another type"),
+        ({"bytes": "x"}, "of another type"),
+        ({"bytes": -1}, "less than nothing"),
+        ({"offset": -5}, "less than nothing"),
+        ({"shape": ["x"]}, "of another type"),
+        ({"round": 1.5}, "of another type"),
+        ({"more": 1}, "unexpected keyword"),
+    ],
+)
+def test_a_manifest_of_bad_will_is_refused(
+    given: Path, changed: dict[str, object], why: str
+) -> None:
+    line = json.loads((given / MANIFEST).read_text().splitlines()[0])
+    line.pop("check")
+    line |= changed
+    line["check"] = checksum(json.dumps(line).encode())
+    with open(given / MANIFEST, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(IntegrityError, match=f"is damaged: .*{why}"):
+        sfl.archive.open(given)
+
+
+def test_a_pipe_or_a_device_in_an_archive_is_no_file(given: Path) -> None:
+    steps = list(sfl.archive.open(given).steps())
+    (given / TENSOR).unlink()
+    os.mkfifo(given / TENSOR)
+    with pytest.raises(IntegrityError, match="is no regular file"):
+        _ = steps[0].activations
+    (given / TENSOR).unlink()
+    (given / TENSOR).symlink_to("/dev/zero")
+    with pytest.raises(IntegrityError, match="is no regular file"):
+        _ = steps[0].activations
+
+
+def test_a_run_of_others_imports_nothing_unasked(given: Path, launcher: Launcher) -> None:
+    record = json.loads((given / "config.json").read_text())
+    record |= {"model": "tests.imported_by_others:model", "allow_import": record["model"]}
+    replace(given, "config.json", json.dumps(record | {"allow_import": record["model"]}).encode())
+    with pytest.raises(ConfigError, match=r"--allow-import tests\.imported_by_others:model"):
+        load(given)
+    line = launcher.server("--resume", given, "--rounds", 2).ended_with(2)
+    assert "give --allow-import tests.imported_by_others:model" in line
+
+
+def test_an_object_of_bad_will_in_a_folder_of_weights_is_refused(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    server = launcher.server(
+        *FAST, "--clients", 1, "--rounds", 3, "--weights", f"dir:{place}", "--run", "r"
+    )
+    target = place / "r/round_001/client_0.pt"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(EVIL)
+    about = {"run": "r", "round": "1", "client": "0", "samples": "4000", "checksum": checksum(EVIL)}
+    target.with_name(f"{target.name}.about").write_text(json.dumps(about))
+    client = launcher.client("--allow-weights", f"dir:{place}", "--reconnect-timeout", 0)
+    assert client.wait() == 1  # it finds other weights under its own name
+    assert "Traceback" not in client.err + server.out + server.err
+
+
+# Many at once, and mutations
+
+
+def test_a_short_fuzz_finds_only_our_own_errors() -> None:
+    reports = fuzz.fuzz({"frames": 10_000, "files": 2000}, seed=1, workers=2)
+    for kind, report in reports.items():
+        assert report.failures == [], kind
+        assert len(report.outcomes) > 2
+        assert report.grown_bytes < 64 * 2**20
+    assert sum(reports["frames"].outcomes.values()) == 10_000
+
+
+def test_the_fuzzer_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(data: bytes) -> str:
+        raise ValueError("not ours")
+
+    monkeypatch.setitem(fuzz.CASES, "frames", (fuzz.frames, broken))
+    report = fuzz.run("frames", 0, 0, 3)
+    assert [f.partition(":")[0] for f in report.failures] == ["frames 0", "frames 1", "frames 2"]
+
+
+def _held(program: Program) -> tuple[int, int, int]:
+    folder = Path("/proc") / str(program.process.pid)
+    status = (folder / "status").read_text()
+    found = [re.search(rf"{name}:\s+(\d+)", status) for name in ("VmRSS", "Threads")]
+    return *(int(match[1]) for match in found if match), len(os.listdir(folder / "fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_crowd_gets_no_threads_and_little_memory(launcher: Launcher) -> None:
+    import socket
+
+    server = launcher.server(*FAST, "--clients", 1, "--max-pending", 100)
+    wait_for(server, "listening")
+    before = _held(server)
+    crowd = [socket.create_connection(("127.0.0.1", launcher.port)) for _ in range(400)]
+    launcher.client("--client-id", 7).ended_with(1)  # so that all have been seen
+    now = _held(server)
+    assert now[0] - before[0] < 100 * 64  # kB: 64 for each that waits
+    assert now[1] <= before[1] + 1
+    assert now[2] <= before[2] + 101
+    for sock in crowd:
+        sock.close()
+
+
+@pytest.mark.slow
+def test_the_attacks_on_a_running_server_end_in_a_table(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--clients", 3, "--rounds", 400, "--keep-tensors", "none", "--run", "r"]
+    server = launcher.server(*FAST, *options)
+    clients = [launcher.client("--client-id", k) for k in range(3)]
+    wait_for(server, "round 2/")
+    folder = launcher.folder / "server/r"
+    argv = ["--server", f"127.0.0.1:{launcher.port}", "--seconds", "1", "--folder", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["hostile", *argv])
+        code = hostile.main()
+    table = capsys.readouterr().out
+    assert code == 0, table
+    answers = {line[:50].rstrip(): line[68:] for line in table.splitlines()}
+    assert answers.keys() >= quick_attacks().keys() | SLOW_ATTACKS.keys()
+    assert answers["1,000 idle connections"].endswith("closed all")
+    for name in ("half a frame, and silence", "a byte every 5 seconds"):
+        assert answers[name].startswith(("closed the connection", "INVALID_MESSAGE: register"))
+    assert server.process.is_alive()
+    assert all(client.process.is_alive() for client in clients)
+    with open(folder / "rounds.csv", newline="") as stream:
+        assert not any(row["missing"] for row in csv.DictReader(stream))
+
+
+def test_only_this_machine_is_attacked() -> None:
+    with pytest.raises(ConfigError, match="is not on this machine"):
+        hostile.target_of("192.0.2.1:8765")
