@@ -14,16 +14,26 @@ import torch
 
 import sfl.archive
 from experiments import fuzz, hostile
-from experiments.attacks import SLOW_ATTACKS, Target, insiders, quick_attacks, try_insider
+from experiments.attacks import (
+    SLOW_ATTACKS,
+    Insider,
+    Target,
+    insiders,
+    quick_attacks,
+    try_insider,
+)
 from experiments.hostile_files import RunsCode, hostile_files, saved
 from experiments.recorded import load
 from sfl.archive import MANIFEST, manifest_line, read_manifest
 from sfl.checkpoint import path_of
 from sfl.config import NodeConfig, RunConfig
-from sfl.errors import ConfigError, IntegrityError
-from sfl.protocol import checksum
+from sfl.errors import ConfigError, IntegrityError, PeerFailed
+from sfl.objects import Directory
+from sfl.protocol import MessageType, checksum
+from sfl.shared_weights import describe, object_path
 from sfl.simulate import simulate
 from sfl.tokens import read_tokens, write_tokens
+from sfl.weights import WeightKey, client_weights
 from tests.launch import Launcher, Program
 from tests.test_auth import Certificates, certificates  # noqa: F401 - a fixture
 from tests.test_failures import wait_for
@@ -256,22 +266,28 @@ def test_a_run_of_others_imports_nothing_unasked(given: Path, launcher: Launcher
     assert "give --allow-import tests.imported_by_others:model" in line
 
 
-def test_an_object_of_bad_will_in_a_folder_of_weights_is_refused(
-    launcher: Launcher, tmp_path: Path
-) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    server = launcher.server(
-        *FAST, "--clients", 1, "--rounds", 3, "--weights", f"dir:{place}", "--run", "r"
-    )
-    target = place / "r/round_001/client_0.pt"
-    target.parent.mkdir(parents=True)
-    target.write_bytes(EVIL)
-    about = {"run": "r", "round": "1", "client": "0", "samples": "4000", "checksum": checksum(EVIL)}
-    target.with_name(f"{target.name}.about").write_text(json.dumps(about))
-    client = launcher.client("--allow-weights", f"dir:{place}", "--reconnect-timeout", 0)
-    assert client.wait() == 1  # it finds other weights under its own name
-    assert "Traceback" not in client.err + server.out + server.err
+@pytest.mark.parametrize("what", ["a pickle that runs code", "a deflated file", "a view"])
+def test_an_object_of_bad_will_is_refused(launcher: Launcher, tmp_path: Path, what: str) -> None:
+    """With the right name, metadata and checksum, where the weights of a client should be."""
+    (tmp_path / "place").mkdir()
+    own = ["--partition", "own", "--batch-size", 4, "--rounds", 1, "--run", "r"]
+    weights = ["--weights", f"dir:{tmp_path / 'place'}"]
+    server = launcher.server("--clients", 1, "--model", "mlp", *own, *weights)
+    wait_for(server, "listening")
+    with Target("127.0.0.1", launcher.port).reach() as sock:
+        insider = Insider(sock)
+        link, data = insider.link, hostile_files()[what][0]
+        link.receive_message_as_json(MessageType.GO_ON)
+        link.receive_message_as_json(MessageType.WEIGHTS_STORED)
+        link.receive_message_as_json(MessageType.START_TRAINING)
+        insider.train()
+        key = WeightKey(client_weights(0), insider.at())
+        Directory(str(tmp_path / "place")).create(object_path(key), data, describe(key, data, 8))
+        stored = {"name": key.name, "checksum": checksum(data)}
+        link.send_message_as_json(MessageType.WEIGHTS_STORED, content=stored, at=key.at)
+        why = f"the weights of client 0: .*({hostile_files()[what][1]})"
+        with pytest.raises(PeerFailed, match=why):
+            link.receive_message_as_json(MessageType.START_VALIDATION)
 
 
 # Many at once, and mutations
