@@ -124,7 +124,9 @@ def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Targe
 @pytest.mark.parametrize("name", insiders())
 def test_a_client_that_means_harm_is_refused(open_to_insiders: Target, name: str) -> None:
     answer = try_insider(open_to_insiders, insiders()[name])
-    assert answer.startswith(("INVALID_MESSAGE: ", "ABORT: "))
+    # What was damaged on the way may be sent again; whatever else it is, is its own fault.
+    passing = name == "a file damaged on the way"
+    assert answer.startswith("ABORT: " if passing else "INVALID_MESSAGE: ")
     kind, _, what = name.partition(": ")
     title = {"labels": "the labels", "activations": "the activations", "model": "the weights"}
     if kind in title and "bomb" not in what:
