@@ -16,88 +16,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from sfl.certificates import ServerTls, server_tls
-from sfl.config import ServerNode
 from sfl.driver import Conversation
-from sfl.errors import AuthError, ConfigError, ConnectionLost, ProtocolError, SflError, reason_of
+from sfl.errors import AuthError, ConnectionLost, ProtocolError, SflError, reason_of
+from sfl.guard import Guard
 from sfl.link import Link, Peer, one_line
 from sfl.protocol import HEAD, Decoder, Limits, Message, MessageType, encode_head
-from sfl.stream import WRITE, Stream, speaks_tls, to_client, why
-from sfl.tokens import SERVER, Tokens, server_authenticate, tokens_of
-from sfl.transport import FAREWELL_S, Listener, Socket, address_of, is_loopback
+from sfl.stream import RAW_BYTES, Stream, TlsStream, speaks_tls, why
+from sfl.tokens import server_authenticate
+from sfl.transport import FAREWELL_S, Listener, Socket, address_of
 
 MAX_BYTES = 4096  # that a connection may send before it is let in
+MAX_RAW_BYTES = 64 * 2**10  # the same with all that TLS adds: certificates, most of all
 LET_IN_WITHIN_S = 10.0
 ACCEPTED_PER_S = 1000  # at most; more wait in the system's queue, and leave us time to train
 ACCEPTED_AT_ONCE = 16
 LOOK_EVERY_S = 0.25  # at the time
-MOST_CLIENTS_OF_FED = 500
 NOTES_AT_ONCE, NOTES_EVERY_S = 50, 60.0
 LIMITS = Limits(json_bytes=MAX_BYTES - HEAD.size)
-
-
-@dataclass
-class Guard:
-    """Who is let in."""
-
-    tokens: Tokens | None = None
-    tls: ServerTls | None = None
-    listener: str = SERVER  # what we are
-    run: str = ""  # that we have, once it is known
-    max_pending: int = 64
-
-    def let_in(self, visitor: "Visitor") -> Conversation[Peer | None]:
-        """Find out who somebody is; None where nobody asks.
-
-        Raises:
-            AuthError, ProtocolError: it has not shown what it must.
-        """
-        if self.tokens is not None:
-            return (
-                yield from server_authenticate(
-                    visitor, self.tokens, listener=self.listener, run=self.run
-                )
-            )
-        yield visitor
-        if visitor.arrived and visitor.arrived[0].type is MessageType.AUTHENTICATE:
-            raise AuthError("this server has no token: leave out --token-file, or give it one")
-        return None
-
-
-def guard_of(node: ServerNode, listener: str, most_clients: int = 0) -> Guard:
-    """Return whom a server lets in, after seeing that it is not open to everybody by mistake.
-
-    Raises:
-        ConfigError: it would be, or a file of tokens or certificates cannot be used.
-    """
-    tokens, tls = tokens_of(node), server_tls(node)
-    if tokens is None and not node.insecure and not is_loopback(node.host):
-        raise ConfigError(
-            f"--host {node.host}: whoever reaches the port could take part: give --token-file (make"
-            " one: python -m sfl.auth new-token FILE), or --insecure if only friends can reach it"
-        )
-    # All clients at once, and again; a fed server does not know yet how many there are.
-    crowd = 64 + 2 * (most_clients or MOST_CLIENTS_OF_FED)
-    return Guard(tokens, tls, listener, max_pending=node.max_pending or crowd)
-
-
-def exposure(node: ServerNode) -> list[str]:
-    """Return what to say about who can reach a server."""
-    if is_loopback(node.host):
-        return ["only this machine can connect; --host 0.0.0.0 lets others"]
-    lines = []
-    if not node.token_file:
-        lines.append("warning: --insecure: whoever reaches the port can take part in the run")
-    if not node.tls_cert:
-        protects = "a token protects the start of a connection, not what follows; " * bool(
-            node.token_file
-        )
-        lines.append(
-            f"warning: no --tls-cert: {protects}who is on the way can read and alter what travels"
-        )
-    return lines
 
 
 class Visitor(Link):
@@ -111,42 +47,66 @@ class Visitor(Link):
         self.arrived: deque[Message] = deque()
         self.deadline = time.monotonic() + LET_IN_WITHIN_S
         self.leaves = False  # it has been told why it is not let in
-        self.is_secured = guard.tls is None
+        self.must_prove = guard.tokens is not None
         self.stream = Stream(sock)
-        self.talk = guard.let_in(self)
-        next(self.talk)
+        self._tls = guard.tls
+        self._talk = self._show(guard)
+        next(self._talk)
 
-    def secure(self, tls: ServerTls) -> int:
-        """Go on with TLS's handshake; return for what to wait, 0 if it is done.
+    def go_on(self) -> bool:
+        """Go on with what has come; return whether it is let in.
 
         Raises:
-            AuthError: the peer does not speak TLS.
-            ConnectionLost: it is gone.
+            AuthError, ProtocolError: it is not.
+            ConnectionLost, OSError: it is gone.
         """
         try:
-            if isinstance(self.stream.sock, ssl.SSLSocket):
-                wanted = self.stream.shake_hands()
-            elif speaks_tls(self.stream.sock):
-                self.stream, self.certificate = (
-                    to_client(self.stream.sock, tls.context),
-                    tls.certificate,
-                )
-                wanted = self.stream.shake_hands()
-            else:
+            if not self._is_secured():
+                return False
+            while True:
+                self._receive()
+                while (message := self.decoder.next_message()) is not None:
+                    self.arrived.append(message)
+                    if self._takes_the_last_step():
+                        return True
+        except BlockingIOError:  # by what reads alone: nothing more has come
+            return False
+
+    def _takes_the_last_step(self) -> bool:
+        """Go on with the talk; return whether it has come to its good end."""
+        try:
+            next(self._talk)
+        except StopIteration as end:
+            self.proved = end.value
+            if self.must_prove and self.proved is None:  # never, unless the talk ended otherwise
+                raise AuthError("has not proved who it is") from None
+            return True
+        return False
+
+    def _is_secured(self) -> bool:
+        """Go on with TLS's handshake, where there is TLS; return whether it is done."""
+        if self._tls is None or (isinstance(self.stream, TlsStream) and self.stream.is_secured):
+            return True
+        if not isinstance(self.stream, TlsStream):
+            if not speaks_tls(self.stream.sock):
                 raise AuthError("this server speaks TLS alone: give --tls-ca")
+            self.stream = TlsStream(self.stream.sock, self._tls.context)
+            self.certificate = self._tls.certificate
+        try:
+            done = self.stream.shake_hands_now()
         except ssl.SSLError as error:
-            raise ConnectionLost(f"no TLS: {why(error)}") from error
-        self.is_secured = not wanted
-        return wanted
+            raise AuthError(f"no TLS: {why(error)}") from error
+        self._bound()
+        return done
 
-    def receive(self) -> None:
-        """Take some of what has come.
+    def _bound(self) -> None:
+        """See that it has neither sent too much nor left unread what it was told."""
+        if self.stream.raw_received > MAX_RAW_BYTES:
+            raise ConnectionLost(f"sent {self.stream.raw_received} bytes of TLS")
+        if self.stream.has_unsent:
+            raise ConnectionLost("takes nothing")
 
-        Raises:
-            ProtocolError: it is too much.
-            ConnectionLost: the peer is gone.
-            BlockingIOError: nothing has come.
-        """
+    def _receive(self) -> None:
         room = MAX_BYTES - self.counters.bytes_received
         if not room:
             raise ProtocolError(
@@ -154,29 +114,32 @@ class Visitor(Link):
             )
         with self.decoder.get_buffer() as buffer:
             num_bytes = self.stream.receive_now(buffer[:room])
+        self._bound()
         if not num_bytes:
             raise ConnectionLost("closed the connection")
         self.decoder.advance(num_bytes)
         self.counters.bytes_received += num_bytes
 
-    def go_on(self) -> bool:
-        """Go on with what has come; return whether it is let in.
-
-        Raises:
-            AuthError, ProtocolError, ConnectionLost: it is not.
-        """
-        try:
-            while (message := self.decoder.next_message()) is not None:
-                self.arrived.append(message)
-                next(self.talk)
-        except StopIteration as end:
-            self.proved = end.value
-            return True
-        return False
+    def _show(self, guard: Guard) -> Conversation[Peer | None]:
+        """Find out who it is; None where nobody asks."""
+        if guard.tokens is not None:
+            return (
+                yield from server_authenticate(
+                    self, guard.tokens, listener=guard.listener, run=guard.run
+                )
+            )
+        yield self
+        if self.arrived[0].type is MessageType.AUTHENTICATE:
+            raise AuthError("this server has no token: leave out --token-file, or give it one")
+        return None
 
     def _send(self, message: Message) -> int:
         data = encode_head(message)
-        if self.stream.send_now([memoryview(data)]) < len(data):
+        try:
+            taken = self.stream.send_now([memoryview(data)])
+        except BlockingIOError:
+            taken = 0
+        if taken < len(data) or self.stream.has_unsent:
             raise ConnectionLost("takes nothing")
         self.counters.messages_sent += 1
         self.counters.bytes_sent += len(data)
@@ -186,12 +149,19 @@ class Visitor(Link):
         self.counters.messages_received += 1
         return self.arrived.popleft()
 
-    def dismiss(self, reason: str) -> None:
+    def dismiss(self, message_type: MessageType, reason: str) -> None:
         """Say why it is not let in; what it still sends is thrown away until it closes."""
         self.leaves, self.deadline = True, time.monotonic() + FAREWELL_S
         with contextlib.suppress(OSError, SflError):
-            self.send_message_as_json(MessageType.INVALID_MESSAGE, content=one_line(reason))
+            self.send_message_as_json(message_type, content=one_line(reason))
         self.stream.shut_sending()
+
+    def has_left(self) -> bool:
+        """Throw away what has come from one that was dismissed; return whether it has closed."""
+        try:
+            return not self.stream.sock.recv(RAW_BYTES)
+        except BlockingIOError:
+            return False
 
 
 class Doorstep:
@@ -240,20 +210,27 @@ class Doorstep:
             self._closed.close()
 
     def _accept(self) -> None:
-        accepted = 0
-        while accepted < ACCEPTED_AT_ONCE and (sock := self._listener.accept_now()):
-            accepted += 1
-            while len(self._visitors) >= self._guard.max_pending:
-                self._make_room()
-            try:
-                visitor = Visitor(sock, self._guard)
-            except OSError:
-                sock.close()
-                continue
-            self._visitors.add(visitor)
-            self._selector.register(visitor.stream.sock, selectors.EVENT_READ, visitor)
+        """Let those who knock stand at the door, but not all of a crowd at once."""
+        accepted, pause_s = 0, 0.0
+        try:
+            while accepted < ACCEPTED_AT_ONCE and (sock := self._listener.accept_now()):
+                accepted += 1
+                self._receive(sock)
+        except OSError:  # too many files are open
+            pause_s = LOOK_EVERY_S
         self._selector.unregister(self._listener)
-        self._accepts_from = time.monotonic() + accepted / ACCEPTED_PER_S
+        self._accepts_from = time.monotonic() + max(accepted / ACCEPTED_PER_S, pause_s)
+
+    def _receive(self, sock: Socket) -> None:
+        while len(self._visitors) >= self._guard.max_pending:
+            self._make_room()
+        try:
+            visitor = Visitor(sock, self._guard)
+            self._selector.register(sock, selectors.EVENT_READ, visitor)
+        except OSError:
+            sock.close()
+            raise
+        self._visitors.add(visitor)
 
     def _make_room(self) -> None:
         leaving = [visitor for visitor in self._visitors if visitor.leaves]
@@ -262,35 +239,25 @@ class Doorstep:
         self._let_go(visitor)
 
     def _attend(self, visitor: Visitor) -> None:
-        """See to one of whom something has come."""
+        """See to one of whom something has come; whatever it is, the others do not notice it."""
         try:
             if visitor.leaves:
-                if not visitor.stream.receive_now(memoryview(bytearray(65536))):
+                if visitor.has_left():
                     self._let_go(visitor)
-                return
-            if self._guard.tls and not visitor.is_secured:
-                wanted = visitor.secure(self._guard.tls)
-                events = selectors.EVENT_WRITE if wanted == WRITE else selectors.EVENT_READ
-                self._selector.modify(visitor.stream.sock, events, visitor)
-            while visitor.is_secured:
-                visitor.receive()
-                if visitor.go_on():
-                    self._let_in(visitor)
-                    return
-        except BlockingIOError:
-            return
-        except (OSError, SflError) as error:
+            elif visitor.go_on():
+                self._let_in(visitor)
+        except Exception as error:  # noqa: BLE001 - one visitor's edge
             self._refuse(visitor, error)
 
-    def _refuse(self, visitor: Visitor, error: OSError | SflError) -> None:
+    def _refuse(self, visitor: Visitor, error: Exception) -> None:
         if visitor.leaves:
             self._let_go(visitor)
             return
         self._notes.add(visitor, reason_of(error))
-        if isinstance(error, ConnectionLost | OSError):
-            self._let_go(visitor)
+        if isinstance(error, AuthError | ProtocolError):
+            visitor.dismiss(MessageType.INVALID_MESSAGE, str(error))
         else:
-            visitor.dismiss(str(error))
+            self._let_go(visitor)
 
     def _let_in(self, visitor: Visitor) -> None:
         self._visitors.discard(visitor)
@@ -314,10 +281,7 @@ class Doorstep:
             return
         self._looked_at = now
         for visitor in [v for v in self._visitors if now > v.deadline]:
-            if visitor.leaves:
-                self._let_go(visitor)
-            else:
-                self._refuse(visitor, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
+            self._refuse(visitor, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
         self._notes.look_at_the_time(now)
 
     @property
@@ -334,10 +298,14 @@ class _Notes:
         self._began_at = time.monotonic()
         self._noted = self._untold = 0
 
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the disk is full, or the log is closed
+            self._note(line)
+
     def add(self, visitor: Visitor, reason: str) -> None:
         if self._noted < NOTES_AT_ONCE:
             self._noted += 1
-            self._note(f"turned away {visitor.address}: {one_line(reason)}")
+            self._tell(f"turned away {visitor.address}: {one_line(reason)}")
         else:
             self._untold += 1
 
@@ -345,5 +313,5 @@ class _Notes:
         if now - self._began_at < NOTES_EVERY_S:
             return
         if self._untold:
-            self._note(f"turned away {self._untold} more connections in {NOTES_EVERY_S:g} seconds")
+            self._tell(f"turned away {self._untold} more connections in {NOTES_EVERY_S:g} seconds")
         self._began_at, self._noted, self._untold = now, 0, 0

@@ -75,8 +75,7 @@ def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
     hello = link.receive_message_as_json(MessageType.REGISTER)
     if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
         raise ProtocolError("the main server has not come yet")
-    if link.proved and link.proved != Peer(MAIN):
-        raise ProtocolError(f"registers as the main server, but has proved to be {link.proved}")
+    link.check_proved(Peer(MAIN))
     try:
         run = from_values(RunConfig, hello.get("config", dict), "the main server's configuration")
     except ConfigError as error:

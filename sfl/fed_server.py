@@ -15,7 +15,6 @@ from sfl.archive_writer import REWRITTEN
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why
 from sfl.config import RunConfig, ServerNode, counted
-from sfl.doorstep import exposure, guard_of
 from sfl.driver import Conversation, Network, run_blocking, run_together
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError
@@ -25,6 +24,7 @@ from sfl.fed import (
     find_start,
     main_join,
 )
+from sfl.guard import exposure, guard_of
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import MAIN, Link, Peer
 from sfl.lobby import Lobby, Patience

@@ -59,6 +59,9 @@ class Peer:
     role: str  # CLIENT or MAIN
     client: int = ANY_ID  # with a token for all, the id that it asked for
 
+    def __str__(self) -> str:
+        return "the main server" if self.role == MAIN else f"client_{self.client}"
+
     @property
     def owner(self) -> str:
         """The name under which a file of tokens has its token."""
@@ -105,11 +108,21 @@ class Link(ABC):
         self.counters = Counters()
         self.name = name  # what we call ourselves, and the peer, in messages and errors
         self.peer_name = peer_name
-        self.proved: Peer | None = None  # who the peer has proved to be, if it had to
+        self.must_prove = False  # whether the peer has to prove who it is
+        self.proved: Peer | None = None  # who it has proved to be
         self.proved_run = ""  # that the server has proved to have, if it had to
         self.certificate = b""  # hash of the server's, under TLS
         self.on_notice: Callable[[str], None] | None = None
         self._answers = False  # whether the peer has said something since we last did
+
+    def check_proved(self, peer: Peer) -> None:
+        """See that the peer is who it now says that it is, if it had to prove it.
+
+        Raises:
+            ProtocolError: it has proved to be somebody else, or nothing.
+        """
+        if (self.must_prove or self.proved) and self.proved != peer:
+            raise ProtocolError(f"registers as {peer}, but has proved to be {self.proved}")
 
     @property
     def peer_title(self) -> str:

@@ -164,8 +164,7 @@ def server_join(
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
     wanted = hello.get("client_id", int)
-    if link.proved and link.proved != Peer(CLIENT, wanted):
-        raise ProtocolError(f"registers as client {wanted}, but has proved to be {link.proved}")
+    link.check_proved(Peer(CLIENT, wanted))
     try:
         fingerprint = check_fingerprint(hello.get("fingerprint", dict))
     except ConfigError as error:

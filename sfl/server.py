@@ -11,12 +11,12 @@ from sfl.archive_writer import REWRITTEN, write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
-from sfl.doorstep import exposure, guard_of
 from sfl.driver import Network
 from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
 from sfl.errors import ConfigError, RunError
 from sfl.fed import put_start
 from sfl.fed_server import fed_server
+from sfl.guard import exposure, guard_of
 from sfl.heartbeat import interval_s
 from sfl.link import Absent, Link
 from sfl.lobby import Lobby, Patience

@@ -11,7 +11,9 @@ from typing import Any
 
 MAX_DEPTH = 16
 MAX_DIGITS = 24  # of an integer
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+# A string, to its end or that of the text, or a bracket: each byte is looked at once.
+_PART = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def loads(text: bytes | bytearray) -> Any:
@@ -23,16 +25,19 @@ def loads(text: bytes | bytearray) -> Any:
         ValueError: it is no such text.
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
-        _check_depth(_STRING.sub(b"", text))
-    return json.loads(
+        _check_depth(text)
+    value = json.loads(
         text.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer, parse_float=_number
     )
+    if _SURROGATE.search(text):  # half a character is one that cannot be written again
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
-def _check_depth(text: bytes) -> None:
+def _check_depth(text: bytes | bytearray) -> None:
     depth = 0
-    for byte in text:
-        depth += (byte in b"[{") - (byte in b"]}")
+    for part in _PART.finditer(text):
+        depth += (part[0] in (b"[", b"{")) - (part[0] in (b"]", b"}"))
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 

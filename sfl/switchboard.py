@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar, cast
 
-from sfl.doorstep import Doorstep, Guard, Visitor
+from sfl.doorstep import Doorstep, Visitor
 from sfl.driver import Gate, Network
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
+from sfl.guard import Guard
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Limits, Message, MessageType
@@ -43,7 +44,8 @@ class DrainedConnection(Connection):
         super().__init__(
             visitor.stream, timeout_s=timeout_s, limits=limits, decoder=visitor.decoder
         )
-        self.proved, self.certificate = visitor.proved, visitor.certificate
+        self.must_prove, self.proved = visitor.must_prove, visitor.proved
+        self.certificate = visitor.certificate
         self.counters = visitor.counters
         self.counters.messages_received += len(visitor.arrived)
         self.accepted_at = time.monotonic()
@@ -117,7 +119,7 @@ class DrainedConnection(Connection):
             if isinstance(why, PeerFailed):
                 raise why from None
             raise
-        if not any(map(len, parts)):
+        if not (any(map(len, parts)) or self._stream.has_unsent):
             return
         with self._changed:
             self._outbox.append(parts)

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfl.config import PeerNode
+from sfl.config import RUN_NAME, PeerNode
 from sfl.driver import Conversation
 from sfl.errors import AuthError, ConfigError, ProtocolError
 from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
@@ -36,7 +36,7 @@ SERVER, FED = "server", "fed"  # who listens
 TOKEN_BYTES = 32
 _TOKEN = re.compile(r"[!-~]{32,512}")
 _OWNER = re.compile(rf"0|[1-9]\d{{0,8}}|{MAIN}")
-_NONCE = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-f]{64}")  # 32 bytes: a nonce, a proof
 _MAX_FILE_BYTES = 2**20
 
 
@@ -132,7 +132,8 @@ def _proof(token: bytes, side: str, agreed: tuple[str | bytes, ...]) -> str:
 
 
 def _is(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode(), wanted.encode())
+    # Only hexadecimal digits are compared: other text may have no bytes at all.
+    return bool(_HEX.fullmatch(given)) and hmac.compare_digest(given.encode(), wanted.encode())
 
 
 def client_authenticate(
@@ -160,6 +161,8 @@ def client_authenticate(
     yield link
     reply = link.receive_message_as_json(MessageType.CHALLENGE)
     theirs = reply.get("run", str)
+    if theirs and not RUN_NAME.fullmatch(theirs):
+        raise ProtocolError(f"{link.peer_title} has a run of a name that none has")
     agreed = _agreed(peer, listener, theirs, nonce, reply.get("nonce", str), link.certificate)
     if not _is(reply.get("proof", str), _proof(token, "listener", agreed)):
         raise AuthError(
@@ -189,7 +192,7 @@ def server_authenticate(
     peer = Peer(hello.get("role", str), hello.get("client_id", int))
     if peer.role not in (CLIENT, MAIN) or not ANY_ID <= peer.client < 2**31:
         raise ProtocolError("a peer does not say who it is")
-    if not _NONCE.fullmatch(theirs := hello.get("nonce", str)):
+    if not _HEX.fullmatch(theirs := hello.get("nonce", str)):
         raise ProtocolError("a peer has no nonce")
     # Whoever has no token is answered like one whose token differs.
     token = tokens.of(peer) or secrets.token_bytes(TOKEN_BYTES)

@@ -100,7 +100,7 @@ class Connection(Link):
     def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
         """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
         try:
-            while any(map(len, parts)):
+            while any(map(len, parts)) or self._stream.has_unsent:
                 num_sent = (self._stream.send if wait else self._stream.send_now)(parts)
                 self.spoke_at = time.monotonic()
                 while parts and num_sent >= len(parts[0]):
@@ -313,10 +313,14 @@ class Listener:
         return self._sock.fileno()
 
     def accept_now(self) -> Socket | None:
-        """Return the socket of a connection that is there; None if none is."""
+        """Return the socket of a connection that is there; None if none is.
+
+        Raises:
+            OSError: it cannot be had: too many files are open, for one.
+        """
         try:
             return self._sock.accept()[0]
-        except OSError:  # also when a peer gave up before, or too many files are open
+        except (BlockingIOError, ConnectionAbortedError):  # the peer gave up before
             return None
 
     def close(self) -> None:

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import sfl.archive
 from sfl.auth import main as auth_main
 from sfl.config import ServerNode
-from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, exposure, guard_of
+from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES
 from sfl.errors import ConfigError, PeerFailed
+from sfl.guard import exposure, guard_of
 from sfl.link import ANY_ID, CLIENT, MAIN, Peer
 from sfl.protocol import HEAD, MAGIC, VERSION, Limits, Message, MessageType, encode_head
 from sfl.tokens import FED, SERVER, _agreed, _proof, read_tokens, write_tokens
@@ -240,7 +241,9 @@ def test_a_recorded_handshake_is_of_no_use_again(launcher: Launcher, guarded: Pr
         connection.send_message_as_json(MessageType.PROOF, content=content)
         register = {"client_id": 1, "instance": "0" * 32, "heartbeat_s": 1.0, "fingerprint": {}}
         connection.send_message_as_json(MessageType.REGISTER, content=register)
-        with pytest.raises(PeerFailed, match="registers as client 1, but has proved to be"):
+        with pytest.raises(
+            PeerFailed, match="registers as client_1, but has proved to be client_0"
+        ):
             connection.receive_message_as_json(MessageType.REGISTERED)
     again = hello, frame(MessageType.PROOF, content)
     assert "not the one of this server" in refusal(launcher.port, *again)

@@ -74,7 +74,7 @@ ANSWERS = {
     "a proof of no text": "INVALID_MESSAGE: PROOF lacks 'proof', of type str",
     "the main server's role": "INVALID_MESSAGE: the token is not the one of this server",
     "a replayed handshake": "INVALID_MESSAGE: the token is not the one of this server",
-    "another client's id": "INVALID_MESSAGE: registers as client 0, but has proved to be",
+    "another client's id": "INVALID_MESSAGE: registers as client_0, but has proved to be client_3",
     "plain text to a TLS port": "INVALID_MESSAGE: this server asks for a token",  # it is plain
     "TLS 1.0": "no TLS: ",
     "half-open connections": "left alone",
