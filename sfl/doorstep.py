@@ -112,9 +112,11 @@ class Visitor(Link):
             raise ProtocolError(
                 f"at most {MAX_BYTES} bytes may come before who sends them is known"
             )
-        with self.decoder.get_buffer() as buffer:
-            num_bytes = self.stream.receive_now(buffer[:room])
-        self._bound()
+        try:
+            with self.decoder.get_buffer() as buffer:
+                num_bytes = self.stream.receive_now(buffer[:room])
+        finally:
+            self._bound()
         if not num_bytes:
             raise ConnectionLost("closed the connection")
         self.decoder.advance(num_bytes)
