@@ -185,6 +185,8 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
         "no token": (frame(join),),
         "a wrong token": (hello, frame({"proof": "0" * 64}, MessageType.PROOF)),
         "a proof of no text": (hello, frame({"proof": [1]}, MessageType.PROOF)),
+        "a proof of half a character": (hello, frame({"proof": "\ud800"}, MessageType.PROOF)),
+        "quotes and brackets": (raw(b"[" * 20 + b'"' + b'\\"' * 1900),),
         "the main server's role": (
             frame({**HELLO, "role": "main"}, MessageType.AUTHENTICATE),
             frame({"proof": "0" * 64}, MessageType.PROOF),
@@ -331,7 +333,7 @@ def half_open(target: Target) -> str:
     with target.plain() as sock:
         sock.send(frame()[:30])
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return "left alone"
+    return target.ask(frame(HELLO, MessageType.AUTHENTICATE), frame())
 
 
 def quick_attacks() -> dict[str, Callable[[Target], str]]:
@@ -487,6 +489,19 @@ def _says(kind: MessageType) -> Harm:
     return lambda insider: insider.link.send_message_as_json(kind, at=insider.at())
 
 
+def _nan_model(insider: Insider) -> None:
+    """Send the right weights, with one that is no number."""
+    import torch
+
+    from sfl.split_model import SplitModel
+    from sfl.tensors import encode_state
+
+    front = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES).front_state()
+    name = next(iter(front))
+    front[name] = torch.full_like(front[name], float("nan"))
+    _as_model(encode_state(front))(insider)
+
+
 def _damaged(insider: Insider) -> None:
     message = Message(LABELS, at=insider.at(0), payload=b"x" * 100)
     insider.link._stream.send([memoryview(encode_head(message, "crc32:00000000") + b"y" * 100)])
@@ -515,6 +530,7 @@ def insiders() -> dict[str, Harm]:
     # The last, since the steps that come before them count.
     for name in (EVIL, "a deflate bomb", "nested tuples as a key", "a view", "a dict"):
         found[f"model: {name}"] = _as_model(hostile_files()[name][0])
+    found["model: NaN"] = _nan_model
     return found | {
         "a model larger than the model": _as_model(bytes(4_000_000)),
         "a model of 2^62 bytes offered": _as_model(b"x", 2**62),

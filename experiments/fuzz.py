@@ -1,6 +1,6 @@
-"""Throw mutated frames at the decoder and mutated ``torch.save`` files at the loader.
+"""Throw mutated frames, files, JSON and handshakes at whatever reads them.
 
-python -m experiments.fuzz [--frames N] [--files N] [--seed K]
+python -m experiments.fuzz [--frames N] [--files N] [--texts N] [--handshakes N] [--seed K]
 
 Each case is drawn from (seed, kind, number) alone, so that one that fails can be had again. What
 may come out is a message or a tensor as expected, or one of the project's own errors; nothing may
@@ -25,7 +25,8 @@ from sfl.cli import run_program
 
 HANG_S = 5.0  # of a case that takes a millisecond
 MAX_FRAME_BYTES = 64 * 2**10  # of a payload that the decoder accepts
-KINDS = ("frames", "files")
+# How many of each kind, if not said otherwise.
+KINDS = {"frames": 1_000_000, "files": 100_000, "texts": 20_000, "handshakes": 100_000}
 
 
 class Hangs(BaseException):
@@ -150,9 +151,68 @@ def load_file(data: bytes) -> str:
         raise last from None
 
 
+def texts() -> list[bytes]:
+    """Return JSON of what a reader stumbles over: quotes, backslashes, brackets, long ones too."""
+    words = [b'"', b"\\", b'\\"', b"[", b"]", b"{", b"}", b",", b":", b'"a":', b"1e999", b"9" * 30,
+             b"\\ud800", b"\xff", b"NaN", b"\n", b"\0"]  # fmt: skip
+    short = [b"".join(random.Random(n).choices(words, k=60)) for n in range(200)]
+    return [*short, *(word * (60_000 // len(word)) for word in words), b"[" * 20 + b'\\"' * 30_000]
+
+
+def read_text(data: bytes) -> str:
+    """Read bytes as JSON; return what came of it."""
+    from sfl import strict_json
+    from sfl.errors import ProtocolError
+
+    try:
+        value = strict_json.loads(data)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
+    return f"a {type(value).__name__}"
+
+
+TOKEN = "t" * 43
+
+
+def handshakes() -> list[bytes]:
+    """Return what a client says before it is let in: AUTHENTICATE, a proof, REGISTER."""
+    from sfl.protocol import Message, MessageType, encode_head
+
+    hello = {"role": "client", "client_id": 0, "nonce": "0" * 64}
+    said = {MessageType.AUTHENTICATE: hello, MessageType.PROOF: {"proof": "0" * 64}}
+    frames = [encode_head(Message(kind, content=content)) for kind, content in said.items()]
+    return [b"".join(frames), *frames, encode_head(Message(MessageType.REGISTER, content=hello))]
+
+
+def shake_hands(data: bytes) -> str:
+    """Say bytes at the door of a server that has a token; return what came of it."""
+    import socket
+    from pathlib import Path
+
+    from sfl.doorstep import Visitor
+    from sfl.errors import AuthError, ConnectionLost, ProtocolError
+    from sfl.guard import Guard
+    from sfl.tokens import Tokens
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        visitor = Visitor(ours, Guard(tokens=Tokens(Path("token"), TOKEN)))
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        try:
+            let_in = visitor.go_on()
+        except (AuthError, ConnectionLost) as error:
+            raise ProtocolError(str(error)) from error
+    if let_in:
+        raise AssertionError("let in without a proof")
+    return "waits"
+
+
 CASES: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], str]]] = {
     "frames": (frames, decode_frames),
     "files": (files, load_file),
+    "texts": (texts, read_text),
+    "handshakes": (handshakes, shake_hands),
 }
 
 
@@ -243,8 +303,8 @@ def parse() -> Namespace:
     from sfl.options import Parser
 
     parser = Parser(prog="python -m experiments.fuzz", description=__doc__.partition("\n")[0])
-    parser.add_argument("--frames", type=int, default=1_000_000, help="(default: 1,000,000)")
-    parser.add_argument("--files", type=int, default=100_000, help="(default: 100,000)")
+    for kind, count in KINDS.items():
+        parser.add_argument(f"--{kind}", type=int, default=count, help=f"(default: {count:,})")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     return parser.parse_args()

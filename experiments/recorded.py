@@ -1,9 +1,11 @@
 """A recorded run, opened to compute with it."""
 
+import os
+import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,10 @@ class RecordedRun:
     def __init__(
         self, archive: "RunArchive", device: "torch.device", allowed: Collection[str]
     ) -> None:
+        from sfl.archive import round_of_folder
         from sfl.config import RunConfig
+        from sfl.described import data_of
+        from sfl.errors import IntegrityError
         from sfl.options import from_values, names_of
         from sfl.outcome import CLIENT_MODEL, model_path
         from sfl.party import TRAIN
@@ -36,12 +41,20 @@ class RecordedRun:
         self.allowed = allowed
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
         self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
-        data = archive.environment()["data"]
+        data = read_environment(archive, "data", data_of)
         self.split = SplitModel.of_data(self.run, data, allowed)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = scheme(self.run.scheme)
         is_fed = archive.config().get("role") == "fed"  # then no step passed here
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
+        recorded = {round_of_folder(folder) for folder in archive.folders()}
+        who = {place[0] for place in recorded if place} | {
+            k for e in archive.listed for k in e.clients
+        }
+        if strangers := who - self.num_train.keys():
+            raise IntegrityError(
+                f"{archive.root}: has files of client {min(strangers)}, who is none"
+            )
         # A main server whose fed server is apart has none.
         self.has_fronts = archive.lists(model_path(CLIENT_MODEL, -1))
 
@@ -89,6 +102,22 @@ class RecordedRun:
         return backs
 
 
+def read_environment(
+    archive: "RunArchive", name: str, read: "Callable[[object], dict[str, Any]]"
+) -> dict[str, "Any"]:
+    """Return a part of what is recorded of a run's machines and data, of the types it must have.
+
+    Raises:
+        IntegrityError: it is of others.
+    """
+    from sfl.errors import IntegrityError
+
+    try:
+        return read(archive.environment().get(name))
+    except ValueError as error:
+        raise IntegrityError(f"{archive.root / 'environment.json'}: {error}") from error
+
+
 def load(
     run_dir: str | Path,
     device: str | None = None,
@@ -102,17 +131,17 @@ def load(
     """
     from sfl import archive
     from sfl.config import NodeConfig
+    from sfl.described import texts_of
     from sfl.environment import differences, fingerprint, set_up_torch
     from sfl.own_functions import remembered
 
     opened = archive.open(run_dir)
-    theirs = opened.environment()["fingerprint"]
-    of_run = theirs["device"].partition(":")[0]
-    node = NodeConfig(
-        device=device or of_run,
-        threads=threads or int(theirs["threads"]),
-        allow_import=allow_import,
-    )
+    theirs = read_environment(opened, "fingerprint", texts_of)
+    of_run = theirs.get("device", "").partition(":")[0]
+    told = theirs.get("threads", "")
+    at_most = os.cpu_count() or 1
+    used = min(int(told), at_most) if re.fullmatch(r"[1-9]\d{0,3}", told) else 1
+    node = NodeConfig(device=device or of_run, threads=threads or used, allow_import=allow_import)
     node.check()
     found = set_up_torch(node)
     for difference in differences(theirs, fingerprint(found)):

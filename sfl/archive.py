@@ -34,6 +34,8 @@ LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step over a cut; else it has WEIGHT_GRADS alone
 
+MAX_TABLE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 2**20  # of a manifest: a round's log names those who took part
 _INSIDE = re.compile(r"[A-Za-z0-9._-][A-Za-z0-9._/-]*")
 
 
@@ -173,7 +175,7 @@ class RunArchive:
 
     def _table(self, path: str) -> dict[str, Any]:
         try:
-            values = strict_json.loads(self.read(path))
+            values = strict_json.loads(self.read(path)[:MAX_TABLE_BYTES])
         except ValueError as error:
             raise IntegrityError(f"{self.root / path}: is damaged: {error}") from error
         if not isinstance(values, dict):
@@ -262,6 +264,8 @@ def manifest_line(entry: Entry) -> str:
 
 
 def _parse_line(line: bytes) -> Entry:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"a line of {len(line)} bytes")
     fields = strict_json.loads(line)
     fields.pop("check", None)
     tuples = {name: tuple(fields[name]) for name in ("shape", "clients")}
@@ -275,8 +279,8 @@ def _parse_line(line: bytes) -> Entry:
     numbers = *counts, *indices, *entry.shape, *entry.clients
     if {type(text) for text in texts} != {str} or {type(n) for n in numbers} != {int}:
         raise ValueError("a field is of another type")
-    if min(counts) < 0:
-        raise ValueError("a file of less than nothing")
+    if min(counts) < 0 or max(counts) >= 2**63 or min(numbers) < -1 or max(indices) >= 2**31:
+        raise ValueError("a number is out of range")
     check_inside(entry.path)
     return entry
 

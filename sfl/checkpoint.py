@@ -25,6 +25,7 @@ from torch import Tensor
 from sfl import strict_json
 from sfl.archive import Entry, check_inside, read_checked
 from sfl.config import RunConfig
+from sfl.described import about_of, count_of, size_of
 from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.options import check_goes_on
 from sfl.plain_file import read_plain
@@ -34,6 +35,7 @@ from sfl.tensors import StateSpec, decode_state
 VERSION = 1
 FOLDER = "checkpoints"
 NUM_KEPT = 2
+MAX_BYTES = 64 * 2**20  # of one that is read; what says so much about 100,000 clients is smaller
 _NAME = re.compile(r"round_(\d{3,9})\.json")
 
 
@@ -99,16 +101,20 @@ class Checkpoint:
 
 def _parse(root: Path, path: Path) -> Checkpoint:
     try:
-        fields = strict_json.loads(read_plain(path))
+        fields = strict_json.loads(read_plain(path, 0, MAX_BYTES))
         if fields["version"] != VERSION:
             raise RunError(f"{path}: is of version {fields['version']!r:.20}; we read {VERSION}")
         check = fields.pop("check")
         if checksum(json.dumps(fields).encode()) != check:
             raise ValueError("its checksum differs")
-        files = {name: (int(size), str(what)) for name, (size, what) in fields["files"].items()}
-        for name in files:
+        if count_of(fields["round"]) != round_of(path) or not isinstance(fields["config"], dict):
+            raise ValueError("it is of another round than its name, or of no configuration")
+        files = {}
+        for name, (size, what) in fields["files"].items():
             check_inside(name)
-        return Checkpoint(root, fields["round"], fields["config"], fields["about"], files)
+            files[name] = size_of(size), str(what)
+        about = about_of(fields["about"])
+        return Checkpoint(root, fields["round"], fields["config"], about, files)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:

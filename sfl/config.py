@@ -20,6 +20,10 @@ from sfl.errors import ConfigError
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+# More than anybody runs; a configuration may come from somebody who means harm.
+_MOST = {"clients": 100_000, "rounds": 1_000_000, "local_epochs": 10_000, "batch_size": 2**20}
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 client``, ``3 clients``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -124,8 +128,9 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for a value out of range; names are checked by their registries."""
-        for name in ("clients", "rounds", "local_epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _require(1 <= value <= most, name, value, f"at least 1 and at most {most}")
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 < self.participation <= 1, "participation", self.participation, "in (0, 1]")
@@ -135,7 +140,8 @@ class RunConfig:
         _require(0 <= self.image_size <= 4096, "image_size", self.image_size, "0 to 4096")
         _require(self.lr_rounds >= 0, "lr_rounds", self.lr_rounds, "0 or more")
         most = self.max_clients
-        _require(most == 0 or most >= self.clients, "max_clients", most, "at least --clients")
+        fine = most == 0 or self.clients <= most <= _MOST["clients"]
+        _require(fine, "max_clients", most, "at least --clients")
         if most > self.clients and self.partition != "own":
             raise ConfigError(
                 f"--max-clients {most}: --partition {self.partition} deals the data out to"

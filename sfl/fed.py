@@ -32,6 +32,7 @@ from typing import Any
 from sfl import strict_json
 from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
+from sfl.described import data_of
 from sfl.driver import Conversation, Network, run_together
 from sfl.errors import ConfigError, IntegrityError, ProtocolError
 from sfl.finite import check_finite
@@ -130,7 +131,7 @@ def _parse_start(
     try:
         values = strict_json.loads(data)
         run = from_values(RunConfig, values["config"], where)
-        described = dict(values["data"])
+        described = data_of(values["data"])
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise IntegrityError(f"{where}: is damaged: {error}") from error
     if run.run != name:

@@ -23,19 +23,20 @@ import torch
 from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
 from sfl.data import ClientData
+from sfl.datasets import dataset_of
+from sfl.described import MAX_CLASSES, classes_of, digest_of, samples_of, shape_of
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, DataError, ProtocolError, RunError
 from sfl.link import ANY_ID, CLIENT, Link, Peer, one_line
 from sfl.options import from_values
+from sfl.partition import OWN
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
 
-MAX_CLASSES = 1000
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
 HASHED_AT_ONCE = 256  # samples, of which no more than these are in memory
-MAX_SIDE = 65_536  # of an image
 
 
 @dataclass(frozen=True)
@@ -189,19 +190,14 @@ def server_join(
 
 
 def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
-    samples, classes = message.get("num_samples", dict), message.get("classes", list)
-    shape = message.get("input_shape", list)
-    counts_fine = samples.keys() == {TRAIN, VALIDATION, TEST} and all(
-        type(n) is int and 0 <= n < 2**31 for n in samples.values()
-    )
-    if not counts_fine or samples[TRAIN] < 1:
-        raise ProtocolError(f"client_{client} reports no training samples")
-    if not (0 < len(classes) <= MAX_CLASSES and all(type(name) is str for name in classes)):
-        raise ProtocolError(f"client_{client} reports no list of classes")
-    if not (0 < len(shape) <= 4 and all(type(n) is int and 0 < n <= MAX_SIDE for n in shape)):
-        raise ProtocolError(f"client_{client} reports no shape of samples")
-    if not re.fullmatch(r"[0-9a-f]{64}", digest := message.get("digest", str)):
-        raise ProtocolError(f"client_{client} reports no digest of its data")
+    try:
+        samples = samples_of(message.get("num_samples", dict))
+        classes = classes_of(message.get("classes", list))
+        shape = shape_of(message.get("input_shape", list))
+        digest = digest_of(message.get("digest", str))
+    except ValueError as error:
+        raise ProtocolError(f"client_{client} reports {error}") from error
+    _check_fits(run, client, shape, classes)
     told = message.get("class_counts", list)
     wanted = len(classes) if run.class_weights == BALANCED else 0
     if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
@@ -210,7 +206,31 @@ def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, tuple(shape), digest, tuple(told), tuple(rounds))
+    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds))
+
+
+def _check_fits(
+    run: RunConfig, client: int, shape: tuple[int, ...], classes: tuple[str, ...]
+) -> None:
+    """See that data are those of the run's data set, where this machine knows it.
+
+    The model is built for them: a shape of a client's own would say how large it is.
+
+    Raises:
+        ProtocolError: they are not.
+    """
+    if ":" in run.dataset:
+        return
+    spec = dataset_of(run)
+    if shape != spec.input_shape:
+        raise ProtocolError(
+            f"client_{client} has samples of shape {list(shape)}; {run.dataset} has"
+            f" {list(spec.input_shape)}"
+        )
+    if run.partition != OWN and len(classes) != len(spec.classes):
+        raise ProtocolError(
+            f"client_{client} has {len(classes)} classes; {run.dataset} has {len(spec.classes)}"
+        )
 
 
 def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sfl.outcome import (
     memory_spec,
     model_path,
 )
-from sfl.plain_file import read_plain
+from sfl.plain_file import check_no_links, read_plain
 from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
@@ -253,10 +253,19 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         RunError: it has not begun, or is of another configuration.
         IntegrityError: no checkpoint of it is whole.
     """
+    try:
+        check_no_links(folder)
+    except OSError as error:
+        raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
     if not lying(folder):
         raise RunError(f"the run in {folder} has not begun")
     damage: list[str] = []
-    checkpoints = list(whole(folder, run, damage))
+    checkpoints = []
+    for checkpoint in whole(folder, run, damage):
+        if {"data", "fingerprint"} <= checkpoint.about.keys():
+            checkpoints.append(checkpoint)
+        else:
+            damage.append(f"{checkpoint.root}: the checkpoint of {checkpoint.round} is no server's")
     if not checkpoints:
         raise IntegrityError(f"nothing to go on from is whole: {'; '.join(damage)}")
     return Past(checkpoints, damage)

@@ -14,8 +14,9 @@ import io
 import math
 import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,16 @@ _ABOUT = {
     ".storage_alignment": re.compile(rb"\d{1,6}"),
     ".data/serialization_id": re.compile(rb"\d{1,64}"),
 }
+# The last 22 bytes of a container; and those before its locator (20 bytes) where it is a large one.
+_END, _END_64, _LOCATOR_BYTES, _IN_64 = (
+    struct.Struct("<4s4H2LH"),
+    struct.Struct("<4sQ2H2L4Q"),
+    20,
+    2**32 - 1,
+)
+# What torch writes takes less than half as much: of the directory for each record, of the pickle
+# for itself and for each tensor, beside its name.
+_ENTRY_BYTES, _PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 256, 1024, 400
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}/(.+)")  # the folder is that of the file's own name
 _STORAGE = re.compile(r"data/(0|[1-9]\d{0,8})")
 _PICKLE = "data.pkl"
@@ -72,16 +83,20 @@ class Saved:
         return stream
 
 
-def take_apart(data: Buffer, name: str) -> Saved:
+def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
     """Check a file's container, its pickle and the tensors that it describes.
 
-    ``name`` says in errors which file it is.
+    ``name`` says in errors which file it is; ``keys`` are the names of the tensors that it may
+    hold, which bound what is read of container and pickle, whatever the file's length.
 
     Raises:
         IntegrityError: it is damaged, or no file of a tensor or of a dict of tensors.
     """
     try:
-        records = _records(data)
+        records = _records(data, len(keys))
+        room = _PICKLE_BYTES + sum(_TENSOR_PICKLE_BYTES + len(key.encode()) for key in keys)
+        if len(records[_PICKLE]) > room:
+            raise IntegrityError("has a pickle that is larger than its tensors need")
         content = _Walk(records[_PICKLE]).content
         _check_storages(content, records)
     except IntegrityError as error:
@@ -92,9 +107,23 @@ def take_apart(data: Buffer, name: str) -> Saved:
     return Saved(content, records)
 
 
-def _records(data: Buffer) -> dict[str, bytes]:
-    """Return the records of a container by their names, each with the bytes of its checksum."""
+def _directory_bytes(data: Buffer) -> int:
+    """Return how much of a container its directory is said to be, as ``zipfile`` will read it."""
+    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":  # no comment stands behind it
+        raise IntegrityError("no whole torch.save file: its end is not there")
+    size = _END.unpack(data[-_END.size :])[5]
+    where = len(data) - _END.size - _LOCATOR_BYTES - _END_64.size
+    if where >= 0 and data[where : where + 4] == b"PK\6\6":
+        large = _END_64.unpack(data[where : where + _END_64.size])[8]
+        size = large if size == _IN_64 else max(size, large)
+    return int(size)
+
+
+def _records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
+    """Return the records of a container by their names, whose checksums are right."""
     records: dict[str, bytes] = {}
+    if _directory_bytes(data) > _ENTRY_BYTES * (len(_ABOUT) + 1 + num_tensors):
+        raise IntegrityError("has more records than its tensors need")
     with zipfile.ZipFile(io.BytesIO(data)) as container:
         listed = container.infolist()
         if any(r.compress_type != zipfile.ZIP_STORED for r in listed):

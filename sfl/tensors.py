@@ -151,7 +151,7 @@ def decode_state(
     Raises:
         IntegrityError: the file is damaged or holds anything but those tensors.
     """
-    saved = take_apart(data, name)
+    saved = take_apart(data, name, spec.keys())
     if or_empty and saved.content == {}:
         return {}
     if not isinstance(saved.content, Mapping) or saved.content.keys() != spec.keys():

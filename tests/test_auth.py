@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 import sfl.archive
 from sfl.auth import main as auth_main
 from sfl.config import ServerNode
-from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES
-from sfl.errors import ConfigError, PeerFailed
-from sfl.guard import exposure, guard_of
-from sfl.link import ANY_ID, CLIENT, MAIN, Peer
+from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, Doorstep, Visitor
+from sfl.errors import AuthError, ConfigError, ConnectionLost, PeerFailed, ProtocolError
+from sfl.guard import Guard, exposure, guard_of
+from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
 from sfl.protocol import HEAD, MAGIC, VERSION, Limits, Message, MessageType, encode_head
-from sfl.tokens import FED, SERVER, _agreed, _proof, read_tokens, write_tokens
-from sfl.transport import Connection, is_loopback, parse_address
+from sfl.tokens import FED, SERVER, Tokens, _agreed, _proof, read_tokens, write_tokens
+from sfl.transport import Connection, is_loopback, listen, parse_address
 from tests.launch import Launcher, Program
 from tests.test_failures import wait_for
 
@@ -397,9 +397,10 @@ def test_older_tls_is_refused(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             context.minimum_version = context.maximum_version = version
+            context.set_ciphers("ALL:@SECLEVEL=0")  # so that it is the server that refuses
         with (
             socket.create_connection(("127.0.0.1", launcher.port), timeout=20) as sock,
-            pytest.raises(ssl.SSLError),
+            pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"),
         ):
             context.wrap_socket(sock, server_hostname="127.0.0.1")
 
@@ -504,6 +505,83 @@ def test_more_than_4_kib_before_anybody_is_known_are_refused(
     assert "at most 4076 are accepted here" in refusal(launcher.port, large)
     file = HEAD.pack(MAGIC, VERSION, 0, 0, 20, 1)
     assert "at most 0 are accepted here" in refusal(launcher.port, file)
+
+
+def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
+    """Whoever goes on and on before it has shown who it is: 4 KiB, however they are sent."""
+    server = launcher.server(*FAST, "--token-file", token_file(tmp_path, TOKEN))
+    wait_for(server, "listening")
+    with socket.create_connection(("127.0.0.1", launcher.port), timeout=20) as sock:
+        head = HEAD.pack(MAGIC, VERSION, 0, 0, MAX_BYTES - HEAD.size, 0)
+        sock.sendall(head + b" " * (MAX_BYTES - HEAD.size - 1))
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(20)
+        sock.sendall(b" ")
+        said = Connection(sock, timeout_s=20, limits=Limits())._next()
+        assert "cannot be read" in said.content
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        visitor = Visitor(ours, Guard())
+        visitor.counters.bytes_received = MAX_BYTES
+        with pytest.raises(ProtocolError, match="at most 4096 bytes may come"):
+            visitor.go_on()
+
+
+def test_a_talk_that_failed_lets_nobody_in() -> None:
+    """What it could not be told, it is not taken to have answered."""
+    ours, theirs = socket.socketpair()
+    tokens = Tokens(Path("token"), TOKEN)
+    visitor = Visitor(ours, Guard(tokens=tokens))
+    with contextlib.suppress(BlockingIOError):
+        while True:  # it reads nothing
+            ours.send(bytes(65536))
+    theirs.sendall(frame(MessageType.AUTHENTICATE, HELLO))
+    with pytest.raises(ConnectionLost, match="takes nothing"):
+        visitor.go_on()
+    while len(theirs.recv(2**20)) == 2**20:
+        pass
+    theirs.sendall(frame(MessageType.PROOF, {"proof": "0" * 64}))
+    with pytest.raises(AuthError, match="has not proved who it is"):
+        visitor.go_on()
+    link = DrainedLink()
+    with pytest.raises(ProtocolError, match="has proved to be None"):
+        link.check_proved(Peer(CLIENT, 0))
+    ours.close()
+    theirs.close()
+
+
+class DrainedLink(Link):
+    """A link over which somebody has come without a proof."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.must_prove = True
+
+    def _send(self, message: Message) -> int:
+        raise NotImplementedError
+
+    def _next(self) -> Message:
+        raise NotImplementedError
+
+
+def test_no_exception_of_one_visitor_ends_the_others(
+    launcher: Launcher, guarded: Program, tmp_path: Path
+) -> None:
+    listener = listen("127.0.0.1", 0)
+    lines: list[str] = []
+
+    def broken(visitor: Visitor) -> None:
+        raise KeyError("a bug of ours")
+
+    doorstep = Doorstep(listener, Guard(), broken, lines.append)
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as sock:
+            sock.sendall(frame(MessageType.REGISTER))
+            assert sock.recv(1) == b""
+    doorstep.close()
+    assert len([line for line in lines if "KeyError" in line]) == 2
 
 
 def test_a_crowd_that_never_says_anything_keeps_nobody_out(launcher: Launcher) -> None:

@@ -28,7 +28,7 @@ def written(root: Path, rounds: int = 3) -> Path:
     with ArchiveWriter(root, KeepTensors.parse("none")) as writer:
         for r in range(rounds):
             writer.write("client_model", f"models/client_model_{r:03d}.pt", WEIGHTS, r)
-            about = {"data": {}, "fingerprint": {}}
+            about = {"fingerprint": {}}
             config = vars(CONFIG)
             writer.commit(r + 1, config, about, [f"models/client_model_{r:03d}.pt"])
         writer.flush()

@@ -1,6 +1,10 @@
 """Clipping, learning-rate schedules and FedProx do what they say."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 from sfl.config import RunConfig
 from sfl.data import batch_indices
 from sfl.errors import ConfigError, ProtocolError
+from sfl.fed import FedRounds
 from sfl.metrics import checked
 from sfl.models import build, model_spec
 from sfl.order import Turns, interleaved
@@ -18,6 +23,8 @@ from sfl.registry import with_options
 from sfl.schedule import SCHEDULES, check_schedule, learning_rate
 from sfl.segment import train_step
 from sfl.split_model import SplitModel
+from sfl.tensors import encode_state
+from tests.launch import Launcher
 from tests.test_schemes import data_of, joined, simulated
 
 CPU = torch.device("cpu")
@@ -196,3 +203,58 @@ def test_a_simulation_that_diverges_says_so_and_goes_on(tmp_path: Path, scheme: 
     assert warned
     assert all("hold NaN or infinity in round 1" in line for line in warned)
     assert len(warned) <= 3  # once a round for each client
+
+
+def test_all_that_a_peer_sends_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+
+    def look(tensors: object, name: str, policy: str, warn: object) -> None:
+        seen.add(re.sub(r"\d+", "N", name))
+
+    monkeypatch.setattr("sfl.party.check_finite", look)
+    for scheme in ("sflv1", "sl", "sync-sgd"):
+        simulated(tmp_path / scheme, scheme=scheme, model="mlp", cut=3, rounds=1)
+    assert seen >= {
+        "the activations of client N",
+        "the gradients of step N",
+        "the weights of client N",
+        "the weights client_avg",
+        "the weights client_N",
+        "the gradients of client_N",
+        "the weights after step N",
+    }
+
+
+def test_a_fed_server_refuses_nan() -> None:
+    run = RunConfig(model="mlp", run="r")
+    split = SplitModel(run, (1, 28, 28), 10)
+    state = {name: torch.full_like(t, torch.nan) for name, t in split.front_state().items()}
+
+    class Store:
+        def get(self, key: object, held: bytes = b"") -> Iterator[None]:
+            yield from ()
+            return encode_state(state)
+
+    said: list[str] = []
+    folder = SimpleNamespace(events=SimpleNamespace(say=said.append))
+    for policy, refused in (("reject", True), ("log", False)):
+        its_run = RunConfig(model="mlp", run="r", on_nonfinite=policy)
+        rounds = FedRounds(its_run, None, {0: Store()}, {0: 1}, split, folder, None, {})
+        turns = SimpleNamespace(of=lambda client: lambda: True, in_order=False)
+        with pytest.raises(ProtocolError) if refused else contextlib.nullcontext():
+            list(rounds._collect(0, 0, turns, []))
+    assert len(said) == 1
+
+
+def test_a_server_that_lets_nan_pass_says_so_once_a_round(launcher: Launcher) -> None:
+    options = ["--model", "mlp", "--optimizer", "sgd", "--lr", "1e20", "--rounds", 2]
+    run = launcher.run(*options, "--batch-size", 200, "--on-nonfinite", "log", clients=2)
+    log = (run / "server_log.txt").read_text()
+    for r in (1, 2):
+        assert 1 <= log.count(f"hold NaN or infinity in round {r}\n") <= 2
+    refused = launcher.server(*options, "--clients", 1, "--run", "s", "--batch-size", 200)
+    client = launcher.client("--reconnect-timeout", 0)
+    assert "hold NaN or infinity: a lower --lr" in client.ended_with(1)
+    assert "hold NaN or infinity" in refused.out

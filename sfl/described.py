@@ -1,0 +1,122 @@
+"""What is said of clients' data and machines, by a client or by a record: it may be anybody's.
+
+Every function returns what it was given, of the types that it must have, or raises ``ValueError``.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PARTS = ("train", "validation", "test")
+MAX_CLASSES = 1000
+MAX_DIMENSIONS = 4  # of a sample
+MAX_ELEMENTS = 2**24  # of a sample: 4096 x 4096
+MAX_COUNT = 2**31
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CLIENT = re.compile(r"0|[1-9]\d{0,8}")
+
+
+def shape_of(value: object) -> tuple[int, ...]:
+    """Return the shape of a sample."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_DIMENSIONS:
+        raise ValueError("no shape of samples")
+    if not all(type(n) is int and n > 0 for n in value):
+        raise ValueError("no shape of samples")
+    if math.prod(value) > MAX_ELEMENTS:
+        raise ValueError(f"samples of more than {MAX_ELEMENTS} elements")
+    return tuple(value)
+
+
+def classes_of(value: object) -> tuple[str, ...]:
+    """Return the names of classes."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_CLASSES:
+        raise ValueError(f"no list of up to {MAX_CLASSES} classes")
+    if not all(type(name) is str for name in value):
+        raise ValueError("classes whose names are no text")
+    return tuple(value)
+
+
+def samples_of(value: object) -> dict[str, int]:
+    """Return how many samples each part of a client's data has; some are for training."""
+    if not isinstance(value, dict) or value.keys() != set(PARTS):
+        raise ValueError("no numbers of samples")
+    if not all(map(is_count, value.values())) or not value["train"]:
+        raise ValueError("no training samples")
+    return value
+
+
+def is_count(value: object) -> bool:
+    """Say whether a value counts something."""
+    return type(value) is int and 0 <= value < MAX_COUNT
+
+
+def digest_of(value: object) -> str:
+    """Return the digest of a client's data."""
+    if type(value) is not str or not _DIGEST.fullmatch(value):
+        raise ValueError("no digest of data")
+    return value
+
+
+def texts_of(value: object) -> dict[str, str]:
+    """Return a table of texts: what a machine computes with."""
+    if not isinstance(value, dict) or not all(type(v) is str for v in value.values()):
+        raise ValueError("no table of texts")
+    return value
+
+
+def by_client(value: object, one: Callable[[object], T]) -> dict[str, T]:
+    """Return a table of clients, of which each has what ``one`` returns."""
+    if not isinstance(value, dict) or not all(map(_CLIENT.fullmatch, value)):
+        raise ValueError("no table of clients")
+    return {client: one(what) for client, what in value.items()}
+
+
+def count_of(value: object) -> int:
+    """Return what counts something."""
+    if not is_count(value):
+        raise ValueError("no number")
+    assert isinstance(value, int)
+    return value
+
+
+def size_of(value: object) -> int:
+    """Return a number of bytes."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("no number of bytes")
+    return value
+
+
+def data_of(value: object) -> dict[str, Any]:
+    """Return what a run records of its clients' data."""
+    if not isinstance(value, dict):
+        raise ValueError("no record of the clients' data")
+    weights = value.get("class_weights", [])
+    if not isinstance(weights, list) or not all(
+        type(w) in (int, float) and 0 <= w < math.inf for w in weights
+    ):
+        raise ValueError("no weights of classes")
+    samples = by_client(value.get("num_samples"), samples_of)
+    if not samples:
+        raise ValueError("no clients")
+    return {
+        "input_shape": list(shape_of(value.get("input_shape"))),
+        "classes": list(classes_of(value.get("classes"))),
+        "class_weights": weights,
+        "num_samples": samples,
+        "digests": by_client(value.get("digests"), digest_of),
+    }
+
+
+def about_of(value: object) -> dict[str, Any]:
+    """Return what a checkpoint records beside its files; a client's records nothing."""
+    if not isinstance(value, dict):
+        raise ValueError("no record of what it is about")
+    readers: Mapping[str, Callable[[object], Any]] = {
+        "data": data_of,
+        "fingerprint": texts_of,
+        "clients": lambda table: by_client(table, texts_of),
+        "own": lambda table: by_client(table, count_of),
+    }
+    return {name: readers[name](what) for name, what in value.items() if name in readers}
