@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.hostile_files import hostile_files, saved
-from sfl.certificates import certificate_hash
 from sfl.conversation import SECONDS_WIDTH
 from sfl.driver import run_blocking
 from sfl.errors import SflError
@@ -64,19 +63,23 @@ class Target:
             yield sock
 
     @contextlib.contextmanager
-    def reach(self) -> Iterator[socket.socket]:
+    def reach(self) -> Iterator[Stream]:
         """Connect as the server wants it; the attacker trusts any certificate."""
         with self.plain() as sock:
-            if not self.tls:
-                yield sock
-                return
-            with careless_tls().wrap_socket(sock) as wrapped:
-                yield wrapped
+            yield secured(sock, careless_tls()) if self.tls else Stream(sock)
 
     def ask(self, *sent: bytes) -> str:
         """Send bytes and return what the server says and does."""
-        with self.reach() as sock:
-            return _converse(sock, *sent)
+        with self.reach() as stream:
+            return _converse(stream, *sent)
+
+
+def secured(sock: socket.socket, context: ssl.SSLContext) -> TlsStream:
+    """Begin TLS with a server, whoever it is."""
+    stream = TlsStream(sock, context, host="127.0.0.1")
+    stream.set_timeout(ANSWER_S)
+    stream.finish_handshake()
+    return stream
 
 
 def careless_tls(newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
@@ -92,20 +95,18 @@ def careless_tls(newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLCont
     return context
 
 
-def _converse(sock: socket.socket, *sent: bytes) -> str:
-    with contextlib.suppress(OSError):  # it may close before it has all
+def _converse(stream: Stream, *sent: bytes) -> str:
+    link = _link(stream)
+    with contextlib.suppress(SflError):  # it may close before it has all
         for data in sent:
-            sock.sendall(data)
-    return _heard(_link(sock))
+            link._transmit([memoryview(data)])
+    return _heard(link)
 
 
-def _link(sock: socket.socket, kind: type[Connection] = Connection) -> Connection:
+def _link(stream: Stream, kind: type[Connection] = Connection) -> Connection:
     """Return messages over a connection."""
-    is_tls = isinstance(sock, ssl.SSLSocket)
-    stream = TlsStream(sock, ANSWER_S) if is_tls else Stream(sock)
     link = kind(stream, timeout_s=ANSWER_S, limits=Limits())
-    if is_tls:
-        link.certificate = certificate_hash(sock.getpeercert(binary_form=True) or b"")
+    link.certificate = stream.certificate
     return link
 
 
@@ -209,8 +210,8 @@ def replayed_handshake(target: Target) -> str:
             sent.append(b"".join(parts))
             super()._transmit(parts, wait=wait)
 
-    with target.reach() as sock:
-        link = _link(sock, Recording)
+    with target.reach() as stream:
+        link = _link(stream, Recording)
         own = Peer(CLIENT, target.tokens.only_client or 0)
         run_blocking(client_authenticate(link, target.tokens, own, listener=SERVER))
     return target.ask(*sent)
@@ -218,8 +219,8 @@ def replayed_handshake(target: Target) -> str:
 
 def another_clients_id(target: Target) -> str:
     """Prove to be the client that the token is of, and register as another one."""
-    with target.reach() as sock:
-        link = _link(sock)
+    with target.reach() as stream:
+        link = _link(stream)
         other = 0
         if target.tokens is not None:
             own = target.tokens.only_client or 0
@@ -236,7 +237,7 @@ def another_clients_id(target: Target) -> str:
 
 def plain_text_to_tls(target: Target) -> str:
     with target.plain() as sock:
-        return _converse(sock, frame())
+        return _converse(Stream(sock), frame())
 
 
 def tls_to_plain_text(target: Target) -> str:
@@ -252,7 +253,7 @@ def old_tls(target: Target) -> str:
 def _shake(target: Target, context: ssl.SSLContext) -> str:
     with target.plain() as sock:
         try:
-            context.wrap_socket(sock).close()
+            secured(sock, context)
         except (ssl.SSLError, OSError) as error:
             return f"no TLS: {getattr(error, 'reason', None) or type(error).__name__}"
     return "TLS"
@@ -265,7 +266,7 @@ def shows(target: Target, own: list[str]) -> str:
         context.load_cert_chain(own[1], own[3])
     with target.plain() as sock:
         try:
-            return _converse(context.wrap_socket(sock), frame())
+            return _converse(secured(sock, context), frame())
         except ssl.SSLError as error:
             return f"no TLS: {error.reason}"
 
@@ -362,8 +363,8 @@ SLOW_ATTACKS: Mapping[str, Callable[[Target], str]] = {
 class Insider:
     """Somebody who is client 0 of a run with ``partition own``, and means harm."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.link = _link(sock)
+    def __init__(self, stream: Stream) -> None:
+        self.link = _link(stream)
         self.link.peer_name = "server"
         self.welcome = self._join()
         self.run = self.welcome.run.run
@@ -539,8 +540,8 @@ def insiders() -> dict[str, Harm]:
 
 def try_insider(target: Target, harm: Harm) -> str:
     """Join a run as its client, do one thing, and return what the server says."""
-    with target.reach() as sock:
-        insider = Insider(sock)
+    with target.reach() as stream:
+        insider = Insider(stream)
         insider.begin()
         with contextlib.suppress(SflError):  # what it hears then is told below
             harm(insider)

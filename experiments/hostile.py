@@ -128,7 +128,7 @@ def target_of(address: str, token_file: str = "", *, tls: bool | None = None) ->
     """
     import ssl
 
-    from experiments.attacks import Target, careless_tls
+    from experiments.attacks import Target, careless_tls, secured
     from sfl.errors import ConfigError
     from sfl.tokens import read_tokens
     from sfl.transport import is_loopback, parse_address
@@ -140,7 +140,7 @@ def target_of(address: str, token_file: str = "", *, tls: bool | None = None) ->
     if tls is None:
         with target.plain() as sock:
             try:
-                careless_tls().wrap_socket(sock).close()
+                secured(sock, careless_tls())
                 tls = True
             except (ssl.SSLError, OSError):
                 tls = False

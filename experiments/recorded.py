@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sfl.segment import Segment
 
 
+MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
+
+
 class RecordedRun:
     """A run's folder, with what is needed to compute with it.
 
@@ -47,6 +50,10 @@ class RecordedRun:
         self.scheme = scheme(self.run.scheme)
         is_fed = archive.config().get("role") == "fed"  # then no step passed here
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
+        if self.run.rounds > MAX_ROUNDS:
+            raise IntegrityError(
+                f"{archive.root}: is of {self.run.rounds} rounds; we read {MAX_ROUNDS}"
+            )
         recorded = {round_of_folder(folder) for folder in archive.folders()}
         who = {place[0] for place in recorded if place} | {
             k for e in archive.listed for k in e.clients

@@ -21,7 +21,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 # More than anybody runs; a configuration may come from somebody who means harm.
-_MOST = {"clients": 100_000, "rounds": 1_000_000, "local_epochs": 10_000, "batch_size": 2**20}
+_MOST = {"clients": 100_000, "rounds": 2**31 - 1, "local_epochs": 10_000, "batch_size": 2**20}
 
 
 def counted(number: int, noun: str) -> str:

@@ -159,12 +159,9 @@ def test_only_the_same_fields_give_the_same_proof(one: list[bytes], other: list[
     assert same == (one == other)
 
 
-def answers(port: int, *frames: bytes, tls: ssl.SSLContext | None = None) -> list[Message]:
+def answers(port: int, *frames: bytes) -> list[Message]:
     """Send frames to a server and return what it says until it closes."""
-    with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
-        if tls:
-            sock = stack.enter_context(tls.wrap_socket(sock, server_hostname="127.0.0.1"))
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         for frame in frames:
             sock.sendall(frame)
         connection = Connection(sock, timeout_s=20, limits=Limits())
