@@ -284,21 +284,24 @@ def test_a_client_with_a_token_wants_a_server_with_one(launcher: Launcher, tmp_p
     server.ended_with(0)
 
 
-def test_three_clients_and_a_fed_server_with_tokens_of_their_own(
-    launcher: Launcher, tmp_path: Path
+@pytest.mark.parametrize("tls", [False, True])
+def test_clients_and_a_fed_server_with_tokens_of_their_own(
+    launcher: Launcher, tmp_path: Path, certificates: Certificates, tls: bool
 ) -> None:
+    trust = ["--tls-ca", certificates.trust] if tls else []
+    shown = certificates.issue("server") if tls else []
     auth_main(["new-token", str(tmp_path / "tokens"), "--clients", "2"])
     every, own = tmp_path / "tokens", [tmp_path / f"tokens.{k}" for k in ("0", "1", "main")]
-    fed = launcher.fed("--token-file", every, "--port", 0)
+    fed = launcher.fed("--token-file", every, "--port", 0, *shown)
     wait_for(fed, "listening on ")
     address = re.search(r"listening on (\S+) for", fed.out)
     assert address
     port = parse_address(address[1])[1]
     early = frame(MessageType.REGISTER, {"role": "main"})
-    assert "asks for a token" in refusal(port, early)
+    assert ("speaks TLS alone" if tls else "asks for a token") in refusal(port, early)
     as_client = [*FAST, "--clients", 2, "--role", "main", "--fed-server", address[1], "--run", "r"]
-    server = launcher.server(*as_client, "--token-file", every)
-    clients = [launcher.client("--token-file", path) for path in own[:2]]
+    server = launcher.server(*as_client, "--token-file", every, *shown, *trust)
+    clients = [launcher.client("--token-file", path, *trust) for path in own[:2]]
     for program in (server, fed, *clients):
         program.ended_with(0)
     assert sfl.archive.open(launcher.folder / "server/r").config()["token_file"] == str(every)
