@@ -215,7 +215,7 @@ class Doorstep:
         """Let those who knock stand at the door, but not all of a crowd at once."""
         accepted, pause_s = 0, 0.0
         try:
-            while accepted < ACCEPTED_AT_ONCE and (sock := self._listener.accept_now()):
+            while accepted < ACCEPTED_AT_ONCE and (sock := self._listener.accept()):
                 accepted += 1
                 self._receive(sock)
         except OSError:  # too many files are open

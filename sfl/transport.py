@@ -283,7 +283,6 @@ class Listener:
 
     def __init__(self, sock: Socket) -> None:
         self._sock = sock
-        self._closed = False
         self.address = format_address(*sock.getsockname()[:2])
         self.port: int = sock.getsockname()[1]
 
@@ -293,27 +292,16 @@ class Listener:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def accept(self) -> Socket | None:
-        """Wait for the next connection and return its socket; None once the listener is closed."""
-        while not self._closed:
-            try:
-                return self._sock.accept()[0]
-            except OSError:
-                # Also when a peer gave up before we accepted it, or too many files are open.
-                if not self._closed:
-                    time.sleep(0.1)
-        return None
-
     def do_not_wait(self) -> None:
-        """Let nobody wait in ``accept`` from now on: ``accept_now`` is called instead."""
+        """Let nobody wait in ``accept`` from now on."""
         self._sock.settimeout(0)
 
     def fileno(self) -> int:
-        """Return the descriptor to wait for until ``accept_now`` gives a socket."""
+        """Return the descriptor to wait for until ``accept`` gives a socket."""
         return self._sock.fileno()
 
-    def accept_now(self) -> Socket | None:
-        """Return the socket of a connection that is there; None if none is.
+    def accept(self) -> Socket | None:
+        """Return the socket of the next connection, waiting for it; None if we are not to wait.
 
         Raises:
             OSError: it cannot be had: too many files are open, for one.
@@ -324,10 +312,7 @@ class Listener:
             return None
 
     def close(self) -> None:
-        """Stop listening; a thread that waits in ``accept`` wakes."""
-        self._closed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Stop listening."""
         self._sock.close()
 
 
