@@ -83,7 +83,7 @@ class Timing:
         import torch
 
         from sfl.protocol import Limits, MessageType
-        from sfl.tensors import max_file_bytes, state_spec
+        from sfl.tensors import max_state_bytes, state_spec
 
         self.front = {"w": torch.randn(int(options.megabytes * 1e6) // 4)}
         self.spec = state_spec(self.front)
@@ -92,7 +92,7 @@ class Timing:
         self.failure: SflError | None = None
         self._address, self._folder, self._run = address, folder, uuid.uuid4().hex
         weights = (MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL)
-        self.most_bytes = max_file_bytes(self.spec.values())
+        self.most_bytes = max_state_bytes(self.spec)
         self.limits = Limits(payload_bytes=dict.fromkeys(weights, self.most_bytes))
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
 from sfl.split_model import SplitModel, resolve_cut
 from sfl.stores import check_address
-from sfl.tensors import max_file_bytes
+from sfl.tensors import max_file_bytes, max_state_bytes
 
 
 def check_run(run: RunConfig) -> RunConfig:
@@ -62,8 +62,8 @@ def check_names(run: RunConfig) -> None:
 def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:
     """Return about how many bytes a run will write, from its clients' training samples."""
     row, clients = scheme(run.scheme), list(num_train)
-    front = max_file_bytes(split.front_spec.values())
-    back = max_file_bytes(split.back_spec.values()) if split.cuts else 0
+    front = max_state_bytes(split.front_spec)
+    back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
     an_epoch = 0
     if row.exchange is Exchange.CUT:

@@ -32,7 +32,7 @@ from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
-from sfl.tensors import max_file_bytes
+from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import Connection, parse_address
 
@@ -269,7 +269,7 @@ class _Loaded:
         if has_own(run):
             own = own_checkpoints(folder.path, run)
             report = dataclasses.replace(report, rounds=own)
-        most_bytes = max_file_bytes(split.front_spec.values())
+        most_bytes = max_state_bytes(split.front_spec)
         ours = fingerprint(self._device)
         front = split.front(self._device)
         with open_store(

@@ -96,7 +96,8 @@ class Visitor(Link):
             done = self.stream.shake_hands_now()
         except ssl.SSLError as error:
             raise AuthError(f"no TLS: {why(error)}") from error
-        self._bound()
+        finally:
+            self._bound()
         return done
 
     def _bound(self) -> None:

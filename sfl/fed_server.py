@@ -39,7 +39,7 @@ from sfl.shared_weights import Threads
 from sfl.split_model import SplitModel
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import DrainedConnection, Switchboard
-from sfl.tensors import max_file_bytes
+from sfl.tensors import max_state_bytes
 from sfl.tokens import FED
 from sfl.transport import connect, listen, parse_address
 from sfl.weights import SocketWeights, WeightStore
@@ -173,7 +173,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
         make = store_maker(place, options, network.wake)
         split = _model(their_run, node, data)
-        most_bytes = max_file_bytes(split.front_spec.values())
+        most_bytes = max_state_bytes(split.front_spec)
         stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
         rounds = _prepare(their_run, node, folder, data, split, stores, network, past, device)
         if past and first_round < done:  # what was published stays; clients start from before

@@ -40,5 +40,8 @@ def check_no_links(folder: Path) -> None:
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
                     waiting.append(Path(entry.path))
-                elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                elif not stat.S_ISREG(status.st_mode):
                     raise OSError(0, "is a link, or no file", entry.path)
+                elif status.st_nlink > 1:
+                    why = "is a file elsewhere as well, by a hard link: copy the folder (cp -r)"
+                    raise OSError(0, why, entry.path)

@@ -24,7 +24,7 @@ from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.datasets import dataset_of
-from sfl.described import MAX_CLASSES, classes_of, digest_of, samples_of, shape_of
+from sfl.described import MAX_CLASSES, classes_of, data_of, digest_of, samples_of, shape_of
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, DataError, ProtocolError, RunError
@@ -242,13 +242,17 @@ def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any
     """
     report = check_agreement({k: client.data for k, client in joined.items()})
     counts = [client.data.class_counts for client in joined.values()]
-    return {
+    described = {
         "input_shape": list(report.input_shape),
         "classes": list(report.classes),
         "class_weights": list(class_weights(run.class_weights, len(report.classes), counts)),
         "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
         "digests": {str(k): client.data.digest for k, client in joined.items()},
     }
+    try:
+        return data_of(described)  # what is recorded is what can be read
+    except ValueError as error:
+        raise RunError(f"the clients' data cannot be recorded: {error}") from error
 
 
 def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:

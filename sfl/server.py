@@ -51,7 +51,7 @@ from sfl.split_model import SplitModel
 from sfl.spool import Spool
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
-from sfl.tensors import max_file_bytes
+from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import listen
 from sfl.weights import Elsewhere, WeightStore
@@ -295,7 +295,7 @@ def prepare(
             halves[BACK] = Half(split.back_state(), {})
     a_round = disk_bytes(dataclasses.replace(run, rounds=1), split, num_train)
     log = RoundLog(folder, run.rounds, first_round)
-    most_bytes = max_file_bytes(split.front_spec.values())
+    most_bytes = max_state_bytes(split.front_spec)
 
     def store_of(link: Link) -> WeightStore:
         return store(link, most_bytes)

@@ -34,7 +34,7 @@ from sfl.samples import join
 from sfl.schemes import scheme
 from sfl.server import finish, prepare
 from sfl.stores import StoreOptions, store_maker
-from sfl.tensors import max_file_bytes
+from sfl.tensors import max_state_bytes
 
 
 class LocalLink(Link):
@@ -196,7 +196,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
                 client=client,
                 run=run,
                 link=client_end,
-                weights=make(client_end, max_file_bytes(rounds.split.front_spec.values())),
+                weights=make(client_end, max_state_bytes(rounds.split.front_spec)),
                 split=rounds.split,
                 archive=archives[client],
                 watcher=_Nobody(),

@@ -13,7 +13,7 @@ from sfl.models import build, model_spec, split
 from sfl.protocol import Limits, MessageType
 from sfl.schemes import Exchange, scheme
 from sfl.segment import Segment
-from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, state_spec
+from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, max_state_bytes, state_spec
 
 # Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
 MAX_EVALUATION_BATCH = 256
@@ -161,7 +161,7 @@ class SplitModel:
 
     def client_limits(self) -> Limits:
         """Return what a client accepts from its server."""
-        weights = max_file_bytes(self.front_spec.values())
+        weights = max_state_bytes(self.front_spec)
         limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
         if self.cuts:
             step = self._run.batch_size + 1
@@ -170,7 +170,7 @@ class SplitModel:
 
     def server_limits(self, num_steps: int) -> Limits:
         """Return what the server accepts from a client of at most so many steps a round."""
-        limits = {MessageType.SEND_MODEL: max_file_bytes(self.front_spec.values())}
+        limits = {MessageType.SEND_MODEL: max_state_bytes(self.front_spec)}
         if self.cuts:
             step, evaluation = self._run.batch_size + 1, self.evaluation_batch
             limits |= {
@@ -180,7 +180,7 @@ class SplitModel:
                 MessageType.VALIDATION_FEATURES: max_file_bytes([self.features_spec(evaluation)]),
             }
         elif scheme(self._run.scheme).exchange is Exchange.WEIGHT_GRADS:
-            limits[MessageType.TRAINING_GRADS] = max_file_bytes(self.parameters_spec.values())
+            limits[MessageType.TRAINING_GRADS] = max_state_bytes(self.parameters_spec)
         else:
             figures = max_file_bytes([self.figures_spec(num_steps)])
             limits[MessageType.TRAINING_FIGURES] = figures

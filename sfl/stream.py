@@ -185,10 +185,14 @@ class TlsStream(Stream):
         """
         self._feed(_receive_now(self.sock))
         try:
-            return self.shake_hands()
-        finally:
-            if self.has_unsent:  # an alert, too
+            done = self.shake_hands()
+        except ssl.SSLError:
+            with contextlib.suppress(OSError):  # to say why is a courtesy
                 self.send_now([])
+            raise
+        if self.has_unsent:
+            self.send_now([])
+        return done
 
     def finish_handshake(self) -> None:
         """Wait until the handshake is done.
@@ -200,9 +204,12 @@ class TlsStream(Stream):
         while not done:
             try:
                 done = self.shake_hands()
-            finally:
-                while self.has_unsent:
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):  # to say why is a courtesy
                     self.send([])
+                raise
+            while self.has_unsent:
+                self.send([])
             if not done:
                 self._feed(self.sock.recv(RAW_BYTES))
         der = self._tls.getpeercert(binary_form=True)

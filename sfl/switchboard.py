@@ -53,7 +53,8 @@ class DrainedConnection(Connection):
         now = time.monotonic_ns()
         self._inbox: deque[tuple[int, Message]] = deque((now, m) for m in visitor.arrived)
         self._outbox: deque[list[memoryview]] = deque()
-        self._writer: threading.Thread | None = None  # started when the peer is first slow
+        self._writer: threading.Thread | None = None  # started when the peer is slow
+        self._is_writing = False  # whether the writer sends what stands first in the outbox
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
@@ -80,7 +81,7 @@ class DrainedConnection(Connection):
         return time.monotonic() - self.heard_at if reads else 0.0
 
     def beat(self, silent_s: float) -> None:
-        if not self._outbox:  # else the peer will hear from us in any case
+        if not (self._outbox or self._failure):  # else it will hear from us, or never will
             super().beat(silent_s)
 
     def _drain(self) -> None:
@@ -102,7 +103,8 @@ class DrainedConnection(Connection):
         with self._changed:
             lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
             self._failure = error if isinstance(error, SflError) else lost
-            self._outbox.clear()
+            while len(self._outbox) > self._is_writing:  # the writer ends what it has begun
+                self._outbox.pop()
             self._changed.notify_all()
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
@@ -124,7 +126,7 @@ class DrainedConnection(Connection):
         with self._changed:
             self._outbox.append(parts)
             self._changed.notify_all()
-        if self._writer is None:
+        if self._writer is None or not self._writer.is_alive():
             self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
             self._writer.start()
 
@@ -135,13 +137,14 @@ class DrainedConnection(Connection):
                     self._changed.wait_for(lambda: self._outbox or self._failure or self._discards)
                     if not self._outbox:
                         return
-                    parts = self._outbox[0]
+                    parts, self._is_writing = self._outbox[0], True
                 super()._transmit(parts)
                 with self._changed:
-                    if self._outbox:
-                        self._outbox.popleft()
+                    self._outbox.popleft()
+                    self._is_writing = False
                     self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
+            self._is_writing = False
             self._fail(error)
 
     def ending(self) -> SflError | None:

@@ -128,6 +128,12 @@ def max_file_bytes(specs: Iterable[TensorSpec]) -> int:
     return _FILE_OVERHEAD_BYTES + sum(sizes)
 
 
+def max_state_bytes(spec: StateSpec) -> int:
+    """Return a bound on the size of a file that holds a dict of tensors of this spec."""
+    # A name stands in the pickle once, in UTF-8.
+    return max_file_bytes(spec.values()) + sum(len(name.encode()) for name in spec)
+
+
 def decode(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
     """Return the tensor in a ``torch.save`` file: ``spec.shape``, ``spec.dtype``, on the CPU.
 

@@ -21,10 +21,12 @@ from sfl.data import (
     part_of,
 )
 from sfl.datasets import DATASETS, dataset_spec
-from sfl.errors import ConfigError, DataError
+from sfl.errors import ConfigError, DataError, RunError
 from sfl.images import read_image
+from sfl.link import Absent
 from sfl.own_data import load_own
 from sfl.partition import check_partition
+from sfl.registration import DataReport, Joined, describe_data
 from sfl.samples import Samples, join
 from tests.made_data import loaded, write_mnist
 
@@ -315,3 +317,11 @@ def test_an_images_file_is_resized_bilinearly(tmp_path: Path) -> None:
     source = torch.from_numpy(pixels)[None, None].float()
     wanted = torch.nn.functional.interpolate(source, (28, 28), mode="bilinear", antialias=True)
     assert (ours - wanted[0]).abs().max() < 2
+
+
+def test_what_could_not_be_read_again_is_not_recorded() -> None:
+    counts = {"train": 1, "validation": 0, "test": 0}
+    for classes, shape in ((1200, (1, 4, 4)), (10, (1, 1, 2, 2, 2)), (10, (1, 5000, 5000))):
+        report = DataReport(counts, tuple(map(str, range(classes))), shape, "0" * 64)
+        with pytest.raises(RunError, match="the clients' data cannot be recorded: "):
+            describe_data({0: Joined(0, Absent(0), {}, report)}, RunConfig())

@@ -23,6 +23,7 @@ from sfl.tensors import (
     encode_state,
     is_finite,
     max_file_bytes,
+    max_state_bytes,
     owns_storage,
     state_spec,
 )
@@ -163,6 +164,8 @@ def test_the_bound_on_a_files_size_holds_and_is_tight(
 
 
 def test_the_bound_on_a_states_size_holds() -> None:
-    names = [f"a.rather.long.name.of.a.block.{n}.weight" for n in range(300)]
-    state = {name: torch.zeros(5) for name in names}
-    assert len(encode_state(state)) <= max_file_bytes(state_spec(state).values())
+    for stem in ("a.rather.long.name.of.a.block", "層" * 400, "x" * 1000):
+        state = {f"{stem}.{n}.weight": torch.zeros(5) for n in range(300)}
+        data = encode_state(state)
+        assert len(data) <= max_state_bytes(state_spec(state))
+        assert decode_state(data, state_spec(state), "weights").keys() == state.keys()

@@ -264,6 +264,25 @@ def test_a_client_that_never_reads_is_given_up() -> None:
                 board.wait([link]).receive_message_as_json(MessageType.UNREGISTER)
 
 
+def test_the_reason_comes_behind_the_file_that_is_on_its_way() -> None:
+    board, port = switchboard()
+    with board, dial(port) as one:
+        one.peer_name = "server"
+        link = register(board, one)
+        data = bytes(range(256)) * 80_000  # far beyond the sockets' buffers
+        link.send_file(MessageType.SEND_MODEL, data)
+        one._stream.send([memoryview(b"x" * 100)])  # is no message
+        while not link.failed:
+            board.wait_for_any(timeout_s=0.01)
+        last = MessageType.INVALID_MESSAGE
+        ending = threading.Thread(target=link.end_sending, args=(last, "the reason why"))
+        ending.start()
+        assert one.receive_file(MessageType.SEND_MODEL).payload == data
+        with pytest.raises(PeerFailed, match="the server refused: the reason why"):
+            one.receive_message_as_json(MessageType.REGISTERED)
+        ending.join()
+
+
 def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
