@@ -3,9 +3,11 @@
 The one module that calls ``torch.save`` and ``torch.load``. Nothing here trusts what it reads:
 ``saved`` takes a file apart before torch sees any of it, what it describes is compared with what
 that point of the conversation expects, then loading is ``weights_only``, from memory, onto the CPU,
-and what comes out is compared once more.
+and what comes out is compared once more. A file that is byte for byte what we would have written
+needs none of that: ``template`` finds out in microseconds.
 """
 
+import functools
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sfl.errors import IntegrityError
 from sfl.saved import Buffer, Described, take_apart
+from sfl.template import Template
 
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -108,12 +111,29 @@ def compact(tensor: Tensor) -> Tensor:
 
 def encode(tensor: Tensor) -> bytes:
     """Return the ``torch.save`` file of one tensor, compacted."""
-    return _save(compact(tensor))
+    tensor = compact(tensor)
+    if template := _template(TensorSpec.of(tensor)):
+        return template.fill(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return _save(tensor)
 
 
 def encode_state(state: Mapping[str, Tensor]) -> bytes:
     """Return the ``torch.save`` file of a dict of tensors, each compacted."""
     return _save({name: compact(tensor) for name, tensor in state.items()})
+
+
+@functools.lru_cache(maxsize=256)
+def _template(spec: TensorSpec) -> Template | None:
+    """Return what all files of a spec have in common; None if that is not known."""
+    if spec.dtype is torch.bool or not spec.num_bytes:  # not every byte is a truth value
+        return None
+    count = spec.num_bytes
+
+    def write(byte: int) -> bytes:
+        data = torch.full((count,), byte, dtype=torch.uint8)
+        return _save(data.view(spec.dtype).reshape(spec.shape))
+
+    return Template.of(write)
 
 
 def _save(content: Tensor | dict[str, Tensor]) -> bytes:
@@ -142,6 +162,11 @@ def decode(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
     Raises:
         IntegrityError: the file is damaged or holds anything but that tensor.
     """
+    # A template is made of a tensor as large as the expected one: the file must be as well.
+    fits = spec.num_bytes <= len(data) <= max_file_bytes([spec])
+    if fits and (template := _template(spec)) and (found := template.data_of(data)) is not None:
+        tensor = torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
+        return spec.check(tensor, name)
     saved = take_apart(data, name)
     _compare(saved.content, spec, name)
     return spec.check(_load(saved.rebuilt(), name), name)
