@@ -132,6 +132,11 @@ def hostile_files() -> dict[str, tuple[bytes, str]]:
         "a storage too small": (changed({"data/0": b"1234"}), "declares a storage"),
         "a storage too large": (changed({"data/0": bytes(49)}), "declares a storage"),
         "no storage": (changed({"data/0": b""}), "declares a storage"),
+        "a pickle of a thousand dicts": (
+            changed({"data.pkl": b"\x80\x02" + b"}" * 2000 + b"."}),
+            "larger than its tensors need",
+        ),
+        "thirty records too many": (changed({f"x{n}": b"1" for n in range(30)}), "more records"),
         "no pickle": (changed({"data.pkl": b""}), "no pickle"),
         "another byte order": (changed({"byteorder": b"big"}), "byteorder"),
         "an encrypted record": (patched(8, b"\x01", in_directory=True), "no whole"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import sfl.archive
 from sfl.auth import main as auth_main
 from sfl.config import ServerNode
-from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, Doorstep, Visitor
+from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, Doorstep, Visitor
 from sfl.errors import AuthError, ConfigError, ConnectionLost, PeerFailed, ProtocolError
 from sfl.guard import Guard, exposure, guard_of
 from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
@@ -526,6 +526,11 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
         visitor = Visitor(ours, Guard())
         visitor.counters.bytes_received = MAX_BYTES
         with pytest.raises(ProtocolError, match="at most 4096 bytes may come"):
+            visitor.go_on()
+        visitor = Visitor(ours, Guard())
+        visitor.stream.raw_received = MAX_RAW_BYTES
+        theirs.sendall(b"x")
+        with pytest.raises(ConnectionLost, match="bytes of TLS"):
             visitor.go_on()
 
 
