@@ -106,21 +106,31 @@ class ArchiveWriter:
             with contextlib.suppress(OSError):  # what it could not write has been said already
                 manifest.close()
 
-    def record(self, kind: str, data: Buffer, spec: TensorSpec, entry: Mapping[str, int]) -> None:
+    def records(self, round_index: int) -> bool:
+        """Say whether tensors of this round are written."""
+        return self._keep.records(round_index)
+
+    def record(
+        self,
+        kind: str,
+        data: Buffer,
+        spec: TensorSpec,
+        entry: Mapping[str, int],
+        data_checksum: str = "",
+    ) -> None:
         """Write one tensor of a step, if its round's tensors stay.
 
         ``entry`` gives ``client``, ``round``, ``step`` and ``order``. ``data`` must not change
-        afterwards.
+        afterwards; ``data_checksum`` is theirs, if somebody has computed it.
         """
         if path := self.place(kind, entry):
-            dtype = str(spec.dtype).removeprefix("torch.")
             self._submit(
-                lambda: self._write_tensor(path, kind, data, spec.shape, dtype, entry), len(data)
+                lambda: self._write_tensor(path, kind, data, spec, entry, data_checksum), len(data)
             )
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
         """Return where ``record`` writes a tensor of a step; None if its round's do not stay."""
-        if not self._keep.records(at["round"]):
+        if not self.records(at["round"]):
             return None
         folder = client_folder(self._root, at["client"], at["round"])
         return folder / f"{kind}_{at['round']}_{at['step']}.pt"
@@ -224,16 +234,17 @@ class ArchiveWriter:
         path: Path,
         kind: str,
         data: Buffer,
-        shape: tuple[int, ...],
-        dtype: str,
+        spec: TensorSpec,
         at: Mapping[str, int],
+        data_checksum: str,
     ) -> None:
         if path.parent not in self._manifests:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
         entry = Entry(
-            kind, path.name, len(data), checksum(data), client=at["client"], round=at["round"],
-            step=at["step"], order=at["order"], shape=shape, dtype=dtype,
+            kind, path.name, len(data), data_checksum or checksum(data), client=at["client"],
+            round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
+            dtype=str(spec.dtype).removeprefix("torch."),
         )  # fmt: skip
         self._list(path.parent, entry)
 

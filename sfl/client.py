@@ -26,6 +26,7 @@ from sfl.options import check_goes_on
 from sfl.own_data import load_own
 from sfl.partition import OWN
 from sfl.party import ClientParty
+from sfl.profile import Profile
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
@@ -294,6 +295,7 @@ class _Loaded:
                 split=split,
                 archive=folder.archive,
                 watcher=self.log,
+                profile=Profile(folder.path, wanted=self._node.profile),
                 front=front,
                 data=self._data,
                 on_round=self.log.end_round,

@@ -213,6 +213,9 @@ class NodeConfig:
     allow_import: str = _option(
         "", "comma-separated package.module:function that another machine may name as model or data"
     )
+    profile: bool = _option(
+        False, "write where the time of each round's steps goes: profile.csv in the run's folder"
+    )
     weights_timeout: float = _option(
         600.0, "seconds that a store of weights may stay away before the run ends"
     )

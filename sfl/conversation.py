@@ -99,10 +99,11 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     """Train through a round and give the weights away; faces ``server_train``."""
     link, at, row = party.link, start.at, scheme(party.run.scheme)
     yield from _take_over(party, start)
-    started, before, party.waited_s = time.perf_counter(), link.counters.copy(), 0.0
-    party.front.start_round(at.round)
-    party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
-    yield from STEPS[row.exchange].client(party, at.round, start.get("steps", int))
+    started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
+    with party.profile.round(at, num_steps, party.clock, link):
+        party.front.start_round(at.round)
+        party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
+        yield from STEPS[row.exchange].client(party, at.round, num_steps)
     crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
@@ -129,7 +130,8 @@ def server_train(
         steps=steps,
         class_weights=list(party.split.class_weights),
     )
-    yield from STEPS[row.exchange].server(party, plan, round_index)
+    with party.profile.round(at, steps, party.clock, link):
+        yield from STEPS[row.exchange].server(party, plan, round_index)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
@@ -190,8 +192,9 @@ def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict
     """
     now = party.link.counters
     sending_s, receiving_s = now.sending_s - before.sending_s, now.receiving_s - before.receiving_s
-    waiting_s = party.waited_s - receiving_s
-    spent = (total_s - party.waited_s - sending_s, waiting_s, sending_s + receiving_s)
+    waited_s = party.clock.spent["wait"]
+    waiting_s = waited_s - receiving_s
+    spent = (total_s - waited_s - sending_s, waiting_s, sending_s + receiving_s)
     return {
         name: f"{max(s, 0.0):0{SECONDS_WIDTH}.6f}" for name, s in zip(TIMES, spent, strict=True)
     }

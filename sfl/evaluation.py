@@ -70,9 +70,9 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
         _check_part(labels, part, party)
         yield link
-        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).payload
+        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).file
         started = time.perf_counter()
-        y = decode_labels(party, labels.payload, size)
+        y = decode_labels(party, labels.file, size)
         tally, logits = evaluate_step(party.back, decode_features(party, features, size, at), y)
         kept.add(y, logits)
         party.compute_s += time.perf_counter() - started

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
 from sfl.protocol import Limits, Message, MessageType, Position
+from sfl.saved import Buffer
 
 _NOWHERE = Position()
 CLIENT, MAIN = "client", "main"  # who connects: a client, or the main server to the fed server
@@ -162,16 +163,18 @@ class Link(ABC):
         self._say(Message(message_type, sender, receiver, content, at))
 
     def send_file(
-        self, message_type: MessageType, data: bytes, sender: str = "", receiver: str = "",
-        content: Any = "", *, at: Position = _NOWHERE,
+        self, message_type: MessageType, data: Buffer, sender: str = "", receiver: str = "",
+        content: Any = "", *, at: Position = _NOWHERE, checksum: str = "",
     ) -> None:  # fmt: skip
         """Send one message with the bytes of a ``torch.save`` file straight behind it.
+
+        ``checksum`` is the file's, if somebody has computed it.
 
         Raises:
             ConnectionLost: as ``send_message_as_json``.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._say(Message(message_type, sender, receiver, content, at, data))
+        self._say(Message(message_type, sender, receiver, content, at, data, 0, checksum))
 
     def receive_message_as_json(
         self, *expected: MessageType, at: Position | None = None

@@ -1,7 +1,7 @@
 """What each side of a conversation has in hand while a run goes on."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -13,7 +13,8 @@ from sfl.data import ClientData
 from sfl.finite import LOG, check_finite
 from sfl.link import Link
 from sfl.metrics import StepFigures
-from sfl.protocol import Position
+from sfl.profile import Profile, Stopwatch
+from sfl.protocol import File, Position
 from sfl.saved import Buffer
 from sfl.schemes import scheme
 from sfl.segment import Segment
@@ -44,6 +45,8 @@ class Party:
     split: SplitModel
     archive: ArchiveWriter
     watcher: Watcher
+    profile: Profile
+    clock: Stopwatch = field(default_factory=Stopwatch)
     warned_in: int = -1  # the round in which people were last told of NaN or infinity
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
@@ -73,25 +76,28 @@ class Party:
         return (VALIDATION, TEST) if last else (VALIDATION,)
 
     def record(
-        self, at: Position, order: int, num_samples: int, files: tuple[Buffer, Buffer, Buffer]
+        self, at: Position, order: int, num_samples: int, files: tuple[File, File, File]
     ) -> None:
         """Hand the labels, activations and gradients of a step to the archive."""
+        if not self.archive.records(at.round):
+            return
         cut = self.split.features_spec(num_samples)
         specs = {LABELS: self.split.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
-        for (kind, spec), data in zip(specs.items(), files, strict=True):
-            self._record(kind, data, spec, at, order)
+        for (kind, spec), file in zip(specs.items(), files, strict=True):
+            self._record(kind, file, spec, at, order)
 
     def record_gradients(self, at: Position, num_samples: int, data: Buffer) -> None:
         """Hand the gradients of the whole model, of a batch of so many samples, to the archive."""
         shape = self.split.labels_spec(num_samples)  # what they were computed from
-        self._record(WEIGHT_GRADS, data, shape, at, at.step)
+        self._record(WEIGHT_GRADS, File(data), shape, at, at.step)
 
     def where(self, at: Position) -> dict[str, int]:
         """Return what identifies a step in the archive."""
         return {"client": at.client, "round": at.round, "step": at.step}
 
-    def _record(self, kind: str, data: Buffer, spec: TensorSpec, at: Position, order: int) -> None:
-        self.archive.record(kind, data, spec, self.where(at) | {"order": order})
+    def _record(self, kind: str, file: File, spec: TensorSpec, at: Position, order: int) -> None:
+        where = self.where(at) | {"order": order}
+        self.archive.record(kind, file.data, spec, where, file.checksum)
 
 
 @dataclass(kw_only=True)
@@ -103,7 +109,6 @@ class ClientParty(Party):
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
     # Told which round it begins with, and of which round's beginning to take its own things.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
-    waited_s: float = 0.0  # for the server's answers, since the start of the round
 
 
 @dataclass(frozen=True)

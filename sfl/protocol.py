@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sfl import strict_json
 from sfl.errors import Damaged, ProtocolError
@@ -104,6 +104,13 @@ class Position:
     link: int = 0  # which cut of the model; 0 is the first
 
 
+class File(NamedTuple):
+    """The bytes of a ``torch.save`` file, and their checksum; "" if nobody has computed it."""
+
+    data: bytes | bytearray | memoryview
+    checksum: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message; ``payload`` holds the bytes of a file, or nothing.
@@ -120,6 +127,11 @@ class Message:
     payload: bytes | bytearray | memoryview = b""
     head_bytes: int = field(default=0, compare=False)
     checksum: str = field(default="", compare=False)
+
+    @property
+    def file(self) -> File:
+        """What it carries."""
+        return File(self.payload, self.checksum)
 
     def get(self, name: str, kind: builtins.type[T]) -> T:
         """Return a field of the content, which must be an object, or raise ``ProtocolError``."""
@@ -145,11 +157,17 @@ class Limits:
 
 def checksum(data: bytes | bytearray | memoryview) -> str:
     """Return the checksum of ``data`` as the wire and the manifests write it."""
-    return _checksum_text(zlib.crc32(data))
+    return checksum_text(zlib.crc32(data))
 
 
-def _checksum_text(crc: int) -> str:
+def checksum_text(crc: int) -> str:
+    """Return a CRC-32 as the wire and the manifests write it."""
     return f"crc32:{crc:08x}"
+
+
+def crc_of(text: str) -> int | None:
+    """Return the CRC-32 that a checksum says; None if it says none."""
+    return int(text[6:], 16) if text else None
 
 
 def encode_head(message: Message, payload_checksum: str = "") -> bytes:
@@ -172,7 +190,7 @@ def encode_head(message: Message, payload_checksum: str = "") -> bytes:
         "content": message.content,
     }
     if message.payload:
-        fields["checksum"] = payload_checksum or checksum(message.payload)
+        fields["checksum"] = payload_checksum or message.checksum or checksum(message.payload)
     text = json.dumps(fields, separators=(",", ":")).encode()
     return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(message.payload)) + text
 
@@ -348,7 +366,7 @@ class Decoder:
         message, self._message, self._lengths = self._message, None, None
         assert message is not None
         payload, self._payload = self._payload, bytearray()
-        if payload and _checksum_text(self._crc) != self._announced:
+        if payload and checksum_text(self._crc) != self._announced:
             raise Damaged(f"the file of a {message.type} arrived damaged: checksum differs")
         return Message(
             message.type, message.sender, message.receiver, message.content, message.at, payload,

@@ -24,6 +24,7 @@ from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
+from sfl.profile import Profile
 from sfl.protocol import Limits
 from sfl.registration import APART, HERE, Joined, describe_data
 from sfl.resume import (
@@ -296,6 +297,7 @@ def prepare(
     a_round = disk_bytes(dataclasses.replace(run, rounds=1), split, num_train)
     log = RoundLog(folder, run.rounds, first_round)
     most_bytes = max_state_bytes(split.front_spec)
+    profile = Profile(folder.path, wanted=node.profile)
 
     def store_of(link: Link) -> WeightStore:
         return store(link, most_bytes)
@@ -310,6 +312,7 @@ def prepare(
             split=split,
             archive=archive,
             watcher=log,
+            profile=profile,
             backs=backs,
             num_samples=num_samples[k],
             own_round=past.own_rounds.get(k, 0) if past else 0,

@@ -26,6 +26,7 @@ from sfl.own_data import load_own
 from sfl.own_functions import remember
 from sfl.partition import OWN, deal
 from sfl.party import ClientParty
+from sfl.profile import Profile
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement
 from sfl.resume import load_own_state
@@ -200,6 +201,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
                 split=rounds.split,
                 archive=archives[client],
                 watcher=_Nobody(),
+                profile=Profile(folder, wanted=False),
                 front=front,
                 data=data[client],
                 on_round=lambda round_index, figures: None,

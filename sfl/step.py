@@ -34,20 +34,28 @@ from sfl.errors import ProtocolError
 from sfl.metrics import StepFigures, checked
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
-from sfl.protocol import Message, MessageType, Position
-from sfl.saved import Buffer
+from sfl.protocol import File, Message, MessageType, Position
 from sfl.schemes import Exchange
 from sfl.segment import train_step
 from sfl.spool import Answer
-from sfl.tensors import decode, decode_state, encode, encode_state
+from sfl.tensors import decode, decode_state, encode, encode_file, encode_state
 
 
-def _batches(party: ClientParty, round_index: int) -> Iterator[tuple[Position, Tensor]]:
-    """Yield where each of a client's own steps stands, and its samples."""
+class Batch(NamedTuple):
+    """What a client takes a step on. x: (B, C, H, W) float32, y: (B,) int64."""
+
+    at: Position
+    x: Tensor
+    y: Tensor
+
+
+def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
+    """Yield the batches of a client's own steps, each made when it is asked for."""
     count = len(party.data.train)
     drawn = batch_indices(count, party.run, round_index=round_index, client=party.client)
     for step, indices in enumerate(drawn):
-        yield party.at(round_index, step), indices
+        at = party.at(round_index, step)
+        yield Batch(at, *party.data.training_batch(indices, at))
 
 
 def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int]]:
@@ -60,9 +68,10 @@ def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int
 
 def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
     """Train the front through a round; faces ``server_cut_steps``."""
-    for at, indices in _batches(party, round_index):
-        figures = yield from client_step(party, indices, at)
-        party.watcher.step(at, figures)
+    batches = _batches(party, round_index)
+    batch = next(batches, None)
+    while batch is not None:
+        batch = yield from client_step(party, batch, batches)
 
 
 def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
@@ -76,27 +85,42 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
             yield from server_step(party, plan, size, at)
 
 
-def client_step(party: ClientParty, indices: Tensor, at: Position) -> Conversation[StepFigures]:
-    """Train the front on one batch; faces ``server_step``."""
-    link = party.link
-    x, y = party.data.training_batch(indices, at)
+def client_step(
+    party: ClientParty, batch: Batch, following: Iterator[Batch]
+) -> Conversation[Batch | None]:
+    """Train the front on one batch; faces ``server_step``. Return the batch that follows.
+
+    That one is made while the server works; the labels are on their way while the front does.
+    """
+    link, clock, (at, x, y) = party.link, party.clock, batch
+    labels = encode_file(y)
+    link.send_file(MessageType.TRAINING_LABELS, labels.data, at=at, checksum=labels.checksum)
+    clock.lap("send")
     z = party.front.forward(x, at)
-    labels, features = encode(y), encode(z)
-    link.send_file(MessageType.TRAINING_LABELS, labels, at=at)
-    link.send_file(MessageType.TRAINING_FEATURES, features, at=at)
-    asked = time.perf_counter()
+    clock.lap("forward")
+    features = encode_file(z)
+    clock.lap("serialise")
+    link.send_file(MessageType.TRAINING_FEATURES, features.data, at=at, checksum=features.checksum)
+    clock.lap("send")
+    next_batch = next(following, None)
+    clock.lap("batch")
     yield link
     reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
-    party.waited_s += time.perf_counter() - asked
+    clock.lap("wait")
     spec = party.split.features_spec(len(y))
-    grads = decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}")
+    grads = decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}", reply.checksum)
     party.check_finite([grads], f"the gradients of step {at.step}", at)
+    clock.lap("load")
     party.front.backward(grads)
+    clock.lap("backward")
     crash_point("front.before_update")
     party.front.update()
     crash_point("front.after_update")
-    party.record(at, at.step, len(y), (labels, features, bytes(reply.payload)))
-    return _figures(reply, len(y))
+    clock.lap("update")
+    party.record(at, at.step, len(y), (labels, features, reply.file))
+    party.watcher.step(at, _figures(reply, len(y)))
+    clock.lap("archive")
+    return next_batch
 
 
 def server_step(
@@ -109,30 +133,38 @@ def server_step(
     """
     link = party.link
     yield link
-    labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).payload
+    labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).file
     yield link
-    message = link.receive_file(MessageType.TRAINING_FEATURES, at=at)
-    features = message.payload
-    started = time.perf_counter()
+    features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).file
+    started, clock = time.perf_counter(), party.clock
+    clock.start()
     y = decode_labels(party, labels, num_samples)
     z = decode_features(party, features, num_samples, at)
+    clock.lap("load")
     figures, dz = train_step(party.back, z, y, at)
+    clock.lap("forward")
     assert dz is not None
-    grads, content = encode(dz), _content(figures)
+    grads, content = encode_file(dz), _content(figures)
+    clock.lap("serialise")
     crash_point("step.before_answer")
     try:
-        link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
+        link.send_file(
+            MessageType.TRAINING_GRADS, grads.data, content=content, at=at, checksum=grads.checksum
+        )
     finally:
+        clock.lap("send")
         crash_point("step.after_answer")
         party.back.update()
         crash_point("step.after_update")
+        clock.lap("update")
         party.compute_s += time.perf_counter() - started
         party.record(at, plan.take(at.client), num_samples, (labels, features, grads))
         recorded = party.archive.place(GRADS, party.where(at))
-        asked = message.checksum
-        plan.spool.put(at.client, at.step, grads, content, asked=asked, recorded=recorded)
+        asked = features.checksum
+        plan.spool.put(at.client, at.step, grads.data, content, asked=asked, recorded=recorded)
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
+        clock.lap("archive")
 
 
 def server_step_again(
@@ -159,19 +191,19 @@ def _content(figures: StepFigures) -> dict[str, float]:
     return {"loss": figures.loss, "correct": figures.correct}
 
 
-def decode_labels(party: ServerParty, data: Buffer, num_samples: int) -> Tensor:
+def decode_labels(party: ServerParty, file: File, num_samples: int) -> Tensor:
     """Return the labels of a batch, all of them classes."""
     name = f"the labels of client {party.client}"
-    y = decode(data, party.split.labels_spec(num_samples), name)
+    y = decode(file.data, party.split.labels_spec(num_samples), name, file.checksum)
     if not 0 <= int(y.min()) <= int(y.max()) < party.split.num_classes:
         raise ProtocolError(f"{name} lie outside 0 to {party.split.num_classes - 1}")
     return y
 
 
-def decode_features(party: ServerParty, data: Buffer, num_samples: int, at: Position) -> Tensor:
+def decode_features(party: ServerParty, file: File, num_samples: int, at: Position) -> Tensor:
     """Return the activations of a batch."""
     name = f"the activations of client {party.client}"
-    z = decode(data, party.split.features_spec(num_samples), name)
+    z = decode(file.data, party.split.features_spec(num_samples), name, file.checksum)
     party.check_finite([z], name, at)
     return z
 
@@ -189,16 +221,16 @@ def client_gradient_steps(
     for step in range(num_steps):
         at = party.at(round_index, step)
         if batch := next(batches, None):
-            x, y = party.data.training_batch(batch[1], at)
+            x, y = batch.x, batch.y
             figures, _ = train_step(party.front, x, y, at)
             grads = encode_state(party.front.gradients())
             link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
             party.record_gradients(at, len(y), grads)
             party.watcher.step(at, figures)
-        asked = time.perf_counter()
+        party.clock.start()
         yield link
         reply = link.receive_file(MessageType.SEND_AGGREGATED_MODEL, at=at)
-        party.waited_s += time.perf_counter() - asked
+        party.clock.lap("wait")
         name = f"the weights after step {step}"
         weights = decode_state(reply.payload, spec, name)
         party.check_finite(weights.values(), name, at)
@@ -234,8 +266,7 @@ def server_gradient_steps(
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
     """Train the whole model through a round, alone; faces ``server_local_steps``."""
     rows = []
-    for at, indices in _batches(party, round_index):
-        x, y = party.data.training_batch(indices, at)
+    for at, x, y in _batches(party, round_index):
         figures, _ = train_step(party.front, x, y, at)
         party.front.update()
         party.watcher.step(at, figures)

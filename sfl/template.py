@@ -6,6 +6,7 @@ places. So a file is written by filling these into one that torch has written, a
 all the rest with it: in microseconds, and with the same bytes.
 """
 
+import functools
 import io
 import struct
 import zipfile
@@ -34,6 +35,7 @@ class Template:
     id_crcs: tuple[int, ...]
     crcs: tuple[int, ...]  # of the records, in their order; the data's is one of them
     data_index: int  # which
+    head_crc: int  # what the head adds to the checksum of the file
 
     @classmethod
     def of(cls, write: Callable[[int], bytes]) -> "Template | None":
@@ -67,12 +69,14 @@ class Template:
         id_start = _content_at(file, identity) - start - len(content)
         if not content or digits[_ID_DIGITS:] != _digits(crcs):
             raise ValueError("another layout")
+        zeros = bytes(len(content) + len(tail))
         return cls(
             head, len(content), tail,
             _places(file, data, start, len(content)),
             id_start + _ID_DIGITS,
             _places(file, identity, start, len(content)),
             crcs, data_index,
+            zlib.crc32(zeros, zlib.crc32(head)) ^ zlib.crc32(zeros),
         )  # fmt: skip
 
     def _tail(self, crc: int) -> bytearray:
@@ -87,18 +91,53 @@ class Template:
                 _CRC.pack_into(tail, place, value)
         return tail
 
+    def _file_crc(self, data_crc: int, tail: Buffer) -> int:
+        """Return the checksum of a file from those of its parts."""
+        shifted, bits = 0, data_crc
+        for table in _behind(len(tail)):
+            shifted ^= table[bits & 255]
+            bits >>= 8
+        return self.head_crc ^ shifted ^ zlib.crc32(tail)
+
     def fill(self, data: Buffer) -> bytes:
         """Return the file of a tensor whose data these are."""
-        return b"".join((self.head, data, self._tail(zlib.crc32(data))))
+        return self.fill_checked(data)[0]
 
-    def data_of(self, file: Buffer) -> memoryview | None:
-        """Return the data in a file of this layout, whose checksums are right; else None."""
+    def fill_checked(self, data: Buffer) -> tuple[bytes, int]:
+        """Return the file of a tensor whose data these are, and the file's CRC-32."""
+        crc = zlib.crc32(data)
+        tail = self._tail(crc)
+        return b"".join((self.head, data, tail)), self._file_crc(crc, tail)
+
+    def data_of(self, file: Buffer, file_crc: int | None = None) -> memoryview | None:
+        """Return the data in a file of this layout, whose checksums are right; else None.
+
+        ``file_crc`` is the CRC-32 of the file, if somebody has computed it: then the data's follows
+        from it, and is not computed.
+        """
         view, start = memoryview(file), len(self.head)
         end = start + self.num_bytes
         if len(view) != end + len(self.tail) or view[:start] != self.head:
             return None
-        data = view[start:end]
-        return data if view[end:] == self._tail(zlib.crc32(data)) else None
+        data, tail = view[start:end], view[end:]
+        crc = zlib.crc32(data) if file_crc is None else _CRC.unpack_from(tail, self.data_crcs[0])[0]
+        if tail != self._tail(crc) or file_crc not in (None, self._file_crc(crc, tail)):
+            return None
+        return data
+
+
+@functools.lru_cache(maxsize=64)
+def _behind(num_bytes: int) -> tuple[tuple[int, ...], ...]:
+    """Return what becomes of a checksum when so many bytes follow: a table for each of its bytes.
+
+    A CRC is linear: that of A and B is what becomes of A's, XOR that of B.
+    """
+    zeros = bytes(num_bytes)
+    alone = zlib.crc32(zeros)
+    return tuple(
+        tuple(zlib.crc32(zeros, byte << shift) ^ alone for byte in range(256))
+        for shift in (0, 8, 16, 24)
+    )
 
 
 def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:

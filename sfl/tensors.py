@@ -9,6 +9,7 @@ needs none of that: ``template`` finds out in microseconds.
 
 import functools
 import io
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfl.errors import IntegrityError
+from sfl.protocol import File, checksum, checksum_text, crc_of
 from sfl.saved import Buffer, Described, take_apart
 from sfl.template import Template
 
@@ -111,10 +113,17 @@ def compact(tensor: Tensor) -> Tensor:
 
 def encode(tensor: Tensor) -> bytes:
     """Return the ``torch.save`` file of one tensor, compacted."""
+    return bytes(encode_file(tensor).data)
+
+
+def encode_file(tensor: Tensor) -> File:
+    """Return the ``torch.save`` file of one tensor, compacted, with the checksum of the file."""
     tensor = compact(tensor)
     if template := _template(TensorSpec.of(tensor)):
-        return template.fill(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return _save(tensor)
+        data, crc = template.fill_checked(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return File(data, checksum_text(crc))
+    data = _save(tensor)
+    return File(data, checksum(data))
 
 
 def encode_state(state: Mapping[str, Tensor]) -> bytes:
@@ -154,17 +163,21 @@ def max_state_bytes(spec: StateSpec) -> int:
     return max_file_bytes(spec.values()) + sum(len(name.encode()) for name in spec)
 
 
-def decode(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
+def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Tensor:
     """Return the tensor in a ``torch.save`` file: ``spec.shape``, ``spec.dtype``, on the CPU.
 
-    ``name`` says in errors which file it is.
+    ``name`` says in errors which file it is, ``checksum`` is the file's, if it has been verified.
 
     Raises:
         IntegrityError: the file is damaged or holds anything but that tensor.
     """
     # A template is made of a tensor as large as the expected one: the file must be as well.
     fits = spec.num_bytes <= len(data) <= max_file_bytes([spec])
-    if fits and (template := _template(spec)) and (found := template.data_of(data)) is not None:
+    if (
+        fits
+        and (template := _template(spec))
+        and (found := template.data_of(data, crc_of(checksum))) is not None
+    ):
         tensor = torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
         return spec.check(tensor, name)
     saved = take_apart(data, name)
@@ -213,4 +226,4 @@ def _load(stream: io.BytesIO, name: str) -> object:
 def is_finite(tensor: Tensor) -> bool:
     """Say whether a tensor holds neither NaN nor infinity."""
     # A sum that is finite has only finite terms; one that is not may be an overflow.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
