@@ -54,8 +54,9 @@ def _client_split(
         x, y = party.data.batch(samples, slice(start, start + size))
         features = encode(party.front.evaluate(x))
         content = {"part": part}
-        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
-        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        with link.together():
+            link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
+            link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
         tallies.append(_tally(reply, size))

@@ -26,7 +26,7 @@ from sfl.protocol import MessageType
 from sfl.registration import HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
-from sfl.switchboard import DrainedConnection, Switchboard, first_arrived
+from sfl.switchboard import DrainedConnection, Switchboard
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
 NOTICE_EVERY_S = 30.0  # to those who wait
@@ -226,6 +226,7 @@ class Lobby(Network):
                 " may differ"
             )
         place.joined, place.ready, place.is_out = joined, True, False
+        connection.settled = True
         if self._has_begun:
             self.events.say(f"client_{joined.client} is back")
             self.on_return(joined)
@@ -278,27 +279,21 @@ class Lobby(Network):
     # In a round
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        drained = [link for link in links if isinstance(link, DrainedConnection)]
-        return self._attend(drained, gates)
+        return self._attend(links, gates)
 
-    def _attend(
-        self, links: Collection[DrainedConnection], gates: Collection[Gate]
-    ) -> DrainedConnection | None:
+    def _attend(self, links: Collection[Link], gates: Collection[Gate]) -> DrainedConnection | None:
         """Wait until something happens, and see to whoever is not in ``links``."""
+        board = self.switchboard
 
         def others() -> list[DrainedConnection]:
-            held = {place.link for place in self.places.values() if place.is_here}
-            return [
-                c for c in self.switchboard.connections
-                if c not in links and (c.failed if c in held else c.arrived)
-            ]  # fmt: skip
+            return [c for c in board.news() if c not in links]
 
         def ready() -> bool:
-            return any(c.arrived for c in links) or bool(others()) or any(g() for g in gates)
+            return bool(board.first(links) or others() or any(g() for g in gates))
 
-        self.switchboard.until(ready, TICK_S)
+        board.until(ready, TICK_S)
         for connection in others():
-            if connection not in self.switchboard.connections:
+            if connection not in board.connections:
                 continue  # seen to with one before it
             client, why = self._client_of(connection), connection.ending()
             if client is None or not self.places[client].ready or why is None:
@@ -310,7 +305,7 @@ class Lobby(Network):
                 self._left(connection, why)
         if time.monotonic() - self._looked_at > TICK_S:
             self._look_at_the_time()
-        return None if self._changes else first_arrived(links)
+        return None if self._changes else board.first(links)
 
     def _client_of(self, connection: DrainedConnection) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)

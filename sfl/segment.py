@@ -21,6 +21,16 @@ from sfl.tensors import TensorSpec, state_spec
 
 Parameters = Iterable[nn.Parameter]
 
+# Modules that draw nothing at random. A block of nothing else needs no seed.
+_DRAWS_NOTHING = frozenset(
+    {
+        nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d,
+        nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm,
+        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
+    }
+)  # fmt: skip
+
 
 def _adam(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=run.lr, weight_decay=run.weight_decay)
@@ -76,6 +86,7 @@ class Segment:
         self.blocks = blocks.to(device)
         self.device = device
         self._first_block = first_block
+        self._draws = [any(type(m) not in _DRAWS_NOTHING for m in b.modules()) for b in self.blocks]
         self._run = run
         self._boundary = boundary
         self._proximal_mu = proximal_mu
@@ -105,9 +116,9 @@ class Segment:
 
     def _reset_optimizer(self) -> None:
         """Begin with a fresh optimiser; blocks without parameters have none."""
-        parameters = list(self.blocks.parameters())
+        self._parameters = list(self.blocks.parameters())
         make = OPTIMIZERS[self._run.optimizer]
-        self._optimizer = make(parameters, self._run) if parameters else None
+        self._optimizer = make(self._parameters, self._run) if self._parameters else None
 
     def forward(self, z: Tensor, at: Position) -> Tensor:
         """Return the output for ``z`` in training, keeping the graph for ``backward``.
@@ -115,13 +126,17 @@ class Segment:
         Raises:
             RunError: a block cannot train on this batch.
         """
-        self.blocks.train()
+        if not self.blocks.training:
+            self.blocks.train()
         z = z.detach().to(self.device)
         self._input = z.requires_grad_() if self._first_block else z
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
-        for index, block in enumerate(self.blocks, self._first_block):
-            self._seed_block(at, index)
+        for index, (block, draws) in enumerate(
+            zip(self.blocks, self._draws, strict=True), self._first_block
+        ):
+            if draws:
+                self._seed_block(at, index)
             try:
                 out = block(out)
             except (ValueError, RuntimeError) as error:  # BatchNorm on one sample, say
@@ -145,11 +160,18 @@ class Segment:
         is data.
         """
         assert self._output is not None, "backward without forward"
+        return self._backward(self._output, grad.to(self.device))
+
+    def backward_of(self, loss: Tensor) -> Tensor | None:
+        """Do as ``backward``, from a loss () that was computed from the last output."""
+        return self._backward(loss, None)
+
+    def _backward(self, tensor: Tensor, grad: Tensor | None) -> Tensor | None:
         assert self._input is not None
-        if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none=True)
-        if self._output.requires_grad:  # not so for a front without parameters
-            torch.autograd.backward(self._output, grad.to(self.device))
+        for parameter in self._parameters:
+            parameter.grad = None
+        if tensor.requires_grad:  # not so for a front without parameters
+            torch.autograd.backward(tensor, grad)
         if self._proximal_mu:
             self._add_proximal_gradients()
         self._output = None
@@ -279,11 +301,8 @@ def train_step(
     """
     y = y.to(last.device)
     logits = last.forward(z, at)
-    leaf = logits.detach().requires_grad_()
-    loss = nn.functional.cross_entropy(leaf, y, last.class_weights)
-    torch.autograd.backward(loss)
-    assert leaf.grad is not None
-    grads = last.backward(leaf.grad)
+    loss = nn.functional.cross_entropy(logits, y, last.class_weights)
+    grads = last.backward_of(loss)
     correct = int((logits.argmax(1) == y).sum())
     return StepFigures(loss.item(), correct, len(y)), grads
 

@@ -31,6 +31,7 @@ from sfl.crash import crash_point
 from sfl.data import batch_indices, batch_sizes
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
+from sfl.link import Link
 from sfl.metrics import StepFigures, checked
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
@@ -90,17 +91,17 @@ def client_step(
 ) -> Conversation[Batch | None]:
     """Train the front on one batch; faces ``server_step``. Return the batch that follows.
 
-    That one is made while the server works; the labels are on their way while the front does.
+    That one is made while the server works.
     """
     link, clock, (at, x, y) = party.link, party.clock, batch
     labels = encode_file(y)
-    link.send_file(MessageType.TRAINING_LABELS, labels.data, at=at, checksum=labels.checksum)
+    _send_file(link, MessageType.TRAINING_LABELS, labels, at)
     clock.lap("send")
     z = party.front.forward(x, at)
     clock.lap("forward")
     features = encode_file(z)
     clock.lap("serialise")
-    link.send_file(MessageType.TRAINING_FEATURES, features.data, at=at, checksum=features.checksum)
+    _send_file(link, MessageType.TRAINING_FEATURES, features, at)
     clock.lap("send")
     next_batch = next(following, None)
     clock.lap("batch")
@@ -148,9 +149,7 @@ def server_step(
     clock.lap("serialise")
     crash_point("step.before_answer")
     try:
-        link.send_file(
-            MessageType.TRAINING_GRADS, grads.data, content=content, at=at, checksum=grads.checksum
-        )
+        _send_file(link, MessageType.TRAINING_GRADS, grads, at, content)
     finally:
         clock.lap("send")
         crash_point("step.after_answer")
@@ -179,6 +178,12 @@ def server_step_again(
         plan.unlike.add(at.client)
     content = dict(answer.content)
     link.send_file(MessageType.TRAINING_GRADS, answer.data, content=content, at=at)
+
+
+def _send_file(
+    link: Link, message: MessageType, file: File, at: Position, content: object = ""
+) -> None:
+    link.send_file(message, file.data, content=content, at=at, checksum=file.checksum)
 
 
 def _figures(message: Message, size: int) -> StepFigures:

@@ -1,19 +1,22 @@
-"""Many connections at a server: threads that only move bytes, and one place to wait for them all.
+"""Many connections at a server, and one place to wait for them all.
 
-``doorstep`` lets them in. One thread a connection then reads whole messages ahead of the training,
-which takes them in the main thread. What is read ahead is bounded: a connection whose messages
-nobody takes is no longer read, and TCP holds the sender back. What a client is slow to take is sent
-on by a thread of its connection, so that no client waits for another one's link.
+``doorstep`` lets them in, ``drain`` reads whole messages ahead of the training, which takes them in
+the main thread. What is read ahead is bounded: a connection whose messages nobody takes is no
+longer read, and TCP holds the sender back. What a client is slow to take is sent on by a thread of
+its connection, so that no client waits for another one's link.
 """
 
 import contextlib
+import heapq
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from sfl.doorstep import Doorstep, Visitor
+from sfl.drain import Drain
 from sfl.driver import Gate, Network
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
 from sfl.guard import Guard
@@ -24,10 +27,11 @@ from sfl.transport import FAREWELL_S, Connection, Listener
 
 T = TypeVar("T")
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
+READS_AT_ONCE = 64  # of one connection, before it is another one's turn
 
 
 class DrainedConnection(Connection):
-    """A connection that a thread reads ahead; receiving takes what it has read.
+    """A connection that is read ahead; receiving takes what has been read.
 
     Sending never waits for the peer. What waits to be sent is bounded by the conversation, in which
     a peer that does not take its answer gets no further one.
@@ -36,7 +40,8 @@ class DrainedConnection(Connection):
     def __init__(
         self,
         visitor: Visitor,
-        changed: threading.Condition,
+        drain: Drain,
+        arrivals: "Arrivals",
         *,
         timeout_s: float,
         limits: Limits,
@@ -47,19 +52,22 @@ class DrainedConnection(Connection):
         self.must_prove, self.proved = visitor.must_prove, visitor.proved
         self.certificate = visitor.certificate
         self.counters = visitor.counters
-        self.counters.messages_received += len(visitor.arrived)
         self.accepted_at = time.monotonic()
-        self._changed = changed
-        now = time.monotonic_ns()
-        self._inbox: deque[tuple[int, Message]] = deque((now, m) for m in visitor.arrived)
+        self.settled = False  # only its end, and messages that are waited for, are of interest
+        self.dropped = False  # nothing is
+        self._drain, self._arrivals, self._changed = drain, arrivals, drain.changed
+        self._inbox: deque[tuple[int, Message]] = deque()
         self._outbox: deque[list[memoryview]] = deque()
         self._writer: threading.Thread | None = None  # started when the peer is slow
         self._is_writing = False  # whether the writer sends what stands first in the outbox
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
-        self._thread = threading.Thread(target=self._drain, name="reader", daemon=True)
-        self._thread.start()
+        self._deliver(visitor.arrived)
+        drain.add(self)
+
+    def fileno(self) -> int:
+        return self._stream.sock.fileno()
 
     @property
     def arrived(self) -> bool:
@@ -75,28 +83,54 @@ class DrainedConnection(Connection):
         """Return for how long we have been connected."""
         return time.monotonic() - self.accepted_at
 
+    def _is_full(self, num_more: int = 0) -> bool:
+        return len(self._inbox) + num_more >= READ_AHEAD_MESSAGES and not self._discards
+
     def silent_s(self) -> float:
         """Return for how long the peer has sent nothing that we would have read."""
-        reads = len(self._inbox) < READ_AHEAD_MESSAGES
-        return time.monotonic() - self.heard_at if reads else 0.0
+        return 0.0 if self._is_full() else time.monotonic() - self.heard_at
+
+    def check_silence(self) -> None:
+        if self._failure is None and self.silent_s() > self.timeout_s:
+            self._fail(self._silent())
 
     def beat(self, silent_s: float) -> None:
         if not (self._outbox or self._failure):  # else it will hear from us, or never will
             super().beat(silent_s)
 
-    def _drain(self) -> None:
+    def read_now(self) -> bool:
+        messages: list[Message] = []
+        failure: Exception | None = None
         try:
-            while True:
-                message = super()._next()
-                with self._changed:
-                    self._changed.wait_for(
-                        lambda: len(self._inbox) < READ_AHEAD_MESSAGES or self._discards
-                    )
-                    if not self._discards:
-                        self._inbox.append((time.monotonic_ns(), message))
-                        self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
-            self._fail(error)
+            for _ in range(READS_AT_ONCE):
+                while (message := self._decoded()) is not None:
+                    if message.type is not MessageType.HEARTBEAT:
+                        messages.append(message)
+                    if self._is_full(len(messages)):
+                        self._drain.pause(self)
+                        return False
+                self._read(wait=False)
+            return True
+        except BlockingIOError:
+            return False
+        except Exception as error:  # noqa: BLE001 - _next raises it
+            failure = error
+            self._drain.pause(self)
+            return False
+        finally:
+            self._deliver(messages)
+            if failure:
+                self._fail(failure)
+
+    def _deliver(self, messages: Collection[Message]) -> None:
+        """Put messages, which came together, where they are taken from."""
+        self.counters.messages_received += len(messages)
+        with self._changed:
+            if messages and not self._discards:
+                now = time.monotonic_ns()
+                self._inbox.extend((now, message) for message in messages)
+                self._arrivals.add(self)
+                self._drain.notify()
 
     def _fail(self, error: Exception) -> None:
         """Note, at a thread's edge, why the connection is of no further use."""
@@ -105,7 +139,8 @@ class DrainedConnection(Connection):
             self._failure = error if isinstance(error, SflError) else lost
             while len(self._outbox) > self._is_writing:  # the writer ends what it has begun
                 self._outbox.pop()
-            self._changed.notify_all()
+            self._arrivals.add(self)
+            self._drain.notify()
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
         """Send at once what the socket takes at once; leave the rest to the writer."""
@@ -115,9 +150,9 @@ class DrainedConnection(Connection):
             if not behind:
                 super()._transmit(parts, wait=False)
         except ConnectionLost:
-            with self._changed:  # the peer may have said why before it closed
-                self._changed.wait_for(lambda: self._failure is not None, FAREWELL_S)
-                why = self.ending()
+            # The peer may have said why before it closed.
+            self._drain.wait(lambda: self._failure is not None, FAREWELL_S)
+            why = self.ending()
             if isinstance(why, PeerFailed):
                 raise why from None
             raise
@@ -125,7 +160,7 @@ class DrainedConnection(Connection):
             return
         with self._changed:
             self._outbox.append(parts)
-            self._changed.notify_all()
+            self._drain.notify()
         if self._writer is None or not self._writer.is_alive():
             self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
             self._writer.start()
@@ -142,7 +177,7 @@ class DrainedConnection(Connection):
                 with self._changed:
                     self._outbox.popleft()
                     self._is_writing = False
-                    self._changed.notify_all()
+                    self._drain.notify()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
             self._is_writing = False
             self._fail(error)
@@ -154,18 +189,24 @@ class DrainedConnection(Connection):
         return None if self._unregistered else self._failure
 
     def _next(self) -> Message:
+        if not self._drain.wait(lambda: self.arrived, self.timeout_s):
+            raise self._silent()
         with self._changed:
-            if not self._changed.wait_for(lambda: self.arrived, self.timeout_s):
-                raise ConnectionLost(
-                    f"{self.peer_title} sent nothing for {self.timeout_s:g} seconds"
-                )
             if not self._inbox:
                 assert self._failure is not None
                 raise self._failure
+            was_full = self._is_full()
             _, message = self._inbox.popleft()
             self._unregistered |= message.type is MessageType.UNREGISTER
-            self._changed.notify_all()
-            return message
+            if self.arrived:
+                self._arrivals.add(self)
+        if was_full:
+            self._read_on()
+        return message
+
+    def _read_on(self) -> None:
+        self.heard_at = time.monotonic()  # before, we did not listen
+        self._drain.resume(self)
 
     def arrival_ns(self) -> int:
         """Return when the waiting message came; failures come first."""
@@ -175,20 +216,64 @@ class DrainedConnection(Connection):
         with self._changed:
             self._discards = True
             self._inbox.clear()
-            self._changed.notify_all()
+            self._drain.notify()
+        self._read_on()
         with contextlib.suppress(SflError):
             self.send_message_as_json(message_type, content=one_line(reason))
-        with self._changed:
-            self._changed.wait_for(lambda: not self._outbox, FAREWELL_S)
+        self._drain.wait(lambda: not self._outbox, FAREWELL_S)
         self._stream.shut_sending()
 
     def join(self, deadline: float) -> None:
         """Wait for the peer to close, until ``deadline`` at the latest; then close."""
-        self._thread.join(max(deadline - time.monotonic(), 0))
+        self._drain.wait(lambda: self._failure is not None, max(deadline - time.monotonic(), 0))
         self.close()
-        self._thread.join()
         if self._writer is not None:
             self._writer.join()
+
+    def close(self) -> None:
+        self._drain.remove(self)
+        super().close()
+
+
+class Arrivals:
+    """The connections of which something has arrived; guarded by ``Drain.changed``."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, DrainedConnection]] = []
+        self._count = itertools.count()
+        self._news: dict[DrainedConnection, None] = {}
+
+    def add(self, connection: DrainedConnection) -> None:
+        """Take note that something new stands first, or last, in what waits of a connection."""
+        if connection.dropped:
+            return
+        heapq.heappush(self._heap, (connection.arrival_ns(), next(self._count), connection))
+        if connection.failed or not connection.settled:
+            self._news[connection] = None
+
+    def forget(self, connection: DrainedConnection) -> None:
+        connection.dropped = True
+        self._news.pop(connection, None)
+        self._heap = [entry for entry in self._heap if entry[2] is not connection]
+        heapq.heapify(self._heap)
+
+    def first(self, links: Collection[Link]) -> DrainedConnection | None:
+        """Return the link whose message has waited longest, or that has failed."""
+        others, found = [], None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            when, _, connection = entry
+            if connection.arrived and connection.arrival_ns() == when:
+                others.append(entry)
+                found = connection if connection in links else None
+        for entry in others:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def news(self) -> list[DrainedConnection]:
+        """Return those that have failed, and those not yet settled of which something waits."""
+        self._news = {c: None for c in self._news if c.failed or (c.arrived and not c.settled)}
+        return list(self._news)
 
 
 class Switchboard(Network):
@@ -215,7 +300,8 @@ class Switchboard(Network):
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
-        self._changed = threading.Condition()
+        self._drain, self._arrivals = Drain(), Arrivals()
+        self._changed = self._drain.changed
         self._connections: list[DrainedConnection] = []
         self._num_leaving = 0  # connections that were turned away and are being closed
         self._closed = False
@@ -241,31 +327,27 @@ class Switchboard(Network):
                 visitor.stream.close()
                 return
         connection = DrainedConnection(
-            visitor, self._changed, timeout_s=self._timeout_s, limits=self._limits
+            visitor, self._drain, self._arrivals, timeout_s=self._timeout_s, limits=self._limits
         )
         with self._changed:
             self._connections.append(connection)
-            self._changed.notify_all()  # its first message has arrived already
+            self._drain.notify()  # its first message has arrived already
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""
-        with self._changed:
-            self._changed.wait_for(lambda: any(c.arrived for c in self._connections), timeout_s)
-            return [c for c in self._connections if c.arrived]
+        return self._drain.wait(lambda: [c for c in self._connections if c.arrived], timeout_s)
 
     def until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
         """Return what ``ready`` finds once it finds something; None after ``timeout_s``.
 
         It is asked whenever a connection, or ``wake``, gives reason to.
         """
-        with self._changed:
-            self._changed.wait_for(ready, timeout_s)
-            return ready()
+        return self._drain.wait(ready, timeout_s)
 
     def wake(self) -> None:
         """Let ``wait`` look at its gates again; called from other threads."""
         with self._changed:
-            self._changed.notify_all()
+            self._drain.notify()
 
     def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
         """Return the one of ``links`` whose message has waited longest, or that has failed.
@@ -275,19 +357,25 @@ class Switchboard(Network):
         Raises:
             ConnectionLost, PeerFailed: another client, which is not being waited for, has ended.
         """
-        drained = [cast(DrainedConnection, link) for link in links]
 
         def ended() -> SflError | None:
-            others = (c for c in self._connections if c.peer_name and c not in drained)
+            others = (c for c in self.news() if c.peer_name and c not in links)
             return next(filter(None, (other.ending() for other in others)), None)
 
+        self._drain.wait(lambda: self.first(links) or ended() or any(g() for g in gates))
+        if why := ended():
+            raise why
+        return self.first(links)
+
+    def first(self, links: Collection[Link]) -> DrainedConnection | None:
+        """Return the one of ``links`` whose message has waited longest, or that has failed."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: any(c.arrived for c in drained) or ended() or any(g() for g in gates)
-            )
-            if why := ended():
-                raise why
-            return first_arrived(drained)
+            return self._arrivals.first(links)
+
+    def news(self) -> list[DrainedConnection]:
+        """Return connections that have failed, and strangers of whom a message waits."""
+        with self._changed:
+            return self._arrivals.news()
 
     def drop(
         self,
@@ -300,6 +388,7 @@ class Switchboard(Network):
             if connection not in self._connections:
                 return
             self._connections.remove(connection)
+            self._arrivals.forget(connection)
             self._num_leaving += 1
         arguments = connection, reason, last_words
         threading.Thread(target=self._say_farewell, args=arguments, daemon=True).start()
@@ -311,6 +400,7 @@ class Switchboard(Network):
         connection.join(time.monotonic() + FAREWELL_S)
         with self._changed:
             self._num_leaving -= 1
+            self._drain.notify()
 
     def end(self, reason: str) -> None:
         """Stop listening and close every connection, telling those still open why."""
@@ -324,9 +414,5 @@ class Switchboard(Network):
             connection.end_sending(MessageType.ABORT, reason)
         for connection in self.connections:
             connection.join(deadline)
-
-
-def first_arrived(links: Collection[DrainedConnection]) -> DrainedConnection | None:
-    """Return the link whose message has waited longest; None if none has any."""
-    arrived = (link for link in links if link.arrived)
-    return min(arrived, key=DrainedConnection.arrival_ns, default=None)
+        self._drain.wait(lambda: not self._num_leaving, FAREWELL_S)
+        self._drain.close()

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sfl.errors import (
     AuthError,
@@ -56,6 +56,7 @@ class Connection(Link):
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
+        self._held: list[memoryview] | None = None  # what is to be sent together
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -79,11 +80,26 @@ class Connection(Link):
         parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
-        with self._sending:
-            self._transmit(parts)
+        if self._held is not None:
+            self._held += parts
+        else:
+            with self._sending:
+                self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
         return num_bytes
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        self._held = []
+        try:
+            yield
+        finally:
+            parts, self._held = self._held, None
+        started = time.perf_counter()
+        with self._sending:
+            self._transmit(parts)
+        self.counters.sending_s += time.perf_counter() - started
 
     def beat(self, silent_s: float) -> None:
         """Say that we are here, if we have said nothing for so long; called from a thread."""
@@ -128,16 +144,11 @@ class Connection(Link):
         first_byte = started if self._decoder.inside else None
         while (message := self._decoded()) is None or message.type is MessageType.HEARTBEAT:
             if message is not None:
-                self.counters.bytes_received -= message.head_bytes
                 first_byte = None
                 continue
-            with self._decoder.get_buffer() as buffer:
-                num_bytes = self._receive_into(buffer)
+            self._read()
             if first_byte is None:
                 first_byte = time.perf_counter()
-            self._decoder.advance(num_bytes)
-            self.heard_at = time.monotonic()
-            self.counters.bytes_received += num_bytes
         now = time.perf_counter()
         self.counters.messages_received += 1
         self.counters.waiting_s += (first_byte or now) - started
@@ -145,24 +156,43 @@ class Connection(Link):
         return message
 
     def _decoded(self) -> Message | None:
+        """Return the next message of what has been read; heartbeats are not counted."""
         try:
-            return self._decoder.next_message()
+            message = self._decoder.next_message()
         except (ProtocolError, Damaged) as error:
             raise type(error)(f"from {self.peer_title}: {error}") from error
+        if message is not None and message.type is MessageType.HEARTBEAT:
+            self.counters.bytes_received -= message.head_bytes
+        return message
 
-    def _receive_into(self, buffer: memoryview) -> int:
+    @property
+    def _where(self) -> str:
         inside = self._decoder.inside
-        where = f" in the middle of a message's {inside}" if inside else ""
-        try:
-            num_bytes = self._stream.receive_into(buffer)
-        except TimeoutError as error:
-            silent = f"sent nothing for {self.timeout_s:g} seconds"
-            raise ConnectionLost(f"{self.peer_title} {silent}{where}") from error
-        except OSError as error:
-            raise self._broken(error, where) from error
+        return f" in the middle of a message's {inside}" if inside else ""
+
+    def _silent(self) -> ConnectionLost:
+        """Return the error for a peer that has sent nothing until the deadline."""
+        silent = f"sent nothing for {self.timeout_s:g} seconds"
+        return ConnectionLost(f"{self.peer_title} {silent}{self._where}")
+
+    def _read(self, *, wait: bool = True) -> None:
+        """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
+        where = self._where
+        with self._decoder.get_buffer() as buffer:
+            try:
+                stream = self._stream
+                num_bytes = (stream.receive_into if wait else stream.receive_now)(buffer)
+            except BlockingIOError:
+                raise
+            except TimeoutError as error:
+                raise self._silent() from error
+            except OSError as error:
+                raise self._broken(error, where) from error
         if num_bytes == 0:
             raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
-        return num_bytes
+        self._decoder.advance(num_bytes)
+        self.heard_at = time.monotonic()
+        self.counters.bytes_received += num_bytes
 
     @property
     def address(self) -> str:

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "threading": {
         "archive_writer",
         "doorstep",
+        "drain",
         "heartbeat",
         "shared_weights",
         "stream",

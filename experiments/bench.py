@@ -1,0 +1,108 @@
+"""How fast a step is: ours, the bare arithmetic, and other ways to train over a cut, in turn.
+
+python -m experiments.bench [--rows mlp-128-1,...] [--blocks 7] [--out FOLDER] [--profile]
+
+A row is a model, a batch size and a number of clients. All contenders of a row live at the same
+time; blocks of steps alternate between them, the first of each does not count, so that a machine
+whose speed drifts does not decide. Writes bench.csv, bench.md and bench.png. ``--profile`` shows
+where the time of our own steps goes.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from experiments.bench_report import Result, phases_table, table, write_all
+from experiments.contenders import BLOCK_ROUNDS, Contender, Peer, Row, Sample, Sfl
+from experiments.few_digits import FEW_DIGITS
+from sfl.cli import run_program
+from sfl.config import unknown_name
+from sfl.errors import ConfigError
+
+ALONE = "arithmetic alone"
+PEERS = {  # title -> module of experiments.peers, and the package that it needs
+    "mpi4py, pickled": ("mpi", "mpi4py"),
+    "torch RPC, dist. autograd": ("rpc", "torch"),
+    "WebSocket, base64 JSON": ("websocket", "websockets"),
+    "Ray actor": ("ray_actor", "ray"),
+}
+ARCHIVES = {"SFL, archive on": "all", "SFL, archive off": "none"}
+LARGE = ("--image-size", "64", "--dataset", FEW_DIGITS)
+ROWS = [
+    *(Row(model, batch, clients)
+      for model in ("mlp", "lenet5") for clients in (1, 3) for batch in (32, 128)),
+    Row("resnet18", 32, 1, LARGE, has_peers=False),
+]  # fmt: skip
+
+
+def run_row(row: Row, options: Namespace, folder: Path) -> list[Result]:
+    """Let all contenders of a row train in turn, and return what each took."""
+    samples: dict[str, list[Sample]] = {}
+    with contextlib.ExitStack() as stack:
+        contenders = start(stack, row, options, folder)
+        for block in range(options.blocks + 1):
+            for contender in contenders:
+                found = contender.block(options.steps)
+                if block:
+                    samples.setdefault(contender.title, []).extend(found)
+        return [Result(row, c.title, samples[c.title], c.peak_bytes()) for c in contenders]
+
+
+def start(
+    stack: contextlib.ExitStack, row: Row, options: Namespace, folder: Path
+) -> list[Contender]:
+    """Start all contenders of a row; who lacks a package is named and left out."""
+    rounds = (options.blocks + 1) * (BLOCK_ROUNDS + 1) + 3
+    contenders: list[Contender] = [Peer(stack, ALONE, "alone", row, folder)]
+    for title, keep in ARCHIVES.items():
+        server = ["--rounds", str(rounds), "--keep-tensors", keep]
+        client = ["--allow-import", FEW_DIGITS]
+        contenders.append(Sfl(stack, title, row, folder, server, client))
+    for title, (module, package) in PEERS.items() if row.has_peers else ():
+        if importlib.util.find_spec(package):
+            contenders.append(Peer(stack, title, module, row, folder))
+        else:
+            print(f"{row.name}: without {title}: there is no {package}; pip install {package}")
+    return contenders
+
+
+def main() -> None:
+    options = parse()
+    rows = {row.name: row for row in ROWS}
+    chosen = options.rows.split(",") if options.rows else list(rows)
+    for name in chosen:
+        if name not in rows:
+            raise unknown_name("row", name, rows)
+    if min(options.blocks, options.steps) < 1:
+        raise ConfigError("--blocks and --steps: give at least 1")
+    results: list[list[Result]] = []
+    for name in chosen:
+        with TemporaryDirectory(prefix="sfl-") as folder:
+            found = run_row(rows[name], options, Path(folder))
+        print(table(found), flush=True)
+        if options.profile:
+            print(phases_table(found), flush=True)
+        results.append(found)
+    for path in write_all(Path(options.out), results):
+        print(path)
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    from sfl.options import Parser
+
+    parser = Parser(prog="python -m experiments.bench", description=__doc__.partition("\n")[0])
+    names = ", ".join(row.name for row in ROWS)
+    parser.add_argument("--rows", default="", help=f"which, of {names} (default: all)")
+    parser.add_argument("--blocks", type=int, default=7, help="of each contender (default: 7)")
+    parser.add_argument("--steps", type=int, default=60, help="in a peer's block (default: 60)")
+    parser.add_argument("--out", default="bench", help="folder of what is written")
+    parser.add_argument("--profile", action="store_true", help="show where our time goes")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("bench", main))

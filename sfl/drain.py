@@ -1,0 +1,189 @@
+"""Reading many connections: by the thread that waits for a message, else by one of its own.
+
+A message that a thread waits for is read by that thread: to hand it over from one thread to another
+costs more than to read it. While nobody waits, since the server computes, a thread of the drain
+reads what comes, so that no client's sending waits for another one's step::
+
+    outer (epoll) -- armed while nobody waits --> the drain's thread
+      inner (epoll): all connections, and a pipe that wakes who reads
+
+Where the system has no epoll, nothing is read while the server computes; the system's own buffers
+hold what comes.
+"""
+
+import contextlib
+import os
+import select
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+TICK_S = 0.5  # how often to look for who is silent
+
+
+class Drained(Protocol):
+    """A connection that is read without waiting."""
+
+    def fileno(self) -> int: ...
+
+    def read_now(self) -> bool:
+        """Read what has come; return whether there may be more than was read."""
+
+    def check_silence(self) -> None:
+        """Fail if nothing has come for too long."""
+
+
+class Drain:
+    """Reads connections, and lets threads wait for what comes. Closed by ``close``.
+
+    ``changed`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._reading = threading.Lock()  # one thread at a time; taken before ``changed``
+        self._selector = selectors.DefaultSelector()
+        self._members: set[Drained] = set()
+        self._unfinished: set[Drained] = set()
+        self._paused: set[Drained] = set()
+        self._leader: int | None = None  # the thread that waits and reads
+        self._looked_at = 0.0
+        self._closed = False
+        self._wakes, self._wake = os.pipe()
+        os.set_blocking(self._wakes, False)
+        os.set_blocking(self._wake, False)
+        self._selector.register(self._wakes, selectors.EVENT_READ)
+        self._outer = None
+        if hasattr(select, "epoll"):
+            self._outer = select.epoll()
+            self._outer.register(self._selector.fileno(), 0)
+            self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+            self._thread.start()
+            self._arm(True)
+
+    def add(self, connection: Drained) -> None:
+        """Read a connection from now on, beginning with what has come already."""
+        with self._reading:
+            if not self._closed:
+                self._members.add(connection)
+                self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
+                self._read(connection)
+
+    def remove(self, connection: Drained) -> None:
+        """Read a connection no longer; to be called before it is closed, and as often as you like.
+
+        Else its descriptor might already be another one's when it is read.
+        """
+        with self._reading:
+            self.pause(connection)
+            self._members.discard(connection)
+            self._paused.discard(connection)
+
+    def pause(self, connection: Drained) -> None:
+        """Read a connection no longer until ``resume``; for ``read_now`` and ``remove``."""
+        if connection in self._members - self._paused:
+            self._selector.unregister(connection.fileno())
+            self._paused.add(connection)
+        self._unfinished.discard(connection)
+
+    def resume(self, connection: Drained) -> None:
+        """Read a connection again, beginning with what has come in the meantime."""
+        with self._reading:
+            if connection in self._paused:
+                self._paused.remove(connection)
+                self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
+                self._read(connection)
+
+    def notify(self) -> None:
+        """Let those who wait look again; to be called with ``changed``."""
+        self.changed.notify_all()
+        if self._leader not in (None, threading.get_ident()):
+            with contextlib.suppress(BlockingIOError):  # full: it will wake
+                os.write(self._wake, b"x")
+
+    def wait(self, ready: Callable[[], T], timeout_s: float | None = None) -> T:
+        """Return what ``ready`` finds, once that is true, or after ``timeout_s``."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        leads = False
+        with self.changed:
+            try:
+                while not (found := ready()) and not self._closed:
+                    left_s = TICK_S if deadline is None else deadline - time.monotonic()
+                    if left_s <= 0:
+                        break
+                    left_s = min(left_s, TICK_S)
+                    if self._leader is None:
+                        self._leader, leads = threading.get_ident(), True
+                        self._arm(False)
+                    if not leads:
+                        self.changed.wait(left_s)
+                        continue
+                    self.changed.release()
+                    try:
+                        self._read_all(left_s)
+                    finally:
+                        self.changed.acquire()
+            finally:
+                if leads:
+                    self._leader = None
+                    self._arm(True)
+                    self.changed.notify_all()  # another thread that waits may read now
+        return found
+
+    def _arm(self, armed: bool) -> None:
+        """Let the drain's thread read what comes next, or not."""
+        if self._outer is not None:
+            events = select.EPOLLIN | select.EPOLLONESHOT if armed else 0
+            self._outer.modify(self._selector.fileno(), events)
+
+    def _run(self) -> None:
+        assert self._outer is not None
+        while not self._closed:
+            self._outer.poll()
+            self._read_all(0)
+            while self._unfinished and self._leader is None:
+                self._read_all(0)
+            with self.changed:
+                if self._leader is None and not self._closed:
+                    self._arm(True)
+
+    def _read_all(self, timeout_s: float) -> None:
+        """Read what has come, waiting for the first."""
+        events = self._selector.select(0 if self._unfinished else timeout_s)
+        with self._reading:
+            due = self._unfinished | {key.data for key, _ in events}
+            for connection in due:
+                if connection is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wakes, 4096)
+                elif connection in self._members:
+                    self._read(connection)
+            if time.monotonic() - self._looked_at > TICK_S:
+                self._looked_at = time.monotonic()
+                for connection in list(self._members):
+                    connection.check_silence()
+
+    def _read(self, connection: Drained) -> None:
+        self._unfinished.discard(connection)
+        if connection.read_now():
+            self._unfinished.add(connection)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        with self.changed:
+            self._closed = True
+            os.write(self._wake, b"x")
+            self.changed.wait_for(lambda: self._leader is None)
+            self._arm(True)
+        if self._outer is not None:
+            self._thread.join()
+            self._outer.close()
+        with self._reading:
+            for members in (self._members, self._paused, self._unfinished):
+                members.clear()
+            self._selector.close()
+            os.close(self._wakes)
+            os.close(self._wake)
