@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -256,20 +256,22 @@ def check_inside(path: str) -> None:
         raise ValueError(f"a path outside the folder: {path[:60]!r}")
 
 
+_NAMES = tuple(spec.name for spec in fields(Entry))
+
+
 def manifest_line(entry: Entry) -> str:
     """Return an entry as its line of a manifest, which ends in the line's own checksum."""
-    fields = asdict(entry)
-    check = checksum(json.dumps(fields).encode())
-    return json.dumps(fields | {"check": check})
+    text = json.dumps({name: getattr(entry, name) for name in _NAMES})
+    return f'{text[:-1]}, "check": "{checksum(text.encode())}"}}'
 
 
 def _parse_line(line: bytes) -> Entry:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"a line of {len(line)} bytes")
-    fields = strict_json.loads(line)
-    fields.pop("check", None)
-    tuples = {name: tuple(fields[name]) for name in ("shape", "clients")}
-    entry = Entry(**fields | tuples)
+    values = strict_json.loads(line)
+    values.pop("check", None)
+    tuples = {name: tuple(values[name]) for name in ("shape", "clients")}
+    entry = Entry(**values | tuples)
     if manifest_line(entry).encode() != line:
         raise ValueError("a line is not what was written")
     # A manifest may come from somebody else.

@@ -26,12 +26,13 @@ from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of, round_of
 from sfl.config import KeepTensors
 from sfl.crash import crash_point
 from sfl.errors import RunError, reason_of
-from sfl.protocol import checksum
+from sfl.protocol import File, checksum
 from sfl.saved import Buffer
 from sfl.tensors import TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
+_BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
 
@@ -42,22 +43,30 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "
     What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
     its part in the names of ``sfl.crash``.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb", buffering=0) as stream:
+        stream = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
+        try:
             view = memoryview(data)
             while view:
-                view = view[stream.write(view) :]
+                view = view[os.write(stream, view) :]
             if durable:
-                os.fsync(stream.fileno())
+                os.fsync(stream)
+        finally:
+            os.close(stream)
         crash_point(f"{what}.before_rename")
         os.replace(temporary, path)
         crash_point(f"{what}.after_rename")
         if durable:
             sync(path.parent)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
+
+
+def _name(kind: str, at: Mapping[str, int]) -> str:
+    return f"{kind}_{at['round']}_{at['step']}.pt"
 
 
 def sync(path: Path) -> None:
@@ -110,30 +119,27 @@ class ArchiveWriter:
         """Say whether tensors of this round are written."""
         return self._keep.records(round_index)
 
-    def record(
-        self,
-        kind: str,
-        data: Buffer,
-        spec: TensorSpec,
-        entry: Mapping[str, int],
-        data_checksum: str = "",
-    ) -> None:
-        """Write one tensor of a step, if its round's tensors stay.
+    def record(self, kind: str, data: Buffer, spec: TensorSpec, entry: Mapping[str, int]) -> None:
+        """Write one tensor of a step, as ``record_step`` writes several."""
+        self.record_step({kind: (File(data), spec)}, entry)
 
-        ``entry`` gives ``client``, ``round``, ``step`` and ``order``. ``data`` must not change
-        afterwards; ``data_checksum`` is theirs, if somebody has computed it.
+    def record_step(
+        self, tensors: Mapping[str, tuple[File, TensorSpec]], entry: Mapping[str, int]
+    ) -> None:
+        """Write the tensors of a step, by their kind, if its round's stay.
+
+        ``entry`` gives ``client``, ``round``, ``step`` and ``order``. The files must not change
+        afterwards.
         """
-        if path := self.place(kind, entry):
-            self._submit(
-                lambda: self._write_tensor(path, kind, data, spec, entry, data_checksum), len(data)
-            )
+        if self.records(entry["round"]):
+            num_bytes = sum(len(file.data) for file, _ in tensors.values())
+            self._submit(lambda: self._write_step(tensors, entry), num_bytes)
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
         """Return where ``record`` writes a tensor of a step; None if its round's do not stay."""
         if not self.records(at["round"]):
             return None
-        folder = client_folder(self._root, at["client"], at["round"])
-        return folder / f"{kind}_{at['round']}_{at['step']}.pt"
+        return client_folder(self._root, at["client"], at["round"]) / _name(kind, at)
 
     def write(
         self,
@@ -229,24 +235,21 @@ class ArchiveWriter:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _write_tensor(
-        self,
-        path: Path,
-        kind: str,
-        data: Buffer,
-        spec: TensorSpec,
-        at: Mapping[str, int],
-        data_checksum: str,
+    def _write_step(
+        self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]
     ) -> None:
-        if path.parent not in self._manifests:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
-        entry = Entry(
-            kind, path.name, len(data), data_checksum or checksum(data), client=at["client"],
-            round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
-            dtype=str(spec.dtype).removeprefix("torch."),
-        )  # fmt: skip
-        self._list(path.parent, entry)
+        folder = client_folder(self._root, at["client"], at["round"])
+        if folder not in self._manifests:
+            folder.mkdir(parents=True, exist_ok=True)
+        for kind, (file, spec) in tensors.items():
+            name, data = _name(kind, at), file.data
+            write_file(folder / name, data)
+            entry = Entry(
+                kind, name, len(data), file.checksum or checksum(data), client=at["client"],
+                round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
+                dtype=str(spec.dtype).removeprefix("torch."),
+            )  # fmt: skip
+            self._list(folder, entry)
 
     def _write_listed(
         self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]

@@ -24,6 +24,7 @@ from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
 from sfl.runfolder import RunFolder, say
+from sfl.shaping import LinkShape
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.transport import Connection, connect, parse_address
@@ -79,6 +80,7 @@ def reach(
         limits=Limits(),
         on_wait=say,
         tls=access.tls,
+        shape=LinkShape.parse(node.link),
     )
     connection.on_notice = say
     return connection

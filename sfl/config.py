@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sfl.errors import ConfigError
+from sfl.shaping import LinkShape
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -268,9 +269,15 @@ class PeerNode(NodeConfig):
         "", "certificates (PEM) of whom to trust with the server's: the connection is under TLS"
     )
 
+    link: str = _option(
+        "", "play a slower link for this machine's connections: 100mbit,50ms[,jitter=5ms]"
+        "[,loss=0.001]; each direction by itself",
+    )  # fmt: skip
+
     def check(self) -> None:
         super().check()
         _check_timeout("peer_timeout", self.peer_timeout)
+        LinkShape.parse(self.link)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key: give both, or none")
 

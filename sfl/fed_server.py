@@ -35,6 +35,7 @@ from sfl.protocol import Limits, MessageType
 from sfl.registration import Welcome, describe_data
 from sfl.resume import Past, open_past, read_halves
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.shaping import LinkShape
 from sfl.shared_weights import Threads
 from sfl.split_model import SplitModel
 from sfl.stores import SOCKET, StoreOptions, store_maker
@@ -110,7 +111,7 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
 def _serve_connections(node: ServerNode, device: torch.device) -> Path:
     guard = guard_of(node, FED)
     with (
-        listen(node.host, node.port) as listener,
+        listen(node.host, node.port, LinkShape.parse(node.link)) as listener,
         Switchboard(
             listener, timeout_s=node.peer_timeout, limits=Limits(), guard=guard, note=say
         ) as switchboard,

@@ -83,21 +83,22 @@ class Party:
             return
         cut = self.split.features_spec(num_samples)
         specs = {LABELS: self.split.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
-        for (kind, spec), file in zip(specs.items(), files, strict=True):
-            self._record(kind, file, spec, at, order)
+        of_kinds = zip(specs.items(), files, strict=True)
+        self._record({kind: (file, spec) for (kind, spec), file in of_kinds}, at, order)
 
     def record_gradients(self, at: Position, num_samples: int, data: Buffer) -> None:
         """Hand the gradients of the whole model, of a batch of so many samples, to the archive."""
         shape = self.split.labels_spec(num_samples)  # what they were computed from
-        self._record(WEIGHT_GRADS, File(data), shape, at, at.step)
+        self._record({WEIGHT_GRADS: (File(data), shape)}, at, at.step)
 
     def where(self, at: Position) -> dict[str, int]:
         """Return what identifies a step in the archive."""
         return {"client": at.client, "round": at.round, "step": at.step}
 
-    def _record(self, kind: str, file: File, spec: TensorSpec, at: Position, order: int) -> None:
-        where = self.where(at) | {"order": order}
-        self.archive.record(kind, file.data, spec, where, file.checksum)
+    def _record(
+        self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Position, order: int
+    ) -> None:
+        self.archive.record_step(tensors, self.where(at) | {"order": order})
 
 
 @dataclass(kw_only=True)

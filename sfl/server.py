@@ -48,6 +48,7 @@ from sfl.runfolder import (
     to_json,
 )
 from sfl.schemes import Exchange, scheme
+from sfl.shaping import LinkShape
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
 from sfl.stores import SOCKET, StoreOptions, store_maker
@@ -77,7 +78,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     device = set_up_torch(node)
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
-    with listen(node.host, node.port) as listener, contextlib.ExitStack() as stack:
+    shape = LinkShape.parse(node.link)
+    with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
         with (

@@ -27,11 +27,13 @@ from sfl.errors import (
 )
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
+from sfl.shaping import LinkShape, shaped
 from sfl.stream import Stream, is_refusal, to_server, why
 
 Socket = socket.socket
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
+UNSHAPED = LinkShape()
 
 
 class Connection(Link):
@@ -311,8 +313,8 @@ def _secured(sock: Socket, host: str, tls: ssl.SSLContext | None, timeout_s: flo
 class Listener:
     """A listening socket. Closed by ``with`` or ``close()``."""
 
-    def __init__(self, sock: Socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: Socket, shape: LinkShape) -> None:
+        self._sock, self._shape = sock, shape
         self.address = format_address(*sock.getsockname()[:2])
         self.port: int = sock.getsockname()[1]
 
@@ -337,7 +339,7 @@ class Listener:
             OSError: it cannot be had: too many files are open, for one.
         """
         try:
-            return self._sock.accept()[0]
+            return shaped(self._sock.accept()[0], self._shape)
         except (BlockingIOError, ConnectionAbortedError):  # the peer gave up before
             return None
 
@@ -346,9 +348,10 @@ class Listener:
         self._sock.close()
 
 
-def listen(host: str, port: int) -> Listener:
+def listen(host: str, port: int, shape: LinkShape = UNSHAPED) -> Listener:
     """Listen on ``host`` (IPv4 or IPv6; "::" takes both) and ``port``.
 
+    What comes is shaped as a link of that ``shape``.
     The port of a run that has just ended can be taken again at once.
 
     Raises:
@@ -359,7 +362,7 @@ def listen(host: str, port: int) -> Listener:
         both = host == "::" and socket.has_dualstack_ipv6()
         # create_server sets SO_REUSEADDR where it means "in TIME_WAIT too", not on Windows.
         sock = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
-        return Listener(sock)
+        return Listener(sock, shape)
     except (OSError, UnicodeError) as error:
         reason: str | None = "no host has such a name"
         if isinstance(error, OSError):
@@ -391,6 +394,7 @@ def connect(
     limits: Limits,
     on_wait: Callable[[str], None],
     tls: ssl.SSLContext | None = None,
+    shape: LinkShape = UNSHAPED,
 ) -> Connection:
     """Connect, trying again with growing pauses until ``connect_timeout_s`` has passed.
 
@@ -414,7 +418,7 @@ def connect(
             attempt_s = min(max(left_s, 0.1), _MAX_BACKOFF_S)
             sock = socket.create_connection((host, port), timeout=attempt_s)
             if sock.getsockname() != sock.getpeername():
-                stream = _secured(sock, host, tls, timeout_s)
+                stream = _secured(shaped(sock, shape), host, tls, timeout_s)
                 connection = Connection(stream, timeout_s=timeout_s, limits=limits)
                 connection.certificate = stream.certificate
                 return connection

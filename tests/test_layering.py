@@ -11,13 +11,14 @@ PACKAGE = Path(sfl.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
-    "socket": {"doorstep", "stream", "transport"},
+    "socket": {"doorstep", "shaping", "stream", "transport"},
     "ssl": {"certificates", "client_store", "doorstep", "stream", "transport"},
     "threading": {
         "archive_writer",
         "doorstep",
         "drain",
         "heartbeat",
+        "shaping",
         "shared_weights",
         "stream",
         "switchboard",

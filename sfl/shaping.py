@@ -1,0 +1,193 @@
+"""A connection as slow as one wants it: rate, delay, jitter and breaks, in the program itself.
+
+``--link 100mbit,50ms`` on either side shapes both directions of that side's connections, without
+root, for studies and tests. Two threads a direction pass the bytes on when they are due::
+
+    the program <-> near end of a socket pair | far end <-> Pipe, Pipe <-> the real socket
+"""
+
+import contextlib
+import math
+import queue
+import random
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from sfl.errors import ConfigError
+
+CHUNK = 16 * 2**10  # bytes
+MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
+UNCUT = math.inf
+_RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}  # bytes a second
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_PART = re.compile(r"(?:(jitter|loss)=)?(\d+(?:\.\d+)?)([a-z]*)", re.ASCII)
+
+
+class Line(Protocol):
+    """What a pipe asks of what it is a part of."""
+
+    @property
+    def bytes_per_s(self) -> float: ...
+
+    @property
+    def dark_until(self) -> float:
+        """The time before which nothing arrives."""
+
+    def draw_delay_s(self) -> float: ...
+
+    def cut_after(self) -> float:
+        """Draw how many bytes pass in one direction before the connection breaks."""
+
+    def count_cut(self) -> None: ...
+
+
+class Pipe:
+    """One direction of a connection: a thread that reads and a thread that delivers."""
+
+    def __init__(self, source: socket.socket, target: socket.socket, line: Line) -> None:
+        self._source, self._target, self._line = source, target, line
+        self._left = line.cut_after()  # bytes that pass before the connection breaks
+        in_flight = min(line.bytes_per_s * line.draw_delay_s() * 2 / CHUNK, 2**16)
+        most = MIN_ON_THE_WAY if math.isnan(in_flight) else max(MIN_ON_THE_WAY, int(in_flight))
+        self._on_the_way: queue.Queue[tuple[float, bytes]] = queue.Queue(most)
+        self.ended = threading.Event()
+        for run in (self._read, self._deliver):
+            threading.Thread(target=run, name="pipe", daemon=True).start()
+
+    def _read(self) -> None:
+        free_at = due_at = 0.0  # when the line has taken, and delivered, what it was given so far
+        data = b"-"
+        while data:
+            try:
+                data = self._source.recv(CHUNK)
+            except OSError:
+                data = b""
+            free_at = max(free_at, time.monotonic()) + len(data) / self._line.bytes_per_s
+            due_at = max(due_at, free_at + self._line.draw_delay_s())
+            self._on_the_way.put((due_at, data))
+
+    def _deliver(self) -> None:
+        try:
+            while self._deliver_one():
+                pass
+        finally:
+            self.ended.set()
+
+    def _deliver_one(self) -> bool:
+        """Pass on what comes next when it is due; return whether more may follow."""
+        due_at, data = self._on_the_way.get()
+        while (wait_s := max(due_at, self._line.dark_until) - time.monotonic()) > 0:
+            time.sleep(wait_s)
+        if not data:
+            shut(self._target, socket.SHUT_WR)
+            return False
+        passes = data[: int(min(self._left, len(data)))]
+        self._left -= len(passes)
+        try:
+            self._target.sendall(passes)
+        except OSError:  # the reader goes on, so that nobody waits for a place
+            shut(self._source, socket.SHUT_RD)
+        if len(passes) < len(data):
+            self._line.count_cut()
+            for sock in (self._source, self._target):
+                shut(sock, socket.SHUT_RDWR)
+            return False
+        return True
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    """Shut a socket down, if it is not yet."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(how)
+
+
+@dataclass(frozen=True)
+class LinkShape:
+    """What a link is like, each direction by itself. It does nothing if all is left as it is."""
+
+    bytes_per_s: float = math.inf
+    delay_s: float = 0.0
+    jitter_s: float = 0.0  # up to so much more delay; nothing overtakes
+    loss: float = 0.0  # probability that the connection breaks, for each 64 KiB that pass
+
+    dark_until = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "LinkShape":
+        """Return what ``RATE,DELAY[,jitter=TIME][,loss=P]`` means; each part may be left out.
+
+        ``100mbit,50ms,jitter=5ms,loss=0.001``. Rates are in kbit, mbit, gbit a second.
+
+        Raises:
+            ConfigError: the text means nothing.
+        """
+        given: dict[str, float] = {}
+        for part in text.split(",") if text else ():
+            found = _PART.fullmatch(part.strip())
+            name, number, unit = found.groups(default="") if found else ("", "0", "?")
+            value = float(number)
+            if not name and unit in _RATES and value > 0:
+                key, value = "bytes_per_s", value * _RATES[unit]
+            elif name in ("", "jitter") and unit in _TIMES:
+                key, value = "jitter_s" if name else "delay_s", value * _TIMES[unit]
+            elif name == "loss" and not unit and value < 1:
+                key = "loss"
+            else:
+                key = ""
+            if not key or key in given:
+                raise ConfigError(
+                    f"--link {text}: {part!r:.40} is none of a rate (100mbit), a delay (50ms),"
+                    " jitter=5ms and loss=0.001, each once"
+                )
+            given[key] = value
+        return cls(**given)
+
+    @property
+    def shapes(self) -> bool:
+        return self != LinkShape()
+
+    def draw_delay_s(self) -> float:
+        return self.delay_s + (random.uniform(0, self.jitter_s) if self.jitter_s else 0.0)
+
+    def cut_after(self) -> float:
+        return random.expovariate(self.loss / 65536) if self.loss else UNCUT
+
+    def count_cut(self) -> None:
+        pass
+
+
+class _NearEnd(socket.socket):
+    """Our end of a shaped connection, which knows who is at the other one."""
+
+    peer: object = None
+
+    def getpeername(self) -> object:
+        return self.peer
+
+
+def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
+    """Return a socket that leads where ``sock`` does, over a link of this shape.
+
+    ``sock`` is closed when both directions have ended.
+    """
+    if not shape.shapes:
+        return sock
+    sock.setblocking(True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    ours, far = socket.socketpair()
+    near = _NearEnd(ours.family, ours.type, ours.proto, fileno=ours.detach())
+    near.peer = sock.getpeername()
+    pipes = Pipe(far, sock, shape), Pipe(sock, far, shape)
+
+    def close() -> None:
+        for pipe in pipes:
+            pipe.ended.wait()
+        far.close()
+        sock.close()
+
+    threading.Thread(target=close, name="shaping", daemon=True).start()
+    return near
