@@ -80,13 +80,15 @@ def main() -> None:
     if min(options.blocks, options.steps) < 1:
         raise ConfigError("--blocks and --steps: give at least 1")
     results: list[list[Result]] = []
-    for name in chosen:
-        with TemporaryDirectory(prefix="sfl-") as folder:
-            found = run_row(rows[name], options, Path(folder))
-        print(table(found), flush=True)
-        if options.profile:
-            print(phases_table(found), flush=True)
-        results.append(found)
+    # Removed at the end alone: a file system may be slow to create files where many were removed.
+    with TemporaryDirectory(prefix="sfl-") as folder:
+        for name in chosen:
+            (own := Path(folder) / name).mkdir()
+            found = run_row(rows[name], options, own)
+            print(table(found), flush=True)
+            if options.profile:
+                print(phases_table(found), flush=True)
+            results.append(found)
     for path in write_all(Path(options.out), results):
         print(path)
 

@@ -41,13 +41,14 @@ def main_client(argv: Sequence[str] | None = None) -> int:
     def program() -> None:
         from sfl.client import take_part
         from sfl.config import ClientNode
+        from sfl.host import host
         from sfl.options import parse_options
 
         about = (
             "Take part in a split-learning run; everything about training comes from the server."
         )
         (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
-        take_part(node)
+        (host if node.client_ids else take_part)(node)
 
     return run_program("run_client.py", program)
 

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode, RunConfig
 from sfl.conversation import client_run
 from sfl.crash import crash_point
-from sfl.data import ClientData, Source, load, num_batches, part_of
+from sfl.data import ClientData, Source, client_data, load, num_batches
 from sfl.datasets import dataset_of
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
@@ -24,18 +25,22 @@ from sfl.heartbeat import Heart, interval_s
 from sfl.link import ANY_ID, CLIENT, Peer
 from sfl.options import check_goes_on
 from sfl.own_data import load_own
-from sfl.partition import OWN
+from sfl.partition import OWN, deal
 from sfl.party import ClientParty
 from sfl.profile import Profile
+from sfl.protocol import MessageType
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.samples import Samples
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import Connection, parse_address
+
+Notify = Callable[[str], None]
 
 
 def take_part(node: ClientNode) -> None:
@@ -48,14 +53,64 @@ def take_part(node: ClientNode) -> None:
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
     parse_address(node.server)  # before torch's own start
+    access = Access.of(node)
+    take_part_on(Machine(access, set_up_torch(node)), node)
+
+
+@dataclass
+class Machine:
+    """What all clients of one process have in common."""
+
+    access: Access
+    device: torch.device
+    hosts_many: bool = False
+    is_interrupted: bool = False
+    _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
+    _connections: set[Connection] = field(default_factory=set)
+
+    def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
+        """Return what a client trains, validates and tests on.
+
+        Raises:
+            ConfigError, DataError: the data set is not known, not allowed, or not there.
+        """
+        spec = dataset_of(run, node.allowed_imports)
+        if run.partition == OWN:
+            own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
+            return load_own(spec, run, client, own)
+        if run not in self._parts:
+            source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
+            self._parts[run] = deal(*load(spec, source), run)
+        return client_data(spec, run, client, *self._parts[run][client])
+
+    @contextlib.contextmanager
+    def uses(self, connection: Connection) -> Iterator[None]:
+        """Take note of a connection, for ``interrupt``."""
+        self._connections.add(connection)
+        try:
+            yield
+        finally:
+            self._connections.discard(connection)
+
+    def interrupt(self) -> None:
+        """End all clients from another thread; their servers are told that they leave."""
+        self.is_interrupted = True
+        for connection in list(self._connections):
+            connection.end_sending(MessageType.UNREGISTER, "interrupted")
+
+
+def take_part_on(machine: Machine, node: ClientNode) -> None:
+    """Do as ``take_part``, as one of the clients of a machine."""
     with contextlib.ExitStack() as stack:
-        access = Access.of(node)
-        client = _Client(node, access, set_up_torch(node), stack)
+        client = _Client(node, machine, stack)
         attempts = _Attempts()
         client.take_part()
-        while client.lost is not None:
-            attempts.wait(client.lost, client.progress, client.patience_s)
+        while client.lost is not None and not machine.is_interrupted:
+            with machine.access.aside():
+                attempts.wait(client.lost, client.progress, client.patience_s)
             client.take_part(client.patience_s)
+        if machine.is_interrupted:
+            raise KeyboardInterrupt
 
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -94,12 +149,11 @@ class _Client:
     def __init__(
         self,
         node: ClientNode,
-        access: Access,
-        device: torch.device,
+        machine: Machine,
         stack: contextlib.ExitStack,
     ) -> None:
-        self._node, self._access = node, access
-        self._device = device
+        self._node, self._machine, self._access = node, machine, machine.access
+        self._device = machine.device
         self._stack = stack
         self._instance = secrets.token_hex(16)
         self._welcome: Welcome | None = None  # of the first connection
@@ -128,7 +182,7 @@ class _Client:
         try:
             with reach(self._node.server, self._node, self._access, again_s) as link:
                 link.peer_name = "server"
-                with hearing_why(link):
+                with self._machine.uses(link), hearing_why(link):
                     self._join(link)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_come_back(error):
@@ -171,14 +225,12 @@ class _Client:
         crash_point("start.registered")
         if known:
             _check_still_that(welcome, known)
-        connection.name = f"client_{welcome.client}"
+        connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
         with Heart(lambda: [connection]):
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
             if self._loaded is None:
-                self._loaded = _Loaded(
-                    welcome, self._node, self._access, self._folder, self._device
-                )
+                self._loaded = _Loaded(welcome, self._node, self._machine, self._folder)
             self._loaded.run_over(connection, welcome, self._instance)
         connection.part()
 
@@ -190,6 +242,7 @@ class _Client:
         if welcome.goes_on:
             check_same_run(path, welcome.run)
         folder = self._stack.enter_context(open_folder(path, "client_log.txt", node.keep_tensors))
+        folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
         record = options_record(welcome.run, node)
         folder.archive.write("config", "config.json", to_json(record))
@@ -221,21 +274,6 @@ def _create_folder(path: Path, *, goes_on: bool) -> None:
         raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
 
 
-def load_data(
-    run: RunConfig, client: int, node: ClientNode, notify: Callable[[str], None]
-) -> ClientData:
-    """Return what this client trains, validates and tests on.
-
-    Raises:
-        ConfigError, DataError: the data set is not known, not allowed, or not there.
-    """
-    spec = dataset_of(run, node.allowed_imports)
-    if run.partition == OWN:
-        return load_own(spec, run, client, node.data_path)
-    source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
-    return part_of(spec, run, client, load(spec, source))
-
-
 class _Loaded:
     """A client that has its data and its model."""
 
@@ -243,22 +281,22 @@ class _Loaded:
         self,
         welcome: Welcome,
         node: ClientNode,
-        access: Access,
+        machine: Machine,
         folder: RunFolder,
-        device: torch.device,
     ) -> None:
         self._client, self._run = welcome.client, welcome.run
-        self._node, self._access = node, access
-        self._folder, self._device = folder, device
+        self._node, self._access = node, machine.access
+        self._folder, self._device = folder, machine.device
         run, events = self._run, folder.events
         check_names(run)
-        self._data = load_data(run, self._client, node, events.say)
+        self._data = machine.load(run, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
         self._report = DataReport.of(self._data, run)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
-        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {device}")
-        self.log = ClientLog(run, folder, num_batches(len(self._data.train), run.batch_size))
+        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
+        num_steps = num_batches(len(self._data.train), run.batch_size)
+        self.log = ClientLog(run, folder, num_steps, shows_bar=not machine.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
     def run_over(self, connection: Connection, welcome: Welcome, instance: str) -> None:

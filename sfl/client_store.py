@@ -28,6 +28,7 @@ from sfl.shaping import LinkShape
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.transport import Connection, connect, parse_address
+from sfl.turn import Aside
 from sfl.weights import SocketWeights, WeightKey, WeightStore
 
 
@@ -37,6 +38,9 @@ class Access:
 
     tokens: Tokens | None = None
     tls: ssl.SSLContext | None = None
+    # Entered while a client waits, once it is registered, which is to be done in time: others of
+    # the process may compute.
+    aside: Aside = contextlib.nullcontext
 
     @classmethod
     def of(cls, node: PeerNode) -> "Access":
@@ -150,7 +154,7 @@ def open_store(
         _sign_in(place, run, welcome.client, report)
         folder.events.say(f"weights go through {place.title}")
         link = connection if welcome.fed == HERE else None
-        yield store_maker(place, options)(link, most_bytes), None
+        yield store_maker(place, options, aside=access.aside)(link, most_bytes), None
 
 
 def allowed_address(named: str, allowed: str) -> str:
@@ -202,6 +206,7 @@ def _fed_connection(
             theirs = run_blocking(joining)
             if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
                 raise ProtocolError("the fed server runs another run than the main server")
+            connection.aside = access.aside
             with Heart(lambda: [connection]):
                 send_report(connection, report)
                 folder.events.say(f"the fed server is at {welcome.fed}")

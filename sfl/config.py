@@ -353,6 +353,9 @@ class ClientNode(PeerNode):
 
     server: str = _option("127.0.0.1:8765", "HOST:PORT of the server")
     client_id: int | None = _option(None, "0 to clients-1; the lowest free one if not given")
+    client_ids: str = _option(
+        "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"
+    )
     connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
     reconnect_timeout: float = _option(
         600.0, "seconds to try to reach a server that was lost; 0: end at once"
@@ -373,9 +376,28 @@ class ClientNode(PeerNode):
         patience = self.reconnect_timeout
         fine = math.isfinite(patience) and patience >= 0
         _require(fine, "reconnect_timeout", patience, "0 or more")
+        if self.client_ids and self.client_id is not None:
+            raise ConfigError("--client-id and --client-ids: give one of them")
+        _ = self.hosted
         if self.tls_cert and not self.tls_ca:
             raise ConfigError("--tls-cert: without --tls-ca there is no TLS to show it in")
         KeepTensors.parse(self.keep_tensors)
+
+    @property
+    def hosted(self) -> list[int]:
+        """The clients that this process hosts; none if it is one client.
+
+        Raises:
+            ConfigError: ``client_ids`` names none, or one twice.
+        """
+        ids: list[int] = []
+        for part in self.client_ids.split(",") if self.client_ids else ():
+            found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
+            first, last = (int(n) for n in found.groups(found[1])) if found else (1, 0)
+            ids += range(first, min(last, _MOST["clients"]) + 1)
+            if last < first or len(set(ids)) != len(ids):
+                raise ConfigError(f"--client-ids {self.client_ids}: give 0-99, or 0-9,20-29")
+        return ids
 
 
 @dataclass(frozen=True)

@@ -130,14 +130,15 @@ class _Together(Generic[T]):
         self._beginnings = conversations
         self._running: dict[int, Conversation[T]] = {}
         self._receiving: dict[Link, int] = {}
+        self._links: dict[int, Link] = {}  # that each client's conversation receives from
         self._held: dict[int, Gate] = {}
         self._left: set[int] = set()
+        self._expected = set(conversations)  # who neither runs, nor has a result, nor has left
         self.results: dict[int, T] = {}
 
     def is_open(self) -> bool:
         """Say whether a conversation runs, or waits for a client that is to come back."""
-        expected = self._beginnings.keys() - self.results.keys() - self._left
-        return bool(self._running or expected)
+        return bool(self._running or self._expected)
 
     def begin(self, client: int) -> None:
         """Begin a client's conversation, if it has one here and has not left."""
@@ -146,23 +147,25 @@ class _Together(Generic[T]):
             if not self._results_stay:
                 self.results.pop(client, None)
             self._running[client] = self._beginnings[client]()
+            self._expected.discard(client)
             self._resume(client)
 
     def stop(self, client: int) -> None:
         """Drop a client's conversation, if one runs."""
         if conversation := self._running.pop(client, None):
             conversation.close()
+            if client not in self.results:
+                self._expected.add(client)
         self._held.pop(client, None)
-        self._receiving = {link: k for link, k in self._receiving.items() if k != client}
+        if link := self._links.pop(client, None):
+            self._receiving.pop(link, None)
 
     def given_up(self) -> list[int]:
         """Return the clients that have just left without a result."""
-        left = []
-        for client in self._beginnings:
-            settled = client in self.results or client in self._running or client in self._left
-            if not settled and self._network.gives_up(client):
-                self._left.add(client)
-                left.append(client)
+        left = [k for k in self._beginnings if k in self._expected] if self._expected else []
+        left = [k for k in left if self._network.gives_up(k)]
+        self._left.update(left)
+        self._expected.difference_update(left)
         return left
 
     def go_on(self) -> None:
@@ -188,6 +191,6 @@ class _Together(Generic[T]):
             self._network.lost(client, error)
         else:
             if isinstance(due, Link):
-                self._receiving[due] = client
+                self._receiving[due], self._links[client] = client, due
             else:
                 self._held[client] = due

@@ -103,7 +103,8 @@ class RoundPlan:
         self.rounds = Turns(tuple(self.order) if in_turns else None)
         self.relayed: NamedWeights | None = None  # what the next client starts from
         self.steps: dict[int, Turns] = {}
-        self._taken: Counter[int] = Counter()  # steps of each client that its back has taken
+        self._taken: Counter[int] = Counter()  # steps that each back has taken
+        self._taken_of: Counter[int] = Counter()  # steps of each client that its back has taken
         for b in backs:
             ours = [k for k in self.order if row.back_of(k) == b]
             fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
@@ -155,15 +156,18 @@ class RoundPlan:
             return False
         if snapshot := self._snapshots.pop(client, None):
             self._backs[scheme(self._run.scheme).back_of(client)].restore(snapshot)
-            del self._taken[client]
+            self._taken[self._back_of(client)] -= self._taken_of.pop(client, 0)
         return True
 
     def take(self, client: int) -> int:
         """Count a step of a client's back; return how many it had taken before."""
-        back_of = scheme(self._run.scheme).back_of
-        before = sum(n for k, n in self._taken.items() if back_of(k) == back_of(client))
-        self._taken[client] += 1
-        return before
+        back = self._back_of(client)
+        self._taken[back] += 1
+        self._taken_of[client] += 1
+        return self._taken[back] - 1
+
+    def _back_of(self, client: int) -> int:
+        return scheme(self._run.scheme).back_of(client)
 
     def _leaves_no_trace(self, client: int) -> bool:
         """Say whether nobody else's steps come between those of a client on its back."""

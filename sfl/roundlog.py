@@ -38,11 +38,14 @@ FIGURES = frozenset(ROUND_COLUMNS) - {"round", "took_part", "missing"}
 class Progress:
     """A bar over the steps of a round in a terminal; nothing elsewhere."""
 
-    def __init__(self, run_rounds: int) -> None:
+    def __init__(self, run_rounds: int, *, shown: bool = True) -> None:
         self._rounds = run_rounds
+        self._shown = shown
         self._bar: Any = None
 
     def start(self, round_index: int, num_steps: int) -> None:
+        if not self._shown:
+            return
         title = f"round {round_index + 1}/{self._rounds}"
         self._bar = tqdm(total=num_steps, desc=title, unit="step", leave=False, disable=None)
 
@@ -133,13 +136,15 @@ class RoundLog:
 class ClientLog:
     """A client's progress bar and its line a round."""
 
-    def __init__(self, run: RunConfig, folder: RunFolder, steps_an_epoch: int) -> None:
+    def __init__(
+        self, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool = True
+    ) -> None:
         self.run = run
         self._events = folder.events
         self._steps_a_round = steps_an_epoch * run.local_epochs
         self._loss_sum = 0.0
         self._samples = 0
-        self.progress = Progress(run.rounds)
+        self.progress = Progress(run.rounds, shown=shows_bar)
         self.num_steps = 0  # that were taken, those that were redone included
 
     def say(self, line: str) -> None:

@@ -65,6 +65,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         """Raises ``RunError`` if another process writes it: a run has one writer at a time."""
+        self.is_quiet = False  # whether nothing goes to the terminal
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - see close
         if importlib.util.find_spec("fcntl"):  # not on Windows
             import fcntl
@@ -85,7 +86,8 @@ class EventLog:
     def say(self, line: str) -> None:
         """Write one line to both."""
         self.note(line)
-        say(one_line(line, MAX_LINE))
+        if not self.is_quiet:
+            say(one_line(line, MAX_LINE))
 
     def note(self, line: str) -> None:
         """Write one line to the file alone."""

@@ -14,6 +14,7 @@ was put elsewhere, or altered, is never taken for the round's.
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Generic, TypeVar
 
 from sfl.driver import Conversation, Gate, Network
@@ -21,6 +22,7 @@ from sfl.errors import IntegrityError, ProtocolError, RunError
 from sfl.link import Link
 from sfl.objects import Metadata, ObjectStore
 from sfl.protocol import MessageType, checksum
+from sfl.turn import Aside
 from sfl.weights import WeightKey
 
 T = TypeVar("T")
@@ -81,11 +83,11 @@ class _Job(Generic[T]):
 class Transfers:
     """Makes a store's calls: on threads, so that those of different clients overlap, or in place.
 
-    ``wake`` is told when a thread is done; without one, calls are made in place.
+    ``wake`` is told when a thread is done; without one, calls are made in place, inside ``aside``.
     """
 
-    def __init__(self, wake: Callable[[], None] | None = None) -> None:
-        self._wake = wake
+    def __init__(self, wake: Callable[[], None] | None = None, aside: Aside = nullcontext) -> None:
+        self._wake, self._aside = wake, aside
         self._places = threading.Semaphore(MAX_THREADS)
         self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
 
@@ -93,7 +95,8 @@ class Transfers:
         """Make a call; without threads, nothing is yielded."""
         if self._wake is None:
             yield from ()
-            return call()
+            with self._aside():
+                return call()
         job = _Job(call, self._places, self._wake)
         yield job.is_done
         return job.result()
@@ -103,7 +106,8 @@ class Transfers:
         if self._wake is None:
             yield from ()
             if name not in self._once:
-                call()
+                with self._aside():
+                    call()
                 self._once[name] = None
             return
         job = self._once.get(name) or _Job(call, self._places, self._wake)

@@ -1,6 +1,7 @@
 """The stores that ``--weights`` names, and opening one."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sfl.errors import ConfigError
 from sfl.link import Link
 from sfl.objects import Directory, ObjectStore
 from sfl.shared_weights import SharedWeights, Transfers
+from sfl.turn import Aside
 from sfl.weights import SocketWeights, WeightStore
 
 SOCKET = "socket"
@@ -86,13 +88,14 @@ def store_maker(
     place: ObjectStore | None,
     options: StoreOptions,
     wake: Callable[[], None] | None = None,
+    aside: Aside = nullcontext,
 ) -> Callable[[Link | None, int], WeightStore]:
     """Return what makes a party's store, from its link and how large a file of weights may be.
 
-    All of one process share their transfers; ``wake`` is as of ``Transfers``. Without a link nobody
-    announces what a place has.
+    All of one process share their transfers; ``wake`` and ``aside`` are as of ``Transfers``.
+    Without a link nobody announces what a place has.
     """
-    transfers = Transfers(wake)
+    transfers = Transfers(wake, aside)
 
     def make(link: Link | None, most_bytes: int) -> WeightStore:
         if place is not None:

@@ -29,8 +29,10 @@ from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
 from sfl.shaping import LinkShape, shaped
 from sfl.stream import Stream, is_refusal, to_server, why
+from sfl.turn import Aside
 
 Socket = socket.socket
+_nothing = contextlib.nullcontext()
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
 UNSHAPED = LinkShape()
@@ -59,6 +61,7 @@ class Connection(Link):
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self._held: list[memoryview] | None = None  # what is to be sent together
+        self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -85,7 +88,7 @@ class Connection(Link):
         if self._held is not None:
             self._held += parts
         else:
-            with self._sending:
+            with self.aside(), self._sending:
                 self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
@@ -99,7 +102,7 @@ class Connection(Link):
         finally:
             parts, self._held = self._held, None
         started = time.perf_counter()
-        with self._sending:
+        with self.aside(), self._sending:
             self._transmit(parts)
         self.counters.sending_s += time.perf_counter() - started
 
@@ -180,7 +183,7 @@ class Connection(Link):
     def _read(self, *, wait: bool = True) -> None:
         """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
         where = self._where
-        with self._decoder.get_buffer() as buffer:
+        with self._decoder.get_buffer() as buffer, self.aside() if wait else _nothing:
             try:
                 stream = self._stream
                 num_bytes = (stream.receive_into if wait else stream.receive_now)(buffer)
@@ -234,7 +237,7 @@ class Connection(Link):
         """Close after our last message: what the peer still sends is read and thrown away."""
         self._stream.shut_sending()
         deadline, unread = time.monotonic() + FAREWELL_S, memoryview(bytearray(65536))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.aside():
             while time.monotonic() < deadline and self._stream.receive_into(unread):
                 pass
         self.close()

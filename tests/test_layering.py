@@ -18,11 +18,13 @@ MAY_IMPORT = {
         "doorstep",
         "drain",
         "heartbeat",
+        "host",
         "shaping",
         "shared_weights",
         "stream",
         "switchboard",
         "transport",
+        "turn",
     },
     "pickle": set(),
 }

@@ -1,0 +1,54 @@
+"""Many clients in one process, one connection each: ``run_client.py --client-ids 0-99``.
+
+Each is a thread that does what a process of its own would do; they share the data set in memory,
+and compute one at a time (``sfl.turn``). Each has its own folder and log.
+"""
+
+import dataclasses
+import threading
+
+from sfl.client import Machine, take_part_on
+from sfl.client_store import Access
+from sfl.config import ClientNode, counted
+from sfl.environment import set_up_torch
+from sfl.errors import reason_of
+from sfl.link import one_line
+from sfl.runfolder import say
+from sfl.turn import Turn
+
+
+def host(node: ClientNode) -> None:
+    """Take part in one run as several clients; who fails does not keep the others from going on.
+
+    Raises:
+        What the first client that failed has met; as ``client.take_part``.
+    """
+    turn = Turn()
+    access = dataclasses.replace(Access.of(node), aside=turn.aside)
+    machine = Machine(access, set_up_torch(node), hosts_many=True)
+    failures: dict[int, BaseException] = {}
+
+    def run(client: int) -> None:
+        try:
+            with turn:
+                take_part_on(machine, dataclasses.replace(node, client_id=client, client_ids=""))
+        except BaseException as error:  # noqa: BLE001 - the thread's edge; raised below
+            failures[client] = error
+            say(f"client_{client}: {one_line(reason_of(error))}")
+
+    threads = [threading.Thread(target=run, args=[k], name=f"client_{k}") for k in node.hosted]
+    say(f"{counted(len(threads), 'client')} in this process: {node.client_ids}")
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        machine.interrupt()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+        raise
+    if failures:
+        raise failures[min(failures)]
+    say("the run is over")

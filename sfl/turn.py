@@ -1,0 +1,33 @@
+"""Whose turn it is to compute, of several clients that one process hosts.
+
+Dropout draws from torch's one generator, and one core is shared anyway: so one client computes at a
+time, and gives the turn away while it waits for its server or sends.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+Aside = Callable[[], AbstractContextManager[None]]
+
+
+class Turn:
+    """Held by ``with`` while a client computes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Give the turn away, and take it again at the end; for whoever has it."""
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
