@@ -5,7 +5,7 @@ python -m experiments.bench [--rows mlp-128-1,...] [--blocks 7] [--out FOLDER] [
 A row is a model, a batch size and a number of clients. All contenders of a row live at the same
 time; blocks of steps alternate between them, the first of each does not count, so that a machine
 whose speed drifts does not decide. Writes bench.csv, bench.md and bench.png. ``--profile`` shows
-where the time of our own steps goes.
+where the time of our own steps goes, ``--link 100mbit,50ms`` what a slow link makes of them.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from experiments.few_digits import FEW_DIGITS
 from sfl.cli import run_program
 from sfl.config import unknown_name
 from sfl.errors import ConfigError
+from sfl.shaping import LinkShape
 
 ALONE = "arithmetic alone"
 PEERS = {  # title -> module of experiments.peers, and the package that it needs
@@ -30,6 +31,7 @@ PEERS = {  # title -> module of experiments.peers, and the package that it needs
     "WebSocket, base64 JSON": ("websocket", "websockets"),
     "Ray actor": ("ray_actor", "ray"),
 }
+MODEL = "arithmetic + 2 delays + bytes / rate"
 ARCHIVES = {"SFL, archive on": "all", "SFL, archive off": "none"}
 LARGE = ("--image-size", "64", "--dataset", FEW_DIGITS)
 ROWS = [
@@ -49,7 +51,15 @@ def run_row(row: Row, options: Namespace, folder: Path) -> list[Result]:
                 found = contender.block(options.steps)
                 if block:
                     samples.setdefault(contender.title, []).extend(found)
-        return [Result(row, c.title, samples[c.title], c.peak_bytes()) for c in contenders]
+        results = [Result(row, c.title, samples[c.title], c.peak_bytes()) for c in contenders]
+        return modelled(*results, LinkShape.parse(options.link)) if options.link else results
+
+
+def modelled(alone: Result, ours: Result, link: LinkShape) -> list[Result]:
+    """Return what a step over a link should take at least, and what it took."""
+    num_bytes = ours.counted("num_bytes") or 0.0
+    seconds = alone.ms / 1e3 + 2 * link.delay_s + num_bytes / link.bytes_per_s
+    return [Result(ours.row, MODEL, [Sample(seconds, alone.cpu_ms / 1e3)], 0), ours]
 
 
 def start(
@@ -58,9 +68,13 @@ def start(
     """Start all contenders of a row; who lacks a package is named and left out."""
     rounds = (options.blocks + 1) * (BLOCK_ROUNDS + 1) + 3
     contenders: list[Contender] = [Peer(stack, ALONE, "alone", row, folder)]
+    client = ["--allow-import", FEW_DIGITS]
+    if options.link:
+        link, title = ["--link", options.link], f"SFL over {options.link}"
+        server = ["--rounds", str(rounds)]
+        return [*contenders, Sfl(stack, title, row, folder, server, [*client, *link])]
     for title, keep in ARCHIVES.items():
         server = ["--rounds", str(rounds), "--keep-tensors", keep]
-        client = ["--allow-import", FEW_DIGITS]
         contenders.append(Sfl(stack, title, row, folder, server, client))
     for title, (module, package) in PEERS.items() if row.has_peers else ():
         if importlib.util.find_spec(package):
@@ -79,6 +93,7 @@ def main() -> None:
             raise unknown_name("row", name, rows)
     if min(options.blocks, options.steps) < 1:
         raise ConfigError("--blocks and --steps: give at least 1")
+    LinkShape.parse(options.link)
     results: list[list[Result]] = []
     # Removed at the end alone: a file system may be slow to create files where many were removed.
     with TemporaryDirectory(prefix="sfl-") as folder:
@@ -102,6 +117,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--blocks", type=int, default=7, help="of each contender (default: 7)")
     parser.add_argument("--steps", type=int, default=60, help="in a peer's block (default: 60)")
     parser.add_argument("--out", default="bench", help="folder of what is written")
+    parser.add_argument(
+        "--link", default="", help="our own runs over such a link alone, beside what it must take"
+    )
     parser.add_argument("--profile", action="store_true", help="show where our time goes")
     return parser.parse_args(argv)
 

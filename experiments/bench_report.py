@@ -73,7 +73,8 @@ def table(results: Sequence[Result]) -> str:
     ]
     for result in results:
         f = _figures(result, results[0])
-        num_bytes, trips = (f"{f[n]:,.0f}" if f[n] is not None else "" for n in COLUMNS[8:10])
+        num_bytes = "" if f["bytes"] is None else f"{f['bytes']:,.0f}"
+        trips = "" if f["round_trips"] is None else f"{f['round_trips']:.2f}"
         lines.append(
             f"| {result.contender} | {f['ms']:.2f} | {f['ms_low']:.2f} to {f['ms_high']:.2f} |"
             f" {f['ratio']:.2f} | {f['overhead_ms']:+.2f} | {num_bytes} | {trips} |"

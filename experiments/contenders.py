@@ -7,6 +7,7 @@ of processor and memory is read in /proc.
 import contextlib
 import csv
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -216,7 +217,7 @@ class Sfl:
         client_options: Sequence[str] = (),
     ) -> None:
         self.title = title
-        name = title.replace(" ", "-").replace(",", "")
+        name = re.sub("[^A-Za-z0-9]+", "-", title)
         out = ["--out", str(folder), "--profile", "--peer-timeout", "3600"]
         self._processes = stack.enter_context(
             running([*row.run_options(), "--run", name, *out, *server_options])

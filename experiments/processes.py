@@ -24,6 +24,7 @@ class Processes:
     start: "Callable[[str, Sequence[str]], subprocess.Popen[str]]"
     server: "subprocess.Popen[str]"
     clients: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the clients' processes
     run: str = ""
     address: str = ""
 
@@ -35,9 +36,13 @@ class Processes:
     ) -> None:
         """Start a client for each address of the server; ``own`` gives the options of each."""
         for k, address in enumerate(addresses):
-            command = ["run_client.py", "--server", address, "--client-id", str(k)]
-            self.clients.append(self.start(f"client_{k}", [*command, *options, *own(k)]))
-            threading.Thread(target=self._watch, args=[self.clients[-1]], daemon=True).start()
+            self.start_client(f"client_{k}", address, ["--client-id", str(k), *options, *own(k)])
+
+    def start_client(self, name: str, address: str, options: Sequence[str]) -> None:
+        """Start a process of one client, or of several."""
+        self.names.append(name)
+        self.clients.append(self.start(name, ["run_client.py", "--server", address, *options]))
+        threading.Thread(target=self._watch, args=[self.clients[-1]], daemon=True).start()
 
     def _watch(self, client: "subprocess.Popen[str]") -> None:
         """End the server, which would wait for it to come back, when a client has failed."""
@@ -59,7 +64,8 @@ class Processes:
         failed = []
         if self.server.wait() != 0:
             self.kill()
-        for name, process in [("server", self.server), *_named(self.clients)]:
+        named = zip(("server", *self.names), (self.server, *self.clients), strict=True)
+        for name, process in named:
             if process.wait() > 0:  # less: it was killed here
                 failed.append(f"{name}: {last_line(self.logs / f'{name}.err')}")
         if failed:
@@ -70,12 +76,6 @@ class Processes:
         for process in [self.server, *self.clients]:
             if process.poll() is None:
                 process.kill()
-
-
-def _named(
-    clients: "Sequence[subprocess.Popen[str]]",
-) -> "list[tuple[str, subprocess.Popen[str]]]":
-    return [(f"client_{k}", process) for k, process in enumerate(clients)]
 
 
 def last_line(path: Path) -> str:

@@ -5,42 +5,32 @@ import dataclasses
 import functools
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why, open_store, reach
-from sfl.config import ClientNode, RunConfig
+from sfl.config import ClientNode
 from sfl.conversation import client_run
 from sfl.crash import crash_point
-from sfl.data import ClientData, Source, client_data, load, num_batches
-from sfl.datasets import dataset_of
+from sfl.data import num_batches
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import ANY_ID, CLIENT, Peer
+from sfl.machine import Machine
 from sfl.options import check_goes_on
-from sfl.own_data import load_own
-from sfl.partition import OWN, deal
 from sfl.party import ClientParty
 from sfl.profile import Profile
-from sfl.protocol import MessageType
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
-from sfl.samples import Samples
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import Connection, parse_address
-
-Notify = Callable[[str], None]
 
 
 def take_part(node: ClientNode) -> None:
@@ -57,60 +47,17 @@ def take_part(node: ClientNode) -> None:
     take_part_on(Machine(access, set_up_torch(node)), node)
 
 
-@dataclass
-class Machine:
-    """What all clients of one process have in common."""
-
-    access: Access
-    device: torch.device
-    hosts_many: bool = False
-    is_interrupted: bool = False
-    _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
-    _connections: set[Connection] = field(default_factory=set)
-
-    def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
-        """Return what a client trains, validates and tests on.
-
-        Raises:
-            ConfigError, DataError: the data set is not known, not allowed, or not there.
-        """
-        spec = dataset_of(run, node.allowed_imports)
-        if run.partition == OWN:
-            own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
-            return load_own(spec, run, client, own)
-        if run not in self._parts:
-            source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
-            self._parts[run] = deal(*load(spec, source), run)
-        return client_data(spec, run, client, *self._parts[run][client])
-
-    @contextlib.contextmanager
-    def uses(self, connection: Connection) -> Iterator[None]:
-        """Take note of a connection, for ``interrupt``."""
-        self._connections.add(connection)
-        try:
-            yield
-        finally:
-            self._connections.discard(connection)
-
-    def interrupt(self) -> None:
-        """End all clients from another thread; their servers are told that they leave."""
-        self.is_interrupted = True
-        for connection in list(self._connections):
-            connection.end_sending(MessageType.UNREGISTER, "interrupted")
-
-
 def take_part_on(machine: Machine, node: ClientNode) -> None:
     """Do as ``take_part``, as one of the clients of a machine."""
     with contextlib.ExitStack() as stack:
         client = _Client(node, machine, stack)
         attempts = _Attempts()
         client.take_part()
-        while client.lost is not None and not machine.is_interrupted:
+        while client.lost is not None:
+            machine.check_interrupted()
             with machine.access.aside():
                 attempts.wait(client.lost, client.progress, client.patience_s)
             client.take_part(client.patience_s)
-        if machine.is_interrupted:
-            raise KeyboardInterrupt
 
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -178,12 +125,16 @@ class _Client:
 
         ``again_s`` is for how long to try to connect, if it is not the first time.
         """
-        self.lost = None
+        self.lost, node, access = None, self._node, self._access
         try:
-            with reach(self._node.server, self._node, self._access, again_s) as link:
-                link.peer_name = "server"
-                with self._machine.uses(link), hearing_why(link):
-                    self._join(link)
+            with contextlib.ExitStack() as stack:
+                with self._access.aside():  # who connects has to register soon
+                    link = stack.enter_context(reach(node.server, node, access, again_s))
+                    link.peer_name = "server"
+                    stack.enter_context(self._machine.uses(link))
+                    stack.enter_context(hearing_why(link))
+                    welcome = self._register(link)
+                self._join(link, welcome)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
@@ -211,7 +162,7 @@ class _Client:
         told = self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _join(self, connection: Connection) -> None:
+    def _register(self, connection: Connection) -> Welcome:
         known = self._welcome
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
@@ -225,6 +176,9 @@ class _Client:
         crash_point("start.registered")
         if known:
             _check_still_that(welcome, known)
+        return welcome
+
+    def _join(self, connection: Connection, welcome: Welcome) -> None:
         connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
         with Heart(lambda: [connection]):
             if self._folder is None:

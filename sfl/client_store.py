@@ -195,24 +195,26 @@ def _fed_connection(
     instance: str,
 ) -> Iterator[Connection]:
     """Join the run at the fed server, and take our leave there at the end."""
-    with reach(node.fed_server or welcome.fed, node, access) as connection:
-        connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
-        with hearing_why(connection):
+    with contextlib.ExitStack() as stack:
+        with access.aside():  # who connects has to register soon
+            connection = stack.enter_context(reach(node.fed_server or welcome.fed, node, access))
+            connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
+            stack.enter_context(hearing_why(connection))
             access.show(connection, Peer(CLIENT, welcome.client), FED, welcome.run.run)
             joining = client_join(
                 connection, welcome.client, fingerprint, instance=instance,
                 heartbeat_s=interval_s(node.peer_timeout),
             )  # fmt: skip
             theirs = run_blocking(joining)
-            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
-                raise ProtocolError("the fed server runs another run than the main server")
-            connection.aside = access.aside
-            with Heart(lambda: [connection]):
-                send_report(connection, report)
-                folder.events.say(f"the fed server is at {welcome.fed}")
-                yield connection
-            connection.send_message_as_json(MessageType.UNREGISTER)
-            connection.part()
+        if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
+            raise ProtocolError("the fed server runs another run than the main server")
+        connection.aside = access.aside
+        with Heart(lambda: [connection]):
+            send_report(connection, report)
+            folder.events.say(f"the fed server is at {welcome.fed}")
+            yield connection
+        connection.send_message_as_json(MessageType.UNREGISTER)
+        connection.part()
 
 
 @dataclass(frozen=True)

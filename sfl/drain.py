@@ -83,8 +83,11 @@ class Drain:
             self._paused.discard(connection)
 
     def pause(self, connection: Drained) -> None:
-        """Read a connection no longer until ``resume``; for ``read_now`` and ``remove``."""
-        if connection in self._members - self._paused:
+        """Read a connection no longer until ``resume``.
+
+        For a connection's own ``read_now`` and ``check_silence``, and for ``remove``.
+        """
+        if connection in self._members and connection not in self._paused:
             self._selector.unregister(connection.fileno())
             self._paused.add(connection)
         self._unfinished.discard(connection)
@@ -157,14 +160,19 @@ class Drain:
             due = self._unfinished | {key.data for key, _ in events}
             for connection in due:
                 if connection is None:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wakes, 4096)
-                elif connection in self._members:
+                    self._take_wakes()
+                elif connection in self._members and connection not in self._paused:
                     self._read(connection)
             if time.monotonic() - self._looked_at > TICK_S:
                 self._looked_at = time.monotonic()
                 for connection in list(self._members):
                     connection.check_silence()
+
+    def _take_wakes(self) -> None:
+        """Empty the pipe, unless it is for another thread."""
+        if self._leader in (None, threading.get_ident()):
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wakes, 4096)
 
     def _read(self, connection: Drained) -> None:
         self._unfinished.discard(connection)
@@ -177,6 +185,7 @@ class Drain:
             self._closed = True
             os.write(self._wake, b"x")
             self.changed.wait_for(lambda: self._leader is None)
+            os.write(self._wake, b"x")  # the leader has taken the first
             self._arm(True)
         if self._outer is not None:
             self._thread.join()

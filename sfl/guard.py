@@ -39,7 +39,7 @@ def guard_of(node: ServerNode, listener: str, most_clients: int = 0) -> Guard:
         )
     # All clients at once, and again; a fed server does not know yet how many there are.
     crowd = node.max_pending or 64 + 2 * (most_clients or MOST_CLIENTS_OF_FED)
-    return Guard(tokens, tls, listener, max_pending=min(crowd, _most_files() // 2))
+    return Guard(tokens, tls, listener, max_pending=min(crowd, most_files() // 2))
 
 
 def exposure(node: ServerNode) -> list[str]:
@@ -59,7 +59,7 @@ def exposure(node: ServerNode) -> list[str]:
     return lines
 
 
-def _most_files() -> int:
+def most_files() -> int:
     """Return how many files may be open at once, after asking for more if there are few."""
     if sys.platform == "win32":
         return FILES_WANTED

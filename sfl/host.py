@@ -6,15 +6,20 @@ and compute one at a time (``sfl.turn``). Each has its own folder and log.
 
 import dataclasses
 import threading
+import time
 
-from sfl.client import Machine, take_part_on
+from sfl.client import take_part_on
 from sfl.client_store import Access
 from sfl.config import ClientNode, counted
 from sfl.environment import set_up_torch
 from sfl.errors import reason_of
+from sfl.guard import most_files
 from sfl.link import one_line
+from sfl.machine import Machine
 from sfl.runfolder import say
 from sfl.turn import Turn
+
+END_WITHIN_S = 10.0  # after an interrupt; who is connecting just then is not waited for any longer
 
 
 def host(node: ClientNode) -> None:
@@ -23,6 +28,7 @@ def host(node: ClientNode) -> None:
     Raises:
         What the first client that failed has met; as ``client.take_part``.
     """
+    most_files()  # asks for more than few
     turn = Turn()
     access = dataclasses.replace(Access.of(node), aside=turn.aside)
     machine = Machine(access, set_up_torch(node), hosts_many=True)
@@ -36,7 +42,9 @@ def host(node: ClientNode) -> None:
             failures[client] = error
             say(f"client_{client}: {one_line(reason_of(error))}")
 
-    threads = [threading.Thread(target=run, args=[k], name=f"client_{k}") for k in node.hosted]
+    threads = [
+        threading.Thread(target=run, args=[k], name=f"client_{k}", daemon=True) for k in node.hosted
+    ]
     say(f"{counted(len(threads), 'client')} in this process: {node.client_ids}")
     try:
         for thread in threads:
@@ -45,9 +53,10 @@ def host(node: ClientNode) -> None:
             thread.join()
     except KeyboardInterrupt:
         machine.interrupt()
+        deadline = time.monotonic() + END_WITHIN_S
         for thread in threads:
-            if thread.is_alive():
-                thread.join()
+            if thread.ident is not None:
+                thread.join(max(deadline - time.monotonic(), 0))
         raise
     if failures:
         raise failures[min(failures)]

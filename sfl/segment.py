@@ -21,6 +21,7 @@ from sfl.tensors import TensorSpec, state_spec
 
 Parameters = Iterable[nn.Parameter]
 
+
 # Modules that draw nothing at random. A block of nothing else needs no seed.
 _DRAWS_NOTHING = frozenset(
     {
@@ -30,6 +31,12 @@ _DRAWS_NOTHING = frozenset(
         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
     }
 )  # fmt: skip
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Say whether a module may draw at random; what a user hung onto it may."""
+    hung_on = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(hung_on) or type(module) not in _DRAWS_NOTHING
 
 
 def _adam(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
@@ -86,7 +93,8 @@ class Segment:
         self.blocks = blocks.to(device)
         self.device = device
         self._first_block = first_block
-        self._draws = [any(type(m) not in _DRAWS_NOTHING for m in b.modules()) for b in self.blocks]
+        self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
+        self.blocks.train()  # all of it, whatever mode its parts came in
         self._run = run
         self._boundary = boundary
         self._proximal_mu = proximal_mu

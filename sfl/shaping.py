@@ -22,6 +22,7 @@ from sfl.errors import ConfigError
 CHUNK = 16 * 2**10  # bytes
 MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
 UNCUT = math.inf
+LINGER_S = 10.0  # for which the peer may go on to send when we have sent our last
 _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}  # bytes a second
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _PART = re.compile(r"(?:(jitter|loss)=)?(\d+(?:\.\d+)?)([a-z]*)", re.ASCII)
@@ -95,6 +96,8 @@ class Pipe:
             self._line.count_cut()
             for sock in (self._source, self._target):
                 shut(sock, socket.SHUT_RDWR)
+            while self._on_the_way.get()[1]:  # so that the reader finds a place, and ends
+                pass
             return False
         return True
 
@@ -178,14 +181,18 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
         return sock
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     ours, far = socket.socketpair()
     near = _NearEnd(ours.family, ours.type, ours.proto, fileno=ours.detach())
     near.peer = sock.getpeername()
-    pipes = Pipe(far, sock, shape), Pipe(sock, far, shape)
+    up, down = Pipe(far, sock, shape), Pipe(sock, far, shape)
 
     def close() -> None:
-        for pipe in pipes:
-            pipe.ended.wait()
+        up.ended.wait()  # we have closed, or shut our half and wait for the peer's last words
+        down.ended.wait(LINGER_S + 2 * shape.delay_s)
+        for end in (far, sock):
+            shut(end, socket.SHUT_RDWR)
+        down.ended.wait()
         far.close()
         sock.close()
 

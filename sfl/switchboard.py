@@ -28,6 +28,7 @@ from sfl.transport import FAREWELL_S, Connection, Listener
 T = TypeVar("T")
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
 READS_AT_ONCE = 64  # of one connection, before it is another one's turn
+MESSAGES_AT_ONCE = 64  # heartbeats, of which none wait
 
 
 class DrainedConnection(Connection):
@@ -63,8 +64,12 @@ class DrainedConnection(Connection):
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
-        self._deliver(visitor.arrived)
-        drain.add(self)
+        self._deliver(list(visitor.arrived))
+        try:
+            drain.add(self)
+        except BaseException:
+            arrivals.forget(self)
+            raise
 
     def fileno(self) -> int:
         return self._stream.sock.fileno()
@@ -92,6 +97,7 @@ class DrainedConnection(Connection):
 
     def check_silence(self) -> None:
         if self._failure is None and self.silent_s() > self.timeout_s:
+            self._drain.pause(self)
             self._fail(self._silent())
 
     def beat(self, silent_s: float) -> None:
@@ -99,38 +105,54 @@ class DrainedConnection(Connection):
             super().beat(silent_s)
 
     def read_now(self) -> bool:
-        messages: list[Message] = []
-        failure: Exception | None = None
+        came: list[Message] = []
         try:
-            for _ in range(READS_AT_ONCE):
-                while (message := self._decoded()) is not None:
-                    if message.type is not MessageType.HEARTBEAT:
-                        messages.append(message)
-                    if self._is_full(len(messages)):
-                        self._drain.pause(self)
-                        return False
-                self._read(wait=False)
-            return True
+            return self._read_some(came)
         except BlockingIOError:
             return False
         except Exception as error:  # noqa: BLE001 - _next raises it
-            failure = error
             self._drain.pause(self)
+            self._deliver(came)
+            self._fail(error)
             return False
         finally:
-            self._deliver(messages)
-            if failure:
-                self._fail(failure)
+            self._deliver(came)
 
-    def _deliver(self, messages: Collection[Message]) -> None:
-        """Put messages, which came together, where they are taken from."""
-        self.counters.messages_received += len(messages)
+    def _read_some(self, came: list[Message]) -> bool:
+        """Read messages; return False if no more of them are wanted, True if there may be more."""
+        num_seen = 0
+        for _ in range(READS_AT_ONCE):
+            while not self._is_full(len(came)):
+                if (message := self._decoded()) is None:
+                    break
+                num_seen += 1
+                if message.type is not MessageType.HEARTBEAT:
+                    came.append(message)
+            else:
+                if self._deliver(came):
+                    return False
+                continue  # somebody has taken some in the meantime
+            if num_seen > MESSAGES_AT_ONCE:
+                return True
+            self._read(wait=False)
+        return True
+
+    def _deliver(self, came: list[Message]) -> bool:
+        """Put messages, which came together, where they are taken from.
+
+        Return whether there is no place for more: then nothing is read until some are taken.
+        """
+        self.counters.messages_received += len(came)
         with self._changed:
-            if messages and not self._discards:
+            if came and not self._discards:
                 now = time.monotonic_ns()
-                self._inbox.extend((now, message) for message in messages)
+                self._inbox.extend((now, message) for message in came)
                 self._arrivals.add(self)
                 self._drain.notify()
+            came.clear()
+            if is_full := self._is_full():
+                self._drain.pause(self)
+            return is_full
 
     def _fail(self, error: Exception) -> None:
         """Note, at a thread's edge, why the connection is of no further use."""
@@ -396,11 +418,13 @@ class Switchboard(Network):
     def _say_farewell(
         self, connection: DrainedConnection, reason: str, last_words: MessageType
     ) -> None:
-        connection.end_sending(last_words, reason)
-        connection.join(time.monotonic() + FAREWELL_S)
-        with self._changed:
-            self._num_leaving -= 1
-            self._drain.notify()
+        try:
+            connection.end_sending(last_words, reason)
+            connection.join(time.monotonic() + FAREWELL_S)
+        finally:
+            with self._changed:
+                self._num_leaving -= 1
+                self._drain.notify()
 
     def end(self, reason: str) -> None:
         """Stop listening and close every connection, telling those still open why."""

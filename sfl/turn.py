@@ -12,22 +12,28 @@ Aside = Callable[[], AbstractContextManager[None]]
 
 
 class Turn:
-    """Held by ``with`` while a client computes."""
+    """Held by ``with`` while a client computes; it is the thread's that took it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._owner: int | None = None
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        self._owner = threading.get_ident()
 
     def __exit__(self, *exc: object) -> None:
+        self._owner = None
         self._lock.release()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Give the turn away, and take it again at the end; for whoever has it."""
-        self._lock.release()
+        """Give the turn away, and take it again at the end; nothing for a thread without it."""
+        if self._owner != threading.get_ident():
+            yield
+            return
+        self.__exit__()
         try:
             yield
         finally:
-            self._lock.acquire()
+            self.__enter__()

@@ -99,6 +99,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
     known |= {"--kills", "--cuts", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
+    known |= {"--rows", "--blocks", "--hosts"}  # experiments.bench's, experiments.many_clients'
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))
     assert {
         o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)

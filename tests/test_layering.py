@@ -19,6 +19,7 @@ MAY_IMPORT = {
         "drain",
         "heartbeat",
         "host",
+        "machine",
         "shaping",
         "shared_weights",
         "stream",

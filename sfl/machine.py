@@ -1,0 +1,72 @@
+"""What all clients of one process have in common: data, device, and who is told of an interrupt."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from sfl.client_store import Access
+from sfl.config import ClientNode, RunConfig
+from sfl.data import ClientData, Source, client_data, load
+from sfl.datasets import dataset_of
+from sfl.own_data import load_own
+from sfl.partition import OWN, deal
+from sfl.protocol import MessageType
+from sfl.samples import Samples
+from sfl.transport import Connection
+
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Machine:
+    """What all clients of one process have in common."""
+
+    access: Access
+    device: torch.device
+    hosts_many: bool = False
+    is_interrupted: bool = False
+    _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
+    _connections: set[Connection] = field(default_factory=set)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
+
+    def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
+        """Return what a client trains, validates and tests on.
+
+        Raises:
+            ConfigError, DataError: the data set is not known, not allowed, or not there.
+        """
+        spec = dataset_of(run, node.allowed_imports)
+        if run.partition == OWN:
+            own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
+            return load_own(spec, run, client, own)
+        if run not in self._parts:
+            source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
+            self._parts[run] = deal(*load(spec, source), run)
+        return client_data(spec, run, client, *self._parts[run][client])
+
+    @contextlib.contextmanager
+    def uses(self, connection: Connection) -> Iterator[None]:
+        """Take note of a connection, for ``interrupt``; no more are used after that."""
+        with self._changing:
+            self.check_interrupted()
+            self._connections.add(connection)
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._connections.discard(connection)
+
+    def check_interrupted(self) -> None:
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """End all clients from another thread; their servers are told that they leave."""
+        with self._changing:
+            self.is_interrupted = True
+            connections = list(self._connections)
+        for connection in connections:
+            connection.end_sending(MessageType.UNREGISTER, "interrupted")

@@ -1,0 +1,79 @@
+"""experiments.bench: what it reports, and one small run of it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import bench
+from experiments.bench_report import Result, phases_table, table, write_all
+from experiments.contenders import Row, Sample
+from experiments.many_clients import numbers
+from sfl.errors import ConfigError
+from sfl.shaping import LinkShape
+from sfl.tensors import encode
+
+ROW = Row("mlp", 128, 1)
+ALONE = Result(ROW, bench.ALONE, [Sample(s, 0.002) for s in (0.002, 0.001, 0.003)], 2**20)
+OURS = Result(
+    ROW,
+    "SFL, archive on",
+    [Sample(0.003, 0.004, 1000.0, 1.0, {"wait": 0.001}, {"load": 0.0005})] * 2,
+    3 * 2**20,
+)
+
+
+def test_the_table_has_medians_quartiles_and_ratios() -> None:
+    lines = table([ALONE, OURS]).splitlines()
+    assert "| arithmetic alone | 2.00 | 1.50 to 2.50 | 1.00 | +0.00 |  |  | 2.00 | 1 |" in lines
+    wanted = "| SFL, archive on | 3.00 | 3.00 to 3.00 | 1.50 | +1.00 | 1,000 | 1.00 | 4.00 | 3 |"
+    assert wanted in lines
+
+
+def test_the_phases_are_those_of_our_own_runs() -> None:
+    shown = phases_table([ALONE, OURS])
+    assert "| SFL, archive on, client | 1.000 |" in shown
+    assert "arithmetic" not in shown
+
+
+def test_a_link_is_compared_with_what_it_must_take() -> None:
+    model, ours = bench.modelled(ALONE, OURS, LinkShape(bytes_per_s=1e6, delay_s=0.01))
+    assert model.ms == pytest.approx(2.0 + 2 * 10 + 1.0)
+    assert ours is OURS
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    paths = write_all(tmp_path / "new", [[ALONE, OURS]])
+    assert [path.name for path in paths] == ["bench.csv", "bench.md", "bench.png"]
+    rows = list(csv.DictReader(paths[0].read_text().splitlines()))
+    assert [float(row["ratio"]) for row in rows] == [1.0, 1.5]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,x", "-1"])
+def test_numbers_of_clients_are_checked(text: str) -> None:
+    with pytest.raises(ConfigError, match="--clients"):
+        numbers(text, "--clients")
+
+
+@pytest.mark.slow
+def test_a_step_is_one_round_trip_and_little_more_than_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "PEERS", {"absent": ("none", "no_such_package")})
+    options = ["--rows", "mlp-128-1", "--blocks", "1", "--steps", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench", *options])
+    bench.main()
+    rows = {
+        row["contender"]: row
+        for row in csv.DictReader((tmp_path / "bench.csv").read_text().splitlines())
+    }
+    assert list(rows) == [bench.ALONE, *bench.ARCHIVES]
+    labels, cut = torch.zeros(128, dtype=torch.int64), torch.zeros(128, 128)
+    files = len(encode(labels)) + 2 * len(encode(cut))
+    for title in bench.ARCHIVES:
+        assert float(rows[title]["round_trips"]) == 1.0
+        assert files < float(rows[title]["bytes"]) <= 1.02 * files
+        assert float(rows[title]["ms"]) > 0
+        assert float(rows[title]["cpu_ms"]) > 0

@@ -1,0 +1,75 @@
+"""--client-ids: many clients in one process."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from sfl.config import ClientNode
+from sfl.crash import VARIABLE
+from sfl.errors import ConfigError
+from tests.launch import Launcher
+from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
+
+
+def test_the_ids_are_read() -> None:
+    assert ClientNode(client_ids="0-3").hosted == [0, 1, 2, 3]
+    assert ClientNode(client_ids="7, 0-1").hosted == [7, 0, 1]
+    assert ClientNode().hosted == []
+
+
+@pytest.mark.parametrize("text", ["a", "3-1", "0-2,2", "-1", "1-", "0-2,", "0 - 2"])
+def test_what_are_no_ids_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--client-ids"):
+        ClientNode(client_ids=text).check()
+    with pytest.raises(ConfigError, match="give one of them"):
+        ClientNode(client_ids="0-2", client_id=1).check()
+
+
+def test_hosted_clients_compute_what_processes_of_their_own_would(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """With dropout, which draws from the one generator that they share."""
+    options = ["--model", BN_DROPOUT, "--cut", 4, "--rounds", 2, "--batch-size", 64]
+    server = launcher.server("--clients", 4, "--run", "r", *options, "--keep-tensors", "none")
+    allow = ["--allow-import", BN_DROPOUT]
+    hosts = [
+        launcher.client("--client-ids", "0-2", *allow), launcher.client("--client-id", 3, *allow)
+    ]  # fmt: skip
+    for program in [server, *hosts]:
+        program.ended_with(0)
+    expected = simulated(tmp_path / "simulated", model=BN_DROPOUT, cut=4, clients=4)
+    assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
+    for client in range(3):
+        log = tmp_path / f"client/r/client_{client}/client_log.txt"
+        assert "round 2/2: own training loss" in log.read_text()
+    assert "own training loss" not in hosts[0].out
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_may_come_back(launcher: Launcher, tmp_path: Path) -> None:
+    server = launcher.server("--clients", 3, "--run", "r", "--model", "mlp", "--rounds", 3,
+                             "--batch-size", 64, "--keep-tensors", "none")  # fmt: skip
+    crash = {VARIABLE: "front.after_update:20"}
+    killed = launcher.client("--client-ids", "0-1", env=crash)
+    other = launcher.client("--client-id", 2)
+    assert killed.wait() == -signal.SIGKILL
+    again = launcher.client("--client-ids", "0-1")
+    for program in [server, other, again]:
+        program.ended_with(0)
+    expected = simulated(tmp_path / "simulated", model="mlp", rounds=3)
+    assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
+
+
+def test_a_host_that_is_interrupted_takes_leave_for_all(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 3, "--run", "r", "--model", "mlp", "--rounds", 300)
+    host = launcher.client("--client-ids", "0-2")
+    while "round 1/300" not in server.out:
+        assert server.process.is_alive()
+        host.process.join(0.1)
+    host.process.terminate()
+    assert "interrupted" in host.ended_with(3)
+    while "client_2 is away" not in server.out:
+        server.process.join(0.1)
+        assert server.process.is_alive()
+    assert "left: interrupted" in server.out

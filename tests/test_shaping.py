@@ -1,0 +1,84 @@
+"""--link: a slower link, played by the program itself."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sfl.errors import ConfigError
+from sfl.protocol import Limits, MessageType
+from sfl.shaping import LinkShape
+from sfl.transport import Connection, connect, listen
+from tests.launch import Launcher
+from tests.test_equivalence import assert_equal, simulated, weights
+
+LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 10**7})
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("", LinkShape()),
+        ("100mbit,50ms", LinkShape(12.5e6, 0.05)),
+        ("50ms, 2.5gbit", LinkShape(312.5e6, 0.05)),
+        ("64kbit", LinkShape(8e3)),
+        ("1s,jitter=5ms,loss=0.01", LinkShape(delay_s=1.0, jitter_s=0.005, loss=0.01)),
+    ],
+)
+def test_a_link_is_read(text: str, shape: LinkShape) -> None:
+    assert LinkShape.parse(text) == shape
+    assert shape.shapes == bool(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fast", "100", "100mb", "0mbit", "5ms,6ms", "loss=1", "loss=5ms", "jitter=3", "-5ms", ","],
+)
+def test_what_is_no_link_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--link .* is none of a rate \(100mbit\), a delay"):
+        LinkShape.parse(text)
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_shaped_link_delays_both_directions_and_carries_every_byte(side: str) -> None:
+    shape = LinkShape(bytes_per_s=10e6, delay_s=0.05, jitter_s=0.001)
+    data = bytes(range(256)) * 4000  # 0.1 s each way at this rate
+
+    def answer() -> None:
+        sock = listener.accept()
+        assert sock is not None
+        with Connection(sock, timeout_s=5, limits=LIMITS) as one:
+            one.send_file(MessageType.SEND_MODEL, one.receive_file(MessageType.SEND_MODEL).payload)
+            one.part()
+
+    ours, theirs = (shape, LinkShape()) if side == "client" else (LinkShape(), shape)
+    with listen("127.0.0.1", 0, theirs) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        connection = connect(
+            "127.0.0.1", listener.port, timeout_s=5, connect_timeout_s=5, limits=LIMITS,
+            on_wait=print, shape=ours,
+        )  # fmt: skip
+        with connection:
+            started = time.monotonic()
+            connection.send_file(MessageType.SEND_MODEL, data)
+            assert connection.receive_file(MessageType.SEND_MODEL).payload == data
+            assert time.monotonic() - started >= 2 * (0.05 + len(data) / 10e6)
+            assert connection.address == f"127.0.0.1:{listener.port}"
+        thread.join()
+        assert not thread.is_alive()
+
+
+def test_a_run_over_a_shaped_link_that_breaks_gives_the_same_weights(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    server = launcher.server("--clients", 2, "--run", "r", "--model", "mlp", "--rounds", 2,
+                             "--batch-size", 64, "--keep-tensors", "none")  # fmt: skip
+    links = ["200mbit,1ms,jitter=1ms,loss=0.02", "200mbit"]
+    clients = [launcher.client("--client-id", k, "--link", link) for k, link in enumerate(links)]
+    for program in [server, *clients]:
+        program.ended_with(0)
+    assert "client_0 is away" in server.out
+    expected = simulated(tmp_path / "simulated", model="mlp", clients=2)
+    assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
