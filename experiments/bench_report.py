@@ -10,7 +10,7 @@ from experiments.contenders import Row, Sample
 
 COLUMNS = (
     "row", "contender", "blocks", "ms", "ms_low", "ms_high", "ratio", "overhead_ms", "bytes",
-    "round_trips", "cpu_ms", "peak_mib",
+    "round_trips", "cpu_ms", "peak_mib", "archive_lag_s",
 )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def _figures(result: Result, alone: Result) -> dict[str, object]:
         "overhead_ms": result.ms - alone.ms, "bytes": result.counted("num_bytes"),
         "round_trips": result.counted("round_trips"), "cpu_ms": result.cpu_ms,
         "peak_mib": result.peak_bytes / 2**20,
+        "archive_lag_s": max((s.archive_lag_s or 0.0 for s in result.samples), default=0.0),
     }  # fmt: skip
 
 

@@ -57,6 +57,7 @@ class Sample:
     cpu_s: float  # of all processes
     num_bytes: float | None = None  # of one client, up and down; None: not known
     round_trips: float | None = None
+    archive_lag_s: float | None = None  # the longest that a tensor waited to be on disk
     client_s: dict[str, float] = field(default_factory=dict)  # by phase, see sfl.profile
     server_s: dict[str, float] = field(default_factory=dict)
 
@@ -264,6 +265,7 @@ class Sfl:
             cpu_s / num_steps,
             num_bytes / num_steps,
             clients[0]["round_trips"] / num_steps,
+            max(row["archive_lag_s"] for row in server),
             _phases(clients, num_steps),
             _phases(server, num_steps),
         )

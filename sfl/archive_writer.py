@@ -8,6 +8,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,7 @@ class ArchiveWriter:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._pending_bytes = 0
+        self._longest_lag_s = 0.0
         self._num_pending = 0
         self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
@@ -195,6 +197,12 @@ class ArchiveWriter:
         if self._thread is not None:  # else nothing was handed over
             self._submit(lambda: self._close_round(round_index), 0)
 
+    def take_lag_s(self) -> float:
+        """Return how long, at most, something waited to be on disk since the last call."""
+        with self._changed:
+            lag_s, self._longest_lag_s = self._longest_lag_s, 0.0
+        return lag_s
+
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
         with self._changed:
@@ -214,6 +222,7 @@ class ArchiveWriter:
             self._check()
             self._pending_bytes += num_bytes
             self._num_pending += 1
+        handed_over_at = time.monotonic()
 
         def run() -> None:
             try:
@@ -224,6 +233,8 @@ class ArchiveWriter:
             with self._changed:
                 self._pending_bytes -= num_bytes
                 self._num_pending -= 1
+                lag_s = time.monotonic() - handed_over_at
+                self._longest_lag_s = max(self._longest_lag_s, lag_s)
                 self._changed.notify_all()
 
         self._jobs.put(run)

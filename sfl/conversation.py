@@ -100,7 +100,7 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     link, at, row = party.link, start.at, scheme(party.run.scheme)
     yield from _take_over(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
-    with party.profile.round(at, num_steps, party.clock, link):
+    with party.profile.round(at, num_steps, party.clock, link, party.archive):
         party.front.start_round(at.round)
         party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
@@ -130,7 +130,7 @@ def server_train(
         steps=steps,
         class_weights=list(party.split.class_weights),
     )
-    with party.profile.round(at, steps, party.clock, link):
+    with party.profile.round(at, steps, party.clock, link, party.archive):
         yield from STEPS[row.exchange].server(party, plan, round_index)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sfl.archive_writer import ArchiveWriter
 from sfl.link import Link
 from sfl.protocol import Position
 
@@ -31,6 +32,7 @@ PHASES = (
 )  # fmt: skip
 COLUMNS = (
     "round", "client", "steps", "seconds", "cpu_s", "bytes_sent", "bytes_received", "round_trips",
+    "archive_lag_s",
     *(f"{phase}_s" for phase in PHASES),
 )  # fmt: skip
 
@@ -64,10 +66,13 @@ class Profile:
         self._path = folder / "profile.csv" if wanted else None
 
     @contextmanager
-    def round(self, at: Position, num_steps: int, clock: Stopwatch, link: Link) -> Iterator[None]:
+    def round(
+        self, at: Position, num_steps: int, clock: Stopwatch, link: Link, archive: ArchiveWriter
+    ) -> Iterator[None]:
         """Measure the steps that a client takes in a round.
 
-        ``cpu_s`` is the whole process's, ``bytes_sent`` and ``round_trips`` the link's.
+        ``cpu_s`` is the whole process's, ``bytes_sent`` and ``round_trips`` the link's;
+        ``archive_lag_s`` is the longest that something has waited to be on disk.
         """
         clock.clear()
         if self._path is None:
@@ -80,7 +85,7 @@ class Profile:
             at.round, at.client, num_steps,
             time.perf_counter() - started, time.process_time() - cpu,
             now.bytes_sent - before.bytes_sent, now.bytes_received - before.bytes_received,
-            now.round_trips - before.round_trips, *clock.spent.values(),
+            now.round_trips - before.round_trips, archive.take_lag_s(), *clock.spent.values(),
         )  # fmt: skip
         is_new = not self._path.exists()
         with open(self._path, "a", newline="") as file:

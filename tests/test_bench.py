@@ -19,7 +19,7 @@ ALONE = Result(ROW, bench.ALONE, [Sample(s, 0.002) for s in (0.002, 0.001, 0.003
 OURS = Result(
     ROW,
     "SFL, archive on",
-    [Sample(0.003, 0.004, 1000.0, 1.0, {"wait": 0.001}, {"load": 0.0005})] * 2,
+    [Sample(0.003, 0.004, 1000.0, 1.0, 0.01, {"wait": 0.001}, {"load": 0.0005})] * 2,
     3 * 2**20,
 )
 
