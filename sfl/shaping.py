@@ -52,6 +52,7 @@ class Pipe:
     def __init__(self, source: socket.socket, target: socket.socket, line: Line) -> None:
         self._source, self._target, self._line = source, target, line
         self._left = line.cut_after()  # bytes that pass before the connection breaks
+        self._is_cut = False
         in_flight = min(line.bytes_per_s * line.draw_delay_s() * 2 / CHUNK, 2**16)
         most = MIN_ON_THE_WAY if math.isnan(in_flight) else max(MIN_ON_THE_WAY, int(in_flight))
         self._on_the_way: queue.Queue[tuple[float, bytes]] = queue.Queue(most)
@@ -64,7 +65,7 @@ class Pipe:
         data = b"-"
         while data:
             try:
-                data = self._source.recv(CHUNK)
+                data = b"" if self._is_cut else self._source.recv(CHUNK)
             except OSError:
                 data = b""
             free_at = max(free_at, time.monotonic()) + len(data) / self._line.bytes_per_s
@@ -94,6 +95,7 @@ class Pipe:
             shut(self._source, socket.SHUT_RD)
         if len(passes) < len(data):
             self._line.count_cut()
+            self._is_cut = True  # what is shut down may be read for as long as the peer sends
             for sock in (self._source, self._target):
                 shut(sock, socket.SHUT_RDWR)
             while self._on_the_way.get()[1]:  # so that the reader finds a place, and ends
