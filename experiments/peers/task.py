@@ -34,14 +34,14 @@ class Task:
         """``options`` are a run's and a machine's, as of a simulation."""
         about = __doc__.partition("\n")[0]
         self.run, self._node = parse_options(options, RunConfig, NodeConfig, prog=prog, about=about)
-        self._spec = dataset_of(self.run, self._node.allowed_imports)
+        self._spec = dataset_of(self.run)
         torch.set_num_threads(self._node.threads)
 
     def _half(self, index: int) -> Half:
         run, spec = self.run, self._spec
-        model = model_spec(run.model, self._node.allowed_imports)
+        model = model_spec(run.model)
         blocks = build(model, spec.input_shape, len(spec.classes), seed=run.seed)
-        half = split(blocks, resolve_cut(run, self._node.allowed_imports))[index]
+        half = split(blocks, resolve_cut(run))[index]
         return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr))
 
     def front(self) -> Half:
