@@ -54,9 +54,8 @@ def _client_split(
         x, y = party.data.batch(samples, slice(start, start + size))
         features = encode(party.front.evaluate(x))
         content = {"part": part}
-        with link.together():
-            link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
-            link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
+        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
         tallies.append(_tally(reply, size))

@@ -9,10 +9,9 @@ A transport provides ``_send`` and ``_next`` beneath them: TCP in ``transport``,
 the process in ``simulate``.
 """
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -137,11 +136,6 @@ class Link(ABC):
     @abstractmethod
     def _next(self) -> Message:
         """Return the next message, waiting for it."""
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Send what is said inside at its end: in one go, where that saves time."""
-        yield
 
     def _say(self, message: Message) -> None:
         num_bytes = self._send(message)

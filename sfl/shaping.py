@@ -181,12 +181,17 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
     """
     if not shape.shapes:
         return sock
+    try:
+        peer = sock.getpeername()
+    except OSError as error:  # it is gone already
+        sock.close()
+        raise ConnectionAbortedError(*error.args) from error
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     ours, far = socket.socketpair()
     near = _NearEnd(ours.family, ours.type, ours.proto, fileno=ours.detach())
-    near.peer = sock.getpeername()
+    near.peer = peer
     up, down = Pipe(far, sock, shape), Pipe(sock, far, shape)
 
     def close() -> None:

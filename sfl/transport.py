@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from sfl.errors import (
     AuthError,
@@ -60,7 +60,6 @@ class Connection(Link):
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
-        self._held: list[memoryview] | None = None  # what is to be sent together
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
@@ -85,26 +84,11 @@ class Connection(Link):
         parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
-        if self._held is not None:
-            self._held += parts
-        else:
-            with self.aside(), self._sending:
-                self._transmit(parts)
+        with self.aside(), self._sending:
+            self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
         return num_bytes
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        self._held = []
-        try:
-            yield
-        finally:
-            parts, self._held = self._held, None
-        started = time.perf_counter()
-        with self.aside(), self._sending:
-            self._transmit(parts)
-        self.counters.sending_s += time.perf_counter() - started
 
     def beat(self, silent_s: float) -> None:
         """Say that we are here, if we have said nothing for so long; called from a thread."""

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfl.errors import IntegrityError
+from sfl.protocol import crc_of
 from sfl.template import Template
-from sfl.tensors import TensorSpec, _save, _template, decode, encode
+from sfl.tensors import TensorSpec, _save, _template, decode, encode, encode_file
 
 SHAPES = [(), (1,), (7,), (128,), (3, 4), (33, 400), (257, 16, 5, 5), (2, 3, 4, 5, 6)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
@@ -56,6 +58,20 @@ def test_every_changed_byte_is_noticed() -> None:
             assert template.data_of(changed) is None
     for other in (data[:-1], data + b"x", b"", data[1:] + b"x"):
         assert template.data_of(other) is None
+
+
+def test_a_files_checksum_spares_that_of_the_data_and_hides_nothing() -> None:
+    tensor = made((3, 4), torch.float32)
+    template, file = _template(TensorSpec.of(tensor)), encode_file(tensor)
+    assert template is not None
+    crc = crc_of(file.checksum)
+    assert crc == zlib.crc32(file.data)
+    assert template.data_of(file.data, crc) == tensor.numpy().tobytes()
+    assert template.data_of(file.data, crc ^ 1) is None
+    for place in range(len(file.data)):  # whoever changed it may say the checksum of the change
+        changed = bytearray(file.data)
+        changed[place] ^= 1
+        assert template.data_of(changed, zlib.crc32(changed)) is None
 
 
 @given(st.binary(min_size=48, max_size=48))
