@@ -12,6 +12,7 @@ hold what comes.
 """
 
 import contextlib
+import functools
 import os
 import select
 import selectors
@@ -19,6 +20,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
+
+from sfl.spin import Spinner
 
 T = TypeVar("T")
 TICK_S = 0.5  # how often to look for who is silent
@@ -51,6 +54,7 @@ class Drain:
         self._paused: set[Drained] = set()
         self._leader: int | None = None  # the thread that waits and reads
         self._looked_at = 0.0
+        self._spinner = Spinner()  # of the leader
         self._closed = False
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wakes, False)
@@ -155,7 +159,7 @@ class Drain:
 
     def _read_all(self, timeout_s: float) -> None:
         """Read what has come, waiting for the first."""
-        events = self._selector.select(0 if self._unfinished else timeout_s)
+        events = self._events(0 if self._unfinished else timeout_s)
         with self._reading:
             due = self._unfinished | {key.data for key, _ in events}
             for connection in due:
@@ -167,6 +171,11 @@ class Drain:
                 self._looked_at = time.monotonic()
                 for connection in list(self._members):
                     connection.check_silence()
+
+    def _events(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return what there is to read, waiting for it for so long."""
+        look, sleep = self._selector.select, functools.partial(self._selector.select, timeout_s)
+        return self._spinner.wait(lambda: look(0) or None, sleep) if timeout_s else look(0)
 
     def _take_wakes(self) -> None:
         """Empty the pipe, unless it is for another thread."""

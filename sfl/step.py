@@ -135,11 +135,11 @@ def server_step(
     link = party.link
     yield link
     labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).file
+    y = decode_labels(party, labels, num_samples)  # while the client computes
     yield link
     features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).file
     started, clock = time.perf_counter(), party.clock
     clock.start()
-    y = decode_labels(party, labels, num_samples)
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")
     figures, dz = train_step(party.back, z, y, at)

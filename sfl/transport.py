@@ -28,6 +28,7 @@ from sfl.errors import (
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
 from sfl.shaping import LinkShape, shaped
+from sfl.spin import Spinner
 from sfl.stream import Stream, is_refusal, to_server, why
 from sfl.turn import Aside
 
@@ -61,6 +62,7 @@ class Connection(Link):
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
+        self._spinner = Spinner()
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -169,8 +171,8 @@ class Connection(Link):
         where = self._where
         with self._decoder.get_buffer() as buffer, self.aside() if wait else _nothing:
             try:
-                stream = self._stream
-                num_bytes = (stream.receive_into if wait else stream.receive_now)(buffer)
+                receive = self._receive if wait else self._stream.receive_now
+                num_bytes = receive(buffer)
             except BlockingIOError:
                 raise
             except TimeoutError as error:
@@ -182,6 +184,17 @@ class Connection(Link):
         self._decoder.advance(num_bytes)
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes
+
+    def _receive(self, buffer: memoryview) -> int:
+        """Wait for bytes, put them into ``buffer`` and return how many."""
+
+        def look() -> int | None:
+            try:
+                return self._stream.receive_now(buffer)
+            except BlockingIOError:
+                return None
+
+        return self._spinner.wait(look, lambda: self._stream.receive_into(buffer))
 
     @property
     def address(self) -> str:

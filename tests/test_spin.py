@@ -1,0 +1,89 @@
+"""Waiting awake for a short while: what it finds, when it sleeps, when it leaves the core."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sfl import spin
+from sfl.spin import SPIN_S, Spinner
+
+
+@pytest.fixture(autouse=True)
+def _quiet_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody else want the core, whatever this machine is doing."""
+    monkeypatch.setattr(spin, "_switches", lambda: 0)
+    monkeypatch.setattr(spin, "_OURS", 1)
+
+
+def finds_at(count: int) -> Callable[[], str | None]:
+    looks = itertools.count(1)
+    return lambda: "looked" if next(looks) == count else None
+
+
+def slept() -> str:
+    return "slept"
+
+
+def warm() -> Spinner:
+    """Return one whose last wait was short."""
+    spinner = Spinner()
+    spinner.wait(lambda: None, slept)
+    return spinner
+
+
+def test_the_first_wait_sleeps() -> None:
+    assert Spinner().wait(finds_at(1), slept) == "slept"
+
+
+def test_after_a_short_wait_it_looks() -> None:
+    assert warm().wait(finds_at(3), slept) == "looked"
+
+
+def test_zero_and_nothing_are_finds() -> None:
+    assert warm().wait(lambda: 0, lambda: 1) == 0
+
+
+def test_it_sleeps_when_it_has_looked_for_long() -> None:
+    spinner = warm()
+    started = time.perf_counter()
+    assert spinner.wait(lambda: None, slept) == "slept"
+    assert time.perf_counter() - started >= SPIN_S
+
+
+def test_after_a_long_wait_it_does_not_look() -> None:
+    spinner = warm()
+    spinner.wait(lambda: None, lambda: time.sleep(2 * SPIN_S))
+    assert spinner.wait(finds_at(1), slept) == "slept"
+    assert spinner.wait(finds_at(1), slept) == "looked"  # that one was short again
+
+
+def test_it_rests_longer_and_longer_while_others_want_the_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    switches = itertools.count()
+    monkeypatch.setattr(spin, "_switches", lambda: next(switches))
+    spinner, looks = warm(), []
+    for _ in range(20):
+        looked: list[None] = []
+        spinner.wait(lambda looked=looked: looked.append(None), slept)  # type: ignore[misc]
+        looks.append(len(looked))
+    assert looks == [1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1] + 8 * [0] + [1]
+
+
+def test_a_system_that_cannot_tell_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spin, "_OURS", None)
+    assert warm().wait(finds_at(1), slept) == "slept"
+
+
+def test_another_thread_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if spin._OURS is None:
+        pytest.skip("this system does not say who else wants the core")
+    before = spin._switches()
+    ready = threading.Event()
+    threading.Timer(0.02, ready.set).start()
+    ready.wait()
+    assert spin._switches() > before
