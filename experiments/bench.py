@@ -3,17 +3,21 @@
 python -m experiments.bench [--rows mlp-128-1,...] [--blocks 7] [--out FOLDER] [--profile]
 
 A row is a model, a batch size and a number of clients. All contenders of a row live at the same
-time; blocks of steps alternate between them, the first of each does not count, so that a machine
-whose speed drifts does not decide. Writes bench.csv, bench.md and bench.png. ``--profile`` shows
+time; blocks of steps alternate between them, each behind one of the bare arithmetic that it is
+compared with, so that a machine whose speed drifts does not decide; the first of each does not
+count. Writes bench.csv, bench.md and bench.png. ``--profile`` shows
 where the time of our own steps goes, ``--link 100mbit,50ms`` what a slow link makes of them.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
+import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 from experiments.bench_report import Result, phases_table, table, write_all
@@ -37,29 +41,39 @@ LARGE = ("--image-size", "64", "--dataset", FEW_DIGITS)
 ROWS = [
     *(Row(model, batch, clients)
       for model in ("mlp", "lenet5") for clients in (1, 3) for batch in (32, 128)),
-    Row("resnet18", 32, 1, LARGE, has_peers=False),
+    Row("resnet18", 32, 1, LARGE, has_peers=False, epochs=1),
 ]  # fmt: skip
 
 
 def run_row(row: Row, options: Namespace, folder: Path) -> list[Result]:
     """Let all contenders of a row train in turn, and return what each took."""
-    samples: dict[str, list[Sample]] = {}
     with contextlib.ExitStack() as stack:
-        contenders = start(stack, row, options, folder)
-        for block in range(options.blocks + 1):
-            for contender in contenders:
-                found = contender.block(options.steps)
-                if block:
-                    samples.setdefault(contender.title, []).extend(found)
-        results = [Result(row, c.title, samples[c.title], c.peak_bytes()) for c in contenders]
+        alone, *others = start(stack, row, options, folder)
+        samples: dict[str, list[Sample]] = {c.title: [] for c in (alone, *others)}
+        ratios: dict[str, list[float]] = {c.title: [] for c in (alone, *others)}
+        for block, contender in itertools.product(range(options.blocks + 1), others):
+            beside, found = alone.block(options.steps), contender.block(options.steps)
+            if block:
+                samples[ALONE] += beside
+                samples[contender.title] += found
+                ratios[contender.title].append(mean_seconds(found) / mean_seconds(beside))
+        results = [
+            Result(row, c.title, samples[c.title], ratios[c.title], c.peak_bytes())
+            for c in (alone, *others)
+        ]
         return modelled(*results, LinkShape.parse(options.link)) if options.link else results
+
+
+def mean_seconds(samples: Sequence[Sample]) -> float:
+    return fmean(sample.seconds for sample in samples)
 
 
 def modelled(alone: Result, ours: Result, link: LinkShape) -> list[Result]:
     """Return what a step over a link should take at least, and what it took."""
     num_bytes = ours.counted("num_bytes") or 0.0
     seconds = alone.ms / 1e3 + 2 * link.delay_s + num_bytes / link.bytes_per_s
-    return [Result(ours.row, MODEL, [Sample(seconds, alone.cpu_ms / 1e3)], 0), ours]
+    model = Result(ours.row, MODEL, [Sample(seconds, alone.cpu_ms / 1e3)], [], 0)
+    return [model, dataclasses.replace(ours, ratios=[ours.ms / model.ms])]
 
 
 def start(
