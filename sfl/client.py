@@ -21,6 +21,7 @@ from sfl.link import ANY_ID, CLIENT, Peer
 from sfl.machine import Machine
 from sfl.options import check_goes_on
 from sfl.party import ClientParty
+from sfl.payload import onto
 from sfl.profile import Profile
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
@@ -257,7 +258,7 @@ class _Loaded:
         """Take part in the run over a connection, from where the server says."""
         self._run = self.log.run = welcome.run  # which may have more rounds than before
         run, folder, split = self._run, self._folder, self._split
-        connection.limits = split.client_limits()
+        connection.limits = split.client_limits(onto(folder.path))
         report = self._report
         if has_own(run):
             own = own_checkpoints(folder.path, run)
@@ -277,7 +278,7 @@ class _Loaded:
             most_bytes,
         ) as (store, fed):
             if fed is not None:
-                fed.limits = split.client_limits()
+                fed.limits = connection.limits
             send_report(connection, report)
             party = ClientParty(
                 client=self._client,

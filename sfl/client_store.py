@@ -24,6 +24,7 @@ from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
 from sfl.runfolder import RunFolder, say
+from sfl.saved import Buffer
 from sfl.shaping import LinkShape
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.tokens import FED, Tokens, client_authenticate, tokens_of
@@ -231,7 +232,7 @@ class _FromFed:
         with _failing():
             yield from self.store.pass_on(key, data)
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
         with _failing():
             return (yield from self.store.get(key, held))
 

@@ -31,6 +31,7 @@ from sfl.lobby import Lobby, Patience
 from sfl.outcome import FRONT, Half
 from sfl.own_functions import remember
 from sfl.party import TRAIN
+from sfl.payload import onto
 from sfl.protocol import Limits, MessageType
 from sfl.registration import Welcome, describe_data
 from sfl.resume import Past, open_past, read_halves
@@ -143,7 +144,7 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
             rounds = _prepare(run, node, folder, data, split, stores, switchboard, past, device)
             for connection in switchboard.connections:
-                connection.limits = rounds.split.server_limits(0)
+                connection.limits = rounds.split.server_limits(0, onto(folder.path))
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
             goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}

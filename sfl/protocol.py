@@ -29,6 +29,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from sfl import strict_json
 from sfl.errors import Damaged, ProtocolError
+from sfl.payload import InMemory, MakeStore, Store
 
 T = TypeVar("T")
 
@@ -149,6 +150,7 @@ class Limits:
 
     json_bytes: int = MAX_JSON_BYTES
     payload_bytes: Mapping[MessageType, int] = field(default_factory=dict)
+    store: MakeStore = InMemory  # where payloads go
 
     @property
     def largest_payload_bytes(self) -> int:
@@ -264,9 +266,8 @@ class Decoder:
         self._lengths: tuple[int, int] | None = None  # JSON and payload, once the head is read
         self._message: Message | None = None  # once its JSON is read
         self._announced = ""
-        self._payload = bytearray()
-        self._filled = 0
-        self._crc = 0
+        self._payload: Store = InMemory(0)
+        self._missing = 0  # bytes of it
 
     @property
     def inside(self) -> str:
@@ -280,7 +281,7 @@ class Decoder:
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream go; never empty."""
         if self._message is not None and self._start == self._end:
-            return memoryview(self._payload)[self._filled :]
+            return self._payload.get_buffer()
         if self._start:  # move what is unread to the front: less than one head and JSON
             unread = self._ahead[self._start : self._end]
             self._ahead[: len(unread)] = unread
@@ -316,15 +317,15 @@ class Decoder:
                     f"{message.type} announces a payload of {payload_bytes} bytes;"
                     f" at most {allowed} are accepted here"
                 )
-            self._message, self._payload = message, bytearray(payload_bytes)
-            self._filled = self._crc = 0
-        available = min(self._end - self._start, payload_bytes - self._filled)
+            self._message, self._payload = message, self.limits.store(payload_bytes)
+            self._missing = payload_bytes
+        available = min(self._end - self._start, self._missing)
         if available:
             part = self._ahead[self._start : self._start + available]
-            self._payload[self._filled : self._filled + available] = part
+            self._payload.get_buffer()[:available] = part
             self._start += available
             self._note_payload(available)
-        return self._finish() if self._filled == payload_bytes else None
+        return None if self._missing else self._finish()
 
     def _take(self, num_bytes: int) -> bytearray | None:
         if self._end - self._start < num_bytes:
@@ -333,9 +334,8 @@ class Decoder:
         return self._ahead[self._start - num_bytes : self._start]
 
     def _note_payload(self, num_bytes: int) -> None:
-        new = memoryview(self._payload)[self._filled : self._filled + num_bytes]
-        self._crc = zlib.crc32(new, self._crc)
-        self._filled += num_bytes
+        self._payload.advance(num_bytes)
+        self._missing -= num_bytes
 
     def _parse_head(self, head: bytearray) -> tuple[int, int]:
         magic, version, flags, reserved, json_bytes, payload_bytes = HEAD.unpack(head)
@@ -365,8 +365,8 @@ class Decoder:
         head_bytes = HEAD.size + self._lengths[0]
         message, self._message, self._lengths = self._message, None, None
         assert message is not None
-        payload, self._payload = self._payload, bytearray()
-        if payload and checksum_text(self._crc) != self._announced:
+        (payload, crc), self._payload = self._payload.whole(), InMemory(0)
+        if payload and checksum_text(crc) != self._announced:
             raise Damaged(f"the file of a {message.type} arrived damaged: checksum differs")
         return Message(
             message.type, message.sender, message.receiver, message.content, message.at, payload,

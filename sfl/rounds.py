@@ -41,6 +41,7 @@ from sfl.outcome import (
     model_path,
 )
 from sfl.party import PREFIXES, TRAIN, RoundResult, ServerParty
+from sfl.payload import MakeStore
 from sfl.protocol import MessageType
 from sfl.registration import Joined
 from sfl.roundlog import DOWN, TRAFFIC, UP, RoundLog
@@ -68,6 +69,7 @@ class Rounds:
     halves: dict[str, Half]  # the front and the back that everyone goes on from, where there is one
     store: Callable[[Link], WeightStore]  # to a client over its link
     spool: Spool
+    payloads: MakeStore  # where those of the clients go
     about: Mapping[str, Any]  # what a checkpoint records beside the weights
     check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
     first_round: int = 0
@@ -97,9 +99,14 @@ class Rounds:
         party = self.parties[joined.client]
         party.link.counters.add(joined.link.counters)
         joined.link.counters = party.link.counters
-        joined.link.limits = self.split.server_limits(self.num_steps[joined.client])
         party.link, party.weights = joined.link, self.store(joined.link)
         party.at_start_of = party.has_trained = -1
+        self.limit(joined.client)
+
+    def limit(self, client: int) -> None:
+        """Accept from a client what this run expects of it."""
+        limits = self.split.server_limits(self.num_steps[client], self.payloads)
+        self.parties[client].link.limits = limits
 
     def _items(self) -> ItemsView[int, ServerParty]:
         return self.parties.items()

@@ -24,6 +24,7 @@ from sfl.objects import ObjectStore
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
+from sfl.payload import onto
 from sfl.profile import Profile
 from sfl.protocol import Limits
 from sfl.registration import APART, HERE, Joined, describe_data
@@ -332,13 +333,14 @@ def prepare(
         halves,
         store=store_of,
         spool=Spool(folder.path if keeps_answers else None, archive.flush),
+        payloads=onto(folder.path),
         about={"data": data, "fingerprint": ours, "clients": fingerprints},
         check_space=lambda: check_space(folder.path, a_round),
         first_round=first_round,
         may_skip=may_skip,
     )
-    for k, party in parties.items():
-        party.link.limits = split.server_limits(rounds.num_steps[k])
+    for k in parties:
+        rounds.limit(k)
     return rounds
 
 

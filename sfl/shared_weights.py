@@ -22,6 +22,7 @@ from sfl.errors import IntegrityError, ProtocolError, RunError
 from sfl.link import Link
 from sfl.objects import Metadata, ObjectStore
 from sfl.protocol import MessageType, checksum
+from sfl.saved import Buffer
 from sfl.turn import Aside
 from sfl.weights import WeightKey
 
@@ -169,7 +170,7 @@ class SharedWeights:
             content = {"name": key.name, "checksum": checksum(data)}
             self._link.send_message_as_json(MessageType.WEIGHTS_STORED, content=content, at=key.at)
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
         announced = ""
         if self._link is not None:
             yield self._link

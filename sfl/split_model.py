@@ -10,6 +10,7 @@ from torch import Tensor
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.models import build, model_spec, split
+from sfl.payload import MakeStore
 from sfl.protocol import Limits, MessageType
 from sfl.schemes import Exchange, scheme
 from sfl.segment import Segment
@@ -159,16 +160,16 @@ class SplitModel:
         for start in range(0, num_samples, self.evaluation_batch):
             yield min(self.evaluation_batch, num_samples - start)
 
-    def client_limits(self) -> Limits:
-        """Return what a client accepts from its server."""
+    def client_limits(self, store: MakeStore) -> Limits:
+        """Return what a client accepts from its server, and where it goes."""
         weights = max_state_bytes(self.front_spec)
         limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
         if self.cuts:
             step = self._run.batch_size + 1
             limits[MessageType.TRAINING_GRADS] = max_file_bytes([self.features_spec(step)])
-        return Limits(payload_bytes=limits)
+        return Limits(payload_bytes=limits, store=store)
 
-    def server_limits(self, num_steps: int) -> Limits:
+    def server_limits(self, num_steps: int, store: MakeStore) -> Limits:
         """Return what the server accepts from a client of at most so many steps a round."""
         limits = {MessageType.SEND_MODEL: max_state_bytes(self.front_spec)}
         if self.cuts:
@@ -184,4 +185,4 @@ class SplitModel:
         else:
             figures = max_file_bytes([self.figures_spec(num_steps)])
             limits[MessageType.TRAINING_FIGURES] = figures
-        return Limits(payload_bytes=limits)
+        return Limits(payload_bytes=limits, store=store)

@@ -18,6 +18,7 @@ from sfl.driver import Conversation
 from sfl.errors import IntegrityError, ProtocolError
 from sfl.link import Link
 from sfl.protocol import MessageType, Position, checksum
+from sfl.saved import Buffer
 
 INITIAL, AVERAGE = "init", "client_avg"  # names of weights; client_weights(k) is one client's
 
@@ -71,7 +72,7 @@ class WeightStore(Protocol):
         """Let the peer have weights that another one has put."""
         ...
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
         """Return what was put under ``key``; ``held`` is what may be that already."""
         ...
 
@@ -84,20 +85,23 @@ class SocketWeights:
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
         link = self._link
-        offer = {"name": key.name, "bytes": len(data), "checksum": checksum(data)}
+        data_checksum = checksum(data)
+        offer = {"name": key.name, "bytes": len(data), "checksum": data_checksum}
         link.send_message_as_json(MessageType.REQUEST_TO_SEND_FILE, content=offer, at=key.at)
         yield link
         answer = link.receive_message_as_json(MessageType.SEND_FILE, at=key.at)
         offset = answer.get("offset", int)
         if not 0 <= offset <= len(data):
             raise ProtocolError(f"{link.peer_title} asks for byte {offset} of {len(data)}")
-        if offset < len(data):
-            link.send_file(key.message_type, data[offset:], at=key.at)
+        if offset == 0:
+            link.send_file(key.message_type, data, at=key.at, checksum=data_checksum)
+        elif offset < len(data):
+            link.send_file(key.message_type, memoryview(data)[offset:], at=key.at)
 
     def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
         yield from self.put(key, data)
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
         link = self._link
         yield link
         offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE, at=key.at)
@@ -110,10 +114,10 @@ class SocketWeights:
         if has_it:
             return held
         yield link
-        data = bytes(link.receive_file(key.message_type, at=key.at).payload)
-        if len(data) != size or checksum(data) != announced:
+        file = link.receive_file(key.message_type, at=key.at).file
+        if len(file.data) != size or (file.checksum or checksum(file.data)) != announced:
             raise IntegrityError(f"the weights {key.name} are not those that were offered")
-        return data
+        return file.data
 
 
 class Elsewhere:
@@ -125,6 +129,6 @@ class Elsewhere:
     def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
         yield from ()
 
-    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[bytes]:
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
         yield from ()
         return b""

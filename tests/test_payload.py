@@ -1,0 +1,140 @@
+"""Large payloads go onto disk while they come in: the same bytes, little memory, clear errors."""
+
+import os
+import socket
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sfl import payload
+from sfl.errors import Damaged, RunError
+from sfl.payload import InMemory, MakeStore, OnDisk, Store, onto
+from sfl.protocol import Limits, MessageType, checksum
+from sfl.transport import Connection
+
+SIZE = 2_500_001  # two whole chunks, and a part of a third
+
+
+@pytest.fixture
+def data() -> bytes:
+    return os.urandom(SIZE)
+
+
+def fill(store: Store, data: bytes, most: int) -> None:
+    view = memoryview(data)
+    while view:
+        buffer = store.get_buffer()
+        assert len(buffer) > 0
+        num_bytes = min(len(buffer), len(view), most)
+        buffer[:num_bytes] = view[:num_bytes]
+        store.advance(num_bytes)
+        view = view[num_bytes:]
+
+
+@pytest.mark.parametrize("most", [100_003, 10**7])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_came_is_there(data: bytes, tmp_path: Path, most: int, on_disk: bool) -> None:
+    store = OnDisk(SIZE, tmp_path) if on_disk else InMemory(SIZE)
+    fill(store, data, most)
+    found, crc = store.whole()
+    assert found == data
+    assert crc == zlib.crc32(data)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+
+
+def test_only_large_payloads_go_onto_disk(tmp_path: Path) -> None:
+    make = onto(tmp_path)
+    assert isinstance(make(payload.LARGE_BYTES - 1), InMemory)
+    assert isinstance(make(payload.LARGE_BYTES), OnDisk)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def pass_on(
+    ends: tuple[socket.socket, socket.socket], data: bytes, of: str, store: MakeStore
+) -> memoryview:
+    """Send a file from a thread, and return what the other end received."""
+    limits = Limits(payload_bytes={MessageType.SEND_MODEL: SIZE}, store=store)
+    sender, receiver = (Connection(end, timeout_s=30, limits=limits) for end in ends)
+    sending = threading.Thread(
+        target=sender.send_file, args=[MessageType.SEND_MODEL, data], kwargs={"checksum": of}
+    )
+    sending.start()
+    try:
+        return memoryview(receiver.receive_file(MessageType.SEND_MODEL).payload)
+    finally:
+        receiver.close()
+        sender.close()
+        sending.join()
+
+
+def test_a_connection_receives_onto_disk(
+    ends: tuple[socket.socket, socket.socket], data: bytes, tmp_path: Path
+) -> None:
+    found = pass_on(ends, data, checksum(data), lambda size: OnDisk(size, tmp_path))
+    assert found == data
+    assert found.readonly  # it is the file's own bytes, mapped
+
+
+def test_damage_is_found_on_disk_as_well(
+    ends: tuple[socket.socket, socket.socket], data: bytes, tmp_path: Path
+) -> None:
+    with pytest.raises(Damaged):
+        pass_on(ends, data, checksum(data[::-1]), lambda size: OnDisk(size, tmp_path))
+
+
+def test_a_full_disk_is_said(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = OnDisk(SIZE, tmp_path)
+
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(payload.os, "write", full)
+    with pytest.raises(RunError, match=rf"cannot write to {tmp_path}: No space left on device"):
+        fill(store, data, SIZE)
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot write to .*gone: No such file"):
+        OnDisk(SIZE, tmp_path / "gone")
+
+
+def test_what_is_received_takes_no_memory(tmp_path: Path) -> None:
+    """The one buffer, and no more, however large the payload."""
+    import tracemalloc
+
+    store = OnDisk(size := 200 * SIZE, tmp_path)
+    data = os.urandom(SIZE)
+    tracemalloc.start()
+    for _ in range(200):
+        fill(store, data, SIZE)
+    found, _ = store.whole()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == size
+    assert peak < 2**20
+
+
+def test_it_lies_in_the_folder_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    real = tempfile.TemporaryFile
+
+    def note(*, dir: Path) -> object:
+        folders.append(dir)
+        return real(dir=dir)
+
+    monkeypatch.setattr(payload.tempfile, "TemporaryFile", note)
+    onto(tmp_path)(payload.LARGE_BYTES)
+    assert folders == [tmp_path]
