@@ -131,7 +131,8 @@ class _Together(Generic[T]):
         self._running: dict[int, Conversation[T]] = {}
         self._receiving: dict[Link, int] = {}
         self._links: dict[int, Link] = {}  # that each client's conversation receives from
-        self._held: dict[int, Gate] = {}
+        self._held: dict[Gate, dict[int, None]] = {}  # who waits for each gate, in order
+        self._gates: dict[int, Gate] = {}  # which each of them waits for
         self._left: set[int] = set()
         self._expected = set(conversations)  # who neither runs, nor has a result, nor has left
         self.results: dict[int, T] = {}
@@ -156,7 +157,7 @@ class _Together(Generic[T]):
             conversation.close()
             if client not in self.results:
                 self._expected.add(client)
-        self._held.pop(client, None)
+        self._release(client)
         if link := self._links.pop(client, None):
             self._receiving.pop(link, None)
 
@@ -170,15 +171,26 @@ class _Together(Generic[T]):
 
     def go_on(self) -> None:
         """Resume one conversation whose gate is open or whose message is there, or wait."""
-        free = next((client for client, gate in self._held.items() if gate()), None)
+        free = next((next(iter(held)) for gate, held in self._held.items() if gate()), None)
         if free is not None:
-            del self._held[free]
+            self._release(free)
         elif not self.is_open():
             return
-        elif link := self._network.wait(self._receiving, self._held.values()):
+        elif link := self._network.wait(self._receiving, self._held):
             free = self._receiving.pop(link)
         if free is not None:
             self._resume(free)
+
+    def _hold(self, client: int, gate: Gate) -> None:
+        self._held.setdefault(gate, {})[client] = None
+        self._gates[client] = gate
+
+    def _release(self, client: int) -> None:
+        """Let a client wait for a gate no longer, if it did."""
+        if gate := self._gates.pop(client, None):
+            del self._held[gate][client]
+            if not self._held[gate]:
+                del self._held[gate]
 
     def _resume(self, client: int) -> None:
         try:
@@ -193,4 +205,4 @@ class _Together(Generic[T]):
             if isinstance(due, Link):
                 self._receiving[due], self._links[client] = client, due
             else:
-                self._held[client] = due
+                self._hold(client, due)

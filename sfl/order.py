@@ -84,13 +84,17 @@ class RoundPlan:
         *,
         spool: Spool,
         may_skip: bool = False,
+        at_once: int = 0,
     ) -> None:
         """``num_steps``: of each client that is there, taking part in the round or not.
 
-        ``may_skip``: a client may be dropped, so that what it did must be undone.
+        ``may_skip``: a client may be dropped, so that what it did must be undone. ``at_once``: so
+        many train at the same time, where each has a copy of the back; 0: all.
         """
         row = scheme(run.scheme)
         self._run, self._backs, self._may_skip = run, backs, may_skip
+        self._at_once = at_once if row.copies_back else 0
+        self._training: set[int] = set()  # who has begun, and has neither trained nor left
         self.spool = spool
         self.starts: dict[int, NamedWeights | None] = {}  # of who has begun: whose front it has
         self.ended: set[int] = set()
@@ -118,13 +122,18 @@ class RoundPlan:
 
     def turn_of(self, client: int) -> Gate:
         """Return what opens when a client may train: at its turn, and again if it redoes it."""
-        is_its_turn = self.rounds.of(client)
-        return lambda: client in self.starts or is_its_turn()
+        if client in self.starts:
+            return lambda: True
+        return self.rounds.of(client) if self.rounds.in_order else self._has_room
+
+    def _has_room(self) -> bool:
+        return not self._at_once or len(self._training) < self._at_once
 
     def begin(self, client: int) -> NamedWeights | None:
         """Begin a client's round, or let it redo it; return whose front it starts from."""
         if client not in self.starts:
             self.starts[client] = self.relayed
+            self._training.add(client)
             if self._may_skip and self._leaves_no_trace(client) and self._backs:
                 back = self._backs[scheme(self._run.scheme).back_of(client)]
                 self._snapshots[client] = back.snapshot(weights=self.rounds.in_order)
@@ -138,6 +147,12 @@ class RoundPlan:
             self._snapshots.pop(client, None)
         self.ended.add(client)
 
+    def rest(self, client: int) -> None:
+        """Let a client that has trained make room for another one, with its copy of the back."""
+        self._training.discard(client)
+        if scheme(self._run.scheme).copies_back:
+            self._backs[self._back_of(client)].rest()
+
     def drop(self, client: int) -> bool:
         """Go on without a client; say whether the round is as if it had never taken part.
 
@@ -145,6 +160,7 @@ class RoundPlan:
         that it has for itself, or for its turn, goes back to where it was.
         """
         self.left.add(client)
+        self._training.discard(client)
         self.order.remove(client)
         del self.num_steps[client]
         self.rounds.drop(client)

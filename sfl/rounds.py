@@ -74,6 +74,7 @@ class Rounds:
     check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
     first_round: int = 0
     may_skip: bool = False
+    at_once: int = 0  # clients that train at the same time, where each has a copy; 0: all
     _front: Half | None = None  # that the round started from
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
@@ -209,8 +210,9 @@ class Rounds:
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
         plan = RoundPlan(
-            self.run, round_index, num_steps, self.backs, spool=self.spool, may_skip=self.may_skip
-        )
+            self.run, round_index, num_steps, self.backs,
+            spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
+        )  # fmt: skip
         self.log.start_round(round_index, sum(plan.num_steps.values()))
         for party in self.parties.values():
             party.compute_s = 0.0
@@ -236,7 +238,9 @@ class Rounds:
         self, client: int, plan: RoundPlan, round_index: int
     ) -> Conversation[RoundResult]:
         yield from self._start(client, round_index)
-        return (yield from server_train(self.parties[client], plan, round_index))
+        result = yield from server_train(self.parties[client], plan, round_index)
+        plan.rest(client)
+        return result
 
     @property
     def num_steps(self) -> dict[int, int]:

@@ -50,6 +50,11 @@ class Scheme:
     exchange: Exchange = Exchange.CUT
     pooled: bool = False  # one client holds the union of all parts: in simulation only
 
+    @property
+    def copies_back(self) -> bool:
+        """Whether each client has a copy of the back."""
+        return self.back_of is a_copy_each
+
 
 SCHEMES: dict[str, Scheme] = {
     "sl": Scheme(

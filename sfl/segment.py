@@ -128,6 +128,13 @@ class Segment:
         make = OPTIMIZERS[self._run.optimizer]
         self._optimizer = make(self._parameters, self._run) if self._parameters else None
 
+    def rest(self) -> None:
+        """Give up what only training needs, until ``start_round``."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._run.optimizer_state == "reset":
+            self._reset_optimizer()
+
     def forward(self, z: Tensor, at: Position) -> Tensor:
         """Return the output for ``z`` in training, keeping the graph for ``backward``.
 

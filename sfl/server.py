@@ -74,8 +74,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
     check_role(run, node)
-    if node.min_clients > run.most_clients:
-        raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
+    _check_together(run, node)
     device = set_up_torch(node)
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
@@ -129,7 +128,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             rounds = prepare(
                 run, joined, lobby, folder, device=device, node=node, past=past,
                 store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),
-                with_fronts=fed == HERE, may_skip=bool(node.skip_after_s),
+                with_fronts=fed == HERE, may_skip=bool(node.skip_after_s), at_once=node.at_once,
             )  # fmt: skip
             stack.callback(rounds.spool.close)
             lobby.on_return = rounds.come_back
@@ -139,6 +138,16 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 _forget_weights(place, rounds)
             finish(rounds, folder)
     return path
+
+
+def _check_together(run: RunConfig, node: ServerNode) -> None:
+    """See that what the server's options say of the clients goes with the run."""
+    if node.min_clients > run.most_clients:
+        raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
+    if node.at_once and not scheme(run.scheme).copies_back:
+        raise ConfigError(
+            f"--at-once {node.at_once}: with {run.scheme} nobody has a copy to wait for"
+        )
 
 
 def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
@@ -247,13 +256,15 @@ def prepare(
     past: Past | None = None,
     with_fronts: bool = True,
     may_skip: bool = False,
+    at_once: int = 0,
     keeps_answers: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
 
     ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
     Without ``with_fronts`` another server has the fronts, and none of them lie here. ``may_skip``:
-    rounds may close without a client; ``keeps_answers``: a client may redo its steps.
+    rounds may close without a client; ``at_once``: so many train at the same time;
+    ``keeps_answers``: a client may redo its steps.
 
     Raises:
         ConfigError: the model does not take such data.
@@ -338,6 +349,7 @@ def prepare(
         check_space=lambda: check_space(folder.path, a_round),
         first_round=first_round,
         may_skip=may_skip,
+        at_once=at_once,
     )
     for k in parties:
         rounds.limit(k)

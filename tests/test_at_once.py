@@ -1,0 +1,134 @@
+"""--at-once: of clients that each have a copy of the back, only so many train at the same time."""
+
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfl.config import RunConfig
+from sfl.crash import VARIABLE
+from sfl.order import RoundPlan
+from sfl.protocol import Position
+from sfl.segment import train_step
+from sfl.split_model import SplitModel
+from sfl.spool import Spool
+from tests.launch import Launcher
+from tests.test_equivalence import assert_equal, simulated, weights
+
+CLIENTS, ROUNDS = 4, 2
+
+
+def planned(at_once: int, scheme: str = "sflv1", **options: object) -> RoundPlan:
+    run = RunConfig(run="r", scheme=scheme, clients=CLIENTS, **options)  # type: ignore[arg-type]
+    split = SplitModel(run, (1, 28, 28), 10, frozenset())
+    backs = {k: split.back(torch.device("cpu")) for k in range(CLIENTS if scheme == "sflv1" else 1)}
+    for back in backs.values():
+        back.start_round(0)
+    spool = Spool(None, lambda: None)
+    return RoundPlan(run, 0, dict.fromkeys(range(CLIENTS), 5), backs, spool=spool, at_once=at_once)
+
+
+def test_who_has_no_room_waits_for_it() -> None:
+    plan = planned(at_once=2)
+    first, second, third, fourth = plan.order
+    for client in (first, second):
+        assert plan.turn_of(client)()
+        plan.begin(client)
+    assert not plan.turn_of(third)()
+    assert plan.turn_of(first)()  # it was lost, and redoes its steps
+    plan.rest(first)
+    assert plan.turn_of(third)()
+    plan.begin(third)
+    assert not plan.turn_of(fourth)()
+    plan.drop(second)
+    assert plan.turn_of(fourth)()
+
+
+def test_all_who_wait_for_room_wait_for_the_same_thing() -> None:
+    """So that a message costs no more when more of them wait."""
+    plan = planned(at_once=1)
+    assert plan.turn_of(0) == plan.turn_of(1)
+    assert hash(plan.turn_of(0)) == hash(plan.turn_of(1))
+
+
+def test_without_the_option_there_is_room_for_all() -> None:
+    plan = planned(at_once=0)
+    for client in plan.order:
+        assert plan.turn_of(client)()
+        plan.begin(client)
+
+
+@pytest.mark.parametrize("state", ["reset", "keep"])
+def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
+    plan = planned(at_once=1, optimizer_state=state)
+    back = plan._backs[0]
+    shape = SplitModel(plan._run, (1, 28, 28), 10, frozenset()).features_spec(8).shape
+    train_step(back, torch.randn(shape), torch.zeros(8, dtype=torch.int64), Position("r", 0, 0, 0))
+    back.update()
+    before = weights_of(back.state())
+    assert back.optimizer_state()
+    plan.rest(0)
+    assert bool(back.optimizer_state()) == (state == "keep")
+    assert all(p.grad is None for p in back.blocks.parameters())
+    assert weights_of(back.state()) == before
+
+
+def test_a_shared_back_does_not_rest() -> None:
+    plan = planned(at_once=0, scheme="sflv2")
+    plan.begin(plan.order[0])
+    back = plan._backs[0]
+    for parameter in back.blocks.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    back.update()
+    plan.rest(plan.order[0])
+    assert back.optimizer_state()
+
+
+def weights_of(state: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    return {name: tensor.flatten().tolist() for name, tensor in state.items()}
+
+
+def run_one_by_one(launcher: Launcher, *options: object, crash: str = "") -> Path:
+    server = launcher.server(
+        "--clients", CLIENTS, "--run", "r", "--rounds", ROUNDS, "--batch-size", 64,
+        "--at-once", 1, *options,
+    )  # fmt: skip
+    env = {VARIABLE: crash} if crash else {}
+    clients = [launcher.client("--client-id", k, env=env if k == 2 else {}) for k in range(CLIENTS)]
+    if crash:
+        assert clients[2].wait() == -signal.SIGKILL
+        clients[2] = launcher.client("--client-id", 2)
+    for program in [server, *clients]:
+        program.ended_with(0)
+    return launcher.folder / "server" / "r"
+
+
+def test_one_by_one_they_compute_the_same(launcher: Launcher, tmp_path: Path) -> None:
+    run = run_one_by_one(launcher)
+    assert_equal(weights(run), weights(simulated(tmp_path / "simulated", clients=CLIENTS)))
+    for round_index in range(ROUNDS):
+        times = [
+            sorted(
+                path.stat().st_mtime_ns
+                for path in run.glob(f"client_files/client_{k}/round_{round_index:03d}/*.pt")
+            )
+            for k in range(CLIENTS)
+        ]
+        assert all(len(of_client) > 10 for of_client in times)
+        for one, following in pairwise(sorted(times)):
+            assert one[-1] <= following[0]  # no step of the next before the last of this one
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_in_its_turn_keeps_the_others_waiting(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    run = run_one_by_one(launcher, crash="front.after_update:8")
+    assert_equal(weights(run), weights(simulated(tmp_path / "simulated", clients=CLIENTS)))
+
+
+def test_only_copies_can_wait_for_one_another(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 2, "--scheme", "sflv2", "--at-once", 1)
+    assert "with sflv2 nobody has a copy to wait for" in server.ended_with(2)
