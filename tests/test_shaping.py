@@ -1,6 +1,7 @@
 """--link: a slower link, played by the program itself."""
 
 import contextlib
+import socket
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.protocol import Limits, MessageType
-from sfl.shaping import LinkShape
+from sfl.shaping import LinkShape, Pipe
 from sfl.transport import Connection, connect, listen
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, simulated, weights
@@ -69,6 +70,29 @@ def test_a_shaped_link_delays_both_directions_and_carries_every_byte(side: str) 
             assert connection.address == f"127.0.0.1:{listener.port}"
         thread.join()
         assert not thread.is_alive()
+
+
+class OneCut(LinkShape):
+    """A link that breaks after one byte."""
+
+    def cut_after(self) -> float:
+        return 1.0
+
+
+class Endless(socket.socket):
+    """What may be read for ever, shut down or not, as a TCP socket while its peer sends."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return bytes(size)
+
+
+def test_a_link_that_has_broken_is_read_no_longer() -> None:
+    target, other = socket.socketpair()
+    with Endless() as source, target, other:
+        pipe = Pipe(source, target, OneCut())
+        ended = pipe.ended.wait(5)
+        pipe._is_cut = True  # let the thread end, whatever was found
+        assert ended
 
 
 def test_a_link_that_loses_breaks() -> None:
