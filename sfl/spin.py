@@ -2,7 +2,8 @@
 
 A core that has slept takes its time to wake up, which for a small model is a good part of a step.
 So who has lately waited no longer than ``SPIN_S`` does not go to sleep for as long, unless another
-thread or process wants the core: then it sleeps at once, and for its next waits, too.
+thread or process wants the core: then it sleeps at once, and if that happens time after time, for
+its next waits, too.
 """
 
 import os
@@ -27,7 +28,7 @@ class Spinner:
 
     def __init__(self) -> None:
         self._was_short = False
-        self._rest = 1  # waits that are slept through once another has wanted the core
+        self._rest = 0  # waits to sleep through once another has wanted the core, time after time
         self._resting = 0
 
     def wait(self, look: Callable[[], T | None], sleep: Callable[[], T]) -> T:
@@ -49,9 +50,9 @@ class Spinner:
             os.sched_yield()
             if _switches() != switches:
                 self._resting = self._rest
-                self._rest = min(2 * self._rest, _MAX_REST)
+                self._rest = min(2 * self._rest + 1, _MAX_REST)
                 return None
-        self._rest = 1
+        self._rest = 0
         return found
 
 
