@@ -33,6 +33,9 @@ from sfl.tensors import TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
+# For which a step's tensors wait for those of the next ones: two threads that take turns with every
+# step wait for each other more often than when one of them works for a while.
+GATHER_S = 0.05
 _BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
@@ -104,6 +107,7 @@ class ArchiveWriter:
         self._failure: Exception | None = None
         self._manifests: dict[Path, TextIO] = {}
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
+        self._hurry = threading.Event()  # there is more to do than to gather steps
         self._thread: threading.Thread | None = None  # started by the first job
 
     def __enter__(self) -> "ArchiveWriter":
@@ -112,6 +116,7 @@ class ArchiveWriter:
     def __exit__(self, *exc: object) -> None:
         if self._thread is not None:
             self._jobs.put(None)
+            self._hurry.set()
             self._thread.join()
         for manifest in self._manifests.values():
             with contextlib.suppress(OSError):  # what it could not write has been said already
@@ -135,7 +140,7 @@ class ArchiveWriter:
         """
         if self.records(entry["round"]):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            self._submit(lambda: self._write_step(tensors, entry), num_bytes)
+            self._submit(lambda: self._write_step(tensors, entry), num_bytes, gathers=True)
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
         """Return where ``record`` writes a tensor of a step; None if its round's do not stay."""
@@ -205,6 +210,7 @@ class ArchiveWriter:
 
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
+        self._hurry.set()
         with self._changed:
             self._changed.wait_for(lambda: self._num_pending == 0 or self._failure is not None)
         self._check()
@@ -214,7 +220,11 @@ class ArchiveWriter:
             reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
-    def _submit(self, job: Callable[[], None], num_bytes: int) -> None:
+    def _submit(self, job: Callable[[], None], num_bytes: int, *, gathers: bool = False) -> None:
+        """Let the thread do a job, at once unless it ``gathers``, when there is room for its bytes.
+
+        Jobs are done one after the other.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
@@ -238,13 +248,21 @@ class ArchiveWriter:
                 self._changed.notify_all()
 
         self._jobs.put(run)
+        if not gathers:
+            self._hurry.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
             self._thread.start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._hurry.wait(GATHER_S)
+            self._hurry.clear()
             job()
+            for _ in range(self._jobs.qsize()):
+                if (job := self._jobs.get()) is None:
+                    return
+                job()
 
     def _write_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]

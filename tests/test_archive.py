@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,34 @@ def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
         "sync checkpoints",
     ]
     assert [c for c in calls if "client_files" in c and c.startswith("sync")] == []
+
+
+def gathering_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ArchiveWriter:
+    monkeypatch.setattr(archive_writer, "GATHER_S", 60.0)
+    writer = ArchiveWriter(folder, ALL)
+    record(writer, 0, 0, 0)
+    return writer
+
+
+def test_steps_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = gathering_for_ever(tmp_path, monkeypatch)
+    time.sleep(0.1)
+    assert not list(tmp_path.rglob("*.pt"))
+    writer.flush()
+    writer.__exit__()
+
+
+@pytest.mark.parametrize("then", ["flush", "write", "end"])
+def test_nobody_waits_for_steps_to_be_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    started = time.monotonic()
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        if then == "flush":
+            writer.flush()
+        elif then == "write":
+            writer.write("log", "log.txt", b"text")
+            while not (tmp_path / "log.txt").exists():
+                assert time.monotonic() - started < 30
+    assert len(list(tmp_path.rglob("*.pt"))) == len(TENSOR_KINDS)
+    assert time.monotonic() - started < 30
