@@ -226,6 +226,8 @@ class ArchiveWriter:
         Jobs are done one after the other.
         """
         with self._changed:
+            if self._pending_bytes > MAX_PENDING_BYTES:
+                self._hurry.set()
             self._changed.wait_for(
                 lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
             )

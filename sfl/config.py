@@ -334,6 +334,8 @@ class ServerNode(PeerNode):
             raise ConfigError("--tls-ca: is for clients, and for --role main")
         _require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
         _require(self.at_once >= 0, "at_once", self.at_once, "0 or more")
+        if self.at_once and self.role == "fed":
+            raise ConfigError("--at-once: is for the main server")
         if self.on_missing == "skip" and self.role != "all":
             raise ConfigError("--on-missing skip: is for --role all")
         if self.fed_server and self.role != "main":

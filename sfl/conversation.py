@@ -136,6 +136,7 @@ def server_train(
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
     party.has_trained = round_index
+    plan.rest(party.client)
     if row.fronts is Fronts.OWN:
         return RoundResult({}, b"", seconds)
     name = client_weights(party.client)

@@ -12,6 +12,7 @@ from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import differences
 from sfl.errors import (
+    PEER_ERRORS,
     ConnectionLost,
     Damaged,
     IntegrityError,
@@ -342,8 +343,8 @@ class Lobby(Network):
         return self.places[client].is_out
 
     def lost(self, client: int, error: SflError) -> None:
-        if not self.patience.comes_back:
-            raise error
+        if not (self.patience.comes_back and isinstance(error, PEER_ERRORS)):
+            raise error  # a full disk, say, is no fault of the client's
         self._lose(client, error)
 
     def _lose(self, client: int, error: SflError) -> None:

@@ -98,7 +98,10 @@ class OnDisk:
 
     def whole(self) -> tuple[memoryview, int]:
         self._checking.shutdown()
-        data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        try:
+            data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise RunError(f"cannot read from {self._folder}: {error.strerror}") from error
         self._close()  # the mapping keeps the file
         return memoryview(data), self._crc
 

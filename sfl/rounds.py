@@ -238,9 +238,7 @@ class Rounds:
         self, client: int, plan: RoundPlan, round_index: int
     ) -> Conversation[RoundResult]:
         yield from self._start(client, round_index)
-        result = yield from server_train(self.parties[client], plan, round_index)
-        plan.rest(client)
-        return result
+        return (yield from server_train(self.parties[client], plan, round_index))
 
     @property
     def num_steps(self) -> dict[int, int]:

@@ -130,6 +130,7 @@ class Segment:
 
     def rest(self) -> None:
         """Give up what only training needs, until ``start_round``."""
+        self._input = self._output = None
         for parameter in self._parameters:
             parameter.grad = None
         if self._run.optimizer_state == "reset":

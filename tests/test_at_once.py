@@ -72,6 +72,7 @@ def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     plan.rest(0)
     assert bool(back.optimizer_state()) == (state == "keep")
     assert all(p.grad is None for p in back.blocks.parameters())
+    assert back._input is None
     assert weights_of(back.state()) == before
 
 
@@ -132,3 +133,5 @@ def test_one_that_is_killed_in_its_turn_keeps_the_others_waiting(
 def test_only_copies_can_wait_for_one_another(launcher: Launcher) -> None:
     server = launcher.server("--clients", 2, "--scheme", "sflv2", "--at-once", 1)
     assert "with sflv2 nobody has a copy to wait for" in server.ended_with(2)
+    fed = launcher.server("--role", "fed", "--at-once", 1)
+    assert "--at-once: is for the main server" in fed.ended_with(2)

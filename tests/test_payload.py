@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from sfl import payload
+from sfl.config import RunConfig
 from sfl.errors import Damaged, RunError
+from sfl.lobby import Lobby, Patience
 from sfl.payload import InMemory, MakeStore, OnDisk, Store, onto
 from sfl.protocol import Limits, MessageType, checksum
 from sfl.transport import Connection
+from tests.launch import Launcher
+from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
 
 SIZE = 2_500_001  # two whole chunks, and a part of a third
 
@@ -138,3 +142,33 @@ def test_it_lies_in_the_folder_that_was_given(
     monkeypatch.setattr(payload.tempfile, "TemporaryFile", note)
     onto(tmp_path)(payload.LARGE_BYTES)
     assert folders == [tmp_path]
+
+
+def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    model = "tests.large_payloads:bn_dropout"
+    server = launcher.server(
+        "--clients", 2, "--run", "r", "--rounds", 2, "--batch-size", 64, "--model", model,
+        "--cut", 4,
+    )  # fmt: skip
+    clients = [launcher.client("--client-id", k, "--allow-import", model) for k in range(2)]
+    for program in [server, *clients]:
+        program.ended_with(0)
+    assert_equal(
+        weights(tmp_path / "server/r"),
+        weights(simulated(tmp_path / "simulated", model=BN_DROPOUT, cut=4, clients=2)),
+    )
+    for folder in ("server/r", "client/r/client_0", "client/r/client_1"):
+        assert (tmp_path / folder / "went_onto_disk").exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_client() -> None:
+    """Also where the server is not waiting for that client just then."""
+    patience = Patience(comes_back=True)
+    lobby = Lobby(
+        switchboard=None, run=RunConfig(clients=1), events=None, past=None, goes_on=False,
+        fed="here", patience=patience,
+    )  # type: ignore[arg-type]  # fmt: skip
+    with pytest.raises(RunError, match="disk"):
+        lobby.lost(0, RunError("cannot write: the disk is full"))
