@@ -13,6 +13,7 @@ from sfl.datasets import dataset_of
 from sfl.errors import ConfigError, RunError
 from sfl.outcome import check_rule
 from sfl.partition import OWN, WRITER, check_partition
+from sfl.payload import LARGE_BYTES
 from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import check_optimizer
@@ -65,9 +66,10 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     front = max_state_bytes(split.front_spec)
     back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
-    an_epoch = 0
+    an_epoch = a_batch = 0
     if row.exchange is Exchange.CUT:
         a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
+        a_batch = split.features_spec(run.batch_size).num_bytes
         an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_steps * front
@@ -84,7 +86,10 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * run.rounds * (back or front) * num_backs
-    return round(tensors + models + answers)
+    coming = max(front * (row.fronts is not Fronts.OWN), a_batch)
+    # what one round's peers send at a time, in files without a name
+    payloads = run.participation * len(clients) * coming if coming >= LARGE_BYTES else 0
+    return round(tensors + models + answers + payloads)
 
 
 def check_disk(folder: Path, needed: int) -> str:

@@ -327,6 +327,10 @@ class Decoder:
             self._note_payload(available)
         return None if self._missing else self._finish()
 
+    def forget(self) -> None:
+        """Let go of the payload that has begun to come: nothing more is read."""
+        self._payload = InMemory(0)
+
     def _take(self, num_bytes: int) -> bytearray | None:
         if self._end - self._start < num_bytes:
             return None

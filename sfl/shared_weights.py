@@ -105,10 +105,8 @@ class Transfers:
     def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
         """Make a call that serves all who ask for it under this name."""
         if self._wake is None:
-            yield from ()
             if name not in self._once:
-                with self._aside():
-                    call()
+                yield from self.run(call)
                 self._once[name] = None
             return
         job = self._once.get(name) or _Job(call, self._places, self._wake)

@@ -134,11 +134,13 @@ def server_step(
     """
     link = party.link
     yield link
-    labels = link.receive_file(MessageType.TRAINING_LABELS, at=at).file
+    labels, clock = link.receive_file(MessageType.TRAINING_LABELS, at=at).file, party.clock
+    clock.start()
     y = decode_labels(party, labels, num_samples)  # while the client computes
+    clock.lap("load")
     yield link
     features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).file
-    started, clock = time.perf_counter(), party.clock
+    started = time.perf_counter()
     clock.start()
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")

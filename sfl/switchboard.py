@@ -254,6 +254,7 @@ class DrainedConnection(Connection):
 
     def close(self) -> None:
         self._drain.remove(self)
+        self._decoder.forget()  # whoever still holds a lost connection holds no file
         super().close()
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import tempfile
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 
 from sfl import payload
+from sfl.check import check_run, disk_bytes
 from sfl.config import RunConfig
-from sfl.errors import Damaged, RunError
+from sfl.errors import ConnectionLost, Damaged, RunError
 from sfl.lobby import Lobby, Patience
 from sfl.payload import InMemory, MakeStore, OnDisk, Store, onto
-from sfl.protocol import Limits, MessageType, checksum
-from sfl.transport import Connection
+from sfl.protocol import Limits, Message, MessageType, checksum, encode_head
+from sfl.split_model import SplitModel
+from sfl.switchboard import Switchboard
+from sfl.tensors import max_state_bytes
+from sfl.transport import Connection, listen
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
 
@@ -161,6 +166,39 @@ def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
     )
     for folder in ("server/r", "client/r/client_0", "client/r/client_1"):
         assert (tmp_path / folder / "went_onto_disk").exists()
+
+
+def test_a_lost_client_leaves_no_half_of_a_file(tmp_path: Path) -> None:
+    begun: list[weakref.ref[OnDisk]] = []
+
+    def store(num_bytes: int) -> Store:
+        begun.append(weakref.ref(on_disk := OnDisk(num_bytes, tmp_path)))
+        return on_disk
+
+    limits = Limits(payload_bytes={MessageType.SEND_MODEL: SIZE}, store=store)
+    listener = listen("127.0.0.1", 0)
+    with Switchboard(listener, timeout_s=5, limits=limits) as board:
+        with socket.create_connection(("127.0.0.1", listener.port)) as client:
+            client.sendall(encode_head(Message(MessageType.REGISTER)))
+            (link,) = board.wait_for_any(5)
+            link.receive_message_as_json(MessageType.REGISTER)
+            whole = Message(MessageType.SEND_MODEL, payload=bytes(SIZE))
+            client.sendall(encode_head(whole) + bytes(SIZE // 2))
+        assert board.wait_for_any(5) == [link]  # since it is lost
+        assert begun[0]() is not None
+        link.close()
+        assert begun[0]() is None
+        with pytest.raises(ConnectionLost, match="in the middle of a message's payload"):
+            link.receive_file(MessageType.SEND_MODEL)
+
+
+def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig(clients=4, scheme="sflv1", participation=0.5, dataset="mnist", model="mlp")
+    split = SplitModel(check_run(run), (1, 28, 28), 10)
+    before = disk_bytes(run, split, [100] * 4)
+    monkeypatch.setattr("sfl.check.LARGE_BYTES", 2**10)
+    front = max_state_bytes(split.front_spec)
+    assert disk_bytes(run, split, [100] * 4) == before + 2 * front
 
 
 def test_a_full_disk_is_no_fault_of_the_client() -> None:
