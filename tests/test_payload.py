@@ -48,11 +48,32 @@ def fill(store: Store, data: bytes, most: int) -> None:
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_what_came_is_there(data: bytes, tmp_path: Path, most: int, on_disk: bool) -> None:
     store = OnDisk(SIZE, tmp_path) if on_disk else InMemory(SIZE)
-    fill(store, data, most)
+    fill(store, data[:-10], most)
+    assert len(store.get_buffer()) == 10  # what follows is of another message
+    fill(store, data[-10:], most)
     found, crc = store.whole()
     assert found == data
     assert crc == zlib.crc32(data)
     assert list(tmp_path.iterdir()) == []  # the file has no name
+
+
+def test_a_disk_that_takes_little_at_a_time_gets_all(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(payload.os, "write", lambda to, part: write(to, part[:99_999]))
+    store = OnDisk(SIZE, tmp_path)
+    fill(store, data, SIZE)
+    assert store.whole()[0] == data
+
+
+def test_a_payload_that_is_whole_holds_nothing_but_its_mapping(data: bytes, tmp_path: Path) -> None:
+    store = OnDisk(SIZE, tmp_path)
+    fill(store, data, SIZE)
+    store.whole()
+    assert not [t for t in threading.enumerate() if t.name.startswith("checksum")]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(store._descriptor)
 
 
 def test_only_large_payloads_go_onto_disk(tmp_path: Path) -> None:

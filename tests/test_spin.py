@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,7 +45,9 @@ def test_after_a_short_wait_it_looks() -> None:
 
 
 def test_zero_is_a_find() -> None:
+    started = time.perf_counter()
     assert warm().wait(lambda: 0, lambda: 1) == 0
+    assert time.perf_counter() - started < spin.SPIN_S
 
 
 def test_it_sleeps_when_it_has_looked_for_long() -> None:
@@ -61,17 +64,29 @@ def test_after_a_long_wait_it_does_not_look() -> None:
     assert spinner.wait(finds_at(1), slept) == "looked"  # that one was short again
 
 
+def rests(spinner: Spinner, waits: int) -> str:
+    """Return in which of some waits in vain it looked (1), and which it slept through (0)."""
+    looks = ""
+    for _ in range(waits):
+        looked: list[None] = []
+        spinner.wait(lambda looked=looked: looked.append(None), slept)  # type: ignore[misc]
+        looks += str(len(looked))
+    return looks
+
+
 def test_it_rests_longer_and_longer_while_others_want_the_core(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     switches = itertools.count()
     monkeypatch.setattr(spin, "_switches", lambda: next(switches))
-    spinner, looks = warm(), []
-    for _ in range(20):
-        looked: list[None] = []
-        spinner.wait(lambda looked=looked: looked.append(None), slept)  # type: ignore[misc]
-        looks.append(len(looked))
-    assert looks == [1, 1, 0, 1, 0, 0, 0, 1, *7 * [0], 1, *4 * [0]]
+    monkeypatch.setattr(spin, "_MAX_REST", 7)
+    spinner = warm()
+    assert rests(spinner, 32) == "11010001000000010000000100000001"
+    monkeypatch.setattr(spin, "_switches", lambda: 0)
+    assert rests(spinner, 7) == "0000000"
+    assert spinner.wait(finds_at(2), slept) == "looked"  # the core is ours again
+    monkeypatch.setattr(spin, "_switches", lambda: next(switches))
+    assert rests(spinner, 4) == "1101"
 
 
 def test_a_system_that_cannot_tell_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +103,13 @@ def test_another_thread_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     threading.Timer(0.02, ready.set).start()
     ready.wait()
     assert spin._switches() > before
+
+
+def test_a_core_that_was_taken_counts_as_one_that_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    usage = SimpleNamespace(ru_nivcsw=3, ru_nvcsw=40)
+    monkeypatch.setattr(spin, "_OURS", 1)
+    monkeypatch.setattr(spin, "resource", SimpleNamespace(getrusage=lambda who: usage))
+    assert spin._switches() == 43
