@@ -6,17 +6,17 @@ places. So a file is written by filling these into one that torch has written, a
 all the rest with it: in microseconds, and with the same bytes.
 """
 
-import functools
 import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sfl.saved import Buffer
 
 _CRC = struct.Struct("<I")
+_NUM_CRC_BYTES = _CRC.size
 # Half of the id: the first says what the records' names are, the second what their checksums are.
 _ID_DIGITS = 20
 _DATA, _ID = "/data/0", "/.data/serialization_id"
@@ -25,17 +25,17 @@ _64_BITS = 2**64 - 1
 
 @dataclass(frozen=True)
 class Template:
-    """A file of one dtype and shape, and where what changes stands in it."""
+    """A file of one dtype and shape, but for what changes."""
 
     head: bytes  # all that stands before the tensor's data
     num_bytes: int  # of the data
-    tail: bytes  # all that stands behind them
-    data_crcs: tuple[int, ...]  # where in the tail their checksum stands
-    id_at: int  # where in the tail the changing half of the id stands
-    id_crcs: tuple[int, ...]
-    crcs: tuple[int, ...]  # of the records, in their order; the data's is one of them
-    data_index: int  # which
-    head_crc: int  # what the head adds to the checksum of the file
+    # What stands behind the data, but for: the data's checksum, the changing half of the id, the
+    # id's checksum, and both checksums again.
+    texts: tuple[bytes, ...]
+    id_crc: int  # the checksum of the id's other half, which comes first
+    combined: int  # what the id has of the records before the data
+    crcs: tuple[int, ...]  # of the records behind them
+    head_crc: int  # what the head adds to the checksum of itself and the data
 
     @classmethod
     def of(cls, write: Callable[[int], bytes]) -> "Template | None":
@@ -60,44 +60,43 @@ class Template:
             data, identity = (
                 records[names.index(folder + name)] for name in (_DATA, _ID)
             )  # ValueError if one is not there
-            content = container.read(data)
-            crcs = tuple(r.CRC for r in records if r is not identity)
-            data_index = names.index(data.filename)
+            num_bytes = len(container.read(data))
             digits = container.read(identity)
+        crcs = [r.CRC for r in records if r is not identity]
+        place = names.index(data.filename)
         start = _content_at(file, data)
-        head, tail = file[:start], file[start + len(content) :]
-        id_start = _content_at(file, identity) - start - len(content)
-        if not content or digits[_ID_DIGITS:] != _digits(crcs):
+        end, id_start = start + num_bytes, _content_at(file, identity)
+        if not num_bytes or digits[_ID_DIGITS:] != _digits(_combine(0, crcs)):
             raise ValueError("another layout")
-        zeros = bytes(len(content) + len(tail))
+        data_crcs, id_crcs = (_places(file, record, end) for record in (data, identity))
+        changes = (
+            (data_crcs[0], _NUM_CRC_BYTES), (id_start + _ID_DIGITS, _ID_DIGITS),
+            (id_crcs[0], _NUM_CRC_BYTES), (data_crcs[1], _NUM_CRC_BYTES),
+            (id_crcs[1], _NUM_CRC_BYTES),
+        )  # fmt: skip
+        texts = []
+        for at, length in changes:
+            if at < end:
+                raise ValueError("another layout")
+            texts.append(file[end:at])
+            end = at + length
+        zeros = bytes(num_bytes)
         return cls(
-            head, len(content), tail,
-            _places(file, data, start, len(content)),
-            id_start + _ID_DIGITS,
-            _places(file, identity, start, len(content)),
-            crcs, data_index,
-            zlib.crc32(zeros, zlib.crc32(head)) ^ zlib.crc32(zeros),
+            file[:start], num_bytes, (*texts, file[end:]), zlib.crc32(digits[:_ID_DIGITS]),
+            _combine(0, crcs[:place]), tuple(crcs[place + 1 :]),
+            zlib.crc32(zeros, zlib.crc32(file[:start])) ^ zlib.crc32(zeros),
         )  # fmt: skip
 
-    def _tail(self, crc: int) -> bytearray:
+    def _tail(self, crc: int) -> bytes:
         """Return what stands behind data of this checksum."""
-        tail = bytearray(self.tail)
-        crcs = list(self.crcs)
-        crcs[self.data_index] = crc
-        tail[self.id_at : self.id_at + _ID_DIGITS] = _digits(tuple(crcs))
-        identity = tail[self.id_at - _ID_DIGITS : self.id_at + _ID_DIGITS]
-        for places, value in ((self.data_crcs, crc), (self.id_crcs, zlib.crc32(identity))):
-            for place in places:
-                _CRC.pack_into(tail, place, value)
-        return tail
+        a, b, c, d, e, f = self.texts
+        digits = _digits(_combine(self.combined, (crc, *self.crcs)))
+        of_data, of_id = _CRC.pack(crc), _CRC.pack(zlib.crc32(digits, self.id_crc))
+        return b"".join((a, of_data, b, digits, c, of_id, d, of_data, e, of_id, f))
 
-    def _file_crc(self, data_crc: int, tail: Buffer) -> int:
-        """Return the checksum of a file from those of its parts."""
-        shifted, bits = 0, data_crc
-        for table in _behind(len(tail)):
-            shifted ^= table[bits & 255]
-            bits >>= 8
-        return self.head_crc ^ shifted ^ zlib.crc32(tail)
+    def _file_crc(self, data_crc: int, tail: bytes) -> int:
+        """Return the checksum of a file: a CRC is linear, so the data need not be read again."""
+        return zlib.crc32(tail, self.head_crc ^ data_crc)
 
     def fill(self, data: Buffer) -> bytes:
         """Return the file of a tensor whose data these are."""
@@ -117,27 +116,18 @@ class Template:
         """
         view, start = memoryview(file), len(self.head)
         end = start + self.num_bytes
-        if len(view) != end + len(self.tail) or view[:start] != self.head:
+        if bytes(view[:start]) != self.head:
             return None
-        data, tail = view[start:end], view[end:]
-        crc = zlib.crc32(data) if file_crc is None else _CRC.unpack_from(tail, self.data_crcs[0])[0]
+        data, tail, crc_at = view[start:end], bytes(view[end:]), len(self.texts[0])
+        if file_crc is None:
+            crc = zlib.crc32(data)
+        elif len(tail) >= crc_at + _NUM_CRC_BYTES:
+            (crc,) = _CRC.unpack_from(tail, crc_at)
+        else:
+            return None
         if tail != self._tail(crc) or file_crc not in (None, self._file_crc(crc, tail)):
             return None
         return data
-
-
-@functools.lru_cache(maxsize=64)
-def _behind(num_bytes: int) -> tuple[tuple[int, ...], ...]:
-    """Return what becomes of a checksum when so many bytes follow: a table for each of its bytes.
-
-    A CRC is linear: that of A and B is what becomes of A's, XOR that of B.
-    """
-    zeros = bytes(num_bytes)
-    alone = zlib.crc32(zeros)
-    return tuple(
-        tuple(zlib.crc32(zeros, byte << shift) ^ alone for byte in range(256))
-        for shift in (0, 8, 16, 24)
-    )
 
 
 def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
@@ -146,20 +136,23 @@ def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
     return int(record.header_offset + 30 + name + extra)
 
 
-def _places(file: bytes, record: zipfile.ZipInfo, start: int, num_bytes: int) -> tuple[int, ...]:
-    """Return where in the tail a record's checksum stands: behind it, and in the directory."""
+def _places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, int]:
+    """Return where a record's checksum stands: behind it, and in the directory."""
     behind = _content_at(file, record) + record.file_size + 4  # a signature comes first
-    entry = file.index(record.filename.encode(), file.index(b"PK\1\2", start + num_bytes)) - 46 + 16
-    places = tuple(at - start - num_bytes for at in (behind, entry))
-    if any(_CRC.unpack_from(file, start + num_bytes + at)[0] != record.CRC for at in places):
+    entry = file.index(record.filename.encode(), file.index(b"PK\1\2", data_end)) - 46 + 16
+    if any(_CRC.unpack_from(file, at)[0] != record.CRC for at in (behind, entry)):
         raise ValueError("another layout")
-    return places
+    return behind, entry
 
 
-def _digits(crcs: tuple[int, ...]) -> bytes:
-    """Return what torch writes of the records' checksums into the id."""
-    combined = 0
+def _combine(combined: int, crcs: Iterable[int]) -> int:
+    """Return what torch makes of the records' checksums, from what it made of those before."""
     for crc in crcs:  # as boost's hash_combine does
         combined ^= crc + 0x9E3779B9 + (combined << 6 & _64_BITS) + (combined >> 2)
         combined &= _64_BITS
+    return combined
+
+
+def _digits(combined: int) -> bytes:
+    """Return what of it stands in the id."""
     return b"%020d" % combined

@@ -11,7 +11,7 @@ import functools
 import io
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ _FILE_OVERHEAD_BYTES = 4096
 _TENSOR_OVERHEAD_BYTES = 1200
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """The dtype and shape that a tensor must have."""
 
     shape: tuple[int, ...]
@@ -118,17 +117,30 @@ def encode(tensor: Tensor) -> bytes:
 
 def encode_file(tensor: Tensor) -> File:
     """Return the ``torch.save`` file of one tensor, compacted, with the checksum of the file."""
-    tensor = compact(tensor)
+    tensor = tensor.detach().cpu().contiguous()
     if template := _template(TensorSpec.of(tensor)):
-        data, crc = template.fill_checked(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        data, crc = template.fill_checked(_data(tensor))
         return File(data, checksum_text(crc))
-    data = _save(tensor)
+    data = _save(compact(tensor))
     return File(data, checksum(data))
+
+
+def _data(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, in its own memory."""
+    # numpy has no bfloat16
+    known = tensor.reshape(-1).view(torch.uint8) if tensor.dtype is torch.bfloat16 else tensor
+    return known.numpy().data
 
 
 def encode_state(state: Mapping[str, Tensor]) -> bytes:
     """Return the ``torch.save`` file of a dict of tensors, each compacted."""
     return _save({name: compact(tensor) for name, tensor in state.items()})
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sizes(spec: TensorSpec) -> range:
+    """Return how many bytes a file of a spec may have."""
+    return range(spec.num_bytes, max_file_bytes([spec]) + 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -172,14 +184,12 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
         IntegrityError: the file is damaged or holds anything but that tensor.
     """
     # A template is made of a tensor as large as the expected one: the file must be as well.
-    fits = spec.num_bytes <= len(data) <= max_file_bytes([spec])
     if (
-        fits
+        len(data) in _file_sizes(spec)
         and (template := _template(spec))
         and (found := template.data_of(data, crc_of(checksum))) is not None
     ):
-        tensor = torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
-        return spec.check(tensor, name)
+        return torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
     saved = take_apart(data, name)
     _compare(saved.content, spec, name)
     return spec.check(_load(saved.rebuilt(), name), name)
