@@ -504,8 +504,9 @@ def _nan_model(insider: Insider) -> None:
 
 
 def _damaged(insider: Insider) -> None:
-    message = Message(LABELS, at=insider.at(0), payload=b"x" * 100)
-    insider.link._stream.send([memoryview(encode_head(message, "crc32:00000000") + b"y" * 100)])
+    payload, checksum = b"x" * 100, "crc32:00000000"
+    message = Message(LABELS, at=insider.at(0), payload=payload, checksum=checksum)
+    insider.link._stream.send([memoryview(encode_head(message) + b"y" * 100)])
 
 
 def insiders() -> dict[str, Harm]:

@@ -18,8 +18,6 @@ damage; it is no protection against somebody who alters bytes on purpose.
 """
 
 import builtins
-import json
-import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -27,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeVar
 
-from sfl import strict_json
+from sfl.envelope import Envelope, read, write
 from sfl.errors import Damaged, ProtocolError
 from sfl.payload import InMemory, MakeStore, Store
 
@@ -37,7 +35,6 @@ MAGIC: Final = b"SFL\n"
 VERSION: Final = 1
 HEAD: Final = struct.Struct(">4sBBHIQ")
 MAX_JSON_BYTES: Final = 64 * 1024  # a REQUEST_TO_START of 1,000 class names fits
-MAX_NAME: Final = 128  # of a sender, a receiver, a run
 # Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
 # buffer, so that at most this much of a payload is copied twice.
 READ_AHEAD_BYTES: Final = 4096
@@ -94,8 +91,7 @@ FILE_TYPES: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """Where in a run a message belongs; -1 and "" where it belongs nowhere in particular."""
 
     run: str = ""
@@ -172,79 +168,25 @@ def crc_of(text: str) -> int | None:
     return int(text[6:], 16) if text else None
 
 
-def encode_head(message: Message, payload_checksum: str = "") -> bytes:
-    """Return head and JSON of a frame; the payload's bytes follow it on the wire unchanged.
-
-    Floats travel as Python's ``json`` writes them: reading gives the same float, and ``NaN`` and
-    ``Infinity`` (the loss of a run that diverged) stand as such.
-    """
+def encode_head(message: Message) -> bytes:
+    """Return head and JSON of a frame; the payload's bytes follow it on the wire unchanged."""
     assert (message.type in FILE_TYPES) == bool(message.payload), message.type
-    at = message.at
-    fields: dict[str, Any] = {
-        "type": message.type,
-        "sender": message.sender,
-        "receiver": message.receiver,
-        "run": at.run,
-        "round": at.round,
-        "step": at.step,
-        "client": at.client,
-        "link": at.link,
-        "content": message.content,
-    }
-    if message.payload:
-        fields["checksum"] = payload_checksum or message.checksum or checksum(message.payload)
-    text = json.dumps(fields, separators=(",", ":")).encode()
+    checked = message.checksum or checksum(message.payload) if message.payload else ""
+    sender, receiver, content = message.sender, message.receiver, message.content
+    text = write(Envelope(message.type, sender, receiver, message.at, content, checked))
     return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(message.payload)) + text
 
 
-_FIELDS: Final[dict[str, type]] = {
-    "type": str, "sender": str, "receiver": str, "run": str,
-    "round": int, "step": int, "client": int, "link": int,
-}  # fmt: skip
-_MAX_INDEX: Final = 2**31
-_PLAIN_NAME: Final = re.compile(rf"[A-Za-z0-9._ -]{{0,{MAX_NAME}}}")
-
-
-def _load_object(text: bytes | bytearray) -> dict[str, Any]:
+def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
+    """Return a message's type, which must be one that carries a payload, or not."""
     try:
-        fields = strict_json.loads(text)
-    except ValueError as error:
-        raise ProtocolError(f"a message's JSON cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise ProtocolError("a message's JSON is not an object")
-    return fields
-
-
-def _parse_json(text: bytes | bytearray, payload_bytes: int) -> tuple[Message, str]:
-    """Return the message without its payload, and the checksum that it announces for it."""
-    fields = _load_object(text)
-    expected = _FIELDS.keys() | {"content"} | ({"checksum"} if payload_bytes else set())
-    if fields.keys() != expected:
-        odd = sorted(fields.keys() ^ expected)
-        raise ProtocolError(f"a message's fields are not the protocol's: {odd[:4]!r:.80}")
-    for name, kind in _FIELDS.items():
-        if type(fields[name]) is not kind:
-            raise ProtocolError(f"a message's {name!r} is not of type {kind.__name__}")
-        if kind is str and not _PLAIN_NAME.fullmatch(fields[name]):
-            raise ProtocolError(
-                f"a message's {name!r} is not up to {MAX_NAME} letters, digits, '.', '_', '-', ' '"
-            )
-    for name in ("round", "step", "client", "link"):
-        if not -1 <= fields[name] < _MAX_INDEX:
-            raise ProtocolError(f"a message's {name!r} is out of range")
-    try:
-        message_type = MessageType(fields["type"])
+        message_type = MessageType(envelope.type)
     except ValueError:
-        raise ProtocolError(f"unknown message type {fields['type'][:40]!r}") from None
-    if (message_type in FILE_TYPES) != bool(payload_bytes):
+        raise ProtocolError(f"unknown message type {envelope.type[:40]!r}") from None
+    if (message_type in FILE_TYPES) != has_payload:
         wrong = "comes without its file" if message_type in FILE_TYPES else "carries a payload"
         raise ProtocolError(f"{message_type} {wrong}")
-    announced = fields.get("checksum", "")
-    if type(announced) is not str:
-        raise ProtocolError("a message's checksum is not text")
-    at = Position(fields["run"], fields["round"], fields["step"], fields["client"], fields["link"])
-    content = fields["content"]
-    return Message(message_type, fields["sender"], fields["receiver"], content, at), announced
+    return message_type
 
 
 class Decoder:
@@ -264,15 +206,14 @@ class Decoder:
         self._start = 0  # the unread bytes of the stream are _ahead[_start:_end]
         self._end = 0
         self._lengths: tuple[int, int] | None = None  # JSON and payload, once the head is read
-        self._message: Message | None = None  # once its JSON is read
-        self._announced = ""
+        self._read: tuple[MessageType, Envelope] | None = None  # of a message, once they are
         self._payload: Store = InMemory(0)
         self._missing = 0  # bytes of it
 
     @property
     def inside(self) -> str:
         """Which part of a message the stream stands in: "", "head", "JSON" or "payload"."""
-        if self._message is not None:
+        if self._read is not None:
             return "payload"
         if self._lengths is not None:
             return "JSON"
@@ -280,7 +221,7 @@ class Decoder:
 
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream go; never empty."""
-        if self._message is not None and self._start == self._end:
+        if self._read is not None and self._start == self._end:
             return self._payload.get_buffer()
         if self._start:  # move what is unread to the front: less than one head and JSON
             unread = self._ahead[self._start : self._end]
@@ -293,7 +234,7 @@ class Decoder:
 
     def advance(self, num_bytes: int) -> None:
         """Take note that ``num_bytes`` of the stream now lie in the buffer last returned."""
-        if self._message is not None and self._start == self._end:
+        if self._read is not None and self._start == self._end:
             self._note_payload(num_bytes)
         else:
             self._end += num_bytes
@@ -306,18 +247,19 @@ class Decoder:
                 return None
             self._lengths = self._parse_head(head)
         json_bytes, payload_bytes = self._lengths
-        if self._message is None:
+        if self._read is None:
             text = self._take(json_bytes)
             if text is None:
                 return None
-            message, self._announced = _parse_json(text, payload_bytes)
-            allowed = self.limits.payload_bytes.get(message.type, 0)
+            envelope = read(text, has_payload=payload_bytes > 0)
+            message_type = _type_of(envelope, has_payload=payload_bytes > 0)
+            allowed = self.limits.payload_bytes.get(message_type, 0)
             if payload_bytes > allowed:
                 raise ProtocolError(
-                    f"{message.type} announces a payload of {payload_bytes} bytes;"
+                    f"{message_type} announces a payload of {payload_bytes} bytes;"
                     f" at most {allowed} are accepted here"
                 )
-            self._message, self._payload = message, self.limits.store(payload_bytes)
+            self._read, self._payload = (message_type, envelope), self.limits.store(payload_bytes)
             self._missing = payload_bytes
         available = min(self._end - self._start, self._missing)
         if available:
@@ -366,13 +308,13 @@ class Decoder:
 
     def _finish(self) -> Message:
         assert self._lengths is not None
-        head_bytes = HEAD.size + self._lengths[0]
-        message, self._message, self._lengths = self._message, None, None
-        assert message is not None
+        assert self._read is not None
+        head_bytes, (message_type, envelope) = HEAD.size + self._lengths[0], self._read
+        self._lengths = self._read = None
         (payload, crc), self._payload = self._payload.whole(), InMemory(0)
-        if payload and checksum_text(crc) != self._announced:
-            raise Damaged(f"the file of a {message.type} arrived damaged: checksum differs")
+        if payload and checksum_text(crc) != envelope.checksum:
+            raise Damaged(f"the file of a {message_type} arrived damaged: checksum differs")
         return Message(
-            message.type, message.sender, message.receiver, message.content, message.at, payload,
-            head_bytes, self._announced,
+            message_type, envelope.sender, envelope.receiver, envelope.content,
+            Position(*envelope.at), payload, head_bytes, envelope.checksum,
         )  # fmt: skip

@@ -26,9 +26,7 @@ def loads(text: bytes | bytearray) -> Any:
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
         _check_depth(text)
-    value = json.loads(
-        text.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer, parse_float=_number
-    )
+    value = _DECODER.decode(text.decode("utf-8"))
     if _SURROGATE.search(text):  # half a character is one that cannot be written again
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -60,3 +58,6 @@ def _number(digits: str) -> float:
     if math.isinf(number):
         raise ValueError(f"it has a number {digits:.20} that no float holds")
     return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=_integer, parse_float=_number)
