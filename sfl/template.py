@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from sfl.saved import Buffer
 
 _CRC = struct.Struct("<I")
-_NUM_CRC_BYTES = _CRC.size
 # Half of the id: the first says what the records' names are, the second what their checksums are.
 _ID_DIGITS = 20
 _DATA, _ID = "/data/0", "/.data/serialization_id"
@@ -70,9 +69,9 @@ class Template:
             raise ValueError("another layout")
         data_crcs, id_crcs = (_places(file, record, end) for record in (data, identity))
         changes = (
-            (data_crcs[0], _NUM_CRC_BYTES), (id_start + _ID_DIGITS, _ID_DIGITS),
-            (id_crcs[0], _NUM_CRC_BYTES), (data_crcs[1], _NUM_CRC_BYTES),
-            (id_crcs[1], _NUM_CRC_BYTES),
+            (data_crcs[0], _CRC.size), (id_start + _ID_DIGITS, _ID_DIGITS),
+            (id_crcs[0], _CRC.size), (data_crcs[1], _CRC.size),
+            (id_crcs[1], _CRC.size),
         )  # fmt: skip
         texts = []
         for at, length in changes:
@@ -121,10 +120,8 @@ class Template:
         data, tail, crc_at = view[start:end], bytes(view[end:]), len(self.texts[0])
         if file_crc is None:
             crc = zlib.crc32(data)
-        elif len(tail) >= crc_at + _NUM_CRC_BYTES:
-            (crc,) = _CRC.unpack_from(tail, crc_at)
         else:
-            return None
+            crc = int.from_bytes(tail[crc_at : crc_at + _CRC.size], "little")
         if tail != self._tail(crc) or file_crc not in (None, self._file_crc(crc, tail)):
             return None
         return data
