@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sfl.archive import (
     DROPPED,
@@ -51,9 +52,7 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "
     try:
         stream = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(stream, view) :]
+            _write_all(stream, data)
             if durable:
                 os.fsync(stream)
         finally:
@@ -67,6 +66,12 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _write_all(descriptor: int, data: Buffer) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def _name(kind: str, at: Mapping[str, int]) -> str:
@@ -105,7 +110,7 @@ class ArchiveWriter:
         self._num_pending = 0
         self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
-        self._manifests: dict[Path, TextIO] = {}
+        self._manifests: dict[Path, FileIO] = {}
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
         self._hurry = threading.Event()  # there is more to do than to gather steps
         self._thread: threading.Thread | None = None  # started by the first job
@@ -272,15 +277,16 @@ class ArchiveWriter:
         folder = client_folder(self._root, at["client"], at["round"])
         if folder not in self._manifests:
             folder.mkdir(parents=True, exist_ok=True)
+        entries = []
         for kind, (file, spec) in tensors.items():
             name, data = _name(kind, at), file.data
             write_file(folder / name, data)
-            entry = Entry(
+            entries.append(Entry(
                 kind, name, len(data), file.checksum or checksum(data), client=at["client"],
                 round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
                 dtype=str(spec.dtype).removeprefix("torch."),
-            )  # fmt: skip
-            self._list(folder, entry)
+            ))  # fmt: skip
+        self._list(folder, *entries)
 
     def _write_listed(
         self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]
@@ -347,13 +353,14 @@ class ArchiveWriter:
             manifest.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _list(self, folder: Path, entry: Entry) -> None:
+    def _list(self, folder: Path, *entries: Entry) -> None:
         if folder not in self._manifests:
             path = folder / MANIFEST
             _cut_torn_line(path)
-            self._manifests[folder] = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._manifests[folder].write(manifest_line(entry) + "\n")
-        crash_point("manifest.after_line")
+            self._manifests[folder] = open(path, "ab", buffering=0)  # noqa: SIM115
+        lines = "".join(manifest_line(entry) + "\n" for entry in entries)
+        _write_all(self._manifests[folder].fileno(), lines.encode())
+        crash_point("manifest.after_lines")
 
     def _close_round(self, round_index: int) -> None:
         for folder in [folder for folder in self._manifests if folder != self._root]:

@@ -14,7 +14,7 @@ POINTS = (
     "start.ready",  # everyone is ready; nothing has been written
     "file.before_rename",  # a model, log or tensor lies under its temporary name
     "file.after_rename",  # ... under its own, but is in no manifest
-    "manifest.after_line",
+    "manifest.after_lines",  # of one step's tensors, or of one file
     "step.before_answer",  # the gradients are computed
     "step.after_answer",  # they are on their way; the back is not updated
     "step.after_update",

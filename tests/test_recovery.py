@@ -128,7 +128,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
 
 # Where each end of a run gets to; how often before it dies, so that it is in the second round.
 SERVER_POINTS = {
-    "start.ready": 1, "file.before_rename": 40, "file.after_rename": 41, "manifest.after_line": 42,
+    "start.ready": 1, "file.before_rename": 40, "file.after_rename": 41, "manifest.after_lines": 40,
     "step.before_answer": 27, "step.after_answer": 28, "step.after_update": 29,
     "average.before": 2, "average.after": 2, "validation.after": 2, "round.told": 2,
     "rounds_csv.before": 2, "rounds_csv.after": 2, "checkpoint.before_rename": 3,
@@ -137,7 +137,7 @@ SERVER_POINTS = {
 }  # fmt: skip
 CLIENT_POINTS = {
     "start.registered": 1, "file.before_rename": 5, "file.after_rename": 5,
-    "manifest.after_line": 5, "front.before_update": 9, "front.after_update": 9,
+    "manifest.after_lines": 5, "front.before_update": 9, "front.after_update": 9,
     "trained.before_said": 2, "validation.before": 2, "checkpoint.before_rename": 2,
     "checkpoint.after_rename": 2, "checkpoint.after_removal": 2, "run.before_goodbye": 1,
 }  # fmt: skip
