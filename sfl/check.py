@@ -66,10 +66,9 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     front = max_state_bytes(split.front_spec)
     back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
-    an_epoch = a_batch = 0
+    an_epoch = 0
     if row.exchange is Exchange.CUT:
         a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
-        a_batch = split.features_spec(run.batch_size).num_bytes
         an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_steps * front
@@ -86,10 +85,18 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * run.rounds * (back or front) * num_backs
-    coming = max(front * (row.fronts is not Fronts.OWN), a_batch)
-    # what one round's peers send at a time, in files without a name
-    payloads = run.participation * len(clients) * coming if coming >= LARGE_BYTES else 0
-    return round(tensors + models + answers + payloads)
+    return round(tensors + models + answers + _coming_bytes(run, split, clients))
+
+
+def _coming_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> float:
+    """Return how much, at most, lies in files without a name while it comes in."""
+    row = scheme(run.scheme)
+    front = 0 if row.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
+    largest = [
+        max(front, split.features_spec(min(count, run.batch_size)).num_bytes if split.cuts else 0)
+        for count in num_train
+    ]
+    return run.participation * sum(size for size in largest if size >= LARGE_BYTES)
 
 
 def check_disk(folder: Path, needed: int) -> str:

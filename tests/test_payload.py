@@ -1,5 +1,6 @@
 """Large payloads go onto disk while they come in: the same bytes, little memory, clear errors."""
 
+import dataclasses
 import os
 import socket
 import tempfile
@@ -68,12 +69,13 @@ def test_a_disk_that_takes_little_at_a_time_gets_all(
 
 
 def test_a_payload_that_is_whole_holds_nothing_but_its_mapping(data: bytes, tmp_path: Path) -> None:
+    threads = set(threading.enumerate())
     store = OnDisk(SIZE, tmp_path)
     fill(store, data, SIZE)
+    assert set(threading.enumerate()) > threads
     store.whole()
-    assert not [t for t in threading.enumerate() if t.name.startswith("checksum")]
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(store._descriptor)
+    assert set(threading.enumerate()) <= threads
+    assert not store._close.alive
 
 
 def test_only_large_payloads_go_onto_disk(tmp_path: Path) -> None:
@@ -220,6 +222,14 @@ def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sfl.check.LARGE_BYTES", 2**10)
     front = max_state_bytes(split.front_spec)
     assert disk_bytes(run, split, [100] * 4) == before + 2 * front
+    # A batch is no larger than a client's part, however large batches may be.
+    huge = dataclasses.replace(run, batch_size=2**20)
+    parts = [10_000, 100, 100, 100]
+    monkeypatch.setattr("sfl.check.LARGE_BYTES", 2**50)
+    before = disk_bytes(huge, split, parts)
+    monkeypatch.setattr("sfl.check.LARGE_BYTES", front + 1)
+    of_batch = split.features_spec(10_000).num_bytes
+    assert disk_bytes(huge, split, parts) == before + of_batch // 2
 
 
 def test_a_full_disk_is_no_fault_of_the_client() -> None:
