@@ -136,7 +136,7 @@ def raw(text: bytes, payload: bytes = b"") -> bytes:
 def with_fields(**changed: object) -> bytes:
     import json
 
-    return raw(json.dumps(FIELDS | changed).encode())
+    return raw(json.dumps(FIELDS | changed, separators=(",", ":")).encode())
 
 
 def _replaced(old: bytes, new: bytes) -> bytes:
@@ -169,10 +169,10 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
         "JSON 2,000 deep": (raw(b"[" * 2000),),
         "an integer of 10,000 digits": (raw(b'{"a":' + b"1" * 10_000 + b"}"),),
         "an integer of 3,000 digits": (raw(b'{"a":' + b"1" * 3000 + b"}"),),
-        "1e999": (_replaced(b'"round": -1', b'"round": 1e999'),),
-        "NaN as a round": (_replaced(b'"round": -1', b'"round": NaN'),),
+        "1e999": (_replaced(b'"round":-1', b'"round":1e999'),),
+        "NaN as a round": (_replaced(b'"round":-1', b'"round":NaN'),),
         "a field twice": (_replaced(b'"step"', b'"round"'),),
-        "invalid UTF-8": (_replaced(b'"sender": ""', b'"sender": "\xff\xfe"'),),
+        "invalid UTF-8": (_replaced(b'"sender":""', b'"sender":"\xff\xfe"'),),
         "a NUL byte": (with_fields(run="a\0b"),),
         "../ in a name": (with_fields(run="../../../etc/passwd"),),
         "an absolute name": (with_fields(sender="/etc/passwd"),),
@@ -504,8 +504,8 @@ def _nan_model(insider: Insider) -> None:
 
 
 def _damaged(insider: Insider) -> None:
-    payload, checksum = b"x" * 100, "crc32:00000000"
-    message = Message(LABELS, at=insider.at(0), payload=payload, checksum=checksum)
+    wrong = "crc32:00000000"
+    message = Message(LABELS, at=insider.at(0), payload=b"x" * 100, checksum=wrong)
     insider.link._stream.send([memoryview(encode_head(message) + b"y" * 100)])
 
 

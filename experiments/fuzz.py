@@ -7,6 +7,7 @@ may come out is a message or a tensor as expected, or one of the project's own e
 hang, write a file, or take much memory. Exit code 0 if all is so, else 1.
 """
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -85,10 +86,10 @@ def frames() -> list[bytes]:
     """Return a valid frame of every type of message."""
     from sfl.protocol import FILE_TYPES, Message, MessageType, Position, encode_head
 
-    found = []
-    for kind in MessageType:
+    found, flat = [], {"loss": 1.5, "correct": 3}
+    contents = ("", flat, flat | {"names": ["a", "b"], "nested": [[{"x": None}]]})
+    for kind, content in itertools.product(MessageType, contents):
         payload = bytes(range(200)) if kind in FILE_TYPES else b""
-        content = {"loss": 1.5, "correct": 3, "names": ["a", "b"], "nested": [[{"x": None}]]}
         message = Message(kind, "client_0", "server", content, Position("run", 1, 2, 0), payload)
         found.append(encode_head(message) + payload)
     return found

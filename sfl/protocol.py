@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeVar
 
-from sfl.envelope import Envelope, read, write
+from sfl.envelope import Envelope, read_envelope, write_envelope
 from sfl.errors import Damaged, ProtocolError
 from sfl.payload import InMemory, MakeStore, Store
 
@@ -173,7 +173,7 @@ def encode_head(message: Message) -> bytes:
     assert (message.type in FILE_TYPES) == bool(message.payload), message.type
     checked = message.checksum or checksum(message.payload) if message.payload else ""
     sender, receiver, content = message.sender, message.receiver, message.content
-    text = write(Envelope(message.type, sender, receiver, message.at, content, checked))
+    text = write_envelope(Envelope(message.type, sender, receiver, message.at, content, checked))
     return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(message.payload)) + text
 
 
@@ -206,14 +206,14 @@ class Decoder:
         self._start = 0  # the unread bytes of the stream are _ahead[_start:_end]
         self._end = 0
         self._lengths: tuple[int, int] | None = None  # JSON and payload, once the head is read
-        self._read: tuple[MessageType, Envelope] | None = None  # of a message, once they are
+        self._begun: tuple[MessageType, Envelope] | None = None  # once the JSON is read
         self._payload: Store = InMemory(0)
         self._missing = 0  # bytes of it
 
     @property
     def inside(self) -> str:
         """Which part of a message the stream stands in: "", "head", "JSON" or "payload"."""
-        if self._read is not None:
+        if self._begun is not None:
             return "payload"
         if self._lengths is not None:
             return "JSON"
@@ -221,7 +221,7 @@ class Decoder:
 
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream go; never empty."""
-        if self._read is not None and self._start == self._end:
+        if self._begun is not None and self._start == self._end:
             return self._payload.get_buffer()
         if self._start:  # move what is unread to the front: less than one head and JSON
             unread = self._ahead[self._start : self._end]
@@ -234,7 +234,7 @@ class Decoder:
 
     def advance(self, num_bytes: int) -> None:
         """Take note that ``num_bytes`` of the stream now lie in the buffer last returned."""
-        if self._read is not None and self._start == self._end:
+        if self._begun is not None and self._start == self._end:
             self._note_payload(num_bytes)
         else:
             self._end += num_bytes
@@ -247,11 +247,11 @@ class Decoder:
                 return None
             self._lengths = self._parse_head(head)
         json_bytes, payload_bytes = self._lengths
-        if self._read is None:
+        if self._begun is None:
             text = self._take(json_bytes)
             if text is None:
                 return None
-            envelope = read(text, has_payload=payload_bytes > 0)
+            envelope = read_envelope(text, has_payload=payload_bytes > 0)
             message_type = _type_of(envelope, has_payload=payload_bytes > 0)
             allowed = self.limits.payload_bytes.get(message_type, 0)
             if payload_bytes > allowed:
@@ -259,7 +259,7 @@ class Decoder:
                     f"{message_type} announces a payload of {payload_bytes} bytes;"
                     f" at most {allowed} are accepted here"
                 )
-            self._read, self._payload = (message_type, envelope), self.limits.store(payload_bytes)
+            self._begun, self._payload = (message_type, envelope), self.limits.store(payload_bytes)
             self._missing = payload_bytes
         available = min(self._end - self._start, self._missing)
         if available:
@@ -270,7 +270,7 @@ class Decoder:
         return None if self._missing else self._finish()
 
     def forget(self) -> None:
-        """Let go of the payload that has begun to come: nothing more is read."""
+        """Let go of a payload that has begun to come; the decoder is of no use afterwards."""
         self._payload = InMemory(0)
 
     def _take(self, num_bytes: int) -> bytearray | None:
@@ -308,11 +308,11 @@ class Decoder:
 
     def _finish(self) -> Message:
         assert self._lengths is not None
-        assert self._read is not None
-        head_bytes, (message_type, envelope) = HEAD.size + self._lengths[0], self._read
-        self._lengths = self._read = None
+        assert self._begun is not None
+        head_bytes, (message_type, envelope) = HEAD.size + self._lengths[0], self._begun
+        self._lengths = self._begun = None
         (payload, crc), self._payload = self._payload.whole(), InMemory(0)
-        if payload and checksum_text(crc) != envelope.checksum:
+        if message_type in FILE_TYPES and checksum_text(crc) != envelope.checksum:
             raise Damaged(f"the file of a {message_type} arrived damaged: checksum differs")
         return Message(
             message_type, envelope.sender, envelope.receiver, envelope.content,

@@ -254,7 +254,8 @@ class DrainedConnection(Connection):
 
     def close(self) -> None:
         self._drain.remove(self)
-        self._decoder.forget()  # whoever still holds a lost connection holds no file
+        # Nobody reads any more; whoever still holds a lost connection holds no half of a file.
+        self._decoder.forget()
         super().close()
 
 

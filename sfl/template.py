@@ -28,6 +28,7 @@ class Template:
 
     head: bytes  # all that stands before the tensor's data
     num_bytes: int  # of the data
+    num_file_bytes: int
     # What stands behind the data, but for: the data's checksum, the changing half of the id, the
     # id's checksum, and both checksums again.
     texts: tuple[bytes, ...]
@@ -81,7 +82,8 @@ class Template:
             end = at + length
         zeros = bytes(num_bytes)
         return cls(
-            file[:start], num_bytes, (*texts, file[end:]), zlib.crc32(digits[:_ID_DIGITS]),
+            file[:start], num_bytes, len(file), (*texts, file[end:]),
+            zlib.crc32(digits[:_ID_DIGITS]),
             _combine(0, crcs[:place]), tuple(crcs[place + 1 :]),
             zlib.crc32(zeros, zlib.crc32(file[:start])) ^ zlib.crc32(zeros),
         )  # fmt: skip
@@ -115,7 +117,7 @@ class Template:
         """
         view, start = memoryview(file), len(self.head)
         end = start + self.num_bytes
-        if bytes(view[:start]) != self.head:
+        if len(view) != self.num_file_bytes or bytes(view[:start]) != self.head:
             return None
         data, tail, crc_at = view[start:end], bytes(view[end:]), len(self.texts[0])
         if file_crc is None:

@@ -146,7 +146,8 @@ def _file_sizes(spec: TensorSpec) -> range:
 @functools.lru_cache(maxsize=256)
 def _template(spec: TensorSpec) -> Template | None:
     """Return what all files of a spec have in common; None if that is not known."""
-    if spec.dtype is torch.bool or not spec.num_bytes:  # not every byte is a truth value
+    # Not every byte is a truth value; a dtype that we do not name is not read.
+    if not spec.num_bytes or spec.dtype not in _DTYPES.values() or spec.dtype is torch.bool:
         return None
     count = spec.num_bytes
 
