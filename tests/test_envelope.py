@@ -112,6 +112,12 @@ def test_what_is_refused_and_what_is_not(old: bytes, new: bytes, reason: str | N
         read(changed, has_payload=True)
 
 
+@pytest.mark.parametrize("more", [b"x", b"}", b"{}", b"\0"])
+def test_nothing_may_follow(more: bytes) -> None:
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        read(write(ANSWER) + more, has_payload=True)
+
+
 def test_a_message_without_a_file_has_no_checksum() -> None:
     with pytest.raises(ProtocolError, match="fields are not the protocol's"):
         read(write(STEP), has_payload=False)

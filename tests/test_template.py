@@ -40,6 +40,15 @@ def test_a_file_is_byte_for_byte_what_torch_writes(
         assert read.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e5m2])
+def test_a_dtype_that_is_not_read_has_no_template(dtype: torch.dtype) -> None:
+    tensor = torch.zeros(3, dtype=dtype)
+    assert _template(TensorSpec.of(tensor)) is None
+    assert encode(tensor) == _save(tensor)
+    with pytest.raises(IntegrityError):
+        decode(encode(tensor), TensorSpec.of(tensor), "z")
+
+
 @pytest.mark.parametrize("tensor", [torch.zeros(0), torch.zeros(3, 0), torch.tensor([True, False])])
 def test_what_has_no_template_goes_the_ordinary_way(tensor: torch.Tensor) -> None:
     assert _template(TensorSpec.of(tensor)) is None
