@@ -131,10 +131,6 @@ class ArchiveWriter:
         """Say whether tensors of this round are written."""
         return self._keep.records(round_index)
 
-    def record(self, kind: str, data: Buffer, spec: TensorSpec, entry: Mapping[str, int]) -> None:
-        """Write one tensor of a step, as ``record_step`` writes several."""
-        self.record_step({kind: (File(data), spec)}, entry)
-
     def record_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], entry: Mapping[str, int]
     ) -> None:
@@ -148,7 +144,7 @@ class ArchiveWriter:
             self._submit(lambda: self._write_step(tensors, entry), num_bytes, gathers=True)
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
-        """Return where ``record`` writes a tensor of a step; None if its round's do not stay."""
+        """Return where ``record_step`` writes a tensor; None if those of its round do not stay."""
         if not self.records(at["round"]):
             return None
         return client_folder(self._root, at["client"], at["round"]) / _name(kind, at)

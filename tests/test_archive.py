@@ -14,7 +14,7 @@ from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS
 from sfl.archive_writer import ArchiveWriter, write_file
 from sfl.config import KeepTensors
 from sfl.errors import IntegrityError, RunError
-from sfl.tensors import TensorSpec, encode
+from sfl.tensors import TensorSpec, encode_file
 
 ALL = KeepTensors.parse("all")
 
@@ -22,9 +22,12 @@ ALL = KeepTensors.parse("all")
 def record(writer: ArchiveWriter, client: int, round_index: int, step: int) -> None:
     """Record a step whose tensors say where they belong."""
     where = {"client": client, "round": round_index, "step": step, "order": step}
-    for number, kind in enumerate(TENSOR_KINDS):
-        tensor = torch.tensor([client, round_index, step, number])
-        writer.record(kind, encode(tensor), TensorSpec.of(tensor), where)
+    tensors = {
+        kind: torch.tensor([client, round_index, step, number])
+        for number, kind in enumerate(TENSOR_KINDS)
+    }
+    files = {kind: (encode_file(t), TensorSpec.of(t)) for kind, t in tensors.items()}
+    writer.record_step(files, where)
 
 
 def write_run(root: Path, keep: str = "all", rounds: int = 3) -> None:
