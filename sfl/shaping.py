@@ -12,6 +12,7 @@ import queue
 import random
 import re
 import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ CHUNK = 16 * 2**10  # bytes
 MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
 UNCUT = math.inf
 LINGER_S = 10.0  # for which the peer may go on to send when we have sent our last
+# What closes with a reset, always: a peer that waits for a place, and hears only that we have
+# closed, would ask a socket in TIME_WAIT for one until its own time is over.
+_RESET = struct.pack("ii", 1, 0)
 _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}  # bytes a second
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _PART = re.compile(r"(?:(jitter|loss)=)?(\d+(?:\.\d+)?)([a-z]*)", re.ASCII)
@@ -97,6 +101,8 @@ class Pipe:
             self._line.count_cut()
             self._is_cut = True  # what is shut down may be read for as long as the peer sends
             for sock in (self._source, self._target):
+                with contextlib.suppress(OSError):  # it is closed already
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 shut(sock, socket.SHUT_RDWR)
             while self._on_the_way.get()[1]:  # so that the reader finds a place, and ends
                 pass

@@ -1,6 +1,7 @@
 """--link: a slower link, played by the program itself."""
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.protocol import Limits, MessageType
-from sfl.shaping import LinkShape, Pipe
+from sfl.shaping import LinkShape, Pipe, shaped
 from sfl.transport import Connection, connect, listen
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, simulated, weights
@@ -93,6 +94,18 @@ def test_a_link_that_has_broken_is_read_no_longer() -> None:
         ended = pipe.ended.wait(5)
         pipe._is_cut = True  # let the thread end, whatever was found
         assert ended
+
+
+def test_a_link_that_breaks_resets_the_connection() -> None:
+    """Whoever waits for a place at a socket that has only said its last may wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        with peer, shaped(listener.accept()[0], OneCut()) as near:
+            peer.sendall(b"more than one byte")
+            assert near.recv(100) == b"m"
+            reset = select.poll()
+            reset.register(peer, 0)
+            assert reset.poll(5000), "the peer knows at most that nothing more comes"
 
 
 def test_a_link_that_loses_breaks() -> None:
