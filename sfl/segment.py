@@ -52,7 +52,7 @@ def _sgd(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
 def _take_step(optimizer: torch.optim.Optimizer) -> None:
     """Do what ``optimizer.step()`` does, without the hooks that torch has put around it.
 
-    They serve its profiler, and take about as long as a small model's update.
+    They serve its profiler; behind a wait their Python takes a good part of a small model's update.
     """
     step = type(optimizer).step
     bare = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
