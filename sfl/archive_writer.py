@@ -1,19 +1,20 @@
-"""Writing a run's folder: on a thread of its own, each file atomically, with its manifest line.
+"""Writing a run's folder: off the critical path, each file atomically, with its manifest line.
 
-What a round starts from is synced before the round's checkpoint names it; see ``sfl.checkpoint``.
+A thread of its own writes, and so does whoever waits for a message anyway (``write_one``). What a
+round starts from is synced before the round's checkpoint names it; see ``sfl.checkpoint``.
 """
 
 import contextlib
 import os
-import queue
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfl.archive import (
     DROPPED,
@@ -37,6 +38,11 @@ MAX_PENDING_BYTES = 256 * 2**20
 # For which a step's tensors wait for those of the next ones: two threads that take turns with every
 # step wait for each other more often than when one of them works for a while.
 GATHER_S = 0.05
+# Who waits for a message writes a step of no more bytes, if the last one took no longer; else the
+# message might have to wait. After a longer one the thread writes alone for a while.
+MAX_BYTES_BETWEEN = 2**20
+MAX_S_BETWEEN = 5e-3
+_LEFT_ALONE_S = 1.0
 _BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
@@ -93,26 +99,38 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-class ArchiveWriter:
-    """Write tensors and their manifests on a thread of its own. Closed by ``with``.
+class _Job(NamedTuple):
+    run: Callable[[], None]
+    num_bytes: int
+    handed_over_at: float
+    is_step: bool
 
-    Raises (from any method, once the thread has met it):
+
+class ArchiveWriter:
+    """Write tensors and their manifests off the critical path. Closed by ``with``.
+
+    Raises (from any method but ``write_one``, once it was met):
         RunError: the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, root: Path, keep: KeepTensors) -> None:
         self._root = root
         self._keep = keep
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # In their order; the first stays here until it is done: one that was interrupted is done
+        # again, which changes nothing.
+        self._jobs: deque[_Job] = deque()
+        self._working = threading.Lock()  # held by whoever does a job
+        self._left_alone_until = 0.0
         self._changed = threading.Condition()
         self._pending_bytes = 0
         self._longest_lag_s = 0.0
-        self._num_pending = 0
         self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
         self._manifests: dict[Path, FileIO] = {}
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
+        self._handed_over = threading.Event()  # a job, since the thread last began
         self._hurry = threading.Event()  # there is more to do than to gather steps
+        self._ended = False
         self._thread: threading.Thread | None = None  # started by the first job
 
     def __enter__(self) -> "ArchiveWriter":
@@ -120,8 +138,9 @@ class ArchiveWriter:
 
     def __exit__(self, *exc: object) -> None:
         if self._thread is not None:
-            self._jobs.put(None)
+            self._ended = True
             self._hurry.set()
+            self._handed_over.set()
             self._thread.join()
         for manifest in self._manifests.values():
             with contextlib.suppress(OSError):  # what it could not write has been said already
@@ -141,7 +160,7 @@ class ArchiveWriter:
         """
         if self.records(entry["round"]):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            self._submit(lambda: self._write_step(tensors, entry), num_bytes, gathers=True)
+            self._submit(lambda: self._write_step(tensors, entry), num_bytes, is_step=True)
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
         """Return where ``record_step`` writes a tensor; None if those of its round do not stay."""
@@ -213,7 +232,7 @@ class ArchiveWriter:
         """Wait until everything that was handed over is on disk."""
         self._hurry.set()
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending == 0 or self._failure is not None)
+            self._changed.wait_for(lambda: not self._jobs or self._failure is not None)
         self._check()
 
     def _check(self) -> None:
@@ -221,8 +240,8 @@ class ArchiveWriter:
             reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
-    def _submit(self, job: Callable[[], None], num_bytes: int, *, gathers: bool = False) -> None:
-        """Let the thread do a job, at once unless it ``gathers``, when there is room for its bytes.
+    def _submit(self, run: Callable[[], None], num_bytes: int, *, is_step: bool = False) -> None:
+        """Have a job done, when there is room for its bytes: at once, or with the next steps'.
 
         Jobs are done one after the other.
         """
@@ -234,38 +253,64 @@ class ArchiveWriter:
             )
             self._check()
             self._pending_bytes += num_bytes
-            self._num_pending += 1
-        handed_over_at = time.monotonic()
-
-        def run() -> None:
-            try:
-                if self._failure is None:
-                    job()
-            except Exception as error:  # noqa: BLE001 - the thread's edge; _check raises it
-                self._failure = error
-            with self._changed:
-                self._pending_bytes -= num_bytes
-                self._num_pending -= 1
-                lag_s = time.monotonic() - handed_over_at
-                self._longest_lag_s = max(self._longest_lag_s, lag_s)
-                self._changed.notify_all()
-
-        self._jobs.put(run)
-        if not gathers:
+            self._jobs.append(_Job(run, num_bytes, time.monotonic(), is_step))
+        if not is_step:
             self._hurry.set()
+        if not self._handed_over.is_set():
+            self._handed_over.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
             self._thread.start()
 
+    def write_one(self) -> bool:
+        """Write the step that comes next, if it is small, and say whether there was one.
+
+        For whoever waits for a message: that costs less than to share a core, and the interpreter,
+        with the thread once the message is there.
+        """
+        if not (self._jobs and self._working.acquire(blocking=False)):
+            return False
+        try:
+            started = time.monotonic()
+            first = self._jobs[0] if self._jobs else None
+            if (
+                first is None
+                or not first.is_step
+                or first.num_bytes > MAX_BYTES_BETWEEN
+                or started < self._left_alone_until
+            ):
+                return False
+            self._do(first)
+            if time.monotonic() - started > MAX_S_BETWEEN:
+                self._left_alone_until = started + _LEFT_ALONE_S
+            return True
+        finally:
+            self._working.release()
+
+    def _do(self, job: _Job) -> None:
+        try:
+            if self._failure is None:
+                job.run()
+        except Exception as error:  # noqa: BLE001 - _check raises it
+            self._failure = error
+        with self._changed:
+            self._jobs.popleft()
+            self._pending_bytes -= job.num_bytes
+            self._longest_lag_s = max(self._longest_lag_s, time.monotonic() - job.handed_over_at)
+            self._changed.notify_all()
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        is_over = False
+        while not is_over:
+            self._handed_over.wait()
             self._hurry.wait(GATHER_S)
+            self._handed_over.clear()
             self._hurry.clear()
-            job()
-            for _ in range(self._jobs.qsize()):
-                if (job := self._jobs.get()) is None:
-                    return
-                job()
+            is_over = self._ended
+            while self._jobs:
+                with self._working:
+                    if self._jobs:
+                        self._do(self._jobs[0])
 
     def _write_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]

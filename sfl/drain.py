@@ -43,9 +43,10 @@ class Drain:
     """Reads connections, and lets threads wait for what comes. Closed by ``close``.
 
     ``changed`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
+    ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         self.changed = threading.Condition()
         self._reading = threading.Lock()  # one thread at a time; taken before ``changed``
         self._selector = selectors.DefaultSelector()
@@ -54,7 +55,7 @@ class Drain:
         self._paused: set[Drained] = set()
         self._leader: int | None = None  # the thread that waits and reads
         self._looked_at = 0.0
-        self._spinner = Spinner()  # of the leader
+        self._spinner = Spinner(meanwhile)  # of the leader
         self._closed = False
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wakes, False)

@@ -92,6 +92,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 heartbeat_s=interval_s(node.silence_s),
                 guard=dataclasses.replace(guard, run=run.run),
                 note=folder.events.note,
+                meanwhile=folder.archive.write_one,
             ) as switchboard,
             telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
         ):

@@ -3,7 +3,7 @@
 A core that has slept takes its time to wake up, which for a small model is a good part of a step.
 So who has lately waited no longer than ``SPIN_S`` does not go to sleep for as long, unless another
 thread or process wants the core: then it sleeps at once, and if that happens time after time, for
-its next waits, too.
+its next waits, too. What there is to do meanwhile, in small pieces, comes first.
 """
 
 import os
@@ -26,7 +26,9 @@ _MAX_REST = 64
 class Spinner:
     """Waits for one thing after the other; for one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
+        """``meanwhile`` does a piece of something else, and says whether there was any."""
+        self.meanwhile = meanwhile
         self._was_short = False
         self._rest = 0  # waits to sleep through once another has wanted the core, time after time
         self._resting = 0
@@ -35,9 +37,11 @@ class Spinner:
         """Return what ``look`` finds, or, if that is None for too long, what ``sleep`` does."""
         started = time.perf_counter()
         found = None
-        if self._resting:
+        while found is None and self.meanwhile():
+            found = look()
+        if found is None and self._resting:
             self._resting -= 1
-        elif self._was_short and _OURS is not None:
+        elif found is None and self._was_short and _OURS is not None:
             found = self._spin(look, started + SPIN_S)
         if found is None:
             found = sleep()

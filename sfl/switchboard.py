@@ -313,8 +313,11 @@ class Switchboard(Network):
         heartbeat_s: float | None = None,
         guard: Guard | None = None,
         note: Callable[[str], None] = lambda line: None,
+        meanwhile: Callable[[], bool] = lambda: False,
     ) -> None:
         """``guard`` says who is let in; ``note`` is told who is not, and why.
+
+        ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
 
         ``max_strangers`` may then be connected without having registered; more are just closed. We
         want to hear from who has registered every ``heartbeat_s``.
@@ -324,7 +327,7 @@ class Switchboard(Network):
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
-        self._drain, self._arrivals = Drain(), Arrivals()
+        self._drain, self._arrivals = Drain(meanwhile), Arrivals()
         self._changed = self._drain.changed
         self._connections: list[DrainedConnection] = []
         self._num_leaving = 0  # connections that were turned away and are being closed

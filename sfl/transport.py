@@ -62,7 +62,7 @@ class Connection(Link):
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
-        self._spinner = Spinner()
+        self.spinner = Spinner()  # how we wait for the peer
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -194,7 +194,7 @@ class Connection(Link):
             except BlockingIOError:
                 return None
 
-        return self._spinner.wait(look, lambda: self._stream.receive_into(buffer))
+        return self.spinner.wait(look, lambda: self._stream.receive_into(buffer))
 
     @property
     def address(self) -> str:

@@ -1,9 +1,11 @@
 """The archive: what is written off the critical path, and its one reader."""
 
 import os
+import pkgutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -256,3 +258,87 @@ def test_nobody_waits_for_steps_to_be_gathered(
                 assert time.monotonic() - started < 30
     assert len(list(tmp_path.rglob("*.pt"))) == len(TENSOR_KINDS)
     assert time.monotonic() - started < 30
+
+
+def num_written(folder: Path) -> int:
+    """Return the number of steps whose files lie there."""
+    num_files = len(list(folder.rglob("*.pt")))
+    assert num_files % len(TENSOR_KINDS) == 0
+    return num_files // len(TENSOR_KINDS)
+
+
+def test_who_waits_writes_one_step_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        record(writer, 0, 0, 1)
+        assert [(writer.write_one(), num_written(tmp_path)) for _ in range(3)] == [
+            (True, 1),
+            (True, 2),
+            (False, 2),
+        ]
+        assert len(writer._jobs) == writer._pending_bytes == 0
+        writer.write("log", "log.txt", b"text")
+    assert found(tmp_path) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_who_waits_writes_no_models_and_no_large_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
+        assert not writer.write_one()
+        monkeypatch.undo()
+        writer.flush()
+        writer._submit(lambda: gate.wait(30) and None, 0)  # as a model's is
+        record(writer, 0, 0, 1)
+        assert not writer.write_one()
+        gate.set()
+    assert num_written(tmp_path) == 2
+
+
+def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        record(writer, 0, 0, 1)
+        monkeypatch.setattr(archive_writer, "MAX_S_BETWEEN", 0.0)
+        assert [writer.write_one(), writer.write_one()] == [True, False]
+        monkeypatch.setattr(writer, "_left_alone_until", time.monotonic())
+        assert writer.write_one()
+
+
+@pytest.mark.parametrize(
+    ("place", "is_done"),
+    [("os.open", False), ("os.replace", False), ("os.replace", True), ("manifest_line", False),
+     ("ArchiveWriter._list", True)],
+)  # fmt: skip
+def test_a_step_whose_writing_is_interrupted_is_written_by_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, is_done: bool
+) -> None:
+    """As by Ctrl-C, which strikes the thread that trains; ``is_done``: behind the place."""
+    name = f"sfl.archive_writer.{place}"
+    real = pkgutil.resolve_name(name)
+
+    def interrupt(*args: Any, **options: Any) -> None:
+        if is_done:
+            real(*args, **options)
+        raise KeyboardInterrupt
+
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        monkeypatch.setattr(name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write_one()
+        monkeypatch.setattr(name, real)
+        writer.end_round(0)
+    assert found(tmp_path) == [(0, 0, 0)]
+    assert num_written(tmp_path) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_who_waits_is_not_told_of_a_disk_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "client_files").write_text("in the way")
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        record(writer, 0, 0, 0)
+        writer.write_one()
+        with pytest.raises(RunError, match=r"cannot write to .*: Not a directory"):
+            writer.flush()

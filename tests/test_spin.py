@@ -113,3 +113,24 @@ def test_a_core_that_was_taken_counts_as_one_that_was_given(
     monkeypatch.setattr(spin, "_OURS", 1)
     monkeypatch.setattr(spin, "resource", SimpleNamespace(getrusage=lambda who: usage))
     assert spin._switches() == 43
+
+
+def pieces(count: int, done: list[str]) -> Callable[[], bool]:
+    """Return something to do meanwhile, of so many pieces."""
+
+    def do() -> bool:
+        done.append("piece")
+        return len(done) <= count
+
+    return do
+
+
+def test_other_things_are_done_before_it_sleeps() -> None:
+    done: list[str] = []
+    assert Spinner(pieces(3, done)).wait(lambda: None, lambda: str(len(done))) == "4"
+
+
+def test_it_looks_after_every_piece() -> None:
+    done: list[str] = []
+    assert Spinner(pieces(9, done)).wait(finds_at(3), slept) == "looked"
+    assert len(done) == 3
