@@ -5,7 +5,8 @@ Each side has its own ``profile.csv``. A phase ends where the next begins:
 ========= ======================================== ================================
 phase     client                                   server
 ========= ======================================== ================================
-batch     draw and augment the next one
+batch     draw and augment the next one, and make
+          its labels' message
 forward   the front                                the back, forward and backward
 serialise activations into a file                  gradients into a file
 send      hand files to the system                 hand files to the system
