@@ -44,10 +44,8 @@ class Spool:
         self._places: dict[tuple[int, int], Callable[[], Answer]] = {}
 
     def start_round(self) -> None:
-        """Forget the answers of the round before."""
+        """Forget the answers of the round before; the file keeps its size, and is written anew."""
         self._places, self._size = {}, 0
-        if self._file is not None:
-            os.ftruncate(self._file.fileno(), 0)
 
     def put(
         self,
