@@ -9,12 +9,11 @@ import mmap
 import os
 import tempfile
 import weakref
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from sfl.crc import crc32
 from sfl.errors import RunError
 
 LARGE_BYTES = 16 * 2**20  # from which on a payload goes onto disk
@@ -53,7 +52,7 @@ class InMemory:
 
     def advance(self, num_bytes: int) -> None:
         came = memoryview(self._data)[self._filled : self._filled + num_bytes]
-        self._crc = zlib.crc32(came, self._crc)
+        self._crc = crc32(came, self._crc)
         self._filled += num_bytes
 
     def whole(self) -> tuple[bytearray, int]:
@@ -61,14 +60,13 @@ class InMemory:
 
 
 class OnDisk:
-    """A payload in a file without a name. While a piece is written its checksum is computed."""
+    """A payload in a file without a name."""
 
     def __init__(self, num_bytes: int, folder: Path) -> None:
         self._folder = folder
         self._missing = num_bytes
         self._chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
         self._filled = self._crc = 0  # bytes of the chunk; of what has been written
-        self._checking = ThreadPoolExecutor(1, "checksum")
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._descriptor = os.dup(file.fileno())
@@ -88,16 +86,15 @@ class OnDisk:
         if self._missing and self._filled < len(self._chunk):
             return
         rest = self._chunk[: self._filled]
-        crc = self._checking.submit(zlib.crc32, rest, self._crc)
+        self._crc = crc32(rest, self._crc)
         try:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
             raise self._failed(error) from error
-        self._crc, self._filled = crc.result(), 0
+        self._filled = 0
 
     def whole(self) -> tuple[memoryview, int]:
-        self._checking.shutdown()
         try:
             data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:

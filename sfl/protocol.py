@@ -19,12 +19,12 @@ damage; it is no protection against somebody who alters bytes on purpose.
 
 import builtins
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeVar
 
+from sfl.crc import crc32
 from sfl.envelope import Envelope, read_envelope, write_envelope
 from sfl.errors import Damaged, ProtocolError
 from sfl.payload import InMemory, MakeStore, Store
@@ -156,7 +156,7 @@ class Limits:
 
 def checksum(data: bytes | bytearray | memoryview) -> str:
     """Return the checksum of ``data`` as the wire and the manifests write it."""
-    return checksum_text(zlib.crc32(data))
+    return checksum_text(crc32(data))
 
 
 def checksum_text(crc: int) -> str:

@@ -9,10 +9,10 @@ all the rest with it: in microseconds, and with the same bytes.
 import io
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from sfl.crc import crc32
 from sfl.saved import Buffer
 
 _CRC = struct.Struct("<I")
@@ -83,21 +83,21 @@ class Template:
         zeros = bytes(num_bytes)
         return cls(
             file[:start], num_bytes, len(file), (*texts, file[end:]),
-            zlib.crc32(digits[:_ID_DIGITS]),
+            crc32(digits[:_ID_DIGITS]),
             _combine(0, crcs[:place]), tuple(crcs[place + 1 :]),
-            zlib.crc32(zeros, zlib.crc32(file[:start])) ^ zlib.crc32(zeros),
+            crc32(zeros, crc32(file[:start])) ^ crc32(zeros),
         )  # fmt: skip
 
     def _tail(self, crc: int) -> bytes:
         """Return what stands behind data of this checksum."""
         a, b, c, d, e, f = self.texts
         digits = _digits(_combine(self.combined, (crc, *self.crcs)))
-        of_data, of_id = _CRC.pack(crc), _CRC.pack(zlib.crc32(digits, self.id_crc))
+        of_data, of_id = _CRC.pack(crc), _CRC.pack(crc32(digits, self.id_crc))
         return b"".join((a, of_data, b, digits, c, of_id, d, of_data, e, of_id, f))
 
     def _file_crc(self, data_crc: int, tail: bytes) -> int:
         """Return the checksum of a file: a CRC is linear, so the data need not be read again."""
-        return zlib.crc32(tail, self.head_crc ^ data_crc)
+        return crc32(tail, self.head_crc ^ data_crc)
 
     def fill(self, data: Buffer) -> bytes:
         """Return the file of a tensor whose data these are."""
@@ -105,7 +105,7 @@ class Template:
 
     def fill_checked(self, data: Buffer) -> tuple[bytes, int]:
         """Return the file of a tensor whose data these are, and the file's CRC-32."""
-        crc = zlib.crc32(data)
+        crc = crc32(data)
         tail = self._tail(crc)
         return b"".join((self.head, data, tail)), self._file_crc(crc, tail)
 
@@ -121,7 +121,7 @@ class Template:
             return None
         data, tail, crc_at = view[start:end], bytes(view[end:]), len(self.texts[0])
         if file_crc is None:
-            crc = zlib.crc32(data)
+            crc = crc32(data)
         else:
             crc = int.from_bytes(tail[crc_at : crc_at + _CRC.size], "little")
         if tail != self._tail(crc) or file_crc not in (None, self._file_crc(crc, tail)):
