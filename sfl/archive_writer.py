@@ -119,7 +119,7 @@ class ArchiveWriter:
         # In their order; the first stays here until it is done: one that was interrupted is done
         # again, which changes nothing.
         self._jobs: deque[_Job] = deque()
-        self._working = threading.Lock()  # held by whoever does a job
+        self._worker: int | None = None  # the thread that does a job
         self._left_alone_until = 0.0
         self._changed = threading.Condition()
         self._pending_bytes = 0
@@ -137,6 +137,10 @@ class ArchiveWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with self._changed:
+            if self._worker == threading.get_ident():  # we were interrupted before it began
+                self._worker = None
+                self._changed.notify_all()
         if self._thread is not None:
             self._ended = True
             self._hurry.set()
@@ -268,11 +272,11 @@ class ArchiveWriter:
         For whoever waits for a message: that costs less than to share a core, and the interpreter,
         with the thread once the message is there.
         """
-        if not (self._jobs and self._working.acquire(blocking=False)):
+        if not self._jobs:
             return False
-        try:
-            started = time.monotonic()
-            first = self._jobs[0] if self._jobs else None
+        started = time.monotonic()
+        with self._changed:
+            first = self._jobs[0] if self._jobs and self._worker is None else None
             if (
                 first is None
                 or not first.is_step
@@ -280,24 +284,30 @@ class ArchiveWriter:
                 or started < self._left_alone_until
             ):
                 return False
-            self._do(first)
-            if time.monotonic() - started > MAX_S_BETWEEN:
-                self._left_alone_until = started + _LEFT_ALONE_S
-            return True
-        finally:
-            self._working.release()
+            self._worker = threading.get_ident()
+        self._do(first)
+        if time.monotonic() - started > MAX_S_BETWEEN:
+            self._left_alone_until = started + _LEFT_ALONE_S
+        return True
 
     def _do(self, job: _Job) -> None:
+        """Do the first job, as the worker."""
+        is_done = False
         try:
             if self._failure is None:
                 job.run()
+            is_done = True
         except Exception as error:  # noqa: BLE001 - _check raises it
-            self._failure = error
-        with self._changed:
-            self._jobs.popleft()
-            self._pending_bytes -= job.num_bytes
-            self._longest_lag_s = max(self._longest_lag_s, time.monotonic() - job.handed_over_at)
-            self._changed.notify_all()
+            self._failure, is_done = error, True
+        finally:
+            lag_s = time.monotonic() - job.handed_over_at
+            with self._changed:
+                self._worker = None
+                if is_done:
+                    self._jobs.popleft()
+                    self._pending_bytes -= job.num_bytes
+                    self._longest_lag_s = max(self._longest_lag_s, lag_s)
+                self._changed.notify_all()
 
     def _work(self) -> None:
         is_over = False
@@ -307,10 +317,17 @@ class ArchiveWriter:
             self._handed_over.clear()
             self._hurry.clear()
             is_over = self._ended
-            while self._jobs:
-                with self._working:
-                    if self._jobs:
-                        self._do(self._jobs[0])
+            while first := self._take_first():
+                self._do(first)
+
+    def _take_first(self) -> _Job | None:
+        """Return the first job, once nobody else does one, and become the worker; None: none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._worker is None)
+            if not self._jobs:
+                return None
+            self._worker = threading.get_ident()
+            return self._jobs[0]
 
     def _write_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]

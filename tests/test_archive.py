@@ -310,7 +310,7 @@ def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("place", "is_done"),
     [("os.open", False), ("os.replace", False), ("os.replace", True), ("manifest_line", False),
-     ("ArchiveWriter._list", True)],
+     ("ArchiveWriter._list", True), ("ArchiveWriter._do", False), ("ArchiveWriter._do", True)],
 )  # fmt: skip
 def test_a_step_whose_writing_is_interrupted_is_written_by_the_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, is_done: bool
