@@ -14,7 +14,7 @@ wait      for gradients, when the batch is made
 load      check gradients, make them a tensor      the same of labels, activations
 backward  the front
 update    the optimiser's step                     the optimiser's step
-archive   hand files to the archive's thread, log  the same
+archive   hand files to the archive, log           the same
 ========= ======================================== ================================
 """
 
