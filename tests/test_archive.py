@@ -1,5 +1,6 @@
 """The archive: what is written off the critical path, and its one reader."""
 
+import functools
 import os
 import pkgutil
 import threading
@@ -285,17 +286,17 @@ def test_who_waits_writes_one_step_after_the_other(
 def test_who_waits_writes_no_models_and_no_large_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = threading.Event()
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
-        assert not writer.write_one()
-        monkeypatch.undo()
-        writer.flush()
-        writer._submit(lambda: gate.wait(30) and None, 0)  # as a model's is
+    monkeypatch.setattr(ArchiveWriter, "_work", lambda writer: None)  # the thread does nothing
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        record(writer, 0, 0, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
+            assert not writer.write_one()
+        assert writer.write_one()
+        writer.write("log", "log.txt", b"text")  # as a model is
         record(writer, 0, 0, 1)
         assert not writer.write_one()
-        gate.set()
-    assert num_written(tmp_path) == 2
+        assert num_written(tmp_path) == 1
 
 
 def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +331,9 @@ def test_a_step_whose_writing_is_interrupted_is_written_by_the_thread(
             writer.write_one()
         monkeypatch.setattr(name, real)
         writer.end_round(0)
+        assert writer._thread is not None
+        join = functools.partial(writer._thread.join, 10)  # rather than for ever, if it hangs
+        monkeypatch.setattr(writer._thread, "join", join)
     assert found(tmp_path) == [(0, 0, 0)]
     assert num_written(tmp_path) == 1
     assert not list(tmp_path.rglob("*.tmp"))
