@@ -30,6 +30,7 @@ from sfl.shaping import LinkShape
 
 ALONE = "arithmetic alone"
 PEERS = {  # title -> module of experiments.peers, and the package that it needs
+    "bare TCP, nothing checked": ("sockets", "torch"),
     "mpi4py, pickled": ("mpi", "mpi4py"),
     "torch RPC, dist. autograd": ("rpc", "torch"),
     "WebSocket, base64 JSON": ("websocket", "websockets"),

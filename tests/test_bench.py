@@ -10,10 +10,12 @@ from experiments import bench
 from experiments.bench_report import Result, phases_table, table, write_all
 from experiments.contenders import Row, Sample
 from experiments.many_clients import numbers
+from experiments.peers.sockets import COUNT
 from sfl.errors import ConfigError
 from sfl.shaping import LinkShape
 from sfl.tensors import encode
 
+BARE = "bare TCP, nothing checked"
 ROW = Row("mlp", 128, 1)
 ALONE = Result(ROW, bench.ALONE, [Sample(s, 0.002) for s in (0.002, 0.001, 0.003)], [], 2**20)
 OURS = Result(
@@ -62,7 +64,8 @@ def test_numbers_of_clients_are_checked(text: str) -> None:
 def test_a_step_is_one_round_trip_and_little_more_than_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "PEERS", {"absent": ("none", "no_such_package")})
+    peers = {"absent": ("none", "no_such_package"), BARE: bench.PEERS[BARE]}
+    monkeypatch.setattr(bench, "PEERS", peers)
     options = ["--rows", "mlp-128-1", "--blocks", "1", "--steps", "3", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *options])
     bench.main()
@@ -70,8 +73,9 @@ def test_a_step_is_one_round_trip_and_little_more_than_its_files(
         row["contender"]: row
         for row in csv.DictReader((tmp_path / "bench.csv").read_text().splitlines())
     }
-    assert list(rows) == [bench.ALONE, *bench.ARCHIVES]
+    assert list(rows) == [bench.ALONE, *bench.ARCHIVES, BARE]
     labels, cut = torch.zeros(128, dtype=torch.int64), torch.zeros(128, 128)
+    assert float(rows[BARE]["bytes"]) == COUNT.size + labels.nbytes + 2 * cut.nbytes
     files = len(encode(labels)) + 2 * len(encode(cut))
     for title in bench.ARCHIVES:
         assert float(rows[title]["round_trips"]) == 1.0
