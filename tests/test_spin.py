@@ -1,10 +1,9 @@
 """Waiting awake for a short while: what it finds, when it sleeps, when it leaves the core."""
 
 import itertools
-import threading
+import os
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +12,9 @@ from sfl.spin import Spinner
 
 
 @pytest.fixture(autouse=True)
-def _quiet_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nobody else want the core, whatever this machine is doing."""
-    monkeypatch.setattr(spin, "_switches", lambda: 0)
-    monkeypatch.setattr(spin, "_OURS", 1)
+def _looks_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spin, "_CAN_YIELD", True)
+    monkeypatch.setattr(os, "sched_yield", lambda: None, raising=False)
     monkeypatch.setattr(spin, "SPIN_S", 1.0)
 
 
@@ -64,55 +62,16 @@ def test_after_a_long_wait_it_does_not_look() -> None:
     assert spinner.wait(finds_at(1), slept) == "looked"  # that one was short again
 
 
-def rests(spinner: Spinner, waits: int) -> str:
-    """Return in which of some waits in vain it looked (1), and which it slept through (0)."""
-    looks = ""
-    for _ in range(waits):
-        looked: list[None] = []
-        spinner.wait(lambda looked=looked: looked.append(None), slept)  # type: ignore[misc]
-        looks += str(len(looked))
-    return looks
+def test_it_leaves_the_core_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    yields: list[str] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append("yield"))
+    assert warm().wait(finds_at(3), slept) == "looked"
+    assert yields == ["yield", "yield"]
 
 
-def test_it_rests_longer_and_longer_while_others_want_the_core(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    switches = itertools.count()
-    monkeypatch.setattr(spin, "_switches", lambda: next(switches))
-    monkeypatch.setattr(spin, "_MAX_REST", 7)
-    spinner = warm()
-    assert rests(spinner, 32) == "11010001000000010000000100000001"
-    monkeypatch.setattr(spin, "_switches", lambda: 0)
-    assert rests(spinner, 7) == "0000000"
-    assert spinner.wait(finds_at(2), slept) == "looked"  # the core is ours again
-    monkeypatch.setattr(spin, "_switches", lambda: next(switches))
-    assert rests(spinner, 4) == "1101"
-
-
-def test_a_system_that_cannot_tell_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spin, "_OURS", None)
+def test_a_system_without_yielding_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spin, "_CAN_YIELD", False)
     assert warm().wait(finds_at(1), slept) == "slept"
-
-
-def test_another_thread_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    if spin._OURS is None:
-        pytest.skip("this system does not say who else wants the core")
-    before = spin._switches()
-    ready = threading.Event()
-    threading.Timer(0.02, ready.set).start()
-    ready.wait()
-    assert spin._switches() > before
-
-
-def test_a_core_that_was_taken_counts_as_one_that_was_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.undo()
-    usage = SimpleNamespace(ru_nivcsw=3, ru_nvcsw=40)
-    monkeypatch.setattr(spin, "_OURS", 1)
-    monkeypatch.setattr(spin, "resource", SimpleNamespace(getrusage=lambda who: usage))
-    assert spin._switches() == 43
 
 
 def pieces(count: int, done: list[str]) -> Callable[[], bool]:
