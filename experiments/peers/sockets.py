@@ -14,9 +14,9 @@ import struct
 from collections.abc import Sequence
 
 import torch
-from torch import Size, Tensor, multiprocessing
+from torch import Size, Tensor
 
-from experiments.peers.blocks import arguments, serve_blocks
+from experiments.peers.blocks import serve_blocks, spawn_all
 from experiments.peers.halves import answer, update
 from experiments.peers.task import Task
 
@@ -108,14 +108,5 @@ def run_client(client: int, port: int, address: str, options: Sequence[str]) -> 
         serve_blocks(address, client, step)
 
 
-def main() -> None:
-    address, options = arguments()
-    clients = Task("sockets", options).run.clients
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        multiprocessing.spawn(run_server, (listener, options), join=False, daemon=True)
-    multiprocessing.spawn(run_client, (port, address, options), nprocs=clients, daemon=True)
-
-
 if __name__ == "__main__":
-    main()
+    spawn_all("sockets", run_server, run_client)

@@ -15,11 +15,11 @@ import socket
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.sync.client import connect
 
-from experiments.peers.blocks import arguments, serve_blocks
+from experiments.peers.blocks import serve_blocks, spawn_all
 from experiments.peers.halves import answer, update
 from experiments.peers.task import Task
 
@@ -73,14 +73,5 @@ def run_client(client: int, port: int, address: str, options: Sequence[str]) -> 
         serve_blocks(address, client, step)
 
 
-def main() -> None:
-    address, options = arguments()
-    clients = Task("websocket", options).run.clients
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        multiprocessing.spawn(run_server, (listener, options), join=False, daemon=True)
-    multiprocessing.spawn(run_client, (port, address, options), nprocs=clients, daemon=True)
-
-
 if __name__ == "__main__":
-    main()
+    spawn_all("websocket", run_server, run_client)
