@@ -11,12 +11,12 @@ from sfl.config import KeepTensors, RunConfig
 from sfl.data import num_batches
 from sfl.datasets import dataset_of
 from sfl.errors import ConfigError, RunError
+from sfl.optimizers import check_optimizer
 from sfl.outcome import check_rule
 from sfl.partition import OWN, WRITER, check_partition
 from sfl.payload import LARGE_BYTES
 from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
-from sfl.segment import check_optimizer
 from sfl.split_model import SplitModel, resolve_cut
 from sfl.stores import check_address
 from sfl.tensors import max_file_bytes, max_state_bytes

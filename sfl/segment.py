@@ -5,22 +5,20 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sfl import seeds
-from sfl.config import RunConfig, unknown_name
+from sfl.config import RunConfig
 from sfl.errors import RunError
 from sfl.metrics import StepFigures, Tally, tally
+from sfl.optimizers import OPTIMIZERS, take_step
 from sfl.protocol import Position
 from sfl.schedule import learning_rate
 from sfl.tensors import TensorSpec, state_spec
-
-Parameters = Iterable[nn.Parameter]
-
 
 # Modules that draw nothing at random. A block of nothing else needs no seed.
 _DRAWS_NOTHING = frozenset(
@@ -39,36 +37,21 @@ def _may_draw(module: nn.Module) -> bool:
     return bool(hung_on) or type(module) not in _DRAWS_NOTHING
 
 
-def _adam(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=run.lr, weight_decay=run.weight_decay)
+_ENGINE = torch.autograd.Variable._execution_engine
+_ONE = torch.ones(())
 
 
-def _sgd(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay
-    )
+def _differentiate(tensor: Tensor, grad: Tensor | None) -> None:
+    """Do what ``torch.autograd.backward`` does, on the CPU without its Python around the engine.
 
-
-def _take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Do what ``optimizer.step()`` does, without the hooks that torch has put around it.
-
-    They serve its profiler; behind a wait their Python takes a good part of a small model's update.
+    That takes as long there as the gradients of a small model.
     """
-    step = type(optimizer).step
-    bare = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
-    bare(optimizer)
-
-
-OPTIMIZERS: dict[str, Callable[[Parameters, RunConfig], torch.optim.Optimizer]] = {
-    "adam": _adam,
-    "sgd": _sgd,
-}
-
-
-def check_optimizer(name: str) -> None:
-    """Raise ``ConfigError`` if there is no optimiser of this name."""
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS)
+    if tensor.device.type != "cpu":
+        torch.autograd.backward(tensor, grad)
+        return
+    grad = _ONE.to(tensor.dtype) if grad is None else grad
+    leaves = {"allow_unreachable": True, "accumulate_grad": True}
+    _ENGINE.run_backward((tensor,), (grad,), False, False, (), **leaves)
 
 
 @dataclass(frozen=True)
@@ -197,7 +180,7 @@ class Segment:
         for parameter in self._parameters:
             parameter.grad = None
         if tensor.requires_grad:  # not so for a front without parameters
-            torch.autograd.backward(tensor, grad)
+            _differentiate(tensor, grad)
         if self._proximal_mu:
             self._add_proximal_gradients()
         self._output = None
@@ -216,7 +199,7 @@ class Segment:
         if self._run.clip_norm:
             for half in self._halves():
                 nn.utils.clip_grad_norm_(half, self._run.clip_norm)
-        _take_step(self._optimizer)
+        take_step(self._optimizer)
 
     def _halves(self) -> Iterator[list[nn.Parameter]]:
         """Yield the parameters in front of the run's cut, and those behind it, if any."""
