@@ -3,8 +3,9 @@
 python -m experiments.peers.sockets SOCKET [run options]
 
 Both ends know what comes, and look for it again and again. As in our own programs a client makes
-its next batch while the server works, and the server answers before it updates its back. What we
-take beyond this is what our messages, checks, recovery and archive cost.
+its next batch while the server works, and the server answers before it updates its back. Gradients
+and updates are torch's own, as of all peers. What we take beyond this is what our messages, checks,
+recovery and archive cost.
 """
 
 import os
