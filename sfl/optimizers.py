@@ -1,7 +1,7 @@
 """The optimisers of ``--optimizer``, and their steps without what a small model need not pay.
 
 Behind a wait no Python is in a cache: what torch does around an update, for cases that do not occur
-here, takes longer than the update of a small model itself.
+here, takes a good part of a small model's update.
 """
 
 from collections.abc import Callable, Iterable

@@ -12,12 +12,12 @@ from sfl.aggregate import RULES
 from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode
 from sfl.datasets import DATASETS
 from sfl.models import MODELS
+from sfl.optimizers import OPTIMIZERS
 from sfl.partition import OWN, PARTITIONS
 from sfl.protocol import MessageType
 from sfl.roundlog import ROUND_COLUMNS
 from sfl.schedule import SCHEDULES
 from sfl.schemes import SCHEMES
-from sfl.segment import OPTIMIZERS
 from sfl.stores import WEIGHT_STORES
 from tests.test_replay import recorded
 

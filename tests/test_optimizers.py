@@ -88,16 +88,19 @@ def test_adam_leaves_a_parameter_without_a_gradient_as_it_is(first: bool) -> Non
     pair.check()
 
 
-def test_adam_runs_torchs_python_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, calls = Pair(), []
+@pytest.mark.parametrize(("device", "num_calls"), [("cpu", 1), ("meta", 5)])
+def test_adam_runs_torchs_python_but_once_on_the_cpu_and_always_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, device: str, num_calls: int
+) -> None:
+    calls = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (calls.append(self), step(self)))
-    optimizer = pair.ours
-    for weight in pair.weights:
-        weight.grad = torch.ones_like(weight)
+    weight = nn.Parameter(torch.ones(3, device=device))
+    optimizer = OPTIMIZERS["adam"]([weight], RunConfig())
+    weight.grad = torch.ones_like(weight)
     for _ in range(5):
         take_step(optimizer)
-    assert calls == [optimizer]
+    assert calls == [optimizer] * num_calls
 
 
 def test_a_copy_of_adam_trains_its_own_weights() -> None:
