@@ -35,9 +35,11 @@ from sfl.tensors import TensorSpec
 
 # Tensors that wait to be written; when there are more, the run waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
-# For which a step's tensors wait for those of the next ones: two threads that take turns with every
-# step wait for each other more often than when one of them works for a while.
-GATHER_S = 0.05
+# For which a step's tensors wait for whoever waits for a message to write them, before the thread
+# does: two threads that share the interpreter wait for each other.
+GATHER_S = 0.5
+# When more steps wait, whoever hands over another writes one, too.
+MAX_WAITING_STEPS = 12
 # Who waits for a message writes a step of no more bytes, if the last one took no longer; else the
 # message might have to wait. After a longer one the thread writes alone for a while.
 MAX_BYTES_BETWEEN = 2**20
@@ -103,7 +105,7 @@ class _Job(NamedTuple):
     run: Callable[[], None]
     num_bytes: int
     handed_over_at: float
-    is_step: bool
+    may_wait: bool  # for others of its kind; and whoever waits for a message may do it
 
 
 class ArchiveWriter:
@@ -164,7 +166,10 @@ class ArchiveWriter:
         """
         if self.records(entry["round"]):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            self._submit(lambda: self._write_step(tensors, entry), num_bytes, is_step=True)
+            may_wait = num_bytes <= MAX_BYTES_BETWEEN
+            self._submit(lambda: self._write_step(tensors, entry), num_bytes, may_wait=may_wait)
+            if len(self._jobs) > MAX_WAITING_STEPS:
+                self.write_one()
 
     def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
         """Return where ``record_step`` writes a tensor; None if those of its round do not stay."""
@@ -244,8 +249,8 @@ class ArchiveWriter:
             reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
-    def _submit(self, run: Callable[[], None], num_bytes: int, *, is_step: bool = False) -> None:
-        """Have a job done, when there is room for its bytes: at once, or with the next steps'.
+    def _submit(self, run: Callable[[], None], num_bytes: int, *, may_wait: bool = False) -> None:
+        """Have a job done, when there is room for its bytes: at once, or with those that follow.
 
         Jobs are done one after the other.
         """
@@ -257,8 +262,8 @@ class ArchiveWriter:
             )
             self._check()
             self._pending_bytes += num_bytes
-            self._jobs.append(_Job(run, num_bytes, time.monotonic(), is_step))
-        if not is_step:
+            self._jobs.append(_Job(run, num_bytes, time.monotonic(), may_wait))
+        if not may_wait:
             self._hurry.set()
         if not self._handed_over.is_set():
             self._handed_over.set()
@@ -269,20 +274,15 @@ class ArchiveWriter:
     def write_one(self) -> bool:
         """Write the step that comes next, if it is small, and say whether there was one.
 
-        For whoever waits for a message: that costs less than to share a core, and the interpreter,
-        with the thread once the message is there.
+        For the thread that computes, best while it waits for a message: that costs less than to
+        share a core, and the interpreter, with the archive's thread.
         """
         if not self._jobs:
             return False
         started = time.monotonic()
         with self._changed:
             first = self._jobs[0] if self._jobs and self._worker is None else None
-            if (
-                first is None
-                or not first.is_step
-                or first.num_bytes > MAX_BYTES_BETWEEN
-                or started < self._left_alone_until
-            ):
+            if first is None or not first.may_wait or started < self._left_alone_until:
                 return False
             self._worker = threading.get_ident()
         self._do(first)

@@ -12,6 +12,7 @@ from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode
 from sfl.conversation import client_run
 from sfl.crash import crash_point
+from sfl.crowd import give_way
 from sfl.data import num_batches
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
@@ -181,9 +182,17 @@ class _Client:
 
     def _join(self, connection: Connection, welcome: Welcome) -> None:
         connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
+        is_crowded = connection.is_local and self._machine.is_crowded_by(welcome.run)
+        connection.spinner.looks = not is_crowded
         with Heart(lambda: [connection]):
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
+                if is_crowded and self._node.give_way == "auto":
+                    give_way()
+                    self._folder.events.say(
+                        "the server, on this machine, goes first: there are fewer cores than"
+                        " programs (--give-way never: it does not)"
+                    )
             if self._loaded is None:
                 self._loaded = _Loaded(welcome, self._node, self._machine, self._folder)
             self._loaded.run_over(connection, welcome, self._instance)

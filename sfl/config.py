@@ -375,6 +375,10 @@ class ClientNode(PeerNode):
     fed_server: str = _option(
         "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
     )
+    give_way: str = _option(
+        "auto", "where the server is on this machine, and there are fewer cores than programs of"
+        " the run, all others go first, as with nice(1); or never", ("auto", "never"),
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()

@@ -55,7 +55,7 @@ class Drain:
         self._paused: set[Drained] = set()
         self._leader: int | None = None  # the thread that waits and reads
         self._looked_at = 0.0
-        self._spinner = Spinner(meanwhile)  # of the leader
+        self.spinner = Spinner(meanwhile)  # of the leader
         self._closed = False
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wakes, False)
@@ -176,7 +176,7 @@ class Drain:
     def _events(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         """Return what there is to read, waiting for it for so long."""
         look, sleep = self._selector.select, functools.partial(self._selector.select, timeout_s)
-        return self._spinner.wait(lambda: look(0) or None, sleep) if timeout_s else look(0)
+        return self.spinner.wait(lambda: look(0) or None, sleep) if timeout_s else look(0)
 
     def _take_wakes(self) -> None:
         """Empty the pipe, unless it is for another thread."""

@@ -31,7 +31,7 @@ def host(node: ClientNode) -> None:
     most_files()  # asks for more than few
     turn = Turn()
     access = dataclasses.replace(Access.of(node), aside=turn.aside)
-    machine = Machine(access, set_up_torch(node), hosts_many=True)
+    machine = Machine(access, set_up_torch(node), num_hosted=len(node.hosted))
     failures: dict[int, BaseException] = {}
 
     def run(client: int) -> None:

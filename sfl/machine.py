@@ -1,6 +1,7 @@
 """What all clients of one process have in common: data, device, and who is told of an interrupt."""
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 
 from sfl.client_store import Access
 from sfl.config import ClientNode, RunConfig
+from sfl.crowd import is_crowded
 from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.own_data import load_own
@@ -26,11 +28,19 @@ class Machine:
 
     access: Access
     device: torch.device
-    hosts_many: bool = False
+    num_hosted: int = 0  # clients, if this process hosts some; else it is one
     is_interrupted: bool = False
     _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
     _connections: set[Connection] = field(default_factory=set)
     _changing: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def hosts_many(self) -> bool:
+        return self.num_hosted > 0
+
+    def is_crowded_by(self, run: RunConfig) -> bool:
+        """Say whether a run's clients, if they are like this process, and a server share cores."""
+        return is_crowded(1 + math.ceil(run.clients / max(self.num_hosted, 1)))
 
     def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Return what a client trains, validates and tests on.

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
+from sfl.crowd import is_crowded
 from sfl.doorstep import Doorstep, Visitor
 from sfl.drain import Drain
 from sfl.driver import Gate, Network
@@ -358,7 +359,13 @@ class Switchboard(Network):
         )
         with self._changed:
             self._connections.append(connection)
+            self._look_around()
             self._drain.notify()  # its first message has arrived already
+
+    def _look_around(self) -> None:
+        """Count who is on this machine, for ``sfl.crowd``; to be called with ``changed``."""
+        num_here = sum(c.is_local for c in self._connections)
+        self._drain.spinner.looks = not is_crowded(1 + num_here)
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""
@@ -415,6 +422,7 @@ class Switchboard(Network):
             if connection not in self._connections:
                 return
             self._connections.remove(connection)
+            self._look_around()
             self._arrivals.forget(connection)
             self._num_leaving += 1
         arguments = connection, reason, last_words

@@ -198,6 +198,11 @@ class Connection(Link):
         return self.spinner.wait(look, lambda: self._stream.receive_into(buffer))
 
     @property
+    def is_local(self) -> bool:
+        """Whether the peer is on this machine."""
+        return self._stream.is_local
+
+    @property
     def address(self) -> str:
         """The peer's address, for logs."""
         return address_of(self._stream.sock)

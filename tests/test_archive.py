@@ -289,14 +289,33 @@ def test_who_waits_writes_no_models_and_no_large_steps(
     monkeypatch.setattr(ArchiveWriter, "_work", lambda writer: None)  # the thread does nothing
     with ArchiveWriter(tmp_path, ALL) as writer:
         record(writer, 0, 0, 0)
-        with monkeypatch.context() as patch:
-            patch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
-            assert not writer.write_one()
         assert writer.write_one()
         writer.write("log", "log.txt", b"text")  # as a model is
         record(writer, 0, 0, 1)
         assert not writer.write_one()
         assert num_written(tmp_path) == 1
+    monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        record(writer, 0, 0, 2)
+        assert not writer.write_one()
+
+
+def test_large_steps_are_not_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
+    with gathering_for_ever(tmp_path, monkeypatch):
+        started = time.monotonic()
+        while len(list(tmp_path.rglob("*.pt"))) < len(TENSOR_KINDS):
+            assert time.monotonic() - started < 30
+
+
+def test_who_hands_over_a_step_writes_one_when_many_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gathering_for_ever(tmp_path, monkeypatch) as writer:
+        for step in range(1, archive_writer.MAX_WAITING_STEPS + 3):
+            record(writer, 0, 0, step)
+        assert num_written(tmp_path) == 3
+        assert len(writer._jobs) == archive_writer.MAX_WAITING_STEPS
 
 
 def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

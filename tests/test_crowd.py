@@ -1,0 +1,115 @@
+"""Fewer cores than programs: nobody looks while waiting, and clients let their server go first."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfl import crowd
+from sfl.client_store import Access
+from sfl.config import ClientNode, RunConfig
+from sfl.crowd import LOWEST_PRIORITY, is_crowded
+from sfl.machine import Machine
+from sfl.protocol import Limits, MessageType
+from sfl.shaping import LinkShape
+from sfl.stream import Stream
+from sfl.switchboard import Switchboard
+from sfl.transport import Connection, connect, listen
+from tests.launch import TIMEOUT_S, Launcher
+
+LIMITS = Limits()
+
+
+def test_programs_are_counted_against_the_cores_that_they_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert [is_crowded(count) for count in (1, 2, 3)] == [False, False, True]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert [is_crowded(count) for count in (1, 2)] == [False, True]
+
+
+def test_a_process_that_hosts_clients_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "num_cores", lambda: 4)
+    access, cpu = Access.of(ClientNode()), torch.device("cpu")
+    run = RunConfig(clients=30)
+    assert Machine(access, cpu).is_crowded_by(run)
+    assert not Machine(access, cpu).is_crowded_by(RunConfig(clients=3))
+    assert not Machine(access, cpu, num_hosted=10).is_crowded_by(run)
+    assert Machine(access, cpu, num_hosted=9).is_crowded_by(run)
+
+
+def dial(port: int, shape: str = "") -> Connection:
+    return connect(
+        "127.0.0.1", port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=print,
+        shape=LinkShape.parse(shape),
+    )  # fmt: skip
+
+
+def admitted(board: Switchboard, client: Connection, *, so_many: int) -> None:
+    client.send_message_as_json(MessageType.REGISTER)
+    assert board.until(lambda: len(board.connections) == so_many, timeout_s=5)
+
+
+def test_a_server_looks_while_everyone_on_its_machine_has_a_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crowd, "num_cores", lambda: 2)
+    listener = listen("127.0.0.1", 0)
+    with Switchboard(listener, timeout_s=5, limits=LIMITS) as board:
+        spinner = board._drain.spinner
+        with dial(listener.port) as one, dial(listener.port) as other:
+            assert one.is_local
+            admitted(board, one, so_many=1)
+            assert spinner.looks
+            admitted(board, other, so_many=2)
+            assert not spinner.looks
+            board.drop(board.connections[0], "too many")
+            assert spinner.looks
+
+
+def test_a_peer_over_a_played_link_is_on_no_machine_of_ours() -> None:
+    listener = listen("127.0.0.1", 0)
+    with listener, dial(listener.port, "100mbit,1ms") as client:
+        assert not client.is_local
+
+
+def test_a_peer_at_another_address_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listen("127.0.0.1", 0) as listener, dial(listener.port) as client:
+        stream = Stream(client._stream.sock)
+        assert stream.is_local
+        monkeypatch.setattr(type(stream.sock), "getpeername", lambda sock: ("192.0.2.7", 9))
+        assert not stream.is_local
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.parametrize(
+    ("cores", "options", "gives_way"),
+    [(1, [], True), (1, ["--give-way", "never"], False), (2, [], False)],
+)
+def test_a_client_gives_way_to_a_server_that_it_shares_too_few_cores_with(
+    launcher: Launcher, tmp_path: Path, cores: int, options: list[str], gives_way: bool
+) -> None:
+    ours = sorted(os.sched_getaffinity(0))
+    if len(ours) < cores:
+        pytest.skip("too few cores")
+    client = launcher.client("--client-ids", "0", *options)
+    pid = client.process.pid
+    assert pid is not None
+    for thread in os.listdir(f"/proc/{pid}/task"):  # the others will inherit it
+        os.sched_setaffinity(int(thread), ours[:cores])
+    server = launcher.server("--clients", 1, "--run", "r", "--model", "mlp", "--rounds", 500)
+    log = tmp_path / "client/r/client_0/client_log.txt"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (log.exists() and "samples; mlp" in log.read_text()):
+        assert time.monotonic() < deadline, client.out + client.err
+        time.sleep(0.05)
+    assert ("goes first" in log.read_text()) == gives_way
+    priorities = [os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir(f"/proc/{pid}/task")]
+    assert (LOWEST_PRIORITY in priorities) == gives_way
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert server.process.pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, server.process.pid) == here
