@@ -10,6 +10,7 @@ file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and f
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -58,6 +59,7 @@ class Entry:
     clients: tuple[int, ...] = ()  # of a round's log: who took part, in the round's order
 
 
+@functools.lru_cache(maxsize=1024)  # two for each step
 def client_folder(root: Path, client: int, round_index: int) -> Path:
     """Return where a client's tensors of a round lie."""
     return root / "client_files" / f"client_{client}" / f"round_{round_index:03d}"
