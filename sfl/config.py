@@ -376,8 +376,8 @@ class ClientNode(PeerNode):
         "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
     )
     give_way: str = _option(
-        "auto", "where the server is on this machine, and there are fewer cores than programs of"
-        " the run, all others go first, as with nice(1); or never", ("auto", "never"),
+        "auto", "let all other programs go first, as with nice(1), where the server is on this"
+        " machine and it has fewer cores than the run has programs; or never", ("auto", "never"),
     )  # fmt: skip
 
     def check(self) -> None:

@@ -57,6 +57,7 @@ class Connection(Link):
             self._stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(self._stream.sock, timeout_s)
         self._stream.set_timeout(timeout_s)
+        self.is_local = self._stream.is_local  # whether the peer is on this machine
         self.timeout_s = timeout_s
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
@@ -196,11 +197,6 @@ class Connection(Link):
                 return None
 
         return self.spinner.wait(look, lambda: self._stream.receive_into(buffer))
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the peer is on this machine."""
-        return self._stream.is_local
 
     @property
     def address(self) -> str:
