@@ -182,12 +182,11 @@ class _Client:
 
     def _join(self, connection: Connection, welcome: Welcome) -> None:
         connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
-        is_crowded = connection.is_local and self._machine.is_crowded_by(welcome.run)
-        connection.spinner.looks = not is_crowded
+        shares_cores = self._machine.share_cores(connection, welcome.run)
         with Heart(lambda: [connection]):
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
-                if is_crowded and self._node.give_way == "auto":
+                if shares_cores and self._node.give_way == "auto":
                     give_way()
                     self._folder.events.say(
                         "the server, on this machine, goes first: there are fewer cores than"

@@ -38,9 +38,15 @@ class Machine:
     def hosts_many(self) -> bool:
         return self.num_hosted > 0
 
-    def is_crowded_by(self, run: RunConfig) -> bool:
-        """Say whether a run's clients, if they are like this process, and a server share cores."""
-        return is_crowded(1 + math.ceil(run.clients / max(self.num_hosted, 1)))
+    def share_cores(self, connection: Connection, run: RunConfig) -> bool:
+        """Say whether the server is on this machine and has too few cores, and wait accordingly.
+
+        The run's other clients are taken to be here, too, and in processes like this one.
+        """
+        num_programs = 1 + math.ceil(run.clients / max(self.num_hosted, 1))
+        shares = connection.is_local and is_crowded(num_programs)
+        connection.spinner.looks = not shares
+        return shares
 
     def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Return what a client trains, validates and tests on.

@@ -32,16 +32,6 @@ def test_programs_are_counted_against_the_cores_that_they_may_use(
     assert [is_crowded(count) for count in (1, 2)] == [False, True]
 
 
-def test_a_process_that_hosts_clients_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crowd, "num_cores", lambda: 4)
-    access, cpu = Access.of(ClientNode()), torch.device("cpu")
-    run = RunConfig(clients=30)
-    assert Machine(access, cpu).is_crowded_by(run)
-    assert not Machine(access, cpu).is_crowded_by(RunConfig(clients=3))
-    assert not Machine(access, cpu, num_hosted=10).is_crowded_by(run)
-    assert Machine(access, cpu, num_hosted=9).is_crowded_by(run)
-
-
 def dial(port: int, shape: str = "") -> Connection:
     return connect(
         "127.0.0.1", port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=print,
@@ -69,6 +59,22 @@ def test_a_server_looks_while_everyone_on_its_machine_has_a_core(
             assert not spinner.looks
             board.drop(board.connections[0], "too many")
             assert spinner.looks
+
+
+@pytest.mark.parametrize(
+    ("clients", "num_hosted", "link", "shares"),
+    [(30, 0, "", True), (3, 0, "", False), (30, 10, "", False), (30, 9, "", True),
+     (30, 0, "100mbit,1ms", False)],
+)  # fmt: skip
+def test_a_client_sleeps_where_all_clients_processes_and_the_server_have_too_few_cores(
+    monkeypatch: pytest.MonkeyPatch, clients: int, num_hosted: int, link: str, shares: bool
+) -> None:
+    """The server is not on this machine if the link to it is a played one."""
+    monkeypatch.setattr(crowd, "num_cores", lambda: 4)
+    machine = Machine(Access.of(ClientNode()), torch.device("cpu"), num_hosted=num_hosted)
+    with listen("127.0.0.1", 0) as listener, dial(listener.port, link) as client:
+        assert machine.share_cores(client, RunConfig(clients=clients)) == shares
+        assert client.spinner.looks == (not shares)
 
 
 def test_a_peer_over_a_played_link_is_on_no_machine_of_ours() -> None:
