@@ -77,12 +77,6 @@ def test_a_client_sleeps_where_all_clients_processes_and_the_server_have_too_few
         assert client.spinner.looks == (not shares)
 
 
-def test_a_peer_over_a_played_link_is_on_no_machine_of_ours() -> None:
-    listener = listen("127.0.0.1", 0)
-    with listener, dial(listener.port, "100mbit,1ms") as client:
-        assert not client.is_local
-
-
 def test_a_peer_at_another_address_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with listen("127.0.0.1", 0) as listener, dial(listener.port) as client:
         stream = Stream(client._stream.sock)
