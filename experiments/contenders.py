@@ -261,9 +261,9 @@ class Sfl:
         server = [row for row in _rows(self._server) if row["round"] == round_index]
         num_steps = max(row["steps"] for row in clients)
         num_bytes = clients[0]["bytes_sent"] + clients[0]["bytes_received"]
-        cpu_s = sum(row["cpu_s"] for row in clients) + max(row["cpu_s"] for row in server)
+        cpu_s = sum(row["cpu_s"] for row in clients) + _span(server, "cpu_at", "cpu_s")
         return Sample(
-            max(row["seconds"] for row in server) / num_steps,
+            _span(server, "started_at", "seconds") / num_steps,
             cpu_s / num_steps,
             num_bytes / num_steps,
             clients[0]["round_trips"] / num_steps,
@@ -287,6 +287,11 @@ def _rows(path: Path) -> list[dict[str, float]]:
     text = path.read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def _span(rows: Sequence[dict[str, float]], begins: str, lasts: str) -> float:
+    """Return how long it is from the first beginning to the last end."""
+    return max(row[begins] + row[lasts] for row in rows) - min(row[begins] for row in rows)
 
 
 def _phases(rows: Sequence[dict[str, float]], num_steps: float) -> dict[str, float]:

@@ -32,8 +32,8 @@ PHASES = (
     "batch", "forward", "serialise", "send", "wait", "load", "backward", "update", "archive",
 )  # fmt: skip
 COLUMNS = (
-    "round", "client", "steps", "seconds", "cpu_s", "bytes_sent", "bytes_received", "round_trips",
-    "archive_lag_s",
+    "round", "client", "steps", "started_at", "seconds", "cpu_at", "cpu_s", "bytes_sent",
+    "bytes_received", "round_trips", "archive_lag_s",
     *(f"{phase}_s" for phase in PHASES),
 )  # fmt: skip
 
@@ -72,19 +72,21 @@ class Profile:
     ) -> Iterator[None]:
         """Measure the steps that a client takes in a round.
 
-        ``cpu_s`` is the whole process's, ``bytes_sent`` and ``round_trips`` the link's;
-        ``archive_lag_s`` is the longest that something has waited to be on disk.
+        ``started_at`` is the time of day, ``cpu_at`` what the process had computed by then; ``cpu_s``
+        is the whole process's, ``bytes_sent`` and ``round_trips`` the link's; ``archive_lag_s`` is
+        the longest that something has waited to be on disk.
         """
         clock.clear()
         if self._path is None:
             yield
             return
-        started, cpu, before = time.perf_counter(), time.process_time(), link.counters.copy()
+        started_at, started = time.time(), time.perf_counter()
+        cpu, before = time.process_time(), link.counters.copy()
         yield
         now = link.counters
         row = (
-            at.round, at.client, num_steps,
-            time.perf_counter() - started, time.process_time() - cpu,
+            at.round, at.client, num_steps, started_at,
+            time.perf_counter() - started, cpu, time.process_time() - cpu,
             now.bytes_sent - before.bytes_sent, now.bytes_received - before.bytes_received,
             now.round_trips - before.round_trips, archive.take_lag_s(), *clock.spent.values(),
         )  # fmt: skip
