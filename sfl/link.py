@@ -125,6 +125,9 @@ class Link(ABC):
         if (self.must_prove or self.proved) and self.proved != peer:
             raise ProtocolError(f"registers as {peer}, but has proved to be {self.proved}")
 
+    def expect_crowd(self, crowded: bool) -> None:  # noqa: B027 - only a connection waits
+        """Take note whether the server's machine may now have more programs at work than cores."""
+
     @property
     def peer_title(self) -> str:
         return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)

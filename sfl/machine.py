@@ -44,9 +44,9 @@ class Machine:
         The run's other clients are taken to be here, too, and in processes like this one.
         """
         num_programs = 1 + math.ceil(run.clients / max(self.num_hosted, 1))
-        shares = connection.is_local and is_crowded(num_programs)
-        connection.spinner.looks = not shares
-        return shares
+        connection.shares_cores = connection.is_local and is_crowded(num_programs)
+        connection.expect_crowd(True)
+        return connection.shares_cores
 
     def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Return what a client trains, validates and tests on.

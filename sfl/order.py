@@ -93,7 +93,6 @@ class RoundPlan:
         """
         row = scheme(run.scheme)
         self._run, self._backs, self._may_skip = run, backs, may_skip
-        self._at_once = at_once if row.copies_back else 0
         self._training: set[int] = set()  # who has begun, and has neither trained nor left
         self.spool = spool
         self.starts: dict[int, NamedWeights | None] = {}  # of who has begun: whose front it has
@@ -104,6 +103,7 @@ class RoundPlan:
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
+        self.at_once = 1 if in_turns else at_once if row.copies_back else 0
         self.rounds = Turns(tuple(self.order) if in_turns else None)
         self.relayed: NamedWeights | None = None  # what the next client starts from
         self.steps: dict[int, Turns] = {}
@@ -127,7 +127,7 @@ class RoundPlan:
         return self.rounds.of(client) if self.rounds.in_order else self._has_room
 
     def _has_room(self) -> bool:
-        return not self._at_once or len(self._training) < self._at_once
+        return not self.at_once or len(self._training) < self.at_once
 
     def begin(self, client: int) -> NamedWeights | None:
         """Begin a client's round, or let it redo it; return whose front it starts from."""

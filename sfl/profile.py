@@ -72,9 +72,9 @@ class Profile:
     ) -> Iterator[None]:
         """Measure the steps that a client takes in a round.
 
-        ``started_at`` is the time of day, ``cpu_at`` what the process had computed by then; ``cpu_s``
-        is the whole process's, ``bytes_sent`` and ``round_trips`` the link's; ``archive_lag_s`` is
-        the longest that something has waited to be on disk.
+        ``started_at`` is the time of day, ``cpu_at`` the processor time of the whole process until
+        then; ``cpu_s`` is its, too, ``bytes_sent`` and ``round_trips`` the link's;
+        ``archive_lag_s`` is the longest that something has waited to be on disk.
         """
         clock.clear()
         if self._path is None:

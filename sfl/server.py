@@ -257,14 +257,14 @@ def prepare(
     past: Past | None = None,
     with_fronts: bool = True,
     may_skip: bool = False,
-    at_once: int = 0,
+    at_once: int | None = 0,
     keeps_answers: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.
 
     ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
     Without ``with_fronts`` another server has the fronts, and none of them lie here. ``may_skip``:
-    rounds may close without a client; ``at_once``: so many train at the same time;
+    rounds may close without a client; ``at_once``: so many train at the same time, see ``Rounds``;
     ``keeps_answers``: a client may redo its steps.
 
     Raises:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from sfl.crowd import is_crowded
+from sfl.crowd import fits, is_crowded, most_that_fit
 from sfl.doorstep import Doorstep, Visitor
 from sfl.drain import Drain
 from sfl.driver import Gate, Network
@@ -331,6 +331,7 @@ class Switchboard(Network):
         self._drain, self._arrivals = Drain(meanwhile), Arrivals()
         self._changed = self._drain.changed
         self._connections: list[DrainedConnection] = []
+        self._at_once = 0  # clients that train; 0: all
         self._num_leaving = 0  # connections that were turned away and are being closed
         self._closed = False
         self._doorstep = Doorstep(listener, self.guard, self._admit, note)
@@ -365,7 +366,17 @@ class Switchboard(Network):
     def _look_around(self) -> None:
         """Count who is on this machine, for ``sfl.crowd``; to be called with ``changed``."""
         num_here = sum(c.is_local for c in self._connections)
-        self._drain.spinner.looks = not is_crowded(1 + num_here)
+        self._drain.spinner.looks = fits(self._at_once) or not is_crowded(1 + num_here)
+
+    def expect(self, at_once: int) -> None:
+        with self._changed:
+            self._at_once = at_once
+            self._look_around()
+
+    def most_that_fit(self) -> int:
+        with self._changed:
+            clients = [c for c in self._connections if c.peer_name]
+            return most_that_fit(len(clients)) if all(c.is_local for c in clients) else 0
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""

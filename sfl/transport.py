@@ -64,6 +64,7 @@ class Connection(Link):
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self.spinner = Spinner()  # how we wait for the peer
+        self.shares_cores = False  # whether both are on a machine that may be crowded
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -72,6 +73,9 @@ class Connection(Link):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def expect_crowd(self, crowded: bool) -> None:
+        self.spinner.looks = not (crowded and self.shares_cores)
 
     @property
     def limits(self) -> Limits:
