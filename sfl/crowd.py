@@ -3,7 +3,8 @@
 All clients wait for the server. Where each program has a core, whoever waits looks again and again
 (``sfl.spin``). Where they share, looking takes time from those who compute, and a server that has
 to wait for a core lets all clients wait: so nobody looks, and the server's clients go behind it.
-Where each has a copy of the back, only so many may train at the same time that each has a core.
+Where each has a copy of the back, only so many train at the same time as have a core, if that is
+faster.
 """
 
 import os
@@ -35,7 +36,7 @@ def most_that_fit(num_clients: int) -> int:
 
 
 def fits(at_once: int) -> bool:
-    """Say whether each of so many clients, 0 for all, and the server can have a core here."""
+    """Say whether so few clients train at the same time that each has a core here; 0: all do."""
     return at_once > 0 and not is_crowded(1 + at_once)
 
 

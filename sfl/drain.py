@@ -7,8 +7,6 @@ reads what comes, so that no client's sending waits for another one's step::
     outer (epoll) -- armed while nobody waits --> the drain's thread
       inner (epoll): all connections, and a pipe that wakes who reads
 
-Where the programs are more than the cores (``sfl.crowd``) that thread would only keep the server
-from computing, and take a core from a client twice a step: so it reads only what has waited longer.
 Where the system has no epoll, nothing is read while the server computes; the system's own buffers
 hold what comes.
 """
@@ -27,7 +25,6 @@ from sfl.spin import Spinner
 
 T = TypeVar("T")
 TICK_S = 0.5  # how often to look for who is silent
-LATE_S = 0.05  # how often the drain's thread reads what nobody wants to wait for
 
 
 class Drained(Protocol):
@@ -147,16 +144,13 @@ class Drain:
     def _arm(self, armed: bool) -> None:
         """Let the drain's thread read what comes next, or not."""
         if self._outer is not None:
-            at_once = armed and self.spinner.looks
-            events = select.EPOLLIN | select.EPOLLONESHOT if at_once else 0
+            events = select.EPOLLIN | select.EPOLLONESHOT if armed else 0
             self._outer.modify(self._selector.fileno(), events)
 
     def _run(self) -> None:
         assert self._outer is not None
         while not self._closed:
-            self._outer.poll(LATE_S)
-            if self._leader is not None:
-                continue
+            self._outer.poll()
             self._read_all(0)
             while self._unfinished and self._leader is None:
                 self._read_all(0)

@@ -212,8 +212,9 @@ class Rounds:
                 self._optimizers[b] = segment.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
-        at_once = self.at_once
-        if at_once is None:
+        at_once = self.at_once or 0
+        # Who is lost in its turn keeps others waiting, where the round may close without it.
+        if self.at_once is None and scheme(self.run.scheme).copies_back and not self.may_skip:
             at_once = self._pace.choose(self.network.most_that_fit())
             if at_once and not self._has_said:
                 self._has_said = True

@@ -76,6 +76,11 @@ def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     assert weights_of(back.state()) == before
 
 
+def test_in_a_relay_one_trains_at_a_time() -> None:
+    assert planned(at_once=0, scheme="sl").at_once == 1
+    assert planned(at_once=0, scheme="sflv2").at_once == 0
+
+
 def test_a_shared_back_does_not_rest() -> None:
     plan = planned(at_once=0, scheme="sflv2")
     plan.begin(plan.order[0])

@@ -166,6 +166,10 @@ def test_a_run_in_which_few_train_at_once_gives_the_same(
     assert told == [0, 0, 0, 0, 1, 0, 0, 0]
     assert heard == [True, True] * 6 + [False, True] * 3 + [True, True] * 3
     assert "1 client at a time" in (run / "server_log.txt").read_text()
+    told.clear()
+    run = simulated(tmp_path / "shared", **options, scheme="sflv2")
+    assert told == [0] * 8
+    assert "at a time" not in (run / "server_log.txt").read_text()
 
 
 def test_a_peer_at_another_address_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,27 +71,6 @@ def test_while_nobody_waits_the_drain_reads_all(drain: Drain) -> None:
     assert [end.got for end in ends] == [[(b"a", "drain"), (b"b", "drain")]] * 3
 
 
-def test_in_a_crowd_the_drain_reads_only_what_nobody_reads_for_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sfl.drain.LATE_S", 0.5)
-    drain = Drain()
-    drain.spinner.looks = False
-    one = Bytes(drain)
-    assert not drain.wait(lambda: one.got, 0.01)  # from now on nobody waits
-    one.peer.send(b"a")
-    time.sleep(0.1)
-    assert one.got == []
-    deadline = time.monotonic() + 5
-    while not one.got and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert one.got == [(b"a", "drain")]
-    drain.close()
-    one.sock.close()
-    one.peer.close()
-    OPEN.clear()
-
-
 def test_what_is_paused_is_not_read_until_it_is_resumed(drain: Drain) -> None:
     one = Bytes(drain)
     one.room = 1
