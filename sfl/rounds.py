@@ -219,8 +219,8 @@ class Rounds:
             if at_once and not self._has_said:
                 self._has_said = True
                 self.log.say(
-                    f"{counted(at_once, 'client')} at a time, in rounds where that is faster: the"
-                    " programs are more than this machine's cores (--at-once 0: always all)"
+                    f"{counted(at_once, 'client')} at a time, in rounds where that is faster: more"
+                    " clients than this machine has cores for are on it (--at-once 0: always all)"
                 )
         plan = RoundPlan(
             self.run, round_index, num_steps, self.backs,
