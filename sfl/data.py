@@ -5,6 +5,7 @@ memory, and become normalised float32 when a batch is drawn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,13 +142,19 @@ class ClientData:
         x = augment(as_floats(part.x), self.augment, background, seed=self.seed, at=at)
         return self._normalised(x), part.y
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        channels = (-1, *[1] * (x.dim() - 2))
+    @functools.cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        channels = (-1, *[1] * (len(self.input_shape) - 1))
         mean, std = (
             torch.tensor(figures, dtype=torch.float32).reshape(channels)
             for figures in (self.spec.mean, self.spec.std)
         )
-        return (x - mean) / std
+        return mean, std
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Return a batch normalised, in its own memory: it is a copy of what is stored."""
+        mean, std = self._mean_and_std
+        return x.sub_(mean).div_(std)
 
 
 def part_of(

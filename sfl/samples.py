@@ -26,8 +26,9 @@ class Samples:
 
     @property
     def x(self) -> Tensor:
-        """(N, C, H, W), as stored."""
-        return self.stored if self.rows is None else self.stored[self.rows]
+        """(N, C, H, W), as stored; a copy if rows are given."""
+        # Copies row by row; indexing goes pixel by pixel.
+        return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
 
     def take(self, indices: Tensor | slice) -> "Samples":
         """Return some of these samples; no pixel is copied."""
@@ -44,5 +45,5 @@ def join(parts: Iterable[Samples]) -> Samples:
 
 
 def as_floats(x: Tensor) -> Tensor:
-    """Return pixels as float32 in [0, 1]."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Return pixels as float32 in [0, 1]; those that are, as they are."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x

@@ -167,6 +167,9 @@ def test_a_run_in_which_few_train_at_once_gives_the_same(
     assert heard == [True, True] * 6 + [False, True] * 3 + [True, True] * 3
     assert "1 client at a time" in (run / "server_log.txt").read_text()
     told.clear()
+    simulated(tmp_path / "skipped", **options, away=["2:1-2"])  # its turn would hold up the others
+    assert told == [0] * 8
+    told.clear()
     run = simulated(tmp_path / "shared", **options, scheme="sflv2")
     assert told == [0] * 8
     assert "at a time" not in (run / "server_log.txt").read_text()
