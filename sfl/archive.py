@@ -11,11 +11,11 @@ file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and f
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 from typing import Any
 
@@ -258,13 +258,19 @@ def check_inside(path: str) -> None:
         raise ValueError(f"a path outside the folder: {path[:60]!r}")
 
 
-_NAMES = tuple(spec.name for spec in fields(Entry))
-
-
 def manifest_line(entry: Entry) -> str:
-    """Return an entry as its line of a manifest, which ends in the line's own checksum."""
-    text = json.dumps({name: getattr(entry, name) for name in _NAMES})
-    return f'{text[:-1]}, "check": "{checksum(text.encode())}"}}'
+    """Return an entry as its line of a manifest, which ends in the line's own checksum.
+
+    That is of the line as ``json.dumps`` writes it without ``check``.
+    """
+    e = entry
+    text = (
+        f'{{"kind": {_quoted(e.kind)}, "path": {_quoted(e.path)}, "bytes": {e.bytes},'
+        f' "checksum": {_quoted(e.checksum)}, "client": {e.client}, "round": {e.round},'
+        f' "step": {e.step}, "link": {e.link}, "order": {e.order}, "offset": {e.offset},'
+        f' "shape": {list(e.shape)}, "dtype": {_quoted(e.dtype)}, "clients": {list(e.clients)}'
+    )
+    return f'{text}, "check": "{checksum(f"{text}}}".encode())}"}}'
 
 
 def _parse_line(line: bytes) -> Entry:

@@ -50,7 +50,9 @@ _BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 REWRITTEN = ("config", "environment", "summary", "events")
 
 
-def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "file") -> None:
+def write_file(
+    path: Path | str, data: Buffer, *, durable: bool = False, what: str = "file"
+) -> None:
     """Write a file under a temporary name and rename it: under its name it is whole.
 
     What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
@@ -69,7 +71,7 @@ def write_file(path: Path, data: Buffer, *, durable: bool = False, what: str = "
         os.replace(temporary, path)
         crash_point(f"{what}.after_rename")
         if durable:
-            sync(path.parent)
+            sync(Path(path).parent)
     except OSError:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -123,7 +125,8 @@ class ArchiveWriter:
         self._jobs: deque[_Job] = deque()
         self._worker: int | None = None  # the thread that does a job
         self._left_alone_until = 0.0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: a condition's ``with`` runs Python
+        self._changed = threading.Condition(self._lock)
         self._pending_bytes = 0
         self._longest_lag_s = 0.0
         self._num_commits = self._num_committed = 0
@@ -139,7 +142,7 @@ class ArchiveWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._changed:
+        with self._lock:
             if self._worker == threading.get_ident():  # we were interrupted before it began
                 self._worker = None
                 self._changed.notify_all()
@@ -171,11 +174,11 @@ class ArchiveWriter:
             if len(self._jobs) > MAX_WAITING_STEPS:
                 self.write_one()
 
-    def place(self, kind: str, at: Mapping[str, int]) -> Path | None:
-        """Return where ``record_step`` writes a tensor; None if those of its round do not stay."""
+    def place(self, kind: str, at: Mapping[str, int]) -> str:
+        """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
         if not self.records(at["round"]):
-            return None
-        return client_folder(self._root, at["client"], at["round"]) / _name(kind, at)
+            return ""
+        return f"{client_folder(self._root, at['client'], at['round'])}/{_name(kind, at)}"
 
     def write(
         self,
@@ -209,7 +212,7 @@ class ArchiveWriter:
 
     def wait_committed(self) -> None:
         """Wait until all checkpoints that were handed over are on disk."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self._num_committed == self._num_commits or self._failure is not None
             )
@@ -233,14 +236,14 @@ class ArchiveWriter:
 
     def take_lag_s(self) -> float:
         """Return how long, at most, something waited to be on disk since the last call."""
-        with self._changed:
+        with self._lock:
             lag_s, self._longest_lag_s = self._longest_lag_s, 0.0
         return lag_s
 
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
         self._hurry.set()
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._jobs or self._failure is not None)
         self._check()
 
@@ -254,12 +257,12 @@ class ArchiveWriter:
 
         Jobs are done one after the other.
         """
-        with self._changed:
+        with self._lock:
             if self._pending_bytes > MAX_PENDING_BYTES:
                 self._hurry.set()
-            self._changed.wait_for(
-                lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
-            )
+                self._changed.wait_for(
+                    lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
+                )
             self._check()
             self._pending_bytes += num_bytes
             self._jobs.append(_Job(run, num_bytes, time.monotonic(), may_wait))
@@ -280,7 +283,7 @@ class ArchiveWriter:
         if not self._jobs:
             return False
         started = time.monotonic()
-        with self._changed:
+        with self._lock:
             first = self._jobs[0] if self._jobs and self._worker is None else None
             if first is None or not first.may_wait or started < self._left_alone_until:
                 return False
@@ -301,7 +304,7 @@ class ArchiveWriter:
             self._failure, is_done = error, True
         finally:
             lag_s = time.monotonic() - job.handed_over_at
-            with self._changed:
+            with self._lock:
                 self._worker = None
                 if is_done:
                     self._jobs.popleft()
@@ -322,7 +325,7 @@ class ArchiveWriter:
 
     def _take_first(self) -> _Job | None:
         """Return the first job, once nobody else does one, and become the worker; None: none."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._worker is None)
             if not self._jobs:
                 return None
@@ -338,7 +341,7 @@ class ArchiveWriter:
         entries = []
         for kind, (file, spec) in tensors.items():
             name, data = _name(kind, at), file.data
-            write_file(folder / name, data)
+            write_file(f"{folder}/{name}", data)
             entries.append(Entry(
                 kind, name, len(data), file.checksum or checksum(data), client=at["client"],
                 round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
@@ -378,7 +381,7 @@ class ArchiveWriter:
         for path in lying(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
-        with self._changed:
+        with self._lock:
             self._num_committed += 1
             self._changed.notify_all()
 

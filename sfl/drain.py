@@ -42,13 +42,14 @@ class Drained(Protocol):
 class Drain:
     """Reads connections, and lets threads wait for what comes. Closed by ``close``.
 
-    ``changed`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
+    ``lock`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
     ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
     """
 
     def __init__(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
-        self.changed = threading.Condition()
-        self._reading = threading.Lock()  # one thread at a time; taken before ``changed``
+        self.lock = threading.RLock()  # taken by itself: a condition's ``with`` runs Python
+        self.changed = threading.Condition(self.lock)
+        self._reading = threading.Lock()  # one thread at a time; taken before ``lock``
         self._selector = selectors.DefaultSelector()
         self._members: set[Drained] = set()
         self._unfinished: set[Drained] = set()
@@ -106,7 +107,7 @@ class Drain:
                 self._read(connection)
 
     def notify(self) -> None:
-        """Let those who wait look again; to be called with ``changed``."""
+        """Let those who wait look again; to be called with ``lock``."""
         self.changed.notify_all()
         if self._leader not in (None, threading.get_ident()):
             with contextlib.suppress(BlockingIOError):  # full: it will wake
@@ -116,7 +117,7 @@ class Drain:
         """Return what ``ready`` finds, once that is true, or after ``timeout_s``."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         leads = False
-        with self.changed:
+        with self.lock:
             try:
                 while not (found := ready()) and not self._closed:
                     left_s = TICK_S if deadline is None else deadline - time.monotonic()
@@ -129,11 +130,11 @@ class Drain:
                     if not leads:
                         self.changed.wait(left_s)
                         continue
-                    self.changed.release()
+                    self.lock.release()
                     try:
                         self._read_all(left_s)
                     finally:
-                        self.changed.acquire()
+                        self.lock.acquire()
             finally:
                 if leads:
                     self._leader = None
@@ -154,7 +155,7 @@ class Drain:
             self._read_all(0)
             while self._unfinished and self._leader is None:
                 self._read_all(0)
-            with self.changed:
+            with self.lock:
                 if self._leader is None and not self._closed:
                     self._arm(True)
 
@@ -191,7 +192,7 @@ class Drain:
 
     def close(self) -> None:
         """Read nothing any more."""
-        with self.changed:
+        with self.lock:
             self._closed = True
             os.write(self._wake, b"x")
             self.changed.wait_for(lambda: self._leader is None)

@@ -170,8 +170,9 @@ class _Together(Generic[T]):
 
     def given_up(self) -> list[int]:
         """Return the clients that have just left without a result."""
-        left = [k for k in self._beginnings if k in self._expected] if self._expected else []
-        left = [k for k in left if self._network.gives_up(k)]
+        if not self._expected:
+            return []
+        left = [k for k in self._beginnings if k in self._expected and self._network.gives_up(k)]
         self._left.update(left)
         self._expected.difference_update(left)
         return left

@@ -285,15 +285,17 @@ class Lobby(Network):
     def _attend(self, links: Collection[Link], gates: Collection[Gate]) -> DrainedConnection | None:
         """Wait until something happens, and see to whoever is not in ``links``."""
         board = self.switchboard
-
-        def others() -> list[DrainedConnection]:
-            return [c for c in board.news() if c not in links]
+        found: DrainedConnection | None = None
+        others: list[DrainedConnection] = []
 
         def ready() -> bool:
-            return bool(board.first(links) or others() or any(g() for g in gates))
+            nonlocal found, others
+            found = board.first(links)
+            others = [c for c in board.news() if c not in links]
+            return bool(found or others or any(g() for g in gates))
 
         board.until(ready, TICK_S)
-        for connection in others():
+        for connection in others:
             if connection not in board.connections:
                 continue  # seen to with one before it
             client, why = self._client_of(connection), connection.ending()
@@ -306,7 +308,7 @@ class Lobby(Network):
                 self._left(connection, why)
         if time.monotonic() - self._looked_at > TICK_S:
             self._look_at_the_time()
-        return None if self._changes else board.first(links)
+        return None if self._changes else found
 
     def _client_of(self, connection: DrainedConnection) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)

@@ -76,6 +76,8 @@ class MessageType(StrEnum):
     ABORT = "ABORT"  # C, S: I cannot go on, and why
 
 
+_TYPES: Final = {message_type.value: message_type for message_type in MessageType}
+
 # These messages are followed by a file, always; the others never are.
 FILE_TYPES: Final = frozenset(
     {
@@ -180,14 +182,15 @@ def encode_head(message: Message) -> bytes:
 
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
     """Return a message's type, which must be one that carries a payload, or not."""
-    try:
-        message_type = MessageType(envelope.type)
-    except ValueError:
-        raise ProtocolError(f"unknown message type {envelope.type[:40]!r}") from None
+    if (message_type := _TYPES.get(envelope.type)) is None:
+        raise ProtocolError(f"unknown message type {envelope.type[:40]!r}")
     if (message_type in FILE_TYPES) != has_payload:
         wrong = "comes without its file" if message_type in FILE_TYPES else "carries a payload"
         raise ProtocolError(f"{message_type} {wrong}")
     return message_type
+
+
+_NOTHING: Final = InMemory(0)  # the payload of a message without one
 
 
 class Decoder:
@@ -208,7 +211,7 @@ class Decoder:
         self._end = 0
         self._lengths: tuple[int, int] | None = None  # JSON and payload, once the head is read
         self._begun: tuple[MessageType, Envelope] | None = None  # once the JSON is read
-        self._payload: Store = InMemory(0)
+        self._payload: Store = _NOTHING
         self._missing = 0  # bytes of it
 
     @property
@@ -272,7 +275,7 @@ class Decoder:
 
     def forget(self) -> None:
         """Let go of a payload that has begun to come; the decoder is of no use afterwards."""
-        self._payload = InMemory(0)
+        self._payload = _NOTHING
 
     def _take(self, num_bytes: int) -> bytearray | None:
         if self._end - self._start < num_bytes:
@@ -312,7 +315,7 @@ class Decoder:
         assert self._begun is not None
         head_bytes, (message_type, envelope) = HEAD.size + self._lengths[0], self._begun
         self._lengths = self._begun = None
-        (payload, crc), self._payload = self._payload.whole(), InMemory(0)
+        (payload, crc), self._payload = self._payload.whole(), _NOTHING
         if message_type in FILE_TYPES and checksum_text(crc) != envelope.checksum:
             raise Damaged(f"the file of a {message_type} arrived damaged: checksum differs")
         return Message(

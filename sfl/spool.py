@@ -55,7 +55,7 @@ class Spool:
         content: Mapping[str, float],
         *,
         asked: str = "",
-        recorded: Path | None = None,
+        recorded: str = "",
     ) -> None:
         """Keep an answer; ``recorded`` is where the archive has it, if it does."""
         if self._folder is None:
@@ -64,7 +64,7 @@ class Spool:
 
             def read() -> Answer:
                 self._flush_archive()
-                return Answer(recorded.read_bytes(), content, asked)
+                return Answer(Path(recorded).read_bytes(), content, asked)
 
         else:
             offset, size = self._append(data), len(data)

@@ -57,7 +57,8 @@ class DrainedConnection(Connection):
         self.accepted_at = time.monotonic()
         self.settled = False  # only its end, and messages that are waited for, are of interest
         self.dropped = False  # nothing is
-        self._drain, self._arrivals, self._changed = drain, arrivals, drain.changed
+        self._drain, self._arrivals = drain, arrivals
+        self._lock, self._changed = drain.lock, drain.changed
         self._inbox: deque[tuple[int, Message]] = deque()
         self._outbox: deque[list[memoryview]] = deque()
         self._writer: threading.Thread | None = None  # started when the peer is slow
@@ -144,7 +145,7 @@ class DrainedConnection(Connection):
         Return whether there is no place for more: then nothing is read until some are taken.
         """
         self.counters.messages_received += len(came)
-        with self._changed:
+        with self._lock:
             if came and not self._discards:
                 now = time.monotonic_ns()
                 self._inbox.extend((now, message) for message in came)
@@ -157,7 +158,7 @@ class DrainedConnection(Connection):
 
     def _fail(self, error: Exception) -> None:
         """Note, at a thread's edge, why the connection is of no further use."""
-        with self._changed:
+        with self._lock:
             lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
             self._failure = error if isinstance(error, SflError) else lost
             while len(self._outbox) > self._is_writing:  # the writer ends what it has begun
@@ -167,7 +168,7 @@ class DrainedConnection(Connection):
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
         """Send at once what the socket takes at once; leave the rest to the writer."""
-        with self._changed:
+        with self._lock:
             behind = bool(self._outbox)
         try:
             if not behind:
@@ -181,7 +182,7 @@ class DrainedConnection(Connection):
             raise
         if not (any(map(len, parts)) or self._stream.has_unsent):
             return
-        with self._changed:
+        with self._lock:
             self._outbox.append(parts)
             self._drain.notify()
         if self._writer is None or not self._writer.is_alive():
@@ -191,13 +192,13 @@ class DrainedConnection(Connection):
     def _write(self) -> None:
         try:
             while True:
-                with self._changed:
+                with self._lock:
                     self._changed.wait_for(lambda: self._outbox or self._failure or self._discards)
                     if not self._outbox:
                         return
                     parts, self._is_writing = self._outbox[0], True
                 super()._transmit(parts)
-                with self._changed:
+                with self._lock:
                     self._outbox.popleft()
                     self._is_writing = False
                     self._drain.notify()
@@ -212,9 +213,9 @@ class DrainedConnection(Connection):
         return None if self._unregistered else self._failure
 
     def _next(self) -> Message:
-        if not self._drain.wait(lambda: self.arrived, self.timeout_s):
+        if not (self.arrived or self._drain.wait(lambda: self.arrived, self.timeout_s)):
             raise self._silent()
-        with self._changed:
+        with self._lock:
             if not self._inbox:
                 assert self._failure is not None
                 raise self._failure
@@ -236,7 +237,7 @@ class DrainedConnection(Connection):
         return self._inbox[0][0] if self._inbox else 0
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:
-        with self._changed:
+        with self._lock:
             self._discards = True
             self._inbox.clear()
             self._drain.notify()
@@ -261,7 +262,7 @@ class DrainedConnection(Connection):
 
 
 class Arrivals:
-    """The connections of which something has arrived; guarded by ``Drain.changed``."""
+    """The connections of which something has arrived; guarded by ``Drain.lock``."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, DrainedConnection]] = []
@@ -297,6 +298,8 @@ class Arrivals:
 
     def news(self) -> list[DrainedConnection]:
         """Return those that have failed, and those not yet settled of which something waits."""
+        if not self._news:
+            return []
         self._news = {c: None for c in self._news if c.failed or (c.arrived and not c.settled)}
         return list(self._news)
 
@@ -329,7 +332,7 @@ class Switchboard(Network):
         self._timeout_s = timeout_s
         self._limits = limits
         self._drain, self._arrivals = Drain(meanwhile), Arrivals()
-        self._changed = self._drain.changed
+        self._lock = self._drain.lock
         self._connections: list[DrainedConnection] = []
         self._at_once = 0  # clients that train; 0: all
         self._num_leaving = 0  # connections that were turned away and are being closed
@@ -346,11 +349,11 @@ class Switchboard(Network):
     @property
     def connections(self) -> list[DrainedConnection]:
         """Return the open connections."""
-        with self._changed:
+        with self._lock:
             return list(self._connections)
 
     def _admit(self, visitor: Visitor) -> None:
-        with self._changed:
+        with self._lock:
             strangers = [c for c in self._connections if not c.peer_name]
             if len(strangers) + self._num_leaving >= self._max_strangers:
                 visitor.stream.close()
@@ -358,23 +361,23 @@ class Switchboard(Network):
         connection = DrainedConnection(
             visitor, self._drain, self._arrivals, timeout_s=self._timeout_s, limits=self._limits
         )
-        with self._changed:
+        with self._lock:
             self._connections.append(connection)
             self._look_around()
             self._drain.notify()  # its first message has arrived already
 
     def _look_around(self) -> None:
-        """Count who is on this machine, for ``sfl.crowd``; to be called with ``changed``."""
+        """Count who is on this machine, for ``sfl.crowd``; to be called with ``lock``."""
         num_here = sum(c.is_local for c in self._connections)
         self._drain.spinner.looks = fits(self._at_once) or not is_crowded(1 + num_here)
 
     def expect(self, at_once: int) -> None:
-        with self._changed:
+        with self._lock:
             self._at_once = at_once
             self._look_around()
 
     def most_that_fit(self) -> int:
-        with self._changed:
+        with self._lock:
             clients = [c for c in self._connections if c.peer_name]
             return most_that_fit(len(clients)) if all(c.is_local for c in clients) else 0
 
@@ -391,7 +394,7 @@ class Switchboard(Network):
 
     def wake(self) -> None:
         """Let ``wait`` look at its gates again; called from other threads."""
-        with self._changed:
+        with self._lock:
             self._drain.notify()
 
     def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
@@ -414,12 +417,12 @@ class Switchboard(Network):
 
     def first(self, links: Collection[Link]) -> DrainedConnection | None:
         """Return the one of ``links`` whose message has waited longest, or that has failed."""
-        with self._changed:
+        with self._lock:
             return self._arrivals.first(links)
 
     def news(self) -> list[DrainedConnection]:
         """Return connections that have failed, and strangers of whom a message waits."""
-        with self._changed:
+        with self._lock:
             return self._arrivals.news()
 
     def drop(
@@ -429,7 +432,7 @@ class Switchboard(Network):
         last_words: MessageType = MessageType.INVALID_MESSAGE,
     ) -> None:
         """Turn one connection away, leaving it the time to read why."""
-        with self._changed:
+        with self._lock:
             if connection not in self._connections:
                 return
             self._connections.remove(connection)
@@ -446,7 +449,7 @@ class Switchboard(Network):
             connection.end_sending(last_words, reason)
             connection.join(time.monotonic() + FAREWELL_S)
         finally:
-            with self._changed:
+            with self._lock:
                 self._num_leaving -= 1
                 self._drain.notify()
 

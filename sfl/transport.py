@@ -33,7 +33,6 @@ from sfl.stream import Stream, is_refusal, to_server, why
 from sfl.turn import Aside
 
 Socket = socket.socket
-_nothing = contextlib.nullcontext()
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
 UNSHAPED = LinkShape()
@@ -174,19 +173,21 @@ class Connection(Link):
 
     def _read(self, *, wait: bool = True) -> None:
         """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
-        where = self._where
-        with self._decoder.get_buffer() as buffer, self.aside() if wait else _nothing:
+        with self._decoder.get_buffer() as buffer:
             try:
-                receive = self._receive if wait else self._stream.receive_now
-                num_bytes = receive(buffer)
+                if wait:
+                    with self.aside():
+                        num_bytes = self._receive(buffer)
+                else:
+                    num_bytes = self._stream.receive_now(buffer)
             except BlockingIOError:
                 raise
             except TimeoutError as error:
                 raise self._silent() from error
             except OSError as error:
-                raise self._broken(error, where) from error
+                raise self._broken(error, self._where) from error
         if num_bytes == 0:
-            raise ConnectionLost(f"{self.peer_title} closed the connection{where}")
+            raise ConnectionLost(f"{self.peer_title} closed the connection{self._where}")
         self._decoder.advance(num_bytes)
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes

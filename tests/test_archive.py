@@ -199,8 +199,8 @@ def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
         calls.append(f"sync {path.relative_to(tmp_path)}")
         fsync(descriptor)
 
-    def noted_replace(source: Path, target: Path) -> None:
-        calls.append(f"rename {target.relative_to(tmp_path)}")
+    def noted_replace(source: str, target: Path | str) -> None:
+        calls.append(f"rename {Path(target).relative_to(tmp_path)}")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)

@@ -177,7 +177,7 @@ def test_a_spool_gives_what_it_was_given_until_the_round_is_over(tmp_path: Path)
     assert spool.get(0, 3) is None
     assert list(tmp_path.iterdir()) == []  # it has no name, so that nothing is left of it
     (tmp_path / "grads_0_7.pt").write_bytes(b"recorded")
-    spool.put(0, 7, b"", {}, recorded=tmp_path / "grads_0_7.pt")
+    spool.put(0, 7, b"", {}, recorded=f"{tmp_path}/grads_0_7.pt")
     assert not flushed
     recorded = spool.get(0, 7)
     assert recorded is not None
