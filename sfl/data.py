@@ -139,7 +139,9 @@ class ClientData:
     def training_batch(self, indices: Tensor, at: Position) -> tuple[Tensor, Tensor]:
         """Return a step's batch, augmented; shapes as of ``batch``."""
         part, background = self.train.take(indices), self.spec.background
-        x = augment(as_floats(part.x), self.augment, background, seed=self.seed, at=at)
+        x = as_floats(part.x)
+        if self.augment != NONE:
+            x = augment(x, self.augment, background, seed=self.seed, at=at)
         return self._normalised(x), part.y
 
     @functools.cached_property

@@ -65,7 +65,8 @@ class Drain:
         self._outer = None
         if hasattr(select, "epoll"):
             self._outer = select.epoll()
-            self._outer.register(self._selector.fileno(), 0)
+            self._inner = self._selector.fileno()
+            self._outer.register(self._inner, 0)
             self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
             self._thread.start()
             self._arm(True)
@@ -146,7 +147,7 @@ class Drain:
         """Let the drain's thread read what comes next, or not."""
         if self._outer is not None:
             events = select.EPOLLIN | select.EPOLLONESHOT if armed else 0
-            self._outer.modify(self._selector.fileno(), events)
+            self._outer.modify(self._inner, events)
 
     def _run(self) -> None:
         assert self._outer is not None

@@ -110,7 +110,7 @@ class File(NamedTuple):
     checksum: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take several times as long to make
 class Message:
     """One message; ``payload`` holds the bytes of a file, or nothing.
 

@@ -101,7 +101,8 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
         if answer := plan.spool.get(party.client, at.step):
             yield from server_step_again(party, plan, answer, at)
         else:
-            yield turns.of(party.client)
+            if turns.in_order:
+                yield turns.of(party.client)
             yield from server_step(party, plan, size, at)
 
 
@@ -113,6 +114,7 @@ def client_step(
     That one is made while the server works.
     """
     link, clock, ((at, x, y), labels, head) = party.link, party.clock, batch
+    size = len(y)
     _send_file(link, MessageType.TRAINING_LABELS, labels, at, head=head)
     clock.lap("send")
     z = party.front.forward(x, at)
@@ -126,7 +128,7 @@ def client_step(
     yield link
     reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
     clock.lap("wait")
-    spec = party.split.features_spec(len(y))
+    spec = party.split.features_spec(size)
     grads = decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}", reply.checksum)
     party.check_finite([grads], f"the gradients of step {at.step}", at)
     clock.lap("load")
@@ -136,8 +138,8 @@ def client_step(
     party.front.update()
     crash_point("front.after_update")
     clock.lap("update")
-    party.record(at, at.step, len(y), (labels, features, reply.file))
-    party.watcher.step(at, _figures(reply, len(y)))
+    party.record(at, at.step, size, (labels, features, reply.file))
+    party.watcher.step(at, _figures(reply, size))
     clock.lap("archive")
     return next_batch
 
@@ -150,7 +152,7 @@ def server_step(
     The gradients are on their way before the back's own update. Once they are computed the step is
     taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
     """
-    link = party.link
+    link, back, turns = party.link, party.back, plan.steps[party.back_index]
     yield link
     labels, clock = link.receive_file(MessageType.TRAINING_LABELS, at=at).file, party.clock
     clock.start()
@@ -162,7 +164,7 @@ def server_step(
     clock.start()
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")
-    figures, dz = train_step(party.back, z, y, at)
+    figures, dz = train_step(back, z, y, at)
     clock.lap("forward")
     assert dz is not None
     grads, content = encode_file(dz), _content(figures)
@@ -173,7 +175,7 @@ def server_step(
     finally:
         clock.lap("send")
         crash_point("step.after_answer")
-        party.back.update()
+        back.update()
         crash_point("step.after_update")
         clock.lap("update")
         party.compute_s += time.perf_counter() - started
@@ -181,7 +183,7 @@ def server_step(
         recorded = party.archive.place(GRADS, party.where(at))
         asked = features.checksum
         plan.spool.put(at.client, at.step, grads.data, content, asked=asked, recorded=recorded)
-        plan.steps[party.back_index].done()
+        turns.done()
         party.watcher.step(at, figures)
         clock.lap("archive")
 
