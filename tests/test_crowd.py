@@ -11,7 +11,7 @@ import torch
 
 from sfl import crowd, simulate
 from sfl.client_store import Access
-from sfl.config import ClientNode, RunConfig
+from sfl.config import ClientNode, NodeConfig, RunConfig
 from sfl.crowd import LOWEST_PRIORITY, WORTH_TRYING_S, Pace, is_crowded
 from sfl.driver import Network
 from sfl.link import Link
@@ -167,7 +167,9 @@ def test_a_run_in_which_few_train_at_once_gives_the_same(
     assert heard == [True, True] * 6 + [False, True] * 3 + [True, True] * 3
     assert "1 client at a time" in (run / "server_log.txt").read_text()
     told.clear()
-    simulated(tmp_path / "skipped", **options, away=["2:1-2"])  # its turn would hold up the others
+    lost = RunConfig(**options, run="r", keep_tensors="none")
+    out = NodeConfig(out=str(tmp_path / "skipped"))
+    simulate.simulate(lost, out, [simulate.Away(2, 1, back=2)])  # its turn would hold up the others
     assert told == [0] * 8
     told.clear()
     run = simulated(tmp_path / "shared", **options, scheme="sflv2")
