@@ -1,6 +1,8 @@
 """The archive: what is written off the critical path, and its one reader."""
 
+import dataclasses
 import functools
+import json
 import os
 import pkgutil
 import threading
@@ -13,10 +15,11 @@ import torch
 
 import sfl.archive
 from sfl import archive_writer
-from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS
+from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS, Entry
 from sfl.archive_writer import ArchiveWriter, write_file
 from sfl.config import KeepTensors
 from sfl.errors import IntegrityError, RunError
+from sfl.protocol import checksum
 from sfl.tensors import TensorSpec, encode_file
 
 ALL = KeepTensors.parse("all")
@@ -131,6 +134,23 @@ def test_the_files_of_a_run_that_was_killed_are_read_as_far_as_they_are_whole(
     manifest = tmp_path / "client_files/client_0/round_000" / MANIFEST
     manifest.write_bytes(manifest.read_bytes()[:-10])
     assert found(tmp_path) == [(0, 0, 0), (0, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry("labels", "labels_0_7.pt", 12, "crc32:0123abcd", 1, 0, 7, 0, 3, 0, (4, 1), "int64"),
+        Entry("round_log", 'a "name"\\ü\n', 0, "", round=-1, clients=(0, 2, 5)),
+    ],
+)
+def test_a_manifests_line_is_json(entry: Entry) -> None:
+    """As Python's ``json`` writes it: so all lines of runs before were written."""
+    line = sfl.archive.manifest_line(entry)
+    fields = json.loads(line)
+    check = fields.pop("check")
+    assert fields == json.loads(json.dumps(dataclasses.asdict(entry)))
+    assert json.dumps(fields | {"check": check}) == line
+    assert checksum(json.dumps(fields).encode()) == check
 
 
 def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

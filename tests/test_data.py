@@ -26,6 +26,7 @@ from sfl.images import read_image
 from sfl.link import Absent
 from sfl.own_data import load_own
 from sfl.partition import check_partition
+from sfl.protocol import Position
 from sfl.registration import DataReport, Joined, describe_data
 from sfl.samples import Samples, join
 from tests.made_data import loaded, write_mnist
@@ -166,6 +167,29 @@ def test_a_batch_is_normalised(digits: tuple[Samples, Samples]) -> None:
     x, y = data.batch(data.train, torch.tensor([5, 2]))
     assert (x.dtype, x.shape, y.dtype) == (torch.float32, (2, 1, 28, 28), torch.int64)
     assert torch.allclose(x[0] * 0.3081 + 0.1307, data.train.x[5] / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("augmented", ["none", "hflip"])
+def test_batches_leave_what_is_stored_as_it_is(
+    digits: tuple[Samples, Samples], floats: bool, augmented: str
+) -> None:
+    """Whether a part is drawn from, or one that has all rows of what is stored."""
+    own, _ = digits
+    if floats:
+        own = Samples(own.stored.float() / 255, own.y)
+    data = client_data(DIGITS, RunConfig(augment=augmented), 0, own, own)
+    before = own.stored.clone()
+    firsts = [
+        data.batch(data.test, slice(0, 4))[0],
+        data.training_batch(torch.arange(4), Position())[0],
+    ]
+    assert torch.equal(own.stored, before)
+    again = [
+        data.batch(data.test, slice(0, 4))[0],
+        data.training_batch(torch.arange(4), Position())[0],
+    ]
+    assert all(map(torch.equal, firsts, again))
 
 
 # ---- a client's own data
