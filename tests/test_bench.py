@@ -8,7 +8,7 @@ import torch
 
 from experiments import bench
 from experiments.bench_report import Result, phases_table, table, write_all
-from experiments.contenders import Row, Sample
+from experiments.contenders import Row, Sample, _span
 from experiments.many_clients import numbers
 from experiments.peers.sockets import COUNT
 from sfl.errors import ConfigError
@@ -58,6 +58,13 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
 def test_numbers_of_clients_are_checked(text: str) -> None:
     with pytest.raises(ConfigError, match="--clients"):
         numbers(text, "--clients")
+
+
+def test_a_round_lasts_from_its_first_clients_beginning_to_its_last_ones_end() -> None:
+    """Of clients that take turns as of those that train at the same time; in any order."""
+    turns = [{"at": 5.0, "took": 2.0}, {"at": 1.0, "took": 2.0}, {"at": 3.0, "took": 1.5}]
+    together = [{"at": 1.0, "took": 4.0}, {"at": 2.0, "took": 1.0}]
+    assert [_span(rows, "at", "took") for rows in (turns, together)] == [6.0, 4.0]
 
 
 @pytest.mark.slow
