@@ -280,8 +280,6 @@ def _parse_line(line: bytes) -> Entry:
     values.pop("check", None)
     tuples = {name: tuple(values[name]) for name in ("shape", "clients")}
     entry = Entry(**values | tuples)
-    if manifest_line(entry).encode() != line:
-        raise ValueError("a line is not what was written")
     # A manifest may come from somebody else.
     texts = entry.kind, entry.path, entry.checksum, entry.dtype
     counts = entry.bytes, entry.offset
@@ -289,6 +287,8 @@ def _parse_line(line: bytes) -> Entry:
     numbers = *counts, *indices, *entry.shape, *entry.clients
     if {type(text) for text in texts} != {str} or {type(n) for n in numbers} != {int}:
         raise ValueError("a field is of another type")
+    if manifest_line(entry).encode() != line:
+        raise ValueError("a line is not what was written")
     if min(counts) < 0 or max(counts) >= 2**63 or min(numbers) < -1 or max(indices) >= 2**31:
         raise ValueError("a number is out of range")
     check_inside(entry.path)
