@@ -1,20 +1,15 @@
 """Reading many connections: by the thread that waits for a message, else by one of its own.
 
 A message that a thread waits for is read by that thread: to hand it over from one thread to another
-costs more than to read it. While nobody waits, since the server computes, a thread of the drain
-reads what comes, so that no client's sending waits for another one's step::
-
-    outer (epoll) -- armed while nobody waits --> the drain's thread
-      inner (epoll): all connections, and a pipe that wakes who reads
-
-Where the system has no epoll, nothing is read while the server computes; the system's own buffers
-hold what comes.
+costs more than to read it. When nobody has waited for a while, since the server computes, a thread
+of the drain reads what comes, so that no client's sending waits for another one's step. For less,
+the system's own buffers hold what comes: a thread that woke up for it would take the interpreter,
+and the core's caches, from who computes.
 """
 
 import contextlib
 import functools
 import os
-import select
 import selectors
 import threading
 import time
@@ -24,7 +19,9 @@ from typing import Protocol, TypeVar
 from sfl.spin import Spinner
 
 T = TypeVar("T")
+Events = list[tuple[selectors.SelectorKey, int]]
 TICK_S = 0.5  # how often to look for who is silent
+UNREAD_S = 20e-3  # for which nobody has to wait before the drain's thread reads
 
 
 class Drained(Protocol):
@@ -55,6 +52,7 @@ class Drain:
         self._unfinished: set[Drained] = set()
         self._paused: set[Drained] = set()
         self._leader: int | None = None  # the thread that waits and reads
+        self._left = threading.Event()  # somebody waits no longer, since the thread last looked
         self._looked_at = 0.0
         self.spinner = Spinner(meanwhile)  # of the leader
         self._closed = False
@@ -62,14 +60,9 @@ class Drain:
         os.set_blocking(self._wakes, False)
         os.set_blocking(self._wake, False)
         self._selector.register(self._wakes, selectors.EVENT_READ)
-        self._outer = None
-        if hasattr(select, "epoll"):
-            self._outer = select.epoll()
-            self._inner = self._selector.fileno()
-            self._outer.register(self._inner, 0)
-            self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
-            self._thread.start()
-            self._arm(True)
+        self._left.set()
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread.start()
 
     def add(self, connection: Drained) -> None:
         """Read a connection from now on, beginning with what has come already."""
@@ -127,42 +120,32 @@ class Drain:
                     left_s = min(left_s, TICK_S)
                     if self._leader is None:
                         self._leader, leads = threading.get_ident(), True
-                        self._arm(False)
                     if not leads:
                         self.changed.wait(left_s)
                         continue
                     self.lock.release()
                     try:
-                        self._read_all(left_s)
+                        self._read_all(self._wait_for_events(left_s))
                     finally:
                         self.lock.acquire()
             finally:
                 if leads:
                     self._leader = None
-                    self._arm(True)
                     self.changed.notify_all()  # another thread that waits may read now
+                    if not self._left.is_set():
+                        self._left.set()
         return found
 
-    def _arm(self, armed: bool) -> None:
-        """Let the drain's thread read what comes next, or not."""
-        if self._outer is not None:
-            events = select.EPOLLIN | select.EPOLLONESHOT if armed else 0
-            self._outer.modify(self._inner, events)
-
     def _run(self) -> None:
-        assert self._outer is not None
         while not self._closed:
-            self._outer.poll()
-            self._read_all(0)
-            while self._unfinished and self._leader is None:
-                self._read_all(0)
-            with self.lock:
-                if self._leader is None and not self._closed:
-                    self._arm(True)
+            self._left.wait()
+            self._left.clear()
+            time.sleep(UNREAD_S)
+            while not (self._leader or self._left.is_set() or self._closed):
+                self._read_all(self._selector.select(0 if self._unfinished else UNREAD_S))
 
-    def _read_all(self, timeout_s: float) -> None:
-        """Read what has come, waiting for the first."""
-        events = self._events(0 if self._unfinished else timeout_s)
+    def _read_all(self, events: Events) -> None:
+        """Read what there is to read."""
         with self._reading:
             due = self._unfinished | {key.data for key, _ in events}
             for connection in due:
@@ -175,10 +158,10 @@ class Drain:
                 for connection in list(self._members):
                     connection.check_silence()
 
-    def _events(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return what there is to read, waiting for it for so long."""
+    def _wait_for_events(self, timeout_s: float) -> Events:
+        """Return what there is to read, waiting for it for so long; for the leader."""
         look, sleep = self._selector.select, functools.partial(self._selector.select, timeout_s)
-        return self.spinner.wait(lambda: look(0) or None, sleep) if timeout_s else look(0)
+        return look(0) if self._unfinished else self.spinner.wait(lambda: look(0) or None, sleep)
 
     def _take_wakes(self) -> None:
         """Empty the pipe, unless it is for another thread."""
@@ -197,11 +180,8 @@ class Drain:
             self._closed = True
             os.write(self._wake, b"x")
             self.changed.wait_for(lambda: self._leader is None)
-            os.write(self._wake, b"x")  # the leader has taken the first
-            self._arm(True)
-        if self._outer is not None:
-            self._thread.join()
-            self._outer.close()
+            self._left.set()
+        self._thread.join()
         with self._reading:
             for members in (self._members, self._paused, self._unfinished):
                 members.clear()

@@ -71,6 +71,19 @@ def test_while_nobody_waits_the_drain_reads_all(drain: Drain) -> None:
     assert [end.got for end in ends] == [[(b"a", "drain"), (b"b", "drain")]] * 3
 
 
+def test_what_comes_between_two_waits_is_left_to_the_second(
+    drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.drain.UNREAD_S", 5.0)
+    one = Bytes(drain)
+    one.peer.send(b"a")
+    assert drain.wait(lambda: one.got, 5) == [(b"a", "MainThread")]
+    one.peer.send(b"b")
+    threading.Event().wait(0.1)
+    assert len(one.got) == 1
+    assert drain.wait(lambda: one.got[1:], 5) == [(b"b", "MainThread")]
+
+
 def test_what_is_paused_is_not_read_until_it_is_resumed(drain: Drain) -> None:
     one = Bytes(drain)
     one.room = 1
