@@ -31,27 +31,60 @@ _DRAWS_NOTHING = frozenset(
 )  # fmt: skip
 
 
+def _is_hung_onto(module: nn.Module) -> bool:
+    """Say whether a user has hung something of their own onto a module."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _may_draw(module: nn.Module) -> bool:
     """Say whether a module may draw at random; what a user hung onto it may."""
-    hung_on = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return bool(hung_on) or type(module) not in _DRAWS_NOTHING
+    return _is_hung_onto(module) or type(module) not in _DRAWS_NOTHING
 
 
 _ENGINE = torch.autograd.Variable._execution_engine
 _ONE = torch.ones(())
 
 
-def _differentiate(tensor: Tensor, grad: Tensor | None) -> None:
+def _differentiate(
+    tensor: Tensor, grad: Tensor | None, leaves: Sequence[Tensor] | None = None
+) -> None:
     """Do what ``torch.autograd.backward`` does, on the CPU without its Python around the engine.
 
-    That takes 3 to 5 % of a small model's step: docs/performance.md.
+    That takes 3 to 5 % of a small model's step: docs/performance.md. ``leaves``: those alone get
+    gradients; None: all do.
     """
     if tensor.device.type != "cpu":
-        torch.autograd.backward(tensor, grad)
+        torch.autograd.backward(tensor, grad, inputs=leaves)
         return
     grad = _ONE.to(tensor.dtype) if grad is None else grad
-    leaves = {"allow_unreachable": True, "accumulate_grad": True}
-    _ENGINE.run_backward((tensor,), (grad,), False, False, (), **leaves)
+    how = {"allow_unreachable": True, "accumulate_grad": True}
+    _ENGINE.run_backward((tensor,), (grad,), False, False, tuple(leaves or ()), **how)
+
+
+def _gradients_at(tensors: Sequence[Tensor], loss: Tensor) -> Sequence[Tensor]:
+    """Do what ``torch.autograd.grad`` does, as ``_differentiate``, and keep the graph."""
+    if loss.device.type != "cpu":
+        return torch.autograd.grad(loss, tensors, retain_graph=True)
+    how = {"allow_unreachable": False, "accumulate_grad": False}
+    grads: Sequence[Tensor] = _ENGINE.run_backward(
+        (loss,), (_ONE.to(loss.dtype),), True, False, tuple(tensors), **how
+    )
+    return grads
+
+
+def _linear_layers(blocks: nn.Sequential) -> list[bool]:
+    """Say which blocks are linear layers, if no others have parameters; else none is said to be.
+
+    The gradients of a linear layer's input and of its weights are two products, so that one can be
+    computed without the other. Those of a convolution take a third longer apart.
+    """
+    are = [type(block) is nn.Linear and not _is_hung_onto(block) for block in blocks]
+    owned = [p for block in blocks for p in block.parameters()]
+    theirs = [p for block, is_linear in zip(blocks, are, strict=True) if is_linear
+              for p in block.parameters() if p.requires_grad]  # fmt: skip
+    is_all = len({*map(id, owned)}) == len(owned) == len(theirs)  # each is one block's
+    return [is_linear and is_all for is_linear in are]
 
 
 @dataclass(frozen=True)
@@ -87,6 +120,7 @@ class Segment:
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
+        self._linear = _linear_layers(self.blocks)
         self.blocks.train()  # all of it, whatever mode its parts came in
         self._run = run
         self._boundary = boundary
@@ -95,6 +129,9 @@ class Segment:
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
+        self._inner: list[tuple[nn.Module, Tensor]] = []  # linear layers, and what they gave
+        # Of which ``update`` has yet to compute the parameters' gradients, from these.
+        self._later: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._reset_optimizer()
 
@@ -123,9 +160,8 @@ class Segment:
 
     def rest(self) -> None:
         """Give up what only training needs, until ``start_round``."""
-        self._input = self._output = None
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._input = None
+        self._forget_step()
         if self._run.optimizer_state == "reset":
             self._reset_optimizer()
 
@@ -141,8 +177,9 @@ class Segment:
         self._input = z.requires_grad_() if self._first_block else z
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
-        for index, (block, draws) in enumerate(
-            zip(self.blocks, self._draws, strict=True), self._first_block
+        self._inner = []
+        for index, (block, draws, is_linear) in enumerate(
+            zip(self.blocks, self._draws, self._linear, strict=True), self._first_block
         ):
             if draws:
                 self._seed_block(at, index)
@@ -152,6 +189,8 @@ class Segment:
                 raise RunError(
                     f"block {index} of the model cannot train on a batch of {len(z)}: {error}"
                 ) from error
+            if is_linear:
+                self._inner.append((block, out))
         self._output = out
         return out
 
@@ -171,23 +210,47 @@ class Segment:
         assert self._output is not None, "backward without forward"
         return self._backward(self._output, grad.to(self.device))
 
-    def backward_of(self, loss: Tensor) -> Tensor | None:
-        """Do as ``backward``, from a loss () that was computed from the last output."""
-        return self._backward(loss, None)
+    def backward_of(self, loss: Tensor, *, later: bool = False) -> Tensor | None:
+        """Do as ``backward``, from a loss () that was computed from the last output.
+
+        ``later`` leaves to ``update`` what can wait of the parameters' gradients: whoever waits for
+        the input's gets them sooner. The bits are the same.
+        """
+        if not (later and self._inner and self._first_block):
+            return self._backward(loss, None)
+        assert self._input is not None
+        layers, outs = zip(*self._inner, strict=True)
+        grad, *grads = _gradients_at((self._input, *outs), loss)
+        self._later = list(zip(layers, outs, grads, strict=True))
+        self._forget_step()
+        return grad
 
     def _backward(self, tensor: Tensor, grad: Tensor | None) -> Tensor | None:
         assert self._input is not None
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._forget_step()
         if tensor.requires_grad:  # not so for a front without parameters
             _differentiate(tensor, grad)
-        if self._proximal_mu:
-            self._add_proximal_gradients()
-        self._output = None
+        self._add_proximal_gradients()
         return self._input.grad
+
+    def _forget_step(self) -> None:
+        """Let go of a step's graph, and of the gradients of the step before."""
+        self._output, self._inner = None, []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _finish_backward(self) -> None:
+        """Compute what ``backward_of`` has left for later."""
+        if self._later:
+            for layer, out, grad in self._later:
+                _differentiate(out, grad, list(layer.parameters()))
+            self._later = []
+            self._add_proximal_gradients()
 
     def _add_proximal_gradients(self) -> None:
         """Add the gradient of FedProx's ``mu/2 |w - w_t|^2``: Li et al. 2020, Equation 2."""
+        if not self._proximal_mu:
+            return
         for parameter, anchor in zip(self.blocks.parameters(), self._anchor, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal_mu)
@@ -196,6 +259,7 @@ class Segment:
         """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
         if self._optimizer is None:
             return
+        self._finish_backward()
         if self._run.clip_norm:
             for half in self._halves():
                 nn.utils.clip_grad_norm_(half, self._run.clip_norm)
@@ -299,19 +363,20 @@ class Segment:
 
 
 def train_step(
-    last: Segment, z: Tensor, y: Tensor, at: Position
+    last: Segment, z: Tensor, y: Tensor, at: Position, *, later: bool = False
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
     It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax. With
     weights of classes the average is weighted: divided by the sum of the samples' weights.
-    ``update()`` is the caller's, when the gradient, like ``z``, is on its way. A segment that is
-    the whole model has no such gradient.
+    ``update()`` is the caller's, when the gradient, like ``z``, is on its way; ``later`` leaves the
+    parameters' gradients to it, see ``Segment.backward_of``. A segment that is the whole model has
+    no gradient at ``z``.
     """
     y = y.to(last.device)
     logits = last.forward(z, at)
     loss = nn.functional.cross_entropy(logits, y, last.class_weights)
-    grads = last.backward_of(loss)
+    grads = last.backward_of(loss, later=later)
     correct = int((logits.argmax(1) == y).sum())
     return StepFigures(loss.item(), correct, len(y)), grads
 

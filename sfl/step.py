@@ -149,8 +149,9 @@ def server_step(
 ) -> Conversation[None]:
     """Train the back on one batch; faces ``client_step``.
 
-    The gradients are on their way before the back's own update. Once they are computed the step is
-    taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
+    The gradients are on their way before those of the back's weights are computed, as far as they
+    can wait, and before its update. Once they are computed the step is taken, whether they arrive
+    or not: a client that is lost asks again, ``server_step_again``.
     """
     link, back, turns = party.link, party.back, plan.steps[party.back_index]
     yield link
@@ -164,7 +165,7 @@ def server_step(
     clock.start()
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")
-    figures, dz = train_step(back, z, y, at)
+    figures, dz = train_step(back, z, y, at, later=True)
     clock.lap("forward")
     assert dz is not None
     grads, content = encode_file(dz), _content(figures)

@@ -1,5 +1,10 @@
 """A part of the model: modes, random draws, gradients."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -11,8 +16,9 @@ AT = Position("r", 0, 0, 0)
 CPU = torch.device("cpu")
 
 
-def segment(*blocks: nn.Module, first_block: int = 1) -> Segment:
-    made = Segment(nn.Sequential(*blocks), first_block, RunConfig(run="r"), CPU, boundary=1)
+def segment(*blocks: nn.Module, first_block: int = 1, **more: Any) -> Segment:
+    run = RunConfig(run="r", clip_norm=0.1, lr=0.1)
+    made = Segment(nn.Sequential(*blocks), first_block, run, CPU, boundary=1, **more)
     made.start_round(0)
     return made
 
@@ -50,3 +56,68 @@ def test_the_gradients_are_those_of_a_plain_loop() -> None:
     found = [grads, *(parameter.grad for parameter in ours.blocks.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert figures.loss == loss.item()
+
+
+def linear() -> list[nn.Module]:
+    return [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)]
+
+
+def in_place() -> list[nn.Module]:
+    return [nn.ReLU(inplace=True), nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)]
+
+
+def with_norm() -> list[nn.Module]:
+    return [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)]
+
+
+def nested() -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)]
+
+
+def shared() -> list[nn.Module]:
+    layers = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+    layers[1].weight = layers[0].weight
+    return [layers[0], nn.ReLU(), *layers[1:]]
+
+
+def twice() -> list[nn.Module]:
+    layer = nn.Linear(4, 4)
+    return [layer, nn.ReLU(), layer, nn.Linear(4, 3)]
+
+
+def frozen() -> list[nn.Module]:
+    return [nn.Linear(4, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3)]
+
+
+def hung_onto() -> list[nn.Module]:
+    layer = nn.Linear(4, 6)
+    layer.register_full_backward_hook(lambda module, given, got: (2 * given[0],))
+    return [layer, nn.ReLU(), nn.Linear(6, 3)]
+
+
+@pytest.mark.parametrize(
+    ("make", "waits"),
+    [(linear, True), (in_place, True), (with_norm, False), (nested, False), (shared, False),
+     (twice, False), (frozen, False), (hung_onto, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"proximal_mu": 0.5, "class_weights": [1.0, 2.0, 3.0]}])
+def test_what_is_left_for_later_gives_the_same_bits(
+    make: Callable[[], list[nn.Module]], waits: bool, more: dict[str, Any]
+) -> None:
+    torch.manual_seed(1)
+    blocks = make()
+    at_once = segment(*copy.deepcopy(blocks), **more)
+    later = segment(*copy.deepcopy(blocks), **more)
+    for _ in range(3):
+        z, y = torch.randn(8, 4), torch.randint(3, (8,))
+        figures, expected = train_step(at_once, z.clone(), y, AT)
+        same, found = train_step(later, z.clone(), y, AT, later=True)
+        assert same == figures
+        assert torch.equal(found, expected)
+        assert all(p.grad is None for p in later.blocks.parameters()) == waits
+        at_once.update()
+        later.update()
+        for ours, theirs in zip(
+            later.blocks.parameters(), at_once.blocks.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
