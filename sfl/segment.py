@@ -80,11 +80,14 @@ def _linear_layers(blocks: nn.Sequential) -> list[bool]:
     computed without the other. Those of a convolution take a third longer apart.
     """
     are = [type(block) is nn.Linear and not _is_hung_onto(block) for block in blocks]
-    owned = [p for block in blocks for p in block.parameters()]
-    theirs = [p for block, is_linear in zip(blocks, are, strict=True) if is_linear
-              for p in block.parameters() if p.requires_grad]  # fmt: skip
-    is_all = len({*map(id, owned)}) == len(owned) == len(theirs)  # each is one block's
-    return [is_linear and is_all for is_linear in are]
+    owned = [
+        (id(parameter), is_linear)
+        for block, is_linear in zip(blocks, are, strict=True)
+        for parameter in block.parameters()
+    ]
+    are_all = all(is_linear for _, is_linear in owned)
+    is_one_blocks = len(dict(owned)) == len(owned)  # each parameter
+    return are if are_all and is_one_blocks else [False] * len(are)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ class Segment:
     ``first_block`` is the index of its first block in the whole model: dropout masks are drawn from
     (seed, round, client, step, block), so that they do not depend on where the model is cut.
     ``boundary`` is the block at which the run's model is cut, whether or not this segment ends
-    there: gradients are clipped by half. ``proximal_mu`` is FedProx's.
+    there: gradients are clipped by half. ``proximal_mu`` is FedProx's. ``weights_later``: somebody
+    waits for the gradient of the input; so it is computed first, and the parameters', as far as
+    they can wait, by ``update``. The bits are the same.
     """
 
     def __init__(
@@ -115,12 +120,14 @@ class Segment:
         boundary: int,
         proximal_mu: float = 0.0,
         class_weights: Sequence[float] = (),
+        weights_later: bool = False,
     ) -> None:
         self.blocks = blocks.to(device)
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
-        self._linear = _linear_layers(self.blocks)
+        may_wait = weights_later and first_block > 0  # the model's first input needs no gradient
+        self._waits = _linear_layers(self.blocks) if may_wait else [False] * len(self.blocks)
         self.blocks.train()  # all of it, whatever mode its parts came in
         self._run = run
         self._boundary = boundary
@@ -129,8 +136,8 @@ class Segment:
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
-        self._inner: list[tuple[nn.Module, Tensor]] = []  # linear layers, and what they gave
-        # Of which ``update`` has yet to compute the parameters' gradients, from these.
+        self._inner: list[tuple[nn.Module, Tensor]] = []  # the blocks that wait, and their outputs
+        # Of which the parameters' gradients are yet to be computed, from these at their outputs.
         self._later: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._reset_optimizer()
@@ -178,8 +185,8 @@ class Segment:
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
         self._inner = []
-        for index, (block, draws, is_linear) in enumerate(
-            zip(self.blocks, self._draws, self._linear, strict=True), self._first_block
+        for index, (block, draws, waits) in enumerate(
+            zip(self.blocks, self._draws, self._waits, strict=True), self._first_block
         ):
             if draws:
                 self._seed_block(at, index)
@@ -189,7 +196,7 @@ class Segment:
                 raise RunError(
                     f"block {index} of the model cannot train on a batch of {len(z)}: {error}"
                 ) from error
-            if is_linear:
+            if waits:
                 self._inner.append((block, out))
         self._output = out
         return out
@@ -210,13 +217,12 @@ class Segment:
         assert self._output is not None, "backward without forward"
         return self._backward(self._output, grad.to(self.device))
 
-    def backward_of(self, loss: Tensor, *, later: bool = False) -> Tensor | None:
+    def backward_of(self, loss: Tensor) -> Tensor | None:
         """Do as ``backward``, from a loss () that was computed from the last output.
 
-        ``later`` leaves to ``update`` what can wait of the parameters' gradients: whoever waits for
-        the input's gets them sooner. The bits are the same.
+        The parameters' gradients may be left to ``update``: see ``weights_later``.
         """
-        if not (later and self._inner and self._first_block):
+        if not self._inner:
             return self._backward(loss, None)
         assert self._input is not None
         layers, outs = zip(*self._inner, strict=True)
@@ -243,7 +249,8 @@ class Segment:
         """Compute what ``backward_of`` has left for later."""
         if self._later:
             for layer, out, grad in self._later:
-                _differentiate(out, grad, list(layer.parameters()))
+                if leaves := [p for p in layer.parameters() if p.requires_grad]:
+                    _differentiate(out, grad, leaves)
             self._later = []
             self._add_proximal_gradients()
 
@@ -288,6 +295,7 @@ class Segment:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""
+        self._finish_backward()
         named = self.blocks.named_parameters()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
@@ -363,20 +371,19 @@ class Segment:
 
 
 def train_step(
-    last: Segment, z: Tensor, y: Tensor, at: Position, *, later: bool = False
+    last: Segment, z: Tensor, y: Tensor, at: Position
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
     It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax. With
     weights of classes the average is weighted: divided by the sum of the samples' weights.
-    ``update()`` is the caller's, when the gradient, like ``z``, is on its way; ``later`` leaves the
-    parameters' gradients to it, see ``Segment.backward_of``. A segment that is the whole model has
-    no gradient at ``z``.
+    ``update()`` is the caller's, when the gradient, like ``z``, is on its way. A segment that is
+    the whole model has no such gradient.
     """
     y = y.to(last.device)
     logits = last.forward(z, at)
     loss = nn.functional.cross_entropy(logits, y, last.class_weights)
-    grads = last.backward_of(loss, later=later)
+    grads = last.backward_of(loss)
     correct = int((logits.argmax(1) == y).sum())
     return StepFigures(loss.item(), correct, len(y)), grads
 

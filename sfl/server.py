@@ -301,7 +301,7 @@ def prepare(
     row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
-    backs = {b: split.back(device) for b in indices}
+    backs = {b: split.back(device, weights_later=True) for b in indices}
     if past:
         halves = read_halves(past.files, run, split, first_round)
         load_backs(past.files, run, backs, halves, first_round)

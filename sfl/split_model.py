@@ -78,24 +78,27 @@ class SplitModel:
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
         return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
 
-    def _segment(self, index: int, device: torch.device, proximal_mu: float = 0.0) -> Segment:
+    def _segment(self, index: int, device: torch.device, **more: Any) -> Segment:
         return Segment(
             copy.deepcopy(self._segments[index]),
             self._first_blocks[index],
             self._run,
             device,
             boundary=self.cut,
-            proximal_mu=proximal_mu,
             class_weights=self.class_weights,
+            **more,
         )
 
     def front(self, device: torch.device) -> Segment:
         """Return a client-side model with the initial weights and an optimiser."""
-        return self._segment(0, device, self._run.fedprox_mu)
+        return self._segment(0, device, proximal_mu=self._run.fedprox_mu)
 
-    def back(self, device: torch.device) -> Segment:
-        """Return a server-side model with the initial weights and an optimiser."""
-        return self._segment(-1, device)
+    def back(self, device: torch.device, *, weights_later: bool = False) -> Segment:
+        """Return a server-side model with the initial weights and an optimiser.
+
+        ``weights_later``: a client waits for its gradients at the cut, see ``Segment``.
+        """
+        return self._segment(-1, device, weights_later=weights_later)
 
     @property
     def front_spec(self) -> StateSpec:

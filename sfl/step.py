@@ -165,7 +165,7 @@ def server_step(
     clock.start()
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")
-    figures, dz = train_step(back, z, y, at, later=True)
+    figures, dz = train_step(back, z, y, at)
     clock.lap("forward")
     assert dz is not None
     grads, content = encode_file(dz), _content(figures)

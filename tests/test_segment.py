@@ -86,7 +86,9 @@ def twice() -> list[nn.Module]:
 
 
 def frozen() -> list[nn.Module]:
-    return [nn.Linear(4, 6).requires_grad_(False), nn.ReLU(), nn.Linear(6, 3)]
+    half = nn.Linear(6, 5)
+    half.weight.requires_grad_(False)
+    return [nn.Linear(4, 6).requires_grad_(False), nn.ReLU(), half, nn.Linear(5, 3)]
 
 
 def hung_onto() -> list[nn.Module]:
@@ -98,7 +100,7 @@ def hung_onto() -> list[nn.Module]:
 @pytest.mark.parametrize(
     ("make", "waits"),
     [(linear, True), (in_place, True), (with_norm, False), (nested, False), (shared, False),
-     (twice, False), (frozen, False), (hung_onto, False)],
+     (twice, False), (frozen, True), (hung_onto, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("more", [{}, {"proximal_mu": 0.5, "class_weights": [1.0, 2.0, 3.0]}])
 def test_what_is_left_for_later_gives_the_same_bits(
@@ -107,11 +109,11 @@ def test_what_is_left_for_later_gives_the_same_bits(
     torch.manual_seed(1)
     blocks = make()
     at_once = segment(*copy.deepcopy(blocks), **more)
-    later = segment(*copy.deepcopy(blocks), **more)
+    later = segment(*copy.deepcopy(blocks), weights_later=True, **more)
     for _ in range(3):
         z, y = torch.randn(8, 4), torch.randint(3, (8,))
         figures, expected = train_step(at_once, z.clone(), y, AT)
-        same, found = train_step(later, z.clone(), y, AT, later=True)
+        same, found = train_step(later, z.clone(), y, AT)
         assert same == figures
         assert torch.equal(found, expected)
         assert all(p.grad is None for p in later.blocks.parameters()) == waits
