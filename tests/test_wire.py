@@ -1,6 +1,8 @@
 """What a real run puts on the wire, seen by a proxy between clients and server."""
 
 import csv
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +30,20 @@ STEP = [
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Recorded]]:
     """Run two clients through a proxy; return the run's folder and what passed."""
-    launcher = Launcher(tmp_path_factory.mktemp("wire"))
+    options = ["--rounds", ROUNDS, "--batch-size", BATCH]
+    return record(tmp_path_factory.mktemp("wire"), CLIENTS, options)
+
+
+def record(
+    folder: Path, num_clients: int, options: Sequence[object]
+) -> tuple[Path, list[Recorded]]:
+    launcher = Launcher(folder)
     proxy = Proxy(launcher.port)
-    options = ["--clients", CLIENTS, "--rounds", ROUNDS, "--batch-size", BATCH, "--run", "r"]
-    server = launcher.server(*options)
+    server = launcher.server("--clients", num_clients, "--run", "r", *options)
     while "listening" not in server.out and server.process.is_alive():
         server.process.join(0.05)
     to_proxy = ["--server", f"127.0.0.1:{proxy.port}"]
-    clients = [launcher.client(*to_proxy, "--client-id", k) for k in range(CLIENTS)]
+    clients = [launcher.client(*to_proxy, "--client-id", k) for k in range(num_clients)]
     for program in [server, *clients]:
         program.ended_with(0)
     proxy.close()
@@ -76,6 +84,20 @@ def test_bytes_on_the_wire_are_at_most_five_percent_over_the_files(
         len(m.payload) for c in connections for _, m in c.messages if m.type in FILE_TYPES
     )
     assert all_files < total <= 1.05 * all_files
+
+
+def test_steps_of_large_tensors_cost_at_most_two_percent_over_their_numbers(tmp_path: Path) -> None:
+    options = ["--model", "mlp", "--rounds", 1, "--batch-size", 512]
+    _, [connection] = record(tmp_path, 1, options)
+    numbers = wire = 0
+    for _, message in connection.messages:
+        if message.type in {kind for _, kind in STEP} and message.at.step < 6:  # whole batches
+            tensor = torch.load(io.BytesIO(message.payload), weights_only=True)
+            assert message.type == MessageType.TRAINING_LABELS or tensor.nbytes == 256 * 1024
+            numbers += tensor.nbytes
+            wire += len(encode_head(message)) + len(message.payload)
+    assert numbers == 6 * 512 * (8 + 2 * 4 * 128)
+    assert numbers < wire <= 1.02 * numbers
 
 
 PARTS = {
