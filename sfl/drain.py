@@ -2,9 +2,9 @@
 
 A message that a thread waits for is read by that thread: to hand it over from one thread to another
 costs more than to read it. When nobody has waited for a while, since the server computes, a thread
-of the drain reads what comes, so that no client's sending waits for another one's step. For less,
-the system's own buffers hold what comes: a thread that woke up for it would take the interpreter,
-and the core's caches, from who computes.
+of the drain reads what comes, so that no client's sending waits for another one's long step. For
+less, the system's own buffers hold what they can: a thread that woke up for it would take the
+interpreter, and the core's caches, from who computes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from sfl.spin import Spinner
 T = TypeVar("T")
 Events = list[tuple[selectors.SelectorKey, int]]
 TICK_S = 0.5  # how often to look for who is silent
-UNREAD_S = 20e-3  # for which nobody has to wait before the drain's thread reads
+UNREAD_S = 20e-3  # once to twice so long nobody has to wait before the drain's thread reads
 
 
 class Drained(Protocol):
@@ -142,7 +142,9 @@ class Drain:
             self._left.clear()
             time.sleep(UNREAD_S)
             while not (self._leader or self._left.is_set() or self._closed):
-                self._read_all(self._selector.select(0 if self._unfinished else UNREAD_S))
+                events = self._selector.select(0 if self._unfinished else UNREAD_S)
+                if self._leader is None:  # else it sees them, too
+                    self._read_all(events)
 
     def _read_all(self, events: Events) -> None:
         """Read what there is to read."""
@@ -165,9 +167,10 @@ class Drain:
 
     def _take_wakes(self) -> None:
         """Empty the pipe, unless it is for another thread."""
-        if self._leader in (None, threading.get_ident()):
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wakes, 4096)
+        with self.lock:  # nobody becomes the leader, and is woken, in between
+            if self._leader in (None, threading.get_ident()):
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wakes, 4096)
 
     def _read(self, connection: Drained) -> None:
         self._unfinished.discard(connection)

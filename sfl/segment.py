@@ -73,13 +73,14 @@ def _gradients_at(tensors: Sequence[Tensor], loss: Tensor) -> Sequence[Tensor]:
     return grads
 
 
-def _linear_layers(blocks: nn.Sequential) -> list[bool]:
-    """Say which blocks are linear layers, if no others have parameters; else none is said to be.
+def _waiting(blocks: nn.Sequential) -> list[bool]:
+    """Say of which blocks the parameters' gradients can wait: of linear layers, or of none.
 
     The gradients of a linear layer's input and of its weights are two products, so that one can be
-    computed without the other. Those of a convolution take a third longer apart.
+    computed without the other. Those of a convolution take a third longer apart. Where others have
+    parameters, or anything is a user's own, which may look at gradients itself, nothing waits.
     """
-    are = [type(block) is nn.Linear and not _is_hung_onto(block) for block in blocks]
+    are = [type(block) is nn.Linear for block in blocks]
     owned = [
         (id(parameter), is_linear)
         for block, is_linear in zip(blocks, are, strict=True)
@@ -87,7 +88,10 @@ def _linear_layers(blocks: nn.Sequential) -> list[bool]:
     ]
     are_all = all(is_linear for _, is_linear in owned)
     is_one_blocks = len(dict(owned)) == len(owned)  # each parameter
-    return are if are_all and is_one_blocks else [False] * len(are)
+    is_known = not any(map(_is_hung_onto, blocks.modules())) and all(
+        type(module).__module__.startswith("torch.nn.modules.") for module in blocks.modules()
+    )
+    return are if are_all and is_one_blocks and is_known else [False] * len(are)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Segment:
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
         may_wait = weights_later and first_block > 0  # the model's first input needs no gradient
-        self._waits = _linear_layers(self.blocks) if may_wait else [False] * len(self.blocks)
+        self._waits = _waiting(self.blocks) if may_wait else [False] * len(self.blocks)
         self.blocks.train()  # all of it, whatever mode its parts came in
         self._run = run
         self._boundary = boundary
@@ -227,8 +231,8 @@ class Segment:
         assert self._input is not None
         layers, outs = zip(*self._inner, strict=True)
         grad, *grads = _gradients_at((self._input, *outs), loss)
-        self._later = list(zip(layers, outs, grads, strict=True))
         self._forget_step()
+        self._later = list(zip(layers, outs, grads, strict=True))
         return grad
 
     def _backward(self, tensor: Tensor, grad: Tensor | None) -> Tensor | None:
@@ -241,17 +245,17 @@ class Segment:
 
     def _forget_step(self) -> None:
         """Let go of a step's graph, and of the gradients of the step before."""
-        self._output, self._inner = None, []
+        self._output, self._inner, self._later = None, [], []
         for parameter in self._parameters:
             parameter.grad = None
 
     def _finish_backward(self) -> None:
         """Compute what ``backward_of`` has left for later."""
-        if self._later:
-            for layer, out, grad in self._later:
+        later, self._later = self._later, []
+        if later:
+            for layer, out, grad in later:
                 if leaves := [p for p in layer.parameters() if p.requires_grad]:
                     _differentiate(out, grad, leaves)
-            self._later = []
             self._add_proximal_gradients()
 
     def _add_proximal_gradients(self) -> None:
@@ -302,6 +306,7 @@ class Segment:
 
     def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Take these gradients instead of any that ``backward`` left."""
+        self._later = []
         for name, parameter in self.blocks.named_parameters():
             parameter.grad = grads[name].to(self.device)
 

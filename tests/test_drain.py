@@ -49,6 +49,10 @@ def drain() -> Iterator[Drain]:
     drain = Drain()
     yield drain
     drain.close()
+    close_all()
+
+
+def close_all() -> None:
     while OPEN:
         end = OPEN.pop()
         end.sock.close()
@@ -72,9 +76,10 @@ def test_while_nobody_waits_the_drain_reads_all(drain: Drain) -> None:
 
 
 def test_what_comes_between_two_waits_is_left_to_the_second(
-    drain: Drain, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sfl.drain.UNREAD_S", 5.0)
+    monkeypatch.setattr("sfl.drain.UNREAD_S", 2.0)
+    drain = Drain()
     one = Bytes(drain)
     one.peer.send(b"a")
     assert drain.wait(lambda: one.got, 5) == [(b"a", "MainThread")]
@@ -82,6 +87,8 @@ def test_what_comes_between_two_waits_is_left_to_the_second(
     threading.Event().wait(0.1)
     assert len(one.got) == 1
     assert drain.wait(lambda: one.got[1:], 5) == [(b"b", "MainThread")]
+    drain.close()
+    close_all()
 
 
 def test_what_is_paused_is_not_read_until_it_is_resumed(drain: Drain) -> None:

@@ -97,10 +97,22 @@ def hung_onto() -> list[nn.Module]:
     return [layer, nn.ReLU(), nn.Linear(6, 3)]
 
 
+class Doubling(nn.Module):
+    """Looks at the gradients of what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.register_hook(lambda grad: 2 * grad)
+        return x.relu()
+
+
+def own() -> list[nn.Module]:
+    return [nn.Linear(4, 6), Doubling(), nn.Linear(6, 3)]
+
+
 @pytest.mark.parametrize(
     ("make", "waits"),
     [(linear, True), (in_place, True), (with_norm, False), (nested, False), (shared, False),
-     (twice, False), (frozen, True), (hung_onto, False)],
+     (twice, False), (frozen, True), (hung_onto, False), (own, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("more", [{}, {"proximal_mu": 0.5, "class_weights": [1.0, 2.0, 3.0]}])
 def test_what_is_left_for_later_gives_the_same_bits(
