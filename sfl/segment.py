@@ -73,25 +73,22 @@ def _gradients_at(tensors: Sequence[Tensor], loss: Tensor) -> Sequence[Tensor]:
     return grads
 
 
-def _waiting(blocks: nn.Sequential) -> list[bool]:
-    """Say of which blocks the parameters' gradients can wait: of linear layers, or of none.
+def _waiting(blocks: nn.Sequential) -> frozenset[nn.Module]:
+    """Return the blocks whose parameters' gradients can wait: the linear layers, or none.
 
     The gradients of a linear layer's input and of its weights are two products, so that one can be
     computed without the other. Those of a convolution take a third longer apart. Where others have
     parameters, or anything is a user's own, which may look at gradients itself, nothing waits.
     """
-    are = [type(block) is nn.Linear for block in blocks]
-    owned = [
-        (id(parameter), is_linear)
-        for block, is_linear in zip(blocks, are, strict=True)
-        for parameter in block.parameters()
-    ]
-    are_all = all(is_linear for _, is_linear in owned)
+    linear = frozenset(block for block in blocks if type(block) is nn.Linear)
+    owned = [(id(p), block) for block in blocks for p in block.parameters()]
+    are_linears = all(block in linear for _, block in owned)
     is_one_blocks = len(dict(owned)) == len(owned)  # each parameter
-    is_known = not any(map(_is_hung_onto, blocks.modules())) and all(
-        type(module).__module__.startswith("torch.nn.modules.") for module in blocks.modules()
+    is_known = all(
+        type(module).__module__.startswith("torch.nn.modules.") and not _is_hung_onto(module)
+        for module in blocks.modules()
     )
-    return are if are_all and is_one_blocks and is_known else [False] * len(are)
+    return linear if are_linears and is_one_blocks and is_known else frozenset()
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Segment:
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
         may_wait = weights_later and first_block > 0  # the model's first input needs no gradient
-        self._waits = _waiting(self.blocks) if may_wait else [False] * len(self.blocks)
+        self._waits = _waiting(self.blocks) if may_wait else frozenset()
         self.blocks.train()  # all of it, whatever mode its parts came in
         self._run = run
         self._boundary = boundary
@@ -189,8 +186,8 @@ class Segment:
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
         self._inner = []
-        for index, (block, draws, waits) in enumerate(
-            zip(self.blocks, self._draws, self._waits, strict=True), self._first_block
+        for index, (block, draws) in enumerate(
+            zip(self.blocks, self._draws, strict=True), self._first_block
         ):
             if draws:
                 self._seed_block(at, index)
@@ -200,7 +197,7 @@ class Segment:
                 raise RunError(
                     f"block {index} of the model cannot train on a batch of {len(z)}: {error}"
                 ) from error
-            if waits:
+            if block in self._waits:
                 self._inner.append((block, out))
         self._output = out
         return out
