@@ -441,7 +441,7 @@ class ArchiveWriter:
             name = (folder / MANIFEST).relative_to(self._root).as_posix()
             entry = Entry("manifest", name, len(data), checksum(data), round=round_index)
             self._list(self._root, entry)
-        self._behind.close()
+        self._behind.close()  # before any is removed, as in ``_remove``
         if self._keep.last and round_index > 0:
             for folder in self._root.glob(f"client_files/*/round_{round_index - 1:03d}"):
                 name = (folder / MANIFEST).relative_to(self._root).as_posix()
