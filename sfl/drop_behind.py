@@ -7,44 +7,50 @@ the copy: 7 to 11 µs for each 4 KiB, where the copy takes 1. And it crowds out 
 
 import contextlib
 import os
-from collections import deque
 
-MIN_BYTES = 2**16  # of less, what is saved is less than it takes
-NUM_LATEST = 8  # files that are given the time to reach the disk
+MIN_BYTES = 2**14  # of less, what is saved is less than it takes
+AT_ONCE = 16  # files: the disk is woken for each that goes alone
 _CAN_ADVISE = hasattr(os, "posix_fadvise")  # Windows and macOS cannot
 
 
 class DropBehind:
     """Lets the page cache forget files some time after they were written; for one thread at a time.
 
-    It keeps their last few open, until ``close``. All this is for speed: what fails does no harm.
+    They go in groups: onto their way to the disk once a group is whole, and out of the cache once
+    the next one is. Until then, or ``close``, they stay open. All this is for speed: what fails
+    does no harm.
     """
 
     def __init__(self) -> None:
-        self._latest: deque[int] = deque()
+        self._latest: list[int] = []
+        self._on_their_way: list[int] = []
 
     def take(self, descriptor: int, num_bytes: int) -> None:
         """Take note of a file that was written in one go and is about to be closed."""
         if num_bytes < MIN_BYTES or not _CAN_ADVISE:
             return
         with contextlib.suppress(OSError):
-            _advise(descriptor)  # begins to write it; what is not on disk stays
             self._latest.append(os.dup(descriptor))
-        if len(self._latest) > NUM_LATEST:
-            self._forget_oldest()
+        if len(self._latest) >= AT_ONCE:
+            self._forget_on_their_way()
+            self._on_their_way, self._latest = self._latest, []
+            for file in self._on_their_way:
+                _advise(file)  # begins to write it; what is not on disk stays
 
     def close(self) -> None:
         """Keep no file open any more."""
-        while self._latest:
-            self._forget_oldest()
+        self._forget_on_their_way()
+        self._on_their_way, self._latest = self._latest, []
+        self._forget_on_their_way()
 
-    def _forget_oldest(self) -> None:
-        descriptor = self._latest.popleft()
-        with contextlib.suppress(OSError):
-            _advise(descriptor)
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    def _forget_on_their_way(self) -> None:
+        while self._on_their_way:
+            file = self._on_their_way.pop()
+            _advise(file)
+            with contextlib.suppress(OSError):
+                os.close(file)
 
 
 def _advise(descriptor: int) -> None:
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -9,7 +9,7 @@ import torch
 from sfl.archive import ACTIVATIONS, GRADS, LABELS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import KeepTensors
-from sfl.drop_behind import MIN_BYTES, NUM_LATEST
+from sfl.drop_behind import AT_ONCE, MIN_BYTES
 from sfl.protocol import File
 from sfl.tensors import TensorSpec, encode_file
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not (hasattr(os, "posix_fadvise") and Path("/proc/self/fd").exists()), reason="Linux only"
 )
 
-NUM_STEPS = 10
+NUM_STEPS = 20  # of two large files each: two groups, and half of one
 
 
 def name_of(descriptor: int) -> str:
@@ -57,7 +57,7 @@ def advised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_large_tensors_are_forgotten_twice_at_once_and_when_others_have_followed(
+def test_large_tensors_leave_in_groups_each_when_the_next_is_on_its_way(
     tmp_path: Path, advised: list[str]
 ) -> None:
     step = step_of(MIN_BYTES // 4)
@@ -66,11 +66,12 @@ def test_large_tensors_are_forgotten_twice_at_once_and_when_others_have_followed
             writer.record_step(step, {"client": 0, "round": 0, "step": index, "order": index})
         writer.flush()
         written = [f"{k}_0_{i}.pt" for i in range(NUM_STEPS) for k in (ACTIVATIONS, GRADS)]
-        first = list(dict.fromkeys(advised))
-        assert first == written  # no labels: they are small
-        second = [name for i, name in enumerate(advised) if name in advised[:i]]
-        assert second == written[:-NUM_LATEST]
-        assert num_open(tmp_path) == NUM_LATEST
+        first, second, rest = (written[i : i + AT_ONCE] for i in range(0, 2 * NUM_STEPS, AT_ONCE))
+        # No labels: they are small.
+        assert advised[:AT_ONCE] == first
+        assert sorted(advised[AT_ONCE : 2 * AT_ONCE]) == sorted(first)
+        assert advised[2 * AT_ONCE :] == second
+        assert num_open(tmp_path) == len(second) + len(rest)
         writer.end_round(0)
         writer.flush()
         assert num_open(tmp_path) == 0
@@ -98,5 +99,5 @@ def test_what_cannot_be_forgotten_is_written_all_the_same(
             at = {"client": 0, "round": 0, "step": index, "order": index}
             writer.record_step(step_of(MIN_BYTES // 4), at)
         writer.flush()
-        assert num_open(tmp_path) == 0
+    assert num_open(tmp_path) == 0
     assert len(list(tmp_path.glob("client_files/client_0/round_000/*.pt"))) == 3 * NUM_STEPS
