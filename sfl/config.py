@@ -309,10 +309,9 @@ class ServerNode(PeerNode):
     min_clients: int = _option(
         1, "fewest clients that must be there; with fewer, rounds wait for others to come back"
     )
-    at_once: int | None = _option(
-        None, "clients that train at the same time where each has a copy of the server's model"
-        " (sflv1, sflv3); the others wait and their copies take less memory; 0: all; if not given:"
-        " all, or as many as have a core where all are on the server's machine, as is faster",
+    at_once: int = _option(
+        0, "clients that train at the same time where each has a copy of the server's model"
+        " (sflv1, sflv3); the others wait and their copies take less memory; 0: all",
     )  # fmt: skip
     role: str = _option(
         "all", "main server, fed server, or both in one process", ("all", "main", "fed")
@@ -334,7 +333,7 @@ class ServerNode(PeerNode):
         if self.tls_ca and self.role != "main":
             raise ConfigError("--tls-ca: is for clients, and for --role main")
         _require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
-        _require((self.at_once or 0) >= 0, "at_once", self.at_once, "0 or more")
+        _require(self.at_once >= 0, "at_once", self.at_once, "0 or more")
         if self.at_once and self.role == "fed":
             raise ConfigError("--at-once: is for the main server")
         if self.on_missing == "skip" and self.role != "all":

@@ -55,10 +55,6 @@ class Network:
         """
         raise error
 
-    def most_that_fit(self) -> int:
-        """Return how many clients can train at once with a core each; 0: all, or not known."""
-        return 0
-
     def expect(self, at_once: int) -> None:
         """Take note that from now on only so many clients train at once; 0: all may."""
 

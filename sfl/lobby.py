@@ -338,9 +338,6 @@ class Lobby(Network):
                 self._notify()
             self._noticed_at = time.monotonic()
 
-    def most_that_fit(self) -> int:
-        return self.switchboard.most_that_fit()
-
     def expect(self, at_once: int) -> None:
         self.switchboard.expect(at_once)
 

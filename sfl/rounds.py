@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from sfl.archive_writer import ArchiveWriter
-from sfl.config import RunConfig, counted
+from sfl.config import RunConfig
 from sfl.conversation import (
     TIMES,
     server_evaluate_round,
@@ -21,7 +21,6 @@ from sfl.conversation import (
     server_train,
 )
 from sfl.crash import crash_point
-from sfl.crowd import Pace
 from sfl.data import num_batches
 from sfl.driver import Conversation, Network, run_together
 from sfl.errors import PEER_ERRORS
@@ -75,9 +74,7 @@ class Rounds:
     check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
     first_round: int = 0
     may_skip: bool = False
-    at_once: int | None = 0  # that train, where each has a copy; 0: all; None: as is faster
-    _pace: Pace = field(default_factory=Pace)
-    _has_said: bool = False  # that not all train at the same time
+    at_once: int = 0  # that train, where each has a copy; 0: all
     _front: Half | None = None  # that the round started from
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
@@ -212,22 +209,11 @@ class Rounds:
                 self._optimizers[b] = segment.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
-        at_once = self.at_once or 0
-        # Who is lost in its turn keeps others waiting, where the round may close without it.
-        if self.at_once is None and scheme(self.run.scheme).copies_back and not self.may_skip:
-            at_once = self._pace.choose(self.network.most_that_fit())
-            if at_once and not self._has_said:
-                self._has_said = True
-                self.log.say(
-                    f"{counted(at_once, 'client')} at a time, in rounds where that is faster: more"
-                    " clients than this machine has cores for are on it (--at-once 0: always all)"
-                )
         plan = RoundPlan(
             self.run, round_index, num_steps, self.backs,
-            spool=self.spool, may_skip=self.may_skip, at_once=at_once,
+            spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
-        total = sum(plan.num_steps.values())
-        self.log.start_round(round_index, total)
+        self.log.start_round(round_index, sum(plan.num_steps.values()))
         for party in self.parties.values():
             party.compute_s = 0.0
 
@@ -240,11 +226,9 @@ class Rounds:
         drawn = tuple(plan.order)
         for k in drawn:  # it came while the round began
             self._missing.pop(k, None)
-        started = time.perf_counter()
         self.network.expect(plan.at_once)
         trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
         self.network.expect(0)
-        self._pace.note(plan.at_once, (time.perf_counter() - started) / total)
         for k in sorted(plan.unlike):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"

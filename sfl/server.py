@@ -257,7 +257,7 @@ def prepare(
     past: Past | None = None,
     with_fronts: bool = True,
     may_skip: bool = False,
-    at_once: int | None = 0,
+    at_once: int = 0,
     keeps_answers: bool = True,
 ) -> Rounds:
     """Build the model for the clients' data, record configuration and machines, check the disk.

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from sfl.crowd import fits, is_crowded, most_that_fit
+from sfl.crowd import fits, is_crowded
 from sfl.doorstep import Doorstep, Visitor
 from sfl.drain import Drain
 from sfl.driver import Gate, Network
@@ -375,11 +375,6 @@ class Switchboard(Network):
         with self._lock:
             self._at_once = at_once
             self._look_around()
-
-    def most_that_fit(self) -> int:
-        with self._lock:
-            clients = [c for c in self._connections if c.peer_name]
-            return most_that_fit(len(clients)) if all(c.is_local for c in clients) else 0
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""

@@ -1,7 +1,6 @@
 """Fewer cores than programs: nobody looks while waiting, and clients let their server go first."""
 
 import functools
-import math
 import os
 import time
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 
 from sfl import crowd, simulate
 from sfl.client_store import Access
-from sfl.config import ClientNode, NodeConfig, RunConfig
-from sfl.crowd import LOWEST_PRIORITY, WORTH_TRYING_S, Pace, is_crowded
+from sfl.config import ClientNode, RunConfig
+from sfl.crowd import LOWEST_PRIORITY, is_crowded
 from sfl.driver import Network
 from sfl.link import Link
 from sfl.machine import Machine
@@ -94,18 +93,11 @@ def test_a_server_looks_while_no_more_clients_train_at_once_than_have_cores(
     ):
         admitted(board, one, so_many=1)
         admitted(board, other, so_many=2)
-        assert board.most_that_fit() == 0  # they have not registered
-        board.connections[0].peer_name = "client_0"
-        assert board.most_that_fit() == 0
-        board.connections[1].peer_name = "client_1"
-        assert board.most_that_fit() == 1
         looks = []
         for at_once in (1, 2, 0):
             board.expect(at_once)
             looks.append(board._drain.spinner.looks)
         assert looks == [True, False, False]
-        board.connections[1].is_local = False  # its core is its own
-        assert board.most_that_fit() == 0
 
 
 def test_a_client_looks_in_a_round_in_which_each_has_a_core(
@@ -122,59 +114,20 @@ def test_a_client_looks_in_a_round_in_which_each_has_a_core(
             assert client.spinner.looks == looks
 
 
-def played(pace: Pace, most: int, *rounds: tuple[float, float]) -> list[int]:
-    """Return how many trained at once in each round that takes so long, with all or with few."""
-    chosen = []
-    for all_s, few_s in rounds:
-        chosen.append(pace.choose(most))
-        pace.note(chosen[-1], few_s if chosen[-1] else all_s)
-    return chosen
-
-
-def test_what_is_faster_is_found_out_in_the_first_rounds() -> None:
-    begin = [0, 0, 1, 0, 1, 0, 1]  # a first one that does not count, and three of each
-    assert played(Pace(), 1, *[(3e-3, 2e-3)] * 10) == [*begin, 1, 1, 1]
-    assert played(Pace(), 1, *[(2e-3, 3e-3)] * 10) == [*begin, 0, 0, 0]
-    assert played(Pace(), 0, *[(3e-3, 2e-3)] * 10) == [0] * 10
-    longer = 1.1 * WORTH_TRYING_S
-    assert played(Pace(), 1, *[(longer, longer / 2)] * 10) == [0] * 10
-
-
-def test_a_round_that_was_disturbed_does_not_decide() -> None:
-    rounds = [(3e-3, 2e-3)] * 12
-    for disturbed in range(12):
-        times = [(9.0, 9.0) if i == disturbed else row for i, row in enumerate(rounds)]
-        assert played(Pace(), 1, *times)[8:] == [1] * 4
-    assert played(Pace(), 1, *rounds, *[(3e-3, 4e-3)] * 4)[12:] == [1, 1, 1, 0]
-
-
 def test_a_run_in_which_few_train_at_once_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = {"clients": 3, "rounds": 4, "model": "mlp"}
+    options = {"clients": 3, "rounds": 2, "model": "mlp"}
     expected = weights(simulated(tmp_path / "all", **options))
     told: list[int] = []
     heard: list[bool] = []
-    monkeypatch.setattr(crowd, "WORTH_TRYING_S", math.inf)
     monkeypatch.setattr(crowd, "num_cores", lambda: 2)
-    monkeypatch.setattr(simulate, "prepare", functools.partial(simulate.prepare, at_once=None))
-    monkeypatch.setattr(Network, "most_that_fit", lambda network: 1)
+    monkeypatch.setattr(simulate, "prepare", functools.partial(simulate.prepare, at_once=1))
     monkeypatch.setattr(Network, "expect", lambda network, at_once: told.append(at_once))
     monkeypatch.setattr(Link, "expect_crowd", lambda link, crowded: heard.append(crowded))
-    run = simulated(tmp_path / "few", **options)
-    assert_equal(weights(run), expected)
-    assert told == [0, 0, 0, 0, 1, 0, 0, 0]
-    assert heard == [True, True] * 6 + [False, True] * 3 + [True, True] * 3
-    assert "1 client at a time" in (run / "server_log.txt").read_text()
-    told.clear()
-    lost = RunConfig(**options, run="r", keep_tensors="none")
-    out = NodeConfig(out=str(tmp_path / "skipped"))
-    simulate.simulate(lost, out, [simulate.Away(2, 1, back=2)])  # its turn would hold up the others
-    assert told == [0] * 8
-    told.clear()
-    run = simulated(tmp_path / "shared", **options, scheme="sflv2")
-    assert told == [0] * 8
-    assert "at a time" not in (run / "server_log.txt").read_text()
+    assert_equal(weights(simulated(tmp_path / "few", **options)), expected)
+    assert told == [1, 0] * 2  # between rounds all may
+    assert heard == [False, True] * 6
 
 
 def test_a_peer_at_another_address_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
