@@ -8,8 +8,8 @@ the copy: 7 to 11 µs for each 4 KiB, where the copy takes 1. And it crowds out 
 import contextlib
 import os
 
-MIN_BYTES = 2**14  # of less, what is saved is less than it takes
-AT_ONCE = 16  # files: the disk is woken for each that goes alone
+MIN_BYTES = 2**15  # of less, it saves nothing
+GROUP = 16  # files: the disk is woken for each that goes alone
 _CAN_ADVISE = hasattr(os, "posix_fadvise")  # Windows and macOS cannot
 
 
@@ -31,7 +31,7 @@ class DropBehind:
             return
         with contextlib.suppress(OSError):
             self._latest.append(os.dup(descriptor))
-        if len(self._latest) >= AT_ONCE:
+        if len(self._latest) >= GROUP:
             self._forget_on_their_way()
             self._on_their_way, self._latest = self._latest, []
             for file in self._on_their_way:

@@ -9,7 +9,7 @@ import torch
 from sfl.archive import ACTIVATIONS, GRADS, LABELS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import KeepTensors
-from sfl.drop_behind import AT_ONCE, MIN_BYTES
+from sfl.drop_behind import GROUP, MIN_BYTES
 from sfl.protocol import File
 from sfl.tensors import TensorSpec, encode_file
 
@@ -66,11 +66,11 @@ def test_large_tensors_leave_in_groups_each_when_the_next_is_on_its_way(
             writer.record_step(step, {"client": 0, "round": 0, "step": index, "order": index})
         writer.flush()
         written = [f"{k}_0_{i}.pt" for i in range(NUM_STEPS) for k in (ACTIVATIONS, GRADS)]
-        first, second, rest = (written[i : i + AT_ONCE] for i in range(0, 2 * NUM_STEPS, AT_ONCE))
+        first, second, rest = (written[i : i + GROUP] for i in range(0, 2 * NUM_STEPS, GROUP))
         # No labels: they are small.
-        assert advised[:AT_ONCE] == first
-        assert sorted(advised[AT_ONCE : 2 * AT_ONCE]) == sorted(first)
-        assert advised[2 * AT_ONCE :] == second
+        assert advised[:GROUP] == first
+        assert sorted(advised[GROUP : 2 * GROUP]) == sorted(first)
+        assert advised[2 * GROUP :] == second
         assert num_open(tmp_path) == len(second) + len(rest)
         writer.end_round(0)
         writer.flush()
