@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfl import seeds
+from sfl import fast_modules, seeds
 from sfl.config import RunConfig
 from sfl.errors import RunError
+from sfl.fast_modules import MaxPool2d, is_hung_onto, speed_up
 from sfl.metrics import StepFigures, Tally, tally
 from sfl.optimizers import OPTIMIZERS, take_step
 from sfl.protocol import Position
@@ -25,21 +26,16 @@ _DRAWS_NOTHING = frozenset(
     {
         nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d,
         nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm,
-        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+        MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
     }
 )  # fmt: skip
-
-
-def _is_hung_onto(module: nn.Module) -> bool:
-    """Say whether a user has hung something of their own onto a module."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+_KNOWN = ("torch.nn.modules.", fast_modules.__name__)
 
 
 def _may_draw(module: nn.Module) -> bool:
     """Say whether a module may draw at random; what a user hung onto it may."""
-    return _is_hung_onto(module) or type(module) not in _DRAWS_NOTHING
+    return is_hung_onto(module) or type(module) not in _DRAWS_NOTHING
 
 
 _ENGINE = torch.autograd.Variable._execution_engine
@@ -85,7 +81,7 @@ def _waiting(blocks: nn.Sequential) -> frozenset[nn.Module]:
     are_linears = all(block in linear for _, block in owned)
     is_one_blocks = len(dict(owned)) == len(owned)  # each parameter
     is_known = all(
-        type(module).__module__.startswith("torch.nn.modules.") and not _is_hung_onto(module)
+        type(module).__module__.startswith(_KNOWN) and not is_hung_onto(module)
         for module in blocks.modules()
     )
     return linear if are_linears and is_one_blocks and is_known else frozenset()
@@ -124,6 +120,7 @@ class Segment:
         weights_later: bool = False,
     ) -> None:
         self.blocks = blocks.to(device)
+        speed_up(self.blocks)
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
