@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from sfl.config import RunConfig, unknown_name
 
 Parameters = Iterable[nn.Parameter]
-Row = tuple[nn.Parameter, Tensor, Tensor, Tensor]  # with how many steps were taken, and the moments
+Row = tuple[nn.Parameter, Tensor, Tensor]  # a parameter and its moments
+# What a step works on: the rows of a group, and for each of them how many steps were taken.
+Rows = list[tuple[dict[str, Any], list[Tensor], list[Row]]]
 
 
 class Adam(torch.optim.Adam):
@@ -23,7 +25,7 @@ class Adam(torch.optim.Adam):
     of ``torch.optim.adam._single_tensor_adam``, in its order.
     """
 
-    _rows: list[tuple[dict[str, Any], list[Row]]] | None  # by group; None: not yet, or never
+    _rows: Rows | None  # None: not yet, or torch is to look each time
 
     def __init__(self, parameters: Parameters, *, lr: float, weight_decay: float) -> None:
         super().__init__(parameters, lr=lr, weight_decay=weight_decay)
@@ -38,34 +40,44 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with the gradients that the parameters have; there is no ``closure``."""
-        if self._rows is None:
+        if self._rows is None or not self._all_have_gradients():
             super().step()
             self._rows = self._gather()
             return
-        for group, rows in self._rows:
+        for group, counts, rows in self._rows:
             (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-            for parameter, count, mean, square in rows:
-                if (grad := parameter.grad) is None:
-                    continue
-                weights = parameter.detach()
-                steps = count.add_(1).item()
+            torch._foreach_add_(counts, 1)
+            num_steps = counts[0].item()
+            step_size, divisor = lr / (1 - beta1**num_steps), (1 - beta2**num_steps) ** 0.5
+            for parameter, mean, square in rows:
+                grad, weights = parameter.grad, parameter.detach()
+                assert grad is not None
                 if decay:
                     grad = grad.add(weights, alpha=decay)
                 mean.lerp_(grad, 1 - beta1)
                 square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                root = square.sqrt().div_((1 - beta2**steps) ** 0.5).add_(group["eps"])
-                weights.addcdiv_(mean, root, value=-(lr / (1 - beta1**steps)))
+                root = square.sqrt().div_(divisor).add_(group["eps"])
+                weights.addcdiv_(mean, root, value=-step_size)
 
-    def _gather(self) -> list[tuple[dict[str, Any], list[Row]]] | None:
-        """Return by group what a step works on; None where torch is to look each time."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        if not all(p.device.type == "cpu" and p in self.state for p in parameters):
-            return None  # one without a state has had no gradient yet
-        return [(group, list(map(self._row, group["params"]))) for group in self.param_groups]
+    def _all_have_gradients(self) -> bool:
+        return all(p.grad is not None for group in self.param_groups for p in group["params"])
 
-    def _row(self, parameter: nn.Parameter) -> Row:
-        state = self.state[parameter]
-        return parameter, state["step"], state["exp_avg"], state["exp_avg_sq"]
+    def _gather(self) -> Rows | None:
+        """Return what a step works on; None where parameters have taken different steps."""
+        found: Rows = []
+        for group in self.param_groups:
+            parameters = group["params"]
+            if not all(p.device.type == "cpu" and p in self.state for p in parameters):
+                return None  # one without a state has had no gradient yet
+            states = [self.state[p] for p in parameters]
+            counts = [state["step"] for state in states]
+            if len(set(map(float, counts))) > 1:
+                return None
+            moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+            found.append(
+                (group, counts, [(p, *two) for p, two in zip(parameters, moments, strict=True)])
+            )
+        return found
 
 
 def _adam(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:

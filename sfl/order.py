@@ -21,7 +21,7 @@ from sfl import seeds
 from sfl.config import RunConfig
 from sfl.driver import Gate
 from sfl.gradients import GradientPool
-from sfl.schemes import Exchange, Fronts, scheme
+from sfl.schemes import Exchange, Fronts, Scheme, scheme
 from sfl.segment import Segment, Snapshot
 from sfl.spool import Spool
 from sfl.weights import NamedWeights
@@ -72,6 +72,13 @@ class Turns:
                 self.done()
 
 
+def most_at_once(row: Scheme, wanted: int) -> int:
+    """Return how many clients train at the same time, if ``--at-once`` says ``wanted``; 0: all."""
+    if row.fronts is Fronts.RELAYED:
+        return 1
+    return wanted if row.copies_back else 0
+
+
 class RoundPlan:
     """One round: who takes part, whose turn it is, and what passes from client to client."""
 
@@ -103,7 +110,7 @@ class RoundPlan:
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
-        self.at_once = 1 if in_turns else at_once if row.copies_back else 0
+        self.at_once = most_at_once(row, at_once)
         self.rounds = Turns(tuple(self.order) if in_turns else None)
         self.relayed: NamedWeights | None = None  # what the next client starts from
         self.steps: dict[int, Turns] = {}

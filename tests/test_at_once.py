@@ -9,8 +9,9 @@ import torch
 
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
-from sfl.order import RoundPlan
+from sfl.order import RoundPlan, most_at_once
 from sfl.protocol import Position
+from sfl.schemes import scheme
 from sfl.segment import train_step
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
@@ -51,6 +52,21 @@ def test_all_who_wait_for_room_wait_for_the_same_thing() -> None:
     plan = planned(at_once=1)
     assert plan.turn_of(0) == plan.turn_of(1)
     assert hash(plan.turn_of(0)) == hash(plan.turn_of(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "most"),
+    [
+        ("sflv1", 2, 2),
+        ("sflv1", 0, 0),
+        ("sflv2", 0, 0),
+        ("sflv2", 2, 0),
+        ("sl", 0, 1),
+        ("sl", 2, 1),
+    ],
+)
+def test_who_relays_a_front_trains_alone(name: str, wanted: int, most: int) -> None:
+    assert most_at_once(scheme(name), wanted) == most
 
 
 def test_without_the_option_there_is_room_for_all() -> None:
