@@ -27,7 +27,17 @@ from sfl.profile import Profile
 from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
-from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.runfolder import (
+    CLIENT_LOG,
+    RunFolder,
+    has_no_steps,
+    make_folder,
+    open_folder,
+    options_record,
+    say,
+    telling_why,
+    to_json,
+)
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_state_bytes
@@ -201,10 +211,8 @@ class _Client:
         """Open the folder of this client in the run, new or not."""
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
-        _create_folder(path, goes_on=welcome.goes_on)
-        if welcome.goes_on:
-            check_same_run(path, welcome.run)
-        folder = self._stack.enter_context(open_folder(path, "client_log.txt", node.keep_tensors))
+        _find_folder(path, welcome)
+        folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, node.keep_tensors))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
         record = options_record(welcome.run, node)
@@ -226,15 +234,21 @@ def _check_still_that(welcome: Welcome, known: Welcome) -> None:
         raise RunError(f"the server has another run now: {error}") from error
 
 
-def _create_folder(path: Path, *, goes_on: bool) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=goes_on)
-    except FileExistsError:
-        raise RunError(
-            f"{path} exists: another client of this run wrote there; give another --out"
-        ) from None
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
+def _find_folder(path: Path, welcome: Welcome) -> None:
+    """See that a client's folder of a run is there: of before, if it was in the run, or new.
+
+    Raises:
+        RunError: it is of another run or client, or cannot be written.
+    """
+    if welcome.goes_on and path.is_dir() and not path.is_symlink():
+        try:
+            check_same_run(path, welcome.run)
+            return
+        except RunError:
+            if not has_no_steps(path):
+                raise
+    if not make_folder(path, CLIENT_LOG):
+        raise RunError(f"{path} exists: another client of this run wrote there; give another --out")
 
 
 class _Loaded:

@@ -16,6 +16,7 @@ from sfl.errors import (
     PeerFailed,
     ProtocolError,
     RunError,
+    StepFailed,
     reason_of,
 )
 from sfl.heartbeat import Heart, interval_s
@@ -108,6 +109,8 @@ def hearing_why(connection: Connection) -> Iterator[None]:
             last = MessageType.UNREGISTER
         elif isinstance(error, ProtocolError):
             last = MessageType.INVALID_MESSAGE
+        elif isinstance(error, StepFailed):
+            last = MessageType.FAILED
         connection.dismiss(last, reason_of(error))
         raise
 

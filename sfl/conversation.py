@@ -136,6 +136,9 @@ def server_train(
     )
     with party.profile.round(at, steps, party.clock, link, party.archive):
         yield from STEPS[row.exchange].server(party, plan, round_index)
+    if party.backs and plan.leaves_no_trace(party.client):
+        name = f"the server-side weights after client {party.client}'s steps"
+        party.check_finite(party.back.state().values(), name, at)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}

@@ -7,9 +7,12 @@
      |- DataError          the data are not there, or are not what was asked for
      |- RunError           the run cannot go on: disk, port, a client that left
      |- AuthError          the peer is not who it must be, or TLS cannot be agreed on
+     |- StepFailed         a step of the model cannot be computed
      |- ProtocolError      the peer sent something that it must not send
+     |   `- NotFinite      ... NaN, infinity, or numbers whose squares overflow
      |- ConnectionLost     the peer is gone, or silent for too long
      |- PeerFailed         the peer said that it cannot go on, and why
+     |   |- PeerCannot     ... for a reason that recurs whenever it tries again
      |   `- PeerStopped    ... for a reason of its own
      |       `- PeerLeft   ... since it was told to stop; it may come back
      `- IntegrityError     a file or payload is not what its sender or writer made
@@ -43,12 +46,24 @@ class ProtocolError(SflError):
     """The peer broke the protocol: wrong bytes, wrong message, wrong moment, wrong shape."""
 
 
+class NotFinite(ProtocolError):
+    """The peer sent NaN, infinity, or numbers whose squares overflow float32."""
+
+
+class StepFailed(SflError):
+    """A step cannot be computed: a block raises, or what it gives is not finite."""
+
+
 class ConnectionLost(SflError):
     """The connection ended, or nothing came over it before its deadline."""
 
 
 class PeerFailed(SflError):
     """The peer ended the run or turned us away; the text is the peer's reason."""
+
+
+class PeerCannot(PeerFailed):
+    """The peer cannot compute its part: it would fail again."""
 
 
 class PeerStopped(PeerFailed):
@@ -68,7 +83,11 @@ class Damaged(IntegrityError):
 
 
 # What may go wrong with one peer, of which the others need not notice anything.
-PEER_ERRORS = (AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityError)
+PEER_ERRORS = (
+    AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityError, StepFailed,
+)  # fmt: skip
+# What happens again to the same client with the same data and model.
+RECURRING = (NotFinite, StepFailed, PeerCannot)
 # What a new connection may mend.
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 

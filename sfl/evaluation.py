@@ -87,6 +87,7 @@ def _client_alone(
 ) -> Conversation[Tally]:
     tallies, kept, start = [], _Predictions(), 0
     for size in party.split.evaluation_sizes(len(samples)):
+        party.count_batch(round_index)
         x, y = party.data.batch(samples, slice(start, start + size))
         tally, logits = evaluate_step(party.front, x, y)
         kept.add(y, logits)

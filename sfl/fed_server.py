@@ -17,7 +17,7 @@ from sfl.client_store import Access, hearing_why
 from sfl.config import RunConfig, ServerNode, counted
 from sfl.driver import Conversation, Network, run_blocking, run_together
 from sfl.environment import command_line, describe, set_up_torch
-from sfl.errors import ConfigError, RunError, SflError
+from sfl.errors import ConfigError, SflError
 from sfl.fed import (
     FedRounds,
     fed_join,
@@ -27,15 +27,27 @@ from sfl.fed import (
 from sfl.guard import exposure, guard_of
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import MAIN, Link, Peer
-from sfl.lobby import Lobby, Patience
+from sfl.lobby import Lobby
 from sfl.outcome import FRONT, Half
 from sfl.own_functions import remember
 from sfl.party import TRAIN
 from sfl.payload import onto
+from sfl.places import Patience
 from sfl.protocol import Limits, MessageType
 from sfl.registration import Welcome, describe_data
 from sfl.resume import Past, open_past, read_halves
-from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.runfolder import (
+    SERVER_LOG as LOG,
+)
+from sfl.runfolder import (
+    RunFolder,
+    make_folder,
+    open_folder,
+    options_record,
+    say,
+    telling_why,
+    to_json,
+)
 from sfl.shaping import LinkShape
 from sfl.shared_weights import Threads
 from sfl.split_model import SplitModel
@@ -46,7 +58,6 @@ from sfl.tokens import FED
 from sfl.transport import connect, listen, parse_address
 from sfl.weights import SocketWeights, WeightStore
 
-LOG = "server_log.txt"
 LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
 
 
@@ -100,12 +111,8 @@ def serve_fed(run: RunConfig, node: ServerNode) -> Path:
 
 def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
     path = node.out_path / "fed" / run.run
-    try:
-        path.mkdir(parents=True, exist_ok=goes_on)
-    except FileExistsError:
-        raise ConfigError(f"a run {run.run} exists in {path.parent}") from None
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
+    if not (goes_on and path.is_dir()) and not make_folder(path, LOG):
+        raise ConfigError(f"a run {run.run} exists in {path.parent}")
     return path
 
 

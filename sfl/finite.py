@@ -1,11 +1,11 @@
-"""NaN and infinity in what a peer sends: one of them, averaged or trained on, spoils everything."""
+"""NaN, infinity and overflow: one of them, averaged or trained on, spoils everything."""
 
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from sfl.errors import ProtocolError
-from sfl.tensors import is_finite
+from sfl.errors import NotFinite
+from sfl.tensors import are_finite
 
 REJECT, LOG = "reject", "log"
 
@@ -13,16 +13,19 @@ REJECT, LOG = "reject", "log"
 def check_finite(
     tensors: Iterable[Tensor], name: str, policy: str, warn: Callable[[str], None]
 ) -> None:
-    """See that a peer's tensors hold neither NaN nor infinity; else refuse them, or warn.
+    """See that tensors which a peer sent, or which follow from them, are finite as
+    ``are_finite`` means it; else refuse them, or warn.
 
     Raises:
-        ProtocolError: they hold some, and the policy is to refuse them.
+        NotFinite: they are not, and the policy is to refuse them.
     """
-    if all(map(is_finite, tensors)):
+    tensors = list(tensors)
+    if are_finite(tensors):
         return
-    why = f"{name} hold NaN or infinity"
+    plain = all(bool(tensor.isfinite().all()) for tensor in tensors)
+    why = f"{name} hold {'numbers whose squares overflow' if plain else 'NaN or infinity'}"
     if policy == REJECT:
-        raise ProtocolError(
+        raise NotFinite(
             f"{why}: a lower --lr or --clip-norm may help; --on-nonfinite log lets them pass"
         )
     warn(f"warning: {why}")

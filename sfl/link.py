@@ -15,7 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
+from sfl.errors import (
+    ConnectionLost,
+    PeerCannot,
+    PeerFailed,
+    PeerLeft,
+    PeerStopped,
+    ProtocolError,
+)
 from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
 from sfl.saved import Buffer
 
@@ -43,6 +50,7 @@ KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
+    MessageType.FAILED: ("failed", PeerCannot),
     MessageType.UNREGISTER: ("left", PeerLeft),
 }
 
@@ -114,6 +122,7 @@ class Link(ABC):
         self.proved_run = ""  # that the server has proved to have, if it had to
         self.certificate = b""  # hash of the server's, under TLS
         self.on_notice: Callable[[str], None] | None = None
+        self.at = _NOWHERE  # where this side is in the run, for its signs of life
         self._answers = False  # whether the peer has said something since we last did
 
     def check_proved(self, peer: Peer) -> None:

@@ -1,7 +1,9 @@
 """Who is there: clients register before the start, are lost in mid-run, and come back.
 
-A client is away from when its connection is lost, or it was silent for too long, until it has
-registered again and its data are loaded. Who waits for it, and for how long, ``Patience`` says.
+Before the start whoever fails or is refused frees its place, and the others go on waiting. Later a
+client is away from when its connection is lost, or it made no progress for too long, until it has
+registered again and its data are loaded. Who waits for it, and for how long, ``Patience`` says. A
+client that was refused, or has failed, would fail again: only another process is of use.
 """
 
 import time
@@ -14,52 +16,34 @@ from sfl.environment import differences
 from sfl.errors import (
     PEER_ERRORS,
     ConnectionLost,
-    Damaged,
-    IntegrityError,
     PeerFailed,
-    PeerLeft,
     ProtocolError,
     RunError,
     SflError,
 )
 from sfl.link import ANY_ID, Link
+from sfl.places import Patience, Place, check_somebody_may_come, is_refusal
+from sfl.progress import Waits
 from sfl.protocol import MessageType
-from sfl.registration import HERE, Joined, Welcome, server_join
+from sfl.registration import (
+    HERE,
+    DataReport,
+    Joined,
+    Welcome,
+    difference,
+    outvoted,
+    server_join,
+)
 from sfl.resume import Past
 from sfl.runfolder import EventLog
 from sfl.switchboard import DrainedConnection, Switchboard
+from sfl.transport import Connection
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
 NOTICE_EVERY_S = 30.0  # to those who wait
 GOODBYE_S = 10.0  # for whoever was lost when the run was over
 SILENT_BEATS = 2  # that a client misses before another process may take its place
 TICK_S = 0.5  # how often to look at the time
-
-
-@dataclass(frozen=True)
-class Patience:
-    """For how long clients that are away are waited for, and whether they may be."""
-
-    comes_back: bool = True  # else the first loss ends the run
-    skip_after_s: float | None = None  # a round closes without who is away for so long
-    min_clients: int = 1  # that must be there; else whoever is away is waited for all the same
-
-
-@dataclass
-class Place:
-    """One client's place in the run."""
-
-    instance: str = ""  # the process that has it
-    link: DrainedConnection | None = None
-    ready: bool = False  # its data are loaded
-    joined: Joined | None = None  # what it was when it was last ready
-    lost_at: float = 0.0
-    why: str = ""  # it is away
-    is_out: bool = False  # the rounds go on without it until it is back
-
-    @property
-    def is_here(self) -> bool:
-        return self.ready and self.link is not None
 
 
 @dataclass(kw_only=True)
@@ -76,6 +60,7 @@ class Lobby(Network):
     places: dict[int, Place] = field(default_factory=dict)
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
+    unfit: Callable[[DataReport], str] = lambda report: ""  # why no model trains on such data
 
     def __post_init__(self) -> None:
         if self.past:
@@ -85,8 +70,10 @@ class Lobby(Network):
         self._joining: dict[DrainedConnection, Conversation[Joined]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._has_begun = self._ends = False
+        self._round = -1
         self._looked_at = 0.0
         self._noticed_at = time.monotonic()
+        self._waits = Waits(lambda link: self._place_of(link).step(self.run, self._round))
 
     # Before the start
 
@@ -95,12 +82,9 @@ class Lobby(Network):
 
         Whoever connects and is no client of the run is turned away, now and later, and the run goes
         on. Of a run that goes on, who does not come is waited for as in a round.
-
-        Raises:
-            RunError: a client that had registered could not go on.
         """
         began_at = time.monotonic()
-        while not self.complete and not self._goes_without(time.monotonic() - began_at):
+        while not self._agreed() and not self._goes_without(time.monotonic() - began_at):
             self._attend([], [])
         if self.past:
             for k in self.ids - self._ready():
@@ -113,6 +97,19 @@ class Lobby(Network):
         self._changes.clear()
         joined = {k: place.joined for k, place in sorted(self.places.items())}
         return {k: client for k, client in joined.items() if client}
+
+    def _agreed(self) -> bool:
+        """Say whether enough clients are there whose data go together; refuse those that do not."""
+        if not self.complete:
+            return False
+        for client, why in outvoted(self._reports()).items():
+            self._lose(client, ProtocolError(why))
+        return self.complete
+
+    def _reports(self) -> dict[int, DataReport]:
+        """Return what the clients that are ready have said of their data."""
+        places = sorted(self.places.items())
+        return {k: place.joined.data for k, place in places if place.is_here and place.joined}
 
     @property
     def complete(self) -> bool:
@@ -141,7 +138,10 @@ class Lobby(Network):
         ready = self._ready()
         if self._has_begun:
             away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_out}
-            names = ", ".join(f"client_{k} ({place.why})" for k, place in sorted(away.items()))
+            names = ", ".join(
+                f"{'a corrected ' if p.refused else ''}client_{k} ({p.why})"
+                for k, p in sorted(away.items())
+            )
             return f"waiting for {names}"
         any_will_do = len(self.ids) > self.needed
         ids = sorted((self._taken() if any_will_do else self.ids) - ready)
@@ -217,16 +217,17 @@ class Lobby(Network):
 
     def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
         place = self.places[joined.client]
-        if why := self._unlike(joined, place.joined):
-            self._left(connection, ProtocolError(why))
+        if why := self._unlike(joined, place.joined) or self.unfit(joined.data):
+            self._lose(joined.client, ProtocolError(why))
             return
         before = place.joined.fingerprint if place.joined else self._past_fingerprint(joined)
-        for difference in differences(before, joined.fingerprint):
+        for changed in differences(before, joined.fingerprint):
             self.events.say(
-                f"warning: client_{joined.client} comes back with {difference} before: the last bit"
+                f"warning: client_{joined.client} comes back with {changed} before: the last bit"
                 " may differ"
             )
         place.joined, place.ready, place.is_out = joined, True, False
+        place.refused = place.recurs = False
         connection.settled = True
         if self._has_begun:
             self.events.say(f"client_{joined.client} is back")
@@ -235,9 +236,18 @@ class Lobby(Network):
             return
         shown = ", ".join(f"{count} {part}" for part, count in joined.data.num_samples.items())
         self.events.say(f"client_{joined.client} is ready: {shown} samples")
+        self._compare(joined)
         if not self.complete:
             self.events.say(self.missing)
             self._notify()
+
+    def _compare(self, joined: Joined) -> None:
+        """Warn if a client's data do not go with another one's; who is wrong is seen later."""
+        reports = self._reports()
+        for other in reports:
+            if why := difference(other, joined.client, reports):
+                self.events.say(f"warning: {why}; when all are there, most decide")
+                return
 
     def _past_fingerprint(self, joined: Joined) -> Mapping[str, str]:
         """Return what a client ran on before a run that goes on; else what it runs on."""
@@ -247,7 +257,7 @@ class Lobby(Network):
     def _unlike(self, joined: Joined, before: Joined | None) -> str:
         """Say what is wrong with a client that should be the one that was here before."""
         past, begins = self.past, not self._has_begun
-        digest = before.data.digest if before else ""
+        digest = before.data.digest if before and self._has_begun else ""
         if past:
             digest = past.digests[joined.client]
         if past and begins and not past.may_have_own(joined.client, joined.data.rounds):
@@ -263,15 +273,8 @@ class Lobby(Network):
         )
 
     def _left(self, connection: DrainedConnection, error: SflError) -> None:
-        """Free the place of a client that could not be made ready.
-
-        Raises:
-            RunError: it says that it cannot take part, and nothing is lost by an end.
-        """
+        """Free the place of a client that could not be made ready."""
         client = self._client_of(connection)
-        passing = isinstance(error, ConnectionLost | Damaged | PeerLeft) or self.goes_on
-        if not self._has_begun and not (self.patience.comes_back and passing):
-            raise RunError(f"{connection.peer_title} left before the start: {error}") from error
         if client is not None:
             self._lose(client, error)
         else:
@@ -307,14 +310,18 @@ class Lobby(Network):
             else:
                 self._left(connection, why)
         if time.monotonic() - self._looked_at > TICK_S:
-            self._look_at_the_time()
+            self._look_at_the_time(links)
         return None if self._changes else found
 
-    def _client_of(self, connection: DrainedConnection) -> int | None:
+    def _client_of(self, connection: Connection) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)
 
-    def _look_at_the_time(self) -> None:
-        """Turn away who does not register, drop who is silent, say who is missing."""
+    def _place_of(self, connection: Connection) -> Place:
+        client = self._client_of(connection)
+        return Place() if client is None else self.places[client]
+
+    def _look_at_the_time(self, links: Collection[Link]) -> None:
+        """Turn away who does not register, drop who holds the round, say who is missing."""
         self._looked_at = time.monotonic()
         for connection in self.switchboard.connections:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
@@ -322,14 +329,10 @@ class Lobby(Network):
                 self.events.note(f"turned away {connection.address}: it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.switchboard.drop(connection, reason, MessageType.ABORT)
-        limit = None if self._ends else self.patience.skip_after_s
-        for client, place in self.places.items():
-            silent_s = place.link.silent_s() if place.link and place.ready else 0.0
-            if limit and self._has_begun and silent_s > limit:
-                error = ConnectionLost(f"client_{client} was silent for {silent_s:.0f} seconds")
-                self.lost(client, error)
-                place.lost_at -= silent_s
-                self._changes.append((client, False))
+        if self._has_begun:
+            self._see_who_holds_the_round(links)
+            if not self._ends:
+                check_somebody_may_come(self.places.values())
         if time.monotonic() - self._noticed_at > NOTICE_EVERY_S:
             waits = any(not p.is_here and not p.is_out for p in self.places.values())
             if waits or not self._has_begun:
@@ -338,6 +341,20 @@ class Lobby(Network):
                 self._notify()
             self._noticed_at = time.monotonic()
 
+    def _see_who_holds_the_round(self, links: Collection[Link]) -> None:
+        """Drop clients of whom the round waits for a message, and that make no progress."""
+        limit = None if self._ends else self.patience.skip_after_s
+        for connection, waited_s in self._waits.look(links, time.monotonic()).items():
+            client = self._client_of(connection)
+            if limit and client is not None and waited_s > limit:
+                why = f"client_{client} made no progress for {waited_s:.0f} seconds"
+                self.lost(client, ConnectionLost(why))
+                self.places[client].lost_at -= waited_s
+                self._changes.append((client, False))
+
+    def start_round(self, round_index: int) -> None:
+        self._round = round_index
+
     def expect(self, at_once: int) -> None:
         self.switchboard.expect(at_once)
 
@@ -345,7 +362,8 @@ class Lobby(Network):
         return self.places[client].is_here
 
     def is_out(self, client: int) -> bool:
-        return self.places[client].is_out
+        place = self.places[client]
+        return place.is_out or place.out_in == self._round
 
     def lost(self, client: int, error: SflError) -> None:
         if not (self.patience.comes_back and isinstance(error, PEER_ERRORS)):
@@ -354,21 +372,14 @@ class Lobby(Network):
 
     def _lose(self, client: int, error: SflError) -> None:
         """Let go of a client's connection, and tell the others whom we wait for."""
-        place = self.places[client]
+        place, refused = self.places[client], is_refusal(error)
         if place.link:
-            at_fault = isinstance(error, ProtocolError | IntegrityError) and not isinstance(
-                error, Damaged
-            )
-            last_words = MessageType.INVALID_MESSAGE if at_fault else MessageType.ABORT
+            last_words = MessageType.INVALID_MESSAGE if refused else MessageType.ABORT
             self._joining.pop(place.link, None)
             self.switchboard.drop(place.link, str(error), last_words)
-        place.link, place.ready, place.lost_at, place.why = (
-            None,
-            False,
-            time.monotonic(),
-            str(error),
-        )
-        self.events.say(f"client_{client} is away: {error}")
+        place.free(error, time.monotonic())
+        free = "" if self._has_begun else "; its place is free"
+        self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")
         if not place.is_out:
             self._noticed_at = time.monotonic()
             self._notify()
@@ -379,9 +390,12 @@ class Lobby(Network):
 
     def gives_up(self, client: int) -> bool:
         place, limit = self.places[client], self.patience.skip_after_s
-        if place.is_here or not limit or time.monotonic() - place.lost_at < limit:
+        waits = not place.refused and limit and time.monotonic() - place.lost_at < limit
+        if place.is_here or not limit or waits:
             return False
         place.is_out = len(self._ready()) >= self.patience.min_clients
+        if place.is_out and place.refused:
+            place.out_in = self._round
         return place.is_out
 
     def await_anybody(self) -> None:
@@ -393,7 +407,9 @@ class Lobby(Network):
 
     def end_soon(self) -> None:
         self.patience = Patience(self.patience.comes_back, GOODBYE_S, 0)
-        self._ends = True
+        self._ends, self._round = True, -1
+        for place in self.places.values():
+            place.out_in = -2
 
     def _notify(self) -> None:
         """Tell those who wait for whom they do; who is gone is noticed elsewhere."""

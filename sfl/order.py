@@ -141,7 +141,7 @@ class RoundPlan:
         if client not in self.starts:
             self.starts[client] = self.relayed
             self._training.add(client)
-            if self._may_skip and self._leaves_no_trace(client) and self._backs:
+            if self._may_skip and self.leaves_no_trace(client) and self._backs:
                 back = self._backs[scheme(self._run.scheme).back_of(client)]
                 self._snapshots[client] = back.snapshot(weights=self.rounds.in_order)
         return self.starts[client]
@@ -175,7 +175,7 @@ class RoundPlan:
             turns.drop(client)
         if self.pool is not None:
             self.pool.drop(client)
-        if not self._leaves_no_trace(client):
+        if not self.leaves_no_trace(client):
             return False
         if snapshot := self._snapshots.pop(client, None):
             self._backs[scheme(self._run.scheme).back_of(client)].restore(snapshot)
@@ -192,7 +192,7 @@ class RoundPlan:
     def _back_of(self, client: int) -> int:
         return scheme(self._run.scheme).back_of(client)
 
-    def _leaves_no_trace(self, client: int) -> bool:
+    def leaves_no_trace(self, client: int) -> bool:
         """Say whether nobody else's steps come between those of a client on its back."""
         back_of = scheme(self._run.scheme).back_of
         alone = all(back_of(k) != back_of(client) for k in self.order if k != client)

@@ -10,6 +10,7 @@ from sfl.archive import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive_writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data import ClientData
+from sfl.errors import NotFinite, StepFailed
 from sfl.finite import LOG, check_finite
 from sfl.link import Link
 from sfl.metrics import StepFigures
@@ -50,12 +51,12 @@ class Party:
     warned_in: int = -1  # the round in which people were last told of NaN or infinity
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
-        """See that what the peer sent holds neither NaN nor infinity, or warn, once a round.
+        """See that what the peer sent is finite, or warn, once a round.
 
         Within one process nobody means harm, and a run that diverges may go on.
 
         Raises:
-            ProtocolError: it holds some, and the run refuses that.
+            NotFinite: it is not, and the run refuses that.
         """
 
         def warn(line: str) -> None:
@@ -65,6 +66,21 @@ class Party:
 
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
+
+    def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
+        """See before its update that all that a step gave a segment is finite, or warn.
+
+        ``computed``: what it gave beside gradients and buffers.
+
+        Raises:
+            StepFailed: it is not, and the run refuses that.
+        """
+        given = (*computed, *segment.gradients_in_place(), *segment.statistics())
+        name = f"the results of step {at.step} of client {at.client}"
+        try:
+            self.check_finite(given, name, at)
+        except NotFinite as error:
+            raise StepFailed(str(error)) from error
 
     def at(self, round_index: int, step: int = -1) -> Position:
         """Return a position of this client's in the run."""
@@ -110,6 +126,12 @@ class ClientParty(Party):
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
     # Told which round it begins with, and of which round's beginning to take its own things.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
+
+    def count_batch(self, round_index: int) -> None:
+        """Count a batch of an evaluation as a step: heartbeats name it, and nothing else does."""
+        now = self.link.at
+        step = now.step + 1 if now.round == round_index else 0
+        self.link.at = self.at(round_index, step)
 
 
 @dataclass(frozen=True)

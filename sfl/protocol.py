@@ -73,6 +73,7 @@ class MessageType(StrEnum):
     UNREGISTER = "UNREGISTER"  # C: goodbye after TRAINING_DONE; or, with a reason, for now
     HEARTBEAT = "HEARTBEAT"  # C, S: I am here; at any moment, and not counted
     INVALID_MESSAGE = "INVALID_MESSAGE"  # C, S: I refuse what you sent, and why
+    FAILED = "FAILED"  # C: I cannot compute my part, and why: another try fails as well
     ABORT = "ABORT"  # C, S: I cannot go on, and why
 
 

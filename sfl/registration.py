@@ -261,21 +261,37 @@ def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
     Raises:
         RunError: they differ; the text names the clients and what one has and the other lacks.
     """
-    first, *others = sorted(reports)
-    ours = reports[first]
-    for other in others:
-        theirs = reports[other]
-        if theirs.input_shape != ours.input_shape:
-            raise RunError(
-                f"samples differ: client_{other} has shape {list(theirs.input_shape)},"
-                f" client_{first} {list(ours.input_shape)}"
-            )
-        if theirs.classes != ours.classes:
-            raise RunError(
-                f"classes differ: client_{first} has {_some(ours.classes)}, client_{other}"
-                f" {_some(theirs.classes)}; all need the same ones, a folder may be empty"
-            )
-    return ours
+    if odd := outvoted(reports):
+        raise RunError(odd[min(odd)])
+    return reports[min(reports)]
+
+
+def outvoted(reports: Mapping[int, DataReport]) -> dict[int, str]:
+    """Return the clients whose data do not go with those of most, and how they differ.
+
+    Those stay who are the largest group that agrees; of equal ones the one with the lowest id.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for k, report in sorted(reports.items()):
+        groups.setdefault((report.input_shape, report.classes), []).append(k)
+    stay = max(groups.values(), key=len)
+    return {k: difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
+
+
+def difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
+    """Say how two clients' data differ, if in a way that they cannot train together."""
+    ours, theirs = reports[one], reports[other]
+    if theirs.input_shape != ours.input_shape:
+        return (
+            f"samples differ: client_{other} has shape {list(theirs.input_shape)},"
+            f" client_{one} {list(ours.input_shape)}"
+        )
+    if theirs.classes != ours.classes:
+        return (
+            f"classes differ: client_{one} has {_some(ours.classes)}, client_{other}"
+            f" {_some(theirs.classes)}; all need the same ones, a folder may be empty"
+        )
+    return ""
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -23,7 +23,8 @@ from sfl.conversation import (
 from sfl.crash import crash_point
 from sfl.data import num_batches
 from sfl.driver import Conversation, Network, run_together
-from sfl.errors import PEER_ERRORS
+from sfl.errors import PEER_ERRORS, RunError
+from sfl.finite import REJECT
 from sfl.link import KINDS_DOWN, KINDS_UP, Counters, Link
 from sfl.metrics import Tally, add_up
 from sfl.order import RoundPlan
@@ -49,7 +50,7 @@ from sfl.schemes import Fronts, scheme
 from sfl.segment import Segment, Snapshot
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
-from sfl.tensors import encode_state
+from sfl.tensors import are_finite, encode_state
 from sfl.weights import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
 
 T = TypeVar("T")
@@ -270,12 +271,31 @@ class Rounds:
             backs = {b: segment.state() for b, segment in self.backs.items()}
             start = self.halves[BACK]
             merged[BACK] = merge_backs(self.run, backs, weights, start=start, trained=names)
-        self.halves = {name: half for name, half in merged.items() if half is not None}
+        halves = {name: half for name, half in merged.items() if half is not None}
+        self._check_finite(halves, round_index)
+        self.halves = halves
         crash_point("average.after")
         self._write_halves(round_index)
         owner = BACK if has_back_files(self.run) else FRONT  # whose weights the server's copies are
         for segment in self.backs.values():
             segment.load(self.halves[owner].state)
+
+    def _check_finite(self, halves: Mapping[str, Half], round_index: int) -> None:
+        """See that what everyone would go on from is finite, where the run wants that.
+
+        Raises:
+            RunError: it is not, and no single client is to blame.
+        """
+        in_process = any(party.link.in_process for party in self.parties.values())
+        if in_process or self.run.on_nonfinite != REJECT:
+            return
+        for name, half in halves.items():
+            before = self.halves[name].state  # a mask of -inf was there before
+            if not are_finite(t for n, t in half.state.items() if are_finite([before[n]])):
+                raise RunError(
+                    f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
+                    f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"
+                )
 
     def _write_halves(self, round_index: int) -> None:
         """Write down what everyone goes on from, with what else the next round starts from."""

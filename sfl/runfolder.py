@@ -6,6 +6,8 @@ import datetime
 import importlib.util
 import json
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,18 +38,67 @@ def new_run_name() -> str:
 def create_run_folder(parent: Path, name: str) -> Path:
     """Create the folder of a new run; without a name, under the start time.
 
+    One of that name in which no step was taken, as of a start that failed, is taken over.
+
     Raises:
         ConfigError: a run of this name exists.
         RunError: the folder cannot be written.
     """
     path = parent / (name or new_run_name())
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"a run {path.name} exists in {parent}; give another --run") from None
-    except OSError as error:
-        raise RunError(f"cannot write to {parent}: {error.strerror}; see --out") from error
+    if not make_folder(path, SERVER_LOG):
+        raise ConfigError(
+            f"a run {path.name} exists in {parent}; give another --run, or go on with it by"
+            f" --resume {path}"
+        )
     return path
+
+
+SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
+# What lies in a run's folder, on server or client, before the first step is taken.
+_BEFORE_STEPS = re.compile(
+    r"(server|client)_log\.txt|(config|environment)\.json|manifest\.jsonl|(rounds|profile)\.csv"
+    r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*"
+)
+
+
+def make_folder(path: Path, log_name: str) -> bool:
+    """Create a run's folder, or take over one in which no step was taken; its log is kept.
+
+    Return whether it can be written into: else a run lies in it, or another process has it.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        if not path.exists():
+            path.mkdir(parents=True)
+            return True
+        if path.is_symlink() or not path.is_dir() or not has_no_steps(path):
+            return False
+        if is_being_written(path / log_name):
+            return False
+        for inside in path.iterdir():
+            if inside.is_dir():
+                shutil.rmtree(inside)
+            elif inside.name != log_name:
+                inside.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
+    say(f"{path} is taken over: no step was taken in it")
+    return True
+
+
+def has_no_steps(path: Path) -> bool:
+    """Say whether nothing lies in a run's folder but what lies there before its first step."""
+    for folder, folders, files in os.walk(path):
+        inside = Path(folder)
+        names = ((inside / name).relative_to(path).as_posix() for name in files)
+        if not all(map(_BEFORE_STEPS.fullmatch, names)):
+            return False
+        if any((inside / name).is_symlink() for name in (*folders, *files)):
+            return False
+    tables = (path / "rounds.csv", path / "profile.csv")
+    return all(t.read_bytes().count(b"\n") <= 1 for t in tables if t.exists())
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:

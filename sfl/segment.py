@@ -4,6 +4,7 @@ Sockets, simulation and replay all compute through ``Segment``; a step chains ``
 segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut), ``y`` (B,).
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from sfl import fast_modules, seeds
 from sfl.config import RunConfig
-from sfl.errors import RunError
+from sfl.errors import SflError, StepFailed
 from sfl.fast_modules import MaxPool2d, is_hung_onto, speed_up
 from sfl.metrics import StepFigures, Tally, tally
 from sfl.optimizers import OPTIMIZERS, take_step
 from sfl.protocol import Position
 from sfl.schedule import learning_rate
-from sfl.tensors import TensorSpec, state_spec
+from sfl.tensors import TensorSpec, are_finite, state_spec
 
 # Modules that draw nothing at random. A block of nothing else needs no seed.
 _DRAWS_NOTHING = frozenset(
@@ -42,49 +43,34 @@ _ENGINE = torch.autograd.Variable._execution_engine
 _ONE = torch.ones(())
 
 
-def _differentiate(
-    tensor: Tensor, grad: Tensor | None, leaves: Sequence[Tensor] | None = None
-) -> None:
+def _differentiate(tensor: Tensor, grad: Tensor | None) -> None:
     """Do what ``torch.autograd.backward`` does, on the CPU without its Python around the engine.
 
-    That takes 3 to 5 % of a small model's step: docs/performance.md. ``leaves``: those alone get
-    gradients; None: all do.
+    That takes 3 to 5 % of a small model's step: docs/performance.md.
     """
     if tensor.device.type != "cpu":
-        torch.autograd.backward(tensor, grad, inputs=leaves)
+        torch.autograd.backward(tensor, grad)
         return
     grad = _ONE.to(tensor.dtype) if grad is None else grad
     how = {"allow_unreachable": True, "accumulate_grad": True}
-    _ENGINE.run_backward((tensor,), (grad,), False, False, tuple(leaves or ()), **how)
+    _ENGINE.run_backward((tensor,), (grad,), False, False, (), **how)
 
 
-def _gradients_at(tensors: Sequence[Tensor], loss: Tensor) -> Sequence[Tensor]:
-    """Do what ``torch.autograd.grad`` does, as ``_differentiate``, and keep the graph."""
-    if loss.device.type != "cpu":
-        return torch.autograd.grad(loss, tensors, retain_graph=True)
-    how = {"allow_unreachable": False, "accumulate_grad": False}
-    grads: Sequence[Tensor] = _ENGINE.run_backward(
-        (loss,), (_ONE.to(loss.dtype),), True, False, tuple(tensors), **how
-    )
-    return grads
+@contextlib.contextmanager
+def computing(what: str) -> Iterator[None]:
+    """Make of whatever a model's own code raises the failure of one step.
 
-
-def _waiting(blocks: nn.Sequential) -> frozenset[nn.Module]:
-    """Return the blocks whose parameters' gradients can wait: the linear layers, or none.
-
-    The gradients of a linear layer's input and of its weights are two products, so that one can be
-    computed without the other. Those of a convolution take a third longer apart. Where others have
-    parameters, or anything is a user's own, which may look at gradients itself, nothing waits.
+    Raises:
+        StepFailed: it raised; disk and memory, though, are this machine's own trouble.
     """
-    linear = frozenset(block for block in blocks if type(block) is nn.Linear)
-    owned = [(id(p), block) for block in blocks for p in block.parameters()]
-    are_linears = all(block in linear for _, block in owned)
-    is_one_blocks = len(dict(owned)) == len(owned)  # each parameter
-    is_known = all(
-        type(module).__module__.startswith(_KNOWN) and not is_hung_onto(module)
-        for module in blocks.modules()
-    )
-    return linear if are_linears and is_one_blocks and is_known else frozenset()
+    try:
+        yield
+    except (SflError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's words on a CPU
+            raise MemoryError(str(error)) from error
+        raise StepFailed(f"{what}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,9 +88,7 @@ class Segment:
     ``first_block`` is the index of its first block in the whole model: dropout masks are drawn from
     (seed, round, client, step, block), so that they do not depend on where the model is cut.
     ``boundary`` is the block at which the run's model is cut, whether or not this segment ends
-    there: gradients are clipped by half. ``proximal_mu`` is FedProx's. ``weights_later``: somebody
-    waits for the gradient of the input; so it is computed first, and the parameters', as far as
-    they can wait, by ``update``. The bits are the same.
+    there: gradients are clipped by half. ``proximal_mu`` is FedProx's.
     """
 
     def __init__(
@@ -117,16 +101,16 @@ class Segment:
         boundary: int,
         proximal_mu: float = 0.0,
         class_weights: Sequence[float] = (),
-        weights_later: bool = False,
     ) -> None:
         self.blocks = blocks.to(device)
         speed_up(self.blocks)
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
-        may_wait = weights_later and first_block > 0  # the model's first input needs no gradient
-        self._waits = _waiting(self.blocks) if may_wait else frozenset()
         self.blocks.train()  # all of it, whatever mode its parts came in
+        # Buffers that a step may spoil: running statistics, and no mask of -inf.
+        self._statistics = {n for n, b in self.blocks.named_buffers() if are_finite([b])}
+        self._before: dict[str, Tensor] = {}  # all buffers, before the step that is under way
         self._run = run
         self._boundary = boundary
         self._proximal_mu = proximal_mu
@@ -134,9 +118,6 @@ class Segment:
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
-        self._inner: list[tuple[nn.Module, Tensor]] = []  # the blocks that wait, and their outputs
-        # Of which the parameters' gradients are yet to be computed, from these at their outputs.
-        self._later: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._reset_optimizer()
 
@@ -174,28 +155,23 @@ class Segment:
         """Return the output for ``z`` in training, keeping the graph for ``backward``.
 
         Raises:
-            RunError: a block cannot train on this batch.
+            StepFailed: a block cannot train on this batch.
         """
+        if self._statistics:
+            self._before = {name: b.clone() for name, b in self.blocks.named_buffers()}
         if not self.blocks.training:
             self.blocks.train()
         z = z.detach().to(self.device)
         self._input = z.requires_grad_() if self._first_block else z
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
-        self._inner = []
         for index, (block, draws) in enumerate(
             zip(self.blocks, self._draws, strict=True), self._first_block
         ):
             if draws:
                 self._seed_block(at, index)
-            try:
+            with computing(f"block {index} of the model cannot train on a batch of {len(z)}"):
                 out = block(out)
-            except (ValueError, RuntimeError) as error:  # BatchNorm on one sample, say
-                raise RunError(
-                    f"block {index} of the model cannot train on a batch of {len(z)}: {error}"
-                ) from error
-            if block in self._waits:
-                self._inner.append((block, out))
         self._output = out
         return out
 
@@ -216,41 +192,40 @@ class Segment:
         return self._backward(self._output, grad.to(self.device))
 
     def backward_of(self, loss: Tensor) -> Tensor | None:
-        """Do as ``backward``, from a loss () that was computed from the last output.
-
-        The parameters' gradients may be left to ``update``: see ``weights_later``.
-        """
-        if not self._inner:
-            return self._backward(loss, None)
-        assert self._input is not None
-        layers, outs = zip(*self._inner, strict=True)
-        grad, *grads = _gradients_at((self._input, *outs), loss)
-        self._forget_step()
-        self._later = list(zip(layers, outs, grads, strict=True))
-        return grad
+        """Do as ``backward``, from a loss () that was computed from the last output."""
+        return self._backward(loss, None)
 
     def _backward(self, tensor: Tensor, grad: Tensor | None) -> Tensor | None:
         assert self._input is not None
         self._forget_step()
         if tensor.requires_grad:  # not so for a front without parameters
-            _differentiate(tensor, grad)
+            with computing(f"the backward pass from block {self._first_block} on fails"):
+                _differentiate(tensor, grad)
         self._add_proximal_gradients()
         return self._input.grad
 
     def _forget_step(self) -> None:
         """Let go of a step's graph, and of the gradients of the step before."""
-        self._output, self._inner, self._later = None, [], []
+        self._output = None
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _finish_backward(self) -> None:
-        """Compute what ``backward_of`` has left for later."""
-        later, self._later = self._later, []
-        if later:
-            for layer, out, grad in later:
-                if leaves := [p for p in layer.parameters() if p.requires_grad]:
-                    _differentiate(out, grad, leaves)
-            self._add_proximal_gradients()
+    @torch.no_grad()
+    def undo_step(self) -> None:
+        """Go back to before ``forward``; in time until ``update``."""
+        for name, buffer in self.blocks.named_buffers():
+            buffer.copy_(self._before.get(name, buffer))
+        self._forget_step()
+
+    def gradients_in_place(self) -> Iterator[Tensor]:
+        """Yield the gradients that ``backward`` left."""
+        return (p.grad for p in self._parameters if p.grad is not None)
+
+    def statistics(self) -> Iterator[Tensor]:
+        """Yield the buffers that a step changes, running statistics for one."""
+        if not self._statistics:
+            return iter(())
+        return (b for name, b in self.blocks.named_buffers() if name in self._statistics)
 
     def _add_proximal_gradients(self) -> None:
         """Add the gradient of FedProx's ``mu/2 |w - w_t|^2``: Li et al. 2020, Equation 2."""
@@ -264,7 +239,6 @@ class Segment:
         """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
         if self._optimizer is None:
             return
-        self._finish_backward()
         if self._run.clip_norm:
             for half in self._halves():
                 nn.utils.clip_grad_norm_(half, self._run.clip_norm)
@@ -293,14 +267,12 @@ class Segment:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""
-        self._finish_backward()
         named = self.blocks.named_parameters()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
 
     def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Take these gradients instead of any that ``backward`` left."""
-        self._later = []
         for name, parameter in self.blocks.named_parameters():
             parameter.grad = grads[name].to(self.device)
 
@@ -308,7 +280,8 @@ class Segment:
     def evaluate(self, z: Tensor) -> Tensor:
         """Return the output for ``z`` with the segment in evaluation mode."""
         self.blocks.eval()
-        out: Tensor = self.blocks(z.to(self.device))
+        with computing(f"the model from block {self._first_block} on cannot evaluate {len(z)}"):
+            out: Tensor = self.blocks(z.to(self.device))
         return out
 
     def state(self) -> dict[str, Tensor]:
@@ -381,7 +354,8 @@ def train_step(
     """
     y = y.to(last.device)
     logits = last.forward(z, at)
-    loss = nn.functional.cross_entropy(logits, y, last.class_weights)
+    with computing("the loss cannot be computed"):
+        loss = nn.functional.cross_entropy(logits, y, last.class_weights)
     grads = last.backward_of(loss)
     correct = int((logits.argmax(1) == y).sum())
     return StepFigures(loss.item(), correct, len(y)), grads
@@ -392,4 +366,5 @@ def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
     logits: (B, classes) float32, on the CPU.
     """
     logits = last.evaluate(z)
-    return tally(logits, y.to(last.device)), logits.cpu()
+    with computing("the figures of an evaluation cannot be computed"):
+        return tally(logits, y.to(last.device)), logits.cpu()

@@ -19,13 +19,13 @@ from sfl.fed_server import fed_server
 from sfl.guard import exposure, guard_of
 from sfl.heartbeat import interval_s
 from sfl.link import Absent, Link
-from sfl.lobby import Lobby, Patience
+from sfl.lobby import Lobby
 from sfl.objects import ObjectStore
-from sfl.order import most_at_once
 from sfl.outcome import BACK, FRONT, Half, has_back_files
 from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
 from sfl.payload import onto
+from sfl.places import Patience
 from sfl.profile import Profile
 from sfl.protocol import Limits
 from sfl.registration import APART, HERE, Joined, describe_data
@@ -302,9 +302,7 @@ def prepare(
     row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
-    # Where others wait for the server as well, what takes less in all is faster.
-    serves_one = 1 in (len(num_samples), most_at_once(row, at_once))
-    backs = {b: split.back(device, weights_later=serves_one) for b in indices}
+    backs = {b: split.back(device) for b in indices}
     if past:
         halves = read_halves(past.files, run, split, first_round)
         load_backs(past.files, run, backs, halves, first_round)

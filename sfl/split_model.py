@@ -93,12 +93,9 @@ class SplitModel:
         """Return a client-side model with the initial weights and an optimiser."""
         return self._segment(0, device, proximal_mu=self._run.fedprox_mu)
 
-    def back(self, device: torch.device, *, weights_later: bool = False) -> Segment:
-        """Return a server-side model with the initial weights and an optimiser.
-
-        ``weights_later``: a client waits for its gradients at the cut, see ``Segment``.
-        """
-        return self._segment(-1, device, weights_later=weights_later)
+    def back(self, device: torch.device) -> Segment:
+        """Return a server-side model with the initial weights and an optimiser."""
+        return self._segment(-1, device)
 
     @property
     def front_spec(self) -> StateSpec:

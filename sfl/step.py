@@ -34,10 +34,10 @@ from sfl.errors import ProtocolError
 from sfl.link import Link
 from sfl.metrics import StepFigures, checked
 from sfl.order import RoundPlan
-from sfl.party import TRAIN, ClientParty, ServerParty
+from sfl.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.protocol import File, Message, MessageType, Position
 from sfl.schemes import Exchange
-from sfl.segment import train_step
+from sfl.segment import Segment, train_step
 from sfl.spool import Answer
 from sfl.tensors import decode, decode_state, encode, encode_file, encode_state
 
@@ -63,7 +63,7 @@ def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
     count = len(party.data.train)
     drawn = batch_indices(count, party.run, round_index=round_index, client=party.client)
     for step, indices in enumerate(drawn):
-        at = party.at(round_index, step)
+        party.link.at = at = party.at(round_index, step)
         yield Batch(at, *party.data.training_batch(indices, at))
 
 
@@ -133,6 +133,7 @@ def client_step(
     party.check_finite([grads], f"the gradients of step {at.step}", at)
     clock.lap("load")
     party.front.backward(grads)
+    party.check_step(party.front, at)
     clock.lap("backward")
     crash_point("front.before_update")
     party.front.update()
@@ -149,9 +150,8 @@ def server_step(
 ) -> Conversation[None]:
     """Train the back on one batch; faces ``client_step``.
 
-    The gradients are on their way before those of the back's weights are computed, as far as they
-    can wait, and before its update. Once they are computed the step is taken, whether they arrive
-    or not: a client that is lost asks again, ``server_step_again``.
+    The gradients are on their way before the back's update. Once they are computed the step is
+    taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
     """
     link, back, turns = party.link, party.back, plan.steps[party.back_index]
     yield link
@@ -165,7 +165,7 @@ def server_step(
     clock.start()
     z = decode_features(party, features, num_samples, at)
     clock.lap("load")
-    figures, dz = train_step(back, z, y, at)
+    figures, dz = _compute(party, back, (z, y), at)
     clock.lap("forward")
     assert dz is not None
     grads, content = encode_file(dz), _content(figures)
@@ -187,6 +187,24 @@ def server_step(
         turns.done()
         party.watcher.step(at, figures)
         clock.lap("archive")
+
+
+def _compute(
+    party: Party, last: Segment, batch: tuple[Tensor, Tensor], at: Position
+) -> tuple[StepFigures, Tensor | None]:
+    """Compute a step of the model's last segment, which stays as it was if it is refused.
+
+    Raises:
+        StepFailed: it cannot be computed, or what it gives is not finite.
+    """
+    try:
+        figures, dz = train_step(last, *batch, at)
+        given = torch.tensor(figures.loss, device=last.device), *([] if dz is None else [dz])
+        party.check_step(last, at, *given)
+    except BaseException:
+        last.undo_step()
+        raise
+    return figures, dz
 
 
 def server_step_again(
@@ -248,7 +266,7 @@ def client_gradient_steps(
         at = party.at(round_index, step)
         if batch := next(batches, None):
             x, y = batch.x, batch.y
-            figures, _ = train_step(party.front, x, y, at)
+            figures, _ = _compute(party, party.front, (x, y), at)
             grads = encode_state(party.front.gradients())
             link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
             party.record_gradients(at, len(y), grads)
@@ -293,7 +311,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
     """Train the whole model through a round, alone; faces ``server_local_steps``."""
     rows = []
     for at, x, y in _batches(party, round_index):
-        figures, _ = train_step(party.front, x, y, at)
+        figures, _ = _compute(party, party.front, (x, y), at)
         party.front.update()
         party.watcher.step(at, figures)
         rows.append((figures.loss, figures.correct))

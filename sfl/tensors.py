@@ -9,7 +9,6 @@ needs none of that: ``template`` finds out in microseconds.
 
 import functools
 import io
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -234,7 +233,12 @@ def _load(stream: io.BytesIO, name: str) -> object:
         raise IntegrityError(f"{name}: torch does not load it: {reason!r:.120}") from error
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Say whether a tensor holds neither NaN nor infinity."""
-    # A sum that is finite has only finite terms; one that is not may be an overflow.
-    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Say whether the sum of squares of each tensor is finite in float32.
+
+    So none holds NaN or infinity, nor numbers so large that a norm, a variance or Adam's second
+    moment overflows: a plain check lets those pass, and they spoil the weights for good.
+    """
+    flat = (t.detach().reshape(-1).float() for t in tensors if t.is_floating_point())
+    squares = [torch.dot(values, values) for values in flat]
+    return not squares or bool(torch.stack(squares).isfinite().all())

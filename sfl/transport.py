@@ -26,7 +26,7 @@ from sfl.errors import (
     SflError,
 )
 from sfl.link import Link, is_last, one_line
-from sfl.protocol import Decoder, Limits, Message, MessageType, encode_head
+from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode_head
 from sfl.shaping import LinkShape, shaped
 from sfl.spin import Spinner
 from sfl.stream import Stream, is_refusal, to_server, why
@@ -60,6 +60,8 @@ class Connection(Link):
         self.timeout_s = timeout_s
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
+        self.bytes_moved = 0  # in both directions, apart from signs of life
+        self.peer_at = Position()  # where the peer says that it is in the run
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self.spinner = Spinner()  # how we wait for the peer
@@ -102,8 +104,10 @@ class Connection(Link):
         if time.monotonic() - self.spoke_at < silent_s or not self._sending.acquire(blocking=False):
             return
         try:
-            message = Message(MessageType.HEARTBEAT, self.name, self.peer_name)
+            message = Message(MessageType.HEARTBEAT, self.name, self.peer_name, "", self.at)
+            moved = self.bytes_moved
             self._transmit([memoryview(encode_head(message))])
+            self.bytes_moved = moved
         except ConnectionLost:  # whoever waits for the peer notices it
             pass
         finally:
@@ -115,6 +119,7 @@ class Connection(Link):
             while any(map(len, parts)) or self._stream.has_unsent:
                 num_sent = (self._stream.send if wait else self._stream.send_now)(parts)
                 self.spoke_at = time.monotonic()
+                self.bytes_moved += num_sent
                 while parts and num_sent >= len(parts[0]):
                     num_sent -= len(parts.pop(0))
                 if parts:
@@ -159,6 +164,8 @@ class Connection(Link):
             raise type(error)(f"from {self.peer_title}: {error}") from error
         if message is not None and message.type is MessageType.HEARTBEAT:
             self.counters.bytes_received -= message.head_bytes
+            self.bytes_moved -= message.head_bytes
+            self.peer_at = message.at
         return message
 
     @property
@@ -191,6 +198,7 @@ class Connection(Link):
         self._decoder.advance(num_bytes)
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes
+        self.bytes_moved += num_bytes
 
     def _receive(self, buffer: memoryview) -> int:
         """Wait for bytes, put them into ``buffer`` and return how many."""

@@ -1,5 +1,34 @@
 """Models for tests, named on command lines as ``tests.models:<function>``."""
 
+import torch
+from torch import nn
+
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout"]
+__all__ = ["bn_dropout", "refusing_large", "with_huge_layer"]
+
+
+def with_huge_layer(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model behind whose cut a large input makes BatchNorm's variance overflow."""
+    huge = nn.Linear(32, 32)
+    with torch.no_grad():
+        huge.weight.mul_(1e4)
+    norm = nn.BatchNorm1d(32)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), huge, norm, nn.Linear(32, num_classes))
+
+
+class _RefusesLarge(nn.Module):
+    """Passes on what it is given, but for large numbers."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if self.training and float(z.abs().max()) > 6:
+            raise ValueError("too large")
+        return z
+
+
+def refusing_large(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model whose block behind BatchNorm raises on a batch of large numbers."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 32), nn.BatchNorm1d(32, affine=False), _RefusesLarge(),
+        nn.Linear(32, num_classes),
+    )  # fmt: skip

@@ -195,14 +195,3 @@ def test_a_model_trains_to_the_bits_of_a_plain_loop() -> None:
     assert is_side_by_side(ours.blocks[:6](x))
     for parameter, other in zip(ours.blocks.parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter, other)
-
-
-def test_a_back_that_begins_with_a_pool_sends_its_gradient_first() -> None:
-    blocks = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 25, 10))
-    run, cpu = RunConfig(run="r"), torch.device("cpu")
-    ours = Segment(blocks, 5, run, cpu, boundary=5, weights_later=True)
-    ours.start_round(0)
-    train_step(ours, torch.randn(64, 16, 10, 10), torch.randint(10, (64,)), AT)
-    assert all(parameter.grad is None for parameter in blocks.parameters())
-    ours.update()
-    assert all(parameter.grad is not None for parameter in blocks.parameters())

@@ -1,10 +1,7 @@
 """A part of the model: modes, random draws, gradients."""
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -107,43 +104,3 @@ class Doubling(nn.Module):
 
 def own() -> list[nn.Module]:
     return [nn.Linear(4, 6), Doubling(), nn.Linear(6, 3)]
-
-
-@pytest.mark.parametrize(
-    ("make", "waits"),
-    [(linear, True), (in_place, True), (with_norm, False), (nested, False), (shared, False),
-     (twice, False), (frozen, True), (hung_onto, False), (own, False)],
-)  # fmt: skip
-@pytest.mark.parametrize("more", [{}, {"proximal_mu": 0.5, "class_weights": [1.0, 2.0, 3.0]}])
-def test_what_is_left_for_later_gives_the_same_bits(
-    make: Callable[[], list[nn.Module]], waits: bool, more: dict[str, Any]
-) -> None:
-    torch.manual_seed(1)
-    blocks = make()
-    at_once = segment(*copy.deepcopy(blocks), **more)
-    later = segment(*copy.deepcopy(blocks), weights_later=True, **more)
-    for step in range(3):
-        z, y = torch.randn(8, 4), torch.randint(3, (8,))
-        figures, expected = train_step(at_once, z.clone(), y, AT)
-        same, found = train_step(later, z.clone(), y, AT)
-        assert same == figures
-        assert torch.equal(found, expected)
-        assert all(p.grad is None for p in later.blocks.parameters()) == waits
-        if step == 1:  # who asks for them gets them before the update
-            asked = later.gradients()
-            assert all(torch.equal(g, asked[name]) for name, g in at_once.gradients().items())
-        at_once.update()
-        later.update()
-        for ours, theirs in zip(
-            later.blocks.parameters(), at_once.blocks.parameters(), strict=True
-        ):
-            assert torch.equal(ours, theirs)
-
-
-def test_gradients_that_are_set_replace_those_that_wait() -> None:
-    ours = segment(*linear(), weights_later=True)
-    before = ours.parameters()
-    train_step(ours, torch.randn(8, 4), torch.randint(3, (8,)), AT)
-    ours.set_gradients({name: torch.zeros_like(weights) for name, weights in before.items()})
-    ours.update()
-    assert all(torch.equal(weights, before[name]) for name, weights in ours.parameters().items())

@@ -16,12 +16,12 @@ from sfl.saved import take_apart
 from sfl.tensors import (
     TensorSpec,
     _load,
+    are_finite,
     compact,
     decode,
     decode_state,
     encode,
     encode_state,
-    is_finite,
     max_file_bytes,
     max_state_bytes,
     owns_storage,
@@ -106,13 +106,15 @@ def test_a_tensor_is_checked_after_loading_too(tensor: object, reason: str) -> N
         SPEC.check(tensor, "features")
 
 
-def test_nan_and_infinity_are_found() -> None:
-    assert is_finite(Z)
-    assert is_finite(torch.tensor([3e38, 3e38]))  # whose sum is not
-    assert is_finite(torch.tensor([1, 2]))
-    for wrong in (float("nan"), float("inf"), -float("inf")):
-        assert not is_finite(torch.tensor([1.0, wrong]))
-    assert not is_finite(torch.tensor([float("inf"), -float("inf")]))
+def test_what_is_not_finite_is_found() -> None:
+    fine = [Z, torch.tensor([1, 2]), torch.tensor([1e19, -1e19]), torch.empty(0)]
+    assert are_finite(fine)
+    assert are_finite([])
+    nan, inf = float("nan"), float("inf")
+    for wrong in ([1.0, nan], [1.0, inf], [1.0, -inf], [inf, -inf], [3e38], [2e19], [1.8e19] * 2):
+        assert not are_finite([*fine, torch.tensor(wrong)])
+        assert not are_finite([torch.tensor(wrong).double(), *fine])
+    assert not are_finite([torch.tensor([inf]).half()])
 
 
 def test_reading_takes_no_more_memory_than_a_few_times_the_file() -> None:

@@ -1,0 +1,74 @@
+"""The places of a run's clients: who has each, whether it is there, and what became of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sfl.config import RunConfig
+from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
+from sfl.party import TEST, TRAIN, VALIDATION
+from sfl.progress import Step
+from sfl.registration import Joined
+from sfl.schemes import Exchange, scheme
+from sfl.switchboard import DrainedConnection
+
+
+@dataclass(frozen=True)
+class Patience:
+    """For how long clients that are away are waited for, and whether they may be."""
+
+    comes_back: bool = True  # else the first loss ends the run
+    skip_after_s: float | None = None  # a round closes without who is away for so long
+    min_clients: int = 1  # that must be there; else whoever is away is waited for all the same
+
+
+@dataclass
+class Place:
+    """One client's place in the run."""
+
+    instance: str = ""  # the process that has it
+    link: DrainedConnection | None = None
+    ready: bool = False  # its data are loaded
+    joined: Joined | None = None  # what it was when it was last ready
+    lost_at: float = 0.0
+    why: str = ""  # it is away
+    is_out: bool = False  # the rounds go on without it until it is back
+    refused: bool = False  # what it did was wrong: the same again is of no use
+    recurs: bool = False  # it has failed in a way in which it would fail again
+    out_in: int = -1  # the round that goes on without it, even when it is back
+
+    @property
+    def is_here(self) -> bool:
+        return self.ready and self.link is not None
+
+    def free(self, error: SflError, now: float) -> None:
+        """Take note that the client is lost, has failed, or was refused."""
+        self.refused, self.recurs = not isinstance(error, PASSING), isinstance(error, RECURRING)
+        self.link, self.ready, self.lost_at, self.why = None, False, now, str(error)
+
+    def step(self, run: RunConfig, round_index: int) -> Step:
+        """Return the step of a round that the client says it is at; no more steps than it has.
+
+        It counts where the client trains alone: with a cut its messages tell.
+        """
+        alone = scheme(run.scheme).exchange is Exchange.NOTHING
+        if not (alone and self.joined and self.link):
+            return -1, -1
+        samples, at = self.joined.data.num_samples, self.link.peer_at
+        most = samples[TRAIN] * run.local_epochs + samples[VALIDATION] + samples[TEST]
+        return (at.round, at.step) if at.round == round_index and at.step <= most else (-1, -1)
+
+
+def check_somebody_may_come(places: Iterable[Place]) -> None:
+    """See that somebody is here, or may come back.
+
+    Raises:
+        RunError: each client has failed, in a way in which it would fail again.
+    """
+    places = list(places)
+    if all(place.recurs and not place.link for place in places):
+        raise RunError(f"no client can go on, each would fail again: {places[0].why}")
+
+
+def is_refusal(error: SflError) -> bool:
+    """Say whether it is we who refuse a client, and not the client that left or failed."""
+    return not isinstance(error, (*PASSING, PeerFailed))
