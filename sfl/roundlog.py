@@ -17,7 +17,7 @@ from sfl.config import RunConfig
 from sfl.link import KINDS_DOWN, KINDS_UP
 from sfl.metrics import StepFigures
 from sfl.protocol import Position
-from sfl.runfolder import RunFolder
+from sfl.runfolder import FIRST_STEP, RunFolder
 
 EVALUATED = ("loss", "acc", "balanced_acc", "macro_f1", "weighted_f1")
 UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # and what was carried
@@ -68,6 +68,7 @@ class RoundLog:
         self._folder = folder
         self._rounds = rounds
         self._steps: dict[int, dict[int, StepFigures]] = {}
+        self._has_begun = False
         self.progress = Progress(rounds)
         self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
         path = folder.path / "rounds.csv"
@@ -83,6 +84,9 @@ class RoundLog:
         self.progress.start(round_index, num_steps)
 
     def step(self, at: Position, figures: StepFigures) -> None:
+        if not self._has_begun:
+            self._folder.events.note(FIRST_STEP)
+            self._has_begun = True
         self._steps.setdefault(at.client, {})[at.step] = figures
         self.progress.step(figures)
 
@@ -158,6 +162,8 @@ class ClientLog:
     def step(self, at: Position, figures: StepFigures) -> None:
         if at.step == 0:
             self.progress.start(at.round, self._steps_a_round)
+        if self.num_steps == 0:
+            self._events.note(FIRST_STEP)
         self.num_steps += 1
         self._loss_sum += figures.loss * figures.samples
         self._samples += figures.samples

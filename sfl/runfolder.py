@@ -54,6 +54,7 @@ def create_run_folder(parent: Path, name: str) -> Path:
 
 
 SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
+FIRST_STEP = "training begins: the first step is taken"  # in either
 # What lies in a run's folder, on server or client, before the first step is taken.
 _BEFORE_STEPS = re.compile(
     r"(server|client)_log\.txt|(config|environment)\.json|manifest\.jsonl|(rounds|profile)\.csv"
@@ -89,7 +90,13 @@ def make_folder(path: Path, log_name: str) -> bool:
 
 
 def has_no_steps(path: Path) -> bool:
-    """Say whether nothing lies in a run's folder but what lies there before its first step."""
+    """Say whether nothing lies in a run's folder but what lies there before its first step.
+
+    Where no tensors are kept, the log alone tells that steps were taken.
+    """
+    for log in (path / SERVER_LOG, path / CLIENT_LOG):
+        if log.exists() and FIRST_STEP.encode() in log.read_bytes():
+            return False
     for folder, folders, files in os.walk(path):
         inside = Path(folder)
         names = ((inside / name).relative_to(path).as_posix() for name in files)

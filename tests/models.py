@@ -20,15 +20,19 @@ def with_huge_layer(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequen
 class _RefusesLarge(nn.Module):
     """Passes on what it is given, but for large numbers."""
 
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        if self.training and float(z.abs().max()) > 6:
+        if self.training and float(z.detach().abs().max()) > self.limit:
             raise ValueError("too large")
         return z
 
 
 def refusing_large(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """Return a model whose block behind BatchNorm raises on a batch of large numbers."""
+    """Return a model whose blocks before and behind BatchNorm raise on large numbers."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 32), nn.BatchNorm1d(32, affine=False), _RefusesLarge(),
-        nn.Linear(32, num_classes),
+        nn.Flatten(), nn.Linear(784, 32), _RefusesLarge(1e3), nn.BatchNorm1d(32, affine=False),
+        _RefusesLarge(10), nn.Linear(32, num_classes),
     )  # fmt: skip
