@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from experiments.hostile_files import hostile_files, saved
@@ -358,6 +359,21 @@ SLOW_ATTACKS: Mapping[str, Callable[[Target], str]] = {
 
 
 # Insiders
+
+
+def write_bystander(folder: Path) -> Path:
+    """Write the data of an honest client of the same run: a server of a client that would fail
+    again, and of no other, ends.
+    """
+    import numpy as np
+
+    folder.mkdir()
+    labels = np.arange(5 * NUM_CLASSES) % NUM_CLASSES
+    classes = np.array([str(k) for k in range(NUM_CLASSES)])
+    np.savez(
+        folder / "own.npz", x=np.zeros((len(labels), *SHAPE[1:]), "u1"), y=labels, classes=classes
+    )
+    return folder
 
 
 class Insider:

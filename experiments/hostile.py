@@ -277,21 +277,27 @@ def _by_window(run: Honest, attacked: list[tuple[float, float]]) -> tuple[list[f
 
 
 @contextlib.contextmanager
-def lone_server(out: Path, name: str, options: list[str]) -> Iterator[str]:
-    """Run a server that waits for one client, and give its address."""
+def lone_server(
+    out: Path, name: str, options: list[str], own_data: Path | None = None
+) -> Iterator[str]:
+    """Run a server that waits for client 0, and give its address."""
     from experiments.processes import running
 
     run = ["--clients", "1", "--model", "mlp", "--partition", "own", "--batch-size", "4"]
     with running([*run, "--run", name, "--rounds", "1", "--out", str(out), *options]) as processes:
         threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
+        if own_data is not None:
+            bystander = ["--client-id", "1", "--data-dir", str(own_data), "--out", str(out)]
+            processes.start_client("client_1", processes.address, bystander)
         yield processes.address
 
 
 def insider(out: Path) -> Table:
-    """Let a run's only client do harm; each time it registers anew with a server that goes on."""
-    from experiments.attacks import insiders, tls_to_plain_text, try_insider
+    """Let one of two clients do harm; each time it registers anew with a server that goes on."""
+    from experiments.attacks import insiders, tls_to_plain_text, try_insider, write_bystander
 
-    with lone_server(out, "insider", []) as address:
+    own_data = write_bystander(out / "bystander")
+    with lone_server(out, "insider", ["--clients", "2"], own_data) as address:
         target = target_of(address, tls=False)
         attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
         attempts["TLS to a plain port"] = functools.partial(tls_to_plain_text, target)

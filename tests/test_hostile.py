@@ -20,6 +20,7 @@ from experiments.attacks import (
     insiders,
     quick_attacks,
     try_insider,
+    write_bystander,
 )
 from experiments.hostile_files import RunsCode, hostile_files, saved
 from experiments.recorded import load
@@ -117,9 +118,11 @@ def test_whoever_reaches_the_port_is_answered_and_closed(attacked: Target, name:
 @pytest.fixture(scope="module")
 def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     launcher = Launcher(tmp_path_factory.mktemp("insider"))
-    own = ["--partition", "own", "--batch-size", 4, "--clients", 1, "--run", "r", "--rounds", 1]
+    own = ["--partition", "own", "--batch-size", 4, "--clients", 2, "--run", "r", "--rounds", 1]
     server = launcher.server("--model", "mlp", *own)
     wait_for(server, "listening")
+    data = write_bystander(launcher.folder / "bystander")
+    launcher.client("--client-id", 1, "--data-dir", data)
     yield Target("127.0.0.1", launcher.port)
     assert server.process.is_alive(), server.err
     assert "Traceback" not in server.out + server.err

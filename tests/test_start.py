@@ -1,0 +1,172 @@
+"""Before the first step: who cannot take part is refused alone, and may come back mended."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.attacks import Insider, secured  # noqa: F401
+from sfl.registration import DataReport, difference, outvoted
+from sfl.runfolder import has_no_steps
+from tests.launch import Launcher, Program
+from tests.test_failures import FAST, OWN, send_signal, wait_for, write_own
+
+ONE = ["--rounds", 1, *OWN]
+
+
+def images(folder: Path, shape: tuple[int, ...] = (28, 28), count: int = 40) -> Path:
+    folder.mkdir(parents=True)
+    x = np.random.default_rng(1).integers(0, 255, (count, *shape), dtype=np.uint8)
+    np.savez(folder / "own.npz", x=x, y=np.arange(count) % 2, classes=np.array(["a", "b"]))
+    return folder
+
+
+def goes_on(launcher: Launcher, server: Program, waiting: Program, *options: object) -> None:
+    """See that the run begins, and ends well, once client 1 comes as it should."""
+    last = launcher.client("--client-id", 1, *options)
+    for program in (server, waiting, last):
+        program.ended_with(0)
+    assert "Traceback" not in server.out
+
+
+def wrong_clients(launcher: Launcher) -> dict[str, tuple[list[object], int, str]]:
+    """Return what may be wrong with a client: its options, exit code, and what is said of it."""
+    folder = launcher.folder
+    (folder / "empty").mkdir()
+    (folder / "a_file").write_text("")
+    return {
+        "a wrong --data-dir": (["--data-dir", folder / "nowhere"], 1, "nowhere"),
+        "an empty folder": (["--data-dir", folder / "empty"], 1, "empty is empty"),
+        "an --out that is a file": (["--out", folder / "a_file"], 1, "cannot write to"),
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["a wrong --data-dir", "an empty folder", "an --out that is a file"]
+)
+def test_a_client_that_cannot_take_part_ends_alone(launcher: Launcher, what: str) -> None:
+    server = launcher.server(*ONE, "--run", "r")
+    waiting = launcher.client("--client-id", 0, "--data-dir", images(launcher.folder / "own0"))
+    right = ["--data-dir", images(launcher.folder / "own1")]
+    wait_for(waiting, "waiting for 1 of 2 clients")
+    options, code, why = wrong_clients(launcher)[what]
+    assert why in launcher.client("--client-id", 1, *right, *options).ended_with(code)
+    wait_for(server, "its place is free")
+    assert why in (launcher.folder / "server/r/server_log.txt").read_text()
+    goes_on(launcher, server, waiting, *right)
+
+
+def test_a_client_that_does_not_allow_the_model_ends_alone(launcher: Launcher) -> None:
+    model = "tests.models:bn_dropout"
+    server = launcher.server("--clients", 2, "--rounds", 1, "--model", model, "--cut", 4)
+    allow = ["--allow-import", model]
+    waiting = launcher.client("--client-id", 0, *allow)
+    line = launcher.client("--client-id", 1).ended_with(2)
+    assert f"give --allow-import {model}" in line
+    wait_for(server, f"give --allow-import {model}")
+    goes_on(launcher, server, waiting, *allow)
+
+
+def test_data_that_do_not_go_together_are_said_and_most_decide(launcher: Launcher) -> None:
+    """Whoever is outvoted may come back; before all are there it is only a warning."""
+    server = launcher.server(*OWN, "--clients", 3, "--rounds", 1)
+    folders = [
+        write_own(launcher.folder / f"own{k}", classes)
+        for k, classes in enumerate((("a", "c"), ("a", "b"), ("a", "b")))
+    ]
+    odd = launcher.client("--client-id", 0, "--data-dir", folders[0])
+    wait_for(server, "client_0 is ready")
+    first = launcher.client("--client-id", 1, "--data-dir", folders[1])
+    why = "classes differ: client_0 has 2 (a, c), client_1 2 (a, b)"
+    wait_for(server, f"warning: {why}")
+    second = launcher.client("--client-id", 2, "--data-dir", folders[2])
+    assert "classes differ: client_1 has 2 (a, b), client_0 2 (a, c)" in odd.ended_with(1)
+    wait_for(server, "client_0 is refused: classes differ")
+    mended = launcher.client("--client-id", 0, "--data-dir", folders[1])
+    for program in (server, first, second, mended):
+        program.ended_with(0)
+
+
+def report(*classes: str, shape: tuple[int, ...] = (1, 28, 28)) -> DataReport:
+    return DataReport({"train": 1, "validation": 0, "test": 0}, classes, shape, "0" * 64)
+
+
+def test_the_largest_group_stays_and_of_equal_ones_that_of_the_lowest_id() -> None:
+    ab, ac, small = report("a", "b"), report("a", "c"), report("a", "b", shape=(1, 8, 8))
+    assert outvoted({0: ab, 1: ab}) == {}
+    assert outvoted({0: ac, 1: ab, 2: ab}).keys() == {0}
+    assert outvoted({3: ab, 1: ac}).keys() == {3}
+    assert outvoted({0: small, 1: ab, 2: ac, 3: ac}).keys() == {0, 1}
+    assert "shape [1, 8, 8], client_1 [1, 28, 28]" in difference(1, 0, {0: small, 1: ab})
+
+
+def test_corrected_data_replace_those_of_before_the_start(launcher: Launcher) -> None:
+    wrong, right = images(launcher.folder / "wrong", count=10), images(launcher.folder / "right")
+    server = launcher.server(*ONE)
+    first = launcher.client("--client-id", 1, "--data-dir", wrong)
+    wait_for(server, "client_1 is ready: 8 train")
+    send_signal(first, signal.SIGTERM)
+    first.ended_with(3)
+    waiting = launcher.client("--client-id", 0, "--data-dir", images(launcher.folder / "own0"))
+    wait_for(waiting, "waiting for 1 of 2")
+    goes_on(launcher, server, waiting, "--data-dir", right)
+    assert "client_1 is ready: 32 train" in server.out
+
+
+def test_a_client_of_one_sample_is_said_where_the_model_needs_more(launcher: Launcher) -> None:
+    model = ["--model", "tests.models:refusing_large", "--cut", 2]
+    server = launcher.server(*ONE, *model)
+    allow = ["--allow-import", model[1]]
+    own = images(launcher.folder / "own0")
+    waiting = launcher.client("--client-id", 0, "--data-dir", own, *allow)
+    wait_for(waiting, "waiting for 1 of 2")
+    one = images(launcher.folder / "one", count=1)
+    line = launcher.client("--client-id", 1, "--data-dir", one, *allow).ended_with(1)
+    assert "block 3 (BatchNorm1d)" in line
+    assert "one training sample" in line
+    goes_on(launcher, server, waiting, "--data-dir", own, *allow)
+
+
+# Folders
+
+
+def test_a_folder_in_which_no_step_was_taken_is_taken_over(launcher: Launcher) -> None:
+    """The same command works again, on the server and on a client that had come."""
+    command = ["--run", "r", "--clients", 2, "--rounds", 1, *FAST]
+    server = launcher.server(*command)
+    client = launcher.client("--client-id", 0)
+    wait_for(client, "waiting for 1 of 2")
+    assert "another --run" in launcher.server(*command, "--port", 0).ended_with(2)  # it is held
+    send_signal(server, signal.SIGKILL)
+    server.process.join()
+    server = launcher.server(*command)
+    wait_for(server, f"{launcher.folder / 'server/r'} is taken over: no step was taken in it")
+    other = launcher.client("--client-id", 1)
+    for program in (server, client, other):
+        program.ended_with(0)
+    assert "exists" in launcher.server(*command).ended_with(2)
+    log = (launcher.folder / "server/r/server_log.txt").read_text()
+    assert log.count("listening on") == 2
+
+
+def test_what_lies_in_a_folder_tells_whether_a_step_was_taken(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    folder = launcher.run("--rounds", 1, *FAST, clients=1)
+    assert not has_no_steps(folder)
+    assert not has_no_steps(folder.parents[1] / "client/r/client_0")
+    for left in (
+        "models/client_model_000.pt", "rounds/round_000.csv", "checkpoints/round_001.json",
+        "client_files/client_0/round_000/labels_0_0.pt", "predictions/client_0_000.pt", "mine.txt",
+    ):  # fmt: skip
+        alone = tmp_path / "alone"
+        (alone / left).parent.mkdir(parents=True)
+        (alone / left).touch()
+        assert not has_no_steps(alone)
+        shutil.rmtree(alone)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "models").symlink_to(folder / "models")
+    assert not has_no_steps(fresh)
