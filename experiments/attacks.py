@@ -381,7 +381,7 @@ class Insider:
 
     def __init__(self, stream: Stream) -> None:
         self.link = _link(stream)
-        self.link.peer_name = "server"
+        self.link.peer_name, self.link.on_notice = "server", lambda line: None
         self.welcome = self._join()
         self.run = self.welcome.run.run
 
