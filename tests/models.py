@@ -1,11 +1,13 @@
 """Models for tests, named on command lines as ``tests.models:<function>``."""
 
+import time
+
 import torch
 from torch import nn
 
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "refusing_large", "with_huge_layer"]
+__all__ = ["bn_dropout", "refusing_large", "slow", "with_huge_layer"]
 
 
 def with_huge_layer(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
@@ -36,3 +38,14 @@ def refusing_large(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequent
         nn.Flatten(), nn.Linear(784, 32), _RefusesLarge(1e3), nn.BatchNorm1d(32, affine=False),
         _RefusesLarge(10), nn.Linear(32, num_classes),
     )  # fmt: skip
+
+
+class _Slow(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.8)
+        return x.flatten(1)
+
+
+def slow(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model that takes its time for each batch."""
+    return nn.Sequential(_Slow(), nn.Linear(784, num_classes))

@@ -1,0 +1,80 @@
+"""A round waits for progress, not for signs of life: over real sockets."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from experiments.attacks import Insider, Target, write_bystander
+from sfl.errors import SflError
+from sfl.heartbeat import Heart
+from sfl.protocol import Message, MessageType, encode_head
+from sfl.tensors import encode
+from tests.launch import Launcher
+from tests.test_failures import wait_for
+
+LIMIT_S = 2
+SKIP = ["--on-missing", "skip", "--round-timeout", LIMIT_S]
+SLOW = "tests.models:slow"
+Harm = Callable[[Insider], Iterator[None]]
+
+
+def only_lives(insider: Insider) -> Iterator[None]:
+    """Send signs of life alone, that name ever later steps."""
+    step = 0
+    while True:
+        step += 1
+        insider.link.at = insider.at(step)
+        yield
+
+
+def byte_by_byte(insider: Insider) -> Iterator[None]:
+    """Send a file as slowly as can be."""
+    import torch
+
+    data = encode(torch.zeros(4, dtype=torch.int64))
+    message = Message(MessageType.TRAINING_LABELS, at=insider.at(0), payload=data)
+    frame = encode_head(message) + data
+    insider.link._stream.send([memoryview(frame[:-500])])
+    for byte in frame[-500:-1]:
+        insider.link._stream.send([memoryview(bytes([byte]))])
+        yield
+
+
+@pytest.mark.parametrize("harm", [only_lives, byte_by_byte])
+def test_a_client_that_makes_no_progress_does_not_hold_the_round(
+    launcher: Launcher, harm: Harm
+) -> None:
+    run = ["--model", "mlp", "--partition", "own", "--batch-size", 4, "--clients", 2]
+    server = launcher.server(*run, "--rounds", 2, "--run", "r", *SKIP)
+    wait_for(server, "listening")
+    data = write_bystander(launcher.folder / "bystander")
+    honest = launcher.client("--client-id", 1, "--data-dir", data)
+    with Target("127.0.0.1", launcher.port).reach() as stream:
+        insider = Insider(stream)
+        insider.begin()
+        beats = Heart(lambda: [insider.link]) if harm is only_lives else contextlib.nullcontext()
+        with beats, contextlib.suppress(SflError, OSError):
+            insider.link.heartbeat_s = 0.2
+            for _ in harm(insider):
+                if "going on without client_0" in server.out:
+                    break
+                assert server.process.is_alive(), server.err
+                time.sleep(0.1)  # how slowly it sends
+    assert "client_0 made no progress for" in server.out
+    for program in (server, honest):
+        program.ended_with(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["fl", "sl"])
+def test_whoever_makes_progress_is_waited_for(launcher: Launcher, scheme: str) -> None:
+    """Each part of a round takes longer than the limit, no step of it does."""
+    run = ["--model", SLOW, "--cut", 1, "--batch-size", 400, "--clients", 2, "--rounds", 2]
+    server = launcher.server(*run, "--scheme", scheme, *SKIP)
+    allow = ["--allow-import", SLOW]
+    clients = [launcher.client("--client-id", k, *allow) for k in range(2)]
+    for program in (server, *clients):
+        program.ended_with(0)
+    assert "going on without" not in server.out
