@@ -1,15 +1,22 @@
 """Before the first step: who cannot take part is refused alone, and may come back mended."""
 
+import contextlib
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.attacks import Insider, secured  # noqa: F401
-from sfl.registration import DataReport, difference, outvoted
+from experiments.attacks import Target
+from sfl.driver import run_blocking
+from sfl.errors import SflError
+from sfl.protocol import Limits, MessageType
+from sfl.registration import DataReport, client_join, difference, outvoted
 from sfl.runfolder import has_no_steps
+from sfl.stream import Stream
+from sfl.transport import Connection
 from tests.launch import Launcher, Program
 from tests.test_failures import FAST, OWN, send_signal, wait_for, write_own
 
@@ -170,3 +177,73 @@ def test_what_lies_in_a_folder_tells_whether_a_step_was_taken(
     fresh.mkdir()
     (fresh / "models").symlink_to(folder / "models")
     assert not has_no_steps(fresh)
+
+
+# Whoever means harm
+
+
+def joined(stream: Stream) -> Connection:
+    """Register as client 1."""
+    link = Connection(stream, timeout_s=15, limits=Limits())
+    link.peer_name, link.on_notice = "server", lambda line: None
+    fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+    run_blocking(client_join(link, 1, fingerprint, instance="1" * 32, heartbeat_s=10.0))
+    return link
+
+
+def reports(**changed: object) -> Callable[[Connection], None]:
+    fields = {
+        "num_samples": {"train": 8, "validation": 0, "test": 0}, "classes": ["a", "b"],
+        "input_shape": [1, 28, 28], "digest": "0" * 64, "class_counts": [], "rounds": [],
+    }  # fmt: skip
+
+    def harm(link: Connection) -> None:
+        content = fields | changed
+        link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
+
+    return harm
+
+
+def says(kind: MessageType) -> Callable[[Connection], None]:
+    return lambda link: link.send_message_as_json(kind, content="of bad will")
+
+
+def garbage(link: Connection) -> None:
+    link._stream.send([memoryview(b"SFL\n" + bytes(100))])
+
+
+HARM = {
+    "10^18 samples": reports(num_samples={"train": 10**18, "validation": 0, "test": 0}),
+    "no samples": reports(num_samples={"train": 0, "validation": 0, "test": 0}),
+    "another shape": reports(input_shape=[3, 8, 8]),
+    "other classes": reports(classes=["a", "c"]),
+    "a class too many": reports(classes=["a"] * 2000),
+    "classes that are no text": reports(classes=[1, 2]),
+    "no digest": reports(digest="x"),
+    "rounds that are none": reports(rounds=[-1]),
+    "garbage": garbage,
+    "ABORT": says(MessageType.ABORT),
+    "FAILED": says(MessageType.FAILED),
+    "INVALID_MESSAGE": says(MessageType.INVALID_MESSAGE),
+    "a message out of turn": says(MessageType.TRAINING_DONE),
+}
+
+
+def test_nobody_else_is_disturbed_by_what_a_client_says_before_the_start(
+    launcher: Launcher,
+) -> None:
+    server = launcher.server(*ONE, "--run", "r")
+    own = images(launcher.folder / "own")
+    waiting = launcher.client("--client-id", 0, "--data-dir", own)
+    wait_for(waiting, "waiting for 1 of 2 clients")
+    for count, (name, harm) in enumerate(HARM.items(), 1):
+        with Target("127.0.0.1", launcher.port).reach() as stream:
+            link = joined(stream)
+            harm(link)
+            with contextlib.suppress(SflError):
+                while True:
+                    link._next()
+        while server.out.count("its place is free") < count:
+            assert server.process.is_alive(), f"{name}: {server.err}"
+            server.process.join(0.02)
+    goes_on(launcher, server, waiting, "--data-dir", own)
