@@ -315,7 +315,7 @@ class _Loaded:
                 front=front,
                 data=self._data,
                 on_round=self.log.end_round,
-                on_start=functools.partial(self._start, front),
+                on_start=functools.partial(self._start, front, fed, report),
             )
             self.log.start_over()
             try:
@@ -325,8 +325,17 @@ class _Loaded:
             folder.archive.flush()
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
-    def _start(self, front: Segment, round_index: int, own_round: int) -> None:
-        """Bring the client to where it was when a round began."""
+    def _start(
+        self,
+        front: Segment,
+        fed: Connection | None,
+        report: DataReport,
+        round_index: int,
+        own_round: int,
+    ) -> None:
+        """Bring the client to where it was when a round began; tell a fed server that it begins."""
+        if fed is not None:
+            send_report(fed, report)
         self.num_starts += 1
         self._folder.archive.begin_at(round_index)
         load_own_state(self._folder.path, front, self._run, self._client, own_round)

@@ -23,7 +23,7 @@ from sfl.heartbeat import Heart, interval_s
 from sfl.link import CLIENT, Link, Peer
 from sfl.objects import ObjectStore
 from sfl.protocol import Limits, MessageType, checksum
-from sfl.registration import APART, HERE, DataReport, Welcome, client_join, send_report
+from sfl.registration import APART, HERE, DataReport, Welcome, client_join
 from sfl.runfolder import RunFolder, say
 from sfl.saved import Buffer
 from sfl.shaping import LinkShape
@@ -145,7 +145,7 @@ def open_store(
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         yield SocketWeights(connection), None
     elif run.weights == SOCKET:
-        with _fed_connection(welcome, node, access, folder, report, fingerprint, instance) as fed:
+        with _fed_connection(welcome, node, access, folder, fingerprint, instance) as fed:
             yield _FromFed(SocketWeights(fed)), fed
     else:
         address = allowed_address(run.weights, node.allow_weights)
@@ -182,10 +182,11 @@ def allowed_address(named: str, allowed: str) -> str:
 
 
 def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport) -> None:
-    """Write a first object: it shows that we may, and that nobody else is this client."""
+    """Write a first object: it shows that we may."""
     content = json.dumps({"client": client, "data": report.digest}).encode()
     about = {"run": run.run, "client": str(client), "checksum": checksum(content)}
-    place.create(f"{run.run}/clients/client_{client}", content, about)
+    path = f"{run.run}/clients/client_{client}_{report.digest[:16]}"  # other data, another object
+    place.create(path, content, about)
 
 
 @contextlib.contextmanager
@@ -194,11 +195,13 @@ def _fed_connection(
     node: ClientNode,
     access: Access,
     folder: RunFolder,
-    report: DataReport,
     fingerprint: Mapping[str, str],
     instance: str,
 ) -> Iterator[Connection]:
-    """Join the run at the fed server, and take our leave there at the end."""
+    """Register at the fed server, and take our leave there at the end.
+
+    Our report is the caller's to send, once the main server has begun the run: it may refuse us.
+    """
     with contextlib.ExitStack() as stack:
         with access.aside():  # who connects has to register soon
             connection = stack.enter_context(reach(node.fed_server or welcome.fed, node, access))
@@ -214,7 +217,6 @@ def _fed_connection(
             raise ProtocolError("the fed server runs another run than the main server")
         connection.aside = access.aside
         with Heart(lambda: [connection]):
-            send_report(connection, report)
             folder.events.say(f"the fed server is at {welcome.fed}")
             yield connection
         connection.send_message_as_json(MessageType.UNREGISTER)

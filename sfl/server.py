@@ -81,7 +81,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     guard = guard_of(node, SERVER, run.most_clients)
     shape = LinkShape.parse(node.link)
     with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
-        path, run = _folder_of(run, node)
+        path, run, is_taken_over = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
         with (
             open_folder(path, "server_log.txt", run.keep_tensors) as folder,
@@ -99,6 +99,9 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         ):
             events = folder.events
             place = _check_place(run, node, path, events)
+            if place is not None and is_taken_over:
+                for name in place.names(f"{run.run}/"):
+                    place.delete(name)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past))
             events.note(f"command line: {' '.join(command_line())}")
@@ -232,18 +235,21 @@ def _check_place(
     return place
 
 
-def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig]:
-    """Return the folder of the run, new or resumed, and the run by its name.
+def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig, bool]:
+    """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
+    that of a start that failed.
 
     The options lie in it before anything else, so that the run can go on whenever it is killed.
     """
     if node.resume:
-        return Path(node.resume), run
-    path = create_run_folder(node.out_path / "server", run.run)
+        return Path(node.resume), run, False
+    parent = node.out_path / "server"
+    was_there = bool(run.run) and (parent / run.run).exists()
+    path = create_run_folder(parent, run.run)
     run = dataclasses.replace(run, run=path.name)
     write_file(path / "config.json", to_json(options_record(run, node)), durable=True)
     remember([run.model])
-    return path, run
+    return path, run, was_there
 
 
 def prepare(
