@@ -98,10 +98,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
         ):
             events = folder.events
-            place = _check_place(run, node, path, events)
-            if place is not None and is_taken_over:
-                for name in place.names(f"{run.run}/"):
-                    place.delete(name)
+            place = _check_place(run, node, path, events, anew=is_taken_over)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past))
             events.note(f"command line: {' '.join(command_line())}")
@@ -225,13 +222,18 @@ def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLo
 
 
 def _check_place(
-    run: RunConfig, node: ServerNode, path: Path, events: EventLog
+    run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, anew: bool
 ) -> ObjectStore | None:
-    """Open the place that keeps the weights, if there is one, and see that it can be used."""
+    """Open the place that keeps the weights, if there is one, and see that it can be used.
+
+    ``anew``: what a start of this run that failed has left there is removed.
+    """
     place = _store_options(run, node, path, events).open_place()
     if place is not None:
         place.check()
         events.say(f"weights go through {place.title}")
+        for name in place.names(f"{run.run}/") if anew else ():
+            place.delete(name)
     return place
 
 

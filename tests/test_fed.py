@@ -1,5 +1,6 @@
 """Weights through every store, and the fed server apart: the same weights, and nobody sees more."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -396,9 +397,11 @@ def test_a_client_that_wants_the_servers_apart_insists(launcher: Launcher) -> No
         (["--fed-server", "127.0.0.1:1"], "but the server is that as well"),
         (["--allow-weights", "gs://mine"], "but the server has the weights sent to it"),
     ):
-        server = launcher.server("--clients", 1, *OPTIONS)
-        assert wanted in launcher.client(*ALLOW, *own).ended_with(2)
-        server.ended_with(1)
+        server = launcher.server("--clients", 1, *OPTIONS, "--port", 0)
+        wait_for(server, "listening on ")
+        address = re.search(r"listening on (\S+)", server.out)[1]
+        assert wanted in launcher.client("--server", address, *ALLOW, *own).ended_with(2)
+        wait_for(server, f"{wanted}; its place is free")
 
 
 # What ends before the training, with one line.
@@ -432,7 +435,7 @@ def test_no_permission_ends_before_the_training(launcher: Launcher, gate: Gate) 
     gate.faults = lambda request: (403, "forbidden") if request.uploads else None
     servers, clients = start_all(launcher, place, *OPTIONS, clients=1)
     assert "no permission to write r/clients/client_0" in clients[0].ended_with(1)
-    servers[0].ended_with(1)
+    wait_for(servers[0], "client_0 is away: client_0 stopped: no permission to write")
 
 
 def test_a_client_gives_its_weights_to_no_place_that_it_does_not_allow(
@@ -457,8 +460,8 @@ def test_a_client_has_its_own_path_to_a_shared_folder(launcher: Launcher) -> Non
     assert (folder / "r/round_001/client_0.pt").exists()
 
 
-def test_a_second_client_of_an_id_is_told(launcher: Launcher) -> None:
-    """Two servers of one run's name share a folder: one client 0 has signed in with other data."""
+def test_a_second_run_of_a_name_is_told(launcher: Launcher) -> None:
+    """Two servers of one run's name share a folder for weights."""
     place = f"dir:{launcher.folder / 'shared'}"
     options = ["--clients", 1, "--run", "r", "--weights", place, *OPTIONS]
     server = launcher.server(*options)
@@ -467,10 +470,9 @@ def test_a_second_client_of_an_id_is_told(launcher: Launcher) -> None:
     shutil.rmtree(launcher.folder / "server")
     shutil.rmtree(launcher.folder / "client")
     server = launcher.server(*options, "--partition", "sizes:1", "--seed", 5)
-    client = launcher.client(*ALLOW, "--allow-weights", place)
-    line = client.ended_with(1)
-    assert "client_0 is there already with other content" in line
-    server.ended_with(1)
+    client = launcher.client(*ALLOW, "--allow-weights", place, "--reconnect-timeout", 0)
+    for program in (server, client):
+        assert "init.pt is there already with other content" in program.ended_with(1)
 
 
 def test_of_two_clients_of_an_id_the_first_counts(
