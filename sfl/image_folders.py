@@ -34,8 +34,8 @@ _OF_SYSTEMS = frozenset(
      "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )  # fmt: skip
 LAYOUT = (
-    "wanted are DIR/<class>/<image>.png; or DIR/train/<class>/<image>.png and, as one likes,"
-    " DIR/val/<class>/... and DIR/test/<class>/..., spelt so; or an .npz file"
+    "wanted are DIR/<class>/<image>.png, or DIR/train/<class>/<image>.png with, if you like,"
+    " DIR/val/<class>/... and DIR/test/<class>/..., in small letters; or an .npz file"
 )
 
 
@@ -169,11 +169,10 @@ def _classes(folder: Path, say: Say) -> tuple[str, ...]:
 
 
 def _no_class(folder: Path) -> DataError:
-    images = [path.name for path in sort_out(folder, _why_no_image)[0]]
-    if images:
+    num_images = len(sort_out(folder, _why_no_image)[0])
+    if num_images:  # whose names may be private: the server hears of this
         return DataError(
-            f"{folder} has {counted(len(images), 'image')} ({_some(images)}), but no folder says of"
-            f" which class they are; {LAYOUT}"
+            f"{folder} has {counted(num_images, 'image')}, but no folder says of which class; {LAYOUT}"
         )
     return DataError(f"{folder} is empty: put one folder of images a class there; {LAYOUT}")
 

@@ -61,8 +61,8 @@ def read_npz(
             x, how = _samples(path, f"x{suffix}", arrays, spec, any_range)
             y = _labels(path, f"y{suffix}", arrays, classes)
             counts = np.bincount(y, minlength=len(classes))
-            told = ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True))
-            say(f"{path}: {len(y)} {part} samples, {how}; of {told}")
+            told = ", ".join(f"{n} {name}" for name, n in zip(classes, counts, strict=True))
+            say(f"{path}: {len(y)} samples for {part} {how}; classes: {told}")
             read[part] = Samples(torch.from_numpy(x), torch.from_numpy(y))
     return Parts(
         train=read["train"],
