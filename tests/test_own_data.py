@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sfl.check import check_run
 from sfl.class_names import listed
 from sfl.config import NodeConfig, RunConfig
 from sfl.data import ClientData, DatasetSpec, client_data
@@ -472,14 +473,20 @@ def test_bytes_are_divided_by_255_before_they_are_normalised(tmp_path: Path) -> 
     assert torch.allclose(batch, torch.tensor(0.2))
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "their.own:function"])
 @pytest.mark.parametrize(
     "text",
     ["none", "0.5,0.5", "mean=0.5", "std=1,mean=0", "mean=0,std=0", "mean=nan,std=1",
-     "mean=0,std=inf", "mean=1/2,std=1", "mean=1e30,std=1", "mean=1/2,std=1/2"],
+     "mean=0,std=inf", "mean=1/2,std=1", "mean=1e30,std=1"],
 )  # fmt: skip
-def test_a_normalisation_that_is_none_is_a_bad_option(launcher: Launcher, text: str) -> None:
-    line = launcher.server("--normalize", text).ended_with(2)
-    assert f"--normalize {text}" in line or f"--normalize '{text}'" in line
+def test_a_normalisation_that_is_none_is_refused_before_the_start(text: str, dataset: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--normalize '{text}': give mean=M,std=S"):
+        check_run(RunConfig(normalize=text, dataset=dataset, cut=1))
+
+
+def test_a_normalisation_of_other_channels_is_a_bad_option(launcher: Launcher) -> None:
+    line = launcher.server("--normalize", "mean=1/2,std=1/2").ended_with(2)
+    assert "2 means, but samples of mnist-5k have 1 channels" in line
 
 
 def _raw(folder: Path, write: Callable[[Path], object]) -> Path:
