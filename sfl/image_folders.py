@@ -25,6 +25,7 @@ from sfl.samples import Parts, Samples, nothing
 Say = Callable[[str], object]
 PARTS = TRAIN, VALIDATION, TEST = "train", "val", "test"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+_HIDDEN = "hidden or of the system"
 MOST_NAMED = 3  # of what is left out for one reason
 # What other layouts call a part: a folder of such a name that holds folders is no class.
 _LIKE_PARTS = frozenset({*PARTS, "training", "valid", "validation", "testing"})
@@ -99,10 +100,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join([*names[:MOST_NAMED], *["..."] * (len(names) > MOST_NAMED)])
 
 
-_HIDDEN = "hidden or of the system"
-
-
-def why_no_class(path: Path) -> str:
+def _why_no_class(path: Path) -> str:
     """Return why something beside the folders of the classes is not read; "" if it is one."""
     if is_of_system(path):
         return _HIDDEN
@@ -133,9 +131,12 @@ def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
     Raises:
         DataError: a folder is meant as a part, and spelt in another way.
     """
-    folders = {path.name: path for path in sort_out(data_dir, why_no_class)[0]}
-    # A class may be called "train" (of vehicles): then images lie in it.
-    has_parts = TRAIN in folders and (folders.keys() <= {*PARTS} or _holds_folders(folders[TRAIN]))
+    folders = {path.name: path for path in sort_out(data_dir, _why_no_class)[0]}
+    has_parts = TRAIN in folders and (
+        folders.keys() == {TRAIN}
+        or not folders.keys().isdisjoint({VALIDATION, TEST})
+        or bool(sort_out(folders[TRAIN], _why_no_class)[0])  # else a class is called so: vehicles
+    )
     for name, path in folders.items():
         if name.casefold() not in _LIKE_PARTS or (has_parts and name in PARTS):
             continue
@@ -151,7 +152,7 @@ def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
 
 def _holds_folders(folder: Path) -> bool:
     """Say whether there are folders in a folder, and no images."""
-    return bool(sort_out(folder, why_no_class)[0]) and not sort_out(folder, _why_no_image)[0]
+    return bool(sort_out(folder, _why_no_class)[0]) and not sort_out(folder, _why_no_image)[0]
 
 
 def _classes(folder: Path, say: Say) -> tuple[str, ...]:
@@ -160,7 +161,7 @@ def _classes(folder: Path, say: Say) -> tuple[str, ...]:
     Raises:
         DataError: there are none.
     """
-    names = tuple(path.name for path in sort_out(folder, why_no_class)[0])
+    names = tuple(path.name for path in sort_out(folder, _why_no_class)[0])
     if not names:
         raise _no_class(folder)
     if alike := alike_among(names):
@@ -172,7 +173,8 @@ def _no_class(folder: Path) -> DataError:
     num_images = len(sort_out(folder, _why_no_image)[0])
     if num_images:  # whose names may be private: the server hears of this
         return DataError(
-            f"{folder} has {counted(num_images, 'image')}, but no folder says of which class; {LAYOUT}"
+            f"{folder} has {counted(num_images, 'image')}, but no folder says of which class;"
+            f" {LAYOUT}"
         )
     return DataError(f"{folder} is empty: put one folder of images a class there; {LAYOUT}")
 
@@ -182,7 +184,7 @@ def _read_part(
 ) -> Samples:
     """Read the images of one part."""
     folder = data_dir / name
-    found, beside = sort_out(folder, why_no_class)
+    found, beside = sort_out(folder, _why_no_class)
     names = [path.name for path in found]
     if foreign := [n for n in names if n not in classes]:
         raise DataError(

@@ -13,6 +13,8 @@ from sfl.errors import DataError
 from sfl.image_folders import LAYOUT, is_of_system, read_folders, sort_out
 from sfl.npz import read_npz
 
+MOST_MEASURED = 256  # samples, whose mean and deviation are said
+
 
 def load_own(
     spec: DatasetSpec,
@@ -39,9 +41,14 @@ def load_own(
         raise DataError(f"no own data at {data_dir}: give --data-dir a folder or an .npz file")
     if not len(parts.train):
         raise DataError(f"{data_dir} holds no training samples; {LAYOUT}")
-    return client_data(
+    data = client_data(
         spec, run, client, parts.train, parts.test, parts.classes, validation=parts.validation
-    )  # fmt: skip
+    )
+    if run.normalize:
+        x, _ = data.batch(data.train, slice(0, MOST_MEASURED))
+        mean, std = float(x.mean()), float(x.std(correction=0))
+        say(f"normalised by {run.normalize}: samples have mean {mean:.3g} and deviation {std:.3g}")
+    return data
 
 
 def _archive(data_dir: Path, say: Callable[[str], object]) -> Path | None:

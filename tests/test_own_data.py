@@ -255,6 +255,7 @@ def test_val_is_the_validation_part(tmp_path: Path, own: Own, has_test: bool) ->
     if has_test:
         write_image(tmp_path / "test" / "a" / "0.png", 99)
     (tmp_path / "notes").mkdir()
+    write_image(tmp_path / "train" / "astray.png")
     data = own(tmp_path)
     assert (len(data.train), len(data.validation), len(data.test)) == (10, 1, int(has_test))
     assert sorted(data.train.x[:, 0, 0, 0].tolist()) == list(range(10))
@@ -281,6 +282,7 @@ def test_val_is_the_validation_part(tmp_path: Path, own: Own, has_test: bool) ->
         (["train/a/0.png", "valid/a/0.png"], r"valid looks like a part of the data"),
         (["train/a/0.png", "validation/0.png"], r"validation looks like a part of the data"),
         (["test/a/0.png"], r"test looks like a part of the data"),
+        (["train/0.png", "val/0.png", "notes/x.txt"], r"train has 1 image, but no folder says"),
         (["mine/train/a/0.png"], r"holds no training samples"),
         (["train/a/x.txt", "test/a/0.png"], r"holds no training samples"),
     ],
@@ -484,9 +486,9 @@ def test_a_normalisation_that_is_none_is_refused_before_the_start(text: str, dat
         check_run(RunConfig(normalize=text, dataset=dataset, cut=1))
 
 
-def test_a_normalisation_of_other_channels_is_a_bad_option(launcher: Launcher) -> None:
-    line = launcher.server("--normalize", "mean=1/2,std=1/2").ended_with(2)
-    assert "2 means, but samples of mnist-5k have 1 channels" in line
+def test_a_normalisation_of_other_channels_is_refused_before_the_start() -> None:
+    with pytest.raises(ConfigError, match="2 means, but samples of mnist-5k have 1 channels"):
+        check_run(RunConfig(normalize="mean=1/2,std=1/2"))
 
 
 def _raw(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -554,6 +556,7 @@ def test_a_client_says_what_it_read_and_the_run_equals_the_simulation(
     assert line in clients[0].out
     assert line in log
     assert "3 samples for validation" in clients[1].out
+    assert f"normalised by {text}: samples have mean" in clients[1].out
     run = RunConfig(
         partition="own", model="mlp", rounds=1, clients=2, run="s", normalize=text
     )  # fmt: skip
