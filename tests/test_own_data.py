@@ -182,7 +182,23 @@ def test_damaged_exif_data_are_said(tmp_path: Path) -> None:
     assert notes == ["with damaged EXIF data: not turned"]
 
 
+def planes_of_16_bits() -> bytes:
+    """Return a TIFF of two pixels whose colours lie one after another; Pillow misreads it."""
+    head, planes = b"II*\0" + struct.pack("<I", 20), bytes(range(12))
+    lists = 22 + 10 * 12 + 4  # behind the directory: bits, offsets, lengths
+    directory = struct.pack("<H", 10)
+    for tag, kind, count, value in (
+        (256, 4, 1, 2), (257, 4, 1, 1), (258, 3, 3, lists), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 3, lists + 6), (277, 3, 1, 3), (278, 4, 1, 1), (279, 4, 3, lists + 18),
+        (284, 3, 1, 2),
+    ):  # fmt: skip
+        directory += struct.pack("<HHII", tag, kind, count, value)
+    behind = struct.pack("<3H3I3I", 16, 16, 16, 8, 12, 16, 4, 4, 4)
+    return head + planes + directory + bytes(4) + behind
+
+
 DEEP = {
+    "RGB in planes": planes_of_16_bits(),
     "RGB": png(16, 2, bytes(range(12))),
     "RGBA": png(16, 6, bytes(range(16))),
     "LA": png(16, 4, bytes(range(8))),
