@@ -49,8 +49,8 @@ def read_npz(
         names = [name for name in (f"x{suffix}", f"y{suffix}") if name in arrays]
         if len(names) == 1 or (not names and not suffix):
             raise DataError(
-                f"{path} has arrays {', '.join(arrays) or 'none'}; wanted are x and y, and as one"
-                f" likes x_val and y_val, x_test and y_test: each x with its y"
+                f"{path} has arrays {', '.join(arrays) or 'none'}; wanted are x and y,"
+                " optionally x_val and y_val, x_test and y_test: each x with its y"
             )
     classes = _classes(path, arrays, spec)
     if alike := alike_among(classes):
