@@ -19,7 +19,7 @@ from torch import Tensor
 from sfl.archive_writer import sync
 from sfl.errors import DataError
 
-FORMAT = 1  # of what is kept; counts up when something else comes out of the same files
+FORMAT = 2  # of what is kept; counts up when something else comes out of the same files
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from sfl.augment import check_augmentation
 from sfl.class_weights import BALANCED, class_weights, parse
 from sfl.config import KeepTensors, RunConfig
-from sfl.data import num_batches
+from sfl.data import normalised, num_batches, parse_normalize
 from sfl.datasets import dataset_of
 from sfl.errors import ConfigError, RunError
 from sfl.optimizers import check_optimizer
@@ -36,12 +36,15 @@ def check_run(run: RunConfig) -> RunConfig:
     check_rule(run)
     parse(run.class_weights)
     check_augmentation(run.augment)
+    if run.normalize:
+        parse_normalize(run.normalize)
     if ":" not in run.dataset:
         spec = dataset_of(run)
         if run.partition == WRITER and not spec.has_writers:
             raise ConfigError(
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
+        normalised(spec, run)
         SplitModel(run, spec.input_shape, len(spec.classes))
         if run.partition != OWN and run.class_weights != BALANCED:
             class_weights(run.class_weights, len(spec.classes))

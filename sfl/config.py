@@ -71,6 +71,10 @@ class RunConfig:
         "", "random changes to training images: none, or hflip, vflip, crop:padding=4 and"
         " rotate:degrees=10 joined by +; the data set's own if not given",
     )  # fmt: skip
+    normalize: str = _option(
+        "", "mean=M,std=S that samples are normalised by, bytes divided by 255 before: one number"
+        " for all channels, or one for each as 0.5/0.4/0.3; the data set's own if not given",
+    )  # fmt: skip
     partition: str = _option(
         "iid",
         "who has which training samples: own, iid, sizes:0.2,0.2,0.6, dirichlet:0.5,"

@@ -1,12 +1,14 @@
 """What a client trains, validates and tests on, and the batches that it draws.
 
-Images stay as they were read (uint8, or float32 in [0, 1]), perhaps in a file that is mapped into
+Images stay as they were read (uint8, or float32), perhaps in a file that is mapped into
 memory, and become normalised float32 when a batch is drawn.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from sfl.partition import deal
 from sfl.protocol import Position
 from sfl.samples import Samples, as_floats
 
+SHORTEST_SIDE = 4  # of an image that may be resized; what is smaller is a row of numbers
 RESIZED_AT_ONCE = 1024  # images, to bound the memory that it takes
+LARGEST_FIGURE = 1e9  # of --normalize, and 1 over it the least deviation: what float32 bears
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
 
@@ -39,9 +43,10 @@ class Source:
 class DatasetSpec:
     """A data set: how to load its training and test set, and what its samples are.
 
-    ``mean`` and ``std`` are for pixels in [0, 1], one for all channels or one for each;
-    ``augment`` is what ``--augment`` means if it is not given, ``background`` the grey in [0, 1]
-    that comes in from outside an image.
+    ``mean`` and ``std`` are for bytes divided by 255, and floats as they are, which in our own data
+    sets are in [0, 1]; one for all channels or one for each; ``augment`` is what
+    ``--augment`` means if it is not given, ``background`` the grey in [0, 1] that comes in from
+    outside an image.
     """
 
     load: Callable[[Source], tuple[Samples, Samples]]
@@ -53,11 +58,65 @@ class DatasetSpec:
     background: float = 0.0
     has_writers: bool = False
 
+    @property
+    def has_images(self) -> bool:
+        return len(self.input_shape) == 3
+
     def sized(self, side: int) -> "DatasetSpec":
-        """Return the data set with square images of this side; 0: as it is."""
+        """Return the data set with square images of this side; 0: as it is.
+
+        Raises:
+            ConfigError: its samples are no images.
+        """
         if not side:
             return self
+        if not self.has_images:
+            raise ConfigError(
+                f"--image-size {side}: the samples of the data set, {list(self.input_shape)}, are"
+                " no images"
+            )
         return dataclasses.replace(self, input_shape=(self.input_shape[0], side, side))
+
+
+def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of ``--normalize``: one for all channels or one for each.
+
+    Raises:
+        ConfigError: the text is not ``mean=M,std=S``, or a figure is out of range.
+    """
+    found = re.fullmatch(r"mean=([^,]+),std=([^,]+)", text)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if found:
+        with contextlib.suppress(ValueError):
+            mean, std = (tuple(map(float, figures.split("/"))) for figures in found.groups())
+    most = LARGEST_FIGURE
+    in_range = all(
+        -most <= m <= most and 1 / most <= s <= most for m, s in zip(mean, std, strict=False)
+    )
+    if not mean or len(mean) != len(std) or not in_range:
+        raise ConfigError(
+            f"--normalize {text!r:.120}: give mean=M,std=S, with a number for all channels or, as"
+            f" in mean=0.5/0.4/0.3,std=0.2/0.2/0.2, one for each; std above 0, none beyond {most:g}"
+        )
+    return mean, std
+
+
+def normalised(spec: DatasetSpec, run: RunConfig) -> DatasetSpec:
+    """Return the data set with the mean and deviation that the run gives, if it gives them.
+
+    Raises:
+        ConfigError: they are not of its channels.
+    """
+    if not run.normalize:
+        return spec
+    mean, std = parse_normalize(run.normalize)
+    if len(mean) not in (1, spec.input_shape[0]):
+        raise ConfigError(
+            f"--normalize {run.normalize}: {len(mean)} means, but samples of {run.dataset} have"
+            f" {spec.input_shape[0]} channels"
+        )
+    return dataclasses.replace(spec, mean=mean, std=std)
 
 
 def load(spec: DatasetSpec, source: Source) -> tuple[Samples, Samples]:
@@ -98,14 +157,24 @@ def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
     return ""
 
 
+def check_resizable(found: Sequence[int], shape: Sequence[int]) -> None:
+    """See that samples are images that can be brought to a shape.
+
+    Raises:
+        DataError: they are not; they would become images of nothing.
+    """
+    if not len(found) == len(shape) == 3 or min(found[1:]) < SHORTEST_SIDE:
+        raise DataError(
+            f"samples of shape {list(found)} are no images that could be resized to the data set's"
+            f" {list(shape)}: give the run a data set of this kind"
+        )
+
+
 def _resized(samples: Samples, shape: tuple[int, ...]) -> Samples:
     """Return samples whose images have this shape, bilinearly resized if need be."""
     if tuple(samples.stored.shape[1:]) == shape or not len(samples):
         return samples
-    if len(shape) != 3:
-        raise DataError(
-            f"samples of shape {list(samples.stored.shape[1:])} cannot be made {list(shape)}"
-        )
+    check_resizable(samples.stored.shape[1:], shape)
     from torchvision.transforms.v2 import functional  # takes seconds to import
 
     pieces = [
@@ -178,26 +247,33 @@ def client_data(
     part: Samples,
     test: Samples,
     classes: tuple[str, ...] | None = None,
+    *,
+    validation: Samples | None = None,
 ) -> ClientData:
-    """Hold out a fifth of a client's part for validation, drawn from (seed, client).
+    """Return a client's data; if ``validation`` is not given, a fifth of its part is held out.
+
+    That fifth is drawn from (seed, client).
 
     Raises:
-        ConfigError: the samples cannot be augmented.
-        DataError: the part is empty.
+        ConfigError: the samples cannot be augmented, or normalised as the run says.
+        DataError: the part is empty, or its samples are not of the data set's kind.
     """
+    spec = normalised(spec, run)
     if not len(part):
         raise DataError(f"client {client} has no training samples (--partition {run.partition})")
     changes = run.augment or spec.augment
     check_augmentation(changes)
-    if changes != NONE and len(spec.input_shape) != 3:
+    if changes != NONE and not spec.has_images:
         raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
     part, test = _resized(part, spec.input_shape), _resized(test, spec.input_shape)
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
-    num_held_out = len(part) // VALIDATION_SHARE
+    num_held_out = len(part) // VALIDATION_SHARE if validation is None else 0
+    if validation is None:
+        validation = part.take(order[:num_held_out])
     return ClientData(
         train=part.take(order[num_held_out:]),
-        validation=part.take(order[:num_held_out]),
+        validation=_resized(validation, spec.input_shape),
         test=test,
         spec=spec,
         classes=classes or spec.classes,

@@ -61,7 +61,8 @@ def load_femnist(source: Source) -> tuple[Samples, Samples]:
 
 
 def _files(folder: Path) -> list[Path]:
-    paths = sorted((*folder.glob("*.json"), *folder.glob("*.json.gz")))
+    found = (*folder.glob("*.json"), *folder.glob("*.json.gz"))
+    paths = sorted(path for path in found if not path.name.startswith("."))  # of another system
     if not paths:
         raise DataError(
             f"no .json or .json.gz in {folder}: make FEMNIST with LEAF"

@@ -57,7 +57,7 @@ class Machine:
         spec = dataset_of(run, node.allowed_imports)
         if run.partition == OWN:
             own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
-            return load_own(spec, run, client, own)
+            return load_own(spec, run, client, own, say=notify)
         if run not in self._parts:
             source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
             self._parts[run] = deal(*load(spec, source), run)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sfl.class_names import listed
 from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
 from sfl.data import ClientData
@@ -288,12 +289,8 @@ def difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
         )
     if theirs.classes != ours.classes:
         return (
-            f"classes differ: client_{one} has {_some(ours.classes)}, client_{other}"
-            f" {_some(theirs.classes)}; all need the same ones, a folder may be empty"
+            f"classes differ: client_{one} has {listed(ours.classes, theirs.classes)},"
+            f" client_{other} {listed(theirs.classes, ours.classes)}; all need the same ones,"
+            " a folder may be empty"
         )
     return ""
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:12])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 12 else ''})"

@@ -11,7 +11,7 @@ from torch import Tensor
 class Samples:
     """Some rows of what is stored, gathered only when their pixels are needed.
 
-    ``stored``: (M, C, H, W) uint8 or float32 in [0, 1], often shared by the parts of a data set;
+    ``stored``: (M, C, H, W) uint8 or float32, often shared by the parts of a data set;
     ``y``: (N,) int64; ``writers``: (N,) int64, who made each sample, where that is known;
     ``rows``: (N,) int64, which rows of ``stored`` they are: all, in order, if not given.
     """
@@ -37,6 +37,21 @@ class Samples:
         return Samples(self.stored, self.y[indices], writers, rows[indices])
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A client's own data, as its files divide them."""
+
+    train: Samples
+    validation: Samples | None  # None: to be held out of ``train``
+    test: Samples
+    classes: tuple[str, ...]
+
+
+def nothing(shape: tuple[int, ...]) -> Samples:
+    """Return no samples of a shape."""
+    return Samples(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+
+
 def join(parts: Iterable[Samples]) -> Samples:
     """Return the samples of several parts in one."""
     xs, ys = zip(*((part.x, part.y) for part in parts), strict=True)
@@ -45,5 +60,5 @@ def join(parts: Iterable[Samples]) -> Samples:
 
 
 def as_floats(x: Tensor) -> Tensor:
-    """Return pixels as float32 in [0, 1]; those that are, as they are."""
+    """Return pixels as float32: bytes divided by 255, floats as they are."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x

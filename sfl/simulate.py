@@ -249,7 +249,7 @@ def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
 def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
     spec, clients = dataset_of(run), range(run.clients)
     if run.partition == OWN:
-        return {k: load_own(spec, run, k, node.data_path / f"client_{k}") for k in clients}
+        return {k: load_own(spec, run, k, node.data_path / f"client_{k}", say=say) for k in clients}
     loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))
     return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
 

@@ -258,7 +258,7 @@ GOOD = {"x": np.zeros((5, 28, 28), np.uint8), "y": np.arange(5)}
             {**GOOD, "x": np.zeros((5, 784), np.uint8)},
             r"shape \[784\]; wanted are \(N, 1, H, W\) or",
         ),
-        ({**GOOD, "x": np.zeros((5, 28, 28, 1), np.uint8)}, r"wanted are \(N, 1, H, W\) or"),
+        ({**GOOD, "x": np.zeros((5, 28, 28, 3), np.uint8)}, r"wanted are \(N, 1, H, W\) or"),
         ({**GOOD, "x": np.full((5, 28, 28), 2.0)}, r"floats outside \[0, 1\]"),
         ({**GOOD, "x": np.full((5, 28, 28), np.nan)}, r"floats outside \[0, 1\]"),
         ({**GOOD, "x": np.zeros((5, 28, 28), np.int32)}, "x is int32"),

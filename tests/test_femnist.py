@@ -37,6 +37,12 @@ def test_femnist_keeps_leafs_white_background(tmp_path: Path) -> None:
     assert torch.equal(again.x, train.x)
 
 
+def test_what_another_system_puts_beside_the_files_is_not_read(tmp_path: Path) -> None:
+    write_femnist(tmp_path, WRITERS, TESTERS)
+    (tmp_path / "FEMNIST/data/train/._all_data.json").write_bytes(b"\0\5\x16\7")
+    assert len(loaded("femnist", tmp_path)[0]) == sum(WRITERS.values())
+
+
 def test_each_writer_is_one_clients_alone(tmp_path: Path) -> None:
     write_femnist(tmp_path, WRITERS, TESTERS)
     both = loaded("femnist", tmp_path)
