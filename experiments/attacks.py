@@ -451,10 +451,12 @@ def _tensors() -> dict[str, Any]:
     z = torch.zeros(BATCH, 128)
     bad = z.clone()
     bad[1, 2] = float("nan")
+    huge = z.clone()
+    huge[0, 0] = 3e38
     infinite = z.clone()
     infinite[3, 4] = -float("inf")
     return {
-        "NaN": bad, "infinity": infinite, "a dtype too wide": z.double(),
+        "NaN": bad, "infinity": infinite, "3e38": huge, "a dtype too wide": z.double(),
         "a sample too many": torch.zeros(BATCH + 1, 128), "a transposed shape": z.t().contiguous(),
     }  # fmt: skip
 
@@ -506,17 +508,20 @@ def _says(kind: MessageType) -> Harm:
     return lambda insider: insider.link.send_message_as_json(kind, at=insider.at())
 
 
-def _nan_model(insider: Insider) -> None:
-    """Send the right weights, with one that is no number."""
+def _model_of(value: float) -> Harm:
+    """Send the right weights, but for some of this value."""
     import torch
 
     from sfl.split_model import SplitModel
     from sfl.tensors import encode_state
 
-    front = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES).front_state()
-    name = next(iter(front))
-    front[name] = torch.full_like(front[name], float("nan"))
-    _as_model(encode_state(front))(insider)
+    def harm(insider: Insider) -> None:
+        front = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES).front_state()
+        name = next(iter(front))
+        front[name] = torch.full_like(front[name], value)
+        _as_model(encode_state(front))(insider)
+
+    return harm
 
 
 def _damaged(insider: Insider) -> None:
@@ -548,7 +553,7 @@ def insiders() -> dict[str, Harm]:
     # The last, since the steps that come before them count.
     for name in (EVIL, "a deflate bomb", "nested tuples as a key", "a view", "a dict"):
         found[f"model: {name}"] = _as_model(hostile_files()[name][0])
-    found["model: NaN"] = _nan_model
+    found |= {"model: NaN": _model_of(float("nan")), "model: 3e38": _model_of(3e38)}
     return found | {
         "a model larger than the model": _as_model(bytes(4_000_000)),
         "a model of 2^62 bytes offered": _as_model(b"x", 2**62),

@@ -13,8 +13,7 @@ send      hand files to the system                 hand files to the system
 wait      for gradients, when the batch is made
 load      check gradients, make them a tensor      the same of labels, activations
 backward  the front
-update    the optimiser's step                     gradients of weights that could
-                                                   wait, the optimiser's step
+update    the optimiser's step                     the same
 archive   hand files to the archive, log           the same
 ========= ======================================== ================================
 """
