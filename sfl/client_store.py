@@ -16,6 +16,7 @@ from sfl.errors import (
     PeerFailed,
     ProtocolError,
     RunError,
+    SflError,
     StepFailed,
     reason_of,
 )
@@ -104,15 +105,20 @@ def hearing_why(connection: Connection) -> Iterator[None]:
             raise why from error
         raise
     except BaseException as error:
-        last = MessageType.ABORT
-        if isinstance(error, KeyboardInterrupt):
-            last = MessageType.UNREGISTER
-        elif isinstance(error, ProtocolError):
-            last = MessageType.INVALID_MESSAGE
-        elif isinstance(error, StepFailed):
-            last = MessageType.FAILED
-        connection.dismiss(last, reason_of(error))
+        connection.dismiss(_last_words(error), reason_of(error))
         raise
+
+
+def _last_words(error: BaseException) -> MessageType:
+    """Return how a client says why it ends: whether another try may go better."""
+    if isinstance(error, KeyboardInterrupt):
+        return MessageType.UNREGISTER
+    if isinstance(error, ProtocolError):
+        return MessageType.INVALID_MESSAGE
+    its_own_trouble = isinstance(error, SflError | OSError | MemoryError)
+    if isinstance(error, StepFailed) or not its_own_trouble:  # code that fails does so again
+        return MessageType.FAILED
+    return MessageType.ABORT
 
 
 @contextlib.contextmanager

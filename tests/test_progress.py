@@ -21,11 +21,9 @@ Harm = Callable[[Insider], Iterator[None]]
 
 
 def only_lives(insider: Insider) -> Iterator[None]:
-    """Send signs of life alone, that name ever later steps."""
-    step = 0
-    while True:
-        step += 1
-        insider.link.at = insider.at(step)
+    """Send signs of life alone, that name a later step every second; it has sixteen."""
+    for tenth in range(100):
+        insider.link.at = insider.at(tenth // 10)
         yield
 
 
