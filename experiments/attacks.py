@@ -18,21 +18,23 @@ from typing import Any
 
 from experiments.hostile_files import hostile_files, saved
 from sfl.conversation import SECONDS_WIDTH
+from sfl.crc import crc32
 from sfl.driver import run_blocking
 from sfl.errors import SflError
 from sfl.link import CLIENT, Peer, is_last
 from sfl.protocol import (
     HEAD,
     MAGIC,
-    VERSION,
     Limits,
     Message,
     MessageType,
     Position,
     checksum,
     encode_head,
+    pack_head,
 )
 from sfl.registration import DataReport, Welcome, client_join, send_report
+from sfl.split_model import SplitModel
 from sfl.stream import Stream, TlsStream
 from sfl.tensors import encode
 from sfl.tokens import SERVER, Tokens, client_authenticate
@@ -130,7 +132,7 @@ def frame(content: object = "", kind: MessageType = MessageType.REGISTER, **more
 
 def raw(text: bytes, payload: bytes = b"") -> bytes:
     """Return a frame with any JSON."""
-    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(payload)) + text + payload
+    return pack_head(len(text), len(payload), crc=crc32(text)) + text + payload
 
 
 def with_fields(**changed: object) -> bytes:
@@ -160,11 +162,11 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
     return {
         "HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",),
         "random bytes": (os.urandom(2000),),
-        "another version": (HEAD.pack(MAGIC, 99, 0, 0, 2, 0) + b"{}",),
-        "unknown flags": (HEAD.pack(MAGIC, VERSION, 255, 0, 2, 0) + b"{}",),
-        "JSON of 2 GiB": (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0),),
-        "a length of 2^63": (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63),),
-        "a payload of 4 GiB": (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**32) + b"{}",),
+        "another version": (pack_head(2, 0, version=99) + b"{}",),
+        "unknown flags": (pack_head(2, 0, flags=255) + b"{}",),
+        "JSON of 2 GiB": (pack_head(2**31, 0),),
+        "a length of 2^63": (pack_head(2, 2**63),),
+        "a payload of 4 GiB": (pack_head(2, 2**32) + b"{}",),
         "JSON 10,000 deep": (raw(b"[" * 10_000),),
         "JSON 2,000 deep": (raw(b"[" * 2000),),
         "an integer of 10,000 digits": (raw(b'{"a":' + b"1" * 10_000 + b"}"),),
@@ -376,7 +378,9 @@ class Insider:
         welcome = run_blocking(joining)
         counts = {"train": 2 * BATCH, "validation": BATCH, "test": BATCH}
         classes = tuple(map(str, range(NUM_CLASSES)))
-        send_report(self.link, DataReport(counts, classes, SHAPE, "0" * 64))
+        built = SplitModel(welcome.run, SHAPE, NUM_CLASSES).structure
+        report = DataReport(counts, classes, SHAPE, "0" * 64, structure=built, weights="0" * 8)
+        send_report(self.link, report)
         return welcome
 
     def at(self, step: int = -1, round_index: int = 0) -> Position:
@@ -411,9 +415,9 @@ class Insider:
 
     def announce(self, kind: MessageType, num_bytes: int) -> None:
         """Say that a file of so many bytes follows."""
-        head = bytearray(encode_head(Message(kind, at=self.at(0), payload=b"x")))
-        head[12:20] = num_bytes.to_bytes(8, "big")
-        self.link._stream.send([memoryview(head)])
+        text = encode_head(Message(kind, at=self.at(0), payload=b"x"))[HEAD.size :]
+        head = pack_head(len(text), num_bytes, crc=crc32(text))
+        self.link._stream.send([memoryview(head + text)])
 
     def upload(self, data: bytes, num_bytes: int | None = None) -> None:
         """Offer weights of so many bytes, and send them."""
@@ -494,7 +498,6 @@ def _nan_model(insider: Insider) -> None:
     """Send the right weights, with one that is no number."""
     import torch
 
-    from sfl.split_model import SplitModel
     from sfl.tensors import encode_state
 
     front = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES).front_state()

@@ -13,6 +13,7 @@ from sfl.driver import Conversation, run_blocking
 from sfl.errors import (
     ConfigError,
     ConnectionLost,
+    Damaged,
     PeerFailed,
     ProtocolError,
     RunError,
@@ -104,7 +105,7 @@ def hearing_why(connection: Connection) -> Iterator[None]:
         raise
     except BaseException as error:
         last = MessageType.ABORT
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
             last = MessageType.UNREGISTER
         elif isinstance(error, ProtocolError):
             last = MessageType.INVALID_MESSAGE

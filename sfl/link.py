@@ -15,7 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
+from sfl.errors import (
+    ConnectionLost,
+    Damaged,
+    LetGo,
+    NotYet,
+    PeerFailed,
+    PeerLeft,
+    PeerStopped,
+    ProtocolError,
+    SflError,
+)
 from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
 from sfl.saved import Buffer
 
@@ -44,6 +54,7 @@ LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
     MessageType.UNREGISTER: ("left", PeerLeft),
+    MessageType.TRY_AGAIN: ("closed this connection", LetGo),
 }
 
 
@@ -51,6 +62,13 @@ def is_last(message: Message) -> bool:
     """Say whether a peer ends the conversation with this, and why; a plain goodbye has no why."""
     plain = message.type is MessageType.UNREGISTER and not message.content
     return message.type in LAST_WORDS and not plain
+
+
+def last_words_for(error: SflError) -> MessageType:
+    """Return with which message a server ends a connection: whether to come back with a new one."""
+    if isinstance(error, ConnectionLost | Damaged | NotYet | PeerStopped):
+        return MessageType.TRY_AGAIN
+    return MessageType.INVALID_MESSAGE
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from sfl.allowance import Allowance
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import differences
@@ -15,18 +16,19 @@ from sfl.errors import (
     PEER_ERRORS,
     ConnectionLost,
     Damaged,
-    IntegrityError,
+    NotYet,
     PeerFailed,
     PeerLeft,
     ProtocolError,
     RunError,
     SflError,
 )
-from sfl.link import ANY_ID, Link
+from sfl.link import ANY_ID, Link, last_words_for
 from sfl.protocol import MessageType
 from sfl.registration import HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
+from sfl.same_model import ServersModel
 from sfl.switchboard import DrainedConnection, Switchboard
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
@@ -34,6 +36,9 @@ NOTICE_EVERY_S = 30.0  # to those who wait
 GOODBYE_S = 10.0  # for whoever was lost when the run was over
 SILENT_BEATS = 2  # that a client misses before another process may take its place
 TICK_S = 0.5  # how often to look at the time
+# How often a place may be taken over from a connection that is open, and how often a free one may
+# be taken: so often at once, then every so many seconds. A flaky link needs far less.
+TAKEN_OVER, TAKEN = (8, 3.0), (100, 0.2)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Place:
     lost_at: float = 0.0
     why: str = ""  # it is away
     is_out: bool = False  # the rounds go on without it until it is back
+    taken_over: Allowance = field(default_factory=lambda: Allowance(*TAKEN_OVER))
+    taken: Allowance = field(default_factory=lambda: Allowance(*TAKEN))
 
     @property
     def is_here(self) -> bool:
@@ -73,6 +80,7 @@ class Lobby(Network):
     goes_on: bool = False  # clients may have folders of this run already
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
+    model: ServersModel | None = None  # that clients must have built; None: any will do
     places: dict[int, Place] = field(default_factory=dict)
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
@@ -156,6 +164,7 @@ class Lobby(Network):
 
         Raises:
             RunError: it cannot be had.
+            NotYet: it has been taken too often in a short time.
         """
         free = sorted(self.ids - self._taken())
         if wanted == ANY_ID:
@@ -174,6 +183,9 @@ class Lobby(Network):
             silent = place.link.silent_s() > SILENT_BEATS * self.switchboard.heartbeat_s
             if not (place.instance == instance or place.link.failed or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
+        if not (place.taken_over if place.link else place.taken).take():
+            raise NotYet(f"client_{wanted} has connected anew too often: wait some seconds")
+        if place.link:
             self._lose(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
             self._changes.append((wanted, False))
         place.link, place.instance, place.ready = link, instance, False
@@ -183,8 +195,9 @@ class Lobby(Network):
         """Let one connection's registration go on with the message that has arrived."""
         if connection.failed and not connection.peer_name:  # it is gone already
             self._joining.pop(connection, None)
-            self.events.note(f"turned away {connection.address}: {connection.ending()}")
-            self.switchboard.drop(connection, "")
+            why = connection.ending() or ConnectionLost("it is gone")
+            self.switchboard.turned_away.add(connection.address, str(why), aloud=False)
+            self.switchboard.drop(connection, str(why), last_words_for(why))
             return
         if connection not in self._joining:
             connection.name = "server"
@@ -204,8 +217,8 @@ class Lobby(Network):
             if connection.peer_name:
                 self._left(connection, error)
             else:
-                self.events.note(f"turned away {connection.address}: {error}")
-                self.switchboard.drop(connection, str(error))
+                self.switchboard.turned_away.add(connection.address, str(error))
+                self.switchboard.drop(connection, str(error), last_words_for(error))
 
     def _welcome(self) -> Welcome:
         known = frozenset(k for k, place in self.places.items() if place.instance)
@@ -217,7 +230,8 @@ class Lobby(Network):
 
     def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
         place = self.places[joined.client]
-        if why := self._unlike(joined, place.joined):
+        other = self.model.unlike(joined) if self.model else ""
+        if why := self._unlike(joined, place.joined) or other:
             self._left(connection, ProtocolError(why))
             return
         before = place.joined.fingerprint if place.joined else self._past_fingerprint(joined)
@@ -319,9 +333,9 @@ class Lobby(Network):
         for connection in self.switchboard.connections:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
-                self.events.note(f"turned away {connection.address}: it did not register")
+                self.switchboard.turned_away.add(connection.address, "it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
-                self.switchboard.drop(connection, reason, MessageType.ABORT)
+                self.switchboard.drop(connection, reason, MessageType.TRY_AGAIN)
         limit = None if self._ends else self.patience.skip_after_s
         for client, place in self.places.items():
             silent_s = place.link.silent_s() if place.link and place.ready else 0.0
@@ -356,12 +370,8 @@ class Lobby(Network):
         """Let go of a client's connection, and tell the others whom we wait for."""
         place = self.places[client]
         if place.link:
-            at_fault = isinstance(error, ProtocolError | IntegrityError) and not isinstance(
-                error, Damaged
-            )
-            last_words = MessageType.INVALID_MESSAGE if at_fault else MessageType.ABORT
             self._joining.pop(place.link, None)
-            self.switchboard.drop(place.link, str(error), last_words)
+            self.switchboard.drop(place.link, str(error), last_words_for(error))
         place.link, place.ready, place.lost_at, place.why = (
             None,
             False,

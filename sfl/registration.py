@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sfl import __version__
 from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
 from sfl.data import ClientData
@@ -33,6 +34,7 @@ from sfl.options import from_values
 from sfl.partition import OWN
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
+from sfl.structure import CHECKSUM, DIGEST, MAX_DIGESTS
 
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
@@ -49,6 +51,8 @@ class DataReport:
     digest: str  # of the samples and the run's name: whether they are the same when it goes on
     class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
     rounds: tuple[int, ...] = ()  # of which it has what only it has; none: it has nothing such
+    structure: tuple[str, ...] = ()  # of the model that it built for them, see ``sfl.structure``
+    weights: str = ""  # checksum of the front's initial ones, as it draws them
 
     @classmethod
     def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
@@ -89,6 +93,7 @@ class Welcome:
     fed: str = HERE  # APART: it has no port, the weights go through the store
     heartbeat_s: float = 0.0  # how often the server wants to hear from a client
     known: frozenset[int] = frozenset()  # clients that have begun before, in any case
+    sfl: str = __version__  # its version
 
 
 def client_join(
@@ -128,7 +133,8 @@ def client_join(
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
-    return Welcome(client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str))
+    goes_on, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
+    return Welcome(client, run, first_round, goes_on, fed, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -182,6 +188,7 @@ def server_join(
         "goes_on": welcome.goes_on or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
+        "sfl": welcome.sfl,
     }
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     yield link
@@ -206,7 +213,19 @@ def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds))
+    structure, weights = _parse_built(message, client)
+    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
+
+
+def _parse_built(message: Message, client: int) -> tuple[tuple[str, ...], str]:
+    """Return what a client reports of the model that it has built."""
+    told, weights = message.get("structure", list), message.get("weights", str)
+    fine = 0 < len(told) <= MAX_DIGESTS and all(
+        type(d) is str and DIGEST.fullmatch(d) for d in told
+    )
+    if not fine or not CHECKSUM.fullmatch(weights):
+        raise ProtocolError(f"client_{client} does not report which model it has built")
+    return tuple(told), weights
 
 
 def _check_fits(

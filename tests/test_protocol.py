@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfl
+from sfl.crc import crc32
 from sfl.errors import IntegrityError, ProtocolError
 from sfl.protocol import (
     FILE_TYPES,
-    HEAD,
-    MAGIC,
-    VERSION,
     Decoder,
     Limits,
     Message,
     MessageType,
     Position,
     encode_head,
+    pack_head,
 )
 
 LIMITS = Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 20_000))
@@ -34,7 +33,7 @@ def frame(message: Message) -> bytes:
 
 def raw_frame(fields: object, payload: bytes = b"") -> bytes:
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(payload)) + text + payload
+    return pack_head(len(text), len(payload), crc=crc32(text)) + text + payload
 
 
 def decode(stream: bytes, cuts: list[int], limits: Limits = LIMITS) -> list[Message]:
@@ -139,10 +138,10 @@ def test_brackets_in_texts_are_no_depth() -> None:
     ("stream", "reason"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak"),
-        (HEAD.pack(MAGIC, 9, 0, 0, 2, 0), "version 9"),
-        (HEAD.pack(MAGIC, VERSION, 1, 0, 2, 0), "flags"),
-        (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0), "bytes of JSON"),
-        (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63), "payload of 9223372036854775808 bytes"),
+        (pack_head(2, 0, version=9), "it runs another release .protocol 9"),
+        (pack_head(2, 0, flags=1), "flags"),
+        (pack_head(2**31, 0), "bytes of JSON"),
+        (pack_head(2, 2**63), "payload of 9223372036854775808 bytes"),
         (raw_frame(b"\xff\xff"), "cannot be read"),
         (raw_frame(b"[" * 60_000), "nested more than 16 deep"),
         (raw_frame({**FIELDS, "content": json.loads("[" * 16 + "]" * 16)}), "nested more than 16"),
@@ -177,7 +176,7 @@ def test_a_bad_frame_is_refused_with_its_reason(stream: bytes, reason: str) -> N
 def test_a_length_is_refused_before_anything_is_allocated() -> None:
     limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**30, MessageType.TRAINING_LABELS: 10})
     fields = json.dumps({**FIELDS, "type": "TRAINING_LABELS", "checksum": ""}).encode()
-    stream = HEAD.pack(MAGIC, VERSION, 0, 0, len(fields), 2**29) + fields
+    stream = pack_head(len(fields), 2**29, crc=crc32(fields)) + fields
     tracemalloc.start()
     with pytest.raises(ProtocolError, match="at most 10 are"):
         decode(stream, [], limits)
