@@ -20,7 +20,7 @@ from experiments.hostile_files import hostile_files, saved
 from sfl.conversation import SECONDS_WIDTH
 from sfl.crc import crc32
 from sfl.driver import run_blocking
-from sfl.errors import SflError
+from sfl.errors import ConnectionLost, LetGo, SflError
 from sfl.link import CLIENT, Peer, is_last
 from sfl.protocol import (
     HEAD,
@@ -146,6 +146,18 @@ def _replaced(old: bytes, new: bytes) -> bytes:
     return raw(text.replace(old, new))
 
 
+def _flipped(byte: int) -> bytes:
+    """Return a good frame of which one bit was flipped on the way."""
+    data = bytearray(frame(HELLO, MessageType.AUTHENTICATE))
+    data[byte] ^= 1
+    return bytes(data)
+
+
+def _of_protocol_1() -> bytes:
+    """Return what SFL 0.1 says first."""
+    return encode_head(Message(MessageType.AUTHENTICATE, content=HELLO), version=1)
+
+
 def _file(kind: MessageType, data: bytes) -> bytes:
     return encode_head(Message(kind, payload=data)) + data
 
@@ -162,8 +174,13 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
     return {
         "HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",),
         "random bytes": (os.urandom(2000),),
+        "SFL 0.1": (_of_protocol_1(),),
         "another version": (pack_head(2, 0, version=99) + b"{}",),
         "unknown flags": (pack_head(2, 0, flags=255) + b"{}",),
+        "a flipped bit in the magic": (_flipped(0),),
+        "a flipped bit in the version": (_flipped(4),),
+        "a flipped bit in a length": (_flipped(8),),
+        "a flipped bit in the JSON": (_flipped(40),),
         "JSON of 2 GiB": (pack_head(2**31, 0),),
         "a length of 2^63": (pack_head(2, 2**63),),
         "a payload of 4 GiB": (pack_head(2, 2**32) + b"{}",),
@@ -540,6 +557,27 @@ def insiders() -> dict[str, Harm]:
         "a model larger than the model": _as_model(bytes(4_000_000)),
         "a model of 2^62 bytes offered": _as_model(b"x", 2**62),
     }
+
+
+TIMES = 200  # that a client takes its own place over
+
+
+def takes_its_own_place(target: Target) -> str:
+    """Register again and again as the same process, with a new connection each time."""
+    fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+    instance, given = secrets.token_hex(16), 0
+    client = (target.tokens.only_client or 0) if target.tokens else 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(TIMES):
+            link = _link(stack.enter_context(target.reach()))
+            joining = client_join(link, client, fingerprint, instance=instance, heartbeat_s=10.0)
+            with contextlib.suppress(LetGo, ConnectionLost):
+                if target.tokens:
+                    peer = Peer(CLIENT, client)
+                    run_blocking(client_authenticate(link, target.tokens, peer, listener=SERVER))
+                run_blocking(joining)
+                given += 1
+    return f"the place was given {given} times of {TIMES}"
 
 
 def try_insider(target: Target, harm: Harm) -> str:

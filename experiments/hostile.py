@@ -289,11 +289,17 @@ def lone_server(out: Path, name: str, options: list[str]) -> Iterator[str]:
 
 def insider(out: Path) -> Table:
     """Let a run's only client do harm; each time it registers anew with a server that goes on."""
-    from experiments.attacks import insiders, tls_to_plain_text, try_insider
+    from experiments.attacks import (
+        insiders,
+        takes_its_own_place,
+        tls_to_plain_text,
+        try_insider,
+    )
 
     with lone_server(out, "insider", []) as address:
         target = target_of(address, tls=False)
         attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
+        attempts["its own place, 200 times"] = functools.partial(takes_its_own_place, target)
         attempts["TLS to a plain port"] = functools.partial(tls_to_plain_text, target)
         return try_each(attempts)
 

@@ -8,6 +8,7 @@ import secrets
 import time
 from pathlib import Path
 
+from sfl import __version__
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode
@@ -25,13 +26,13 @@ from sfl.options import check_goes_on
 from sfl.party import ClientParty
 from sfl.payload import onto
 from sfl.profile import Profile
-from sfl.registration import HERE, DataReport, Welcome, client_join, send_report
+from sfl.registration import HERE, Welcome, client_join, send_report
 from sfl.resume import check_same_run, has_own, load_own_state, own_checkpoints
 from sfl.roundlog import ClientLog
 from sfl.runfolder import RunFolder, open_folder, options_record, say, telling_why, to_json
+from sfl.same_model import report_of
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
-from sfl.structure import weights_checksum
 from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import Connection, parse_address
@@ -222,6 +223,11 @@ class _Client:
         folder = self._stack.enter_context(open_folder(path, "client_log.txt", node.keep_tensors))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
+        if welcome.sfl != __version__:
+            folder.events.say(
+                f"warning: the server runs SFL {welcome.sfl}, this is {__version__}: better have"
+                " the same release on every machine"
+            )
         record = options_record(welcome.run, node)
         folder.archive.write("config", "config.json", to_json(record))
         environment = describe(self._device, command_line())
@@ -270,10 +276,7 @@ class _Loaded:
         self._data = machine.load(run, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
-        built = weights_checksum(self._split.front_state())
-        self._report = dataclasses.replace(
-            DataReport.of(self._data, run), structure=self._split.structure, weights=built
-        )
+        self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sfl.allowance import Allowance
+from sfl.checking import server_check
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import differences
@@ -24,7 +25,7 @@ from sfl.errors import (
     SflError,
 )
 from sfl.link import ANY_ID, Link, last_words_for
-from sfl.protocol import MessageType
+from sfl.protocol import Message, MessageType
 from sfl.registration import HERE, Joined, Welcome, server_join
 from sfl.resume import Past
 from sfl.runfolder import EventLog
@@ -38,7 +39,7 @@ SILENT_BEATS = 2  # that a client misses before another process may take its pla
 TICK_S = 0.5  # how often to look at the time
 # How often a place may be taken over from a connection that is open, and how often a free one may
 # be taken: so often at once, then every so many seconds. A flaky link needs far less.
-TAKEN_OVER, TAKEN = (8, 3.0), (100, 0.2)
+TAKEN_OVER, TAKEN = (8, 3.0), (200, 0.1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Lobby(Network):
             self.ids, self.needed = frozenset(self.past.num_samples), self.past.clients
         else:  # more may register until so many are ready
             self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
-        self._joining: dict[DrainedConnection, Conversation[Joined]] = {}
+        self._joining: dict[DrainedConnection, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._has_begun = self._ends = False
         self._looked_at = 0.0
@@ -171,11 +172,7 @@ class Lobby(Network):
             if not free:
                 raise RunError(self.full)
             wanted = free[0]
-        if wanted not in self.ids:
-            every = sorted(self.ids)
-            in_a_row = every == list(range(len(every)))
-            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
-            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
+        self._check_id(wanted)
         place = self.places.setdefault(wanted, Place())
         if place.link:
             # The same process has noticed before us that its connection is dead; of another one
@@ -191,6 +188,39 @@ class Lobby(Network):
         place.link, place.instance, place.ready = link, instance, False
         return wanted
 
+    def _check_id(self, wanted: int) -> None:
+        if wanted not in self.ids:
+            every = sorted(self.ids)
+            in_a_row = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
+            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
+
+    def _find(self, wanted: int) -> tuple[int, str]:
+        """Return which client somebody would be that only checks, and why not now.
+
+        Raises:
+            RunError: the run has no such client.
+        """
+        free = sorted(self.ids - self._taken())
+        if wanted == ANY_ID:
+            return (free[0], "") if free else (min(self.ids), self.full)
+        self._check_id(wanted)
+        return wanted, "" if wanted in free else f"client_{wanted} is connected"
+
+    def _refuses(self, joined: Joined, before: Joined | None) -> str:
+        """Say why a client that has loaded its data cannot take part; "" if it can."""
+        return self._unlike(joined, before) or (self.model.unlike(joined) if self.model else "")
+
+    def _answer_check(self, connection: DrainedConnection, hello: Message) -> Conversation[None]:
+        """Answer a client that checks; it gets no place."""
+        self.events.note(f"{connection.address} checks whether it could take part")
+
+        def refuses(joined: Joined) -> str:
+            place = self.places.get(joined.client)
+            return self._refuses(joined, place.joined if place else None)
+
+        return server_check(connection, hello, self._welcome(), self._find, refuses)
+
     def _register(self, connection: DrainedConnection) -> None:
         """Let one connection's registration go on with the message that has arrived."""
         if connection.failed and not connection.peer_name:  # it is gone already
@@ -203,15 +233,22 @@ class Lobby(Network):
             connection.name = "server"
             welcome = self._welcome()
             self._joining[connection] = server_join(
-                connection, welcome, lambda wanted, who: self._take_id(wanted, who, connection)
+                connection,
+                welcome,
+                lambda wanted, who: self._take_id(wanted, who, connection),
+                lambda hello: self._answer_check(connection, hello),
             )
             next(self._joining[connection])
         try:
             next(self._joining[connection])
-            self.events.say(f"{connection.peer_name} registered from {connection.address}")
+            if connection.peer_name:
+                self.events.say(f"{connection.peer_name} registered from {connection.address}")
         except StopIteration as end:
             del self._joining[connection]
-            self._is_ready(end.value, connection)
+            if end.value is None:
+                self.switchboard.drop(connection, "", MessageType.UNREGISTER)
+            else:
+                self._is_ready(end.value, connection)
         except SflError as error:
             del self._joining[connection]
             if connection.peer_name:
@@ -230,8 +267,7 @@ class Lobby(Network):
 
     def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
         place = self.places[joined.client]
-        other = self.model.unlike(joined) if self.model else ""
-        if why := self._unlike(joined, place.joined) or other:
+        if why := self._refuses(joined, place.joined):
             self._left(connection, ProtocolError(why))
             return
         before = place.joined.fingerprint if place.joined else self._past_fingerprint(joined)

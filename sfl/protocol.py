@@ -58,6 +58,10 @@ class MessageType(StrEnum):
     PROOF = "PROOF"  # C: my proof
     REGISTER = "REGISTER"  # C: here I am; wanted client id, fingerprint
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
+    CHECK = "CHECK"  # C: what would come of a REGISTER? client id, fingerprint
+    CHECKED = (
+        "CHECKED"  # S: as REGISTERED, and no place is taken; then, what of the report is wrong
+    )
     REQUEST_TO_START = "REQUEST_TO_START"  # C: my data are loaded: samples, classes, shape
     MESSAGE = "MESSAGE"  # S: a notice for people, at any moment
     GO_ON = "GO_ON"  # S: this round is done (-1: none is); which front the next starts from

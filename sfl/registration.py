@@ -118,7 +118,15 @@ def client_join(
     }
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
-    reply = link.receive_message_as_json(MessageType.REGISTERED)
+    return parse_welcome(link, link.receive_message_as_json(MessageType.REGISTERED), wanted)
+
+
+def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
+    """Return what a server says to a client that wants to be client ``wanted``, or ``ANY_ID``.
+
+    Raises:
+        ProtocolError: it makes no sense.
+    """
     try:
         run = from_values(RunConfig, reply.get("config", dict), "the server's configuration")
     except ConfigError as error:
@@ -161,27 +169,50 @@ def send_report(link: Link, report: DataReport) -> None:
 
 
 def server_join(
-    link: Link, welcome: Welcome, take_id: Callable[[int, str], int]
-) -> Conversation[Joined]:
-    """Register one client and wait until its data are loaded.
+    link: Link,
+    welcome: Welcome,
+    take_id: Callable[[int, str], int],
+    answer_check: Callable[[Message], Conversation[None]],
+) -> Conversation[Joined | None]:
+    """Register one client and wait until its data are loaded; None: it only checked.
 
     ``welcome`` is for every client, apart from its id, which ``take_id`` gives for the id that it
     wants and its instance; it raises ``RunError`` to turn the client away.
     """
     yield link
-    hello = link.receive_message_as_json(MessageType.REGISTER)
-    wanted = hello.get("client_id", int)
-    link.check_proved(Peer(CLIENT, wanted))
-    try:
-        fingerprint = check_fingerprint(hello.get("fingerprint", dict))
-    except ConfigError as error:
-        raise ProtocolError(str(error)) from error
+    hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
+    wanted, fingerprint = parse_hello(link, hello)
+    if hello.type is MessageType.CHECK:
+        yield from answer_check(hello)
+        return None
     if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
         raise ProtocolError("a client does not say which process it is")
     link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
-    content = {
+    link.send_message_as_json(MessageType.REGISTERED, content=told_to(client, welcome))
+    yield link
+    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
+    return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
+
+
+def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
+    """Return the id that a client wants, and what it computes with.
+
+    Raises:
+        ProtocolError: it has proved to be somebody else, or does not say so.
+    """
+    wanted = hello.get("client_id", int)
+    link.check_proved(Peer(CLIENT, wanted))
+    try:
+        return wanted, check_fingerprint(hello.get("fingerprint", dict))
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def told_to(client: int, welcome: Welcome) -> dict[str, Any]:
+    """Return the content of a client's welcome."""
+    return {
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
@@ -190,13 +221,9 @@ def server_join(
         "heartbeat_s": welcome.heartbeat_s,
         "sfl": welcome.sfl,
     }
-    link.send_message_as_json(MessageType.REGISTERED, content=content)
-    yield link
-    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    return Joined(client, link, fingerprint, _parse_report(message, client, welcome.run))
 
 
-def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
+def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     try:
         samples = samples_of(message.get("num_samples", dict))
         classes = classes_of(message.get("classes", list))

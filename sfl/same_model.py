@@ -1,10 +1,12 @@
 """Whether a client has built the model that the server has: the same code, on its machine."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
 from sfl import __version__
 from sfl.config import RunConfig
+from sfl.data import ClientData
 from sfl.errors import ConfigError, RunError
 from sfl.registration import DataReport, Joined
 from sfl.split_model import SplitModel
@@ -13,6 +15,15 @@ from sfl.structure import difference, weights_checksum
 # Models are built while clients register, of clients' word alone: few, and none for large samples;
 # the others are compared when all are there.
 MOST_BUILT, MOST_ELEMENTS = 4, 2**18
+
+
+def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport:
+    """Return what a client reports of its data and of the model that it has built for them."""
+    return dataclasses.replace(
+        DataReport.of(data, run),
+        structure=split.structure,
+        weights=weights_checksum(split.front_state()),
+    )
 
 
 class ServersModel:
