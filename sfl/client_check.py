@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from sfl import __version__
 from sfl.check import check_disk, check_names, disk_bytes
 from sfl.checking import Answer, client_check
@@ -66,7 +68,7 @@ class _Check:
 
     def run(self, num_hosted: int) -> bool:
         """Check one thing after the other; return whether all is well."""
-        device = self._try("device", lambda: (set_up_torch(self._node), self._node.device))
+        device = self._try("device", self._device)
         access = self._access()
         machine = Machine(access, device, num_hosted) if device and access else None
         answer = self._hear(machine) if machine else None
@@ -120,6 +122,10 @@ class _Check:
         elif welcome.fed not in (HERE, APART):
             where = self._node.fed_server or welcome.fed
             self._say(NOT_CHECKED, "weights", f"the fed server at {where} is tried at the start")
+
+    def _device(self) -> tuple[torch.device, str]:
+        device = set_up_torch(self._node)
+        return device, str(device)
 
     def _access(self) -> Access | None:
         try:
