@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from experiments.attacks import TIMES, Target, frame, takes_its_own_place
 from experiments.slow_link import SlowLink
@@ -21,6 +22,7 @@ from sfl.tokens import read_tokens
 from sfl.transport import connect, listen
 from sfl.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
 from tests.launch import Launcher
+from tests.test_auth import Certificates
 from tests.test_failures import FAST, send_signal, wait_for
 from tests.test_recovery import (
     ALLOW,
@@ -93,6 +95,30 @@ def test_a_bit_that_is_flipped_before_the_run_begins_makes_a_new_connection(
         link.close()
     assert link.num_flipped == 4
     assert "arrived damaged: its checksum differs" in client.out
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["up", "down"])
+def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
+    launcher: Launcher, tmp_path: Path, way: int
+) -> None:
+    """In the handshake, and in what is enciphered."""
+    ca = Certificates(tmp_path, trustme.CA())
+    server = launcher.server(*FAST, "--clients", 1, "--rounds", 1, *ca.issue("server"))
+    wait_for(server, "listening")
+    places = iter([100, 300, 1500, 20_000])
+    asked = iter(range(10**6))
+
+    def flip_after() -> float:
+        return next(places, float("inf")) if next(asked) % 2 == way else float("inf")
+
+    link = SlowLink("127.0.0.1", launcher.port, flip_after=flip_after)
+    client = launcher.client("--server", link.address, "--tls-ca", ca.trust)
+    try:
+        for program in (server, client):
+            program.ended_with(0)
+    finally:
+        link.close()
+    assert link.num_flipped == 4
 
 
 def test_bits_that_are_flipped_anywhere_leave_no_trace(
