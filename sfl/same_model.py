@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sfl import __version__
 from sfl.config import RunConfig
 from sfl.data import ClientData
-from sfl.errors import ConfigError, RunError
+from sfl.errors import RunError
 from sfl.registration import DataReport, Joined
 from sfl.split_model import SplitModel
 from sfl.structure import difference, weights_checksum
@@ -15,6 +15,7 @@ from sfl.structure import difference, weights_checksum
 # Models are built while clients register, of clients' word alone: few, and none for large samples;
 # the others are compared when all are there.
 MOST_BUILT, MOST_ELEMENTS = 4, 2**18
+Seen = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
 
 
 def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport:
@@ -31,27 +32,29 @@ class ServersModel:
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
-        self._built: dict[tuple[tuple[int, ...], int], SplitModel | None] = {}
+        self._seen: dict[tuple[tuple[int, ...], int], Seen | None] = {}
 
     def unlike(self, joined: Joined) -> str:
         """Say in what a client's model is another one; "" if it is not, or this is seen later."""
-        split = self._split_for(joined.data)
-        return _unlike(self._run, split, joined) if split else ""
+        seen = self._seen_for(joined.data)
+        return _unlike(self._run, seen, joined) if seen else ""
 
-    def _split_for(self, data: DataReport) -> SplitModel | None:
+    def _seen_for(self, data: DataReport) -> Seen | None:
         known = data.input_shape, len(data.classes)
-        if known not in self._built:
-            if len(self._built) >= MOST_BUILT or math.prod(data.input_shape) > MOST_ELEMENTS:
+        if known not in self._seen:
+            if len(self._seen) >= MOST_BUILT or math.prod(data.input_shape) > MOST_ELEMENTS:
                 return None
             try:
-                self._built[known] = SplitModel(self._run, *known)
-            except ConfigError:  # said when all are there
-                self._built[known] = None
-        return self._built[known]
+                split = SplitModel(self._run, *known)
+                self._seen[known] = split.structure, split.block_names
+            except Exception:  # noqa: BLE001 - by a user's own code; it is said when all are there
+                self._seen[known] = None
+        return self._seen[known]
 
 
-def _unlike(run: RunConfig, split: SplitModel, joined: Joined) -> str:
-    found = difference(split.structure, joined.data.structure, split.block_names)
+def _unlike(run: RunConfig, seen: Seen, joined: Joined) -> str:
+    structure, names = seen
+    found = difference(structure, joined.data.structure, names)
     if not found:
         return ""
     return (
@@ -73,7 +76,7 @@ def check_same_model(
     for k, client in joined.items():
         if not client.data.structure:  # it is in this process
             continue
-        if why := _unlike(run, split, client):
+        if why := _unlike(run, (split.structure, split.block_names), client):
             raise RunError(why)
         if client.data.weights != ours:
             say(

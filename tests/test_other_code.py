@@ -16,7 +16,10 @@ from experiments.same_run import compare
 from sfl import __version__
 from sfl.config import NodeConfig, RunConfig
 from sfl.environment import check_fingerprint, differences
+from sfl.link import Absent
 from sfl.protocol import Message, MessageType, encode_head
+from sfl.registration import DataReport, Joined
+from sfl.same_model import MOST_BUILT, ServersModel
 from sfl.simulate import simulate
 from sfl.split_model import SplitModel
 from sfl.structure import MAX_DIGESTS, describe, difference, digests, weights_checksum
@@ -179,6 +182,24 @@ def test_what_torch_keeps_in_attributes_is_seen() -> None:
 def test_a_layer_used_twice_is_another_structure_than_two_layers() -> None:
     layer = nn.Linear(2, 2)
     assert seen(nn.Sequential(layer, layer)) != seen(nn.Sequential(layer, nn.Linear(2, 2)))
+
+
+def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> None:
+    server = ServersModel(RunConfig(model="mlp", dataset="own.module:data"))
+
+    def unlike(*shape: int) -> str:
+        counts = {"train": 1, "validation": 0, "test": 0}
+        report = DataReport(counts, ("a", "b"), shape, "0" * 64, structure=("0" * 16,))
+        return server.unlike(Joined(0, Absent(0), {"sfl": "0.2.0"}, report))
+
+    assert unlike(3, 1024, 1024) == ""
+    for side in range(MOST_BUILT):
+        assert "it has 0 blocks instead of 6" in unlike(1, side + 1, 1)
+    assert unlike(1, MOST_BUILT + 1, 1) == ""
+    assert "it has 0 blocks" in unlike(1, 1, 1)
+    strange = ServersModel(RunConfig(model="lenet5", dataset="own.module:data"))
+    server = strange  # which takes images alone: said when all are there
+    assert unlike(5) == ""
 
 
 class Sub(nn.Sequential):

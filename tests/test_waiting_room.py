@@ -215,14 +215,14 @@ def test_an_allowance_is_regained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tls", "sent", "line"),
+    ("sent", "line"),
     [
-        (False, frame(), "this server asks for a token: give --token-file"),
-        (False, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak the SFL protocol"),
+        (frame(), "this server asks for a token: give --token-file"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak the SFL protocol"),
     ],
 )
 def test_who_is_turned_away_is_a_line_on_the_servers_console(
-    launcher: Launcher, tmp_path: Path, tls: bool, sent: bytes, line: str
+    launcher: Launcher, tmp_path: Path, sent: bytes, line: str
 ) -> None:
     auth_main(["new-token", str(tmp_path / "token")])
     server = launcher.server(*FAST, "--clients", 1, "--token-file", tmp_path / "token")
