@@ -360,8 +360,10 @@ class Decoder:
 
     def _check_start(self) -> None:
         """Refuse at once who speaks something else, even if too little for a head comes."""
+        if self._is_known:
+            return
         start = self._ahead[self._start : min(self._start + len(MAGIC), self._end)]
-        if not self._is_known and sum(a != b for a, b in zip(start, MAGIC, strict=False)) > 1:
+        if sum(a != b for a, b in zip(start, MAGIC, strict=False)) > 1:  # more than a flipped bit
             raise ProtocolError("the peer does not speak the SFL protocol")
 
     def _check_head(self, head: bytearray) -> None:
