@@ -86,6 +86,7 @@ class Watch:
 def attack(target: "Target", table: Table, watch: Watch) -> None:
     """Try every attack: those that take long once, at the same time, the others until these end."""
     from experiments.attacks import SLOW_ATTACKS, quick_attacks
+    from sfl.errors import SflError
 
     def one(name: str, attempt: Callable[["Target"], str]) -> None:
         row = table.setdefault(name, Row())
@@ -94,6 +95,8 @@ def attack(target: "Target", table: Table, watch: Watch) -> None:
             row.answers[attempt(target)] += 1
         except OSError as error:
             row.answers[f"{error.strerror or type(error).__name__}"] += 1
+        except SflError as error:  # in a crowd: it had to make room
+            row.answers[str(error)] += 1
         row.disturbed += watch.disturbed()
 
     quick = quick_attacks()
