@@ -19,21 +19,23 @@ from typing import Any
 
 from experiments.hostile_files import hostile_files, saved
 from sfl.conversation import SECONDS_WIDTH
+from sfl.crc import crc32
 from sfl.driver import run_blocking
-from sfl.errors import SflError
+from sfl.errors import ConnectionLost, LetGo, SflError
 from sfl.link import CLIENT, Peer, is_last
 from sfl.protocol import (
     HEAD,
     MAGIC,
-    VERSION,
     Limits,
     Message,
     MessageType,
     Position,
     checksum,
     encode_head,
+    pack_head,
 )
 from sfl.registration import DataReport, Welcome, client_join, send_report
+from sfl.split_model import SplitModel
 from sfl.stream import Stream, TlsStream
 from sfl.tensors import encode
 from sfl.tokens import SERVER, Tokens, client_authenticate
@@ -131,7 +133,7 @@ def frame(content: object = "", kind: MessageType = MessageType.REGISTER, **more
 
 def raw(text: bytes, payload: bytes = b"") -> bytes:
     """Return a frame with any JSON."""
-    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(payload)) + text + payload
+    return pack_head(len(text), len(payload), crc=crc32(text)) + text + payload
 
 
 def with_fields(**changed: object) -> bytes:
@@ -143,6 +145,18 @@ def with_fields(**changed: object) -> bytes:
 def _replaced(old: bytes, new: bytes) -> bytes:
     text = with_fields()[HEAD.size :]
     return raw(text.replace(old, new))
+
+
+def _flipped(byte: int) -> bytes:
+    """Return a good frame of which one bit was flipped on the way."""
+    data = bytearray(frame(HELLO, MessageType.AUTHENTICATE))
+    data[byte] ^= 1
+    return bytes(data)
+
+
+def _of_protocol_1() -> bytes:
+    """Return what SFL 0.1 says first."""
+    return encode_head(Message(MessageType.AUTHENTICATE, content=HELLO), version=1)
 
 
 def _file(kind: MessageType, data: bytes) -> bytes:
@@ -161,11 +175,16 @@ def _frames() -> dict[str, tuple[bytes, ...]]:
     return {
         "HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",),
         "random bytes": (os.urandom(2000),),
-        "another version": (HEAD.pack(MAGIC, 99, 0, 0, 2, 0) + b"{}",),
-        "unknown flags": (HEAD.pack(MAGIC, VERSION, 255, 0, 2, 0) + b"{}",),
-        "JSON of 2 GiB": (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0),),
-        "a length of 2^63": (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63),),
-        "a payload of 4 GiB": (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**32) + b"{}",),
+        "SFL 0.1": (_of_protocol_1(),),
+        "another version": (pack_head(2, 0, version=99) + b"{}",),
+        "unknown flags": (pack_head(2, 0, flags=255) + b"{}",),
+        "a flipped bit in the magic": (_flipped(0),),
+        "a flipped bit in the version": (_flipped(4),),
+        "a flipped bit in a length": (_flipped(8),),
+        "a flipped bit in the JSON": (_flipped(40),),
+        "JSON of 2 GiB": (pack_head(2**31, 0),),
+        "a length of 2^63": (pack_head(2, 2**63),),
+        "a payload of 4 GiB": (pack_head(2, 2**32) + b"{}",),
         "JSON 10,000 deep": (raw(b"[" * 10_000),),
         "JSON 2,000 deep": (raw(b"[" * 2000),),
         "an integer of 10,000 digits": (raw(b'{"a":' + b"1" * 10_000 + b"}"),),
@@ -392,7 +411,9 @@ class Insider:
         welcome = run_blocking(joining)
         counts = {"train": 2 * BATCH, "validation": BATCH, "test": BATCH}
         classes = tuple(map(str, range(NUM_CLASSES)))
-        send_report(self.link, DataReport(counts, classes, SHAPE, "0" * 64))
+        built = SplitModel(welcome.run, SHAPE, NUM_CLASSES).structure
+        report = DataReport(counts, classes, SHAPE, "0" * 64, structure=built, weights="0" * 8)
+        send_report(self.link, report)
         return welcome
 
     def at(self, step: int = -1, round_index: int = 0) -> Position:
@@ -427,9 +448,9 @@ class Insider:
 
     def announce(self, kind: MessageType, num_bytes: int) -> None:
         """Say that a file of so many bytes follows."""
-        head = bytearray(encode_head(Message(kind, at=self.at(0), payload=b"x")))
-        head[12:20] = num_bytes.to_bytes(8, "big")
-        self.link._stream.send([memoryview(head)])
+        text = encode_head(Message(kind, at=self.at(0), payload=b"x"))[HEAD.size :]
+        head = pack_head(len(text), num_bytes, crc=crc32(text))
+        self.link._stream.send([memoryview(head + text)])
 
     def upload(self, data: bytes, num_bytes: int | None = None) -> None:
         """Offer weights of so many bytes, and send them."""
@@ -512,7 +533,6 @@ def _model_of(value: float) -> Harm:
     """Send the right weights, but for some of this value."""
     import torch
 
-    from sfl.split_model import SplitModel
     from sfl.tensors import encode_state
 
     def harm(insider: Insider) -> None:
@@ -558,6 +578,27 @@ def insiders() -> dict[str, Harm]:
         "a model larger than the model": _as_model(bytes(4_000_000)),
         "a model of 2^62 bytes offered": _as_model(b"x", 2**62),
     }
+
+
+TIMES = 200  # that a client takes its own place over
+
+
+def takes_its_own_place(target: Target) -> str:
+    """Register again and again as the same process, with a new connection each time."""
+    fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+    instance, given = secrets.token_hex(16), 0
+    client = (target.tokens.only_client or 0) if target.tokens else 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(TIMES):
+            link = _link(stack.enter_context(target.reach()))
+            joining = client_join(link, client, fingerprint, instance=instance, heartbeat_s=10.0)
+            with contextlib.suppress(LetGo, ConnectionLost):
+                if target.tokens:
+                    peer = Peer(CLIENT, client)
+                    run_blocking(client_authenticate(link, target.tokens, peer, listener=SERVER))
+                run_blocking(joining)
+                given += 1
+    return f"the place was given {given} times of {TIMES}"
 
 
 def try_insider(target: Target, harm: Harm) -> str:

@@ -1,11 +1,12 @@
 """Kill, stop and cut off everybody at random, restart them, and compare with an undisturbed run.
 
-python -m experiments.chaos --scheme S --kills N --seed K [--cuts N] [run options]
+python -m experiments.chaos --scheme S --kills N --seed K [--cuts N] [--flips N] [run options]
 
 Server and clients are real processes; clients reach the server through a TCP proxy of this program,
-which delays, breaks and blacks out connections. What is killed is started again, the server with
---resume. One run after the other is disturbed until there were as many kills and cuts as asked for;
-then every file of weights, every recorded step and every figure is compared with those of a run
+which delays, breaks and blacks out connections, and flips bits of what passes. What is killed is
+started again, the server with --resume. One run after the other is disturbed until there were as
+many kills, cuts and flips as asked for; then every file of weights, every recorded step and every
+figure is compared with those of a run
 that was left alone, and the disturbed runs are replayed.
 
 Exit code 0 if nothing differs, else 1.
@@ -36,6 +37,7 @@ def main() -> int:
         kills=options.kills,
         stops=options.kills // 4 if options.stops is None else options.stops,
         cuts=options.cuts,
+        flips=options.flips,
         blackouts=options.blackouts,
         blackout_s=options.blackout_s,
         delay_s=options.delay_ms / 1000,
@@ -56,6 +58,8 @@ def main() -> int:
     print(f"{checked} tensors compared, in {number} disturbed runs")
     if trouble.done["cut"]:
         print(f"{trouble.done['cut']} cuts survived")
+    if trouble.done["flip"]:
+        print(f"{trouble.done['flip']} flipped bits survived")
     print(f"{trouble.done['kill']} kills survived, {found} tensors differ")
     return 1 if found else 0
 
@@ -69,7 +73,10 @@ def parse() -> tuple[Namespace, list[str]]:
     parser.add_argument("--seed", type=int, default=0, help="of the disturbances (default: 0)")
     parser.add_argument("--stops", type=int, help="SIGSTOPs; a fourth of the kills if not given")
     parser.add_argument("--cuts", type=int, default=0, help="connections to break (default: 0)")
-    parser.add_argument("--cut-bytes", type=int, help="mean bytes before a cut; two rounds' if not")
+    parser.add_argument("--flips", type=int, default=0, help="bits to flip (default: 0)")
+    parser.add_argument(
+        "--cut-bytes", type=int, help="mean bytes before a cut or flip; two rounds' if not"
+    )
     parser.add_argument("--delay-ms", type=float, default=0.0, help="each way (default: 0)")
     parser.add_argument("--blackouts", type=int, default=0, help="times that nothing arrives")
     parser.add_argument("--blackout-s", type=float, default=20.0, help="for how long (default: 20)")

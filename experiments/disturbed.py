@@ -32,6 +32,7 @@ class Trouble:
     kills: int
     stops: int
     cuts: int
+    flips: int
     blackouts: int
     blackout_s: float
     delay_s: float
@@ -45,6 +46,7 @@ class Trouble:
             "kill": self.kills,
             "stop": self.stops,
             "cut": self.cuts,
+            "flip": self.flips,
             "blackout": self.blackouts,
         }
 
@@ -99,12 +101,16 @@ class Disturbance:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self._port = listener.getsockname()[1]
         self._link = SlowLink(
-            "127.0.0.1", self._port, delay_s=trouble.delay_s, cut_after=self._cut_after
+            "127.0.0.1",
+            self._port,
+            delay_s=trouble.delay_s,
+            cut_after=lambda: self._after("cut", self._trouble.cuts),
+            flip_after=lambda: self._after("flip", self._trouble.flips),
         )
 
-    def _cut_after(self) -> float:
-        """Return after how many bytes one direction of a new connection breaks."""
-        if self._trouble.done["cut"] >= self._trouble.cuts:
+    def _after(self, kind: str, wanted: int) -> float:
+        """Return after how many bytes one direction of a new connection breaks, or a bit flips."""
+        if self._trouble.done[kind] >= wanted:
             return UNCUT
         return self._draws.uniform(0, 2 * self._trouble.cut_bytes)
 
@@ -118,14 +124,15 @@ class Disturbance:
         try:
             for name in self._names:
                 self._start(name)
-            next_at, cut_before = time.monotonic() + self._draws.uniform(0, 4), 0
+            next_at, before = time.monotonic() + self._draws.uniform(0, 4), (0, 0)
             while not self._has_ended():
                 time.sleep(0.02)
                 self._restart()
-                if self._link.num_cut > cut_before:
-                    self._trouble.done["cut"] += self._link.num_cut - cut_before
-                    cut_before = self._link.num_cut
-                kinds = [kind for kind in self._trouble.kinds_left() if kind != "cut"]
+                now = self._link.num_cut, self._link.num_flipped
+                for kind, old, new in zip(("cut", "flip"), before, now, strict=True):
+                    self._trouble.done[kind] += new - old
+                before = now
+                kinds = [k for k in self._trouble.kinds_left() if k not in ("cut", "flip")]
                 if kinds and time.monotonic() >= next_at and not self._restart_at:
                     kind = self._draws.choice(kinds)
                     self._disturb(kind)

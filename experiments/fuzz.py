@@ -1,10 +1,12 @@
 """Throw mutated frames, files, JSON and handshakes at whatever reads them.
 
-python -m experiments.fuzz [--frames N] [--files N] [--texts N] [--handshakes N] [--seed K]
+python -m experiments.fuzz [--frames N] [--flips N] [--files N] [--texts N] [--handshakes N]
+    [--seed K]
 
 Each case is drawn from (seed, kind, number) alone, so that one that fails can be had again. What
 may come out is a message or a tensor as expected, or one of the project's own errors; nothing may
-hang, write a file, or take much memory. Exit code 0 if all is so, else 1.
+hang, write a file, or take much memory. A frame with one flipped bit is damaged, and nothing else.
+Exit code 0 if all is so, else 1.
 """
 
 import itertools
@@ -27,7 +29,9 @@ from sfl.cli import run_program
 HANG_S = 5.0  # of a case that takes a millisecond
 MAX_FRAME_BYTES = 64 * 2**10  # of a payload that the decoder accepts
 # How many of each kind, if not said otherwise.
-KINDS = {"frames": 1_000_000, "files": 100_000, "texts": 20_000, "handshakes": 100_000}
+KINDS = {
+    "frames": 1_000_000, "flips": 100_000, "files": 100_000, "texts": 20_000, "handshakes": 100_000,
+}  # fmt: skip
 
 
 class Hangs(BaseException):
@@ -82,6 +86,13 @@ def mutate(data: bytes, draws: random.Random, others: list[bytes]) -> bytes:
     return bytes(changed)
 
 
+def flip(data: bytes, draws: random.Random, others: list[bytes]) -> bytes:
+    """Return the bytes with one bit flipped, wherever it is."""
+    changed = bytearray(data)
+    changed[draws.randrange(len(changed))] ^= 1 << draws.randrange(8)
+    return bytes(changed)
+
+
 def frames() -> list[bytes]:
     """Return a valid frame of every type of message."""
     from sfl.protocol import FILE_TYPES, Message, MessageType, Position, encode_head
@@ -110,6 +121,17 @@ def decode_frames(data: bytes) -> str:
         while decoder.next_message() is not None:
             whole += 1
     return f"{whole} whole messages"
+
+
+def decode_flipped(data: bytes) -> str:
+    """Feed a frame with a flipped bit to a decoder."""
+    from sfl.errors import Damaged
+
+    try:
+        outcome = decode_frames(data)
+    except Damaged:
+        return "Damaged"
+    raise AssertionError(f"a flipped bit gives {outcome}")
 
 
 def files() -> list[bytes]:
@@ -211,6 +233,7 @@ def shake_hands(data: bytes) -> str:
 
 CASES: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], str]]] = {
     "frames": (frames, decode_frames),
+    "flips": (frames, decode_flipped),
     "files": (files, load_file),
     "texts": (texts, read_text),
     "handshakes": (handshakes, shake_hands),
@@ -226,10 +249,11 @@ def run(kind: str, seed: int, first: int, count: int) -> Report:
 
     signal.signal(signal.SIGALRM, hang)
     make, check = CASES[kind]
+    change = flip if kind == "flips" else mutate
     corpus, report, before = make(), Report(), 0
     for number in range(first, first + count):
         draws = random.Random(f"{seed} {kind} {number}")
-        data = mutate(draws.choice(corpus), draws, corpus)
+        data = change(draws.choice(corpus), draws, corpus)
         started = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, HANG_S)
         try:

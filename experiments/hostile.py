@@ -86,6 +86,7 @@ class Watch:
 def attack(target: "Target", table: Table, watch: Watch) -> None:
     """Try every attack: those that take long once, at the same time, the others until these end."""
     from experiments.attacks import SLOW_ATTACKS, quick_attacks
+    from sfl.errors import SflError
 
     def one(name: str, attempt: Callable[["Target"], str]) -> None:
         row = table.setdefault(name, Row())
@@ -94,6 +95,8 @@ def attack(target: "Target", table: Table, watch: Watch) -> None:
             row.answers[attempt(target)] += 1
         except OSError as error:
             row.answers[f"{error.strerror or type(error).__name__}"] += 1
+        except SflError as error:  # in a crowd: it had to make room
+            row.answers[str(error)] += 1
         row.disturbed += watch.disturbed()
 
     quick = quick_attacks()
@@ -294,12 +297,19 @@ def lone_server(
 
 def insider(out: Path) -> Table:
     """Let one of two clients do harm; each time it registers anew with a server that goes on."""
-    from experiments.attacks import insiders, tls_to_plain_text, try_insider, write_bystander
+    from experiments.attacks import (
+        insiders,
+        takes_its_own_place,
+        tls_to_plain_text,
+        try_insider,
+        write_bystander,
+    )
 
     own_data = write_bystander(out / "bystander")
     with lone_server(out, "insider", ["--clients", "2"], own_data) as address:
         target = target_of(address, tls=False)
         attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
+        attempts["its own place, 200 times"] = functools.partial(takes_its_own_place, target)
         attempts["TLS to a plain port"] = functools.partial(tls_to_plain_text, target)
         return try_each(attempts)
 

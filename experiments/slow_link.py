@@ -2,16 +2,38 @@
 
 What one side sends arrives at the other ``delay_s`` later, at ``bytes_per_s`` at most, each
 direction by itself. A connection breaks when as many bytes have passed as ``cut_after`` drew for
-it. While the link is dark nothing arrives, and nobody is told.
+it; of the byte that follows as many as ``flip_after`` drew, one bit is flipped. While the link is
+dark nothing arrives, and nobody is told.
 """
 
 import contextlib
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from sfl.shaping import UNCUT, Pipe, shut
+
+
+class _Noisy:
+    """A socket from which one bit arrives flipped, after so many bytes."""
+
+    def __init__(self, sock: socket.socket, after: float, count: Callable[[], None]) -> None:
+        self._sock, self._left, self._count = sock, after, count
+
+    def recv(self, size: int) -> bytes:
+        data = self._sock.recv(size)
+        left, self._left = self._left, self._left - len(data)
+        if not 0 <= left < len(data):
+            return data
+        self._count()
+        changed = bytearray(data)
+        changed[int(left)] ^= 1 << random.randrange(8)
+        return bytes(changed)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
 
 
 class SlowLink:
@@ -25,8 +47,11 @@ class SlowLink:
         delay_s: float = 0.0,
         bytes_per_s: float = float("inf"),
         cut_after: Callable[[], float] = lambda: UNCUT,
+        flip_after: Callable[[], float] = lambda: UNCUT,
     ) -> None:
         self.delay_s, self.bytes_per_s, self.cut_after = delay_s, bytes_per_s, cut_after
+        self._flip_after = flip_after
+        self.num_flipped = 0
         self.dark_until = 0.0
         self.num_cut = 0
         self._far = host, port
@@ -47,6 +72,10 @@ class SlowLink:
         with self._lock:
             self.num_cut += 1
 
+    def count_flip(self) -> None:
+        with self._lock:
+            self.num_flipped += 1
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed at the end
             while True:
@@ -60,8 +89,8 @@ class SlowLink:
                 for sock in (near, far):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self._sockets.append(sock)
-                Pipe(near, far, self)
-                Pipe(far, near, self)
+                for source, target in ((near, far), (far, near)):
+                    Pipe(_Noisy(source, self._flip_after(), self.count_flip), target, self)
 
     def close(self) -> None:
         shut(self._listener, socket.SHUT_RDWR)

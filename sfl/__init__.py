@@ -1,3 +1,3 @@
 """SFL: split learning and SplitFed learning over real sockets."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

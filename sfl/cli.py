@@ -38,8 +38,9 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 def main_client(argv: Sequence[str] | None = None) -> int:
     """Run ``run_client.py`` and return its exit code."""
 
-    def program() -> None:
+    def program() -> int:
         from sfl.client import take_part
+        from sfl.client_check import check
         from sfl.config import ClientNode
         from sfl.host import host
         from sfl.options import parse_options
@@ -48,7 +49,10 @@ def main_client(argv: Sequence[str] | None = None) -> int:
             "Take part in a split-learning run; everything about training comes from the server."
         )
         (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
+        if node.check_:
+            return check(node)
         (host if node.client_ids else take_part)(node)
+        return 0
 
     return run_program("run_client.py", program)
 

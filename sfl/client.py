@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import secrets
 import time
 from pathlib import Path
 
+from sfl import __version__
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode
@@ -16,7 +18,7 @@ from sfl.crowd import give_way
 from sfl.data import num_batches
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
-from sfl.errors import PASSING, ConfigError, PeerStopped, RunError, SflError
+from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import ANY_ID, CLIENT, Peer
 from sfl.machine import Machine
@@ -38,6 +40,7 @@ from sfl.runfolder import (
     telling_why,
     to_json,
 )
+from sfl.same_model import report_of
 from sfl.segment import Segment
 from sfl.split_model import SplitModel
 from sfl.tensors import max_state_bytes
@@ -68,7 +71,7 @@ def take_part_on(machine: Machine, node: ClientNode) -> None:
         while client.lost is not None:
             machine.check_interrupted()
             with machine.access.aside():
-                attempts.wait(client.lost, client.progress, client.patience_s)
+                attempts.wait(client.lost, client)
             client.take_part(client.patience_s)
 
 
@@ -83,16 +86,19 @@ class _Attempts:
         self._pause_s = FIRST_PAUSE_S
         self._since = 0.0
 
-    def wait(self, error: SflError, progress: tuple[int, int], timeout_s: float) -> None:
-        """Wait a little after a loss; ``progress`` tells what came of the last try.
+    def wait(self, error: SflError, client: "_Client") -> None:
+        """Wait a little after a loss; what came of the last try, the client tells.
 
         Raises:
-            SflError: the server has not let us go on for as long as ``timeout_s``.
+            SflError: the server has not let us go on for as long as the client's ``patience_s``.
         """
-        now, (num_starts, num_steps) = time.monotonic(), progress
-        if num_starts != self._num_starts:
+        now, timeout_s, (num_starts, num_steps) = (
+            time.monotonic(), client.patience_s, client.progress,
+        )  # fmt: skip
+        held = client.registered_s > LONGEST_PAUSE_S  # in the waiting room, for one
+        if num_starts != self._num_starts or held:
             self._num_starts, self._since = num_starts, now
-        if num_steps != self._num_steps:
+        if num_steps != self._num_steps or held:
             self._num_steps, self._pause_s = num_steps, FIRST_PAUSE_S
         else:
             self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
@@ -119,6 +125,7 @@ class _Client:
         self._folder: RunFolder | None = None
         self._loaded: _Loaded | None = None
         self.lost: SflError | None = None  # why the last connection ended, if we may come back
+        self._registered_at = math.inf  # over the last connection
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -132,12 +139,18 @@ class _Client:
         node = self._node
         return node.reconnect_timeout if self._welcome else node.connect_timeout
 
+    @property
+    def registered_s(self) -> float:
+        """For how long, until now, the last connection has been registered; 0: it never was."""
+        return max(time.monotonic() - self._registered_at, 0.0)
+
     def take_part(self, again_s: float | None = None) -> None:
         """Take part over one connection; ``lost`` says afterwards whether to come back.
 
         ``again_s`` is for how long to try to connect, if it is not the first time.
         """
         self.lost, node, access = None, self._node, self._access
+        self._registered_at = math.inf
         try:
             with contextlib.ExitStack() as stack:
                 with self._access.aside():  # who connects has to register soon
@@ -146,6 +159,7 @@ class _Client:
                     stack.enter_context(self._machine.uses(link))
                     stack.enter_context(hearing_why(link))
                     welcome = self._register(link)
+                self._registered_at = time.monotonic()
                 self._join(link, welcome)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_come_back(error):
@@ -165,7 +179,9 @@ class _Client:
             return True
         if self._welcome.fed != HERE:
             return False
-        return self.progress[0] > 0 or not isinstance(error, PeerStopped)
+        return (
+            self.progress[0] > 0 or isinstance(error, LetGo) or not isinstance(error, PeerStopped)
+        )
 
     @property
     def _wanted_id(self) -> int | None:
@@ -215,6 +231,11 @@ class _Client:
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, node.keep_tensors))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
+        if welcome.sfl != __version__:
+            folder.events.say(
+                f"warning: the server runs SFL {welcome.sfl}, this is {__version__}: better have"
+                " the same release on every machine"
+            )
         record = options_record(welcome.run, node)
         folder.archive.write("config", "config.json", to_json(record))
         environment = describe(self._device, command_line())
@@ -269,7 +290,7 @@ class _Loaded:
         self._data = machine.load(run, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
-        self._report = DataReport.of(self._data, run)
+        self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)

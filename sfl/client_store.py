@@ -13,6 +13,7 @@ from sfl.driver import Conversation, run_blocking
 from sfl.errors import (
     ConfigError,
     ConnectionLost,
+    Damaged,
     PeerFailed,
     ProtocolError,
     RunError,
@@ -111,7 +112,7 @@ def hearing_why(connection: Connection) -> Iterator[None]:
 
 def _last_words(error: BaseException) -> MessageType:
     """Return how a client says why it ends: whether another try may go better."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
         return MessageType.UNREGISTER
     if isinstance(error, ProtocolError):
         return MessageType.INVALID_MESSAGE

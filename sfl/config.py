@@ -367,6 +367,9 @@ class ClientNode(PeerNode):
     client_ids: str = _option(
         "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"
     )
+    check_: bool = _option(
+        False, "try address, token, data, model and disk without taking part, and say what is well"
+    )
     connect_timeout: float = _option(60.0, "seconds to wait for a server that is not up yet")
     reconnect_timeout: float = _option(
         600.0, "seconds to try to reach a server that was lost; 0: end at once"
@@ -428,7 +431,7 @@ class SimulationNode(NodeConfig):
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -18,13 +18,22 @@ from collections import deque
 from collections.abc import Callable
 
 from sfl.driver import Conversation
-from sfl.errors import AuthError, ConnectionLost, ProtocolError, SflError, reason_of
+from sfl.errors import (
+    AuthError,
+    ConnectionLost,
+    Damaged,
+    OtherVersion,
+    ProtocolError,
+    SflError,
+    reason_of,
+)
 from sfl.guard import Guard
-from sfl.link import Link, Peer, one_line
-from sfl.protocol import HEAD, Decoder, Limits, Message, MessageType, encode_head
+from sfl.link import Link, Peer, last_words_for, one_line
+from sfl.protocol import HEAD, VERSION, Decoder, Limits, Message, MessageType, encode_head
 from sfl.stream import RAW_BYTES, Stream, TlsStream, speaks_tls, why
 from sfl.tokens import server_authenticate
 from sfl.transport import FAREWELL_S, Listener, Socket, address_of
+from sfl.turned_away import TurnedAway
 
 MAX_BYTES = 4096  # that a connection may send before it is let in
 MAX_RAW_BYTES = 64 * 2**10  # the same with all that TLS adds: certificates, most of all
@@ -32,7 +41,6 @@ LET_IN_WITHIN_S = 10.0
 ACCEPTED_PER_S = 1000  # at most; more wait in the system's queue, and leave us time to train
 ACCEPTED_AT_ONCE = 16
 LOOK_EVERY_S = 0.25  # at the time
-NOTES_AT_ONCE, NOTES_EVERY_S = 50, 60.0
 LIMITS = Limits(json_bytes=MAX_BYTES - HEAD.size)
 
 
@@ -48,6 +56,7 @@ class Visitor(Link):
         self.deadline = time.monotonic() + LET_IN_WITHIN_S
         self.leaves = False  # it has been told why it is not let in
         self.must_prove = guard.tokens is not None
+        self.version = VERSION  # of the protocol that it reads
         self.stream = Stream(sock)
         self._tls = guard.tls
         self._talk = self._show(guard)
@@ -137,7 +146,7 @@ class Visitor(Link):
         return None
 
     def _send(self, message: Message) -> int:
-        data = encode_head(message)
+        data = encode_head(message, version=self.version)
         try:
             taken = self.stream.send_now([memoryview(data)])
         except BlockingIOError:
@@ -175,11 +184,12 @@ class Doorstep:
         listener: Listener,
         guard: Guard,
         admit: Callable[[Visitor], None],
-        note: Callable[[str], None],
+        turned_away: TurnedAway,
     ) -> None:
-        """``admit`` is given each connection that is let in; ``note`` why others are not."""
+        """``admit`` is given each connection that is let in; ``turned_away`` why others are not."""
         listener.do_not_wait()
-        self._listener, self._guard, self._admit, self._notes = listener, guard, admit, _Notes(note)
+        self._listener, self._guard, self._admit = listener, guard, admit
+        self._turned_away = turned_away
         self._visitors: set[Visitor] = set()
         self._selector = selectors.DefaultSelector()
         self._closing, self._closed = socket.socketpair()
@@ -238,7 +248,7 @@ class Doorstep:
     def _make_room(self) -> None:
         leaving = [visitor for visitor in self._visitors if visitor.leaves]
         visitor = random.choice(leaving or list(self._visitors))
-        self._notes.add(visitor, "made room for others")
+        self._turned_away.add(visitor.address, "made room for others", aloud=False)
         self._let_go(visitor)
 
     def _attend(self, visitor: Visitor) -> None:
@@ -256,9 +266,13 @@ class Doorstep:
         if visitor.leaves:
             self._let_go(visitor)
             return
-        self._notes.add(visitor, reason_of(error))
-        if isinstance(error, AuthError | ProtocolError):
-            visitor.dismiss(MessageType.INVALID_MESSAGE, str(error))
+        aloud = isinstance(error, AuthError | ProtocolError)
+        self._turned_away.add(visitor.address, reason_of(error), aloud=aloud)
+        if isinstance(error, OtherVersion):
+            visitor.version = 1 if error.version == 1 else VERSION
+            visitor.dismiss(MessageType.INVALID_MESSAGE, error.answer)
+        elif isinstance(error, AuthError | ProtocolError | Damaged):
+            visitor.dismiss(last_words_for(error), str(error))
         else:
             self._let_go(visitor)
 
@@ -285,36 +299,9 @@ class Doorstep:
         self._looked_at = now
         for visitor in [v for v in self._visitors if now > v.deadline]:
             self._refuse(visitor, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
-        self._notes.look_at_the_time(now)
+        self._turned_away.look_at_the_time(now)
 
     @property
     def _pause_s(self) -> float:
         """For how long to wait, at most, until connections are accepted again."""
         return max(self._accepts_from - time.monotonic(), 0) or LOOK_EVERY_S
-
-
-class _Notes:
-    """Lines about who is turned away, but not one for each of a crowd."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._began_at = time.monotonic()
-        self._noted = self._untold = 0
-
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the disk is full, or the log is closed
-            self._note(line)
-
-    def add(self, visitor: Visitor, reason: str) -> None:
-        if self._noted < NOTES_AT_ONCE:
-            self._noted += 1
-            self._tell(f"turned away {visitor.address}: {one_line(reason)}")
-        else:
-            self._untold += 1
-
-    def look_at_the_time(self, now: float) -> None:
-        if now - self._began_at < NOTES_EVERY_S:
-            return
-        if self._untold:
-            self._tell(f"turned away {self._untold} more connections in {NOTES_EVERY_S:g} seconds")
-        self._began_at, self._noted, self._untold = now, 0, 0

@@ -21,7 +21,8 @@ from sfl.errors import ConfigError, RunError
 # second goes to the system at once; the second may be no larger.
 _TRIM_THRESHOLD, _KEPT_BYTES = -1, 128 * 2**20
 _MMAP_THRESHOLD, _LARGE_BYTES = -3, 32 * 2**20
-FINGERPRINT = ("torch", "capability", "threads", "device")
+FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
+_BEFORE = {"sfl": "0.1.0"}  # which did not say so
 
 
 def set_up_torch(node: NodeConfig) -> torch.device:
@@ -71,6 +72,7 @@ def fingerprint(device: torch.device) -> dict[str, str]:
     """
     on_gpu = device.type == "cuda"
     return {
+        "sfl": __version__,
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
@@ -84,6 +86,8 @@ def check_fingerprint(fields: object) -> dict[str, str]:
     Raises:
         ConfigError: it is none.
     """
+    if isinstance(fields, dict):
+        fields = _BEFORE | fields
     if not isinstance(fields, dict) or not all(type(fields.get(n)) is str for n in FINGERPRINT):
         raise ConfigError(f"a fingerprint has the fields {', '.join(FINGERPRINT)}")
     return {name: fields[name][:80] for name in FINGERPRINT}
@@ -91,7 +95,8 @@ def check_fingerprint(fields: object) -> dict[str, str]:
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Return in words what differs between two fingerprints."""
-    return [f"{n} {theirs[n]} against {ours[n]}" for n in FINGERPRINT if ours[n] != theirs[n]]
+    one, other = {**_BEFORE, **ours}, {**_BEFORE, **theirs}
+    return [f"{n} {other[n]} against {one[n]}" for n in FINGERPRINT if one[n] != other[n]]
 
 
 def describe(device: torch.device, command_line: Sequence[str]) -> dict[str, Any]:

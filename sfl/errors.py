@@ -6,15 +6,18 @@
      |- ConfigError        what was typed cannot be run as it stands           (exit code 2)
      |- DataError          the data are not there, or are not what was asked for
      |- RunError           the run cannot go on: disk, port, a client that left
+     |   `- NotYet         what was asked for may be had a little later
      |- AuthError          the peer is not who it must be, or TLS cannot be agreed on
      |- StepFailed         a step of the model cannot be computed
      |- ProtocolError      the peer sent something that it must not send
-     |   `- NotFinite      ... NaN, infinity, or numbers whose squares overflow
+     |   |- NotFinite      ... NaN, infinity, or numbers whose squares overflow
+     |   `- OtherVersion   ... since it speaks another version of the protocol
      |- ConnectionLost     the peer is gone, or silent for too long
      |- PeerFailed         the peer said that it cannot go on, and why
      |   |- PeerCannot     ... for a reason that recurs whenever it tries again
      |   `- PeerStopped    ... for a reason of its own
-     |       `- PeerLeft   ... since it was told to stop; it may come back
+     |       |- PeerLeft   ... since it was told to stop; it may come back
+     |       `- LetGo      the peer closed this connection, and takes a new one
      `- IntegrityError     a file or payload is not what its sender or writer made
          `- Damaged        it changed on its way here
 
@@ -38,6 +41,10 @@ class RunError(SflError):
     """The run cannot start or go on on this machine: port, folder, disk, a client that left."""
 
 
+class NotYet(RunError):
+    """What a peer asks for may be had a little later."""
+
+
 class AuthError(SflError):
     """The peer has not shown that it has the secret, or a certificate that we trust."""
 
@@ -52,6 +59,15 @@ class NotFinite(ProtocolError):
 
 class StepFailed(SflError):
     """A step cannot be computed: a block raises, or what it gives is not finite."""
+
+
+class OtherVersion(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+    def __init__(self, text: str, *, version: int, answer: str) -> None:
+        super().__init__(text)
+        self.version = version
+        self.answer = answer  # what to say to the peer, in its version
 
 
 class ConnectionLost(SflError):
@@ -74,12 +90,16 @@ class PeerLeft(PeerStopped):
     """The peer was told to stop, and may come back."""
 
 
+class LetGo(PeerStopped):
+    """The peer closed this connection, without a fault of ours, and takes a new one."""
+
+
 class IntegrityError(SflError):
     """A payload or file is damaged: its bytes are not those that were sent or written."""
 
 
 class Damaged(IntegrityError):
-    """A payload changed on its way: to be sent again."""
+    """A message changed on its way: a new connection is made, and it is sent again."""
 
 
 # What may go wrong with one peer, of which the others need not notice anything.

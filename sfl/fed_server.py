@@ -26,7 +26,7 @@ from sfl.fed import (
 )
 from sfl.guard import exposure, guard_of
 from sfl.heartbeat import Heart, interval_s
-from sfl.link import MAIN, Link, Peer
+from sfl.link import MAIN, Link, Peer, last_words_for
 from sfl.lobby import Lobby
 from sfl.outcome import FRONT, Half
 from sfl.own_functions import remember
@@ -56,6 +56,7 @@ from sfl.switchboard import DrainedConnection, Switchboard
 from sfl.tensors import max_state_bytes
 from sfl.tokens import FED
 from sfl.transport import connect, listen, parse_address
+from sfl.turned_away import TurnedAway
 from sfl.weights import SocketWeights, WeightStore
 
 LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
@@ -121,7 +122,11 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
     with (
         listen(node.host, node.port, LinkShape.parse(node.link)) as listener,
         Switchboard(
-            listener, timeout_s=node.peer_timeout, limits=Limits(), guard=guard, note=say
+            listener,
+            timeout_s=node.peer_timeout,
+            limits=Limits(),
+            guard=guard,
+            turned_away=TurnedAway(say),
         ) as switchboard,
     ):
         for warning in exposure(node):
@@ -242,7 +247,7 @@ def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:
             except StopIteration as end:
                 return end.value, connection
             except SflError as error:
-                switchboard.drop(connection, str(error))
+                switchboard.drop(connection, str(error), last_words_for(error))
 
 
 def _goodbye(link: Link) -> Conversation[None]:

@@ -17,11 +17,15 @@ from typing import Any, Final
 
 from sfl.errors import (
     ConnectionLost,
+    Damaged,
+    LetGo,
+    NotYet,
     PeerCannot,
     PeerFailed,
     PeerLeft,
     PeerStopped,
     ProtocolError,
+    SflError,
 )
 from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
 from sfl.saved import Buffer
@@ -52,6 +56,7 @@ LAST_WORDS = {
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
     MessageType.FAILED: ("failed", PeerCannot),
     MessageType.UNREGISTER: ("left", PeerLeft),
+    MessageType.TRY_AGAIN: ("closed this connection", LetGo),
 }
 
 
@@ -59,6 +64,13 @@ def is_last(message: Message) -> bool:
     """Say whether a peer ends the conversation with this, and why; a plain goodbye has no why."""
     plain = message.type is MessageType.UNREGISTER and not message.content
     return message.type in LAST_WORDS and not plain
+
+
+def last_words_for(error: SflError) -> MessageType:
+    """Return with which message a server ends a connection: whether to come back with a new one."""
+    if isinstance(error, ConnectionLost | Damaged | NotYet | PeerStopped):
+        return MessageType.TRY_AGAIN
+    return MessageType.INVALID_MESSAGE
 
 
 @dataclass(frozen=True)

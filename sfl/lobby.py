@@ -10,21 +10,23 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from sfl.checking import server_check
 from sfl.config import RunConfig, counted
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import differences
 from sfl.errors import (
     PEER_ERRORS,
     ConnectionLost,
+    NotYet,
     PeerFailed,
     ProtocolError,
     RunError,
     SflError,
 )
-from sfl.link import ANY_ID, Link
+from sfl.link import ANY_ID, Link, last_words_for
 from sfl.places import Patience, Place, check_somebody_may_come, is_refusal
 from sfl.progress import Waits
-from sfl.protocol import MessageType
+from sfl.protocol import Message, MessageType
 from sfl.registration import (
     HERE,
     DataReport,
@@ -36,6 +38,7 @@ from sfl.registration import (
 )
 from sfl.resume import Past
 from sfl.runfolder import EventLog
+from sfl.same_model import ServersModel
 from sfl.switchboard import DrainedConnection, Switchboard
 from sfl.transport import Connection
 
@@ -57,6 +60,7 @@ class Lobby(Network):
     goes_on: bool = False  # clients may have folders of this run already
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
+    model: ServersModel | None = None  # that clients must have built; None: any will do
     places: dict[int, Place] = field(default_factory=dict)
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
@@ -67,7 +71,7 @@ class Lobby(Network):
             self.ids, self.needed = frozenset(self.past.num_samples), self.past.clients
         else:  # more may register until so many are ready
             self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
-        self._joining: dict[DrainedConnection, Conversation[Joined]] = {}
+        self._joining: dict[DrainedConnection, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._has_begun = self._ends = False
         self._round = -1
@@ -156,17 +160,14 @@ class Lobby(Network):
 
         Raises:
             RunError: it cannot be had.
+            NotYet: it has been taken too often in a short time.
         """
         free = sorted(self.ids - self._taken())
         if wanted == ANY_ID:
             if not free:
                 raise RunError(self.full)
             wanted = free[0]
-        if wanted not in self.ids:
-            every = sorted(self.ids)
-            in_a_row = every == list(range(len(every)))
-            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
-            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
+        self._check_id(wanted)
         place = self.places.setdefault(wanted, Place())
         if place.link:
             # The same process has noticed before us that its connection is dead; of another one
@@ -174,38 +175,83 @@ class Lobby(Network):
             silent = place.link.silent_s() > SILENT_BEATS * self.switchboard.heartbeat_s
             if not (place.instance == instance or place.link.failed or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
+        if not (place.taken_over if place.link else place.taken).take():
+            raise NotYet(f"client_{wanted} has connected anew too often: wait some seconds")
+        if place.link:
             self._lose(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
             self._changes.append((wanted, False))
         place.link, place.instance, place.ready = link, instance, False
         return wanted
 
+    def _check_id(self, wanted: int) -> None:
+        if wanted not in self.ids:
+            every = sorted(self.ids)
+            in_a_row = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
+            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
+
+    def _find(self, wanted: int) -> tuple[int, str]:
+        """Return which client somebody would be that only checks, and why not now.
+
+        Raises:
+            RunError: the run has no such client.
+        """
+        free = sorted(self.ids - self._taken())
+        if wanted == ANY_ID:
+            return (free[0], "") if free else (min(self.ids), self.full)
+        self._check_id(wanted)
+        return wanted, "" if wanted in free else f"client_{wanted} is connected"
+
+    def _refuses(self, joined: Joined, before: Joined | None) -> str:
+        """Say why a client that has loaded its data cannot take part; "" if it can."""
+        unlike = self._unlike(joined, before) or (self.model.unlike(joined) if self.model else "")
+        return unlike or self.unfit(joined.data)
+
+    def _answer_check(self, connection: DrainedConnection, hello: Message) -> Conversation[None]:
+        """Answer a client that checks; it gets no place."""
+        self.events.note(f"{connection.address} checks whether it could take part")
+
+        def refuses(joined: Joined) -> str:
+            place = self.places.get(joined.client)
+            return self._refuses(joined, place.joined if place else None)
+
+        return server_check(connection, hello, self._welcome(), self._find, refuses)
+
     def _register(self, connection: DrainedConnection) -> None:
         """Let one connection's registration go on with the message that has arrived."""
         if connection.failed and not connection.peer_name:  # it is gone already
             self._joining.pop(connection, None)
-            self.events.note(f"turned away {connection.address}: {connection.ending()}")
-            self.switchboard.drop(connection, "")
+            why = connection.ending() or ConnectionLost("it is gone")
+            self.switchboard.turned_away.add(connection.address, str(why), aloud=False)
+            self.switchboard.drop(connection, str(why), last_words_for(why))
             return
         if connection not in self._joining:
             connection.name = "server"
             welcome = self._welcome()
             self._joining[connection] = server_join(
-                connection, welcome, lambda wanted, who: self._take_id(wanted, who, connection)
+                connection,
+                welcome,
+                lambda wanted, who: self._take_id(wanted, who, connection),
+                lambda hello: self._answer_check(connection, hello),
             )
             next(self._joining[connection])
         try:
             next(self._joining[connection])
-            self.events.say(f"{connection.peer_name} registered from {connection.address}")
+            if connection.peer_name:
+                self.events.say(f"{connection.peer_name} registered from {connection.address}")
         except StopIteration as end:
             del self._joining[connection]
-            self._is_ready(end.value, connection)
+            if end.value is None:
+                self.switchboard.drop(connection, "", MessageType.UNREGISTER)
+            else:
+                self._is_ready(end.value, connection)
         except SflError as error:
             del self._joining[connection]
             if connection.peer_name:
                 self._left(connection, error)
             else:
-                self.events.note(f"turned away {connection.address}: {error}")
-                self.switchboard.drop(connection, str(error))
+                self.switchboard.turned_away.add(connection.address, str(error))
+                self.switchboard.drop(connection, str(error), last_words_for(error))
 
     def _welcome(self) -> Welcome:
         known = frozenset(k for k, place in self.places.items() if place.instance)
@@ -217,7 +263,7 @@ class Lobby(Network):
 
     def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
         place = self.places[joined.client]
-        if why := self._unlike(joined, place.joined) or self.unfit(joined.data):
+        if why := self._refuses(joined, place.joined):
             self._lose(joined.client, ProtocolError(why))
             return
         before = place.joined.fingerprint if place.joined else self._past_fingerprint(joined)
@@ -326,9 +372,9 @@ class Lobby(Network):
         for connection in self.switchboard.connections:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
-                self.events.note(f"turned away {connection.address}: it did not register")
+                self.switchboard.turned_away.add(connection.address, "it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
-                self.switchboard.drop(connection, reason, MessageType.ABORT)
+                self.switchboard.drop(connection, reason, MessageType.TRY_AGAIN)
         if self._has_begun:
             self._see_who_holds_the_round(links)
             if not self._ends:
@@ -374,9 +420,8 @@ class Lobby(Network):
         """Let go of a client's connection, and tell the others whom we wait for."""
         place, refused = self.places[client], is_refusal(error)
         if place.link:
-            last_words = MessageType.INVALID_MESSAGE if refused else MessageType.ABORT
             self._joining.pop(place.link, None)
-            self.switchboard.drop(place.link, str(error), last_words)
+            self.switchboard.drop(place.link, str(error), last_words_for(error))
         place.free(error, time.monotonic())
         free = "" if self._has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")

@@ -91,13 +91,14 @@ def _add_options(group: Any, config_class: Any) -> None:
         kind = types[spec.name][0]
         if kind is bool:
             group.add_argument(
-                flag(spec.name), action="store_true", default=argparse.SUPPRESS,
+                flag(spec.name), dest=spec.name, action="store_true", default=argparse.SUPPRESS,
                 help=spec.metadata["help"],
             )  # fmt: skip
             continue
         shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
         group.add_argument(
             flag(spec.name),
+            dest=spec.name,
             type=kind,
             choices=spec.metadata["choices"] or None,
             default=argparse.SUPPRESS,

@@ -1,8 +1,9 @@
 """The places of a run's clients: who has each, whether it is there, and what became of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sfl.allowance import Allowance
 from sfl.config import RunConfig
 from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
 from sfl.party import TEST, TRAIN, VALIDATION
@@ -10,6 +11,10 @@ from sfl.progress import Step
 from sfl.registration import Joined
 from sfl.schemes import Exchange, scheme
 from sfl.switchboard import DrainedConnection
+
+# How often a place may be taken over from a connection that is open, and how often a free one may
+# be taken: so often at once, then every so many seconds. A flaky link needs far less.
+TAKEN_OVER, TAKEN = (8, 3.0), (200, 0.1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Place:
     refused: bool = False  # what it did was wrong: the same again is of no use
     recurs: bool = False  # it has failed in a way in which it would fail again
     out_in: int = -1  # the round that goes on without it, even when it is back
+    taken_over: Allowance = field(default_factory=lambda: Allowance(*TAKEN_OVER))
+    taken: Allowance = field(default_factory=lambda: Allowance(*TAKEN))
 
     @property
     def is_here(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sfl import __version__
 from sfl.class_names import listed
 from sfl.class_weights import BALANCED, class_weights
 from sfl.config import RunConfig
@@ -34,6 +35,7 @@ from sfl.options import from_values
 from sfl.partition import OWN
 from sfl.party import TEST, TRAIN, VALIDATION
 from sfl.protocol import Message, MessageType
+from sfl.structure import CHECKSUM, DIGEST, MAX_DIGESTS
 
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
@@ -50,6 +52,8 @@ class DataReport:
     digest: str  # of the samples and the run's name: whether they are the same when it goes on
     class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
     rounds: tuple[int, ...] = ()  # of which it has what only it has; none: it has nothing such
+    structure: tuple[str, ...] = ()  # of the model that it built for them, see ``sfl.structure``
+    weights: str = ""  # checksum of the front's initial ones, as it draws them
 
     @classmethod
     def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
@@ -90,6 +94,7 @@ class Welcome:
     fed: str = HERE  # APART: it has no port, the weights go through the store
     heartbeat_s: float = 0.0  # how often the server wants to hear from a client
     known: frozenset[int] = frozenset()  # clients that have begun before, in any case
+    sfl: str = __version__  # its version
 
 
 def client_join(
@@ -114,7 +119,15 @@ def client_join(
     }
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
-    reply = link.receive_message_as_json(MessageType.REGISTERED)
+    return parse_welcome(link, link.receive_message_as_json(MessageType.REGISTERED), wanted)
+
+
+def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
+    """Return what a server says to a client that wants to be client ``wanted``, or ``ANY_ID``.
+
+    Raises:
+        ProtocolError: it makes no sense.
+    """
     try:
         run = from_values(RunConfig, reply.get("config", dict), "the server's configuration")
     except ConfigError as error:
@@ -129,7 +142,8 @@ def client_join(
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
-    return Welcome(client, run, first_round, reply.get("goes_on", bool), reply.get("fed", str))
+    goes_on, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
+    return Welcome(client, run, first_round, goes_on, fed, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -156,41 +170,61 @@ def send_report(link: Link, report: DataReport) -> None:
 
 
 def server_join(
-    link: Link, welcome: Welcome, take_id: Callable[[int, str], int]
-) -> Conversation[Joined]:
-    """Register one client and wait until its data are loaded.
+    link: Link,
+    welcome: Welcome,
+    take_id: Callable[[int, str], int],
+    answer_check: Callable[[Message], Conversation[None]],
+) -> Conversation[Joined | None]:
+    """Register one client and wait until its data are loaded; None: it only checked.
 
     ``welcome`` is for every client, apart from its id, which ``take_id`` gives for the id that it
     wants and its instance; it raises ``RunError`` to turn the client away.
     """
     yield link
-    hello = link.receive_message_as_json(MessageType.REGISTER)
-    wanted = hello.get("client_id", int)
-    link.check_proved(Peer(CLIENT, wanted))
-    try:
-        fingerprint = check_fingerprint(hello.get("fingerprint", dict))
-    except ConfigError as error:
-        raise ProtocolError(str(error)) from error
+    hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
+    wanted, fingerprint = parse_hello(link, hello)
+    if hello.type is MessageType.CHECK:
+        yield from answer_check(hello)
+        return None
     if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
         raise ProtocolError("a client does not say which process it is")
     link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
-    content = {
+    link.send_message_as_json(MessageType.REGISTERED, content=told_to(client, welcome))
+    yield link
+    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
+    return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
+
+
+def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
+    """Return the id that a client wants, and what it computes with.
+
+    Raises:
+        ProtocolError: it has proved to be somebody else, or does not say so.
+    """
+    wanted = hello.get("client_id", int)
+    link.check_proved(Peer(CLIENT, wanted))
+    try:
+        return wanted, check_fingerprint(hello.get("fingerprint", dict))
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def told_to(client: int, welcome: Welcome) -> dict[str, Any]:
+    """Return the content of a client's welcome."""
+    return {
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
         "goes_on": welcome.goes_on or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
+        "sfl": welcome.sfl,
     }
-    link.send_message_as_json(MessageType.REGISTERED, content=content)
-    yield link
-    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    return Joined(client, link, fingerprint, _parse_report(message, client, welcome.run))
 
 
-def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
+def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     try:
         samples = samples_of(message.get("num_samples", dict))
         classes = classes_of(message.get("classes", list))
@@ -207,7 +241,19 @@ def _parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds))
+    structure, weights = _parse_built(message, client)
+    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
+
+
+def _parse_built(message: Message, client: int) -> tuple[tuple[str, ...], str]:
+    """Return what a client reports of the model that it has built."""
+    told, weights = message.get("structure", list), message.get("weights", str)
+    fine = 0 < len(told) <= MAX_DIGESTS and all(
+        type(d) is str and DIGEST.fullmatch(d) for d in told
+    )
+    if not fine or not CHECKSUM.fullmatch(weights):
+        raise ProtocolError(f"client_{client} does not report which model it has built")
+    return tuple(told), weights
 
 
 def _check_fits(

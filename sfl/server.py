@@ -49,6 +49,7 @@ from sfl.runfolder import (
     telling_why,
     to_json,
 )
+from sfl.same_model import ServersModel, check_same_model
 from sfl.schemes import Exchange, scheme
 from sfl.shaping import LinkShape
 from sfl.split_model import SplitModel
@@ -58,6 +59,7 @@ from sfl.switchboard import Switchboard
 from sfl.tensors import max_state_bytes
 from sfl.tokens import SERVER
 from sfl.transport import listen
+from sfl.turned_away import TurnedAway
 from sfl.weights import Elsewhere, WeightStore
 
 
@@ -92,7 +94,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
                 heartbeat_s=interval_s(node.silence_s),
                 guard=dataclasses.replace(guard, run=run.run),
-                note=folder.events.note,
+                turned_away=TurnedAway(folder.events.say, folder.events.note),
                 meanwhile=folder.archive.write_one,
             ) as switchboard,
             telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
@@ -119,6 +121,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 goes_on=bool(node.resume),
                 fed=fed,
                 patience=patience,
+                model=ServersModel(run),
             )
             if past and past.first_round == run.rounds:  # all that is left is to say goodbye
                 lobby.end_soon()
@@ -284,6 +287,7 @@ def prepare(
     archive, events = folder.archive, folder.events
     data = dict(past.data) if past else describe_data(joined, run)
     split = SplitModel.of_data(run, data)
+    check_same_model(run, split, joined, events.say)
     ours = fingerprint(device)
     for k, client in joined.items():
         for difference in differences(ours, client.fingerprint):

@@ -1,12 +1,14 @@
 """A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfl import structure
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.models import build, model_spec, split
@@ -51,7 +53,15 @@ class SplitModel:
         allowed: Collection[str] | None = None,
         class_weights: tuple[float, ...] = (),
     ) -> None:
-        model = build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
+        def build_it() -> nn.Sequential:
+            return build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
+
+        model = build_it()
+        self.block_names = [name for name, _ in model.named_children()]
+        described = structure.describe(model)
+        self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
+            described, lambda: structure.describe(build_it())
+        )
         self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
         self.cuts = (self.cut,) if scheme(run.scheme).exchange is Exchange.CUT else ()
         if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
@@ -96,6 +106,11 @@ class SplitModel:
     def back(self, device: torch.device) -> Segment:
         """Return a server-side model with the initial weights and an optimiser."""
         return self._segment(-1, device)
+
+    @functools.cached_property
+    def structure(self) -> tuple[str, ...]:
+        """The digests of the model as it was built, see ``sfl.structure``."""
+        return self._structure()
 
     @property
     def front_spec(self) -> StateSpec:

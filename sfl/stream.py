@@ -21,6 +21,11 @@ from sfl.certificates import certificate_hash
 from sfl.errors import AuthError
 
 RAW_BYTES = 64 * 2**10  # that are taken from the socket, or enciphered, at once
+# What OpenSSL says of a handshake whose bytes have changed on their way, to which side it may be.
+_DAMAGE = (
+    "bad record mac", "decode error", "illegal parameter", "unexpected message", "bad length",
+    "invalid session id", "bad extension", "bad key share", "digest check failed",
+)  # fmt: skip
 MAX_UNASKED_BYTES = 64 * 2**10  # that a peer makes us say, by asking for new keys, before we send
 
 
@@ -236,7 +241,7 @@ def to_server(
 
     Raises:
         AuthError: its certificate is not to be trusted, or it does not speak TLS as we do.
-        TimeoutError, OSError: the connection is lost.
+        TimeoutError, OSError: the connection is lost, or what came over it has been damaged.
     """
     # An IPv6 address may have its interface behind it.
     stream = TlsStream(sock, context, host=host.partition("%")[0])
@@ -245,10 +250,11 @@ def to_server(
         stream.finish_handshake()
     except OSError as error:
         stream.close()
-        lost = not isinstance(error, ssl.SSLError) or isinstance(
-            error, ssl.SSLEOFError | ssl.SSLZeroReturnError
-        )
-        if lost:
+        if (
+            not isinstance(error, ssl.SSLError)
+            or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+            or any(words in why(error) for words in _DAMAGE)
+        ):
             raise
         raise AuthError(_not_agreed(error, host)) from error
     return stream

@@ -25,6 +25,7 @@ from sfl.heartbeat import Heart, interval_s
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener
+from sfl.turned_away import TurnedAway
 
 T = TypeVar("T")
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
@@ -316,10 +317,10 @@ class Switchboard(Network):
         max_strangers: int = 64,
         heartbeat_s: float | None = None,
         guard: Guard | None = None,
-        note: Callable[[str], None] = lambda line: None,
+        turned_away: TurnedAway | None = None,
         meanwhile: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``guard`` says who is let in; ``note`` is told who is not, and why.
+        """``guard`` says who is let in; ``turned_away`` is told who is not, and why.
 
         ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
 
@@ -337,7 +338,8 @@ class Switchboard(Network):
         self._at_once = 0  # clients that train; 0: all
         self._num_leaving = 0  # connections that were turned away and are being closed
         self._closed = False
-        self._doorstep = Doorstep(listener, self.guard, self._admit, note)
+        self.turned_away = turned_away or TurnedAway()
+        self._doorstep = Doorstep(listener, self.guard, self._admit, self.turned_away)
         self._heart = Heart(lambda: [c for c in self.connections if c.peer_name])
 
     def __enter__(self) -> "Switchboard":

@@ -186,8 +186,10 @@ def server_authenticate(
         ProtocolError: it says something else.
     """
     yield link
-    hello = link.receive_message_as_json(MessageType.AUTHENTICATE, MessageType.REGISTER)
-    if hello.type is MessageType.REGISTER:
+    hello = link.receive_message_as_json(
+        MessageType.AUTHENTICATE, MessageType.REGISTER, MessageType.CHECK
+    )
+    if hello.type is not MessageType.AUTHENTICATE:
         raise AuthError("this server asks for a token: give --token-file")
     peer = Peer(hello.get("role", str), hello.get("client_id", int))
     if peer.role not in (CLIENT, MAIN) or not ANY_ID <= peer.client < 2**31:

@@ -161,7 +161,8 @@ class Connection(Link):
         try:
             message = self._decoder.next_message()
         except (ProtocolError, Damaged) as error:
-            raise type(error)(f"from {self.peer_title}: {error}") from error
+            error.args = (f"from {self.peer_title}: {error}",)
+            raise
         if message is not None and message.type is MessageType.HEARTBEAT:
             self.counters.bytes_received -= message.head_bytes
             self.bytes_moved -= message.head_bytes
@@ -413,14 +414,14 @@ def connect(
 ) -> Connection:
     """Connect, trying again with growing pauses until ``connect_timeout_s`` has passed.
 
-    ``on_wait`` is told once, with the reason, when the first try fails. ``again``: it was there
-    before, so that a name that is unknown for a while is no reason to give up. With ``tls`` the
-    server must prove to be the host; nothing is ever sent in the clear instead.
+    ``on_wait`` is told once, with the reason, when the first try fails: a name, too, may be known
+    only a little later. ``again``: it was there before. With ``tls`` the server must prove to be
+    the host; nothing is ever sent in the clear instead.
 
     Raises:
         AuthError: the server's certificate is not to be trusted, or it speaks no TLS.
         ConnectionLost: it ended TLS's handshake.
-        RunError: there is no such host, or nobody answered in time.
+        RunError: it is no name of a host, or nobody answered in time.
     """
     address = format_address(host, port)
     deadline = time.monotonic() + connect_timeout_s
@@ -440,20 +441,22 @@ def connect(
             # Nobody listens, and the system gave us that very port: we reached ourselves.
             sock.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        except socket.gaierror as error:
+            reason = f"unknown host {host!r}: {error.strerror or error}"
         except OSError as error:
             reason = error.strerror or str(error)
-            unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
-        except UnicodeError:  # by the codec for host names
-            reason, unknown = "no host has such a name", True
-        if unknown and not again:
-            raise RunError(f"unknown host {host!r}: {reason}; see --server")
+        except UnicodeError as error:  # by the codec for host names
+            raise RunError(
+                f"unknown host {host!r}: no host has such a name; see --server"
+            ) from error
         if deadline - time.monotonic() <= pause_s:
             raise RunError(
                 f"no server at {address} within {connect_timeout_s:g} seconds ({reason});"
                 f" see --server and --{'re' if again else ''}connect-timeout"
             )
         if not told:
-            on_wait(f"waiting for the server at {address} ({reason})")
+            patience = f"trying for {connect_timeout_s:g} seconds"
+            on_wait(f"waiting for the server at {address} ({reason}); {patience}")
             told = True
         time.sleep(pause_s)  # between tries there is nothing that could wake us
         pause_s = min(pause_s * 2, _MAX_BACKOFF_S)

@@ -1,13 +1,57 @@
 """Models for tests, named on command lines as ``tests.models:<function>``."""
 
+import os
 import time
+from collections import OrderedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "refusing_large", "slow", "with_huge_layer"]
+__all__ = ["bn_dropout", "of_this_machine", "refusing_large", "slow", "with_huge_layer"]
+VARIANT = "SFL_TEST_VARIANT"  # how this machine's code differs from the others'
+
+
+class Scaled(nn.Module):
+    """A module whose hyperparameter stands nowhere but in an attribute."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self._scale = scale
+        self.made_at = time.perf_counter_ns()  # another one each time: no part of the structure
+        self.anything = object()
+        self.table = {"b": {3, 1, 2}, "a": lambda x: x}
+        self.folder = f"/home/{os.getpid()}"  # of this machine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._scale
+
+
+def of_this_machine(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Build a small perceptron, with what differs on this machine."""
+    variant = os.environ.get(VARIANT, "")
+    slope = 0.2 if variant == "slope" else 0.1
+    model = nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(int(torch.Size(input_shape).numel()), 16),
+            act=nn.Tanh() if variant == "class" else nn.LeakyReLU(slope),
+            scaled=Scaled(0.7 if variant == "scale" else 0.5),
+            norm=nn.BatchNorm1d(16),
+            fc2=nn.Linear(16, num_classes),
+        )
+    )
+    if variant == "mode":
+        model.norm.eval()
+    if variant == "frozen":
+        model.fc2.weight.requires_grad_(False)
+    if variant == "block":
+        model.add_module("more", nn.Identity())
+    if variant == "weights":  # as another processor draws them
+        with torch.no_grad():
+            model.fc1.weight[0, 0] += 1e-3
+    return model
 
 
 def with_huge_layer(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 import sfl.archive
 from sfl.auth import main as auth_main
 from sfl.config import ServerNode
+from sfl.crc import crc32
 from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, Doorstep, Visitor
 from sfl.errors import AuthError, ConfigError, ConnectionLost, PeerFailed, ProtocolError
 from sfl.guard import Guard, exposure, guard_of
 from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
-from sfl.protocol import HEAD, MAGIC, VERSION, Limits, Message, MessageType, encode_head
+from sfl.protocol import HEAD, MAGIC, VERSION, Limits, Message, MessageType, encode_head, pack_head
 from sfl.tokens import FED, SERVER, Tokens, _agreed, _proof, read_tokens, write_tokens
 from sfl.transport import Connection, is_loopback, listen, parse_address
+from sfl.turned_away import TurnedAway
 from tests.launch import Launcher, Program
 from tests.test_failures import wait_for
 
@@ -501,9 +503,9 @@ def test_whoever_says_nothing_or_little_is_sent_away_after_ten_seconds(
 def test_more_than_4_kib_before_anybody_is_known_are_refused(
     launcher: Launcher, guarded: Program
 ) -> None:
-    large = HEAD.pack(MAGIC, VERSION, 0, 0, MAX_BYTES, 0)
-    assert "at most 4076 are accepted here" in refusal(launcher.port, large)
-    file = HEAD.pack(MAGIC, VERSION, 0, 0, 20, 1)
+    large = pack_head(MAX_BYTES, 0)
+    assert "at most 4068 are accepted here" in refusal(launcher.port, large)
+    file = pack_head(20, 1)
     assert "at most 0 are accepted here" in refusal(launcher.port, file)
 
 
@@ -512,8 +514,8 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
     server = launcher.server(*FAST, "--token-file", token_file(tmp_path, TOKEN))
     wait_for(server, "listening")
     with socket.create_connection(("127.0.0.1", launcher.port), timeout=20) as sock:
-        head = HEAD.pack(MAGIC, VERSION, 0, 0, MAX_BYTES - HEAD.size, 0)
-        sock.sendall(head + b" " * (MAX_BYTES - HEAD.size - 1))
+        text = b" " * (MAX_BYTES - HEAD.size)
+        sock.sendall(pack_head(len(text), 0, crc=crc32(text)) + text[1:])
         sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             sock.recv(1)
@@ -580,7 +582,7 @@ def test_no_exception_of_one_visitor_ends_the_others(
     def broken(visitor: Visitor) -> None:
         raise KeyError("a bug of ours")
 
-    doorstep = Doorstep(listener, Guard(), broken, lines.append)
+    doorstep = Doorstep(listener, Guard(), broken, TurnedAway(note=lines.append))
     for _ in range(2):
         with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as sock:
             sock.sendall(frame(MessageType.REGISTER))

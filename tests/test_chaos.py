@@ -16,7 +16,10 @@ from tests.test_recovery import RUN, reference
     ("scheme", "trouble"),
     [
         ("sflv2", ["--kills", 3, "--stops", 1]),
-        ("sflv3", ["--optimizer-state", "keep", "--kills", 2, "--cuts", 4, "--delay-ms", 5]),
+        (
+            "sflv3",
+            ["--optimizer-state", "keep", "--kills", 2, "--cuts", 4, "--flips", 4, "--delay-ms", 5],
+        ),
     ],
 )
 def test_chaos_leaves_no_trace(tmp_path: Path, scheme: str, trouble: list[object]) -> None:

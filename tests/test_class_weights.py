@@ -99,7 +99,7 @@ def test_fl_with_weights_equals_sflv1(tmp_path: Path) -> None:
 
 def test_the_server_hears_of_classes_only_if_it_weighs_by_them(tmp_path: Path) -> None:
     from sfl.protocol import Message, MessageType
-    from sfl.registration import DataReport, _parse_report
+    from sfl.registration import DataReport, parse_report
 
     data = part_of(DATASETS["mnist-5k"], RunConfig(), 0, loaded("mnist-5k"))
     plain, balanced = RunConfig(), RunConfig(class_weights="balanced")
@@ -110,4 +110,4 @@ def test_the_server_hears_of_classes_only_if_it_weighs_by_them(tmp_path: Path) -
     for bad in ([], [1] * 9, [-1] * 10, [1.5] * 10, ["1"] * 10):
         message = Message(MessageType.REQUEST_TO_START, content=content | {"class_counts": bad})
         with pytest.raises(ProtocolError, match="reports no samples of each class"):
-            _parse_report(message, 0, balanced)
+            parse_report(message, 0, balanced)

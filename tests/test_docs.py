@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfl.aggregate import RULES
-from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode
+from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag
 from sfl.datasets import DATASETS
 from sfl.models import MODELS
 from sfl.optimizers import OPTIMIZERS
@@ -89,7 +89,7 @@ def test_every_rule_is_in_the_table_with_its_options() -> None:
 def test_every_option_that_the_pages_use_exists() -> None:
     pages = [README, *(page.read_text() for page in ROOT.glob("docs/**/*.md"))]
     known = {
-        "--" + field.name.replace("_", "-")
+        flag(field.name)
         for group in (RunConfig, ServerNode, ClientNode, SimulationNode)
         for field in dataclasses.fields(group)
     }
@@ -97,7 +97,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
-    known |= {"--kills", "--cuts", "--delay-ms", "--blackouts"}  # experiments.chaos's
+    known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
     known |= {"--rows", "--blocks", "--hosts"}  # experiments.bench's, experiments.many_clients'
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfl.protocol import HEAD, MAGIC, VERSION
+from sfl.crc import crc32
+from sfl.protocol import pack_head
 from tests.launch import Launcher, Program
 
 FAST = ["--model", "mlp", "--batch-size", 200]
@@ -165,9 +166,9 @@ def test_strangers_on_the_port_do_not_disturb_a_run(launcher: Launcher) -> None:
     wait_for(server, "listening")
     strangers = [
         b"GET / HTTP/1.1\r\n\r\n",
-        HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0),
-        HEAD.pack(MAGIC, VERSION, 0, 0, 10, 2**62),
-        HEAD.pack(MAGIC, VERSION, 0, 0, 2, 0) + b"{}",
+        pack_head(2**31, 0),
+        pack_head(10, 2**62),
+        pack_head(2, 0, crc=crc32(b"{}")) + b"{}",
         b"SFL\n",
         b"",
     ]

@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "switchboard",
         "transport",
         "turn",
+        "turned_away",
     },
     "pickle": set(),
 }

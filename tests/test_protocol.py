@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfl
-from sfl.errors import IntegrityError, ProtocolError
+from sfl.crc import crc32
+from sfl.errors import Damaged, IntegrityError, OtherVersion, ProtocolError
 from sfl.protocol import (
     FILE_TYPES,
     HEAD,
-    MAGIC,
+    RELEASES,
     VERSION,
     Decoder,
     Limits,
@@ -23,6 +25,7 @@ from sfl.protocol import (
     MessageType,
     Position,
     encode_head,
+    pack_head,
 )
 
 LIMITS = Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 20_000))
@@ -34,7 +37,7 @@ def frame(message: Message) -> bytes:
 
 def raw_frame(fields: object, payload: bytes = b"") -> bytes:
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return HEAD.pack(MAGIC, VERSION, 0, 0, len(text), len(payload)) + text + payload
+    return pack_head(len(text), len(payload), crc=crc32(text)) + text + payload
 
 
 def decode(stream: bytes, cuts: list[int], limits: Limits = LIMITS) -> list[Message]:
@@ -139,10 +142,10 @@ def test_brackets_in_texts_are_no_depth() -> None:
     ("stream", "reason"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak"),
-        (HEAD.pack(MAGIC, 9, 0, 0, 2, 0), "version 9"),
-        (HEAD.pack(MAGIC, VERSION, 1, 0, 2, 0), "flags"),
-        (HEAD.pack(MAGIC, VERSION, 0, 0, 2**31, 0), "bytes of JSON"),
-        (HEAD.pack(MAGIC, VERSION, 0, 0, 2, 2**63), "payload of 9223372036854775808 bytes"),
+        (pack_head(2, 0, version=9), "it runs another release .protocol 9"),
+        (pack_head(2, 0, flags=1), "flags"),
+        (pack_head(2**31, 0), "bytes of JSON"),
+        (pack_head(2, 2**63), "payload of 9223372036854775808 bytes"),
         (raw_frame(b"\xff\xff"), "cannot be read"),
         (raw_frame(b"[" * 60_000), "nested more than 16 deep"),
         (raw_frame({**FIELDS, "content": json.loads("[" * 16 + "]" * 16)}), "nested more than 16"),
@@ -177,7 +180,7 @@ def test_a_bad_frame_is_refused_with_its_reason(stream: bytes, reason: str) -> N
 def test_a_length_is_refused_before_anything_is_allocated() -> None:
     limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**30, MessageType.TRAINING_LABELS: 10})
     fields = json.dumps({**FIELDS, "type": "TRAINING_LABELS", "checksum": ""}).encode()
-    stream = HEAD.pack(MAGIC, VERSION, 0, 0, len(fields), 2**29) + fields
+    stream = pack_head(len(fields), 2**29, crc=crc32(fields)) + fields
     tracemalloc.start()
     with pytest.raises(ProtocolError, match="at most 10 are"):
         decode(stream, [], limits)
@@ -185,11 +188,66 @@ def test_a_length_is_refused_before_anything_is_allocated() -> None:
     tracemalloc.stop()
 
 
-def test_a_flipped_bit_in_a_file_is_found() -> None:
-    stream = bytearray(frame(Message(MessageType.SEND_MODEL, payload=b"weights" * 100)))
-    stream[-5] ^= 1
-    with pytest.raises(IntegrityError, match="SEND_MODEL arrived damaged"):
-        decode(bytes(stream), [])
+@pytest.mark.parametrize("before", [[], [Message(MessageType.MESSAGE, content="hello")]])
+@pytest.mark.parametrize("payload", [b"", b"weights"])
+def test_a_flipped_bit_anywhere_in_a_frame_is_damage(payload: bytes, before: list[Message]) -> None:
+    """Never another error, which would say that the peer is at fault; and never a message."""
+    kind = MessageType.SEND_MODEL if payload else MessageType.TRAINING_DONE
+    sent = frame(
+        Message(kind, "client_0", "server", {"loss": 1.5}, Position("r", 1, 2, 0), payload)
+    )
+    start = b"".join(map(frame, before))
+    for bit in range(8 * len(sent)):
+        damaged = bytearray(sent)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(Damaged, match="arrived damaged"):
+            decode(start + bytes(damaged), [])
+
+
+@given(st.lists(messages(), min_size=1, max_size=3), st.data())
+def test_a_flipped_bit_anywhere_in_a_stream_is_damage(
+    sent: list[Message], data: st.DataObject
+) -> None:
+    stream = bytearray(b"".join(frame(message) for message in sent))
+    bit = data.draw(st.integers(0, 8 * len(stream) - 1))
+    stream[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(Damaged):
+        decode(bytes(stream) + frame(Message(MessageType.MESSAGE)) * 2, [])
+
+
+def test_a_damaged_length_is_not_waited_for() -> None:
+    """Damage is found when the head is there, not when as many bytes have come as it says."""
+    stream = bytearray(frame(Message(MessageType.MESSAGE, content="x" * 300)))
+    stream[10] ^= 1  # 256 bytes more
+    with pytest.raises(Damaged):
+        decode(bytes(stream[: HEAD.size]), [])
+
+
+def test_who_has_spoken_well_is_damaged_and_no_stranger() -> None:
+    stream = frame(Message(MessageType.MESSAGE)) + b"GET / HTTP/1.1\r\nHost: example.org\r\n"
+    with pytest.raises(Damaged):
+        decode(stream, [])
+
+
+def test_another_version_is_known_by_its_head_and_answered_in_it() -> None:
+    asked = encode_head(Message(MessageType.REGISTER, content={"client_id": 0}), version=1)
+    with pytest.raises(OtherVersion, match=r"it runs SFL 0\.1 \(protocol 1\)") as found:
+        decode(asked, [])
+    assert found.value.version == 1
+    assert f"install SFL {sfl.__version__} on your machine" in found.value.answer
+    answer = encode_head(Message(MessageType.INVALID_MESSAGE, content="why"), version=1)
+    magic, version, flags, reserved, json_bytes, payload_bytes = struct.unpack_from(
+        ">4sBBHIQ", answer
+    )
+    assert (magic, version, flags, reserved, payload_bytes) == (b"SFL\n", 1, 0, 0, 0)
+    assert len(answer) == 20 + json_bytes
+    assert json.loads(answer[20:])["content"] == "why"
+
+
+def test_the_version_that_we_speak_is_the_release_s() -> None:
+    assert sfl.__version__.startswith(f"{RELEASES[VERSION]}.")
+    text = (Path(sfl.__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'version = "{sfl.__version__}"' in text
 
 
 def test_nan_and_infinity_pass_as_values() -> None:
