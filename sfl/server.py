@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sfl.archive_writer import REWRITTEN, write_file
-from sfl.check import check_disk, check_run, check_space, disk_bytes
+from sfl.check import check_disk, check_run, check_space, disk_bytes, knows_classes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
 from sfl.driver import Network
@@ -53,6 +53,7 @@ from sfl.schemes import Exchange, scheme
 from sfl.shaping import LinkShape
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
+from sfl.start_check import check_model
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
 from sfl.tensors import max_state_bytes
@@ -69,7 +70,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         RunError: port, folder or disk; or a client left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    run = check_run(run)
+    run = check_run(run, imports_data=not node.resume)  # else the folder may be somebody else's
     if scheme(run.scheme).pooled:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
@@ -269,13 +270,15 @@ def prepare(
     ``keeps_answers``: a client may redo its steps.
 
     Raises:
-        ConfigError: the model does not take such data.
+        ConfigError: the model does not take such data, or cannot be trained in its segments.
         RunError: the clients' data do not go together, or the disk is too small.
         IntegrityError: a file that the run goes on from is damaged.
     """
     archive, events = folder.archive, folder.events
     data = dict(past.data) if past else describe_data(joined, run)
     split = SplitModel.of_data(run, data)
+    if not knows_classes(run):
+        check_model(split)
     ours = fingerprint(device)
     for k, client in joined.items():
         for difference in differences(ours, client.fingerprint):
