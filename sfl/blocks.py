@@ -6,32 +6,21 @@ travel. Blocks are counted from 0; an entry is a parameter or buffer by its name
 
 import copy
 import itertools
-import traceback
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sfl.errors import ConfigError, reason_of
+from sfl.errors import ConfigError, told
 from sfl.tensors import DTYPES
 
-_NOT_A_USERS = tuple(str(Path(path).parent) for path in (__file__, torch.__file__))
 # What a subclass of nn.Sequential may have of its own: none of it changes what is computed.
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "_get_name", "__dir__"}
 _HARMLESS |= {"_load_from_state_dict", "_save_to_state_dict", "__init_subclass__"}
 _BASES = (nn.Sequential, nn.Module, object)
-
-
-def told(error: BaseException) -> str:
-    """Return in one line what a user's code raised, and where in it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((*_NOT_A_USERS, "<"))]
-    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return reason_of(error).rstrip(": ") + where
 
 
 def titled(index: int, block: nn.Module | None) -> str:
@@ -56,7 +45,7 @@ def check_row(model: object) -> nn.Sequential:
             f"the model's function must return an nn.Sequential of blocks, not a {kind}"
         )
     if not isinstance(model, nn.Sequential):
-        names = list(model._modules)
+        names = [name for name, _ in model.named_children()]
         shown = ", ".join(f"net.{name}" for name in names[:6]) or "..."
         raise ConfigError(
             f"the model's function must return an nn.Sequential of blocks, not a {kind} with a"

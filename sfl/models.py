@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from sfl import seeds
-from sfl.blocks import check_row, names_of, told
-from sfl.errors import ConfigError
+from sfl.blocks import check_row, names_of
+from sfl.errors import ConfigError, told
 from sfl.registry import look_up
 from sfl.vision_models import vision_model
 
@@ -156,7 +156,7 @@ def build(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -
         torch.default_generator.manual_seed(seeds.derive(seed, seeds.INITIAL_WEIGHTS))
         try:
             model = spec.build(input_shape, num_classes)
-        except Exception as error:  # a user's own function
+        except (Exception, SystemExit) as error:  # a user's own function
             raise ConfigError(
                 f"the model cannot be built for samples of shape {list(input_shape)}"
                 f" and {num_classes} classes: {told(error)}"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sfl import fast_modules, seeds
-from sfl.blocks import titled, told
+from sfl.blocks import titled
 from sfl.config import RunConfig
-from sfl.errors import RunError
+from sfl.errors import RunError, told
 from sfl.fast_modules import MaxPool2d, is_hung_onto, speed_up
 from sfl.metrics import StepFigures, Tally, tally
 from sfl.optimizers import OPTIMIZERS, take_step
@@ -202,7 +202,7 @@ class Segment:
             out: Tensor = block(z)
         except (OSError, MemoryError):  # this machine's
             raise
-        except Exception as error:  # BatchNorm on one sample, say; or a user's own
+        except (Exception, SystemExit) as error:  # BatchNorm on one sample, say; or a user's own
             raise RunError(f"{titled(index, block)} cannot {task}: {told(error)}") from error
         return out
 

@@ -277,8 +277,7 @@ def prepare(
     archive, events = folder.archive, folder.events
     data = dict(past.data) if past else describe_data(joined, run)
     split = SplitModel.of_data(run, data)
-    if not knows_classes(run):
-        check_model(split)
+    _look_at(split, run, events)
     ours = fingerprint(device)
     for k, client in joined.items():
         for difference in differences(ours, client.fingerprint):
@@ -300,8 +299,6 @@ def prepare(
     num_train = [parts[TRAIN] for parts in num_samples.values()]
     left = dataclasses.replace(run, rounds=run.rounds - first_round)
     events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
-    if not split.front_spec:
-        events.say("warning: the front has no weights: what clients send are their raw data")
     row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
@@ -361,6 +358,19 @@ def prepare(
     for k in parties:
         rounds.limit(k)
     return rounds
+
+
+def _look_at(split: SplitModel, run: RunConfig, events: EventLog) -> None:
+    """Try the model if that could not be done before, and say what is unusual about it."""
+    if not knows_classes(run):
+        check_model(split)
+    if split.is_in_eval:
+        events.say(
+            "warning: the model came in eval() and stays in it while it is trained: it has no"
+            " dropout, and BatchNorm keeps its statistics"
+        )
+    if not split.front_spec:
+        events.say("warning: the front has no weights: what clients send are their raw data")
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -139,6 +139,11 @@ class SplitModel:
         return dict(self._segments[-1].state_dict())
 
     @property
+    def is_in_eval(self) -> bool:
+        """Whether all modules came in ``eval()``."""
+        return not any(m.training for row in self._segments for b in row for m in b.modules())
+
+    @property
     def parameters_spec(self) -> StateSpec:
         """The spec of the whole model's trained parameters, and of their gradients."""
         return {

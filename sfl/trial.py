@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfl.blocks import check_apart, copied, titled, told
+from sfl.blocks import check_apart, copied, titled
 from sfl.config import RunConfig
 from sfl.crc import crc32
-from sfl.errors import ConfigError, RunError
+from sfl.errors import ConfigError, RunError, told
 from sfl.protocol import Position
 from sfl.segment import Segment
 from sfl.tensors import DTYPES, TensorSpec, state_spec
@@ -79,7 +79,8 @@ class _Watched(Segment):
 
     def _run_block(self, index: int, block: nn.Module, z: Tensor, task: str) -> Tensor:
         title = titled(index, block)
-        z = _as_received(z) if index in self._seams and isinstance(z, Tensor) else z
+        if index in self._seams and isinstance(z, Tensor) and z.layout is torch.strided:
+            z = _as_received(z)
         try:
             out = super()._run_block(index, block, z, task)
         except OSError as error:  # what a user's own block opens
@@ -220,20 +221,22 @@ class Trial:
         weights = self._segments[-1].class_weights
         y = torch.arange(len(logits)) % self._num_classes
         grad: Tensor | None = nn.functional.cross_entropy(logits, y, weights)
+        learns = any(p.requires_grad for row in self._rows for p in row.parameters())
         for index in reversed(range(len(self._segments))):
             segment = self._segments[index]
             is_last = index == len(self._segments) - 1
+            is_cut_off = is_last and learns and not logits.requires_grad
             try:
                 assert grad is not None
                 grad = segment.backward_of(grad) if is_last else segment.backward(grad)
             except Exception as error:  # a user's own
                 where = _backward_fault(segment, inputs[index], needs_gradient=False)
                 raise ConfigError(f"the gradients of {where} fail: {told(error)}") from error
-            if index and grad is None:
+            if is_cut_off or (index and grad is None):
                 where = _backward_fault(segment, inputs[index], needs_gradient=True)
                 raise ConfigError(
-                    f"{where} gives no gradient back, so that nothing in front of the cut would"
-                    " learn: it must not detach what it is given"
+                    f"{where} gives no gradient back, so that nothing in front of it would learn:"
+                    " it must not detach what it is given"
                 )
 
 
