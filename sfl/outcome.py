@@ -146,7 +146,7 @@ def _aggregate(
 ) -> Half:
     rule = with_options("aggregation", run.aggregation, RULES)
     chosen = sorted(states)
-    merged = [n for n in start.state if n not in entries.same and n not in entries.frozen]
+    merged = [name for name in start.state if name not in entries.frozen]
     update = Update(
         [{n: states[k][n] for n in merged} for k in chosen],
         [weights[k] for k in chosen],

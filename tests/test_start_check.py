@@ -118,9 +118,11 @@ def test_a_subclass_with_its_own_init_is_split_as_it_computes() -> None:
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:
+    for draw in (torch.manual_seed, random.seed, np.random.seed):
+        draw(5)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     made = split_model("frozen")
     before = {n: t.clone() for n, t in (made.front_state() | made.back_state()).items()}
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     check_model(made)
     assert needs_several_samples(made)
     assert torch.equal(torch.get_rng_state(), states[0])
