@@ -135,12 +135,12 @@ class Entries:
         same: dict[str, str] = {}
         trained: set[str] = set()
         frozen: set[str] = set()
-        for row in rows:
-            for name, entry in row.state_dict(keep_vars=True).items():
-                if (known := first.setdefault(id(entry), name)) != name:
-                    same[name] = known
-                elif isinstance(entry, nn.Parameter):
-                    (trained if entry.requires_grad else frozen).add(name)
+        entries = [item for row in rows for item in row.state_dict(keep_vars=True).items()]
+        for name, entry in entries:
+            if (known := first.setdefault(id(entry), name)) != name:
+                same[name] = known
+            elif isinstance(entry, nn.Parameter):
+                (trained if entry.requires_grad else frozen).add(name)
         return cls(frozenset(trained), frozenset(frozen), same)
 
 

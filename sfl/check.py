@@ -40,7 +40,8 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> RunConfig:
     parse(run.class_weights)
     check_augmentation(run.augment)
     if spec := _data_of(run, imports_data):
-        if run.partition == WRITER and not spec.has_writers:
+        # A user's own function need not say that its samples have writers.
+        if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
             raise ConfigError(
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
