@@ -416,3 +416,7 @@ def frozen_back(shape: Shape, classes: int) -> nn.Sequential:
     model = around(nn.ReLU(), nn.BatchNorm1d(32))
     model[3:].requires_grad_(False)
     return model
+
+
+def all_in_eval(shape: Shape, classes: int) -> nn.Sequential:
+    return norm_over_one_pixel(shape, classes).eval()

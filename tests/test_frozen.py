@@ -144,3 +144,10 @@ def test_a_socket_run_of_a_frozen_model_equals_the_simulation(
     check_fixed(run)
     report = replay.check(load(run))
     assert report.findings == []
+
+
+def test_a_model_that_came_in_eval_is_warned_about(tmp_path: Path) -> None:
+    for name, warned in (("all_in_eval", True), ("frozen", False)):
+        run = RunConfig(model=f"tests.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name)
+        path = simulate(run, NodeConfig(out=str(tmp_path)))
+        assert ("the model came in eval()" in (path / "server_log.txt").read_text()) == warned
