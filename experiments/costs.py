@@ -95,7 +95,7 @@ def formula_bytes(
     row = scheme(run.scheme)
     if row.pooled or not samples:
         return 0, 0
-    named = split.parameter_names
+    named = split.entries.trained | split.entries.frozen
     weights = 2 * sum(spec.num_bytes for n, spec in split.front_spec.items() if n in named)
     if row.exchange is Exchange.WEIGHT_GRADS:
         return 0, weights * num_steps

@@ -51,12 +51,13 @@ def measure(
         ConfigError: the model is a single block.
     """
     from experiments.costs import costs_of, times_of
+    from sfl.blocks import names_of
     from sfl.errors import ConfigError
     from sfl.models import build, model_spec
     from sfl.split_model import SplitModel
 
     model = build(model_spec(run.model), input_shape, num_classes, seed=run.seed)
-    names = [name for name, _ in model.named_children()]
+    names = names_of(model)
     if len(names) < 2:
         raise ConfigError(f"--model {run.model} has one block, and no cut")
     for cut in range(1, len(names)):

@@ -274,12 +274,12 @@ def _check_outcome(
     from sfl.schemes import Fronts
 
     run, split, order = recorded.run, recorded.split, recorded.order(round_index)
-    weights, names = recorded.weights(round_index), split.parameter_names
+    weights, entries = recorded.weights(round_index), split.entries
     try:
         halves = recorded.halves_at(round_index)
         if backs:
             states = {b: back.state() for b, back in backs.items()}
-            merged = merge_backs(run, states, weights, start=halves[BACK], trained=names)
+            merged = merge_backs(run, states, weights, start=halves[BACK], entries=entries)
             path = model_path(SERVER_MODEL, round_index)
             _compare(recorded, path, merged.state, split.back_spec, report)
             _check_memory(recorded, round_index, BACK, merged.memory, report)
@@ -288,7 +288,7 @@ def _check_outcome(
         paths = {k: model_path(ONE_CLIENT_MODEL, round_index, client=k) for k in order}
         fronts = {k: recorded.archive.state(path, split.front_spec) for k, path in paths.items()}
         front = merge_fronts(
-            run, fronts, weights, start=halves[FRONT], trained=names, last=order[-1]
+            run, fronts, weights, start=halves[FRONT], entries=entries, last=order[-1]
         )
     except IntegrityError as error:
         report.find(error)

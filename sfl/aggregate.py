@@ -162,9 +162,10 @@ def krum(update: Update, *, faulty: int = 0) -> Result:
     """
     count = len(update.states)
     _check(faulty >= 0 and 2 * faulty + 2 < count, f"2 faulty + 2 below {count} models")
+    none = torch.zeros(0, dtype=torch.float64)  # a half may have no parameters that are trained
     flat = [
-        torch.cat([state[n].detach().cpu().double().flatten() for n in sorted(update.trained)])
-        for state in update.states
+        torch.cat([none, *(s[n].detach().cpu().double().flatten() for n in sorted(update.trained))])
+        for s in update.states
     ]
     scores = []
     for i, ours in enumerate(flat):

@@ -8,7 +8,7 @@ from pathlib import Path
 from sfl.augment import check_augmentation
 from sfl.class_weights import BALANCED, class_weights, parse
 from sfl.config import KeepTensors, RunConfig
-from sfl.data import normalised, num_batches, parse_normalize
+from sfl.data import DatasetSpec, normalised, num_batches, parse_normalize
 from sfl.datasets import dataset_of
 from sfl.errors import ConfigError, RunError
 from sfl.optimizers import check_optimizer
@@ -18,14 +18,17 @@ from sfl.payload import LARGE_BYTES
 from sfl.schedule import check_schedule
 from sfl.schemes import Exchange, Fronts, scheme
 from sfl.split_model import SplitModel, resolve_cut
+from sfl.start_check import check_model
 from sfl.stores import check_address
 from sfl.tensors import max_file_bytes, max_state_bytes
 
 
-def check_run(run: RunConfig) -> RunConfig:
+def check_run(run: RunConfig, *, imports_data: bool = False) -> RunConfig:
     """Return the run with its cut and its schedule's length filled in, after checking its names.
 
-    A data set that is a user's own function is not imported here: the server does without it.
+    The model is tried where the data's shape and classes are known. ``imports_data``: a data set
+    that is a user's own function is asked for them, if it can be imported here; a server does
+    without it.
 
     Raises:
         ConfigError: there is no such scheme, model, cut, data set, partition, optimiser, schedule,
@@ -38,17 +41,32 @@ def check_run(run: RunConfig) -> RunConfig:
     check_augmentation(run.augment)
     if run.normalize:
         parse_normalize(run.normalize)
-    if ":" not in run.dataset:
-        spec = dataset_of(run)
-        if run.partition == WRITER and not spec.has_writers:
+    if spec := _data_of(run, imports_data):
+        # A user's own function need not say that its samples have writers.
+        if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
             raise ConfigError(
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
         normalised(spec, run)
-        SplitModel(run, spec.input_shape, len(spec.classes))
+        check_model(SplitModel(run, spec.input_shape, len(spec.classes)))
         if run.partition != OWN and run.class_weights != BALANCED:
             class_weights(run.class_weights, len(spec.classes))
     return dataclasses.replace(run, cut=resolve_cut(run), lr_rounds=run.lr_rounds or run.rounds)
+
+
+def knows_classes(run: RunConfig) -> bool:
+    """Say whether the classes are known before the clients have reported theirs."""
+    return ":" not in run.dataset and run.partition != OWN
+
+
+def _data_of(run: RunConfig, imports: bool) -> DatasetSpec | None:
+    """Return what is known of a run's data set; None: nothing yet."""
+    if ":" not in run.dataset:
+        return dataset_of(run)
+    try:
+        return dataset_of(run) if imports else None
+    except Exception:  # noqa: BLE001 - a user's own; whoever loads the data says what is wrong
+        return None
 
 
 def check_names(run: RunConfig) -> None:

@@ -24,6 +24,13 @@
 ``str(error)`` is one line that a user can read: what came, what was wanted, what to do.
 """
 
+import os
+import traceback
+from pathlib import Path
+
+_NOT_A_USERS = (str(Path(__file__).parent), str(Path(traceback.__file__).parent), "<")
+_TORCH = f"{os.sep}site-packages{os.sep}torch{os.sep}"
+
 
 class SflError(Exception):
     """Base of every error that SFL raises on purpose."""
@@ -121,3 +128,13 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the system'}: {error.strerror}"
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def told(error: BaseException) -> str:
+    """Return in one line what a user's own code raised, and where in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f for f in frames if not f.filename.startswith(_NOT_A_USERS) and _TORCH not in f.filename
+    ]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return reason_of(error).rstrip(": ") + where

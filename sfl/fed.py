@@ -196,9 +196,9 @@ class FedRounds:
             path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
             archive.write("one_client_model", path, encode_state(fronts[k]), round_index)
         weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
-        names = self.split.parameter_names
+        entries = self.split.entries
         merged = merge_fronts(
-            self.run, fronts, weights, start=self.half, trained=names, last=order[-1]
+            self.run, fronts, weights, start=self.half, entries=entries, last=order[-1]
         )
         assert merged is not None
         self.half = merged

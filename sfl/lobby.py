@@ -64,7 +64,6 @@ class Lobby(Network):
     places: dict[int, Place] = field(default_factory=dict)
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
-    unfit: Callable[[DataReport], str] = lambda report: ""  # why no model trains on such data
 
     def __post_init__(self) -> None:
         if self.past:
@@ -108,6 +107,10 @@ class Lobby(Network):
             return False
         for client, why in outvoted(self._reports()).items():
             self._lose(client, ProtocolError(why))
+        there = [p.joined for p in self.places.values() if p.is_here and p.joined]
+        for joined in there if self.model and self.complete else ():
+            if why := self.model.unlike(joined, all_are_there=True):
+                self._lose(joined.client, ProtocolError(why))
         return self.complete
 
     def _reports(self) -> dict[int, DataReport]:
@@ -204,8 +207,9 @@ class Lobby(Network):
 
     def _refuses(self, joined: Joined, before: Joined | None) -> str:
         """Say why a client that has loaded its data cannot take part; "" if it can."""
-        unlike = self._unlike(joined, before) or (self.model.unlike(joined) if self.model else "")
-        return unlike or self.unfit(joined.data)
+        if (why := self._unlike(joined, before)) or not self.model:
+            return why
+        return self.model.unlike(joined) or self.model.unfit(joined.data)
 
     def _answer_check(self, connection: DrainedConnection, hello: Message) -> Conversation[None]:
         """Answer a client that checks; it gets no place."""

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from sfl import seeds
-from sfl.errors import ConfigError
+from sfl.blocks import check_row, names_of
+from sfl.errors import ConfigError, told
 from sfl.registry import look_up
 from sfl.vision_models import vision_model
 
@@ -149,20 +150,18 @@ def build(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -
     """Build a model on the CPU with initial weights that depend on the seed alone.
 
     Raises:
-        ConfigError: the model cannot be built for such data.
+        ConfigError: the model cannot be built for such data, or is no row of blocks.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds.derive(seed, seeds.INITIAL_WEIGHTS))
         try:
             model = spec.build(input_shape, num_classes)
-        except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+        except (Exception, SystemExit) as error:  # a user's own function
             raise ConfigError(
                 f"the model cannot be built for samples of shape {list(input_shape)}"
-                f" and {num_classes} classes: {error}"
+                f" and {num_classes} classes: {told(error)}"
             ) from error
-    if not isinstance(model, nn.Sequential):
-        raise ConfigError("a model's function must return an nn.Sequential of blocks")
-    return model
+    return check_row(model)
 
 
 def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:
@@ -172,18 +171,22 @@ def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:
     would overwrite the received activations, one that comes last the tensor that is being sent.
 
     Raises:
-        ConfigError: a cut that does not lie inside the model, or cuts out of order.
+        ConfigError: a cut that does not lie inside the model, cuts out of order, or a model that is
+            no plain row of blocks.
     """
+    check_row(model)
     bounds = [0, *cuts, len(model)]
     if bounds != sorted(bounds):
         raise ConfigError(
             f"cut {', '.join(map(str, cuts))}: this model has {len(model)} blocks"
-            f" ({', '.join(name for name, _ in model.named_children())});"
+            f" ({', '.join(names_of(model))});"
             f" cuts lie between 0 and {len(model)}, in order"
         )
     for cut in cuts:
-        for block in model[max(cut - 1, 0) : cut + 1]:
+        for block in list(model)[max(cut - 1, 0) : cut + 1]:
             for module in block.modules():
                 if getattr(module, "inplace", False):
                     module.inplace = False  # type: ignore[assignment]
-    return [model[start:end] for start, end in itertools.pairwise(bounds)]
+    # A subclass would be made anew with its own arguments: the segments are plain rows.
+    blocks = [(name, model[index]) for index, name in enumerate(names_of(model))]
+    return [nn.Sequential(OrderedDict(blocks[a:b])) for a, b in itertools.pairwise(bounds)]

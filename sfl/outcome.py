@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sfl.aggregate import RULES, State, Update
+from sfl.blocks import Entries
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.order import draw
@@ -99,20 +100,19 @@ def merge_fronts(
     weights: Mapping[int, int],
     *,
     start: Half,
-    trained: frozenset[str],
+    entries: Entries,
     last: int,
 ) -> Half | None:
     """Return the front from which everyone goes on; None where each client keeps its own.
 
-    ``fronts`` are those of the clients that took part, ``last`` is whose turn was last, ``trained``
-    names all parameters of the model.
+    ``fronts`` are those of the clients that took part, ``last`` is whose turn was last.
     """
     policy = scheme(run.scheme).fronts
     if policy is Fronts.OWN:
         return None
     if policy is Fronts.RELAYED:
         return Half(fronts[last], {})
-    return _aggregate(run, fronts, weights, start, trained)
+    return _aggregate(run, fronts, weights, start, entries)
 
 
 def merge_backs(
@@ -121,7 +121,7 @@ def merge_backs(
     weights: Mapping[int, int],
     *,
     start: Half,
-    trained: frozenset[str],
+    entries: Entries,
 ) -> Half:
     """Return the back from which all copies go on.
 
@@ -132,7 +132,7 @@ def merge_backs(
     served = {b: sum(w for k, w in weights.items() if back_of(k) == b) for b in backs}
     used = {b: backs[b] for b in sorted(backs) if served[b]}
     if averages_backs(run):
-        return _aggregate(run, used, served, start, trained)
+        return _aggregate(run, used, served, start, entries)
     (only,) = used.values()
     return Half(only, {})
 
@@ -142,26 +142,33 @@ def _aggregate(
     states: Mapping[int, State],
     weights: Mapping[int, int],
     start: Half,
-    trained: frozenset[str],
+    entries: Entries,
 ) -> Half:
     rule = with_options("aggregation", run.aggregation, RULES)
     chosen = sorted(states)
+    merged = [name for name in start.state if name not in entries.frozen]
     update = Update(
-        [states[k] for k in chosen],
+        [{n: states[k][n] for n in merged} for k in chosen],
         [weights[k] for k in chosen],
         start=start.state,
-        trained=sorted(trained & start.state.keys()),
+        trained=sorted(entries.trained & start.state.keys()),
         memory=start.memory,
     )
-    return Half(*rule(update))
+    new, memory = rule(update)
+    for name in merged:
+        theirs = [state[name] for state in update.states]
+        if name not in entries.trained and all(torch.equal(t, start.state[name]) for t in theirs):
+            new[name] = start.state[name]
+    state = {n: new.get(n, start.state[n]) for n in start.state if n not in entries.same}
+    return Half({n: state[entries.same.get(n, n)] for n in start.state}, memory)
 
 
-def memory_spec(run: RunConfig, half: StateSpec, trained: frozenset[str]) -> StateSpec:
+def memory_spec(run: RunConfig, half: StateSpec, entries: Entries) -> StateSpec:
     """Return the spec of the memory that the run's rule keeps of a half; empty if it keeps none."""
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in half.items()}
     count = len(draw(run, range(run.clients), 0))
     merged = _aggregate(
         run, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Half(state, {}),
-        trained,
+        entries,
     )  # fmt: skip
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from sfl.config import unknown_name
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, told
 
 T = TypeVar("T")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # a user's own function
@@ -42,8 +42,8 @@ def look_up(
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import the {kind} {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's own module
+        raise ConfigError(f"cannot import the {kind} {name!r}: {told(error)}") from error
     if not callable(function):
         raise ConfigError(f"the {kind} {name!r} is no function")
     return wrap(function)

@@ -71,7 +71,7 @@ def read_halves(
         state = files.state(model_path(template, last), spec)
         path, memory = model_path(MEMORY, last, half=name), {}
         if files.lists(path):
-            memory = files.state(path, memory_spec(run, spec, split.parameter_names))
+            memory = files.state(path, memory_spec(run, spec, split.entries))
         halves[name] = Half(state, memory)
     return halves
 

@@ -258,19 +258,19 @@ class Rounds:
                 self.archive.write("one_client_model", path, result.file, round_index)
         num_train = {k: self.parties[k].num_samples[TRAIN] for k in sorted(plan.order)}
         weights = averaging_weights(self.run, num_train)
-        names = self.split.parameter_names
+        entries = self.split.entries
         fronts = {k: result.front for k, result in trained.items()}
         merged = {}
         if FRONT in self.halves:
             merged[FRONT] = merge_fronts(
-                self.run, fronts, weights, start=self.halves[FRONT], trained=names,
+                self.run, fronts, weights, start=self.halves[FRONT], entries=entries,
                 last=plan.order[-1],
             )  # fmt: skip
         crash_point("average.before")
         if has_back_files(self.run):
             backs = {b: segment.state() for b, segment in self.backs.items()}
             start = self.halves[BACK]
-            merged[BACK] = merge_backs(self.run, backs, weights, start=start, trained=names)
+            merged[BACK] = merge_backs(self.run, backs, weights, start=start, entries=entries)
         halves = {name: half for name, half in merged.items() if half is not None}
         self._check_finite(halves, round_index)
         self.halves = halves

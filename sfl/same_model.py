@@ -8,8 +8,10 @@ from sfl import __version__
 from sfl.config import RunConfig
 from sfl.data import ClientData
 from sfl.errors import RunError
+from sfl.party import TRAIN
 from sfl.registration import DataReport, Joined
 from sfl.split_model import SplitModel
+from sfl.start_check import needs_several_samples
 from sfl.structure import difference, weights_checksum
 
 # Models are built while clients register, of clients' word alone: few, and none for large samples;
@@ -34,15 +36,24 @@ class ServersModel:
         self._run = run
         self._seen: dict[tuple[tuple[int, ...], int], Seen | None] = {}
 
-    def unlike(self, joined: Joined) -> str:
+    def unlike(self, joined: Joined, *, all_are_there: bool = False) -> str:
         """Say in what a client's model is another one; "" if it is not, or this is seen later."""
-        seen = self._seen_for(joined.data)
+        seen = self._seen_for(joined.data, limited=not all_are_there)
         return _unlike(self._run, seen, joined) if seen else ""
 
-    def _seen_for(self, data: DataReport) -> Seen | None:
+    def unfit(self, data: DataReport) -> str:
+        """Say why the model cannot be trained on so few samples; "" if it can."""
+        if data.num_samples[TRAIN] > 1 or not self._seen_for(data):
+            return ""
+        split = SplitModel(self._run, data.input_shape, len(data.classes))
+        why = needs_several_samples(split)
+        return f"it has one training sample, and the model needs more: {why}" if why else ""
+
+    def _seen_for(self, data: DataReport, *, limited: bool = True) -> Seen | None:
         known = data.input_shape, len(data.classes)
         if known not in self._seen:
-            if len(self._seen) >= MOST_BUILT or math.prod(data.input_shape) > MOST_ELEMENTS:
+            too_large = math.prod(data.input_shape) > MOST_ELEMENTS
+            if limited and (len(self._seen) >= MOST_BUILT or too_large):
                 return None
             try:
                 split = SplitModel(self._run, *known)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sfl import fast_modules, seeds
+from sfl.blocks import titled
 from sfl.config import RunConfig
-from sfl.errors import SflError, StepFailed
+from sfl.errors import SflError, StepFailed, told
 from sfl.fast_modules import MaxPool2d, is_hung_onto, speed_up
 from sfl.metrics import StepFigures, Tally, tally
 from sfl.optimizers import OPTIMIZERS, take_step
@@ -67,10 +68,10 @@ def computing(what: str) -> Iterator[None]:
         yield
     except (SflError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "can't allocate memory" in str(error):  # torch's words on a CPU
             raise MemoryError(str(error)) from error
-        raise StepFailed(f"{what}: {type(error).__name__}: {error}") from error
+        raise StepFailed(f"{what}: {told(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ class Segment:
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
-        self.blocks.train()  # all of it, whatever mode its parts came in
         # Buffers that a step may spoil: running statistics, and no mask of -inf.
         self._statistics = {n for n, b in self.blocks.named_buffers() if are_finite([b])}
         self._before: dict[str, Tensor] = {}  # all buffers, before the step that is under way
+        self._is_training: bool | None = None  # as its blocks came
+        self._kept_in_eval = [module for module in self.blocks.modules() if not module.training]
+        self._set_mode(training=True)
         self._run = run
         self._boundary = boundary
         self._proximal_mu = proximal_mu
@@ -155,12 +158,11 @@ class Segment:
         """Return the output for ``z`` in training, keeping the graph for ``backward``.
 
         Raises:
-            StepFailed: a block cannot train on this batch.
+            StepFailed: a block cannot train on this batch; the message names the block.
         """
         if self._statistics:
             self._before = {name: b.clone() for name, b in self.blocks.named_buffers()}
-        if not self.blocks.training:
-            self.blocks.train()
+        self._set_mode(training=True)
         z = z.detach().to(self.device)
         self._input = z.requires_grad_() if self._first_block else z
         # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
@@ -170,10 +172,23 @@ class Segment:
         ):
             if draws:
                 self._seed_block(at, index)
-            with computing(f"block {index} of the model cannot train on a batch of {len(z)}"):
-                out = block(out)
+            out = self._run_block(index, block, out, f"train on a batch of {len(z)}")
         self._output = out
         return out
+
+    def _run_block(self, index: int, block: nn.Module, z: Tensor, task: str) -> Tensor:
+        """Return what a block makes of ``z``; what its code raises names the block."""
+        with computing(f"{titled(index, block)} cannot {task}"):
+            out: Tensor = block(z)
+        return out
+
+    def _set_mode(self, *, training: bool) -> None:
+        """Train or evaluate; modules that came in ``eval()`` stay in it."""
+        if self._is_training != training:
+            self.blocks.train(training)
+            for module in self._kept_in_eval:
+                module.training = False
+            self._is_training = training
 
     def _seed_block(self, at: Position, index: int) -> None:
         seed = seeds.derive(self._run.seed, seeds.BLOCK, at.round, at.client, at.step, index)
@@ -245,10 +260,15 @@ class Segment:
         take_step(self._optimizer)
 
     def _halves(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the parameters in front of the run's cut, and those behind it, if any."""
+        """Yield the parameters in front of the run's cut, and those behind it, if any.
+
+        One that lies on both sides, where a scheme has no cut, counts in front.
+        """
         inner = min(max(self._boundary - self._first_block, 0), len(self.blocks))
+        seen: set[nn.Parameter] = set()
         for part in (self.blocks[:inner], self.blocks[inner:]):
-            if parameters := list(part.parameters()):
+            if parameters := [p for p in part.parameters() if p not in seen]:
+                seen.update(parameters)
                 yield parameters
 
     def snapshot(self, *, weights: bool = True) -> "Snapshot":
@@ -265,23 +285,32 @@ class Segment:
         for group, rate in zip(groups, snapshot.rates, strict=True):
             group["lr"] = rate
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are not frozen; one of several names by its first."""
+        return {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""
-        named = self.blocks.named_parameters()
+        named = self._trained().items()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
 
     def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Take these gradients instead of any that ``backward`` left."""
-        for name, parameter in self.blocks.named_parameters():
+        for name, parameter in self._trained().items():
             parameter.grad = grads[name].to(self.device)
 
     @torch.no_grad()
     def evaluate(self, z: Tensor) -> Tensor:
-        """Return the output for ``z`` with the segment in evaluation mode."""
-        self.blocks.eval()
-        with computing(f"the model from block {self._first_block} on cannot evaluate {len(z)}"):
-            out: Tensor = self.blocks(z.to(self.device))
+        """Return the output for ``z`` with the segment in evaluation mode.
+
+        Raises:
+            StepFailed: a block cannot take this batch.
+        """
+        self._set_mode(training=False)
+        out = z.to(self.device)
+        for index, block in enumerate(self.blocks, self._first_block):
+            out = self._run_block(index, block, out, f"evaluate a batch of {len(z)}")
         return out
 
     def state(self) -> dict[str, Tensor]:
@@ -294,8 +323,8 @@ class Segment:
         return state_spec(self.blocks.state_dict())
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return a copy of the parameters alone, on the CPU."""
-        named = self.blocks.named_parameters()
+        """Return a copy of the parameters that are trained, on the CPU."""
+        named = self._trained().items()
         return {name: parameter.detach().cpu().clone() for name, parameter in named}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -304,8 +333,8 @@ class Segment:
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take over the parameters alone."""
-        for name, parameter in self.blocks.named_parameters():
+        """Take over the parameters that are trained."""
+        for name, parameter in self._trained().items():
             parameter.copy_(parameters[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sfl.archive_writer import REWRITTEN, write_file
-from sfl.check import check_disk, check_run, check_space, disk_bytes
+from sfl.check import check_disk, check_run, check_space, disk_bytes, knows_classes
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
 from sfl.driver import Network
@@ -54,6 +54,7 @@ from sfl.schemes import Exchange, scheme
 from sfl.shaping import LinkShape
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
+from sfl.start_check import check_model
 from sfl.stores import SOCKET, StoreOptions, store_maker
 from sfl.switchboard import Switchboard
 from sfl.tensors import max_state_bytes
@@ -71,7 +72,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         RunError: port, folder or disk; or a client left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    run = check_run(run)
+    run = check_run(run, imports_data=not node.resume)  # else the folder may be somebody else's
     if scheme(run.scheme).pooled:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
@@ -280,7 +281,7 @@ def prepare(
     ``keeps_answers``: a client may redo its steps.
 
     Raises:
-        ConfigError: the model does not take such data.
+        ConfigError: the model does not take such data, or cannot be trained in its segments.
         RunError: the clients' data do not go together, or the disk is too small.
         IntegrityError: a file that the run goes on from is damaged.
     """
@@ -288,6 +289,7 @@ def prepare(
     data = dict(past.data) if past else describe_data(joined, run)
     split = SplitModel.of_data(run, data)
     check_same_model(run, split, joined, events.say)
+    _look_at(split, run, events)
     ours = fingerprint(device)
     for k, client in joined.items():
         for difference in differences(ours, client.fingerprint):
@@ -309,8 +311,6 @@ def prepare(
     num_train = [parts[TRAIN] for parts in num_samples.values()]
     left = dataclasses.replace(run, rounds=run.rounds - first_round)
     events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
-    if not split.front_spec:
-        events.say("warning: the front has no weights: what clients send are their raw data")
     row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
@@ -368,6 +368,19 @@ def prepare(
     for k in parties:
         rounds.limit(k)
     return rounds
+
+
+def _look_at(split: SplitModel, run: RunConfig, events: EventLog) -> None:
+    """Try the model if that could not be done before, and say what is unusual about it."""
+    if not knows_classes(run):
+        check_model(split)
+    if split.is_in_eval:
+        events.say(
+            "warning: the model came in eval() and stays in it while it is trained: it has no"
+            " dropout, and BatchNorm keeps its statistics"
+        )
+    if not split.front_spec:
+        events.say("warning: the front has no weights: what clients send are their raw data")
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -162,7 +162,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
     """
-    run = check_run(run)
+    run = check_run(run, imports_data=True)
     device = set_up_torch(node)
     data = _load_all(run, node)
     if scheme(run.scheme).pooled:

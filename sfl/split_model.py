@@ -1,7 +1,7 @@
 """A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
 
-import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfl import structure
+from sfl.blocks import Entries, check_apart, copied, names_of
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.models import build, model_spec, split
@@ -17,6 +18,7 @@ from sfl.protocol import Limits, MessageType
 from sfl.schemes import Exchange, scheme
 from sfl.segment import Segment
 from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, max_state_bytes, state_spec
+from sfl.trial import Trial, sample_specs, where_to_cut
 
 # Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
 MAX_EVALUATION_BATCH = 256
@@ -67,15 +69,17 @@ class SplitModel:
         if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
                 f"--cut {self.cut}: --scheme {run.scheme} needs blocks on both sides;"
-                f" {run.model} has {len(model)}: {', '.join(n for n, _ in model.named_children())}"
+                f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
         self._segments = split(model, *self.cuts)  # these keep the initial weights
+        check_apart(self._segments)
+        self.entries = Entries.of(self._segments)
         self._first_blocks = (0, *self.cuts)
-        self.num_classes = num_classes
+        self.input_shape, self.num_classes = input_shape, num_classes
         self.class_weights = class_weights
         self._run = run
         self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
-        self._cut_samples = self._find_cut_samples(input_shape)
+        self._cut_samples = sample_specs(self._segments, run, input_shape, num_classes)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
@@ -89,15 +93,33 @@ class SplitModel:
         return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
 
     def _segment(self, index: int, device: torch.device, **more: Any) -> Segment:
+        first_block = self._first_blocks[index]
         return Segment(
-            copy.deepcopy(self._segments[index]),
-            self._first_blocks[index],
+            copied(self._segments[index], first_block),
+            first_block,
             self._run,
             device,
             boundary=self.cut,
             class_weights=self.class_weights,
             **more,
         )
+
+    def trial(self, *, whole: bool = False) -> Trial:
+        """Return copies of the segments, or of the model as a ``whole``, to be tried."""
+        blocks = OrderedDict(item for row in self._segments for item in row._modules.items())
+        return Trial(
+            [nn.Sequential(blocks)] if whole else self._segments,
+            self._run,
+            self.input_shape,
+            self.num_classes,
+            class_weights=self.class_weights,
+            seams=self.cuts if whole else (),
+            samples=() if whole else self._cut_samples,
+        )
+
+    def where_to_cut(self) -> str:
+        """Return the end of a message that says where the model can be cut, if not as it is."""
+        return where_to_cut(self._segments, self._run, self.input_shape, self.num_classes)
 
     def front(self, device: torch.device) -> Segment:
         """Return a client-side model with the initial weights and an optimiser."""
@@ -129,33 +151,16 @@ class SplitModel:
         return dict(self._segments[-1].state_dict())
 
     @property
-    def parameter_names(self) -> frozenset[str]:
-        """The names of all segments' parameters; what else is in a state is a buffer."""
-        return frozenset(name for s in self._segments for name, _ in s.named_parameters())
+    def is_in_eval(self) -> bool:
+        """Whether all modules came in ``eval()``."""
+        return not any(m.training for row in self._segments for b in row for m in b.modules())
 
     @property
     def parameters_spec(self) -> StateSpec:
-        """The spec of the whole model's parameters, and of their gradients."""
-        return state_spec({n: p for s in self._segments for n, p in s.named_parameters()})
-
-    def _find_cut_samples(self, input_shape: tuple[int, ...]) -> list[TensorSpec]:
-        """Return the spec of one sample at each cut, and see that every segment takes it."""
-        z, samples = torch.zeros(1, *input_shape), []
-        try:
-            for index in range(len(self._segments)):
-                z = self._segment(index, torch.device("cpu")).evaluate(z)
-                samples.append(TensorSpec(tuple(z.shape[1:]), z.dtype))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"the model does not take samples of shape {list(input_shape)}: {reason}"
-            ) from error
-        if z.shape != (1, self.num_classes):
-            raise ConfigError(
-                f"the model's output is {list(z.shape)} for one sample;"
-                f" wanted are {self.num_classes} logits"
-            )
-        return samples[:-1]
+        """The spec of the whole model's trained parameters, and of their gradients."""
+        return {
+            n: spec for row in self.specs for n, spec in row.items() if n in self.entries.trained
+        }
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
         """Return the spec of the activations at a cut, and of their gradients, of a batch."""

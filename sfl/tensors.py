@@ -26,6 +26,7 @@ _DTYPES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
+DTYPES = frozenset(_DTYPES.values())  # that can travel
 
 # A torch.save file of n tensors is the tensors' bytes and, for each, a zip record (two heads and
 # up to 64 bytes of alignment) and its line in the pickle. Measured with torch 2.15: 1,400 bytes
@@ -100,7 +101,7 @@ def identical(ours: Tensor, theirs: Tensor) -> bool:
     """Say whether two CPU tensors are the same bit for bit; a NaN is the same as itself."""
     if TensorSpec.of(ours) != TensorSpec.of(theirs):
         return False
-    return ours.contiguous().numpy().tobytes() == theirs.contiguous().numpy().tobytes()
+    return _data(ours.contiguous()).tobytes() == _data(theirs.contiguous()).tobytes()
 
 
 def compact(tensor: Tensor) -> Tensor:

@@ -20,11 +20,54 @@ def segment(*blocks: nn.Module, first_block: int = 1, **more: Any) -> Segment:
     return made
 
 
-def test_parts_that_come_in_evaluation_mode_are_trained_from_the_first_step() -> None:
-    norm = nn.BatchNorm1d(3).eval()
-    segment(norm).forward(torch.randn(8, 3), AT)
-    assert norm.training
-    assert int(norm.num_batches_tracked) == 1
+class FreezesItsNorm(nn.Module):
+    """Keeps its BatchNorm in evaluation mode, as torch's users do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+def test_modules_are_trained_and_evaluated_in_the_mode_that_they_came_in() -> None:
+    frozen = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
+    frozen[1].train()
+    usual, own = nn.BatchNorm1d(3), FreezesItsNorm()
+    ours, norms = segment(frozen, usual, own), (frozen[0], frozen[1], usual, own.norm)
+    for _ in range(2):
+        ours.forward(torch.randn(8, 3), AT)
+        assert [norm.training for norm in norms] == [False, True, True, False]
+        ours.evaluate(torch.randn(8, 3))
+        assert not any(module.training for module in ours.blocks.modules())
+    assert [int(norm.num_batches_tracked) for norm in norms] == [0, 2, 2, 0]
+
+
+def test_frozen_weights_stay_when_gradients_are_set() -> None:
+    layers = nn.Linear(4, 6), nn.Linear(6, 3)
+    layers[0].requires_grad_(False)
+    run = RunConfig(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.1)
+    ours = Segment(nn.Sequential(*layers), 0, run, CPU, boundary=1)
+    before = ours.state()
+    for _ in range(2):
+        train_step(ours, torch.randn(8, 4), torch.randint(3, (8,)), AT)
+        ours.set_gradients(ours.gradients())
+        ours.update()
+    after = ours.state()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"1.weight", "1.bias"} == ours.gradients().keys() == ours.parameters().keys()
+
+
+def test_a_parameter_on_both_sides_of_the_boundary_is_clipped_once() -> None:
+    layer = nn.Linear(4, 4)
+    ours = segment(layer, nn.ReLU(), layer, first_block=0)
+    assert [len(half) for half in ours._halves()] == [2]
 
 
 def test_what_is_hung_onto_a_module_draws_the_same_each_time() -> None:

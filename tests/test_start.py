@@ -132,7 +132,7 @@ def test_a_client_of_one_sample_is_said_where_the_model_needs_more(launcher: Lau
     one = images(launcher.folder / "one", count=1)
     line = launcher.client("--client-id", 1, "--data-dir", one, *allow).ended_with(1)
     assert "block 3 (BatchNorm1d)" in line
-    assert "one training sample" in line
+    assert "it has one training sample, and the model needs more" in line
     goes_on(launcher, server, waiting, "--data-dir", own, *allow)
 
 

@@ -1,0 +1,153 @@
+"""Frozen and tied weights, and frozen BatchNorm, stay what they are in every scheme."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import replay
+from experiments.recorded import load
+from sfl.aggregate import RULES
+from sfl.blocks import Entries
+from sfl.config import NodeConfig, RunConfig
+from sfl.models import build, model_spec
+from sfl.outcome import Half, merge_fronts
+from sfl.schemes import SCHEMES
+from sfl.simulate import simulate
+from tests.launch import Launcher
+
+MODEL = "tests.odd_models:frozen"
+CUT = 5  # behind the first layer that is trained
+SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
+START = build(model_spec(MODEL), (1, 28, 28), 10, seed=0)
+ENTRIES = Entries.of([START])
+MODES = {name: module.training for name, module in START.named_modules()}
+# A frozen BatchNorm's buffers, and the weights that came with requires_grad=False.
+FIXED = ENTRIES.frozen | {f"1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+
+State = dict[str, torch.Tensor]
+
+
+def last_models(run: Path) -> State:
+    """Return the model after the last round, from its halves, and each client's own front."""
+    found: State = {}
+    paths = [*run.glob("models/*_model_001.pt"), *run.glob("models/client_?_001.pt")]
+    for path in [*paths, *run.parent.parent.glob("client/r/*/models/client_?_001.pt")]:
+        state = torch.load(path, weights_only=True)
+        found |= {f"{path.parts[-3]}/{path.name}/{name}": t for name, t in state.items()}
+    return found
+
+
+def check_fixed(run: Path, trained: str = "4.weight") -> None:
+    """See that what is frozen is as it was built, that the rest moved, and that ties hold."""
+    found, start = last_models(run), START.state_dict()
+    names = {key.rpartition("/")[2] for key in found}
+    assert names == start.keys()
+    for key, tensor in found.items():
+        name = key.rpartition("/")[2]
+        if name in FIXED:
+            assert torch.equal(tensor, start[name]), key
+        if name == trained:
+            assert not torch.equal(tensor, start[name]), key
+        if first := ENTRIES.same.get(name):
+            assert torch.equal(tensor, found[key.removesuffix(name) + first]), key
+
+
+def test_the_model_has_something_of_each_kind() -> None:
+    assert {"0.weight", "1.weight", "10.weight"} <= ENTRIES.frozen
+    assert ENTRIES.same == {"7.weight": "5.weight", "7.bias": "5.bias"}
+    assert {"4.weight", "5.weight", "8.weight", "12.weight"} <= ENTRIES.trained
+    assert not MODES["1"]
+    assert MODES["8"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weight_decay": 0.1}, SGD | {"weight_decay": 0.1}, SGD | {"clip_norm": 0.1},
+     {"optimizer_state": "keep", "weight_decay": 0.1}],
+)  # fmt: skip
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_what_is_frozen_stays_in_every_scheme(
+    tmp_path: Path, name: str, options: dict[str, object]
+) -> None:
+    run = RunConfig(
+        scheme=name, model=MODEL, cut=CUT, rounds=2, batch_size=700, run="r",
+        partition="sizes:0.2,0.2,0.6", **options,
+    )  # fmt: skip
+    check_fixed(simulate(run, NodeConfig(out=str(tmp_path))))
+
+
+@pytest.mark.parametrize("rule", [*RULES, "fedprox"])
+@pytest.mark.parametrize("name", ["fl", "sflv1"])
+def test_what_is_frozen_stays_under_every_rule(tmp_path: Path, name: str, rule: str) -> None:
+    options: dict[str, object] = {"aggregation": rule} if rule != "fedprox" else {"fedprox_mu": 0.1}
+    run = RunConfig(scheme=name, model=MODEL, cut=CUT, rounds=2, batch_size=700, run="r", **options)
+    check_fixed(simulate(run, NodeConfig(out=str(tmp_path))))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
+    """Even if a client were to send two; and nobody moves what is frozen."""
+    run = RunConfig(scheme="fl", model=MODEL, aggregation=rule)
+    start, fronts = dict(START.state_dict()), {}
+    for k in range(3):
+        drawn = torch.Generator().manual_seed(k)
+        noise = {n: torch.randn(t.shape, generator=drawn) for n, t in start.items()}
+        fronts[k] = {n: (t + noise[n]).to(t.dtype) for n, t in start.items()}
+    memory: Mapping[str, torch.Tensor] = {}
+    for _ in range(2):
+        half = Half(start, memory)
+        merged = merge_fronts(
+            run, fronts, dict.fromkeys(fronts, 1), start=half, entries=ENTRIES, last=2
+        )
+        assert merged is not None
+        state, memory = merged.state, merged.memory
+        assert list(state) == list(start)
+        for name, first in ENTRIES.same.items():
+            assert torch.equal(state[name], state[first])
+        for name in ENTRIES.frozen:
+            assert torch.equal(state[name], start[name])
+        assert not any(name in key for key in memory for name in ENTRIES.same)
+
+
+def test_a_frozen_back_gives_gradients_to_the_front(tmp_path: Path) -> None:
+    model = "tests.odd_models:frozen_back"
+    for name in ("sflv1", "fl", "sync-sgd"):
+        run = RunConfig(
+            scheme=name, model=model, cut=3, rounds=1, batch_size=700, run="r", weight_decay=0.1
+        )
+        path = simulate(run, NodeConfig(out=str(tmp_path / name)))
+        start = build(model_spec(model), (1, 28, 28), 10, seed=0).state_dict()
+        found: State = {}
+        for half in path.glob("models/*_model_000.pt"):
+            found |= torch.load(half, weights_only=True)
+        moved = {n for n, t in found.items() if not torch.equal(t, start[n])}
+        assert {"1.weight", "1.bias"} <= moved
+        assert not moved & {"3.weight", "3.bias", "4.weight", "4.bias"}
+        assert {n for n in moved if n.startswith("3.")} >= {"3.running_mean"}  # it is in train()
+
+
+@pytest.mark.parametrize("cut", [3, 4])  # a front without, and with, something to train
+@pytest.mark.parametrize("name", ["sflv1", "sync-sgd"])
+def test_a_socket_run_of_a_frozen_model_equals_the_simulation(
+    launcher: Launcher, tmp_path: Path, name: str, cut: int
+) -> None:
+    options = {"scheme": name, "model": MODEL, "cut": cut, "rounds": 2, "batch_size": 700}
+    options |= {"weight_decay": 0.1, "optimizer_state": "keep"}
+    line = [part for n, v in options.items() for part in ("--" + n.replace("_", "-"), v)]
+    run = launcher.run(*line, client_options=["--allow-import", MODEL])
+    one_process = simulate(RunConfig(run="r", **options), NodeConfig(out=str(tmp_path / "one")))
+    ours, theirs = last_models(run), last_models(one_process)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    check_fixed(run)
+    report = replay.check(load(run))
+    assert report.findings == []
+
+
+def test_a_model_that_came_in_eval_is_warned_about(tmp_path: Path) -> None:
+    for name, warned in (("all_in_eval", True), ("frozen", False)):
+        run = RunConfig(model=f"tests.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name)
+        path = simulate(run, NodeConfig(out=str(tmp_path)))
+        assert ("the model came in eval()" in (path / "server_log.txt").read_text()) == warned
