@@ -107,10 +107,11 @@ class Lobby(Network):
             return False
         for client, why in outvoted(self._reports()).items():
             self._lose(client, ProtocolError(why))
-        there = [p.joined for p in self.places.values() if p.is_here and p.joined]
-        for joined in there if self.model and self.complete else ():
-            if why := self.model.unlike(joined, all_are_there=True):
-                self._lose(joined.client, ProtocolError(why))
+        model, places = self.model, list(self.places.values())
+        if model is not None and self.complete:
+            for joined in [p.joined for p in places if p.is_here and p.joined]:
+                if why := model.unlike(joined, all_are_there=True):
+                    self._lose(joined.client, ProtocolError(why))
         return self.complete
 
     def _reports(self) -> dict[int, DataReport]:

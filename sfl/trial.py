@@ -231,7 +231,9 @@ class Trial:
                 grad = segment.backward_of(grad) if is_last else segment.backward(grad)
             except Exception as error:  # a user's own
                 where = _backward_fault(segment, inputs[index], needs_gradient=False)
-                raise ConfigError(f"the gradients of {where} fail: {told(error)}") from error
+                raise ConfigError(
+                    f"the gradients of {where} fail: {told(error.__cause__ or error)}"
+                ) from error
             if is_cut_off or (index and grad is None):
                 where = _backward_fault(segment, inputs[index], needs_gradient=True)
                 raise ConfigError(

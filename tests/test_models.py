@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sfl.config import RunConfig
-from sfl.errors import ConfigError, RunError
+from sfl.errors import ConfigError, StepFailed
 from sfl.models import MODELS, build, model_spec, split
 from sfl.protocol import Position
 from sfl.segment import Segment, train_step
@@ -112,7 +112,7 @@ def test_in_place_modules_behind_a_view_train(cut: int) -> None:
 
 def test_a_batch_that_a_block_cannot_train_on_is_one_clear_error() -> None:
     back = SplitModel(RunConfig(model="tests.models:bn_dropout", cut=6), (1, 28, 28), 10).back(CPU)
-    with pytest.raises(RunError, match=r"block 6 \(BatchNorm1d\) cannot train on a batch of 1: "):
+    with pytest.raises(StepFailed, match=r"block 6 \(BatchNorm1d\) cannot train on a batch of 1: "):
         back.forward(torch.zeros(1, 144), Position())
 
 

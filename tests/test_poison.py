@@ -77,7 +77,7 @@ def test_poison_is_as_if_its_sender_had_left(
         (
             BAND,
             "TRAINING_FEATURES:1.1:100:row",
-            "block 4 of the model cannot train on a batch of 200",
+            "block 4 (_RefusesLarge) cannot train on a batch of 200",
         ),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_client_whose_own_model_fails_is_not_waited_for(launcher: Launcher) ->
     model = ["--model", BAND, "--cut", 5]
     server = launcher.server("--clients", 1, "--batch-size", 200, "--lr", 1e6, *model)
     client = launcher.client("--allow-import", BAND)
-    why = "block 2 of the model cannot train on a batch of 200: ValueError: too large"
+    why = "block 2 (_RefusesLarge) cannot train on a batch of 200: ValueError: too large"
     assert why in client.ended_with(1)
     assert f"client_0 failed: {why}" in server.ended_with(1)
 
