@@ -29,7 +29,7 @@ from torch import Tensor
 from sfl.archive import GRADS
 from sfl.crash import crash_point
 from sfl.data import batch_indices, batch_sizes
-from sfl.driver import Conversation
+from sfl.driver import Conversation, Gate
 from sfl.errors import ProtocolError
 from sfl.link import Link
 from sfl.metrics import StepFigures, checked
@@ -285,8 +285,12 @@ def server_gradient_steps(
                 party.record_gradients(at, own[1], message.payload)
                 party.watcher.step(at, figures)
             party.compute_s += time.perf_counter() - started
-        yield pool.has_updated(step)
+        yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask
         link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.answer(step), at=at)
+
+
+def _both(one: Gate, other: Gate) -> Gate:
+    return lambda: one() and other()
 
 
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
