@@ -1,7 +1,7 @@
 """What a client trains, validates and tests on, and the batches that it draws.
 
 Images stay as they were read (uint8, or float32 in [0, 1]), perhaps in a file that is mapped into
-memory, and become normalised float32 when a batch is drawn.
+memory, and become normalised float32 of the run's size when a batch is drawn.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ from sfl.partition import deal
 from sfl.protocol import Position
 from sfl.samples import Samples, as_floats
 
-RESIZED_AT_ONCE = 1024  # images, to bound the memory that it takes
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
 
@@ -31,7 +30,7 @@ class Source:
 
     folder: Path  # --data-dir
     cache: Path  # --cache-dir: for what takes long to read
-    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when dealt out
+    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when drawn
     say: Callable[[str], None] = print  # what is going on, for people
 
 
@@ -52,6 +51,8 @@ class DatasetSpec:
     augment: str = NONE
     background: float = 0.0
     has_writers: bool = False
+    num_samples: int = 0  # of training and test set together, at most; 0: not known
+    decodes: bool = False  # all its images are read at the run's size, and kept so
 
     def sized(self, side: int) -> "DatasetSpec":
         """Return the data set with square images of this side; 0: as it is."""
@@ -96,23 +97,6 @@ def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
         if isinstance(figures, tuple) and len(figures) != shape[0]:
             return f"mean and std of {len(figures)} channels, of which there are {shape[0]}"
     return ""
-
-
-def _resized(samples: Samples, shape: tuple[int, ...]) -> Samples:
-    """Return samples whose images have this shape, bilinearly resized if need be."""
-    if tuple(samples.stored.shape[1:]) == shape or not len(samples):
-        return samples
-    if len(shape) != 3:
-        raise DataError(
-            f"samples of shape {list(samples.stored.shape[1:])} cannot be made {list(shape)}"
-        )
-    from torchvision.transforms.v2 import functional  # takes seconds to import
-
-    pieces = [
-        functional.resize(piece.x, list(shape[1:]), antialias=True)
-        for piece in map(samples.take, torch.split(torch.arange(len(samples)), RESIZED_AT_ONCE))
-    ]
-    return Samples(torch.cat(pieces), samples.y, samples.writers)
 
 
 @dataclass(frozen=True)
@@ -191,7 +175,7 @@ def client_data(
     check_augmentation(changes)
     if changes != NONE and len(spec.input_shape) != 3:
         raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
-    part, test = _resized(part, spec.input_shape), _resized(test, spec.input_shape)
+    part, test = part.sized(spec.input_shape), test.sized(spec.input_shape)
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
     num_held_out = len(part) // VALIDATION_SHARE
