@@ -208,6 +208,14 @@ def batch_sizes(num_samples: int, batch_size: int) -> Iterator[int]:
     yield num_samples - (count - 1) * batch_size
 
 
+def step_sizes(num_samples: int, run: RunConfig) -> Tensor:
+    """Return the sizes of a round's batches, over all its local epochs: (steps,) int64."""
+    count = num_batches(num_samples, run.batch_size)
+    an_epoch = torch.full((count,), run.batch_size)
+    an_epoch[-1] = num_samples - (count - 1) * run.batch_size
+    return an_epoch.repeat(run.local_epochs)
+
+
 def batch_indices(
     num_samples: int, run: RunConfig, *, round_index: int, client: int
 ) -> Iterator[Tensor]:

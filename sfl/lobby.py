@@ -74,6 +74,8 @@ class Lobby(Network):
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
     places: dict[int, Place] = field(default_factory=dict)
+    # says why a client's report is refused; "" if it is not
+    why_refused: Callable[[Joined], str] = lambda joined: ""
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
 
@@ -217,6 +219,9 @@ class Lobby(Network):
 
     def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
         place = self.places[joined.client]
+        if claim := self.why_refused(joined):
+            self._left(connection, ProtocolError(f"client_{joined.client} {claim}"))
+            return
         if why := self._unlike(joined, place.joined):
             self._left(connection, ProtocolError(why))
             return

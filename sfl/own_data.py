@@ -47,6 +47,11 @@ def load_own(spec: DatasetSpec, run: RunConfig, client: int, data_dir: Path) -> 
     return client_data(spec, run, client, part, test, classes)
 
 
+def num_images(data_dir: Path) -> int:
+    """Return how many image files lie in a folder, of whatever class and part."""
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in data_dir.rglob("*"))
+
+
 def _load_folders(data_dir: Path, spec: DatasetSpec) -> tuple[Samples, Samples, tuple[str, ...]]:
     has_test = (data_dir / "train").is_dir()
     train_dir = data_dir / "train" if has_test else data_dir

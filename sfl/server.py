@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from sfl.archive_writer import REWRITTEN, write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes
+from sfl.claims import why_refused
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
 from sfl.driver import Network
@@ -119,6 +121,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 goes_on=bool(node.resume),
                 fed=fed,
                 patience=patience,
+                why_refused=functools.partial(why_refused, run, node),
             )
             if past and past.first_round == run.rounds:  # all that is left is to say goodbye
                 lobby.end_soon()

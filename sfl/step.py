@@ -28,11 +28,11 @@ from torch import Tensor
 
 from sfl.archive import GRADS
 from sfl.crash import crash_point
-from sfl.data import batch_indices, batch_sizes
+from sfl.data import batch_indices, batch_sizes, step_sizes
 from sfl.driver import Conversation, Gate
 from sfl.errors import ProtocolError
 from sfl.link import Link
-from sfl.metrics import StepFigures, checked
+from sfl.metrics import StepFigures, checked, checked_steps
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, ServerParty
 from sfl.protocol import File, Message, MessageType, Position
@@ -312,9 +312,9 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
     spec = party.split.figures_spec(plan.num_steps[party.client])
-    table = decode(message.payload, spec, f"the figures of {link.peer_title}").tolist()
-    for (at, size), (loss, correct) in zip(_sizes(party, round_index), table, strict=True):
-        party.watcher.step(at, StepFigures(*checked(loss, correct, size), size))
+    table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
+    sizes = step_sizes(party.num_samples[TRAIN], party.run)
+    party.watcher.steps(party.client, checked_steps(table, sizes))
 
 
 class Ends(NamedTuple):
