@@ -360,36 +360,58 @@ SLOW_ATTACKS: Mapping[str, Callable[[Target], str]] = {
 # Insiders
 
 
-class Insider:
-    """Somebody who is client 0 of a run with ``partition own``, and means harm."""
+@dataclass(frozen=True)
+class Claim:
+    """What a client says that it has."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.link = _link(stream)
+    train: int = 2 * BATCH
+    validation: int = BATCH
+    test: int = BATCH
+    num_classes: int = NUM_CLASSES
+    shape: tuple[int, ...] = SHAPE
+    class_counts: tuple[int, ...] = ()
+
+    @property
+    def report(self) -> DataReport:
+        counts = {"train": self.train, "validation": self.validation, "test": self.test}
+        classes = tuple(map(str, range(self.num_classes)))
+        return DataReport(counts, classes, self.shape, "0" * 64, self.class_counts)
+
+
+class Insider:
+    """Somebody who is a client of a run with ``partition own``, and means harm."""
+
+    def __init__(self, stream: Stream, client: int = 0, claim: Claim | None = None) -> None:
+        self.link, self.client = _link(stream), client
         self.link.peer_name = "server"
-        self.welcome = self._join()
+        self.welcome = self._join(claim or Claim())
         self.run = self.welcome.run.run
 
-    def _join(self) -> Welcome:
+    def _join(self, claim: Claim) -> Welcome:
         fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
         instance = secrets.token_hex(16)
-        joining = client_join(self.link, 0, fingerprint, instance=instance, heartbeat_s=10.0)
+        joining = client_join(
+            self.link, self.client, fingerprint, instance=instance, heartbeat_s=10.0
+        )
         welcome = run_blocking(joining)
-        counts = {"train": 2 * BATCH, "validation": BATCH, "test": BATCH}
-        classes = tuple(map(str, range(NUM_CLASSES)))
-        send_report(self.link, DataReport(counts, classes, SHAPE, "0" * 64))
+        send_report(self.link, claim.report)
         return welcome
 
     def at(self, step: int = -1, round_index: int = 0) -> Position:
-        return Position(self.run, round_index, step, 0)
+        return Position(self.run, round_index, step, self.client)
 
     def begin(self) -> None:
         """Do all that comes before the first step."""
         link = self.link
         link.receive_message_as_json(MessageType.GO_ON)
-        offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE)
-        has_it = {"offset": offer.get("bytes", int)}
-        link.send_message_as_json(MessageType.SEND_FILE, content=has_it, at=offer.at)
+        self.decline_weights()
         link.receive_message_as_json(MessageType.START_TRAINING)
+
+    def decline_weights(self) -> None:
+        """Say of the weights that are offered that we have them."""
+        offer = self.link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE)
+        has_it = {"offset": offer.get("bytes", int)}
+        self.link.send_message_as_json(MessageType.SEND_FILE, content=has_it, at=offer.at)
 
     def train(self) -> None:
         """Take part in the round's steps as one should."""
