@@ -383,7 +383,7 @@ class Insider:
 
     def __init__(self, stream: Stream, client: int = 0, claim: Claim | None = None) -> None:
         self.link, self.client = _link(stream), client
-        self.link.peer_name = "server"
+        self.link.peer_name, self.link.on_notice = "server", lambda line: None
         self.welcome = self._join(claim or Claim())
         self.run = self.welcome.run.run
 

@@ -1,24 +1,29 @@
-"""What a client of a run may do to take the server's memory; ``experiments.hostile`` tries it.
+"""What a client may do to take its server's memory, and a server its client's.
 
-Each attack is a claim and what is done after it. The server's memory is its peak (``VmHWM``), as
-Linux counts it, before and after.
+``experiments.hostile`` tries it. Memory is a process's peak (``VmHWM``), as Linux counts it, before
+and after.
 """
 
 import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.attacks import FEATURES, LABELS, NUM_CLASSES, SHAPE, Claim, Insider, Target
 from sfl.claims import MOST_STEPS
+from sfl.config import RunConfig
 from sfl.conversation import SECONDS_WIDTH, TIMES
+from sfl.driver import run_blocking
 from sfl.errors import SflError
+from sfl.link import ANY_ID
 from sfl.party import TEST, VALIDATION
 from sfl.protocol import Limits, MessageType
+from sfl.registration import Welcome, server_join
+from sfl.transport import Connection, Listener
 
 if TYPE_CHECKING:
     from sfl.split_model import SplitModel
@@ -203,6 +208,35 @@ def try_greed(target: Target, process: int, greed: Greed) -> tuple[int, str]:
         greed.first(insider)
         before = peak_bytes(process)
         answer = greed.do(insider)
+        return peak_bytes(process) - before, answer
+
+
+# What a server names that a client would allocate for.
+WISHES: dict[str, dict[str, Any]] = {
+    "images of 4096 x 4096": {"model": "lenet5", "image_size": 4096},
+    "images of 4096 x 4096, to a perceptron": {"model": "mlp", "image_size": 4096},
+    "a batch of 2^20": {"model": "cnn-femnist", "image_size": 224, "batch_size": 2**20},
+    "a whole vgg16 of large images": {"model": "vgg16", "scheme": "fl", "image_size": 1024},
+    "HAM10000, decoded to 4096 x 4096": {
+        "model": "resnet18", "dataset": "ham10000", "image_size": 4096, "batch_size": 1,
+    },
+}  # fmt: skip
+
+
+def try_wish(listener: Listener, wish: Mapping[str, Any], process: int) -> tuple[int, str]:
+    """Be a client's server and name too much; return the client's growth, and its answer."""
+    sock = listener.accept()
+    assert sock
+    with Connection(sock, timeout_s=60, limits=Limits()) as link:
+        link.name = "server"
+        before = peak_bytes(process)
+        run = RunConfig(run="r", clients=1, **wish)
+        welcome = Welcome(ANY_ID, run, 0, heartbeat_s=10.0)
+        try:
+            run_blocking(server_join(link, welcome, lambda wanted, instance: 0))
+            answer = "took part"
+        except SflError as error:
+            answer = str(error)
         return peak_bytes(process) - before, answer
 
 
