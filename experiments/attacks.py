@@ -100,7 +100,7 @@ def _converse(stream: Stream, *sent: bytes) -> str:
     with contextlib.suppress(SflError):  # it may close before it has all
         for data in sent:
             link._transmit([memoryview(data)])
-    return _heard(link)
+    return heard(link)
 
 
 def _link(stream: Stream, kind: type[Connection] = Connection) -> Connection:
@@ -110,7 +110,7 @@ def _link(stream: Stream, kind: type[Connection] = Connection) -> Connection:
     return link
 
 
-def _heard(link: Connection) -> str:
+def heard(link: Connection) -> str:
     """Return what a server says, to its last word or until it closes."""
     link.peer_name, said = "server", ""
     try:
@@ -232,7 +232,7 @@ def another_clients_id(target: Target) -> str:
         link.send_message_as_json(
             MessageType.REGISTER, content=content | {"fingerprint": fingerprint}
         )
-        return _heard(link)
+        return heard(link)
 
 
 def plain_text_to_tls(target: Target) -> str:
@@ -568,4 +568,4 @@ def try_insider(target: Target, harm: Harm) -> str:
         insider.begin()
         with contextlib.suppress(SflError):  # what it hears then is told below
             harm(insider)
-        return _heard(insider.link)
+        return heard(insider.link)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.attacks import FEATURES, LABELS, NUM_CLASSES, SHAPE, Claim, Insider, Target
+from experiments.attacks import FEATURES, LABELS, NUM_CLASSES, SHAPE, Claim, Insider, Target, heard
 from sfl.claims import MOST_STEPS
 from sfl.config import RunConfig
 from sfl.conversation import SECONDS_WIDTH, TIMES
@@ -240,9 +240,11 @@ def try_wish(listener: Listener, wish: Mapping[str, Any], process: int) -> tuple
         return peak_bytes(process) - before, answer
 
 
-def try_claim(target: Target, claim: Claim) -> str:
-    """Report what is too much; return what the server says."""
-    from experiments.attacks import _heard
-
+def try_claim(target: Target, claim: Claim, process: int) -> tuple[int, str]:
+    """Report what is too much; return by how much the server has grown, and its answer."""
+    before = peak_bytes(process)
     with target.reach() as stream:
-        return _heard(Insider(stream, claim=claim).link)
+        answer = heard(Insider(stream, claim=claim).link)
+    with contextlib.suppress(AssertionError, OSError):  # it has ended
+        return peak_bytes(process) - before, answer
+    return 0, answer

@@ -208,32 +208,38 @@ REFUSALS = {
 }
 
 
+@on_linux
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_is_refused_before_it_costs_anything(launcher: Launcher, name: str) -> None:
     options, claim = CLAIMS[name]
-    _, target = started(launcher, *options, "--run", "r")
-    answer = try_claim(target, claim)
+    server, target = started(launcher, *options, "--run", "r")
+    grown, answer = try_claim(target, claim, process_of(server))
+    assert grown < 32 * MIB
     assert re.search(f"client_0 reports .*{REFUSALS[name]}", answer), answer
 
 
+@on_linux
 def test_max_samples_is_the_servers_to_say(launcher: Launcher) -> None:
     options = [*SERVER, "--model", "mlp", "--max-samples", 15]
-    _, target = started(launcher, *options, "--run", "r")
-    assert "reports 16 samples; --max-samples allows 15" in try_claim(target, Claim())
+    server, target = started(launcher, *options, "--run", "r")
+    _, answer = try_claim(target, Claim(), process_of(server))
+    assert "reports 16 samples; --max-samples allows 15" in answer
 
 
+@on_linux
 def test_a_shape_that_no_data_set_says_is_bounded(launcher: Launcher) -> None:
     own = ["--dataset", "tests.test_data:small", "--clients", 1, "--memory-limit", "100mb"]
-    _, target = started(launcher, *own, "--model", "mlp", "--run", "r")
-    answer = try_claim(target, Claim(shape=(1, 4096, 4096)))
+    server, target = started(launcher, *own, "--model", "mlp", "--run", "r")
+    _, answer = try_claim(target, Claim(shape=(1, 4096, 4096)), process_of(server))
     assert re.search(r"samples of \[1, 4096, 4096\]: mlp for them would take about", answer)
     assert "--memory-limit allows 100 MB" in answer
 
 
+@on_linux
 def test_samples_whose_tensors_the_disk_does_not_hold_are_refused(launcher: Launcher) -> None:
     options = [*SERVER[:-2], "--model", "cnn-femnist", "--rounds", 2**30, "--batch-size", 1000]
-    _, target = started(launcher, *options, "--run", "r")
-    answer = try_claim(target, Claim(train=9 * 10**6))
+    server, target = started(launcher, *options, "--run", "r")
+    _, answer = try_claim(target, Claim(train=9 * 10**6), process_of(server))
     assert re.search(r"9,000,000 training samples, whose tensors take about .* are free", answer)
 
 
