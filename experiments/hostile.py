@@ -361,10 +361,12 @@ def _greedy_server(out: Path, wish: Mapping[str, object]) -> tuple[int, str]:
     """Let a client come to a server that names too much."""
     from experiments.memory_attacks import try_wish
     from experiments.processes import ROOT
+    from sfl.runfolder import create_run_folder
     from sfl.transport import listen
 
+    folder = create_run_folder(out, "")
     with listen("127.0.0.1", 0) as listener:
-        options = ["--server", listener.address, "--out", str(out), "--memory-limit", "1gb"]
+        options = ["--server", listener.address, "--out", str(folder), "--memory-limit", "1gb"]
         command = [sys.executable, "run_client.py", *options]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(command, cwd=ROOT, **quiet) as client:

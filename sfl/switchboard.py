@@ -214,12 +214,12 @@ class DrainedConnection(Connection):
                         self._arrivals.add(self)
                     self._drain.notify()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
+            self._stream.shut_sending()  # so that nothing more is left to wait
             with self._lock:
                 self._is_writing = False
                 if not (self._inbox and self._inbox[-1][1].type in LAST_WORDS):
                     self._inbox.clear()  # what it asks for cannot be answered any more
                 self._fail(error)
-            self._stream.shut_sending()
 
     def ending(self) -> SflError | None:
         """Return why the peer takes no further part: its last words, or that it is gone."""
