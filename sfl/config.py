@@ -35,7 +35,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: the text is no such size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]b)", text.strip().lower(), re.ASCII)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
     count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if not count:
         raise ConfigError(f"--memory-limit {text!r:.40}: give a size as 500mb or 4gb")

@@ -20,6 +20,7 @@ from sfl.own_data import load_own, num_images
 from sfl.partition import OWN, deal
 from sfl.protocol import MessageType
 from sfl.samples import Samples
+from sfl.split_model import MAX_EVALUATION_BATCH
 from sfl.transport import Connection
 
 Notify = Callable[[str], None]
@@ -75,11 +76,12 @@ class Machine:
         """
         shape, hosted = spec.input_shape, max(self.num_hosted, 1)
         sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
-        most = run.batch_size + 1 if run.partition == OWN else spec.num_samples
-        needed = client_bytes(run, sizes, most_samples=most or run.batch_size + 1, hosted=hosted)
-        decoded = spec.num_samples if spec.decodes else 0
+        known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:
-            decoded = 2 * num_images(own)  # in a list, then in one tensor
+            known = num_images(own)  # none: an .npz
+            decoded = 2 * known  # in a list, then in one tensor
+        most = known or max(run.batch_size + 1, MAX_EVALUATION_BATCH)
+        needed = client_bytes(run, sizes, most_samples=most, hosted=hosted)
         needed["images"] = decoded * math.prod(shape)
         named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
         if why := too_much(needed, node, f"the server's {named}"):
