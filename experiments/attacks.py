@@ -5,6 +5,7 @@ is a client of the run. Each tries once and returns what the server did.
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import socket
@@ -103,7 +104,7 @@ def _converse(stream: Stream, *sent: bytes) -> str:
     with contextlib.suppress(SflError):  # it may close before it has all
         for data in sent:
             link._transmit([memoryview(data)])
-    return _heard(link)
+    return heard(link)
 
 
 def _link(stream: Stream, kind: type[Connection] = Connection) -> Connection:
@@ -113,7 +114,7 @@ def _link(stream: Stream, kind: type[Connection] = Connection) -> Connection:
     return link
 
 
-def _heard(link: Connection) -> str:
+def heard(link: Connection) -> str:
     """Return what a server says, to its last word or until it closes."""
     link.peer_name, said = "server", ""
     try:
@@ -252,7 +253,7 @@ def another_clients_id(target: Target) -> str:
         link.send_message_as_json(
             MessageType.REGISTER, content=content | {"fingerprint": fingerprint}
         )
-        return _heard(link)
+        return heard(link)
 
 
 def plain_text_to_tls(target: Target) -> str:
@@ -395,38 +396,59 @@ def write_bystander(folder: Path) -> Path:
     return folder
 
 
-class Insider:
-    """Somebody who is client 0 of a run with ``partition own``, and means harm."""
+@dataclass(frozen=True)
+class Claim:
+    """What a client says that it has."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.link = _link(stream)
+    train: int = 2 * BATCH
+    validation: int = BATCH
+    test: int = BATCH
+    num_classes: int = NUM_CLASSES
+    shape: tuple[int, ...] = SHAPE
+    class_counts: tuple[int, ...] = ()
+
+    @property
+    def report(self) -> DataReport:
+        counts = {"train": self.train, "validation": self.validation, "test": self.test}
+        classes = tuple(map(str, range(self.num_classes)))
+        return DataReport(counts, classes, self.shape, "0" * 64, self.class_counts)
+
+
+class Insider:
+    """Somebody who is a client of a run with ``partition own``, and means harm."""
+
+    def __init__(self, stream: Stream, client: int = 0, claim: Claim | None = None) -> None:
+        self.link, self.client = _link(stream), client
         self.link.peer_name, self.link.on_notice = "server", lambda line: None
-        self.welcome = self._join()
+        self.welcome = self._join(claim or Claim())
         self.run = self.welcome.run.run
 
-    def _join(self) -> Welcome:
+    def _join(self, claim: Claim) -> Welcome:
         fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
         instance = secrets.token_hex(16)
-        joining = client_join(self.link, 0, fingerprint, instance=instance, heartbeat_s=10.0)
+        joining = client_join(
+            self.link, self.client, fingerprint, instance=instance, heartbeat_s=10.0
+        )
         welcome = run_blocking(joining)
-        counts = {"train": 2 * BATCH, "validation": BATCH, "test": BATCH}
-        classes = tuple(map(str, range(NUM_CLASSES)))
-        built = SplitModel(welcome.run, SHAPE, NUM_CLASSES).structure
-        report = DataReport(counts, classes, SHAPE, "0" * 64, structure=built, weights="0" * 8)
-        send_report(self.link, report)
+        built = SplitModel(welcome.run, claim.shape, claim.num_classes).structure
+        send_report(self.link, dataclasses.replace(claim.report, structure=built, weights="0" * 8))
         return welcome
 
     def at(self, step: int = -1, round_index: int = 0) -> Position:
-        return Position(self.run, round_index, step, 0)
+        return Position(self.run, round_index, step, self.client)
 
     def begin(self) -> None:
         """Do all that comes before the first step."""
         link = self.link
         link.receive_message_as_json(MessageType.GO_ON)
-        offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE)
-        has_it = {"offset": offer.get("bytes", int)}
-        link.send_message_as_json(MessageType.SEND_FILE, content=has_it, at=offer.at)
+        self.decline_weights()
         link.receive_message_as_json(MessageType.START_TRAINING)
+
+    def decline_weights(self) -> None:
+        """Say of the weights that are offered that we have them."""
+        offer = self.link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE)
+        has_it = {"offset": offer.get("bytes", int)}
+        self.link.send_message_as_json(MessageType.SEND_FILE, content=has_it, at=offer.at)
 
     def train(self) -> None:
         """Take part in the round's steps as one should."""
@@ -608,4 +630,4 @@ def try_insider(target: Target, harm: Harm) -> str:
         insider.begin()
         with contextlib.suppress(SflError):  # what it hears then is told below
             harm(insider)
-        return _heard(insider.link)
+        return heard(insider.link)

@@ -1,12 +1,14 @@
 """Attack a running server in every way that we know, and say what it answered.
 
 python -m experiments.hostile [--seconds N]
+python -m experiments.hostile --memory
 python -m experiments.hostile --server HOST:PORT [--seconds N] [--token-file FILE] [--folder RUN]
 
-The second attacks a server of this machine that runs already, as whoever reaches its port; with
+The third attacks a server of this machine that runs already, as whoever reaches its port; with
 --token-file, as somebody who has a client's token besides. The first starts all itself: a run of
 three honest clients with tokens and TLS, once alone and once with attacks in every other stretch of
-rounds; then a server whose one client means harm, and one that wants clients' certificates. It
+rounds; then a server whose one client means harm, and one that wants clients' certificates; then
+servers and clients whose memory the other side takes, which --memory tries alone. It
 compares all weights, steps and figures of the two honest runs, and a round's time with and without
 the attacker in the same run.
 
@@ -19,6 +21,7 @@ import functools
 import itertools
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -40,6 +43,8 @@ MOST_TRIES = 200  # of one attack
 CALM_S = 10.0  # between attacks
 PROBE_S = 10.0  # in which a server must answer
 RUN = ["--model", "lenet5", "--batch-size", "128", "--run", "r"]
+REFUSED_BYTES = 32 * 2**20  # by which a server may grow when it refuses a claim
+CLIENT_BYTES = 400 * 2**20  # by which a client may, which imports its libraries meanwhile
 SIGNS = (" is away", "the run failed", "Traceback")  # in a server's log
 
 
@@ -237,6 +242,7 @@ def study(options: Namespace) -> int:
     disturbed = print_table("whoever reaches the port; a run with tokens and TLS", table)
     disturbed += print_table("whose certificate is not the clients'", uninvited(out, ca))
     disturbed += print_table("a client of the run; one that means harm", insider(out))
+    disturbed += greedy(out)
     found = compare(whole.folder, other.folder)
     print(f"\n{found.tensors} tensors of the two runs compared, {found.count} differ")
     for line in found.lines[:10]:
@@ -331,6 +337,61 @@ def uninvited(out: Path, ca: "SmallCA") -> Table:
         return try_each({n: functools.partial(shows, target, own) for n, own in shown.items()})
 
 
+@contextlib.contextmanager
+def measured_server(out: Path, options: list[str]) -> Iterator[tuple["Target", int]]:
+    """Run a server, and give it as a target, with its process."""
+    from experiments.processes import running
+    from sfl.runfolder import create_run_folder
+
+    folder = create_run_folder(out, "")
+    with running([*options, "--peer-timeout", "20", "--out", str(folder)]) as processes:
+        threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
+        yield target_of(processes.address, tls=False), processes.server.pid
+
+
+def greedy(out: Path) -> int:
+    """Take the memory of servers and of clients; print it, and return how many gave too much."""
+    from experiments.memory_attacks import CLAIMS, GREEDY, WISHES, try_claim, try_greed
+
+    print(f"\n{'who takes memory':50s} {'grown by':>9s} {'bound':>9s}  the answer", flush=True)
+    num_over = 0
+
+    def row(name: str, bound: int, grown: int, answer: str) -> None:
+        nonlocal num_over
+        num_over += grown > bound
+        sizes = f"{grown / 2**20:5.0f} MiB {bound / 2**20:5.0f} MiB"
+        print(f"{name:50.50s} {sizes}  {answer:.110}", flush=True)
+
+    for name, greed in GREEDY.items():
+        with measured_server(out, greed.server) as (target, process):
+            row(name, greed.bound_bytes, *try_greed(target, process, greed))
+    for name, (options, claim) in CLAIMS.items():
+        with measured_server(out, options) as (target, process):
+            row(name, REFUSED_BYTES, *try_claim(target, claim, process))
+    for name, wish in WISHES.items():
+        row(f"a server: {name}", CLIENT_BYTES, *_greedy_server(out, wish))
+    return num_over
+
+
+def _greedy_server(out: Path, wish: Mapping[str, object]) -> tuple[int, str]:
+    """Let a client come to a server that names too much."""
+    from experiments.memory_attacks import try_wish
+    from experiments.processes import ROOT
+    from sfl.runfolder import create_run_folder
+    from sfl.transport import listen
+
+    folder = create_run_folder(out, "")
+    with listen("127.0.0.1", 0) as listener:
+        options = ["--server", listener.address, "--out", str(folder), "--memory-limit", "1gb"]
+        command = [sys.executable, "run_client.py", *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, **quiet) as client:
+            try:
+                return try_wish(listener, wish, client.pid)
+            finally:
+                client.kill()
+
+
 def try_each(attempts: Mapping[str, Callable[[], str]]) -> Table:
     """Try each attack once; the server was disturbed if the next one finds nobody."""
     from sfl.errors import SflError
@@ -348,6 +409,8 @@ def try_each(attempts: Mapping[str, Callable[[], str]]) -> Table:
 
 def main() -> int:
     options = parse()
+    if options.memory:
+        return 1 if greedy(Path(options.out).resolve()) else 0
     return attack_a_server(options) if options.server else study(options)
 
 
@@ -356,6 +419,7 @@ def parse() -> Namespace:
 
     parser = Parser(prog="python -m experiments.hostile", description=__doc__.partition("\n")[0])
     parser.add_argument("--server", metavar="HOST:PORT", help="that runs already, on this machine")
+    parser.add_argument("--memory", action="store_true", help="try alone what takes memory")
     parser.add_argument("--seconds", type=float, default=60.0, help="of attacks (default: 60)")
     parser.add_argument("--token-file", default="", help="the attacker's own, with --server")
     parser.add_argument("--folder", help="of the attacked run, to see whether it is disturbed")

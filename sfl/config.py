@@ -25,6 +25,23 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST = {"clients": 100_000, "rounds": 2**31 - 1, "local_epochs": 10_000, "batch_size": 2**20}
 
 
+_MOST_SAMPLES = 2**31 - 1  # as sfl.described
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Return how many bytes ``500mb`` or ``1.5gb`` are.
+
+    Raises:
+        ConfigError: the text is no such size.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
+    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not count:
+        raise ConfigError(f"--memory-limit {text!r:.40}: give a size as 500mb or 4gb")
+    return count
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 client``, ``3 clients``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -273,6 +290,10 @@ class PeerNode(NodeConfig):
         "", "certificates (PEM) of whom to trust with the server's: the connection is under TLS"
     )
 
+    memory_limit: str = _option(
+        "", "memory that what other machines name may take here, as 500mb or 4gb: model, images and"
+        " batches of a server's run, samples of a client; half of this machine's if not given",
+    )  # fmt: skip
     link: str = _option(
         "", "play a slower link for this machine's connections: 100mbit,50ms[,jitter=5ms]"
         "[,loss=0.001]; each direction by itself",
@@ -282,6 +303,8 @@ class PeerNode(NodeConfig):
         super().check()
         _check_timeout("peer_timeout", self.peer_timeout)
         LinkShape.parse(self.link)
+        if self.memory_limit:
+            parse_bytes(self.memory_limit)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key: give both, or none")
 
@@ -298,6 +321,10 @@ class ServerNode(PeerNode):
     tls_client_ca: str = _option(
         "", "certificates (PEM) of whom to trust with clients': only who has one may connect"
     )
+    max_samples: int = _option(
+        10_000_000, "most samples that a client may report, where the server does not know how many"
+        " the data set has",
+    )  # fmt: skip
     max_pending: int = _option(
         0, "connections that may wait at once until they have shown who they are; 0: 64, and two"
         " for each client",
@@ -332,6 +359,8 @@ class ServerNode(PeerNode):
         _require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
         _check_timeout("round_timeout", self.round_timeout)
         _require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
+        fine = 1 <= self.max_samples <= _MOST_SAMPLES
+        _require(fine, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
         if self.tls_ca and self.role != "main":

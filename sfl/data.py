@@ -1,14 +1,14 @@
 """What a client trains, validates and tests on, and the batches that it draws.
 
 Images stay as they were read (uint8, or float32), perhaps in a file that is mapped into
-memory, and become normalised float32 when a batch is drawn.
+memory, and become normalised float32 of the run's size when a batch is drawn.
 """
 
 import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from sfl.partition import deal
 from sfl.protocol import Position
 from sfl.samples import Samples, as_floats
 
-SHORTEST_SIDE = 4  # of an image that may be resized; what is smaller is a row of numbers
-RESIZED_AT_ONCE = 1024  # images, to bound the memory that it takes
 LARGEST_FIGURE = 1e9  # of --normalize, and 1 over it the least deviation: what float32 bears
 VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
 
@@ -35,7 +33,7 @@ class Source:
 
     folder: Path  # --data-dir
     cache: Path  # --cache-dir: for what takes long to read
-    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when dealt out
+    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when drawn
     say: Callable[[str], None] = print  # what is going on, for people
 
 
@@ -57,6 +55,8 @@ class DatasetSpec:
     augment: str = NONE
     background: float = 0.0
     has_writers: bool = False
+    num_samples: int = 0  # of training and test set together, at most; 0: not known
+    decodes: bool = False  # all its images are read at the run's size, and kept so
 
     @property
     def has_images(self) -> bool:
@@ -157,33 +157,6 @@ def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
     return ""
 
 
-def check_resizable(found: Sequence[int], shape: Sequence[int]) -> None:
-    """See that samples are images that can be brought to a shape.
-
-    Raises:
-        DataError: they are not; they would become images of nothing.
-    """
-    if not len(found) == len(shape) == 3 or min(found[1:]) < SHORTEST_SIDE:
-        raise DataError(
-            f"samples of shape {list(found)} are no images that could be resized to the data set's"
-            f" {list(shape)}: give the run a data set of this kind"
-        )
-
-
-def _resized(samples: Samples, shape: tuple[int, ...]) -> Samples:
-    """Return samples whose images have this shape, bilinearly resized if need be."""
-    if tuple(samples.stored.shape[1:]) == shape or not len(samples):
-        return samples
-    check_resizable(samples.stored.shape[1:], shape)
-    from torchvision.transforms.v2 import functional  # takes seconds to import
-
-    pieces = [
-        functional.resize(piece.x, list(shape[1:]), antialias=True)
-        for piece in map(samples.take, torch.split(torch.arange(len(samples)), RESIZED_AT_ONCE))
-    ]
-    return Samples(torch.cat(pieces), samples.y, samples.writers)
-
-
 @dataclass(frozen=True)
 class ClientData:
     """What one client trains, validates and tests on."""
@@ -265,7 +238,7 @@ def client_data(
     check_augmentation(changes)
     if changes != NONE and not spec.has_images:
         raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
-    part, test = _resized(part, spec.input_shape), _resized(test, spec.input_shape)
+    part, test = part.sized(spec.input_shape), test.sized(spec.input_shape)
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
     num_held_out = len(part) // VALIDATION_SHARE if validation is None else 0
@@ -273,7 +246,7 @@ def client_data(
         validation = part.take(order[:num_held_out])
     return ClientData(
         train=part.take(order[num_held_out:]),
-        validation=_resized(validation, spec.input_shape),
+        validation=validation.sized(spec.input_shape),
         test=test,
         spec=spec,
         classes=classes or spec.classes,
@@ -298,6 +271,14 @@ def batch_sizes(num_samples: int, batch_size: int) -> Iterator[int]:
     for _ in range(count - 1):
         yield batch_size
     yield num_samples - (count - 1) * batch_size
+
+
+def step_sizes(num_samples: int, run: RunConfig) -> Tensor:
+    """Return the sizes of a round's batches, over all its local epochs: (steps,) int64."""
+    count = num_batches(num_samples, run.batch_size)
+    an_epoch = torch.full((count,), run.batch_size)
+    an_epoch[-1] = num_samples - (count - 1) * run.batch_size
+    return an_epoch.repeat(run.local_epochs)
 
 
 def batch_indices(

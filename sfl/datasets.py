@@ -117,12 +117,14 @@ def _colour(part: Any) -> Samples:
 
 def _mnist_like(class_name: str, classes: Collection[str], mean: float, std: float) -> DatasetSpec:
     load = _of_torchvision(class_name, f"{class_name}/raw", _grey)
-    return DatasetSpec(load, (1, 28, 28), tuple(classes), mean, std)
+    return DatasetSpec(load, (1, 28, 28), tuple(classes), mean, std, num_samples=70_000)
 
 
-def _of_emnist(split: str, classes: Collection[str], mean: float, std: float) -> DatasetSpec:
+def _of_emnist(
+    split: str, classes: Collection[str], mean: float, std: float, *, count: int
+) -> DatasetSpec:
     load = _of_torchvision("EMNIST", "EMNIST/raw", _emnist, split=split)
-    return DatasetSpec(load, (1, 28, 28), tuple(classes), mean, std)
+    return DatasetSpec(load, (1, 28, 28), tuple(classes), mean, std, num_samples=count)
 
 
 def _cifar(
@@ -134,7 +136,8 @@ def _cifar(
 ) -> DatasetSpec:
     load = _of_torchvision(class_name, folder, _colour)
     names = tuple(classes.split())
-    return DatasetSpec(load, (3, 32, 32), names, mean, std, augment="hflip+crop:padding=4")
+    changes = "hflip+crop:padding=4"
+    return DatasetSpec(load, (3, 32, 32), names, mean, std, changes, num_samples=60_000)
 
 
 _CLOTHES = (
@@ -157,13 +160,15 @@ wardrobe whale willow_tree wolf woman worm
 
 # Means and deviations are those of each training set; of femnist, of 105 writers of LEAF's.
 DATASETS: dict[str, DatasetSpec] = {
-    "mnist-5k": DatasetSpec(_load_mnist_5k, (1, 28, 28), tuple(string.digits), 0.1307, 0.3081),
+    "mnist-5k": DatasetSpec(
+        _load_mnist_5k, (1, 28, 28), tuple(string.digits), 0.1307, 0.3081, num_samples=5000
+    ),
     "mnist": _mnist_like("MNIST", string.digits, 0.1307, 0.3081),
     "fashion-mnist": _mnist_like("FashionMNIST", _CLOTHES, 0.2860, 0.3530),
-    "emnist": _of_emnist("balanced", _BALANCED, 0.1751, 0.3332),
-    "emnist-byclass": _of_emnist("byclass", _CHARACTERS, 0.1736, 0.3317),
-    "emnist-letters": _of_emnist("letters", string.ascii_lowercase, 0.1722, 0.3309),
-    "emnist-digits": _of_emnist("digits", string.digits, 0.1733, 0.3317),
+    "emnist": _of_emnist("balanced", _BALANCED, 0.1751, 0.3332, count=131_600),
+    "emnist-byclass": _of_emnist("byclass", _CHARACTERS, 0.1736, 0.3317, count=814_255),
+    "emnist-letters": _of_emnist("letters", string.ascii_lowercase, 0.1722, 0.3309, count=145_600),
+    "emnist-digits": _of_emnist("digits", string.digits, 0.1733, 0.3317, count=280_000),
     "cifar10": _cifar(
         "CIFAR10", "cifar-10-batches-py", _CIFAR10,
         (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
@@ -178,7 +183,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "ham10000": DatasetSpec(
         load_ham10000, (3, 64, 64), LESIONS, (0.7632, 0.5458, 0.5703), (0.1398, 0.1506, 0.1673),
-        augment="hflip+vflip+crop:padding=3+rotate:degrees=10",
+        augment="hflip+vflip+crop:padding=3+rotate:degrees=10", num_samples=10_015, decodes=True,
     ),
 }  # fmt: skip
 

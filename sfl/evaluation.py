@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfl.driver import Conversation
 from sfl.errors import ProtocolError
-from sfl.metrics import Tally, add_up, checked, checked_classes
+from sfl.metrics import Tally, Total, checked, checked_classes
 from sfl.outcome import PREDICTIONS, model_path
 from sfl.party import TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.protocol import Message, MessageType
@@ -47,7 +47,7 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
 def _client_split(
     party: ClientParty, part: str, samples: Samples, round_index: int
 ) -> Conversation[Tally]:
-    link, tallies = party.link, []
+    link, total = party.link, Total()
     for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
         at = party.at(round_index, step)
         start = step * party.split.evaluation_batch
@@ -58,12 +58,12 @@ def _client_split(
         link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
-        tallies.append(_tally(reply, size))
-    return add_up(tallies)
+        total.add(_tally(reply, size))
+    return total.tally
 
 
 def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    link, tallies, kept = party.link, [], _Predictions()
+    link, total, kept = party.link, Total(), _Predictions(part)
     for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
         yield link
@@ -77,24 +77,24 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         kept.add(y, logits)
         party.compute_s += time.perf_counter() - started
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
-        tallies.append(tally)
-    kept.write(party, part, round_index)
-    return add_up(tallies)
+        total.add(tally)
+    kept.write(party, round_index)
+    return total.tally
 
 
 def _client_alone(
     party: ClientParty, part: str, samples: Samples, round_index: int
 ) -> Conversation[Tally]:
-    tallies, kept, start = [], _Predictions(), 0
+    total, kept, start = Total(), _Predictions(part), 0
     for size in party.split.evaluation_sizes(len(samples)):
         party.count_batch(round_index)
         x, y = party.data.batch(samples, slice(start, start + size))
         tally, logits = evaluate_step(party.front, x, y)
         kept.add(y, logits)
-        tallies.append(tally)
+        total.add(tally)
         start += size
-    kept.write(party, part, round_index)
-    whole, at = add_up(tallies), party.at(round_index)
+    kept.write(party, round_index)
+    whole, at = total.tally, party.at(round_index)
     per_class = [] if whole.per_class is None else whole.per_class.tolist()
     content = _content(whole) | {"part": part, "per_class": per_class}
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
@@ -103,19 +103,21 @@ def _client_alone(
 
 
 class _Predictions:
-    """Labels and logits of a part, batch by batch."""
+    """Labels and logits of the test set, batch by batch; of another part nothing is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: str) -> None:
+        self._is_kept = part == TEST
         self._labels: list[Tensor] = []
         self._logits: list[Tensor] = []
 
     def add(self, labels: Tensor, logits: Tensor) -> None:
-        self._labels.append(labels)
-        self._logits.append(logits)
+        if self._is_kept:
+            self._labels.append(labels)
+            self._logits.append(logits)
 
-    def write(self, party: Party, part: str, round_index: int) -> None:
-        """Write down those of the test set: what curves are drawn from after the run."""
-        if part == TEST and self._labels:
+    def write(self, party: Party, round_index: int) -> None:
+        """Write down what curves are drawn from after the run."""
+        if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
             both = {"labels": torch.cat(self._labels), "logits": torch.cat(self._logits)}
             party.archive.write("predictions", path, encode_state(both), round_index)

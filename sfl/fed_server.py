@@ -13,6 +13,7 @@ import torch
 import sfl.archive
 from sfl.archive_writer import REWRITTEN
 from sfl.check import check_names
+from sfl.claims import why_refused
 from sfl.client_store import Access, hearing_why
 from sfl.config import RunConfig, ServerNode, counted
 from sfl.driver import Conversation, Network, run_blocking, run_together
@@ -28,6 +29,7 @@ from sfl.guard import exposure, guard_of
 from sfl.heartbeat import Heart, interval_s
 from sfl.link import MAIN, Link, Peer, last_words_for
 from sfl.lobby import Lobby
+from sfl.memory import TRAINED_COPIES, sizes_of, too_much
 from sfl.outcome import FRONT, Half
 from sfl.own_functions import remember
 from sfl.party import TRAIN
@@ -149,6 +151,7 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
                 past=past,
                 goes_on=welcome.goes_on,
                 patience=Patience(comes_back=False),
+                why_refused=functools.partial(why_refused, run, node),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)
@@ -203,6 +206,10 @@ def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitMo
     check_names(run)
     remember({run.model} & node.allowed_imports)
     shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
+    sizes = sizes_of(run, shape, num_classes, node.allowed_imports)
+    weights = sizes.whole + (2 * len(data["num_samples"]) + TRAINED_COPIES) * sizes.front
+    if why := too_much({"weights": weights}, node, f"the main server's --model {run.model}"):
+        raise ConfigError(why)
     return SplitModel(run, shape, num_classes, node.allowed_imports)
 
 

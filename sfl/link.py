@@ -149,6 +149,10 @@ class Link(ABC):
     def expect_crowd(self, crowded: bool) -> None:  # noqa: B027 - only a connection waits
         """Take note whether the server's machine may now have more programs at work than cores."""
 
+    def has_sent(self) -> bool:
+        """Say whether all that was sent is on its way: a gate for who sends without being asked."""
+        return True
+
     @property
     def peer_title(self) -> str:
         return {"": "the peer", "server": "the server"}.get(self.peer_name, self.peer_name)

@@ -62,6 +62,8 @@ class Lobby(Network):
     patience: Patience = field(default_factory=Patience)
     model: ServersModel | None = None  # that clients must have built; None: any will do
     places: dict[int, Place] = field(default_factory=dict)
+    # says why a client's report is refused; "" if it is not
+    why_refused: Callable[[Joined], str] = lambda joined: ""
     # told of a client that is back, and its link is to be used from now on
     on_return: Callable[[Joined], None] = lambda joined: None
 
@@ -208,6 +210,8 @@ class Lobby(Network):
 
     def _refuses(self, joined: Joined, before: Joined | None) -> str:
         """Say why a client that has loaded its data cannot take part; "" if it can."""
+        if claim := self.why_refused(joined):
+            return f"client_{joined.client} {claim}"
         if (why := self._unlike(joined, before)) or not self.model:
             return why
         return self.model.unlike(joined) or self.model.unfit(joined.data)

@@ -5,18 +5,22 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from sfl.client_store import Access
 from sfl.config import ClientNode, RunConfig
 from sfl.crowd import is_crowded
-from sfl.data import ClientData, Source, client_data, load
+from sfl.data import ClientData, DatasetSpec, Source, client_data, load
 from sfl.datasets import dataset_of
-from sfl.own_data import load_own
+from sfl.errors import ConfigError
+from sfl.memory import client_bytes, sizes_of, too_much
+from sfl.own_data import load_own, num_images
 from sfl.partition import OWN, deal
 from sfl.protocol import MessageType
 from sfl.samples import Samples
+from sfl.split_model import MAX_EVALUATION_BATCH
 from sfl.transport import Connection
 
 Notify = Callable[[str], None]
@@ -55,13 +59,32 @@ class Machine:
             ConfigError, DataError: the data set is not known, not allowed, or not there.
         """
         spec = dataset_of(run, node.allowed_imports)
+        own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
+        self._check_memory(run, spec, node, own)
         if run.partition == OWN:
-            own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
             return load_own(spec, run, client, own, say=notify)
         if run not in self._parts:
             source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
             self._parts[run] = deal(*load(spec, source), run)
         return client_data(spec, run, client, *self._parts[run][client])
+
+    def _check_memory(self, run: RunConfig, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
+        """See that what the server names takes no more memory than it may.
+
+        Raises:
+            ConfigError: it would.
+        """
+        shape, hosted = spec.input_shape, max(self.num_hosted, 1)
+        sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
+        known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
+        if run.partition == OWN:
+            known = decoded = num_images(own)  # none: an .npz
+        most = known or max(run.batch_size + 1, MAX_EVALUATION_BATCH)
+        needed = client_bytes(run, sizes, most_samples=most, hosted=hosted)
+        needed["images"] = decoded * math.prod(shape)
+        named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
+        if why := too_much(needed, node, f"the server's {named}"):
+            raise ConfigError(why)
 
     @contextlib.contextmanager
     def uses(self, connection: Connection) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Figures of training steps and of evaluated samples."""
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,16 +73,37 @@ def class_metrics(per_class: Tensor) -> dict[str, float]:
     }
 
 
+class Total:
+    """The sum of tallies, which is the same in any order; of each only its loss is kept."""
+
+    def __init__(self) -> None:
+        self._samples = self._correct = 0
+        self._losses = array("d")
+        self._per_class: Tensor | None = None
+
+    def add(self, tally: Tally) -> None:
+        if not tally.samples:  # an empty part has no classes
+            return
+        ours, theirs = self._per_class, tally.per_class
+        if not self._samples:
+            self._per_class = theirs
+        else:
+            self._per_class = None if ours is None or theirs is None else ours + theirs
+        self._samples += tally.samples
+        self._correct += tally.correct
+        self._losses.append(tally.loss_sum)
+
+    @property
+    def tally(self) -> Tally:
+        return Tally(self._samples, self._correct, math.fsum(self._losses), self._per_class)
+
+
 def add_up(tallies: Iterable[Tally]) -> Tally:
-    """Return the sum of tallies; it is the same in any order."""
-    tallies = [tally for tally in tallies if tally.samples]  # an empty part has no classes
-    per_class = [tally.per_class for tally in tallies if tally.per_class is not None]
-    return Tally(
-        sum(tally.samples for tally in tallies),
-        sum(tally.correct for tally in tallies),
-        math.fsum(tally.loss_sum for tally in tallies),
-        torch.stack(per_class).sum(0) if per_class and len(per_class) == len(tallies) else None,
-    )
+    """Return the sum of tallies."""
+    total = Total()
+    for one in tallies:
+        total.add(one)
+    return total.tally
 
 
 def checked(loss: float, correct: float, samples: int) -> tuple[float, int]:
@@ -96,6 +118,23 @@ def checked(loss: float, correct: float, samples: int) -> tuple[float, int]:
     if not (0 <= correct <= samples and correct == int(correct)):
         raise ProtocolError(f"{correct!r:.40} hits in {samples} samples")
     return loss, int(correct)
+
+
+def checked_steps(table: Tensor, sizes: Tensor) -> Tensor:
+    """Return a peer's loss and hits of its steps, with their sizes: (steps, 3) float64.
+
+    ``table``: (steps, 2) float64; ``sizes``: (steps,), the samples of each.
+
+    Raises:
+        ProtocolError: as ``checked``.
+    """
+    (loss, correct), samples = table.unbind(1), sizes.double()
+    no_loss = (loss < 0) | ((loss > MOST_LOSS) & (loss < math.inf))
+    hits = (correct >= 0) & (correct <= samples) & (correct == correct.trunc())
+    if (wrong := (no_loss | ~hits).nonzero()).numel():
+        step = int(wrong[0])
+        checked(loss[step].item(), correct[step].item(), int(sizes[step]))
+    return torch.column_stack([loss, correct, samples])
 
 
 def checked_classes(rows: Sequence[object], correct: int, samples: int, classes: int) -> Tensor:

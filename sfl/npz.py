@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from sfl.class_names import alike_among, listed
-from sfl.data import DatasetSpec, check_resizable
+from sfl.data import DatasetSpec
 from sfl.errors import DataError
-from sfl.samples import Parts, Samples, nothing
+from sfl.samples import Parts, Samples, check_resizable, nothing
 
 Arrays = Mapping[str, np.ndarray]
 PARTS = {"train": "", "validation": "_val", "test": "_test"}

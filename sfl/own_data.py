@@ -10,7 +10,7 @@ from pathlib import Path
 from sfl.config import RunConfig
 from sfl.data import ClientData, DatasetSpec, client_data
 from sfl.errors import DataError
-from sfl.image_folders import LAYOUT, is_of_system, read_folders, sort_out
+from sfl.image_folders import IMAGE_SUFFIXES, LAYOUT, is_of_system, read_folders, sort_out
 from sfl.npz import read_npz
 
 MOST_MEASURED = 256  # samples, whose mean and deviation are said
@@ -49,6 +49,11 @@ def load_own(
         mean, std = float(x.mean()), float(x.std(correction=0))
         say(f"normalised by {run.normalize}: samples have mean {mean:.3g} and deviation {std:.3g}")
     return data
+
+
+def num_images(data_dir: Path) -> int:
+    """Return how many image files lie in a folder, of whatever class and part."""
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in data_dir.rglob("*"))
 
 
 def _archive(data_dir: Path, say: Callable[[str], object]) -> Path | None:

@@ -35,6 +35,13 @@ class Watcher(Protocol):
     def say(self, line: str) -> None: ...
 
 
+class ServerWatcher(Watcher, Protocol):
+    """Who hears of all clients' steps."""
+
+    def steps(self, client: int, table: Tensor) -> None:
+        """Take note of all steps of a client's round: (steps, 3) float64, as ``checked_steps``."""
+
+
 @dataclass(kw_only=True)
 class Party:
     """What client and server both have for one client."""
@@ -147,6 +154,7 @@ class RoundResult:
 class ServerParty(Party):
     """The server's side, for one client."""
 
+    watcher: ServerWatcher
     backs: Mapping[int, Segment]  # all copies of the server's model; none if there is none
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     # What the client at the other end has, since it connected: what this round starts from, and

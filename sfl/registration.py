@@ -39,7 +39,7 @@ from sfl.structure import CHECKSUM, DIGEST, MAX_DIGESTS
 
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
-HASHED_AT_ONCE = 256  # samples, of which no more than these are in memory
+HASHED_BYTES = 2**26  # of samples, of which about no more than these are in memory
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class DataReport:
         parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
         counts = {name: len(samples) for name, samples in parts.items()}
         digest = hashlib.sha256(run.run.encode())
+        at_once = max(HASHED_BYTES // (4 * math.prod(data.input_shape)), 1)
         for samples in parts.values():
-            for rows in torch.split(torch.arange(len(samples)), HASHED_AT_ONCE):
+            for rows in torch.split(torch.arange(len(samples)), at_once):
                 digest.update(samples.take(rows).x.numpy().tobytes())
             digest.update(samples.y.numpy().tobytes())
         told: list[int] = []

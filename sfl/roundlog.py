@@ -5,10 +5,13 @@ Every metric is defined in the README.
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from sfl.archive import ROUND_LOG
@@ -49,10 +52,10 @@ class Progress:
         title = f"round {round_index + 1}/{self._rounds}"
         self._bar = tqdm(total=num_steps, desc=title, unit="step", leave=False, disable=None)
 
-    def step(self, figures: StepFigures) -> None:
+    def step(self, loss: float, num_steps: int = 1) -> None:
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix(loss=f"{figures.loss:.3f}", refresh=False)
-            self._bar.update()
+            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self._bar.update(num_steps)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -67,8 +70,9 @@ class RoundLog:
         """A run that goes on keeps the lines of the rounds before ``first_round``."""
         self._folder = folder
         self._rounds = rounds
-        self._steps: dict[int, dict[int, StepFigures]] = {}
         self._has_begun = False
+        # Of each client's steps, in order: loss, hits and samples, 24 bytes in all.
+        self._steps: dict[int, array[float]] = {}
         self.progress = Progress(rounds)
         self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
         path = folder.path / "rounds.csv"
@@ -83,12 +87,30 @@ class RoundLog:
         self._steps = {}
         self.progress.start(round_index, num_steps)
 
-    def step(self, at: Position, figures: StepFigures) -> None:
+    def _begin(self) -> None:
         if not self._has_begun:
             self._folder.events.note(FIRST_STEP)
             self._has_begun = True
-        self._steps.setdefault(at.client, {})[at.step] = figures
-        self.progress.step(figures)
+
+    def step(self, at: Position, figures: StepFigures) -> None:
+        self._begin()
+        own, start = self._steps.setdefault(at.client, array("d")), 3 * at.step
+        assert len(own) >= start, "a step was left out"
+        own[start : start + 3] = array("d", (figures.loss, figures.correct, figures.samples))
+        self.progress.step(figures.loss)
+
+    def steps(self, client: int, table: Tensor) -> None:
+        self._begin()
+        self._steps[client] = array("d", table.numpy().tobytes())
+        self.progress.step(float(table[-1, 0]), len(table))
+
+    def _rows(self, client: int) -> Iterator[tuple[float, float, float]]:
+        """Yield loss, hits and samples of each step of a client."""
+        own = iter(self._steps.get(client, ()))
+        return zip(own, own, own, strict=True)
+
+    def _all_rows(self) -> Iterator[tuple[float, float, float]]:
+        return itertools.chain.from_iterable(map(self._rows, self._steps))
 
     def forget(self, client: int) -> None:
         """Leave out the steps of a client that left the round without a trace."""
@@ -100,10 +122,10 @@ class RoundLog:
 
     def train_figures(self) -> dict[str, float]:
         """Return the round's loss and accuracy over all steps, each weighted by its samples."""
-        steps = [figures for of_client in self._steps.values() for figures in of_client.values()]
-        samples = sum(f.samples for f in steps)
-        loss = math.fsum(f.loss * f.samples for f in steps) / samples
-        return {"train_loss": loss, "train_acc": sum(f.correct for f in steps) / samples}
+        samples = sum(size for _, _, size in self._all_rows())
+        loss = math.fsum(loss * size for loss, _, size in self._all_rows()) / samples
+        correct = sum(correct for _, correct, _ in self._all_rows())
+        return {"train_loss": loss, "train_acc": correct / samples}
 
     def end_round(
         self,
@@ -118,23 +140,27 @@ class RoundLog:
         ``took_part``: in the round's order; ``missing``: who was away, and why.
         """
         self.progress.close()
-        rows: list[tuple[object, ...]] = []
-        for client, metrics in sorted(clients.items()):
-            for step, figures in sorted(self._steps.get(client, {}).items()):
-                name = f"labels_{round_index}_{step}.pt"
-                rows.append((client, name, "loss", figures.loss))
-                rows.append((client, name, "acc", figures.correct / figures.samples))
-            name = f"client_model_{round_index:03d}.pt"
-            rows.extend((client, name, metric, value) for metric, value in metrics.items())
         path = f"rounds/round_{round_index:03d}.csv"
-        archive = self._folder.archive
-        archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(took_part))
+        archive, table = self._folder.archive, write_table(self._lines(round_index, clients))
+        archive.write(ROUND_LOG, path, table, round_index, tuple(took_part))
         why = "; ".join(f"client_{k}: {reason}" for k, reason in sorted(missing.items()))
         who = ";".join(map(str, took_part))
         self.figures = dict(overall)
         row = {"round": round_index, **overall, "took_part": who, "missing": why}
         archive.append("rounds.csv", _csv([[row.get(name, "") for name in ROUND_COLUMNS]]))
         self._folder.events.say(_summary(round_index, self._rounds, overall))
+
+    def _lines(
+        self, round_index: int, clients: Mapping[int, Mapping[str, float]]
+    ) -> Iterator[tuple[object, ...]]:
+        """Yield the lines of a round's file."""
+        for client, metrics in sorted(clients.items()):
+            for step, (loss, correct, samples) in enumerate(self._rows(client)):
+                name = f"labels_{round_index}_{step}.pt"
+                yield client, name, "loss", loss
+                yield client, name, "acc", correct / samples
+            name = f"client_model_{round_index:03d}.pt"
+            yield from ((client, name, metric, value) for metric, value in metrics.items())
 
 
 class ClientLog:
@@ -167,7 +193,7 @@ class ClientLog:
         self.num_steps += 1
         self._loss_sum += figures.loss * figures.samples
         self._samples += figures.samples
-        self.progress.step(figures)
+        self.progress.step(figures.loss)
 
     def end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.progress.close()
@@ -182,16 +208,18 @@ class ClientLog:
         self._events.say(f"round {round_index + 1}/{self.run.rounds}: {took} {shown}")
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> bytes:
+def _csv(rows: Iterable[Sequence[object]]) -> bytes:
     """Return rows as CSV; floats as ``repr`` gives them, which reads back as the same float."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    data = io.BytesIO()
+    with io.TextIOWrapper(data, "utf-8", newline="") as text:
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        text.flush()
+        return data.getvalue()
 
 
-def write_table(rows: Sequence[Sequence[object]]) -> bytes:
+def write_table(rows: Iterable[Sequence[object]]) -> bytes:
     """Return a round's file: what it says of each client and file."""
-    return _csv([("client", "file", "metric", "value"), *rows])
+    return _csv(itertools.chain([("client", "file", "metric", "value")], rows))
 
 
 def _summary(round_index: int, rounds: int, overall: Mapping[str, float]) -> str:

@@ -1,10 +1,28 @@
 """Some samples of a data set: what partitions deal out and batches are drawn from."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sfl.errors import DataError
+
+SHORTEST_SIDE = 4  # of an image that may be resized; what is smaller is a row of numbers
+
+
+def check_resizable(found: Sequence[int], shape: Sequence[int]) -> None:
+    """See that samples are images that can be brought to a shape.
+
+    Raises:
+        DataError: they are not; they would become images of nothing.
+    """
+    if not len(found) == len(shape) == 3 or min(found[1:]) < SHORTEST_SIDE:
+        raise DataError(
+            f"samples of shape {list(found)} are no images that could be resized to the data set's"
+            f" {list(shape)}: give the run a data set of this kind"
+        )
 
 
 @dataclass(frozen=True)
@@ -14,27 +32,42 @@ class Samples:
     ``stored``: (M, C, H, W) uint8 or float32, often shared by the parts of a data set;
     ``y``: (N,) int64; ``writers``: (N,) int64, who made each sample, where that is known;
     ``rows``: (N,) int64, which rows of ``stored`` they are: all, in order, if not given.
+    ``shape``: (C, H, W), to which images are brought when they are gathered; (): as stored.
     """
 
     stored: Tensor
     y: Tensor
     writers: Tensor | None = None
     rows: Tensor | None = None
+    shape: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def x(self) -> Tensor:
-        """(N, C, H, W), as stored; a copy if rows are given."""
+        """(N, C, H, W), of the type that is stored; a copy if rows are given."""
         # Copies row by row; indexing goes pixel by pixel.
-        return self.stored if self.rows is None else self.stored.index_select(0, self.rows)
+        x = self.stored if self.rows is None else self.stored.index_select(0, self.rows)
+        return _resized(x, self.shape) if self.shape else x
 
     def take(self, indices: Tensor | slice) -> "Samples":
         """Return some of these samples; no pixel is copied."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         writers = None if self.writers is None else self.writers[indices]
-        return Samples(self.stored, self.y[indices], writers, rows[indices])
+        return Samples(self.stored, self.y[indices], writers, rows[indices], self.shape)
+
+    def sized(self, shape: tuple[int, ...]) -> "Samples":
+        """Return the same samples, whose images are brought to this shape; no pixel is copied.
+
+        Raises:
+            DataError: they are no images, and of another shape.
+        """
+        found = tuple(self.stored.shape[1:])
+        if found == shape or not len(self):
+            return self
+        check_resizable(found, shape)
+        return dataclasses.replace(self, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -57,6 +90,14 @@ def join(parts: Iterable[Samples]) -> Samples:
     xs, ys = zip(*((part.x, part.y) for part in parts), strict=True)
     alike = len({x.dtype for x in xs}) == 1
     return Samples(torch.cat(xs if alike else [as_floats(x) for x in xs]), torch.cat(ys))
+
+
+def _resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return images brought to a shape, bilinearly; each is the same in any company."""
+    from torchvision.transforms.v2 import functional  # takes seconds to import
+
+    resized: Tensor = functional.resize(x, list(shape[1:]), antialias=True)
+    return resized
 
 
 def as_floats(x: Tensor) -> Tensor:

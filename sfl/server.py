@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from sfl.archive_writer import REWRITTEN, write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes, knows_classes
+from sfl.claims import why_refused
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted
 from sfl.crash import crash_point
 from sfl.driver import Network
@@ -123,6 +125,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 fed=fed,
                 patience=patience,
                 model=ServersModel(run),
+                why_refused=functools.partial(why_refused, run, node),
             )
             if past and past.first_round == run.rounds:  # all that is left is to say goodbye
                 lobby.end_soon()

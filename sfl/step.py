@@ -28,11 +28,11 @@ from torch import Tensor
 
 from sfl.archive import GRADS
 from sfl.crash import crash_point
-from sfl.data import batch_indices, batch_sizes
-from sfl.driver import Conversation
+from sfl.data import batch_indices, batch_sizes, step_sizes
+from sfl.driver import Conversation, Gate
 from sfl.errors import ProtocolError
 from sfl.link import Link
-from sfl.metrics import StepFigures, checked
+from sfl.metrics import StepFigures, checked, checked_steps
 from sfl.order import RoundPlan
 from sfl.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.protocol import File, Message, MessageType, Position
@@ -303,8 +303,12 @@ def server_gradient_steps(
                 party.record_gradients(at, own[1], message.payload)
                 party.watcher.step(at, figures)
             party.compute_s += time.perf_counter() - started
-        yield pool.has_updated(step)
+        yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask
         link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.answer(step), at=at)
+
+
+def _both(one: Gate, other: Gate) -> Gate:
+    return lambda: one() and other()
 
 
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
@@ -326,9 +330,9 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
     spec = party.split.figures_spec(plan.num_steps[party.client])
-    table = decode(message.payload, spec, f"the figures of {link.peer_title}").tolist()
-    for (at, size), (loss, correct) in zip(_sizes(party, round_index), table, strict=True):
-        party.watcher.step(at, StepFigures(*checked(loss, correct, size), size))
+    table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
+    sizes = step_sizes(party.num_samples[TRAIN], party.run)
+    party.watcher.steps(party.client, checked_steps(table, sizes))
 
 
 class Ends(NamedTuple):

@@ -3,7 +3,8 @@
 ``doorstep`` lets them in, ``drain`` reads whole messages ahead of the training, which takes them in
 the main thread. What is read ahead is bounded: a connection whose messages nobody takes is no
 longer read, and TCP holds the sender back. What a client is slow to take is sent on by a thread of
-its connection, so that no client waits for another one's link.
+its connection, so that no client waits for another one's link. That is bounded, too: no message of
+a client is taken while its answer to an earlier one is unsent.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from sfl.driver import Gate, Network
 from sfl.errors import ConnectionLost, PeerFailed, SflError, reason_of
 from sfl.guard import Guard
 from sfl.heartbeat import Heart, interval_s
-from sfl.link import Link, is_last, one_line
+from sfl.link import LAST_WORDS, Link, is_last, one_line
 from sfl.protocol import Limits, Message, MessageType
 from sfl.transport import FAREWELL_S, Connection, Listener
 from sfl.turned_away import TurnedAway
@@ -36,8 +37,8 @@ MESSAGES_AT_ONCE = 64  # heartbeats, of which none wait
 class DrainedConnection(Connection):
     """A connection that is read ahead; receiving takes what has been read.
 
-    Sending never waits for the peer. What waits to be sent is bounded by the conversation, in which
-    a peer that does not take its answer gets no further one.
+    Sending never waits for the peer. While something waits to be sent, no message counts as
+    arrived: a peer that does not take its answer gets no further one.
     """
 
     def __init__(
@@ -79,8 +80,11 @@ class DrainedConnection(Connection):
 
     @property
     def arrived(self) -> bool:
-        """Whether a message is waiting, or the connection has failed."""
-        return bool(self._inbox) or self._failure is not None
+        """Whether a message may be taken, or the connection has failed."""
+        return bool(self._inbox and not self._outbox) or self._failure is not None
+
+    def has_sent(self) -> bool:
+        return not self._outbox or self._failure is not None
 
     @property
     def failed(self) -> bool:
@@ -167,6 +171,11 @@ class DrainedConnection(Connection):
             self._arrivals.add(self)
             self._drain.notify()
 
+    def _send(self, message: Message) -> int:
+        if message.type is MessageType.MESSAGE and self._outbox:
+            return 0  # a notice for people: who does not keep up goes without
+        return super()._send(message)
+
     def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
         """Send at once what the socket takes at once; leave the rest to the writer."""
         with self._lock:
@@ -202,10 +211,16 @@ class DrainedConnection(Connection):
                 with self._lock:
                     self._outbox.popleft()
                     self._is_writing = False
+                    if self._inbox:
+                        self._arrivals.add(self)
                     self._drain.notify()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
-            self._is_writing = False
-            self._fail(error)
+            self._stream.shut_sending()  # so that nothing more is left to wait
+            with self._lock:
+                self._is_writing = False
+                if not (self._inbox and self._inbox[-1][1].type in LAST_WORDS):
+                    self._inbox.clear()  # what it asks for cannot be answered any more
+                self._fail(error)
 
     def ending(self) -> SflError | None:
         """Return why the peer takes no further part: its last words, or that it is gone."""
@@ -214,7 +229,10 @@ class DrainedConnection(Connection):
         return None if self._unregistered else self._failure
 
     def _next(self) -> Message:
-        if not (self.arrived or self._drain.wait(lambda: self.arrived, self.timeout_s)):
+        def came() -> bool:
+            return bool(self._inbox) or self._failure is not None
+
+        if not (came() or self._drain.wait(came, self.timeout_s)):
             raise self._silent()
         with self._lock:
             if not self._inbox:

@@ -35,6 +35,7 @@ from sfl.turn import Aside
 Socket = socket.socket
 FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
 _MAX_BACKOFF_S = 5.0
+SLOWEST_BYTES_PER_S = 1024.0  # that a peer takes of a message, once its deadline has passed
 UNSHAPED = LinkShape()
 
 
@@ -115,11 +116,15 @@ class Connection(Link):
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
         """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
+        give_up_at = time.monotonic() + self.timeout_s
         try:
             while any(map(len, parts)) or self._stream.has_unsent:
                 num_sent = (self._stream.send if wait else self._stream.send_now)(parts)
                 self.spoke_at = time.monotonic()
                 self.bytes_moved += num_sent
+                give_up_at += num_sent / SLOWEST_BYTES_PER_S
+                if self.spoke_at > give_up_at:
+                    raise ConnectionLost(f"{self.peer_title} takes what it is sent too slowly")
                 while parts and num_sent >= len(parts[0]):
                     num_sent -= len(parts.pop(0))
                 if parts:

@@ -98,6 +98,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
+    known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
     known |= {"--rows", "--blocks", "--hosts"}  # experiments.bench's, experiments.many_clients'
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))

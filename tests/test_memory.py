@@ -1,0 +1,346 @@
+"""What a client may make a server hold, and a server a client: measured in real processes."""
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.attacks import Claim, Insider, Target
+from experiments.memory_attacks import (
+    CLAIMS,
+    GREEDY,
+    SERVER,
+    WISHES,
+    gradients,
+    peak_bytes,
+    send_gradients,
+    try_claim,
+    try_greed,
+    try_wish,
+    zero_gradients,
+)
+from sfl import transport
+from sfl.claims import MOST_STEPS
+from sfl.config import RunConfig, parse_bytes
+from sfl.data import part_of
+from sfl.datasets import DATASETS
+from sfl.errors import ConfigError, ConnectionLost, ProtocolError
+from sfl.memory import machine_bytes, sizes_of
+from sfl.metrics import checked, checked_steps
+from sfl.protocol import Limits, MessageType
+from sfl.samples import Samples
+from sfl.split_model import SplitModel
+from sfl.switchboard import DrainedConnection, Switchboard
+from sfl.transport import Connection, connect, listen
+from tests.launch import Launcher, Program
+from tests.made_data import write_ham10000
+from tests.test_failures import wait_for
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+RUN = ["--run", "r", "--peer-timeout", 5]
+MIB = 2**20
+
+
+def started(launcher: Launcher, *options: object) -> tuple[Program, Target]:
+    server = launcher.server(*options)
+    wait_for(server, "listening")
+    return server, Target("127.0.0.1", launcher.port)
+
+
+def process_of(program: Program) -> int:
+    assert program.process.pid
+    return program.process.pid
+
+
+# A client that does not read, or claims too much
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_client_that_takes_memory_gets_little(launcher: Launcher, name: str) -> None:
+    greed = GREEDY[name]
+    server, target = started(launcher, *greed.server, *RUN)
+    grown, answer = try_greed(target, process_of(server), greed)
+    assert grown < greed.bound_bytes, answer
+    assert "250 of" not in answer
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Switchboard, DrainedConnection, Connection]]:
+    """A server's end of a connection, and the client's."""
+    limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**26})
+    with (
+        listen("127.0.0.1", 0) as listener,
+        Switchboard(listener, timeout_s=1, limits=limits) as board,
+        connect(
+            "127.0.0.1", listener.port, timeout_s=60, connect_timeout_s=5, limits=limits,
+            on_wait=print,
+        ) as client,
+    ):  # fmt: skip
+        client.send_message_as_json(MessageType.REGISTER)
+        (link,) = board.wait_for_any(timeout_s=5)
+        link.receive_message_as_json(MessageType.REGISTER)
+        link.peer_name, link.settled = "client_0", True
+        yield board, link, client
+
+
+Pair = tuple[Switchboard, DrainedConnection, Connection]
+LARGE = bytes(40_000_000)  # far beyond the sockets' buffers
+
+
+def came(board: Switchboard, link: DrainedConnection, number: int = 1) -> None:
+    """Wait until so many messages have been read ahead."""
+    assert board.until(lambda: len(link._inbox) >= number, 5)
+
+
+def test_no_message_is_taken_while_the_answer_to_another_is_unsent(pair: Pair) -> None:
+    board, link, client = pair
+    link.send_file(MessageType.SEND_MODEL, LARGE)
+    client.send_message_as_json(MessageType.ROUND_TRAINED)
+    came(board, link)
+    assert board.first([link]) is None
+    assert not link.has_sent()
+    client.receive_file(MessageType.SEND_MODEL)
+    assert board.wait([link]) is link
+    assert link.has_sent()
+    link.receive_message_as_json(MessageType.ROUND_TRAINED)
+
+
+def test_notices_to_one_that_does_not_keep_up_are_left_out(pair: Pair) -> None:
+    board, link, client = pair
+    link.send_file(MessageType.SEND_MODEL, LARGE)
+    for _ in range(1000):
+        link.send_message_as_json(MessageType.MESSAGE, content="waiting for client_1")
+        link.beat(0.0)
+    assert len(link._outbox) == 1
+    client.receive_file(MessageType.SEND_MODEL)
+    board.until(link.has_sent, 5)
+    link.send_message_as_json(MessageType.MESSAGE, content="heard again")
+    heard: list[str] = []
+    client.on_notice = heard.append
+    link.send_message_as_json(MessageType.TRAINING_DONE)
+    client.receive_message_as_json(MessageType.TRAINING_DONE)
+    assert heard == ["heard again"]
+
+
+def test_one_that_takes_nothing_is_lost_with_what_it_asked_for(pair: Pair) -> None:
+    board, link, client = pair
+    link.send_file(MessageType.SEND_MODEL, LARGE)
+    for _ in range(3):
+        client.send_message_as_json(MessageType.ROUND_TRAINED)
+    came(board, link, 3)
+    with pytest.raises(ConnectionLost, match=r"client_0 (took nothing for 1 s|is out of reach)"):
+        board.wait([link]).receive_message_as_json(MessageType.ROUND_TRAINED)
+    with pytest.raises(ConnectionLost):
+        link.send_file(MessageType.SEND_MODEL, LARGE)
+    assert not link._outbox
+
+
+def test_one_that_takes_a_little_now_and_then_is_lost_as_well(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline that every byte puts off is none; here 1 GB/s is wanted, and 10 MB/s come."""
+    monkeypatch.setattr(transport, "SLOWEST_BYTES_PER_S", 1e9)
+    board, link, client = pair
+    link.send_file(MessageType.SEND_MODEL, LARGE)
+    ended, buffer = threading.Event(), memoryview(bytearray(100_000))
+
+    def read_slowly() -> None:
+        with contextlib.suppress(OSError):  # at the end
+            while not ended.wait(0.01) and client._stream.receive_into(buffer):
+                client.beat(0.1)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    assert board.until(lambda: link.failed, 30)
+    ended.set()
+    reader.join()
+    assert "client_0 takes what it is sent too slowly" in str(link.ending())
+
+
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_is_dropped_while_it_stays(launcher: Launcher) -> None:
+    greed = GREEDY["steps, and nothing is read"]
+    server, target = started(launcher, *greed.server, "--run", "r", "--peer-timeout", 1)
+    with target.reach() as stream:
+        insider = Insider(stream, claim=greed.claim)
+        insider.begin()
+        greed.first(insider)
+        flood = threading.Thread(target=greed.do, args=[insider])
+        flood.start()
+        wait_for(server, "client_0 is away: client_0 ")
+        flood.join()
+
+
+@on_linux
+def test_weights_for_one_that_does_not_ask_wait_until_it_reads(launcher: Launcher) -> None:
+    """In synchronous SGD who has no batch left is sent the weights of every step."""
+    options = ["--clients", 2, *SERVER[2:], "--model", "mlp", "--scheme", "sync-sgd"]
+    server, target = started(launcher, *options, "--batch-size", 4, "--run", "r")
+    with target.reach() as stream, target.reach() as other:
+        busy, idle = Insider(stream, 0, Claim(train=4 * 200)), Insider(other, 1, Claim(train=2))
+        other_begins = threading.Thread(target=idle.begin)
+        other_begins.start()
+        busy.begin()
+        other_begins.join()
+        data = zero_gradients(busy)
+        send_gradients(idle, data)
+        gradients(busy)
+        before = peak_bytes(process_of(server))
+        for step in range(1, 200):
+            send_gradients(busy, data, step)
+            busy.link.receive_file(MessageType.SEND_AGGREGATED_MODEL)
+        assert peak_bytes(process_of(server)) - before < 32 * MIB  # the weights: 87 MB
+
+
+REFUSALS = {
+    "10^9 samples": r"1,000,000,008 samples; --max-samples allows 10,000,000",
+    "10^9 samples to evaluate": r"1,000,000,012 samples; --max-samples allows 10,000,000",
+    "10^7 samples, a step each": r"9,999,990 steps a round; at most 1,048,576 are possible",
+    "predictions of 4 GB": r"predictions would take 4,008 MB; at most 268 MB are kept",
+    "a class of 2^31 samples": r"2,147,483,647 samples by their classes, but 8 training samples",
+    "more samples than MNIST has": r"70,009 samples; mnist has 70,000",
+}
+
+
+@on_linux
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_is_refused_before_it_costs_anything(launcher: Launcher, name: str) -> None:
+    options, claim = CLAIMS[name]
+    server, target = started(launcher, *options, "--run", "r")
+    grown, answer = try_claim(target, claim, process_of(server))
+    assert grown < 32 * MIB
+    assert re.search(f"client_0 reports .*{REFUSALS[name]}", answer), answer
+
+
+@on_linux
+def test_max_samples_is_the_servers_to_say(launcher: Launcher) -> None:
+    options = [*SERVER, "--model", "mlp", "--max-samples", 15]
+    server, target = started(launcher, *options, "--run", "r")
+    _, answer = try_claim(target, Claim(), process_of(server))
+    assert "reports 16 samples; --max-samples allows 15" in answer
+
+
+@on_linux
+def test_a_shape_that_no_data_set_says_is_bounded(launcher: Launcher) -> None:
+    own = ["--dataset", "tests.test_data:small", "--clients", 1, "--memory-limit", "100mb"]
+    server, target = started(launcher, *own, "--model", "mlp", "--run", "r")
+    _, answer = try_claim(target, Claim(shape=(1, 4096, 4096)), process_of(server))
+    assert re.search(r"samples of \[1, 4096, 4096\]: mlp for them would take about", answer)
+    assert "--memory-limit allows 100 MB" in answer
+
+
+@on_linux
+def test_samples_whose_tensors_the_disk_does_not_hold_are_refused(launcher: Launcher) -> None:
+    options = [*SERVER[:-2], "--model", "cnn-femnist", "--rounds", 2**30, "--batch-size", 1000]
+    server, target = started(launcher, *options, "--run", "r")
+    _, answer = try_claim(target, Claim(train=9 * 10**6), process_of(server))
+    assert re.search(r"9,000,000 training samples, whose tensors take about .* are free", answer)
+
+
+def test_figures_of_steps_are_checked_all_at_once() -> None:
+    sizes = torch.tensor([4, 4, 2])
+    good = [[0.5, 4], [float("nan"), 0], [float("inf"), 2]]
+    table = checked_steps(torch.tensor(good, dtype=torch.float64), sizes)
+    assert table[:, 2].tolist() == [4, 4, 2]
+    for wrong in ([-1, 2], [1e61, 2], [1, 3], [1, -1], [1, 0.5], [1, float("nan")]):
+        with pytest.raises(ProtocolError) as ours:
+            checked_steps(torch.tensor([*good[:2], wrong], dtype=torch.float64), sizes)
+        with pytest.raises(ProtocolError, match=re.escape(str(ours.value))):
+            checked(*map(float, wrong), 2)
+
+
+def test_as_many_steps_as_may_be_are_a_file_of_16_mib() -> None:
+    run = RunConfig(scheme="fl", model="mlp")
+    split = SplitModel(run, (1, 28, 28), 10)
+    limits = split.server_limits(MOST_STEPS, Limits().store).payload_bytes
+    assert limits[MessageType.TRAINING_FIGURES] < 17 * MIB
+
+
+# A server that names what is too large
+
+
+@on_linux
+@pytest.mark.parametrize("name", WISHES)
+def test_a_client_spends_no_more_than_it_allows(
+    launcher: Launcher, tmp_path: Path, name: str
+) -> None:
+    write_ham10000(tmp_path / "data")
+    with listen("127.0.0.1", 0) as listener:
+        launcher.port = listener.port
+        options = ["--memory-limit", "1gb", "--data-dir", tmp_path / "data"]
+        client = launcher.client(*options, "--cache-dir", tmp_path / "cache")
+        grown, answer = try_wish(listener, WISHES[name], process_of(client))
+        assert grown < 400 * MIB  # torchvision's import, and no more
+        assert "--memory-limit allows 1,000 MB" in answer
+    line = client.ended_with(2)
+    assert re.search(r"the server's --model \S+, --image-size \d+, --batch-size \d+ would", line)
+    assert not (tmp_path / "cache").exists()
+
+
+@on_linux
+def test_own_images_are_counted_before_they_are_read(launcher: Launcher, tmp_path: Path) -> None:
+    for k in range(60):
+        path = tmp_path / "data" / str(k % 10) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"is not read")
+    with listen("127.0.0.1", 0) as listener:
+        launcher.port = listener.port
+        client = launcher.client("--memory-limit", "900mb", "--data-dir", tmp_path / "data")
+        wish = {"partition": "own", "model": "resnet18", "image_size": 4096, "batch_size": 1}
+        _, answer = try_wish(listener, wish, process_of(client))
+    assert re.search(r"images 2,013 MB\); --memory-limit allows 900 MB", answer)
+    client.ended_with(2)
+
+
+def test_a_run_that_fits_its_limit_runs(launcher: Launcher) -> None:
+    options = ["--model", "mlp", "--batch-size", 400, "--rounds", 1, "--image-size", 32]
+    launcher.run(*options, clients=1, client_options=["--memory-limit", "50mb"])
+
+
+def test_images_are_resized_when_they_are_drawn() -> None:
+    pixels = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8)
+    samples = Samples(pixels, torch.arange(60) % 10)
+    run = RunConfig(image_size=64, augment="none", clients=1)
+    spec = DATASETS["mnist"].sized(64)
+    data = part_of(spec, run, 0, (samples, samples))
+    assert data.train.stored is pixels
+    whole = data.train.x
+    assert whole.shape == (48, 1, 64, 64)
+    for at in (slice(0, 1), slice(5, 12), torch.tensor([3, 40, 3])):
+        assert torch.equal(data.train.take(at).x, whole[at])
+        x, y = data.batch(data.train, at)
+        assert torch.equal(x, (whole[at].float() / 255 - spec.mean) / spec.std)
+        assert torch.equal(y, data.train.y[at])
+
+
+@pytest.mark.parametrize(
+    "model", ["mlp", "lenet5", "cnn-mnist", "cnn-femnist", "tests.models:bn_dropout"]
+)
+@pytest.mark.parametrize("scheme", ["sflv1", "fl"])
+def test_sizes_are_those_of_the_model_that_is_built(model: str, scheme: str) -> None:
+    run = RunConfig(model=model, scheme=scheme, cut=2)
+    split = SplitModel(run, (1, 28, 28), 10)
+    sizes = sizes_of(run, (1, 28, 28), 10)
+    front = sum(spec.num_bytes for spec in split.front_spec.values())
+    back = sum(spec.num_bytes for spec in split.back_spec.values())
+    assert (sizes.front, sizes.whole) == (front, front + back if scheme == "sflv1" else front)
+    at_cut = split.features_spec(1).num_bytes if scheme == "sflv1" else 0
+    assert sizes.at_cut == at_cut
+    assert sizes.all_values >= sizes.front_values >= at_cut
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500mb", 5 * 10**8), ("1.5GB", 15 * 10**8), ("2 tb", 2 * 10**12)]
+)
+def test_sizes_are_written_with_their_unit(text: str, count: int) -> None:
+    assert parse_bytes(text.replace(" ", "")) == count
+    for wrong in ("", "5", "0mb", "-1gb", "mb", "1gib", "1e9mb", "nan gb"):
+        with pytest.raises(ConfigError, match=r"--memory-limit .*give a size as 500mb or 4gb"):
+            parse_bytes(wrong)
+    assert machine_bytes() > 10**8
