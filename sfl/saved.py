@@ -3,7 +3,8 @@
 ``torch.load(weights_only=True)`` alone is not enough for a file of an unknown sender: it believes
 what the container and the pickle declare. So a file is taken apart here first::
 
-    container   stored records of known names, each once, with their checksums
+    container   stored records of known names, each once, with their checksums, and nothing else:
+                no byte before, between or behind them
     pickle      the opcodes of tensors and of dicts of tensors, walked by hand; they name storages
     tensors     each a storage of its own, of exactly its elements, from the first to the last
 
@@ -49,12 +50,18 @@ _END, _END_64, _LOCATOR_BYTES, _IN_64 = (
     20,
     2**32 - 1,
 )
+# A record's head, which its name and more stand behind; what that may be; what may follow the data.
+_HEAD = struct.Struct("<4s5H3L2H")
+_PADDING, _LARGE = b"FB", b"\1\0"  # bytes up to a boundary; sizes of 4 GiB and more
+_BEHIND_32, _BEHIND_64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
+_HAS_BEHIND = 8  # a flag
 # What torch writes takes less than half as much: of the directory for each record, of the pickle
 # for itself and for each tensor, beside its name.
 _ENTRY_BYTES, _PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 256, 1024, 400
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}/(.+)")  # the folder is that of the file's own name
+# The folder is that of the file's own name.
+_NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,127})/(.+)")
 _STORAGE = re.compile(r"data/(0|[1-9]\d{0,8})")
-_PICKLE = "data.pkl"
+_PICKLE, _PROTOCOL = "data.pkl", 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +139,68 @@ def _records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
             raise IntegrityError("declares more bytes than it has")
         for record in listed:
             found = _NAME.fullmatch(record.filename)
-            inner = found[1] if found else ""
+            inner = found[2] if found else ""
             if not (inner == _PICKLE or inner in _ABOUT or _STORAGE.fullmatch(inner)):
                 raise IntegrityError(f"has a record {record.filename!r:.60}, which is no tensor's")
             if inner in records:
                 raise IntegrityError(f"has two records {inner!r:.60}")
+            if record.filename.partition("/")[0] != listed[0].filename.partition("/")[0]:
+                raise IntegrityError("has records in more than one folder")
             records[inner] = container.read(record)  # which compares the checksum
             if inner in _ABOUT and not _ABOUT[inner].fullmatch(records[inner]):
                 raise IntegrityError(f"has a record {inner!r} of {records[inner]!r:.40}")
+        _check_layout(data, listed, int(container.start_dir or 0))
     if _PICKLE not in records:
         raise IntegrityError("has no pickle")
     return records
+
+
+def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -> None:
+    """See that records and directory follow one another from the first byte to the last.
+
+    What else a container has room for, another program might read: it may be a pickle that runs
+    code, in front of one that does not.
+    """
+    at = 0
+    records = sorted(listed, key=lambda record: record.header_offset)
+    for record, end in zip(
+        records, [*(r.header_offset for r in records[1:]), directory], strict=True
+    ):
+        if record.header_offset != at:
+            raise IntegrityError(f"has bytes before its record {record.filename!r:.60}")
+        at = end
+        head = _HEAD.unpack(data[record.header_offset : record.header_offset + _HEAD.size])
+        start = record.header_offset + _HEAD.size + head[-2]
+        extra = bytes(data[start : start + head[-1]])
+        behind = bytes(data[start + head[-1] + record.file_size : end])
+        if not (_is_padding(extra) and behind in _may_stand_behind(record)):
+            raise IntegrityError(f"has bytes around its record {record.filename!r:.60}")
+        if record.comment or not _is_padding(record.extra):
+            raise IntegrityError(f"has bytes beside its record {record.filename!r:.60}")
+    rest = len(data) - directory - _directory_bytes(data)
+    if rest not in (_END.size, _END.size + _LOCATOR_BYTES + _END_64.size):
+        raise IntegrityError("has bytes behind its directory")
+
+
+def _may_stand_behind(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
+    """Return what a record's data may be followed by: its checksum and sizes, if its head says."""
+    if not record.flag_bits & _HAS_BEHIND:
+        return (b"",)
+    sizes = record.CRC, record.file_size, record.file_size
+    small = record.file_size < _IN_64
+    return tuple(kind.pack(b"PK\7\10", *sizes) for kind in (_BEHIND_64, _BEHIND_32)[: 1 + small])
+
+
+def _is_padding(extra: bytes) -> bool:
+    """Say whether what stands behind a record's name is what ``torch.save`` puts there."""
+    while extra:
+        kind, size = extra[:2], int.from_bytes(extra[2:4], "little")
+        body, extra = extra[4 : 4 + size], extra[4 + size :]
+        padding = kind == _PADDING and not body.strip(b"Z")
+        large = kind == _LARGE and size in (8, 16, 24)
+        if len(body) != size or not (padding or large):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +224,19 @@ class _Walk:
     def __init__(self, data: bytes) -> None:
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(data):
+        self._memo: list[Any] = []
+        end = -1
+        for opcode, argument, place in pickletools.genops(data):
             if opcode.name not in _OPCODES:
                 raise IntegrityError(f"asks for {opcode.name}, which no tensor needs")
+            if (opcode.name == "PROTO") != (place == 0):
+                raise IntegrityError("has a pickle that begins as none of torch's")
             _OPCODES[opcode.name](self, argument)
+            end = int(place or 0) + 1  # behind STOP, which is one byte
+        if end != len(data):
+            raise IntegrityError("has bytes behind the end of its pickle")
         (content,) = self.take(1)
-        if self._stack or not isinstance(content, Described | dict):
+        if self._stack or self._marks or not isinstance(content, Described | dict):
             raise IntegrityError("holds no plain dense tensor, nor a dict of them")
         self.content: Described | dict[str, Described] = content
 
@@ -191,10 +255,18 @@ class _Walk:
     def mark(self) -> None:
         self._marks.append(len(self._stack))
 
+    def protocol(self, version: int) -> None:
+        if version != _PROTOCOL:
+            raise IntegrityError(f"has a pickle of protocol {version}, not {_PROTOCOL}")
+
     def put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
+        if index != len(self._memo):  # picklers count; an unpickler makes room for any index
+            raise IntegrityError(f"has a pickle that puts {index} where {len(self._memo)} is next")
+        self._memo.append(self._stack[-1])
 
     def get(self, index: int) -> None:
+        if index >= len(self._memo):
+            raise IntegrityError(f"has a pickle that gets {index}, which it never put")
         self.push(self._memo[index])
 
     def name(self, name: str) -> None:
@@ -234,7 +306,7 @@ class _Walk:
 
 
 _OPCODES: dict[str, Callable[[_Walk, Any], None]] = {
-    "PROTO": lambda walk, version: None,
+    "PROTO": _Walk.protocol,
     "STOP": lambda walk, _: None,
     "MARK": lambda walk, _: walk.mark(),
     "BINPUT": _Walk.put,

@@ -184,6 +184,27 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
     Raises:
         IntegrityError: the file is damaged or holds anything but that tensor.
     """
+    found = _decode_ours(data, spec, checksum)
+    return _decode_any(data, spec, name) if found is None else found
+
+
+def decode_file(file: File, spec: TensorSpec, name: str) -> tuple[Tensor, File]:
+    """Return the tensor in a peer's file, and the file as it may be stored.
+
+    That is what we write of this tensor: the peer's own bytes if they are the same, else new ones.
+
+    Raises:
+        IntegrityError: as ``decode``.
+    """
+    found = _decode_ours(file.data, spec, file.checksum)
+    if found is not None:
+        return found, file
+    tensor = _decode_any(file.data, spec, name)
+    return tensor, encode_file(tensor)
+
+
+def _decode_ours(data: Buffer, spec: TensorSpec, checksum: str) -> Tensor | None:
+    """Return the tensor in a file that is byte for byte what we write; None if it is another."""
     # A template is made of a tensor as large as the expected one: the file must be as well.
     if (
         len(data) in _file_sizes(spec)
@@ -191,6 +212,10 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
         and (found := template.data_of(data, crc_of(checksum))) is not None
     ):
         return torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
+    return None
+
+
+def _decode_any(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
     saved = take_apart(data, name)
     _compare(saved.content, spec, name)
     return spec.check(_load(saved.rebuilt(), name), name)
