@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sfl import strict_json
 from sfl.errors import IntegrityError, RunError
-from sfl.plain_file import read_plain
+from sfl.plain_file import check_linkless, read_plain
 from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
@@ -299,7 +299,12 @@ def open(path: str | os.PathLike[str]) -> RunArchive:
     """Open a recorded run by its folder.
 
     Raises:
-        RunError: the folder is none of a run.
+        RunError: the folder is none of a run, or there is a link in it.
         IntegrityError: its manifest is damaged.
     """
-    return RunArchive(Path(path))
+    root = Path(path)
+    try:
+        check_linkless(root)
+    except OSError as error:
+        raise RunError(f"cannot read {root}: {error.filename}: {error.strerror}") from error
+    return RunArchive(root)

@@ -260,6 +260,8 @@ class ArchiveWriter:
     def _check(self) -> None:
         if self._failure is not None:
             reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
+            if name := getattr(self._failure, "filename", None):
+                reason = f"{reason}: {name}"
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
     def _submit(self, run: Callable[[], None], num_bytes: int, *, may_wait: bool = False) -> None:
@@ -373,7 +375,9 @@ class ArchiveWriter:
 
     def _append(self, path: str, data: bytes) -> None:
         crash_point("rounds_csv.before")
-        with open(self._root / path, "ab", buffering=0) as stream:
+        # It was there at the start: one that is made anew would lack what came before.
+        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | _BINARY)
+        with open(descriptor, "ab", buffering=0) as stream:
             stream.write(data)
             os.fsync(stream.fileno())
         crash_point("rounds_csv.after")
@@ -381,7 +385,10 @@ class ArchiveWriter:
     def _commit(self, checkpoint: Checkpoint, paths: Collection[str]) -> None:
         self._written = {path: self._written[path] for path in paths}
         if self._root in self._manifests:
-            os.fsync(self._manifests[self._root].fileno())
+            manifest = self._manifests[self._root]
+            os.fsync(manifest.fileno())
+            if not os.fstat(manifest.fileno()).st_nlink:
+                raise RunError(f"{self._root / MANIFEST} is gone: it was removed")
         target = self._root / path_of(checkpoint.round)
         if not target.parent.is_dir():
             target.parent.mkdir()

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sfl.check import check_names
@@ -141,7 +142,7 @@ class _Client:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
             elif self._folder:
-                with telling_why(self._folder.events):
+                with telling_why(self._folder):
                     raise
             else:
                 raise
@@ -300,7 +301,7 @@ class _Loaded:
                 profile=Profile(folder.path, wanted=self._node.profile),
                 front=front,
                 data=self._data,
-                on_round=self.log.end_round,
+                on_round=self._end_round,
                 on_start=functools.partial(self._start, front),
             )
             self.log.start_over()
@@ -310,6 +311,10 @@ class _Loaded:
                 self.log.progress.close()
             folder.archive.flush()
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
+        self.log.end_round(round_index, figures)
+        self._folder.check_there()
 
     def _start(self, front: Segment, round_index: int, own_round: int) -> None:
         """Bring the client to where it was when a round began."""

@@ -126,7 +126,7 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
             open_folder(path, LOG, "none") as folder,
-            telling_why(folder.events, switchboard.end),
+            telling_why(folder, switchboard.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
@@ -172,7 +172,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     first_round, their_run, data = found
     _folder(their_run, node, goes_on=past is not None)
     network = Threads()
-    with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
+    with open_folder(path, LOG, "none") as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
         split = _model(their_run, node, data)
         most_bytes = max_state_bytes(split.front_spec)

@@ -42,6 +42,7 @@ KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
 # What ends a conversation, and how to say so.
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
+    MessageType.END_RUN: ("ended the run", PeerFailed),
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
     MessageType.UNREGISTER: ("left", PeerLeft),
 }

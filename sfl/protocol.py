@@ -74,6 +74,7 @@ class MessageType(StrEnum):
     HEARTBEAT = "HEARTBEAT"  # C, S: I am here; at any moment, and not counted
     INVALID_MESSAGE = "INVALID_MESSAGE"  # C, S: I refuse what you sent, and why
     ABORT = "ABORT"  # C, S: I cannot go on, and why
+    END_RUN = "END_RUN"  # S: nor can I when I am started again, and why
 
 
 _TYPES: Final = {message_type.value: message_type for message_type in MessageType}

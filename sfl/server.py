@@ -95,7 +95,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 note=folder.events.note,
                 meanwhile=folder.archive.write_one,
             ) as switchboard,
-            telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
+            telling_why(folder, switchboard.end, how_to_go_on(path, run.model)),
         ):
             events = folder.events
             place = _check_place(run, node, path, events)
@@ -350,6 +350,7 @@ def prepare(
         spool=Spool(folder.path if keeps_answers else None, archive.flush),
         payloads=onto(folder.path),
         about={"data": data, "fingerprint": ours, "clients": fingerprints},
+        check_there=folder.check_there,
         check_space=lambda: check_space(folder.path, a_round),
         first_round=first_round,
         may_skip=may_skip,

@@ -173,7 +173,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     with (
         open_folder(path, "server_log.txt", run.keep_tensors) as folder,
         contextlib.ExitStack() as writers,
-        telling_why(folder.events),
+        telling_why(folder),
     ):
         folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
         ours = fingerprint(device)
