@@ -29,7 +29,8 @@ from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
 MANIFEST = "manifest.jsonl"
-DROPPED = "dropped"  # kind of the entry for a manifest whose round was not to stay
+DROPPED = "dropped"  # kind of the entry for a manifest, or a model, that was not to stay
+MODELS = "models/"  # where a run's weights lie
 ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
@@ -147,6 +148,10 @@ class RunArchive:
             raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
         newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
+        self._dropped = newest.keys() - self._listed.keys()
+        self.rounds_without_models = frozenset(  # those that were not to stay
+            newest[p].round for p in self._dropped if p.startswith(MODELS)
+        )
 
     @property
     def listed(self) -> list[Entry]:
@@ -156,6 +161,10 @@ class RunArchive:
     def lists(self, path: str) -> bool:
         """Say whether the run's own manifest lists a file."""
         return path in self._listed
+
+    def has_listed(self, path: str) -> bool:
+        """Say whether it lists a file, or did until that was not to stay any more."""
+        return path in self._listed or path in self._dropped
 
     def read(self, path: str) -> bytes:
         """Return the checked bytes of a listed file, by its path in the run's folder."""

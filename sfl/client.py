@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why, open_store, reach
-from sfl.config import ClientNode
+from sfl.config import ClientNode, KeepModels
 from sfl.conversation import client_run
 from sfl.crash import crash_point
 from sfl.crowd import give_way
@@ -205,7 +205,8 @@ class _Client:
         _create_folder(path, goes_on=welcome.goes_on)
         if welcome.goes_on:
             check_same_run(path, welcome.run)
-        folder = self._stack.enter_context(open_folder(path, "client_log.txt", node.keep_tensors))
+        keep = KeepModels.parse(welcome.run.keep_models, node.keep_tensors)
+        folder = self._stack.enter_context(open_folder(path, "client_log.txt", keep))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
         record = options_record(welcome.run, node)

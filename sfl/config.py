@@ -124,6 +124,10 @@ class RunConfig:
     keep_tensors: str = _option(
         "all", "rounds whose tensors stay on disk: all, last, every:N or none"
     )
+    keep_models: str = _option(
+        "all", "rounds whose models stay on disk, beside what the run goes on from and what kept"
+        " tensors are replayed with: all, last or every:N",
+    )  # fmt: skip
     seed: int = _option(0, "every random draw derives from it")
     run: str = _option("", "name of the run and its folder; the start time if not given")
 
@@ -154,6 +158,7 @@ class RunConfig:
             wanted = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
             _require(bool(RUN_NAME.fullmatch(self.run)), "run", self.run, wanted)
         KeepTensors.parse(self.keep_tensors)
+        KeepModels.parse(self.keep_models)
 
     @property
     def most_clients(self) -> int:
@@ -183,9 +188,13 @@ class KeepTensors:
             return cls(int(number), False)
         raise ConfigError(f"--keep-tensors {text!r}: give all, last, every:N or none")
 
+    def stays(self, round_index: int) -> bool:
+        """Say whether this round's files stay, whatever comes later."""
+        return self.period > 0 and round_index % self.period == 0
+
     def records(self, round_index: int) -> bool:
         """Say whether this round's tensors are written at all."""
-        return self.last or (self.period > 0 and round_index % self.period == 0)
+        return self.last or self.stays(round_index)
 
     @property
     def records_all(self) -> bool:
@@ -195,6 +204,46 @@ class KeepTensors:
     def num_kept(self, rounds: int) -> int:
         """Return of how many of ``rounds`` rounds the tensors lie on disk at the end."""
         return 1 if self.last else -(-rounds // self.period) if self.period else 0
+
+
+@dataclass(frozen=True)
+class KeepModels:
+    """Which rounds' models stay on disk: those that were asked for, and those that are needed.
+
+    The tensors of a round are replayed with the models that it started from, and compared with
+    those that it gave.
+    """
+
+    models: KeepTensors
+    tensors: KeepTensors
+    behind: int = 0  # how many more rounds others may go back than this folder's checkpoints
+
+    @classmethod
+    def parse(cls, text: str, keep_tensors: str = "none", behind: int = 0) -> "KeepModels":
+        """Return the policy that ``all``, ``last`` or ``every:N`` names.
+
+        Raises:
+            ConfigError: the text is none of them.
+        """
+        try:
+            if text == "none":
+                raise ConfigError("what a run goes on from stays")
+            return cls(KeepTensors.parse(text), KeepTensors.parse(keep_tensors), behind)
+        except ConfigError:
+            raise ConfigError(f"--keep-models {text!r}: give all, last or every:N") from None
+
+    def stays(self, round_index: int) -> bool:
+        """Say whether the models after a round stay when nothing goes on from them any more."""
+        starts, ends = self.tensors.stays(round_index + 1), self.tensors.stays(round_index)
+        return self.models.stays(round_index) or starts or ends
+
+    def num_kept(self, rounds: int) -> int:
+        """Return about how many sets of models lie on disk, at most, in ``rounds`` rounds."""
+        tensors = 0 if self.tensors.last else 2 * self.tensors.num_kept(rounds)
+        return min(self.models.num_kept(rounds) + tensors + MODELS_IN_USE, rounds + 1)
+
+
+MODELS_IN_USE = 3  # what two checkpoints start from, and what is being made
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.checkpoint import lying
-from sfl.config import KeepTensors
+from sfl.config import KeepModels
 from sfl.errors import ConfigError, RunError, reason_of
 from sfl.link import one_line
 from sfl.plain_file import which_file
@@ -147,10 +147,9 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_folder(path: Path, log_name: str, keep_tensors: str) -> Iterator[RunFolder]:
+def open_folder(path: Path, log_name: str, keep: KeepModels) -> Iterator[RunFolder]:
     """Open the log and the archive of a folder that exists; both are closed at the end."""
-    keep = KeepTensors.parse(keep_tensors)
-    with EventLog(path / log_name) as events, ArchiveWriter(path, keep) as archive:
+    with EventLog(path / log_name) as events, ArchiveWriter(path, keep.tensors, keep) as archive:
         known = {place: which_file(place) for place in (path, path / log_name)}
         yield RunFolder(path, archive, events, known)
 

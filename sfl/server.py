@@ -22,7 +22,7 @@ from sfl.link import Absent, Link
 from sfl.lobby import Lobby, Patience
 from sfl.objects import ObjectStore
 from sfl.order import most_at_once
-from sfl.outcome import BACK, FRONT, Half, has_back_files
+from sfl.outcome import BACK, FRONT, Half, has_back_files, models_to_keep
 from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
 from sfl.payload import onto
@@ -83,8 +83,9 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
         path, run = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
+        keep = models_to_keep(run)
         with (
-            open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+            open_folder(path, "server_log.txt", keep) as folder,
             Switchboard(
                 listener,
                 timeout_s=node.peer_timeout,
@@ -296,7 +297,11 @@ def prepare(
     num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
     num_train = [parts[TRAIN] for parts in num_samples.values()]
     left = dataclasses.replace(run, rounds=run.rounds - first_round)
-    events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
+    events.say(
+        check_disk(
+            folder.path, left, lambda run: disk_bytes(run, split, num_train), may_change=not past
+        )
+    )
     if not split.front_spec:
         events.say("warning: the front has no weights: what clients send are their raw data")
     row = scheme(run.scheme)

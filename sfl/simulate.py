@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
-from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
+from sfl.config import KeepModels, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
 from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
@@ -22,6 +22,7 @@ from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.link import Link
 from sfl.metrics import StepFigures
+from sfl.outcome import models_to_keep
 from sfl.own_data import load_own
 from sfl.own_functions import remember
 from sfl.partition import OWN, deal
@@ -170,8 +171,9 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     path = create_run_folder(node.out_path / "server", run.run)
     remember([run.model])
     run = dataclasses.replace(run, run=path.name)
+    keep = models_to_keep(run)
     with (
-        open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+        open_folder(path, "server_log.txt", keep) as folder,
         contextlib.ExitStack() as writers,
         telling_why(folder),
     ):
@@ -223,7 +225,8 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
 
 def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
     """Return the writer of a client's folder; it writes what only the client has."""
-    return ArchiveWriter(_client_folder(run, node, client), KeepTensors.parse("none"))
+    keep = KeepModels.parse(run.keep_models)
+    return ArchiveWriter(_client_folder(run, node, client), keep.tensors, keep)
 
 
 def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:
