@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sfl import strict_json
-from sfl.errors import IntegrityError, RunError
+from sfl.errors import IntegrityError, RunError, quoted
 from sfl.plain_file import check_linkless, read_plain
 from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
@@ -90,7 +90,9 @@ class Step:
         entry, path = self.entries[kind], self.path(kind)
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise IntegrityError(f"{self.folder / MANIFEST}: names no dtype {entry.dtype!r:.40}")
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: names no dtype {quoted(entry.dtype, 40)}"
+            )
         data = read_checked(path, entry)
         return decode(data, TensorSpec(tuple(entry.shape), dtype), str(path))
 
@@ -264,7 +266,7 @@ def check_inside(path: str) -> None:
         ValueError: it does not.
     """
     if not _INSIDE.fullmatch(path) or ".." in path.split("/"):
-        raise ValueError(f"a path outside the folder: {path[:60]!r}")
+        raise ValueError(f"a path outside the folder: {quoted(path)}")
 
 
 def manifest_line(entry: Entry) -> str:

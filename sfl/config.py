@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, quoted
 from sfl.shaping import LinkShape
 
+DEFAULT_PORT = 8765
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -33,10 +34,16 @@ def counted(number: int, noun: str) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a name that no registry has, with the names near it, or all."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(near)}?")
-    return ConfigError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    if near := near_names(name, known):
+        return ConfigError(f"unknown {kind} {quoted(name)}; did you mean {' or '.join(near)}?")
+    return ConfigError(f"unknown {kind} {quoted(name)}; there are {', '.join(known)}")
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names that somebody may have meant, the nearest first."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return [by_lower[one] for one in near]
 
 
 def _option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
@@ -336,7 +343,7 @@ class ServerNode(PeerNode):
     """The server's machine."""
 
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
-    port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
+    port: int = _option(DEFAULT_PORT, "port to listen on; 0 takes a free one and says which")
     insecure: bool = _option(
         False, "let whoever reaches the port take part, from other machines too, without a token"
     )
@@ -407,7 +414,9 @@ class ClientNode(PeerNode):
 
     table: ClassVar[str] = "client"
 
-    server: str = _option("127.0.0.1:8765", "HOST:PORT of the server")
+    server: str = _option(
+        f"127.0.0.1:{DEFAULT_PORT}", f"HOST:PORT of the server; without a port, {DEFAULT_PORT}"
+    )
     client_id: int | None = _option(None, "0 to clients-1; the lowest free one if not given")
     client_ids: str = _option(
         "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"

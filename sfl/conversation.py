@@ -42,7 +42,7 @@ from torch import Tensor
 from sfl.crash import crash_point
 from sfl.crowd import fits
 from sfl.driver import Conversation
-from sfl.errors import ConnectionLost, ProtocolError
+from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.evaluation import client_evaluate, server_evaluate
 from sfl.link import Counters
 from sfl.metrics import Tally
@@ -208,7 +208,7 @@ def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict
 
 def _parse_seconds(text: str) -> float:
     if not (len(text) == SECONDS_WIDTH and re.fullmatch(r"\d+\.\d{6}", text, re.ASCII)):
-        raise ProtocolError(f"{text!r:.40} are no seconds")
+        raise ProtocolError(f"{quoted(text, 40)} are no seconds")
     return float(text)
 
 

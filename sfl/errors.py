@@ -73,6 +73,23 @@ PEER_ERRORS = (AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityEr
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
+def shortened(text: object, most: int) -> str:
+    """Return a text in at most so many characters: cut between two words, and marked, if longer."""
+    whole = str(text)
+    if len(whole) <= most:
+        return whole
+    kept, space, _ = whole[: most - len(CUT) + 1].rpartition(" ")
+    return (kept if space and len(kept) > most // 2 else whole[: most - len(CUT)]) + CUT
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """Return a value that somebody gave, for a message."""
+    return repr(shortened(value, most)) if isinstance(value, str) else shortened(repr(value), most)
+
+
+CUT = "..."  # where a text was cut
+
+
 def reason_of(error: BaseException) -> str:
     """Return in one line why a party ends, for its log, its peers and its user."""
     if isinstance(error, KeyboardInterrupt):

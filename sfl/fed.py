@@ -34,7 +34,7 @@ from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.described import data_of
 from sfl.driver import Conversation, Network, run_together
-from sfl.errors import ConfigError, IntegrityError, ProtocolError
+from sfl.errors import ConfigError, IntegrityError, ProtocolError, quoted
 from sfl.finite import check_finite
 from sfl.link import ANY_ID, MAIN, Link, Peer
 from sfl.objects import ObjectStore
@@ -135,7 +135,7 @@ def _parse_start(
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise IntegrityError(f"{where}: is damaged: {error}") from error
     if run.run != name:
-        raise IntegrityError(f"{where}: is of the run {run.run!r:.70}")
+        raise IntegrityError(f"{where}: is of the run {quoted(run.run, 70)}")
     return run, described
 
 

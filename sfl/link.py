@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError
+from sfl.errors import ConnectionLost, PeerFailed, PeerLeft, PeerStopped, ProtocolError, shortened
 from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
 from sfl.saved import Buffer
 
@@ -242,4 +242,4 @@ class Absent(Link):
 
 def one_line(text: object, max_length: int = 500) -> str:
     """Return a peer's text fit for one line of a log: printable, bounded."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:max_length])
+    return "".join(c if c.isprintable() else " " for c in shortened(text, max_length))

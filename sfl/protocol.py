@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from sfl.crc import crc32
 from sfl.envelope import Envelope, read_envelope, write_envelope
-from sfl.errors import Damaged, ProtocolError
+from sfl.errors import Damaged, ProtocolError, quoted
 from sfl.payload import InMemory, MakeStore, Store
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def encode_head(message: Message) -> bytes:
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
     """Return a message's type, which must be one that carries a payload, or not."""
     if (message_type := _TYPES.get(envelope.type)) is None:
-        raise ProtocolError(f"unknown message type {envelope.type[:40]!r}")
+        raise ProtocolError(f"unknown message type {quoted(envelope.type, 40)}")
     if (message_type in FILE_TYPES) != has_payload:
         wrong = "comes without its file" if message_type in FILE_TYPES else "carries a payload"
         raise ProtocolError(f"{message_type} {wrong}")

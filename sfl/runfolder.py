@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -110,11 +109,8 @@ def is_being_written(log: Path) -> bool:
 
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()  # who reads through a pipe sees it now
-    except BrokenPipeError:  # nobody reads any more: the run goes on, and the log has it all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    tqdm.write(line)
+    sys.stdout.flush()  # who reads through a pipe sees it now
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sfl.errors import IntegrityError
+from sfl.errors import IntegrityError, quoted, shortened
 
 Buffer = bytes | bytearray | memoryview
 
@@ -110,7 +110,7 @@ def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
         raise IntegrityError(f"{name}: {error}") from error
     except Exception as error:  # what zipfile and pickletools raise for damage is of many kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise IntegrityError(f"{name}: no whole torch.save file: {reason!r:.120}") from error
+        raise IntegrityError(f"{name}: no whole torch.save file: {quoted(reason, 120)}") from error
     return Saved(content, records)
 
 
@@ -141,14 +141,16 @@ def _records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
             found = _NAME.fullmatch(record.filename)
             inner = found[2] if found else ""
             if not (inner == _PICKLE or inner in _ABOUT or _STORAGE.fullmatch(inner)):
-                raise IntegrityError(f"has a record {record.filename!r:.60}, which is no tensor's")
+                raise IntegrityError(
+                    f"has a record {quoted(record.filename)}, which is no tensor's"
+                )
             if inner in records:
-                raise IntegrityError(f"has two records {inner!r:.60}")
+                raise IntegrityError(f"has two records {quoted(inner)}")
             if record.filename.partition("/")[0] != listed[0].filename.partition("/")[0]:
                 raise IntegrityError("has records in more than one folder")
             records[inner] = container.read(record)  # which compares the checksum
             if inner in _ABOUT and not _ABOUT[inner].fullmatch(records[inner]):
-                raise IntegrityError(f"has a record {inner!r} of {records[inner]!r:.40}")
+                raise IntegrityError(f"has a record {inner!r} of {quoted(records[inner], 40)}")
         _check_layout(data, listed, int(container.start_dir or 0))
     if _PICKLE not in records:
         raise IntegrityError("has no pickle")
@@ -167,16 +169,16 @@ def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -
         records, [*(r.header_offset for r in records[1:]), directory], strict=True
     ):
         if record.header_offset != at:
-            raise IntegrityError(f"has bytes before its record {record.filename!r:.60}")
+            raise IntegrityError(f"has bytes before its record {quoted(record.filename)}")
         at = end
         head = _HEAD.unpack(data[record.header_offset : record.header_offset + _HEAD.size])
         start = record.header_offset + _HEAD.size + head[-2]
         extra = bytes(data[start : start + head[-1]])
         behind = bytes(data[start + head[-1] + record.file_size : end])
         if not (_is_padding(extra) and behind in _may_stand_behind(record)):
-            raise IntegrityError(f"has bytes around its record {record.filename!r:.60}")
+            raise IntegrityError(f"has bytes around its record {quoted(record.filename)}")
         if record.comment or not _is_padding(record.extra):
-            raise IntegrityError(f"has bytes beside its record {record.filename!r:.60}")
+            raise IntegrityError(f"has bytes beside its record {quoted(record.filename)}")
     rest = len(data) - directory - _directory_bytes(data)
     if rest not in (_END.size, _END.size + _LOCATOR_BYTES + _END_64.size):
         raise IntegrityError("has bytes behind its directory")
@@ -271,7 +273,7 @@ class _Walk:
 
     def name(self, name: str) -> None:
         if name not in (_REBUILD, _HOOKS) and name.removeprefix("torch ") not in ITEM_BYTES:
-            raise IntegrityError(f"asks for {ascii(name[:60])[1:-1]}, which is no tensor")
+            raise IntegrityError(f"asks for {ascii(shortened(name, 60))[1:-1]}, which is no tensor")
         self.push(_Global(name))
 
     def storage(self) -> None:

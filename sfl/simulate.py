@@ -19,7 +19,7 @@ from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
-from sfl.errors import ConfigError, ConnectionLost, SflError
+from sfl.errors import ConfigError, ConnectionLost, SflError, quoted
 from sfl.link import Link
 from sfl.metrics import StepFigures
 from sfl.outcome import models_to_keep
@@ -91,7 +91,7 @@ class Away:
         """
         found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
         if not found:
-            raise ConfigError(f"--away {text!r:.40}: give CLIENT:ROUND[.STEP][-BACK], from 0")
+            raise ConfigError(f"--away {quoted(text, 40)}: give CLIENT:ROUND[.STEP][-BACK], from 0")
         client, first, step, back = (int(n) if n else None for n in found.groups())
         assert client is not None
         assert first is not None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfl.errors import IntegrityError
+from sfl.errors import IntegrityError, quoted
 from sfl.protocol import File, checksum, checksum_text, crc_of
 from sfl.saved import Buffer, Described, take_apart
 from sfl.template import Template
@@ -256,7 +256,7 @@ def _load(stream: io.BytesIO, name: str) -> object:
         return torch.load(stream, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise IntegrityError(f"{name}: torch does not load it: {reason!r:.120}") from error
+        raise IntegrityError(f"{name}: torch does not load it: {quoted(reason, 120)}") from error
 
 
 def is_finite(tensor: Tensor) -> bool:
