@@ -16,9 +16,7 @@ def _check_is_program():
     name = next((found.group(1) for found in named if found), "")
     path = Path(__file__).with_name(name + ".py")
     if path.is_file() and "__main__" not in path.read_text(encoding="utf-8"):
-        raise SystemExit(
-            "experiments.%s is no program; README has a table of those there are" % name
-        )
+        raise SystemExit(f"experiments.{name} is no program; README has a table of those there are")
 
 
 if sys.argv[:1] == ["-m"]:  # so it is until the module has been found

@@ -113,10 +113,7 @@ class _Heard(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (
-                errno.EPIPE,
-                errno.EIO,
-            ):  # a closed pipe, a terminal that is gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads; no terminal is left
                 raise
             return len(data)
 
@@ -140,15 +137,21 @@ def _open_streams() -> None:
 
 def _is_plain(stream: Any, number: int) -> bool:
     """Say whether a stream is Python's own on a descriptor, and not yet ours."""
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
     return type(raw) is io.FileIO and raw.fileno() == number
 
 
 def _heard(stream: Any, number: int) -> io.TextIOWrapper:
+    """Return what takes the place of a stream on a descriptor."""
     stream.flush()
-    raw = io.BufferedWriter(_Heard(number, "w", closefd=False))
+    raw, unbuffered = _Heard(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
     return io.TextIOWrapper(
-        raw, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )
 
 

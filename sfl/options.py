@@ -177,19 +177,27 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for title, options in {"": outside, **tables}.items():
         for key, value in options.items():
-            name = key.replace("-", "_")
-            if not title and isinstance(value, dict):
-                raise unknown_name(f"table in {path}", key, _TABLES)
-            if name not in _ALL_OPTIONS:
-                raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
-            if title and name not in names_of(_TABLES[title]):
-                raise ConfigError(
-                    f"--config {path}: [{title}] has {key}, which is no option of its"
-                )
+            name = _name_of(path, title, key, value)
             in_group = title in groups if title else True
             if in_group and value is not None and any(name in names_of(g) for g in groups.values()):
                 chosen[name] = value
     return chosen
+
+
+def _name_of(path: Path, title: str, key: str, value: object) -> str:
+    """Return the option that a key of a file's table names; ``title`` "": outside the tables.
+
+    Raises:
+        ConfigError: it names none, or none that may stand there.
+    """
+    name = key.replace("-", "_")
+    if not title and isinstance(value, dict):
+        raise unknown_name(f"table in {path}", key, _TABLES)
+    if name not in _ALL_OPTIONS:
+        raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
+    if title and name not in names_of(_TABLES[title]):
+        raise ConfigError(f"--config {path}: {key} is no option of the table [{title}]")
+    return name
 
 
 def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -302,8 +302,8 @@ def parse_address(text: str) -> tuple[str, int]:
     port = int(found[3] or DEFAULT_PORT) if found else 0
     if not (found and 0 < port < 65536):
         raise ConfigError(
-            f"{quoted(text)} is no address: give HOST:PORT, or HOST for port {DEFAULT_PORT}, with an"
-            " IPv6 host in brackets: [HOST]:PORT"
+            f"{quoted(text)} is no address: give HOST:PORT, or HOST for port {DEFAULT_PORT}, with"
+            " an IPv6 host in brackets: [HOST]:PORT"
         )
     return found[1] or found[2], port
 
