@@ -74,12 +74,12 @@ PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
 def shortened(text: object, most: int) -> str:
-    """Return a text in at most so many characters: cut between two words, and marked, if longer."""
+    """Return a text in at most so many characters; a longer one is cut, between words if it can."""
     whole = str(text)
     if len(whole) <= most:
         return whole
-    kept, space, _ = whole[: most - len(CUT) + 1].rpartition(" ")
-    return (kept if space and len(kept) > most // 2 else whole[: most - len(CUT)]) + CUT
+    kept = whole[: most - len(CUT) + 1].rpartition(" ")[0]
+    return kept + CUT if len(kept) > most // 2 else whole[:most]
 
 
 def quoted(value: object, most: int = 60) -> str:
