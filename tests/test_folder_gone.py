@@ -98,7 +98,7 @@ def test_a_server_misses_what_it_appends_to(launcher: Launcher, what: str) -> No
         assert f"{run / what}" in line
 
 
-def test_the_folder_is_missed_in_the_last_round_too(launcher: Launcher) -> None:
+def test_the_log_is_missed_in_the_last_round_too(launcher: Launcher) -> None:
     """Before the clients are told that all went well."""
     options = [*FAST, "--rounds", 1, "--local-epochs", 40, "--keep-tensors", "none", "--run", "r"]
     server = launcher.server("--clients", 1, *options)
@@ -107,6 +107,6 @@ def test_the_folder_is_missed_in_the_last_round_too(launcher: Launcher) -> None:
     while not (run / "checkpoints/round_000.json").exists():  # the round begins
         server.process.join(0.02)
         assert server.process.is_alive(), server.err
-    renamed(run)
-    assert "r is gone" in server.ended_with(1)
+    renamed(run / "server_log.txt")
+    assert "server_log.txt is gone" in server.ended_with(1)
     assert "the server ended the run" in client.ended_with(1)
