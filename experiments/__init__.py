@@ -10,7 +10,7 @@ from pathlib import Path
 import sfl  # noqa: F401 - says so if this Python is too old
 
 
-def _check_is_program():
+def _check_is_program() -> None:
     """See that what ``python -m`` is about to run is a program, which would else do nothing."""
     named = [re.match(r"(?:-\w*m)?experiments\.(\w+)$", argument) for argument in sys.orig_argv]
     name = next((found.group(1) for found in named if found), "")

@@ -73,6 +73,9 @@ PEER_ERRORS = (AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityEr
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
+CUT = "..."  # where a text was cut
+
+
 def shortened(text: object, most: int) -> str:
     """Return a text in at most so many characters; a longer one is cut, between words if it can."""
     whole = str(text)
@@ -85,9 +88,6 @@ def shortened(text: object, most: int) -> str:
 def quoted(value: object, most: int = 60) -> str:
     """Return a value that somebody gave, for a message."""
     return repr(shortened(value, most)) if isinstance(value, str) else shortened(repr(value), most)
-
-
-CUT = "..."  # where a text was cut
 
 
 def reason_of(error: BaseException) -> str:

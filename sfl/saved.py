@@ -14,16 +14,14 @@ and put together again from the records that passed: that is all that torch gets
 import io
 import math
 import pickletools
-import re
-import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfl.container import PICKLE, read_records
+from sfl.container import Buffer as Buffer  # others have it from here
 from sfl.errors import IntegrityError, quoted, shortened
-
-Buffer = bytes | bytearray | memoryview
 
 # The storages that travel, and the bytes of an element.
 ITEM_BYTES = {
@@ -35,33 +33,9 @@ ITEM_BYTES = {
 # there are none.
 _REBUILD, _HOOKS = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 MAX_DIMENSIONS = 8
-# Beside the pickle and the storages: small records about the file, and what they may hold.
-_ABOUT = {
-    "version": re.compile(rb"\d{1,4}\n"),
-    "byteorder": re.compile(rb"little"),
-    ".format_version": re.compile(rb"\d{1,4}"),
-    ".storage_alignment": re.compile(rb"\d{1,6}"),
-    ".data/serialization_id": re.compile(rb"\d{1,64}"),
-}
-# The last 22 bytes of a container; and those before its locator (20 bytes) where it is a large one.
-_END, _END_64, _LOCATOR_BYTES, _IN_64 = (
-    struct.Struct("<4s4H2LH"),
-    struct.Struct("<4sQ2H2L4Q"),
-    20,
-    2**32 - 1,
-)
-# A record's head, which its name and more stand behind; what that may be; what may follow the data.
-_HEAD = struct.Struct("<4s5H3L2H")
-_PADDING, _LARGE = b"FB", b"\1\0"  # bytes up to a boundary; sizes of 4 GiB and more
-_BEHIND_32, _BEHIND_64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
-_HAS_BEHIND = 8  # a flag
-# What torch writes takes less than half as much: of the directory for each record, of the pickle
-# for itself and for each tensor, beside its name.
-_ENTRY_BYTES, _PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 256, 1024, 400
-# The folder is that of the file's own name.
-_NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,127})/(.+)")
-_STORAGE = re.compile(r"data/(0|[1-9]\d{0,8})")
-_PICKLE, _PROTOCOL = "data.pkl", 2
+# Torch's pickle takes less than half as much: for itself and for each tensor, beside its name.
+_PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 1024, 400
+_PROTOCOL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +74,11 @@ def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
         IntegrityError: it is damaged, or no file of a tensor or of a dict of tensors.
     """
     try:
-        records = _records(data, len(keys))
+        records = read_records(data, len(keys))
         room = _PICKLE_BYTES + sum(_TENSOR_PICKLE_BYTES + len(key.encode()) for key in keys)
-        if len(records[_PICKLE]) > room:
+        if len(records[PICKLE]) > room:
             raise IntegrityError("has a pickle that is larger than its tensors need")
-        content = _Walk(records[_PICKLE]).content
+        content = _Walk(records[PICKLE]).content
         _check_storages(content, records)
     except IntegrityError as error:
         raise IntegrityError(f"{name}: {error}") from error
@@ -112,97 +86,6 @@ def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise IntegrityError(f"{name}: no whole torch.save file: {quoted(reason, 120)}") from error
     return Saved(content, records)
-
-
-def _directory_bytes(data: Buffer) -> int:
-    """Return how much of a container its directory is said to be, as ``zipfile`` will read it."""
-    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":  # no comment stands behind it
-        raise IntegrityError("no whole torch.save file: its end is not there")
-    size = _END.unpack(data[-_END.size :])[5]
-    where = len(data) - _END.size - _LOCATOR_BYTES - _END_64.size
-    if where >= 0 and data[where : where + 4] == b"PK\6\6":
-        large = _END_64.unpack(data[where : where + _END_64.size])[8]
-        size = large if size == _IN_64 else max(size, large)
-    return int(size)
-
-
-def _records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
-    """Return the records of a container by their names, whose checksums are right."""
-    records: dict[str, bytes] = {}
-    if _directory_bytes(data) > _ENTRY_BYTES * (len(_ABOUT) + 1 + num_tensors):
-        raise IntegrityError("has more records than its tensors need")
-    with zipfile.ZipFile(io.BytesIO(data)) as container:
-        listed = container.infolist()
-        if any(r.compress_type != zipfile.ZIP_STORED for r in listed):
-            raise IntegrityError("has compressed records, which torch.save never writes")
-        if sum(record.file_size for record in listed) > len(data):
-            raise IntegrityError("declares more bytes than it has")
-        for record in listed:
-            found = _NAME.fullmatch(record.filename)
-            inner = found[2] if found else ""
-            if not (inner == _PICKLE or inner in _ABOUT or _STORAGE.fullmatch(inner)):
-                raise IntegrityError(
-                    f"has a record {quoted(record.filename)}, which is no tensor's"
-                )
-            if inner in records:
-                raise IntegrityError(f"has two records {quoted(inner)}")
-            if record.filename.partition("/")[0] != listed[0].filename.partition("/")[0]:
-                raise IntegrityError("has records in more than one folder")
-            records[inner] = container.read(record)  # which compares the checksum
-            if inner in _ABOUT and not _ABOUT[inner].fullmatch(records[inner]):
-                raise IntegrityError(f"has a record {inner!r} of {quoted(records[inner], 40)}")
-        _check_layout(data, listed, int(container.start_dir or 0))
-    if _PICKLE not in records:
-        raise IntegrityError("has no pickle")
-    return records
-
-
-def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -> None:
-    """See that records and directory follow one another from the first byte to the last.
-
-    What else a container has room for, another program might read: it may be a pickle that runs
-    code, in front of one that does not.
-    """
-    at = 0
-    records = sorted(listed, key=lambda record: record.header_offset)
-    for record, end in zip(
-        records, [*(r.header_offset for r in records[1:]), directory], strict=True
-    ):
-        if record.header_offset != at:
-            raise IntegrityError(f"has bytes before its record {quoted(record.filename)}")
-        at = end
-        head = _HEAD.unpack(data[record.header_offset : record.header_offset + _HEAD.size])
-        start = record.header_offset + _HEAD.size + head[-2]
-        extra = bytes(data[start : start + head[-1]])
-        behind = bytes(data[start + head[-1] + record.file_size : end])
-        if not (_is_padding(extra) and behind in _may_stand_behind(record)):
-            raise IntegrityError(f"has bytes around its record {quoted(record.filename)}")
-        if record.comment or not _is_padding(record.extra):
-            raise IntegrityError(f"has bytes beside its record {quoted(record.filename)}")
-    rest = len(data) - directory - _directory_bytes(data)
-    if rest not in (_END.size, _END.size + _LOCATOR_BYTES + _END_64.size):
-        raise IntegrityError("has bytes behind its directory")
-
-
-def _may_stand_behind(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
-    """Return what a record's data may be followed by: its checksum and sizes, if its head says."""
-    if not record.flag_bits & _HAS_BEHIND:
-        return (b"",)
-    sizes = record.CRC, record.file_size, record.file_size
-    small = record.file_size < _IN_64
-    return tuple(kind.pack(b"PK\7\10", *sizes) for kind in (_BEHIND_64, _BEHIND_32)[: 1 + small])
-
-
-def _is_padding(extra: bytes) -> bool:
-    """Say whether what stands behind a record's name is what ``torch.save`` puts there."""
-    while extra:
-        kind, size = extra[:2], int.from_bytes(extra[2:4], "little")
-        body, extra = extra[4 : 4 + size], extra[4 + size :]
-        padding = kind == _PADDING and not body.strip(b"Z")
-        large = kind == _LARGE and size in (8, 16, 24)
-        if len(body) != size or not (padding or large):
-            return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)
