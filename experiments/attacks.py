@@ -593,7 +593,9 @@ def insiders() -> dict[str, Harm]:
         "a server's message": _says(MessageType.TRAINING_DONE),
     }
     # The last, since the steps that come before them count.
-    for name in (EVIL, "a deflate bomb", "nested tuples as a key", "a view", "a dict"):
+    for name in (
+        EVIL, "a deflate bomb", "nested tuples as a key", "a view", "a dict", "a pickle in front",
+    ):  # fmt: skip
         found[f"model: {name}"] = _as_model(hostile_files()[name][0])
     found |= {"model: NaN": _model_of(float("nan")), "model: 3e38": _model_of(3e38)}
     return found | {

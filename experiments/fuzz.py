@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from sfl.cli import run_program
+from sfl.errors import shortened
 
 HANG_S = 5.0  # of a case that takes a millisecond
 MAX_FRAME_BYTES = 64 * 2**10  # of a payload that the decoder accepts
@@ -319,7 +320,7 @@ def main() -> int:
             f" {report.grown_bytes / 2**20:.1f} MiB, {len(report.failures)} failures"
         )
         for failure in report.failures[:20]:
-            print(f"  {failure:.200}")
+            print(f"  {shortened(failure, 200)}")
     print(f"{time.perf_counter() - started:.0f} s")
     return 1 if any(report.failures for report in reports.values()) else 0
 

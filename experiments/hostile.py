@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
+from sfl.errors import shortened
 
 if TYPE_CHECKING:
     from experiments.attacks import Target
@@ -124,7 +125,10 @@ def print_table(title: str, table: Table) -> int:
     for name, row in table.items():
         (answer, count), *others = row.answers.most_common() or [("", 0)]
         more = f" ({count} times; {len(others)} other answers)" if others else ""
-        print(f"{name:50.50s} {row.tries:5d} {row.disturbed or 'no':>9}  {answer:.110}{more}")
+        print(
+            f"{name:50.50s} {row.tries:5d} {row.disturbed or 'no':>9}"
+            f"  {shortened(answer, 110)}{more}"
+        )
     return sum(row.disturbed for row in table.values())
 
 

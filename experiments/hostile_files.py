@@ -93,8 +93,53 @@ def _quantized() -> torch.Tensor:
         return torch.quantize_per_tensor(Z, 0.1, 0, torch.quint8)
 
 
+def _in_front(*, moved: bool) -> bytes:
+    """Return a file with a pickle before it; its offsets count the pickle's bytes or do not."""
+    if not moved:
+        return EVIL + encode(Z)
+    stream = io.BytesIO(EVIL)
+    with zipfile.ZipFile(io.BytesIO(encode(Z))) as source, zipfile.ZipFile(stream, "a") as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    return stream.getvalue()
+
+
+def _rewritten(
+    folder: str = "archive", *, gap_before: str = "", comment: bytes = b"", extra: bytes = b""
+) -> bytes:
+    """Return the file of ``Z`` with its records in a folder, and bytes where none belong."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(encode(Z))) as source, zipfile.ZipFile(stream, "w") as target:
+        for record in source.infolist():
+            inner = record.filename.removeprefix("archive/")
+            if inner == gap_before:
+                stream.write(EVIL)
+                target.start_dir = stream.tell()
+            info = zipfile.ZipInfo(f"{folder}/{inner}")
+            info.comment, info.extra = comment, extra
+            target.writestr(info, source.read(record))
+        if gap_before == "directory":
+            stream.write(EVIL)
+            target.start_dir = stream.tell()
+    return stream.getvalue()
+
+
+def _in_the_padding() -> bytes:
+    data = encode(Z)
+    start = data.index(b"ZZZZ", data.index(b"archive/data/0"))
+    return data[:start] + EVIL[:32] + data[start + 32 :]
+
+
+def _two_folders() -> bytes:
+    data = encode(Z)
+    return data.replace(b"archive/version", b"brchive/version")
+
+
+EVIL = pickle.dumps(RunsCode(), 2)  # what no file may have anywhere
 # {((((..., ...), ...), 1): its hash takes 2^60 steps.
-_NESTED_KEY = b"\x80\x02}(K\x01" + b"q\0h\0\x86" * 60 + b"K\x01u."
+_NESTED_KEY = (
+    b"\x80\x02}(K\x01" + b"".join(bytes([*b"q", n, *b"h", n, 0x86]) for n in range(60)) + b"K\x01u."
+)
 
 
 @functools.cache
@@ -142,6 +187,27 @@ def hostile_files() -> dict[str, tuple[bytes, str]]:
         "an encrypted record": (patched(8, b"\x01", in_directory=True), "no whole"),
         "a flipped bit in the data": (_flipped(), "no whole"),
         "another checksum": (patched(16, b"\0\0\0\0", in_directory=True), "no whole"),
+        "a pickle in front": (_in_front(moved=False), "bytes before"),
+        "a pickle in front that the offsets count": (_in_front(moved=True), "bytes before"),
+        "a pickle between two records": (_rewritten(gap_before="version"), "bytes around"),
+        "a pickle before the directory": (_rewritten(gap_before="directory"), "bytes around"),
+        "a pickle behind the end": (encode(Z) + EVIL, "no whole"),
+        "a pickle as a comment": (_rewritten(comment=EVIL), "bytes beside"),
+        "a pickle as an attribute": (_rewritten(extra=b"XX\x08\0 a pickl"), "bytes around"),
+        "a pickle as padding": (_in_the_padding(), "bytes around"),
+        "a pickle behind the pickle": (pickled(b"q\x0b.", b"q\x0b." + EVIL), "bytes behind"),
+        "PROTO 255": (pickled(b"\x80\x02", b"\x80\xff"), "protocol 255"),
+        "PROTO 4": (pickled(b"\x80\x02", b"\x80\x04"), "protocol 4"),
+        "PROTO twice": (pickled(b"\x80\x02", b"\x80\x02\x80\x02"), "begins as none"),
+        "no PROTO": (pickled(b"\x80\x02", b""), "begins as none"),
+        "a memo of 2^31": (pickled(b"q\x01", b"r\0\0\0\x80"), "puts 2147483648"),
+        "a memo that is overwritten": (pickled(b"q\x01", b"q\x00"), "puts 0 where 1"),
+        "a memo that was never put": (pickled(b"\x89", b"h\x40"), "gets 64"),
+        "a mark that is left": (pickled(b"\x80\x02", b"\x80\x02("), "no plain dense tensor"),
+        "a folder ..": (_rewritten(".."), "no tensor's"),
+        "a folder .": (_rewritten("."), "no tensor's"),
+        "a folder in a folder": (_rewritten("a/b"), "no tensor's"),
+        "two folders": (_two_folders(), "more than one folder"),
         "stride 0": (pickled(b"K\x04K\x01\x86", b"K\x00K\x00\x86"), "view"),
         "a view larger than its storage": (pickled(b"K\x03K\x04\x86", b"K\x7fK\x04\x86"), "view"),
         "an offset": (pickled(b"QK\x00K\x03", b"QK\x01K\x03"), "owns its storage"),

@@ -63,7 +63,7 @@ class RecordedRun:
                 f"{archive.root}: has files of client {min(strangers)}, who is none"
             )
         # A main server whose fed server is apart has none.
-        self.has_fronts = archive.lists(model_path(CLIENT_MODEL, -1))
+        self.has_fronts = archive.has_listed(model_path(CLIENT_MODEL, -1))
 
     @property
     def clients(self) -> list[int]:
@@ -72,6 +72,10 @@ class RecordedRun:
     def ended(self, round_index: int) -> bool:
         """Say whether a round came to its end."""
         return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
+
+    def has_models(self, round_index: int) -> bool:
+        """Say whether what a round started from and what it gave were to stay."""
+        return self.archive.rounds_without_models.isdisjoint((round_index - 1, round_index))
 
     def order(self, round_index: int) -> list[int]:
         """Return who took part in a round, in the round's order; of one that did not end, who was

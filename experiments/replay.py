@@ -36,6 +36,7 @@ class Report:
     differ: int = 0
     unchecked: int = 0  # gradients that rest on a damaged file
     unended: int = 0  # gradients of whose round not all are there, so that no update can be made
+    dropped: int = 0  # rounds of which neither tensors nor models were to stay
     models: int = 0  # weights that were computed again
     models_differ: int = 0
     found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
@@ -124,6 +125,9 @@ def _check_round(
     broken: set[int] = set()  # the backs whose further steps cannot be computed
     steps = _read_steps(recorded, round_index, client, broken, report)
     backs: dict[int, Segment] = {}
+    if not (steps or recorded.has_models(round_index)):
+        report.dropped += 1
+        return
     if recorded.exchange is not Exchange.NOTHING:
         try:
             backs = recorded.backs_at(round_index)
@@ -357,6 +361,7 @@ def parse() -> Namespace:
 def main() -> int:
     from experiments.offline import train_back
     from experiments.recorded import load
+    from sfl.config import counted
 
     options = parse()
     recorded = load(options.run_dir, options.device, options.threads, options.allow_import)
@@ -370,6 +375,8 @@ def main() -> int:
         print(f"{report.unchecked} gradients rest on a damaged file and were not checked")
     if report.unended:
         print(f"{report.unended} gradients are of rounds of which not all are recorded")
+    if report.dropped:
+        print(f"{counted(report.dropped, 'round')} left nothing to check, as --keep-models has it")
     print(f"{report.models} models checked, {report.models_differ} differ")
     print(report.summary)
     return 1 if report.findings or report.differ else 0

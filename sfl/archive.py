@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from sfl import strict_json
-from sfl.errors import IntegrityError, RunError
-from sfl.plain_file import read_plain
+from sfl.errors import IntegrityError, RunError, quoted
+from sfl.plain_file import check_linkless, read_plain
 from sfl.protocol import checksum
 from sfl.tensors import StateSpec, TensorSpec, decode, decode_state
 
 MANIFEST = "manifest.jsonl"
-DROPPED = "dropped"  # kind of the entry for a manifest whose round was not to stay
+DROPPED = "dropped"  # kind of the entry for a manifest, or a model, that was not to stay
+MODELS = "models/"  # where a run's weights lie
 ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
@@ -89,7 +90,9 @@ class Step:
         entry, path = self.entries[kind], self.path(kind)
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise IntegrityError(f"{self.folder / MANIFEST}: names no dtype {entry.dtype!r:.40}")
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: names no dtype {quoted(entry.dtype, 40)}"
+            )
         data = read_checked(path, entry)
         return decode(data, TensorSpec(tuple(entry.shape), dtype), str(path))
 
@@ -147,6 +150,10 @@ class RunArchive:
             raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
         newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
+        self._dropped = newest.keys() - self._listed.keys()
+        self.rounds_without_models = frozenset(  # those that were not to stay
+            newest[p].round for p in self._dropped if p.startswith(MODELS)
+        )
 
     @property
     def listed(self) -> list[Entry]:
@@ -156,6 +163,10 @@ class RunArchive:
     def lists(self, path: str) -> bool:
         """Say whether the run's own manifest lists a file."""
         return path in self._listed
+
+    def has_listed(self, path: str) -> bool:
+        """Say whether it lists a file, or did until that was not to stay any more."""
+        return path in self._listed or path in self._dropped
 
     def read(self, path: str) -> bytes:
         """Return the checked bytes of a listed file, by its path in the run's folder."""
@@ -255,7 +266,7 @@ def check_inside(path: str) -> None:
         ValueError: it does not.
     """
     if not _INSIDE.fullmatch(path) or ".." in path.split("/"):
-        raise ValueError(f"a path outside the folder: {path[:60]!r}")
+        raise ValueError(f"a path outside the folder: {quoted(path)}")
 
 
 def manifest_line(entry: Entry) -> str:
@@ -299,7 +310,12 @@ def open(path: str | os.PathLike[str]) -> RunArchive:
     """Open a recorded run by its folder.
 
     Raises:
-        RunError: the folder is none of a run.
+        RunError: the folder is none of a run, or there is a link in it.
         IntegrityError: its manifest is damaged.
     """
-    return RunArchive(Path(path))
+    root = Path(path)
+    try:
+        check_linkless(root)
+    except OSError as error:
+        raise RunError(f"cannot read {root}: {error.filename}: {error.strerror}") from error
+    return RunArchive(root)

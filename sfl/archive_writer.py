@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sfl.archive import (
     DROPPED,
     MANIFEST,
+    MODELS,
     Entry,
     client_folder,
     manifest_line,
@@ -26,7 +27,7 @@ from sfl.archive import (
     round_of_folder,
 )
 from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of, round_of
-from sfl.config import KeepTensors
+from sfl.config import KeepModels, KeepTensors
 from sfl.crash import crash_point
 from sfl.drop_behind import DropBehind
 from sfl.errors import RunError, reason_of
@@ -47,6 +48,7 @@ MAX_BYTES_BETWEEN = 2**20
 MAX_S_BETWEEN = 5e-3
 _LEFT_ALONE_S = 1.0
 _BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
+ALL_MODELS = KeepModels.parse("all")
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
 
@@ -125,9 +127,11 @@ class ArchiveWriter:
         RunError: the disk is full, or the folder cannot be written.
     """
 
-    def __init__(self, root: Path, keep: KeepTensors) -> None:
+    def __init__(self, root: Path, keep: KeepTensors, models: KeepModels = ALL_MODELS) -> None:
         self._root = root
         self._keep = keep
+        self._keep_models = models
+        self._models: dict[int, set[str]] = {}  # by their round, of those that may go some day
         # In their order; the first stays here until it is done: one that was interrupted is done
         # again, which changes nothing.
         self._jobs: deque[_Job] = deque()
@@ -260,6 +264,8 @@ class ArchiveWriter:
     def _check(self) -> None:
         if self._failure is not None:
             reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
+            if name := getattr(self._failure, "filename", None):
+                reason = f"{reason}: {name}"
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
     def _submit(self, run: Callable[[], None], num_bytes: int, *, may_wait: bool = False) -> None:
@@ -369,11 +375,28 @@ class ArchiveWriter:
         write_file(self._root / path, data, durable=True)
         entry = Entry(kind, path, len(data), checksum(data), round=round_index, clients=clients)
         self._list(self._root, entry)
+        self._note_model(entry)
         self._written[path] = entry.bytes, entry.checksum
+
+    def _note_model(self, entry: Entry) -> None:
+        """Take note of a model that does not stay for good."""
+        if entry.path.startswith(MODELS) and not self._keep_models.stays(entry.round):
+            self._models.setdefault(entry.round, set()).add(entry.path)
+
+    def _drop_models(self) -> None:
+        """Remove the models that no checkpoint goes on from any more; those noted need not stay."""
+        oldest = round_of(lying(self._root)[-1]) - 1 - self._keep_models.behind
+        for round_index in sorted(r for r in self._models if r < oldest):
+            paths = sorted(self._models.pop(round_index))
+            self._list(self._root, *(Entry(DROPPED, p, 0, "", round=round_index) for p in paths))
+            for path in paths:
+                (self._root / path).unlink(missing_ok=True)
 
     def _append(self, path: str, data: bytes) -> None:
         crash_point("rounds_csv.before")
-        with open(self._root / path, "ab", buffering=0) as stream:
+        # It was there at the start: one that is made anew would lack what came before.
+        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | _BINARY)
+        with open(descriptor, "ab", buffering=0) as stream:
             stream.write(data)
             os.fsync(stream.fileno())
         crash_point("rounds_csv.after")
@@ -381,7 +404,10 @@ class ArchiveWriter:
     def _commit(self, checkpoint: Checkpoint, paths: Collection[str]) -> None:
         self._written = {path: self._written[path] for path in paths}
         if self._root in self._manifests:
-            os.fsync(self._manifests[self._root].fileno())
+            manifest = self._manifests[self._root]
+            os.fsync(manifest.fileno())
+            if not os.fstat(manifest.fileno()).st_nlink:
+                raise RunError(f"{self._root / MANIFEST} is gone: it was removed")
         target = self._root / path_of(checkpoint.round)
         if not target.parent.is_dir():
             target.parent.mkdir()
@@ -391,6 +417,7 @@ class ArchiveWriter:
         for path in lying(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
+        self._drop_models()
         with self._lock:
             self._num_committed += 1
             self._changed.notify_all()
@@ -412,9 +439,11 @@ class ArchiveWriter:
         if manifest := self._manifests.pop(self._root, None):
             manifest.close()
         kept = []
+        self._models = {}
         for entry in read_manifest(self._root):
             if entry.round < round_index and entry.kind not in anew:
                 kept.append(manifest_line(entry) + "\n")
+                self._note_model(entry)
             elif entry.kind not in anew:
                 (self._root / entry.path).unlink(missing_ok=True)
         write_file(self._root / MANIFEST, "".join(kept).encode(), durable=True)

@@ -8,8 +8,8 @@ import contextlib
 import os
 import queue
 import re
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,19 +102,16 @@ class Bucket:
                 return None
             check_size(f"{self.title}/{path}", blob.size, most_bytes)
             self._scratch.mkdir(parents=True, exist_ok=True)
-            whole = self._scratch / uuid.uuid4().hex
-            partial = whole.with_suffix(".tmp")
-            try:
-                blob.download_to_filename(
-                    partial, checksum="crc32c", if_generation_match=blob.generation, **options()
-                )
-                partial.rename(whole)
-                data = whole.read_bytes()
-            except NotFound:
-                return None  # deleted in between
-            finally:
-                for file in (partial, whole):
-                    file.unlink(missing_ok=True)
+            # Without a name: what somebody else wrote never lies in a run's folder.
+            with tempfile.TemporaryFile(dir=self._scratch) as file:
+                try:
+                    blob.download_to_file(
+                        file, checksum="crc32c", if_generation_match=blob.generation, **options()
+                    )
+                except NotFound:
+                    return None  # deleted in between
+                file.seek(0)
+                data = file.read()
         return data, dict(blob.metadata or {})
 
     def delete(self, path: str) -> None:

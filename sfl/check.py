@@ -2,17 +2,17 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sfl.augment import check_augmentation
 from sfl.class_weights import BALANCED, class_weights, parse
-from sfl.config import KeepTensors, RunConfig
+from sfl.config import KeepTensors, RunConfig, flag
 from sfl.data import DatasetSpec, normalised, num_batches, parse_normalize
 from sfl.datasets import dataset_of
 from sfl.errors import ConfigError, RunError
 from sfl.optimizers import check_optimizer
-from sfl.outcome import check_rule
+from sfl.outcome import check_rule, models_to_keep
 from sfl.partition import OWN, WRITER, check_partition
 from sfl.payload import LARGE_BYTES
 from sfl.schedule import check_schedule
@@ -102,10 +102,11 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
     tensors = run.participation * run.local_epochs * an_epoch * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
-    models = (run.rounds + 1) * (front * num_fronts + back)
+    num_models = models_to_keep(run).num_kept(run.rounds)
+    models = num_models * (front * num_fronts + back)
     if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
-        models += 2 * run.rounds * (back or front) * num_backs
+        models += 2 * min(num_models, run.rounds) * (back or front) * num_backs
     return round(tensors + models + answers + _coming_bytes(run, split, clients))
 
 
@@ -120,17 +121,46 @@ def _coming_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -
     return run.participation * sum(size for size in largest if size >= LARGE_BYTES)
 
 
-def check_disk(folder: Path, needed: int) -> str:
+def check_disk(
+    folder: Path, run: RunConfig, bytes_of: Callable[[RunConfig], int], *, may_change: bool
+) -> str:
     """Return a line that says how much disk the run takes.
+
+    ``may_change``: whether it may be given other options, which a run that goes on may not.
 
     Raises:
         RunError: there is less.
     """
-    free = shutil.disk_usage(folder).free
+    free, needed = shutil.disk_usage(folder).free, bytes_of(run)
     line = f"the run will take about {_megabytes(needed)} of disk; {_megabytes(free)} are free"
     if needed > free:
-        raise RunError(f"{line}: give --keep-tensors last or none, or another --out")
+        helps = f"give {_what_helps(run, bytes_of, free)}or another --out" if may_change else ""
+        raise RunError(f"{line}: {helps or 'make space, then go on'}")
     return line
+
+
+# Options that leave less on disk, and their values, the least last.
+_LESS = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
+
+
+def _what_helps(run: RunConfig, bytes_of: Callable[[RunConfig], int], free: int) -> str:
+    """Return the options that would leave less on disk than the run's: one, if that is enough."""
+
+    def below(run: RunConfig, name: str, limit: int) -> list[str]:
+        return [v for v in _LESS[name] if bytes_of(_with(run, name, v)) <= limit]
+
+    enough = {name: below(run, name, free) for name in _LESS}
+    if texts := [f"{flag(n)} {' or '.join(values)}" for n, values in enough.items() if values]:
+        return f"{', '.join(texts)}, "
+    for name in _LESS:  # one helps where the others have been given
+        if values := below(run, name, bytes_of(run) - 1):
+            texts.append(f"{flag(name)} {' or '.join(values)}")
+            run = _with(run, name, values[-1])
+    return f"{' and '.join(texts)}, " if bytes_of(run) <= free else "fewer --rounds, "
+
+
+def _with(run: RunConfig, name: str, value: str) -> RunConfig:
+    return dataclasses.replace(run, **{name: value})  # type: ignore[arg-type]
 
 
 def check_space(folder: Path, needed: int) -> None:

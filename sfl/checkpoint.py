@@ -26,7 +26,7 @@ from sfl import strict_json
 from sfl.archive import Entry, check_inside, read_checked
 from sfl.config import RunConfig
 from sfl.described import about_of, count_of, size_of
-from sfl.errors import ConfigError, IntegrityError, RunError
+from sfl.errors import ConfigError, IntegrityError, RunError, quoted
 from sfl.options import check_goes_on
 from sfl.plain_file import read_plain
 from sfl.protocol import checksum
@@ -103,7 +103,9 @@ def _parse(root: Path, path: Path) -> Checkpoint:
     try:
         fields = strict_json.loads(read_plain(path, 0, MAX_BYTES))
         if fields["version"] != VERSION:
-            raise RunError(f"{path}: is of version {fields['version']!r:.20}; we read {VERSION}")
+            raise RunError(
+                f"{path}: is of version {quoted(fields['version'], 20)}; we read {VERSION}"
+            )
         check = fields.pop("check")
         if checksum(json.dumps(fields).encode()) != check:
             raise ValueError("its checksum differs")

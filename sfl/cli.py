@@ -5,13 +5,15 @@ can go on. Whatever goes wrong is one line on standard error; ``SFL_TRACEBACK=1`
 traceback as well, for whoever looks for a bug.
 """
 
+import errno
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sfl.errors import ConfigError, reason_of
 from sfl.link import one_line
@@ -24,12 +26,13 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         from sfl.config import RunConfig, ServerNode
-        from sfl.fed_server import serve_fed
         from sfl.options import parse_options
-        from sfl.server import serve
 
         about = "Start the server of a split-learning run; the clients are run_client.py."
         run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
+        from sfl.fed_server import serve_fed  # with torch, which takes a while
+        from sfl.server import serve
+
         (serve_fed if node.role == "fed" else serve)(run, node)
 
     return run_program("run_server.py", program)
@@ -39,10 +42,7 @@ def main_client(argv: Sequence[str] | None = None) -> int:
     """Run ``run_client.py`` and return its exit code."""
 
     def program() -> int:
-        from sfl.client import take_part
-        from sfl.client_check import check
         from sfl.config import ClientNode
-        from sfl.host import host
         from sfl.options import parse_options
 
         about = (
@@ -50,7 +50,12 @@ def main_client(argv: Sequence[str] | None = None) -> int:
         )
         (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
         if node.check_:
+            from sfl.client_check import check
+
             return check(node)
+        from sfl.client import take_part
+        from sfl.host import host
+
         (host if node.client_ids else take_part)(node)
         return 0
 
@@ -64,6 +69,7 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
     it at once. Modules are imported inside ``program``, so that neither shows a traceback while
     torch is being imported.
     """
+    _open_streams()
     told = False
 
     def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
@@ -85,11 +91,73 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         return _fail(name, error, 2)
     except KeyboardInterrupt as error:
         return _fail(name, error, INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _fail(name, _not_installed(error), 1)
     except Exception as error:  # noqa: BLE001 - the process's edge
         return _fail(name, error, 1)
     finally:  # all is over: a signal that comes now says nothing new
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _not_installed(error: ModuleNotFoundError) -> Exception:
+    """Return the error for a package that this Python does not have, with what to do."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "sfl", "experiments"):
+        return error
+    return ConfigError(
+        f"{package} is not installed for {sys.executable}: start the program with .venv/bin/python,"
+        f" or install it: {sys.executable} -m pip install -r requirements.txt"
+    )
+
+
+class _Heard(io.FileIO):
+    """A standard stream that takes what is written, whether somebody still reads it or not."""
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads; no terminal is left
+                raise
+            return len(data)
+
+
+def _open_streams() -> None:
+    """See that a program without standard output or error, as of some services, runs as well.
+
+    A file that took the number of a closed stream would get what libraries write there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the process
+        elif mode == "w" and stream is getattr(sys, f"__{name}__") and _is_plain(stream, number):
+            setattr(sys, name, _heard(stream, number))
+
+
+def _is_plain(stream: Any, number: int) -> bool:
+    """Say whether a stream is Python's own on a descriptor, and not yet ours."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
+    return type(raw) is io.FileIO and raw.fileno() == number
+
+
+def _heard(stream: Any, number: int) -> io.TextIOWrapper:
+    """Return what takes the place of a stream on a descriptor."""
+    stream.flush()
+    raw, unbuffered = _Heard(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
+    return io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _fail(name: str, error: BaseException, code: int) -> int:

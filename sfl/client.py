@@ -6,12 +6,13 @@ import functools
 import math
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sfl import __version__
 from sfl.check import check_names
 from sfl.client_store import Access, hearing_why, open_store, reach
-from sfl.config import ClientNode
+from sfl.config import ClientNode, KeepModels
 from sfl.conversation import client_run
 from sfl.crash import crash_point
 from sfl.crowd import give_way
@@ -165,7 +166,7 @@ class _Client:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
             elif self._folder:
-                with telling_why(self._folder.events):
+                with telling_why(self._folder):
                     raise
             else:
                 raise
@@ -228,7 +229,8 @@ class _Client:
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
         _find_folder(path, welcome)
-        folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, node.keep_tensors))
+        keep = KeepModels.parse(welcome.run.keep_models, node.keep_tensors)
+        folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
         if welcome.sfl != __version__:
@@ -335,7 +337,7 @@ class _Loaded:
                 profile=Profile(folder.path, wanted=self._node.profile),
                 front=front,
                 data=self._data,
-                on_round=self.log.end_round,
+                on_round=self._end_round,
                 on_start=functools.partial(self._start, front, fed, report),
             )
             self.log.start_over()
@@ -345,6 +347,10 @@ class _Loaded:
                 self.log.progress.close()
             folder.archive.flush()
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
+        self.log.end_round(round_index, figures)
+        self._folder.check_there()
 
     def _start(
         self,

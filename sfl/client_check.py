@@ -196,7 +196,10 @@ class _Check:
         if split is None:
             return True, f"{text}; how much the run takes is not known"
         run = dataclasses.replace(welcome.run, keep_tensors=self._node.keep_tensors)
-        return True, f"{text}; {check_disk(where, disk_bytes(run, split, [num_train]))}"
+        takes = check_disk(
+            where, run, lambda run: disk_bytes(run, split, [num_train]), may_change=True
+        )
+        return True, f"{text}; {takes}"
 
     def _place(self, run: RunConfig) -> tuple[bool, str]:
         """See that the store of weights is one that this client allows, and answers."""

@@ -19,6 +19,7 @@ from sfl.errors import (
     RunError,
     SflError,
     StepFailed,
+    quoted,
     reason_of,
 )
 from sfl.heartbeat import Heart, interval_s
@@ -182,8 +183,8 @@ def allowed_address(named: str, allowed: str) -> str:
     inside = allowed and f"{named.rstrip('/')}/".startswith(f"{allowed.rstrip('/')}/")
     if not inside:
         raise ConfigError(
-            f"the server lets the weights go through {named!r:.200}, which this client does not"
-            f" allow; if you trust that place, give --allow-weights {shlex.quote(named[:200])}"
+            f"the server lets the weights go through {quoted(named, 200)}, which this client does"
+            f" not allow; if you trust that place, give --allow-weights {shlex.quote(named)}"
         )
     return named
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, quoted
 from sfl.shaping import LinkShape
 
+DEFAULT_PORT = 8765
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -50,10 +51,16 @@ def counted(number: int, noun: str) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a name that no registry has, with the names near it, or all."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(near)}?")
-    return ConfigError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+    if near := near_names(name, known):
+        return ConfigError(f"unknown {kind} {quoted(name)}; did you mean {' or '.join(near)}?")
+    return ConfigError(f"unknown {kind} {quoted(name)}; there are {', '.join(known)}")
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names that somebody may have meant, the nearest first."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return [by_lower[one] for one in near]
 
 
 def _option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
@@ -145,6 +152,10 @@ class RunConfig:
     keep_tensors: str = _option(
         "all", "rounds whose tensors stay on disk: all, last, every:N or none"
     )
+    keep_models: str = _option(
+        "all", "rounds whose models stay on disk, beside what the run goes on from and what kept"
+        " tensors are replayed with: all, last or every:N",
+    )  # fmt: skip
     seed: int = _option(0, "every random draw derives from it")
     run: str = _option("", "name of the run and its folder; the start time if not given")
 
@@ -175,6 +186,7 @@ class RunConfig:
             wanted = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
             _require(bool(RUN_NAME.fullmatch(self.run)), "run", self.run, wanted)
         KeepTensors.parse(self.keep_tensors)
+        KeepModels.parse(self.keep_models)
 
     @property
     def most_clients(self) -> int:
@@ -204,9 +216,13 @@ class KeepTensors:
             return cls(int(number), False)
         raise ConfigError(f"--keep-tensors {text!r}: give all, last, every:N or none")
 
+    def stays(self, round_index: int) -> bool:
+        """Say whether this round's files stay, whatever comes later."""
+        return self.period > 0 and round_index % self.period == 0
+
     def records(self, round_index: int) -> bool:
         """Say whether this round's tensors are written at all."""
-        return self.last or (self.period > 0 and round_index % self.period == 0)
+        return self.last or self.stays(round_index)
 
     @property
     def records_all(self) -> bool:
@@ -216,6 +232,46 @@ class KeepTensors:
     def num_kept(self, rounds: int) -> int:
         """Return of how many of ``rounds`` rounds the tensors lie on disk at the end."""
         return 1 if self.last else -(-rounds // self.period) if self.period else 0
+
+
+@dataclass(frozen=True)
+class KeepModels:
+    """Which rounds' models stay on disk: those that were asked for, and those that are needed.
+
+    The tensors of a round are replayed with the models that it started from, and compared with
+    those that it gave.
+    """
+
+    models: KeepTensors
+    tensors: KeepTensors
+    behind: int = 0  # how many more rounds others may go back than this folder's checkpoints
+
+    @classmethod
+    def parse(cls, text: str, keep_tensors: str = "none", behind: int = 0) -> "KeepModels":
+        """Return the policy that ``all``, ``last`` or ``every:N`` names.
+
+        Raises:
+            ConfigError: the text is none of them.
+        """
+        try:
+            if text == "none":
+                raise ConfigError("what a run goes on from stays")
+            return cls(KeepTensors.parse(text), KeepTensors.parse(keep_tensors), behind)
+        except ConfigError:
+            raise ConfigError(f"--keep-models {text!r}: give all, last or every:N") from None
+
+    def stays(self, round_index: int) -> bool:
+        """Say whether the models after a round stay when nothing goes on from them any more."""
+        starts, ends = self.tensors.stays(round_index + 1), self.tensors.stays(round_index)
+        return self.models.stays(round_index) or starts or ends
+
+    def num_kept(self, rounds: int) -> int:
+        """Return about how many sets of models lie on disk, at most, in ``rounds`` rounds."""
+        tensors = 0 if self.tensors.last else 2 * self.tensors.num_kept(rounds)
+        return min(self.models.num_kept(rounds) + tensors + MODELS_IN_USE, rounds + 1)
+
+
+MODELS_IN_USE = 3  # what two checkpoints start from, and what is being made
 
 
 @dataclass(frozen=True)
@@ -314,7 +370,7 @@ class ServerNode(PeerNode):
     """The server's machine."""
 
     host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
-    port: int = _option(8765, "port to listen on; 0 takes a free one and says which")
+    port: int = _option(DEFAULT_PORT, "port to listen on; 0 takes a free one and says which")
     insecure: bool = _option(
         False, "let whoever reaches the port take part, from other machines too, without a token"
     )
@@ -391,7 +447,9 @@ class ClientNode(PeerNode):
 
     table: ClassVar[str] = "client"
 
-    server: str = _option("127.0.0.1:8765", "HOST:PORT of the server")
+    server: str = _option(
+        f"127.0.0.1:{DEFAULT_PORT}", f"HOST:PORT of the server; without a port, {DEFAULT_PORT}"
+    )
     client_id: int | None = _option(None, "0 to clients-1; the lowest free one if not given")
     client_ids: str = _option(
         "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"

@@ -42,7 +42,7 @@ from torch import Tensor
 from sfl.crash import crash_point
 from sfl.crowd import fits
 from sfl.driver import Conversation
-from sfl.errors import ConnectionLost, ProtocolError
+from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.evaluation import client_evaluate, server_evaluate
 from sfl.link import Counters
 from sfl.metrics import Tally
@@ -154,7 +154,8 @@ def server_train(
         front = decode_state(data, party.split.front_spec, of_whom)
         party.check_finite(front.values(), of_whom, at)
     result = RoundResult(front, encode_state(front) if data else b"", seconds)
-    plan.end_turn(party.client, NamedWeights(name, result.file))
+    # What is passed on is what came: it may be an object, whose checksum others compare.
+    plan.end_turn(party.client, NamedWeights(name, bytes(data)))
     return result
 
 
@@ -210,7 +211,7 @@ def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict
 
 def _parse_seconds(text: str) -> float:
     if not (len(text) == SECONDS_WIDTH and re.fullmatch(r"\d+\.\d{6}", text, re.ASCII)):
-        raise ProtocolError(f"{text!r:.40} are no seconds")
+        raise ProtocolError(f"{quoted(text, 40)} are no seconds")
     return float(text)
 
 

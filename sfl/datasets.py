@@ -15,7 +15,7 @@ import torch
 from sfl.cache import one_at_a_time
 from sfl.config import RunConfig
 from sfl.data import DatasetSpec, Source
-from sfl.errors import ConfigError, DataError
+from sfl.errors import ConfigError, DataError, shortened
 from sfl.femnist import load_femnist
 from sfl.ham10000 import CLASSES as LESIONS
 from sfl.ham10000 import load_ham10000
@@ -92,9 +92,11 @@ def _of_torchvision(
                 reason = " ".join(str(error).split())
                 raise DataError(
                     f"{class_name} is not in {source.folder} and cannot be downloaded"
-                    f" ({reason:.160}); give --data-dir the folder that has {folder}"
+                    f" ({shortened(reason, 160)}); give --data-dir the folder that has {folder}"
                 ) from error
-        raise DataError(f"{place} is damaged: {why:.160}; remove it to download it again")
+        raise DataError(
+            f"{place} is damaged: {shortened(why, 160)}; remove it to download it again"
+        )
 
     return load
 

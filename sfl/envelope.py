@@ -12,7 +12,7 @@ import re
 from typing import Any, Final, NamedTuple
 
 from sfl import strict_json
-from sfl.errors import ProtocolError
+from sfl.errors import ProtocolError, quoted
 
 _MAX_NAME: Final = 128  # of a sender, a receiver, a run
 _MAX_INDEX: Final = 2**31
@@ -102,7 +102,7 @@ def _read_any(text: bytes | bytearray, *, has_payload: bool) -> Envelope:
     expected = _WITH_PAYLOAD if has_payload else _ALONE
     if fields.keys() != expected:
         odd = sorted(fields.keys() ^ expected)
-        raise ProtocolError(f"a message's fields are not the protocol's: {odd[:4]!r:.80}")
+        raise ProtocolError(f"a message's fields are not the protocol's: {quoted(odd[:4], 80)}")
     for name, wanted in _KINDS.items():
         if type(fields[name]) is not wanted:
             raise ProtocolError(f"a message's {name!r} is not of type {wanted.__name__}")

@@ -119,6 +119,23 @@ RECURRING = (NotFinite, StepFailed, PeerCannot)
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
+CUT = "..."  # where a text was cut
+
+
+def shortened(text: object, most: int) -> str:
+    """Return a text in at most so many characters; a longer one is cut, between words if it can."""
+    whole = str(text)
+    if len(whole) <= most:
+        return whole
+    kept = whole[: most - len(CUT) + 1].rpartition(" ")[0]
+    return kept + CUT if len(kept) > most // 2 else whole[:most]
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """Return a value that somebody gave, for a message."""
+    return repr(shortened(value, most)) if isinstance(value, str) else shortened(repr(value), most)
+
+
 def reason_of(error: BaseException) -> str:
     """Return in one line why a party ends, for its log, its peers and its user."""
     if isinstance(error, KeyboardInterrupt):

@@ -72,8 +72,9 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         yield link
         features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).file
         started = time.perf_counter()
-        y = decode_labels(party, labels.file, size)
-        tally, logits = evaluate_step(party.back, decode_features(party, features, size, at), y)
+        y, _ = decode_labels(party, labels.file, size)
+        z, _ = decode_features(party, features, size, at)
+        tally, logits = evaluate_step(party.back, z, y)
         kept.add(y, logits)
         party.compute_s += time.perf_counter() - started
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)

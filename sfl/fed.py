@@ -34,7 +34,7 @@ from sfl.archive import ROUND_LOG
 from sfl.config import RunConfig, counted
 from sfl.described import data_of
 from sfl.driver import Conversation, Network, run_together
-from sfl.errors import ConfigError, IntegrityError, ProtocolError
+from sfl.errors import ConfigError, IntegrityError, ProtocolError, quoted
 from sfl.finite import check_finite
 from sfl.link import ANY_ID, MAIN, Link, Peer
 from sfl.objects import ObjectStore
@@ -135,7 +135,7 @@ def _parse_start(
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise IntegrityError(f"{where}: is damaged: {error}") from error
     if run.run != name:
-        raise IntegrityError(f"{where}: is of the run {run.run!r:.70}")
+        raise IntegrityError(f"{where}: is of the run {quoted(run.run, 70)}")
     return run, described
 
 
@@ -166,6 +166,7 @@ class FedRounds:
             return
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
+        self.folder.check_there()
 
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
@@ -186,6 +187,7 @@ class FedRounds:
 
     def _round(self, round_index: int) -> None:
         """Take the fronts of those who train in a round, and give what becomes of them."""
+        self.folder.check_there()
         archive, policy = self.folder.archive, scheme(self.run.scheme).fronts
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)

@@ -15,7 +15,7 @@ from sfl.archive_writer import REWRITTEN
 from sfl.check import check_names
 from sfl.claims import why_refused
 from sfl.client_store import Access, hearing_why
-from sfl.config import RunConfig, ServerNode, counted
+from sfl.config import KeepModels, RunConfig, ServerNode, counted
 from sfl.driver import Conversation, Network, run_blocking, run_together
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, SflError
@@ -139,8 +139,8 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
         guard.run = run.run
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
-            open_folder(path, LOG, "none") as folder,
-            telling_why(folder.events, switchboard.end),
+            open_folder(path, LOG, _kept(run)) as folder,
+            telling_why(folder, switchboard.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
@@ -187,7 +187,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     first_round, their_run, data = found
     _folder(their_run, node, goes_on=past is not None)
     network = Threads()
-    with open_folder(path, LOG, "none") as folder, telling_why(folder.events):
+    with open_folder(path, LOG, _kept(their_run)) as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
         split = _model(their_run, node, data)
         most_bytes = max_state_bytes(split.front_spec)
@@ -199,6 +199,11 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         rounds.run_all()
         _finish(folder)
     return path
+
+
+def _kept(run: RunConfig) -> KeepModels:
+    """Return what stays: a main server may go back a round further than what was averaged."""
+    return KeepModels.parse(run.keep_models, behind=1)
 
 
 def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:

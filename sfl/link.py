@@ -26,6 +26,7 @@ from sfl.errors import (
     PeerStopped,
     ProtocolError,
     SflError,
+    shortened,
 )
 from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
 from sfl.saved import Buffer
@@ -53,6 +54,7 @@ KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
 # What ends a conversation, and how to say so.
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
+    MessageType.END_RUN: ("ended the run", PeerFailed),
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
     MessageType.FAILED: ("failed", PeerCannot),
     MessageType.UNREGISTER: ("left", PeerLeft),
@@ -266,4 +268,4 @@ class Absent(Link):
 
 def one_line(text: object, max_length: int = 500) -> str:
     """Return a peer's text fit for one line of a log: printable, bounded."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:max_length])
+    return "".join(c if c.isprintable() else " " for c in shortened(text, max_length))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfl.errors import ProtocolError
+from sfl.errors import ProtocolError, quoted
 
 MOST_LOSS = 1e60  # of a batch or a part: far above what float32 gives, far below what sums overflow
 
@@ -116,7 +116,7 @@ def checked(loss: float, correct: float, samples: int) -> tuple[float, int]:
     if loss < 0 or MOST_LOSS < loss < math.inf:
         raise ProtocolError(f"{loss:g} is no loss")
     if not (0 <= correct <= samples and correct == int(correct)):
-        raise ProtocolError(f"{correct!r:.40} hits in {samples} samples")
+        raise ProtocolError(f"{quoted(correct, 40)} hits in {samples} samples")
     return loss, int(correct)
 
 

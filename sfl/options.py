@@ -8,9 +8,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from sfl import strict_json
-from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag, unknown_name
-from sfl.errors import ConfigError
+from sfl import __version__, strict_json
+from sfl.config import (
+    ClientNode,
+    RunConfig,
+    ServerNode,
+    SimulationNode,
+    flag,
+    near_names,
+    unknown_name,
+)
+from sfl.errors import ConfigError, quoted
 from sfl.own_functions import remembered
 from sfl.plain_file import read_plain
 
@@ -41,7 +49,7 @@ def from_values(config_class: type[T], values: dict[str, Any], source: str) -> T
             value = float(value)
         if type(value) not in types[name]:
             kind = types[name][0].__name__
-            raise ConfigError(f"{source}: {name} = {value!r:.60} is not of type {kind}")
+            raise ConfigError(f"{source}: {name} = {quoted(value)} is not of type {kind}")
         checked[name] = value
     config = config_class(**checked)
     config.check()  # type: ignore[attr-defined]
@@ -56,9 +64,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        version = f"SFL {__version__}"
+        self.add_argument(
+            "--version", action="version", version=version, help="say which SFL it is"
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise self._unknown(rest)
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
+
+    def _unknown(self, rest: Sequence[str]) -> ConfigError:
+        """Return the error for arguments that no option takes."""
+        options = [argument.partition("=")[0] for argument in rest if argument.startswith("--")]
+        if not options:
+            return ConfigError(f"unexpected argument {quoted(rest[0])} (see --help)")
+        name = options[0].removeprefix("--").replace("-", "_")
+        for program, groups in _PROGRAMS.items():
+            if any(name in names_of(group) for group in groups):
+                return ConfigError(f"{options[0]} is an option of {program}, not of {self.prog}")
+        near = near_names(options[0], self._option_string_actions)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+        return ConfigError(f"unknown option {quoted(options[0])}; {hint}")
 
 
 def parse_options(
@@ -112,8 +143,14 @@ _ALL_OPTIONS = frozenset(
     for group in (RunConfig, ServerNode, ClientNode, SimulationNode)
     for spec in dataclasses.fields(group)
 )
+_PROGRAMS: Mapping[str, Sequence[Any]] = {
+    "run_server.py": (RunConfig, ServerNode),
+    "run_client.py": (ClientNode,),
+    "python -m experiments.simulate": (SimulationNode,),
+}
 CAN_GROW = frozenset({"rounds"})  # when a run goes on
-_TABLES = frozenset({"run", "server", "client", "simulation"})
+# What may stand in each table of a file; what concerns one machine alone, in any machine's.
+_TABLES = {g.table: g for g in (RunConfig, ServerNode, ClientNode, SimulationNode)}
 
 
 def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,13 +178,27 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for title, options in {"": outside, **tables}.items():
         for key, value in options.items():
-            name = key.replace("-", "_")
-            if name not in _ALL_OPTIONS:
-                raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
+            name = _name_of(path, title, key, value)
             in_group = title in groups if title else True
             if in_group and value is not None and any(name in names_of(g) for g in groups.values()):
                 chosen[name] = value
     return chosen
+
+
+def _name_of(path: Path, title: str, key: str, value: object) -> str:
+    """Return the option that a key of a file's table names; ``title`` "": outside the tables.
+
+    Raises:
+        ConfigError: it names none, or none that may stand there.
+    """
+    name = key.replace("-", "_")
+    if not title and isinstance(value, dict):
+        raise unknown_name(f"table in {path}", key, _TABLES)
+    if name not in _ALL_OPTIONS:
+        raise unknown_name(f"option in {path}", key, _ALL_OPTIONS)
+    if title and name not in names_of(_TABLES[title]):
+        raise ConfigError(f"--config {path}: {key} is no option of the table [{title}]")
+    return name
 
 
 def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -170,8 +221,8 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     model, allowed = str(recorded.get("model")), str(values.get("allow_import", "")).split(",")
     if ":" in model and model not in (values.get("model"), *allowed, *remembered()):
         raise ConfigError(
-            f"--resume {folder}: its model {model!r:.120} would be imported; if you trust that"
-            f" module, give --allow-import {model:.120}"
+            f"--resume {folder}: its model {quoted(model, 120)} would be imported; if you trust"
+            f" that module, give --allow-import {model}"
         )
     return recorded | values
 

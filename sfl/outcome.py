@@ -11,7 +11,7 @@ import torch
 
 from sfl.aggregate import RULES, State, Update
 from sfl.blocks import Entries
-from sfl.config import RunConfig
+from sfl.config import KeepModels, RunConfig
 from sfl.errors import ConfigError
 from sfl.order import draw
 from sfl.registry import with_options
@@ -33,6 +33,12 @@ def model_path(template: str, round_index: int, **which: int | str) -> str:
     """Return the path of a file of weights after a round; -1 stands for before the first."""
     name = "init" if round_index < 0 else f"{round_index:03d}"
     return template.format(round=name, **which)
+
+
+def models_to_keep(run: RunConfig) -> KeepModels:
+    """Return which rounds' models stay; without cut-layer tensors none are replayed."""
+    has_tensors = scheme(run.scheme).exchange is not Exchange.NOTHING
+    return KeepModels.parse(run.keep_models, run.keep_tensors if has_tensors else "none")
 
 
 def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:

@@ -27,6 +27,31 @@ def read_plain(path: Path, offset: int = 0, num_bytes: int | None = None) -> byt
         return file.read(count)
 
 
+def which_file(path: Path) -> tuple[int, int] | None:
+    """Return which file or folder lies under a name, whatever it is called; None if none does."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_linkless(folder: Path) -> None:
+    """See that whatever is read from a folder lies in it: that it has no links.
+
+    Raises:
+        OSError: it has one.
+    """
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise OSError(0, "is a link: a run's files lie in its folder", entry.path)
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+
+
 def check_no_links(folder: Path) -> None:
     """See that whatever is written into a folder from now on stays in it.
 

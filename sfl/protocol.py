@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from sfl import __version__
 from sfl.crc import crc32
 from sfl.envelope import Envelope, read_envelope, write_envelope
-from sfl.errors import Damaged, OtherVersion, ProtocolError
+from sfl.errors import Damaged, OtherVersion, ProtocolError, quoted
 from sfl.payload import InMemory, MakeStore, Store
 
 T = TypeVar("T")
@@ -90,6 +90,7 @@ class MessageType(StrEnum):
     INVALID_MESSAGE = "INVALID_MESSAGE"  # C, S: I refuse what you sent, and why
     FAILED = "FAILED"  # C: I cannot compute my part, and why: another try fails as well
     ABORT = "ABORT"  # C, S: I cannot go on, and why
+    END_RUN = "END_RUN"  # S: nor can I when I am started again, and why
 
 
 _TYPES: Final = {message_type.value: message_type for message_type in MessageType}
@@ -212,7 +213,7 @@ def encode_head(message: Message, *, version: int = VERSION) -> bytes:
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
     """Return a message's type, which must be one that carries a payload, or not."""
     if (message_type := _TYPES.get(envelope.type)) is None:
-        raise ProtocolError(f"unknown message type {envelope.type[:40]!r}")
+        raise ProtocolError(f"unknown message type {quoted(envelope.type, 40)}")
     if (message_type in FILE_TYPES) != has_payload:
         wrong = "comes without its file" if message_type in FILE_TYPES else "carries a payload"
         raise ProtocolError(f"{message_type} {wrong}")

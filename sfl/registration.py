@@ -29,7 +29,7 @@ from sfl.datasets import dataset_of
 from sfl.described import MAX_CLASSES, classes_of, data_of, digest_of, samples_of, shape_of
 from sfl.driver import Conversation
 from sfl.environment import check_fingerprint
-from sfl.errors import ConfigError, DataError, ProtocolError, RunError
+from sfl.errors import ConfigError, DataError, ProtocolError, RunError, quoted
 from sfl.link import ANY_ID, CLIENT, Link, Peer, one_line
 from sfl.options import from_values
 from sfl.partition import OWN
@@ -137,7 +137,7 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
     if client != wanted and wanted != ANY_ID:
         raise ProtocolError(f"the server made us client {client} instead of {wanted}")
     if link.proved_run not in ("", run.run):
-        raise ProtocolError(f"the server has proved to have the run {link.proved_run!r:.80}")
+        raise ProtocolError(f"the server has proved to have the run {quoted(link.proved_run, 80)}")
     if not run.run or not 0 <= client < run.most_clients:
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from sfl.config import unknown_name
-from sfl.errors import ConfigError, told
+from sfl.errors import ConfigError, quoted, told
 
 T = TypeVar("T")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # a user's own function
@@ -33,7 +33,7 @@ def look_up(
             raise unknown_name(kind, name, known)
         return known[name]
     if not OWN.fullmatch(name):
-        raise ConfigError(f"the {kind} {name!r:.120} is no package.module:function")
+        raise ConfigError(f"the {kind} {quoted(name, 120)} is no package.module:function")
     if allowed is not None and name not in allowed:
         raise ConfigError(
             f"the {kind} {name!r} was named elsewhere, and this command line does not allow it;"

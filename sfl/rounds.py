@@ -72,6 +72,7 @@ class Rounds:
     spool: Spool
     payloads: MakeStore  # where those of the clients go
     about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    check_there: Callable[[], None]  # raises RunError if the run's folder is gone
     check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
     first_round: int = 0
     may_skip: bool = False
@@ -89,6 +90,7 @@ class Rounds:
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
         self.archive.wait_committed()
+        self.check_there()
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
@@ -137,6 +139,7 @@ class Rounds:
 
     def _round(self, round_index: int) -> dict[str, float]:
         """Run one round and return its figures."""
+        self.check_there()
         self.check_space()
         started = time.perf_counter()
         self.network.start_round(round_index)

@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.checkpoint import lying
-from sfl.config import KeepTensors
+from sfl.config import KeepModels
 from sfl.errors import ConfigError, RunError, reason_of
 from sfl.link import one_line
+from sfl.plain_file import which_file
+from sfl.protocol import MessageType
 
 MAX_LINE = 10_000  # characters of a log
 
@@ -76,16 +78,19 @@ def make_folder(path: Path, log_name: str) -> bool:
             return True
         if path.is_symlink() or not path.is_dir() or not has_no_steps(path):
             return False
-        if is_being_written(path / log_name):
+        try:
+            log = EventLog(path / log_name)
+        except RunError:  # another process has it
             return False
-        for inside in path.iterdir():
-            if inside.is_dir():
-                shutil.rmtree(inside)
-            elif inside.name != log_name:
-                inside.unlink()
+        with log:
+            for inside in path.iterdir():
+                if inside.is_dir():
+                    shutil.rmtree(inside)
+                elif inside.name != log_name:
+                    inside.unlink()
+            log.say(f"{path} is taken over: no step was taken in it")
     except OSError as error:
         raise RunError(f"cannot write to {path}: {error.strerror}; see --out") from error
-    say(f"{path} is taken over: no step was taken in it")
     return True
 
 
@@ -166,11 +171,8 @@ def is_being_written(log: Path) -> bool:
 
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()  # who reads through a pipe sees it now
-    except BrokenPipeError:  # nobody reads any more: the run goes on, and the log has it all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    tqdm.write(line)
+    sys.stdout.flush()  # who reads through a pipe sees it now
 
 
 @dataclass(frozen=True)
@@ -180,35 +182,63 @@ class RunFolder:
     path: Path
     archive: ArchiveWriter
     events: EventLog
+    known: Mapping[Path, object]  # what a run cannot do without, and which file each was
+
+    def gone(self) -> str:
+        """Say what has been removed or renamed since the folder was opened; "" if nothing was.
+
+        A file that is open takes what is written, whether somebody can still find it or not.
+        """
+        missing = [path for path, which in self.known.items() if which != which_file(path)]
+        if not missing:
+            return ""
+        return f"{missing[0]} is gone: it was removed or renamed while the run went on"
+
+    def check_there(self) -> None:
+        """See that what is written can still be found.
+
+        Raises:
+            RunError: it cannot.
+        """
+        if why := self.gone():
+            raise RunError(why)
 
 
 @contextlib.contextmanager
-def open_folder(path: Path, log_name: str, keep_tensors: str) -> Iterator[RunFolder]:
+def open_folder(path: Path, log_name: str, keep: KeepModels) -> Iterator[RunFolder]:
     """Open the log and the archive of a folder that exists; both are closed at the end."""
-    keep = KeepTensors.parse(keep_tensors)
-    with EventLog(path / log_name) as events, ArchiveWriter(path, keep) as archive:
-        yield RunFolder(path, archive, events)
+    with EventLog(path / log_name) as events, ArchiveWriter(path, keep.tensors, keep) as archive:
+        known = {place: which_file(place) for place in (path, path / log_name)}
+        yield RunFolder(path, archive, events, known)
 
 
 @contextlib.contextmanager
 def telling_why(
-    events: EventLog,
-    tell: Callable[[str], None] | None = None,
+    folder: RunFolder,
+    tell: Callable[[str, MessageType], None] | None = None,
     how_to_go_on: Callable[[], str] = lambda: "",
 ) -> Iterator[None]:
-    """When a party fails, write why into its log, tell its peers, and say how to go on."""
+    """When a party fails, write why into its log, tell its peers, and say how to go on.
+
+    Raises:
+        RunError: instead of what the party failed with, if its folder is gone.
+    """
+    events = folder.events
     try:
         yield
     except BaseException as error:
-        reason = reason_of(error)
+        gone = folder.gone()
+        reason = gone or reason_of(error)
         if tell is not None:
-            tell(reason)
+            tell(reason, MessageType.END_RUN if gone else MessageType.ABORT)
         with contextlib.suppress(OSError):  # a full disk is no reason to lose the reason
             events.note(f"the run failed: {reason}")
         if hint := how_to_go_on():
             with contextlib.suppress(OSError):
                 events.note(hint)
             say(hint)
+        if gone and isinstance(error, Exception):
+            raise RunError(gone) from error
         raise
 
 

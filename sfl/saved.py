@@ -3,7 +3,8 @@
 ``torch.load(weights_only=True)`` alone is not enough for a file of an unknown sender: it believes
 what the container and the pickle declare. So a file is taken apart here first::
 
-    container   stored records of known names, each once, with their checksums
+    container   stored records of known names, each once, with their checksums, and nothing else:
+                no byte before, between or behind them
     pickle      the opcodes of tensors and of dicts of tensors, walked by hand; they name storages
     tensors     each a storage of its own, of exactly its elements, from the first to the last
 
@@ -13,16 +14,14 @@ and put together again from the records that passed: that is all that torch gets
 import io
 import math
 import pickletools
-import re
-import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sfl.errors import IntegrityError
-
-Buffer = bytes | bytearray | memoryview
+from sfl.container import PICKLE, read_records
+from sfl.container import Buffer as Buffer  # others have it from here
+from sfl.errors import IntegrityError, quoted, shortened
 
 # The storages that travel, and the bytes of an element.
 ITEM_BYTES = {
@@ -34,27 +33,9 @@ ITEM_BYTES = {
 # there are none.
 _REBUILD, _HOOKS = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 MAX_DIMENSIONS = 8
-# Beside the pickle and the storages: small records about the file, and what they may hold.
-_ABOUT = {
-    "version": re.compile(rb"\d{1,4}\n"),
-    "byteorder": re.compile(rb"little"),
-    ".format_version": re.compile(rb"\d{1,4}"),
-    ".storage_alignment": re.compile(rb"\d{1,6}"),
-    ".data/serialization_id": re.compile(rb"\d{1,64}"),
-}
-# The last 22 bytes of a container; and those before its locator (20 bytes) where it is a large one.
-_END, _END_64, _LOCATOR_BYTES, _IN_64 = (
-    struct.Struct("<4s4H2LH"),
-    struct.Struct("<4sQ2H2L4Q"),
-    20,
-    2**32 - 1,
-)
-# What torch writes takes less than half as much: of the directory for each record, of the pickle
-# for itself and for each tensor, beside its name.
-_ENTRY_BYTES, _PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 256, 1024, 400
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}/(.+)")  # the folder is that of the file's own name
-_STORAGE = re.compile(r"data/(0|[1-9]\d{0,8})")
-_PICKLE = "data.pkl"
+# Torch's pickle takes less than half as much: for itself and for each tensor, beside its name.
+_PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 1024, 400
+_PROTOCOL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,56 +74,18 @@ def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
         IntegrityError: it is damaged, or no file of a tensor or of a dict of tensors.
     """
     try:
-        records = _records(data, len(keys))
+        records = read_records(data, len(keys))
         room = _PICKLE_BYTES + sum(_TENSOR_PICKLE_BYTES + len(key.encode()) for key in keys)
-        if len(records[_PICKLE]) > room:
+        if len(records[PICKLE]) > room:
             raise IntegrityError("has a pickle that is larger than its tensors need")
-        content = _Walk(records[_PICKLE]).content
+        content = _Walk(records[PICKLE]).content
         _check_storages(content, records)
     except IntegrityError as error:
         raise IntegrityError(f"{name}: {error}") from error
     except Exception as error:  # what zipfile and pickletools raise for damage is of many kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise IntegrityError(f"{name}: no whole torch.save file: {reason!r:.120}") from error
+        raise IntegrityError(f"{name}: no whole torch.save file: {quoted(reason, 120)}") from error
     return Saved(content, records)
-
-
-def _directory_bytes(data: Buffer) -> int:
-    """Return how much of a container its directory is said to be, as ``zipfile`` will read it."""
-    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":  # no comment stands behind it
-        raise IntegrityError("no whole torch.save file: its end is not there")
-    size = _END.unpack(data[-_END.size :])[5]
-    where = len(data) - _END.size - _LOCATOR_BYTES - _END_64.size
-    if where >= 0 and data[where : where + 4] == b"PK\6\6":
-        large = _END_64.unpack(data[where : where + _END_64.size])[8]
-        size = large if size == _IN_64 else max(size, large)
-    return int(size)
-
-
-def _records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
-    """Return the records of a container by their names, whose checksums are right."""
-    records: dict[str, bytes] = {}
-    if _directory_bytes(data) > _ENTRY_BYTES * (len(_ABOUT) + 1 + num_tensors):
-        raise IntegrityError("has more records than its tensors need")
-    with zipfile.ZipFile(io.BytesIO(data)) as container:
-        listed = container.infolist()
-        if any(r.compress_type != zipfile.ZIP_STORED for r in listed):
-            raise IntegrityError("has compressed records, which torch.save never writes")
-        if sum(record.file_size for record in listed) > len(data):
-            raise IntegrityError("declares more bytes than it has")
-        for record in listed:
-            found = _NAME.fullmatch(record.filename)
-            inner = found[1] if found else ""
-            if not (inner == _PICKLE or inner in _ABOUT or _STORAGE.fullmatch(inner)):
-                raise IntegrityError(f"has a record {record.filename!r:.60}, which is no tensor's")
-            if inner in records:
-                raise IntegrityError(f"has two records {inner!r:.60}")
-            records[inner] = container.read(record)  # which compares the checksum
-            if inner in _ABOUT and not _ABOUT[inner].fullmatch(records[inner]):
-                raise IntegrityError(f"has a record {inner!r} of {records[inner]!r:.40}")
-    if _PICKLE not in records:
-        raise IntegrityError("has no pickle")
-    return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +109,19 @@ class _Walk:
     def __init__(self, data: bytes) -> None:
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(data):
+        self._memo: list[Any] = []
+        end = -1
+        for opcode, argument, place in pickletools.genops(data):
             if opcode.name not in _OPCODES:
                 raise IntegrityError(f"asks for {opcode.name}, which no tensor needs")
+            if (opcode.name == "PROTO") != (place == 0):
+                raise IntegrityError("has a pickle that begins as none of torch's")
             _OPCODES[opcode.name](self, argument)
+            end = int(place or 0) + 1  # behind STOP, which is one byte
+        if end != len(data):
+            raise IntegrityError("has bytes behind the end of its pickle")
         (content,) = self.take(1)
-        if self._stack or not isinstance(content, Described | dict):
+        if self._stack or self._marks or not isinstance(content, Described | dict):
             raise IntegrityError("holds no plain dense tensor, nor a dict of them")
         self.content: Described | dict[str, Described] = content
 
@@ -191,15 +140,23 @@ class _Walk:
     def mark(self) -> None:
         self._marks.append(len(self._stack))
 
+    def protocol(self, version: int) -> None:
+        if version != _PROTOCOL:
+            raise IntegrityError(f"has a pickle of protocol {version}, not {_PROTOCOL}")
+
     def put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
+        if index != len(self._memo):  # picklers count; an unpickler makes room for any index
+            raise IntegrityError(f"has a pickle that puts {index} where {len(self._memo)} is next")
+        self._memo.append(self._stack[-1])
 
     def get(self, index: int) -> None:
+        if index >= len(self._memo):
+            raise IntegrityError(f"has a pickle that gets {index}, which it never put")
         self.push(self._memo[index])
 
     def name(self, name: str) -> None:
         if name not in (_REBUILD, _HOOKS) and name.removeprefix("torch ") not in ITEM_BYTES:
-            raise IntegrityError(f"asks for {ascii(name[:60])[1:-1]}, which is no tensor")
+            raise IntegrityError(f"asks for {ascii(shortened(name, 60))[1:-1]}, which is no tensor")
         self.push(_Global(name))
 
     def storage(self) -> None:
@@ -234,7 +191,7 @@ class _Walk:
 
 
 _OPCODES: dict[str, Callable[[_Walk, Any], None]] = {
-    "PROTO": lambda walk, version: None,
+    "PROTO": _Walk.protocol,
     "STOP": lambda walk, _: None,
     "MARK": lambda walk, _: walk.mark(),
     "BINPUT": _Walk.put,

@@ -23,7 +23,7 @@ from sfl.heartbeat import interval_s
 from sfl.link import Absent, Link
 from sfl.lobby import Lobby
 from sfl.objects import ObjectStore
-from sfl.outcome import BACK, FRONT, Half, has_back_files
+from sfl.outcome import BACK, FRONT, Half, has_back_files, models_to_keep
 from sfl.own_functions import remember
 from sfl.party import TRAIN, ServerParty
 from sfl.payload import onto
@@ -42,6 +42,7 @@ from sfl.resume import (
 from sfl.roundlog import RoundLog
 from sfl.rounds import Rounds
 from sfl.runfolder import (
+    SERVER_LOG,
     EventLog,
     RunFolder,
     create_run_folder,
@@ -88,8 +89,9 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
         path, run, is_taken_over = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
+        keep = models_to_keep(run)
         with (
-            open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+            open_folder(path, SERVER_LOG, keep) as folder,
             Switchboard(
                 listener,
                 timeout_s=node.peer_timeout,
@@ -100,7 +102,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 turned_away=TurnedAway(folder.events.say, folder.events.note),
                 meanwhile=folder.archive.write_one,
             ) as switchboard,
-            telling_why(folder.events, switchboard.end, how_to_go_on(path, run.model)),
+            telling_why(folder, switchboard.end, how_to_go_on(path, run.model)),
         ):
             events = folder.events
             place = _check_place(run, node, path, events, anew=is_taken_over)
@@ -313,7 +315,11 @@ def prepare(
     num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
     num_train = [parts[TRAIN] for parts in num_samples.values()]
     left = dataclasses.replace(run, rounds=run.rounds - first_round)
-    events.say(check_disk(folder.path, disk_bytes(left, split, num_train)))
+    events.say(
+        check_disk(
+            folder.path, left, lambda run: disk_bytes(run, split, num_train), may_change=not past
+        )
+    )
     row = scheme(run.scheme)
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
@@ -363,6 +369,7 @@ def prepare(
         spool=Spool(folder.path if keeps_answers else None, archive.flush),
         payloads=onto(folder.path),
         about={"data": data, "fingerprint": ours, "clients": fingerprints},
+        check_there=folder.check_there,
         check_space=lambda: check_space(folder.path, a_round),
         first_round=first_round,
         may_skip=may_skip,
@@ -401,6 +408,6 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     else:
         folder.events.say("no client has a test set: there is no test accuracy")
     folder.events.say(f"the run lies in {folder.path}")
-    folder.archive.write("events", "server_log.txt", (folder.path / "server_log.txt").read_bytes())
+    folder.archive.write("events", SERVER_LOG, (folder.path / SERVER_LOG).read_bytes())
     folder.archive.flush()
     return figures

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, quoted
 
 CHUNK = 16 * 2**10  # bytes
 MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
@@ -151,8 +151,8 @@ class LinkShape:
                 key = ""
             if not key or key in given:
                 raise ConfigError(
-                    f"--link {text}: {part!r:.40} is none of a rate (100mbit), a delay (50ms),"
-                    " jitter=5ms and loss=0.001, each once"
+                    f"--link {text}: {quoted(part, 40)} is none of a rate (100mbit), a delay"
+                    " (50ms), jitter=5ms and loss=0.001, each once"
                 )
             given[key] = value
         return cls(**given)

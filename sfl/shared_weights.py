@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from typing import Generic, TypeVar
 
 from sfl.driver import Conversation, Gate, Network
-from sfl.errors import IntegrityError, ProtocolError, RunError
+from sfl.errors import IntegrityError, ProtocolError, RunError, quoted
 from sfl.link import Link
 from sfl.objects import Metadata, ObjectStore
 from sfl.protocol import MessageType, checksum
@@ -175,7 +175,9 @@ class SharedWeights:
             notice = self._link.receive_message_as_json(MessageType.WEIGHTS_STORED, at=key.at)
             announced = notice.get("checksum", str)
             if (name := notice.get("name", str)) != key.name:
-                raise ProtocolError(f"{self._link.peer_title} stored {name!r:.40}, not {key.name}")
+                raise ProtocolError(
+                    f"{self._link.peer_title} stored {quoted(name, 40)}, not {key.name}"
+                )
             if held and checksum(held) == announced:
                 return held
         data, metadata = yield from self._transfers.run(lambda: self._look_for(key))
@@ -204,7 +206,7 @@ class SharedWeights:
         for field in ("run", "round", "name"):
             if metadata.get(field) != wanted[field]:
                 raise IntegrityError(
-                    f"{where}: is of {field} {metadata.get(field)!r:.40}, not {wanted[field]!r}"
+                    f"{where}: is of {field} {quoted(metadata.get(field))}, not {wanted[field]!r}"
                 )
         ours = wanted["checksum"]
         if metadata.get("checksum") != ours or announced not in ("", ours):

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from sfl.archive_writer import ArchiveWriter
 from sfl.check import check_run
-from sfl.config import KeepTensors, NodeConfig, RunConfig, counted
+from sfl.config import KeepModels, NodeConfig, RunConfig, counted
 from sfl.conversation import client_run
 from sfl.data import ClientData, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.driver import Conversation, Gate, Network
 from sfl.environment import fingerprint, set_up_torch
-from sfl.errors import ConfigError, ConnectionLost, SflError
+from sfl.errors import ConfigError, ConnectionLost, SflError, quoted
 from sfl.link import Link
 from sfl.metrics import StepFigures
+from sfl.outcome import models_to_keep
 from sfl.own_data import load_own
 from sfl.own_functions import remember
 from sfl.partition import OWN, deal
@@ -30,7 +31,7 @@ from sfl.profile import Profile
 from sfl.protocol import Message, Position, encode_head
 from sfl.registration import DataReport, Joined, check_agreement
 from sfl.resume import load_own_state
-from sfl.runfolder import create_run_folder, open_folder, say, telling_why
+from sfl.runfolder import SERVER_LOG, create_run_folder, open_folder, say, telling_why
 from sfl.samples import join
 from sfl.schemes import scheme
 from sfl.server import finish, prepare
@@ -90,7 +91,7 @@ class Away:
         """
         found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
         if not found:
-            raise ConfigError(f"--away {text!r:.40}: give CLIENT:ROUND[.STEP][-BACK], from 0")
+            raise ConfigError(f"--away {quoted(text, 40)}: give CLIENT:ROUND[.STEP][-BACK], from 0")
         client, first, step, back = (int(n) if n else None for n in found.groups())
         assert client is not None
         assert first is not None
@@ -170,10 +171,11 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     path = create_run_folder(node.out_path / "server", run.run)
     remember([run.model])
     run = dataclasses.replace(run, run=path.name)
+    keep = models_to_keep(run)
     with (
-        open_folder(path, "server_log.txt", run.keep_tensors) as folder,
+        open_folder(path, SERVER_LOG, keep) as folder,
         contextlib.ExitStack() as writers,
-        telling_why(folder.events),
+        telling_why(folder),
     ):
         folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
         ours = fingerprint(device)
@@ -223,7 +225,8 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
 
 def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
     """Return the writer of a client's folder; it writes what only the client has."""
-    return ArchiveWriter(_client_folder(run, node, client), KeepTensors.parse("none"))
+    keep = KeepModels.parse(run.keep_models)
+    return ArchiveWriter(_client_folder(run, node, client), keep.tensors, keep)
 
 
 def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:

@@ -39,7 +39,7 @@ from sfl.protocol import File, Message, MessageType, Position
 from sfl.schemes import Exchange
 from sfl.segment import Segment, train_step
 from sfl.spool import Answer
-from sfl.tensors import decode, decode_state, encode, encode_file, encode_state
+from sfl.tensors import decode, decode_file, decode_state, encode, encode_file, encode_state
 
 
 class Batch(NamedTuple):
@@ -129,7 +129,7 @@ def client_step(
     reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
     clock.lap("wait")
     spec = party.split.features_spec(size)
-    grads = decode(reply.payload, spec, f"TRAINING_GRADS of step {at.step}", reply.checksum)
+    grads, stored = decode_file(reply.file, spec, f"TRAINING_GRADS of step {at.step}")
     party.check_finite([grads], f"the gradients of step {at.step}", at)
     clock.lap("load")
     party.front.backward(grads)
@@ -139,7 +139,7 @@ def client_step(
     party.front.update()
     crash_point("front.after_update")
     clock.lap("update")
-    party.record(at, at.step, size, (labels, features, reply.file))
+    party.record(at, at.step, size, (labels, features, stored))
     party.watcher.step(at, _figures(reply, size))
     clock.lap("archive")
     return next_batch
@@ -157,13 +157,13 @@ def server_step(
     yield link
     labels, clock = link.receive_file(MessageType.TRAINING_LABELS, at=at).file, party.clock
     clock.start()
-    y = decode_labels(party, labels, num_samples)  # while the client computes
+    y, labels = decode_labels(party, labels, num_samples)  # while the client computes
     clock.lap("load")
     yield link
     features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).file
     started = time.perf_counter()
     clock.start()
-    z = decode_features(party, features, num_samples, at)
+    z, stored = decode_features(party, features, num_samples, at)
     clock.lap("load")
     figures, dz = _compute(party, back, (z, y), at)
     clock.lap("forward")
@@ -180,7 +180,7 @@ def server_step(
         crash_point("step.after_update")
         clock.lap("update")
         party.compute_s += time.perf_counter() - started
-        party.record(at, plan.take(at.client), num_samples, (labels, features, grads))
+        party.record(at, plan.take(at.client), num_samples, (labels, stored, grads))
         recorded = party.archive.place(GRADS, party.where(at))
         asked = features.checksum
         plan.spool.put(at.client, at.step, grads.data, content, asked=asked, recorded=recorded)
@@ -235,21 +235,23 @@ def _content(figures: StepFigures) -> dict[str, float]:
     return {"loss": figures.loss, "correct": figures.correct}
 
 
-def decode_labels(party: ServerParty, file: File, num_samples: int) -> Tensor:
-    """Return the labels of a batch, all of them classes."""
+def decode_labels(party: ServerParty, file: File, num_samples: int) -> tuple[Tensor, File]:
+    """Return the labels of a batch, all of them classes, and their file as it may be stored."""
     name = f"the labels of client {party.client}"
-    y = decode(file.data, party.split.labels_spec(num_samples), name, file.checksum)
+    y, stored = decode_file(file, party.split.labels_spec(num_samples), name)
     if not 0 <= int(y.min()) <= int(y.max()) < party.split.num_classes:
         raise ProtocolError(f"{name} lie outside 0 to {party.split.num_classes - 1}")
-    return y
+    return y, stored
 
 
-def decode_features(party: ServerParty, file: File, num_samples: int, at: Position) -> Tensor:
-    """Return the activations of a batch."""
+def decode_features(
+    party: ServerParty, file: File, num_samples: int, at: Position
+) -> tuple[Tensor, File]:
+    """Return the activations of a batch, and their file as it may be stored."""
     name = f"the activations of client {party.client}"
-    z = decode(file.data, party.split.features_spec(num_samples), name, file.checksum)
+    z, stored = decode_file(file, party.split.features_spec(num_samples), name)
     party.check_finite([z], name, at)
-    return z
+    return z, stored
 
 
 def client_gradient_steps(
@@ -300,7 +302,8 @@ def server_gradient_steps(
                 party.check_finite(grads.values(), name, at)
                 figures = _figures(message, own[1])
                 pool.add(party.client, grads, own[1])
-                party.record_gradients(at, own[1], message.payload)
+                if party.archive.records(at.round):
+                    party.record_gradients(at, own[1], encode_state(grads))
                 party.watcher.step(at, figures)
             party.compute_s += time.perf_counter() - started
         yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask

@@ -9,6 +9,8 @@ import math
 import re
 from typing import Any
 
+from sfl.errors import shortened
+
 MAX_DEPTH = 16
 MAX_DIGITS = 24  # of an integer
 # A string, to its end or that of the text, or a bracket: each byte is looked at once.
@@ -56,7 +58,7 @@ def _integer(digits: str) -> int:
 def _number(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise ValueError(f"it has a number {digits:.20} that no float holds")
+        raise ValueError(f"it has a number {shortened(digits, 20)} that no float holds")
     return number
 
 

@@ -468,7 +468,7 @@ class Switchboard(Network):
                 self._num_leaving -= 1
                 self._drain.notify()
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, last_words: MessageType = MessageType.ABORT) -> None:
         """Stop listening and close every connection, telling those still open why."""
         if self._closed:
             return
@@ -477,7 +477,7 @@ class Switchboard(Network):
         self._doorstep.close()
         deadline = time.monotonic() + FAREWELL_S
         for connection in self.connections:
-            connection.end_sending(MessageType.ABORT, reason)
+            connection.end_sending(last_words, reason)
         for connection in self.connections:
             connection.join(deadline)
         self._drain.wait(lambda: not self._num_leaving, FAREWELL_S)

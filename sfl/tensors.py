@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfl.errors import IntegrityError
+from sfl.errors import IntegrityError, quoted
 from sfl.protocol import File, checksum, checksum_text, crc_of
 from sfl.saved import Buffer, Described, take_apart
 from sfl.template import Template
@@ -184,6 +184,27 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
     Raises:
         IntegrityError: the file is damaged or holds anything but that tensor.
     """
+    found = _decode_ours(data, spec, checksum)
+    return _decode_any(data, spec, name) if found is None else found
+
+
+def decode_file(file: File, spec: TensorSpec, name: str) -> tuple[Tensor, File]:
+    """Return the tensor in a peer's file, and the file as it may be stored.
+
+    That is what we write of this tensor: the peer's own bytes if they are the same, else new ones.
+
+    Raises:
+        IntegrityError: as ``decode``.
+    """
+    found = _decode_ours(file.data, spec, file.checksum)
+    if found is not None:
+        return found, file
+    tensor = _decode_any(file.data, spec, name)
+    return tensor, encode_file(tensor)
+
+
+def _decode_ours(data: Buffer, spec: TensorSpec, checksum: str) -> Tensor | None:
+    """Return the tensor in a file that is byte for byte what we write; None if it is another."""
     # A template is made of a tensor as large as the expected one: the file must be as well.
     if (
         len(data) in _file_sizes(spec)
@@ -191,6 +212,10 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
         and (found := template.data_of(data, crc_of(checksum))) is not None
     ):
         return torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
+    return None
+
+
+def _decode_any(data: Buffer, spec: TensorSpec, name: str) -> Tensor:
     saved = take_apart(data, name)
     _compare(saved.content, spec, name)
     return spec.check(_load(saved.rebuilt(), name), name)
@@ -231,7 +256,7 @@ def _load(stream: io.BytesIO, name: str) -> object:
         return torch.load(stream, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise IntegrityError(f"{name}: torch does not load it: {reason!r:.120}") from error
+        raise IntegrityError(f"{name}: torch does not load it: {quoted(reason, 120)}") from error
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:

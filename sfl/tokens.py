@@ -28,7 +28,7 @@ from pathlib import Path
 
 from sfl.config import RUN_NAME, PeerNode
 from sfl.driver import Conversation
-from sfl.errors import AuthError, ConfigError, ProtocolError
+from sfl.errors import AuthError, ConfigError, ProtocolError, quoted
 from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
 from sfl.protocol import VERSION, MessageType
 
@@ -170,7 +170,7 @@ def client_authenticate(
             " differ, or it is not the server that it should be"
         )
     if run and theirs != run:
-        raise AuthError(f"{link.peer_title} has the run {theirs!r:.80} instead of {run}")
+        raise AuthError(f"{link.peer_title} has the run {quoted(theirs, 80)} instead of {run}")
     proof = _proof(token, "caller", agreed)
     link.send_message_as_json(MessageType.PROOF, content={"proof": proof})
     return theirs

@@ -9,12 +9,14 @@ import contextlib
 import errno
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
 
+from sfl.config import DEFAULT_PORT
 from sfl.errors import (
     AuthError,
     ConfigError,
@@ -24,6 +26,7 @@ from sfl.errors import (
     ProtocolError,
     RunError,
     SflError,
+    quoted,
 )
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode_head
@@ -304,21 +307,19 @@ def address_of(sock: Socket) -> str:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``.
+    """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; without a port, a server's own.
 
     Raises:
         ConfigError: the text is no such address.
     """
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        colon = ""
-    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    found = re.fullmatch(r"(?:\[([^][]+)\]|([^][:\s]+))(?::(\d{1,5}))?", text, re.ASCII)
+    port = int(found[3] or DEFAULT_PORT) if found else 0
+    if not (found and 0 < port < 65536):
         raise ConfigError(
-            f"{text!r} is no address: give HOST:PORT, with an IPv6 host as [HOST]:PORT"
+            f"{quoted(text)} is no address: give HOST:PORT, or HOST for port {DEFAULT_PORT}, with"
+            " an IPv6 host in brackets: [HOST]:PORT"
         )
-    return host, int(port)
+    return found[1] or found[2], port
 
 
 def _secured(sock: Socket, host: str, tls: ssl.SSLContext | None, timeout_s: float) -> Stream:

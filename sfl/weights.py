@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sfl.driver import Conversation
-from sfl.errors import IntegrityError, ProtocolError
+from sfl.errors import IntegrityError, ProtocolError, quoted
 from sfl.link import Link
 from sfl.protocol import MessageType, Position, checksum
 from sfl.saved import Buffer
@@ -35,7 +35,7 @@ def check_name(name: str) -> str:
         ProtocolError: it is none.
     """
     if not re.fullmatch(rf"{INITIAL}|{AVERAGE}|client_\d{{1,9}}", name, re.ASCII):
-        raise ProtocolError(f"{name!r:.40} is no name of weights")
+        raise ProtocolError(f"{quoted(name, 40)} is no name of weights")
     return name
 
 
@@ -106,7 +106,7 @@ class SocketWeights:
         yield link
         offer = link.receive_message_as_json(MessageType.REQUEST_TO_SEND_FILE, at=key.at)
         if (name := offer.get("name", str)) != key.name:
-            raise ProtocolError(f"{link.peer_title} offers {name!r:.40}, not {key.name}")
+            raise ProtocolError(f"{link.peer_title} offers {quoted(name, 40)}, not {key.name}")
         size, announced = offer.get("bytes", int), offer.get("checksum", str)
         has_it = len(held) == size and checksum(held) == announced
         answer = {"offset": size if has_it else 0}

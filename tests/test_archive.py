@@ -382,3 +382,23 @@ def test_who_waits_is_not_told_of_a_disk_that_fails(tmp_path: Path) -> None:
         writer.write_one()
         with pytest.raises(RunError, match=r"cannot write to .*: Not a directory"):
             writer.flush()
+
+
+@pytest.mark.parametrize("what", ["models", "client_files/client_0", "rounds/round_000.csv"])
+def test_a_run_with_a_link_is_not_read(tmp_path: Path, what: str) -> None:
+    """What it leads to is somebody else's."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for path in ("models/m.pt", "client_files/client_0/round_000/x.pt", "rounds/round_000.csv"):
+        (run / path).parent.mkdir(parents=True, exist_ok=True)
+        (run / path).write_bytes(b"x")
+    (run / MANIFEST).touch()
+    assert sfl.archive.open(run).listed == []
+    (run / what).rename(elsewhere)
+    (run / what).symlink_to(elsewhere)
+    with pytest.raises(RunError, match=f"{run / what}: is a link"):
+        sfl.archive.open(run)
+    run.rename(tmp_path / "real")
+    run.symlink_to(tmp_path / "real")  # the folder's own name is the reader's choice
+    (run / what).unlink()
+    elsewhere.rename(run / what)
+    assert sfl.archive.open(run).listed == []

@@ -93,7 +93,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
         for group in (RunConfig, ServerNode, ClientNode, SimulationNode)
         for field in dataclasses.fields(group)
     }
-    known |= {"--config", "--help", "--train-back", "--epochs"}
+    known |= {"--config", "--help", "--version", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's

@@ -333,7 +333,9 @@ def test_a_run_of_others_imports_nothing_unasked(given: Path, launcher: Launcher
     assert "give --allow-import tests.imported_by_others:model" in line
 
 
-@pytest.mark.parametrize("what", ["a pickle that runs code", "a deflated file", "a view"])
+@pytest.mark.parametrize(
+    "what", ["a pickle that runs code", "a deflated file", "a view", "a pickle in front"]
+)
 def test_an_object_of_bad_will_is_refused(launcher: Launcher, tmp_path: Path, what: str) -> None:
     """With the right name, metadata and checksum, where the weights of a client should be."""
     (tmp_path / "place").mkdir()

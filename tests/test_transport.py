@@ -167,7 +167,7 @@ def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "host", "host:", ":80", "host:x", "host:0", "::1:80", "h:99999"]
+    "text", ["", "host:", ":80", "[::1", "a b", "::1", "host:x", "host:0", "::1:80", "h:99999"]
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
@@ -177,6 +177,8 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_addresses_are_parsed() -> None:
     assert parse_address("host.example:80") == ("host.example", 80)
     assert parse_address("[fe80::1]:80") == ("fe80::1", 80)
+    assert parse_address("10.0.0.2") == ("10.0.0.2", 8765)
+    assert parse_address("[::1]") == ("::1", 8765)
 
 
 def test_a_peers_text_becomes_one_bounded_line() -> None:

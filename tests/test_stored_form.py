@@ -1,0 +1,96 @@
+"""What a peer wrote lies in a run's folder as we would have written it, whoever reads it how."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.attacks import BATCH, NUM_CLASSES, SHAPE, Insider, Target
+from experiments.hostile_files import EVIL, changed
+from sfl.errors import PeerFailed
+from sfl.protocol import File, Limits, MessageType, checksum
+from sfl.split_model import SplitModel
+from sfl.tensors import TensorSpec, decode_file, encode, encode_state
+from tests.launch import Launcher
+from tests.test_failures import wait_for
+
+Y, Z = torch.arange(BATCH), torch.ones(BATCH, 128)
+OWN = ["--model", "mlp", "--partition", "own", "--batch-size", 4, "--clients", 1, "--run", "r"]
+
+
+def as_another_writes(file: bytes) -> bytes:
+    """Return a file of the same tensors that our own writer would not have written."""
+    other = changed({}, file)
+    assert other != file
+    return other
+
+
+def test_only_our_own_form_is_taken_over_as_it_came() -> None:
+    for tensor in (Z, Y, torch.tensor([True, False]), torch.zeros(0, 3)):
+        for data in (encode(tensor), as_another_writes(encode(tensor))):
+            file = File(data, checksum(data))
+            read, stored = decode_file(file, TensorSpec.of(tensor), "z")
+            assert torch.equal(read, tensor)
+            assert stored.data == encode(tensor)
+            assert stored.checksum == checksum(stored.data)
+
+
+@pytest.fixture
+def insider(launcher: Launcher, request: pytest.FixtureRequest) -> Iterator[Insider]:
+    """A client at its first step of a run that a real server serves; the server is then stopped."""
+    server = launcher.server(*OWN, "--rounds", 1, *request.param)
+    wait_for(server, "listening")
+    with Target("127.0.0.1", launcher.port).reach() as stream:
+        insider = Insider(stream)
+        insider.begin()
+        yield insider
+
+
+def stop(launcher: Launcher) -> Path:
+    """Stop the server, which writes what waits to be written; return the first step's folder."""
+    (server,) = launcher.programs
+    assert server.process.pid is not None
+    os.kill(server.process.pid, signal.SIGTERM)
+    server.ended_with(3)
+    return launcher.folder / "server/r/client_files/client_0/round_000"
+
+
+@pytest.mark.parametrize("insider", [[]], indirect=True)
+def test_what_another_torch_writes_is_recorded_as_ours(
+    insider: Insider, launcher: Launcher
+) -> None:
+    insider.link.limits = Limits(payload_bytes={MessageType.TRAINING_GRADS: 2**20})
+    insider.send(MessageType.TRAINING_LABELS, as_another_writes(encode(Y)))
+    insider.send(MessageType.TRAINING_FEATURES, as_another_writes(encode(Z)))
+    insider.link.receive_file(MessageType.TRAINING_GRADS)
+    folder = stop(launcher)
+    assert (folder / "labels_0_0.pt").read_bytes() == encode(Y)
+    assert (folder / "split_layer_tensor_0_0.pt").read_bytes() == encode(Z)
+
+
+@pytest.mark.parametrize("insider", [["--scheme", "sync-sgd"]], indirect=True)
+def test_gradients_of_another_torch_are_recorded_as_ours(
+    insider: Insider, launcher: Launcher
+) -> None:
+    split = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES)
+    grads = {n: torch.ones(s.shape, dtype=s.dtype) for n, s in split.parameters_spec.items()}
+    insider.link.limits = Limits(payload_bytes={MessageType.SEND_AGGREGATED_MODEL: 2**20})
+    data, said = as_another_writes(encode_state(grads)), {"loss": 1.0, "correct": 1}
+    at = insider.at(0)
+    insider.link.send_file(MessageType.TRAINING_GRADS, data, content=said, at=at)
+    insider.link.receive_file(MessageType.SEND_AGGREGATED_MODEL)
+    assert (stop(launcher) / "weight_grads_0_0.pt").read_bytes() == encode_state(grads)
+
+
+@pytest.mark.parametrize("insider", [[]], indirect=True)
+def test_a_pickle_in_front_of_the_right_labels_is_refused(
+    insider: Insider, launcher: Launcher
+) -> None:
+    insider.send(MessageType.TRAINING_LABELS, EVIL + encode(Y))
+    with pytest.raises(PeerFailed, match="the labels of client 0: has bytes before its record"):
+        insider.link.receive_file(MessageType.TRAINING_GRADS)
+    wait_for(launcher.programs[0], "waiting for client_0")
+    assert not list(stop(launcher).parent.rglob("*.pt"))
