@@ -17,11 +17,11 @@ from experiments.attacks import FEATURES, LABELS, NUM_CLASSES, SHAPE, Claim, Ins
 from sfl.claims import MOST_STEPS
 from sfl.config import RunConfig
 from sfl.conversation import SECONDS_WIDTH, TIMES
-from sfl.driver import run_blocking
-from sfl.errors import SflError
+from sfl.driver import Conversation, run_blocking
+from sfl.errors import ProtocolError, SflError
 from sfl.link import ANY_ID
 from sfl.party import TEST, VALIDATION
-from sfl.protocol import Limits, MessageType
+from sfl.protocol import Limits, Message, MessageType
 from sfl.registration import Welcome, server_join
 from sfl.transport import Connection, Listener
 
@@ -223,6 +223,11 @@ WISHES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def no_checks(hello: Message) -> Conversation[None]:
+    """Answer nobody who only checks."""
+    raise ProtocolError("nobody is checked here")
+
+
 def try_wish(listener: Listener, wish: Mapping[str, Any], process: int) -> tuple[int, str]:
     """Be a client's server and name too much; return the client's growth, and its answer."""
     sock = listener.accept()
@@ -233,7 +238,7 @@ def try_wish(listener: Listener, wish: Mapping[str, Any], process: int) -> tuple
         run = RunConfig(run="r", clients=1, **wish)
         welcome = Welcome(ANY_ID, run, 0, heartbeat_s=10.0)
         try:
-            run_blocking(server_join(link, welcome, lambda wanted, instance: 0))
+            run_blocking(server_join(link, welcome, lambda wanted, instance: 0, no_checks))
             answer = "took part"
         except SflError as error:
             answer = str(error)

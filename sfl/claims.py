@@ -31,10 +31,15 @@ def why_refused(run: RunConfig, node: ServerNode, joined: Joined) -> str:
     return _too_many(run, node, report) or _too_large(run, node, report)
 
 
+def _known_total(run: RunConfig) -> int:
+    """Return how many samples the run's data set has, if the server knows it; else 0."""
+    return 0 if ":" in run.dataset or run.partition == OWN else dataset_of(run).num_samples
+
+
 def _too_many(run: RunConfig, node: ServerNode, report: DataReport) -> str:
     """Say what a report has too many of."""
     counts, classes = report.num_samples, len(report.classes)
-    known = 0 if ":" in run.dataset or run.partition == OWN else dataset_of(run).num_samples
+    known = _known_total(run)
     most, total = known or node.max_samples, sum(counts.values())
     if total > most:
         has = f"{run.dataset} has {most:,}" if known else f"--max-samples allows {most:,}"
@@ -73,12 +78,15 @@ def _too_large(run: RunConfig, node: ServerNode, report: DataReport) -> str:
         needed = server_bytes(run, sizes, run.most_clients)
         if why := too_much(needed, node, f"{named}: {run.model} for them"):
             return why
-    recorded = 0 if node.role == "fed" else _recorded_bytes(run, sizes, report.num_samples[TRAIN])
+    # Where the data set says how many samples there are, the run is too large, and not the claim.
+    judged = node.role != "fed" and not _known_total(run)
+    recorded = _recorded_bytes(run, sizes, report.num_samples[TRAIN]) if judged else 0
     free = shutil.disk_usage(node.out_path).free
     if recorded > free:
         return (
             f"reports {report.num_samples[TRAIN]:,} training samples, whose tensors take about"
-            f" {megabytes(recorded)} of disk; {megabytes(free)} are free"
+            f" {megabytes(recorded)} of the server's disk; {megabytes(free)} are free: give the"
+            " server --keep-tensors last or none, or fewer samples"
         )
     return ""
 

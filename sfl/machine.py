@@ -75,7 +75,10 @@ class Machine:
             ConfigError: it would.
         """
         shape, hosted = spec.input_shape, max(self.num_hosted, 1)
-        sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
+        try:
+            sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
+        except ConfigError:  # of a model that is not allowed: said when it is to be built
+            return
         known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:
             known = decoded = num_images(own)  # none: an .npz

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfl.config import PeerNode, RunConfig, parse_bytes
 from sfl.errors import ConfigError
-from sfl.models import build, model_spec
+from sfl.models import made, model_spec
 from sfl.schemes import Exchange, scheme
 from sfl.split_model import MAX_EVALUATION_BATCH, MAX_EVALUATION_BYTES, resolve_cut
 
@@ -78,11 +78,13 @@ def sizes_of(
     sample = 4 * math.prod(input_shape)
     try:
         with torch.device("meta"):
-            model = build(spec, input_shape, num_classes, seed=run.seed)
+            model = made(spec, input_shape, num_classes, seed=run.seed)
     except ConfigError:  # said when it is built; or it is a user's own, and needs its memory
+        model = None
+    if not isinstance(model, nn.Sequential):
         return Sizes(0, 0, sample, 0, 0, 0)
     is_cut = scheme(run.scheme).exchange is Exchange.CUT
-    front = model[:cut] if is_cut else model
+    front = nn.Sequential(*list(model)[:cut]) if is_cut else model
     whole, of_front = _weight_bytes(model), _weight_bytes(front)
     values = _values(model, input_shape)
     num_ours = len(list(_leaves(front)))

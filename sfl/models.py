@@ -152,16 +152,25 @@ def build(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -
     Raises:
         ConfigError: the model cannot be built for such data, or is no row of blocks.
     """
+    return check_row(made(spec, input_shape, num_classes, seed=seed))
+
+
+def made(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -> nn.Module:
+    """Return what a model's function makes, on the default device.
+
+    Raises:
+        ConfigError: it makes nothing for such data.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds.derive(seed, seeds.INITIAL_WEIGHTS))
         try:
-            model = spec.build(input_shape, num_classes)
+            model: nn.Module = spec.build(input_shape, num_classes)
         except (Exception, SystemExit) as error:  # a user's own function
             raise ConfigError(
                 f"the model cannot be built for samples of shape {list(input_shape)}"
                 f" and {num_classes} classes: {told(error)}"
             ) from error
-    return check_row(model)
+    return model
 
 
 def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sfl
 from sfl.check import check_disk
 from sfl.config import ClientNode, RunConfig, ServerNode
 from sfl.errors import ConfigError, RunError, quoted, shortened
@@ -141,14 +142,14 @@ def test_disk_advice_names_what_helps_and_was_not_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["run_server.py", "run_client.py"])
 def test_each_program_says_which_sfl_it_is(program: str) -> None:
     done = python(program, "--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "SFL 0.1.0\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"SFL {sfl.__version__}\n", "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [*(f"experiments.{name}" for name in PROGRAMS), "sfl.auth"])
 def test_each_study_says_which_sfl_it_is(program: str) -> None:
     done = python("-m", program, "--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "SFL 0.1.0\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"SFL {sfl.__version__}\n", "")
 
 
 def test_a_support_module_says_that_it_is_no_program() -> None:

@@ -77,6 +77,12 @@ def start_all(
     return servers, own
 
 
+def address_of(server: Program) -> str:
+    """Wait until a server listens, and return where."""
+    wait_for(server, "listening on ")
+    return re.search(r"listening on (\S+)", server.out)[1]
+
+
 def finish(programs: list[Program]) -> None:
     for program in programs:
         program.ended_with(0)
@@ -398,9 +404,8 @@ def test_a_client_that_wants_the_servers_apart_insists(launcher: Launcher) -> No
         (["--allow-weights", "gs://mine"], "but the server has the weights sent to it"),
     ):
         server = launcher.server("--clients", 1, *OPTIONS, "--port", 0)
-        wait_for(server, "listening on ")
-        address = re.search(r"listening on (\S+)", server.out)[1]
-        assert wanted in launcher.client("--server", address, *ALLOW, *own).ended_with(2)
+        client = launcher.client("--server", address_of(server), *ALLOW, *own)
+        assert wanted in client.ended_with(2)
         wait_for(server, f"{wanted}; its place is free")
 
 
@@ -443,10 +448,10 @@ def test_a_client_gives_its_weights_to_no_place_that_it_does_not_allow(
 ) -> None:
     place = address("gs", launcher.folder)
     for allow in ([], ["--allow-weights", "gs://another"], ["--allow-weights", f"{place}-x"]):
-        server = launcher.server("--clients", 1, "--weights", place, *OPTIONS)
-        client = launcher.client(*ALLOW, *allow)
+        server = launcher.server("--clients", 1, "--weights", place, *OPTIONS, "--port", 0)
+        client = launcher.client("--server", address_of(server), *ALLOW, *allow)
         assert "which this client does not allow" in client.ended_with(2)
-        server.ended_with(1)
+        wait_for(server, "its place is free")
 
 
 def test_a_client_has_its_own_path_to_a_shared_folder(launcher: Launcher) -> None:

@@ -193,6 +193,9 @@ def test_turns_do_not_unfold_what_a_client_claims() -> None:
         turns.done()
 
 
+NOT_FINITE = r"hold (NaN or infinity|numbers whose squares overflow)"
+
+
 @pytest.mark.parametrize("scheme", ["sflv1", "fl", "sync-sgd"])
 def test_a_simulation_that_diverges_says_so_and_goes_on(tmp_path: Path, scheme: str) -> None:
     options = {"scheme": scheme, "model": "mlp", "optimizer": "sgd", "lr": 1e20, "rounds": 1}
@@ -201,7 +204,7 @@ def test_a_simulation_that_diverges_says_so_and_goes_on(tmp_path: Path, scheme: 
     log = (folder / "server_log.txt").read_text()
     warned = [line for line in log.splitlines() if "warning: " in line]
     assert warned
-    assert all("hold NaN or infinity in round 1" in line for line in warned)
+    assert all(re.search(f"{NOT_FINITE} in round 1", line) for line in warned)
     assert len(warned) <= 3  # once a round for each client
 
 
@@ -253,8 +256,8 @@ def test_a_server_that_lets_nan_pass_says_so_once_a_round(launcher: Launcher) ->
     run = launcher.run(*options, "--batch-size", 200, "--on-nonfinite", "log", clients=2)
     log = (run / "server_log.txt").read_text()
     for r in (1, 2):
-        assert 1 <= log.count(f"hold NaN or infinity in round {r}\n") <= 2
+        assert 1 <= len(re.findall(f"{NOT_FINITE} in round {r}\n", log)) <= 2
     refused = launcher.server(*options, "--clients", 1, "--run", "s", "--batch-size", 200)
     client = launcher.client("--reconnect-timeout", 0)
-    assert "hold NaN or infinity: a lower --lr" in client.ended_with(1)
-    assert "hold NaN or infinity" in refused.out
+    assert re.search(f"{NOT_FINITE}: a lower --lr", client.ended_with(1))
+    assert re.search(NOT_FINITE, refused.ended_with(1))
