@@ -294,7 +294,7 @@ def test_own_images_are_counted_before_they_are_read(launcher: Launcher, tmp_pat
         client = launcher.client("--memory-limit", "900mb", "--data-dir", tmp_path / "data")
         wish = {"partition": "own", "model": "resnet18", "image_size": 4096, "batch_size": 1}
         _, answer = try_wish(listener, wish, process_of(client))
-    assert re.search(r"images 2,013 MB\); --memory-limit allows 900 MB", answer)
+    assert re.search(r"images 1,007 MB\); --memory-limit allows 900 MB", answer)
     client.ended_with(2)
 
 
