@@ -13,8 +13,6 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from sfl.cli import run_program
 
 if TYPE_CHECKING:
@@ -83,6 +81,8 @@ def main() -> None:
     check_all(study)
     total = len(study.runs) * run.rounds
     done = sum(is_done(study, r) for r in study.runs) * run.rounds
+    from tqdm import tqdm
+
     with tqdm(total=total, initial=done, unit="round", desc="all runs", disable=None) as bar:
 
         def on_round(of: RunConfig, line: str) -> None:

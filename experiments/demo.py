@@ -7,8 +7,6 @@ import csv
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sfl.cli import run_program
 from sfl.errors import ConfigError, RunError
 
@@ -26,6 +24,8 @@ def run_demo(rounds: int, out: Path) -> Path:
     common = ["--out", str(out)]
     with running([*options, *common]) as processes:
         processes.start_clients([processes.address] * NUM_CLIENTS, common)
+        from tqdm import tqdm
+
         with tqdm(total=rounds, unit="round", desc="training", disable=None) as bar:
             for line in processes.lines():
                 if line.startswith("round "):

@@ -46,7 +46,7 @@ PROBE_S = 10.0  # in which a server must answer
 RUN = ["--model", "lenet5", "--batch-size", "128", "--run", "r"]
 REFUSED_BYTES = 32 * 2**20  # by which a server may grow when it refuses a claim
 CLIENT_BYTES = 400 * 2**20  # by which a client may, which imports its libraries meanwhile
-SIGNS = (" is away", "the run failed", "Traceback")  # in a server's log
+SIGNS = (" is away", " is refused", "the run failed", "Traceback")  # in a server's log
 
 
 @dataclass

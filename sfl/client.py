@@ -271,7 +271,10 @@ def _find_folder(path: Path, welcome: Welcome) -> None:
             if not has_no_steps(path):
                 raise
     if not make_folder(path, CLIENT_LOG):
-        raise RunError(f"{path} exists: another client of this run wrote there; give another --out")
+        raise RunError(
+            f"{path} exists: another client of a run of this name wrote there, or this one did,"
+            " before the server began anew; give another --out, or let the server --resume"
+        )
 
 
 class _Loaded:

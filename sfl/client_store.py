@@ -11,14 +11,15 @@ from sfl.certificates import client_tls
 from sfl.config import ClientNode, PeerNode, RunConfig
 from sfl.driver import Conversation, run_blocking
 from sfl.errors import (
+    RECURRING,
     ConfigError,
     ConnectionLost,
     Damaged,
+    NotFinite,
     PeerFailed,
     ProtocolError,
     RunError,
     SflError,
-    StepFailed,
     quoted,
     reason_of,
 )
@@ -115,10 +116,10 @@ def _last_words(error: BaseException) -> MessageType:
     """Return how a client says why it ends: whether another try may go better."""
     if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
         return MessageType.UNREGISTER
-    if isinstance(error, ProtocolError):
+    if isinstance(error, ProtocolError) and not isinstance(error, NotFinite):
         return MessageType.INVALID_MESSAGE
     its_own_trouble = isinstance(error, SflError | OSError | MemoryError)
-    if isinstance(error, StepFailed) or not its_own_trouble:  # code that fails does so again
+    if isinstance(error, RECURRING) or not its_own_trouble:  # code that fails does so again
         return MessageType.FAILED
     return MessageType.ABORT
 

@@ -138,7 +138,7 @@ def server_train(
         yield from STEPS[row.exchange].server(party, plan, round_index)
     if party.backs and plan.leaves_no_trace(party.client):
         name = f"the server-side weights after client {party.client}'s steps"
-        party.check_finite(party.back.state().values(), name, at)
+        party.check_state(party.back.state(), name, at)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
@@ -152,7 +152,7 @@ def server_train(
     if data:  # else they went to the fed server
         of_whom = f"the weights of client {party.client}"
         front = decode_state(data, party.split.front_spec, of_whom)
-        party.check_finite(front.values(), of_whom, at)
+        party.check_state(front, of_whom, at)
     result = RoundResult(front, encode_state(front) if data else b"", seconds)
     # What is passed on is what came: it may be an object, whose checksum others compare.
     plan.end_turn(party.client, NamedWeights(name, bytes(data)))
@@ -176,7 +176,7 @@ def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conve
     if name := message.get("front", str):
         data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
         front = decode_state(data, party.split.front_spec, f"the weights {name}")
-        party.check_finite(front.values(), f"the weights {name}", message.at)
+        party.check_state(front, f"the weights {name}", message.at)
         party.front.load(front)
 
 

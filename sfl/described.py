@@ -42,7 +42,9 @@ def samples_of(value: object) -> dict[str, int]:
     """Return how many samples each part of a client's data has; some are for training."""
     if not isinstance(value, dict) or value.keys() != set(PARTS):
         raise ValueError("no numbers of samples")
-    if not all(map(is_count, value.values())) or not value["train"]:
+    if not all(map(is_count, value.values())):
+        raise ValueError(f"numbers of samples that are not 0 to {MAX_COUNT - 1}")
+    if not value["train"]:
         raise ValueError("no training samples")
     return value
 

@@ -75,6 +75,7 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         y, _ = decode_labels(party, labels.file, size)
         z, _ = decode_features(party, features, size, at)
         tally, logits = evaluate_step(party.back, z, y)
+        party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
         kept.add(y, logits)
         party.compute_s += time.perf_counter() - started
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
@@ -130,6 +131,7 @@ def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversati
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
     heard = _tally(message, party.num_samples[part])
+    party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
     if not heard.samples:
         return heard
     rows, classes = message.get("per_class", list), party.split.num_classes

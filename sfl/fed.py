@@ -240,7 +240,8 @@ class FedRounds:
         data = yield from store.get(WeightKey(name, at))
         of_whom = f"the weights of client {client}"
         state = decode_state(data, self.split.front_spec, of_whom)
-        check_finite(state.values(), of_whom, self.run.on_nonfinite, self.folder.events.say)
+        changing = self.split.changing(state)
+        check_finite(changing, of_whom, self.run.on_nonfinite, self.folder.events.say)
         if turns.in_order:
             relay.append(NamedWeights(name, encode_state(state)))
             turns.done()

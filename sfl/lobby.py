@@ -25,7 +25,6 @@ from sfl.errors import (
 )
 from sfl.link import ANY_ID, Link, last_words_for
 from sfl.places import Patience, Place, check_somebody_may_come, is_refusal
-from sfl.progress import Waits
 from sfl.protocol import Message, MessageType
 from sfl.registration import (
     HERE,
@@ -45,6 +44,7 @@ from sfl.transport import Connection
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
 NOTICE_EVERY_S = 30.0  # to those who wait
 GOODBYE_S = 10.0  # for whoever was lost when the run was over
+LINGER_S = 60.0  # for whoever is there, and does not take its leave
 SILENT_BEATS = 2  # that a client misses before another process may take its place
 TICK_S = 0.5  # how often to look at the time
 
@@ -78,7 +78,6 @@ class Lobby(Network):
         self._round = -1
         self._looked_at = 0.0
         self._noticed_at = time.monotonic()
-        self._waits = Waits(lambda link: self._place_of(link).step(self.run, self._round))
 
     # Before the start
 
@@ -93,7 +92,7 @@ class Lobby(Network):
             self._attend([], [])
         if self.past:
             for k in self.ids - self._ready():
-                place = self.places.setdefault(k, Place(lost_at=began_at, why="it did not come"))
+                place = self.places.setdefault(k, Place(why="it did not come"))
                 place.is_out = True
         else:
             self.places = {k: p for k, p in self.places.items() if p.is_here}
@@ -371,13 +370,10 @@ class Lobby(Network):
     def _client_of(self, connection: Connection) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)
 
-    def _place_of(self, connection: Connection) -> Place:
-        client = self._client_of(connection)
-        return Place() if client is None else self.places[client]
-
     def _look_at_the_time(self, links: Collection[Link]) -> None:
         """Turn away who does not register, drop who holds the round, say who is missing."""
-        self._looked_at = time.monotonic()
+        now = time.monotonic()
+        elapsed_s, self._looked_at = now - self._looked_at, now
         for connection in self.switchboard.connections:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
@@ -385,7 +381,8 @@ class Lobby(Network):
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.switchboard.drop(connection, reason, MessageType.TRY_AGAIN)
         if self._has_begun:
-            self._see_who_holds_the_round(links)
+            # Only time in which we wait counts: not that of our own arithmetic.
+            self._see_who_holds_the_round(links, min(elapsed_s, 2 * TICK_S))
             if not self._ends:
                 check_somebody_may_come(self.places.values())
         if time.monotonic() - self._noticed_at > NOTICE_EVERY_S:
@@ -396,19 +393,22 @@ class Lobby(Network):
                 self._notify()
             self._noticed_at = time.monotonic()
 
-    def _see_who_holds_the_round(self, links: Collection[Link]) -> None:
+    def _see_who_holds_the_round(self, links: Collection[Link], elapsed_s: float) -> None:
         """Drop clients of whom the round waits for a message, and that make no progress."""
-        limit = None if self._ends else self.patience.skip_after_s
-        for connection, waited_s in self._waits.look(links, time.monotonic()).items():
-            client = self._client_of(connection)
-            if limit and client is not None and waited_s > limit:
-                why = f"client_{client} made no progress for {waited_s:.0f} seconds"
+        limit = LINGER_S if self._ends else self.patience.skip_after_s
+        for client, place in self.places.items():
+            link, waits = place.link if place.ready else None, place.link in links
+            step = place.step(self.run, self._round)
+            place.clock.look(link, step, waits=waits, elapsed_s=elapsed_s)
+            if limit and waits and place.clock.idle_s > limit:
+                why = f"client_{client} made no progress for {place.clock.idle_s:.0f} seconds"
                 self.lost(client, ConnectionLost(why))
-                self.places[client].lost_at -= waited_s
                 self._changes.append((client, False))
 
     def start_round(self, round_index: int) -> None:
         self._round = round_index
+        for place in self.places.values():
+            place.clock.start_round(place.link if place.ready else None)
 
     def expect(self, at_once: int) -> None:
         self.switchboard.expect(at_once)
@@ -431,7 +431,7 @@ class Lobby(Network):
         if place.link:
             self._joining.pop(place.link, None)
             self.switchboard.drop(place.link, str(error), last_words_for(error))
-        place.free(error, time.monotonic())
+        place.free(error)
         free = "" if self._has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")
         if not place.is_out:
@@ -444,7 +444,7 @@ class Lobby(Network):
 
     def gives_up(self, client: int) -> bool:
         place, limit = self.places[client], self.patience.skip_after_s
-        waits = not place.refused and limit and time.monotonic() - place.lost_at < limit
+        waits = not place.refused and limit and place.clock.idle_s < limit
         if place.is_here or not limit or waits:
             return False
         place.is_out = len(self._ready()) >= self.patience.min_clients

@@ -161,6 +161,7 @@ def made(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) ->
     Raises:
         ConfigError: it makes nothing for such data.
     """
+    dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds.derive(seed, seeds.INITIAL_WEIGHTS))
         try:
@@ -170,6 +171,8 @@ def made(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) ->
                 f"the model cannot be built for samples of shape {list(input_shape)}"
                 f" and {num_classes} classes: {told(error)}"
             ) from error
+        finally:
+            torch.set_default_dtype(dtype)  # which a user's own function may have changed
     return model
 
 

@@ -143,6 +143,8 @@ class Directory:
             metadata = strict_json.loads(read_plain(_about(file)))
         except FileNotFoundError:
             return None
+        except IsADirectoryError as error:
+            raise IntegrityError(f"{self.title}/{path}: is a folder") from error
         except OSError as error:
             raise RunError(f"cannot read {self.title}/{path}: {error.strerror}") from error
         except ValueError as error:

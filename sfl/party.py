@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sfl.archive import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
@@ -73,6 +74,14 @@ class Party:
 
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
+
+    def check_state(self, state: Mapping[str, Tensor], name: str, at: Position) -> None:
+        """Do as ``check_finite``, for weights."""
+        self.check_finite(self.split.changing(state), name, at)
+
+    def check_loss(self, losses: float | Tensor, of_what: str, at: Position) -> None:
+        """Do as ``check_finite``, for a loss, or several: (N,), that a peer tells or makes."""
+        self.check_finite([torch.as_tensor(losses)], f"the losses of {of_what}", at)
 
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
         """See before its update that all that a step gave a segment is finite, or warn.

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from sfl.allowance import Allowance
 from sfl.config import RunConfig
+from sfl.data import num_batches
 from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
 from sfl.party import TEST, TRAIN, VALIDATION
-from sfl.progress import Step
+from sfl.progress import NO_STEP, Clock, Step
 from sfl.registration import Joined
 from sfl.schemes import Exchange, scheme
 from sfl.switchboard import DrainedConnection
@@ -15,6 +16,7 @@ from sfl.switchboard import DrainedConnection
 # How often a place may be taken over from a connection that is open, and how often a free one may
 # be taken: so often at once, then every so many seconds. A flaky link needs far less.
 TAKEN_OVER, TAKEN = (8, 3.0), (200, 0.1)
+LEAST_EVALUATED = 32  # samples of a batch of validation or test: fewer than there are
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Place:
     link: DrainedConnection | None = None
     ready: bool = False  # its data are loaded
     joined: Joined | None = None  # what it was when it was last ready
-    lost_at: float = 0.0
+    clock: Clock = field(default_factory=Clock)
     why: str = ""  # it is away
     is_out: bool = False  # the rounds go on without it until it is back
     refused: bool = False  # what it did was wrong: the same again is of no use
@@ -47,10 +49,10 @@ class Place:
     def is_here(self) -> bool:
         return self.ready and self.link is not None
 
-    def free(self, error: SflError, now: float) -> None:
+    def free(self, error: SflError) -> None:
         """Take note that the client is lost, has failed, or was refused."""
         self.refused, self.recurs = not isinstance(error, PASSING), isinstance(error, RECURRING)
-        self.link, self.ready, self.lost_at, self.why = None, False, now, str(error)
+        self.link, self.ready, self.why = None, False, str(error)
 
     def step(self, run: RunConfig, round_index: int) -> Step:
         """Return the step of a round that the client says it is at; no more steps than it has.
@@ -59,10 +61,11 @@ class Place:
         """
         alone = scheme(run.scheme).exchange is Exchange.NOTHING
         if not (alone and self.joined and self.link):
-            return -1, -1
+            return NO_STEP
         samples, at = self.joined.data.num_samples, self.link.peer_at
-        most = samples[TRAIN] * run.local_epochs + samples[VALIDATION] + samples[TEST]
-        return (at.round, at.step) if at.round == round_index and at.step <= most else (-1, -1)
+        most = num_batches(samples[TRAIN], run.batch_size) * run.local_epochs
+        most += sum(samples[part] // LEAST_EVALUATED + 1 for part in (VALIDATION, TEST))
+        return (at.round, at.step) if at.round == round_index and at.step <= most else NO_STEP
 
 
 def check_somebody_may_come(places: Iterable[Place]) -> None:

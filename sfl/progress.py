@@ -1,50 +1,57 @@
-"""How long a round has waited for each client without progress.
+"""How long a round has waited for a client without progress.
 
-Signs of life are no progress: a client that is only alive would hold a round for ever. Progress is
-a message; a file that grows, in either direction, at ``LEAST_RATE``; or a later step, which a
-client that trains alone names in its heartbeats.
+Signs of life are no progress, and neither is coming back: a client that does no more would hold a
+round for ever. Progress is a message further than any before in the round; or a later step, which a
+client that trains alone names in its heartbeats. While a client redoes its steps, or a file grows
+at ``LEAST_RATE``, in either direction, the clock stands still.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-
-from sfl.link import Link
 from sfl.transport import Connection
 
-LEAST_RATE = 1000.0  # bytes a second: ten times less than a modem
+LEAST_RATE = 1000.0  # bytes a second: several times less than a modem
+BURST_S = 10.0  # for which a file that came faster may stall
 Step = tuple[int, int]  # round, step
+NO_STEP: Step = (-1, -1)
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Where a client was when it last made progress."""
+class Clock:
+    """For how long a round has waited for one client, over all its connections."""
 
-    since: float
-    messages: int
-    moved: int
-    step: Step
+    def __init__(self) -> None:
+        self._connection: Connection | None = None
+        self._before = 0  # messages of this connection before the round
+        self.start_round(None)
 
+    def start_round(self, connection: Connection | None) -> None:
+        """Begin anew; ``connection`` is the client's, if it is there."""
+        self.idle_s = 0.0
+        self._furthest = 0  # most messages of one connection in the round
+        self._step = NO_STEP
+        self._connect(connection, 0 if connection is None else connection.num_came)
 
-class Waits:
-    """The clients that a round waits for, each with the time of its last progress."""
+    def _connect(self, connection: Connection | None, before: int) -> None:
+        self._connection, self._before, self._came, self._credit_s = connection, before, 0, 0.0
+        self._moved = 0 if connection is None else connection.bytes_moved
 
-    def __init__(self, step_of: Callable[[Connection], Step]) -> None:
-        """``step_of`` returns the step that a client credibly says it is at."""
-        self._step_of = step_of
-        self._marks: dict[Connection, _Mark] = {}
+    def look(
+        self, connection: Connection | None, step: Step, *, waits: bool, elapsed_s: float
+    ) -> None:
+        """Let time pass for a client that is there, at a step that it names, or is not there.
 
-    def look(self, links: Collection[Link], now: float) -> dict[Connection, float]:
-        """Return for how many seconds each of ``links`` has kept us waiting; ask now and then."""
-        connections = [link for link in links if isinstance(link, Connection)]
-        self._marks = {c: self._mark(c, now) for c in connections}
-        return {c: now - mark.since for c, mark in self._marks.items()}
-
-    def _mark(self, connection: Connection, now: float) -> _Mark:
-        messages, moved = connection.counters.messages_received, connection.bytes_moved
-        mark, step = self._marks.get(connection), self._step_of(connection)
-        if mark is not None:
-            grown = moved - mark.moved
-            grows = grown > 0 and grown >= LEAST_RATE * (now - mark.since)
-            if messages == mark.messages and step <= mark.step and not grows:
-                return mark
-        return _Mark(now, messages, moved, step)
+        ``waits``: whether the round waits for its message.
+        """
+        if connection is None:
+            self.idle_s += elapsed_s
+            return
+        if connection is not self._connection:
+            self._connect(connection, 0)
+        came, moved = connection.num_came - self._before, connection.bytes_moved
+        goes_on, grown = came > self._came, moved - self._moved
+        self._came, self._moved = came, moved
+        if came > self._furthest or step > self._step:
+            self.idle_s, self._credit_s = 0.0, 0.0
+            self._furthest, self._step = max(came, self._furthest), max(step, self._step)
+        elif waits and not goes_on:
+            self._credit_s = min(self._credit_s + grown / LEAST_RATE, BURST_S) - elapsed_s
+            self.idle_s += max(-self._credit_s, 0.0)
+            self._credit_s = max(self._credit_s, 0.0)

@@ -293,8 +293,7 @@ class Rounds:
         if in_process or self.run.on_nonfinite != REJECT:
             return
         for name, half in halves.items():
-            before = self.halves[name].state  # a mask of -inf was there before
-            if not are_finite(t for n, t in half.state.items() if are_finite([before[n]])):
+            if not are_finite(self.split.changing(half.state)):
                 raise RunError(
                     f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
                     f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"

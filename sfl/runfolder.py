@@ -55,6 +55,7 @@ def create_run_folder(parent: Path, name: str) -> Path:
     return path
 
 
+WATCHED = ("models", "client_files", "checkpoints", "rounds")  # beside the folder and its log
 SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
 FIRST_STEP = "training begins: the first step is taken"  # in either
 # What lies in a run's folder, on server or client, before the first step is taken.
@@ -189,6 +190,9 @@ class RunFolder:
 
         A file that is open takes what is written, whether somebody can still find it or not.
         """
+        for name in WATCHED:  # which are made while the run goes on
+            if (which := which_file(self.path / name)) is not None:
+                self.known.setdefault(self.path / name, which)
         missing = [path for path, which in self.known.items() if which != which_file(path)]
         if not missing:
             return ""

@@ -6,9 +6,11 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -193,6 +195,8 @@ class Segment:
     def _seed_block(self, at: Position, index: int) -> None:
         seed = seeds.derive(self._run.seed, seeds.BLOCK, at.round, at.client, at.step, index)
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)  # a user's own block may draw from any of them
+        np.random.seed(seed % 2**32)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
@@ -257,7 +261,8 @@ class Segment:
         if self._run.clip_norm:
             for half in self._halves():
                 nn.utils.clip_grad_norm_(half, self._run.clip_norm)
-        take_step(self._optimizer)
+        with computing(f"the optimiser's step fails from block {self._first_block} on"):
+            take_step(self._optimizer)
 
     def _halves(self) -> Iterator[list[nn.Parameter]]:
         """Yield the parameters in front of the run's cut, and those behind it, if any.

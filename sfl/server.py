@@ -241,7 +241,10 @@ def _check_place(
     if place is not None:
         place.check()
         events.say(f"weights go through {place.title}")
-        for name in place.names(f"{run.run}/") if anew else ():
+        found = place.names(f"{run.run}/") if anew else []
+        if any(name.startswith(f"{run.run}/round_") for name in found):
+            raise ConfigError(f"{place.title} has rounds of a run {run.run}; give another --run")
+        for name in found:
             place.delete(name)
     return place
 

@@ -190,9 +190,10 @@ class SharedWeights:
         while (found := self._objects.read(path, self._most_bytes)) is None:
             waited_s = time.monotonic() - started
             if waited_s > self._patience_s:
-                raise RunError(
-                    f"{self._objects.title}/{path} did not come within {self._patience_s:g} seconds"
-                )
+                why = f"{self._objects.title}/{path} did not come within {self._patience_s:g}"
+                if self._link is not None:  # who announced it is to blame
+                    raise ProtocolError(f"{why} seconds after {self._link.peer_title} stored it")
+                raise RunError(f"{why} seconds")
             if waited_s > SAY_AFTER_S and not said:
                 said = True
                 self._say(f"waiting for {self._objects.title}/{path}")

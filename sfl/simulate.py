@@ -113,8 +113,9 @@ class LocalNetwork(Network):
         self._clients[link] = conversation
 
     def start_round(self, round_index: int) -> None:
-        for away in self._away:
+        for away in tuple(self._away):
             if away.back == round_index and away.client in self._out:
+                self._away.remove(away)  # it is over
                 self._out.remove(away.client)
                 self.bring_back(away.client)
 

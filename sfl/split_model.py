@@ -17,7 +17,14 @@ from sfl.payload import MakeStore
 from sfl.protocol import Limits, MessageType
 from sfl.schemes import Exchange, scheme
 from sfl.segment import Segment
-from sfl.tensors import StateSpec, TensorSpec, max_file_bytes, max_state_bytes, state_spec
+from sfl.tensors import (
+    StateSpec,
+    TensorSpec,
+    are_finite,
+    max_file_bytes,
+    max_state_bytes,
+    state_spec,
+)
 from sfl.trial import Trial, sample_specs, where_to_cut
 
 # Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
@@ -73,6 +80,8 @@ class SplitModel:
             )
         self._segments = split(model, *self.cuts)  # these keep the initial weights
         check_apart(self._segments)
+        states = (item for s in self._segments for item in s.state_dict().items())
+        self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
         self.entries = Entries.of(self._segments)
         self._first_blocks = (0, *self.cuts)
         self.input_shape, self.num_classes = input_shape, num_classes
@@ -133,6 +142,15 @@ class SplitModel:
     def structure(self) -> tuple[str, ...]:
         """The digests of the model as it was built, see ``sfl.structure``."""
         return self._structure()
+
+    def changing(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the tensors of a state, but for those that are as the model began with them and
+        are not finite: masks of -inf.
+        """
+        for name, tensor in state.items():
+            began = self._masks.get(name)
+            if began is None or not torch.equal(tensor.cpu(), began):
+                yield tensor
 
     @property
     def front_spec(self) -> StateSpec:

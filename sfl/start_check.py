@@ -6,7 +6,7 @@ block keeps between calls, what passes a cut by another way than the tensor that
 
 from collections.abc import Callable
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, SflError, told
 from sfl.split_model import SplitModel
 from sfl.trial import Made, Trial
 
@@ -22,6 +22,15 @@ def check_model(split: SplitModel) -> None:
     Raises:
         ConfigError: they cannot, or they would compute something else than the model as a whole.
     """
+    try:
+        _check(split)
+    except (SflError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what copies, moves and loads the blocks of a user's own
+        raise ConfigError(f"the model cannot be tried on a few samples: {told(error)}") from error
+
+
+def _check(split: SplitModel) -> None:
     used = split.trial()
     used.train(NUM_SAMPLES, backward=True)
     used.evaluate(NUM_SAMPLES)

@@ -301,6 +301,7 @@ def server_gradient_steps(
                 grads = decode_state(message.payload, spec, name)
                 party.check_finite(grads.values(), name, at)
                 figures = _figures(message, own[1])
+                party.check_loss(figures.loss, link.peer_title, at)
                 pool.add(party.client, grads, own[1])
                 if party.archive.records(at.round):
                     party.record_gradients(at, own[1], encode_state(grads))
@@ -335,7 +336,9 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     spec = party.split.figures_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
     sizes = step_sizes(party.num_samples[TRAIN], party.run)
-    party.watcher.steps(party.client, checked_steps(table, sizes))
+    steps = checked_steps(table, sizes)
+    party.check_loss(table[:, 0], link.peer_title, party.at(round_index))
+    party.watcher.steps(party.client, steps)
 
 
 class Ends(NamedTuple):

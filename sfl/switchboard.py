@@ -150,6 +150,7 @@ class DrainedConnection(Connection):
         Return whether there is no place for more: then nothing is read until some are taken.
         """
         self.counters.messages_received += len(came)
+        self.num_came += len(came)
         with self._lock:
             if came and not self._discards:
                 now = time.monotonic_ns()

@@ -265,6 +265,7 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     So none holds NaN or infinity, nor numbers so large that a norm, a variance or Adam's second
     moment overflows: a plain check lets those pass, and they spoil the weights for good.
     """
-    flat = (t.detach().reshape(-1).float() for t in tensors if t.is_floating_point())
+    dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
+    flat = (t.detach().reshape(-1).float() for t in dense if t.is_floating_point())
     squares = [torch.dot(values, values) for values in flat]
     return not squares or bool(torch.stack(squares).isfinite().all())

@@ -65,6 +65,7 @@ class Connection(Link):
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self.bytes_moved = 0  # in both directions, apart from signs of life
+        self.num_came = 0  # messages, where they are read ahead
         self.peer_at = Position()  # where the peer says that it is in the run
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
@@ -257,6 +258,8 @@ class Connection(Link):
     def part(self) -> None:
         """Close after our last message: what the peer still sends is read and thrown away."""
         self._stream.shut_sending()
+        with contextlib.suppress(OSError):
+            self._stream.set_timeout(FAREWELL_S)
         deadline, unread = time.monotonic() + FAREWELL_S, memoryview(bytearray(65536))
         with contextlib.suppress(OSError), self.aside():
             while time.monotonic() < deadline and self._stream.receive_into(unread):
