@@ -183,7 +183,7 @@ class RunFolder:
     path: Path
     archive: ArchiveWriter
     events: EventLog
-    known: Mapping[Path, object]  # what a run cannot do without, and which file each was
+    known: dict[Path, object]  # what a run cannot do without, and which file each was
 
     def gone(self) -> str:
         """Say what has been removed or renamed since the folder was opened; "" if nothing was.

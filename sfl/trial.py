@@ -237,8 +237,8 @@ class Trial:
             for name, parameter in segment.blocks.named_parameters():
                 if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                     raise ConfigError(
-                        f"block {name.split('.')[0]!r} of the model gives {name!r} a sparse gradient,"
-                        " which cannot be averaged or sent: leave out sparse=True"
+                        f"block {name.split('.')[0]!r} of the model gives {name!r} a sparse"
+                        " gradient, which cannot be averaged or sent: leave out sparse=True"
                     )
             if is_cut_off or (index and grad is None):
                 where = _backward_fault(segment, inputs[index], needs_gradient=True)

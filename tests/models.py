@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "of_this_machine", "refusing_large", "slow", "with_huge_layer"]
+__all__ = ["bn_dropout", "masked", "of_this_machine", "refusing_large", "slow", "with_huge_layer"]
 VARIANT = "SFL_TEST_VARIANT"  # how this machine's code differs from the others'
 
 
@@ -93,3 +93,19 @@ class _Slow(nn.Module):
 def slow(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """Return a model that takes its time for each batch."""
     return nn.Sequential(_Slow(), nn.Linear(784, num_classes))
+
+
+class _Masked(nn.Module):
+    """Keeps a mask of minus infinity, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.mask.exp().sum() - 1
+
+
+def masked(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model with a mask that is not finite."""
+    return nn.Sequential(nn.Flatten(), _Masked(), nn.Linear(784, num_classes))

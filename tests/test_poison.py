@@ -4,6 +4,7 @@ The run is then that of a simulation in which the client is away from that step 
 """
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.test_recovery import ALLOW, RUN, STEPS, options_of, reference
 SKIP = ["--on-missing", "skip", "--round-timeout", 600]
 HUGE = "tests.models:with_huge_layer"
 BAND = "tests.models:refusing_large"
+MASKED = "tests.models:masked"
 
 
 def poisoned(launcher: Launcher, text: str, *options: object) -> Program:
@@ -51,7 +53,7 @@ def attacked(launcher: Launcher, run: dict[str, object], text: str) -> tuple[Pro
         ("sflv2", "SEND_MODEL:1.-1", STEPS), ("fl", "SEND_MODEL:1.-1", STEPS),
         ("sl", "TRAINING_FEATURES:1.2", 2), ("sflv1", "TRAINING_FEATURES:1.0", 0),
         ("sflv2", "TRAINING_FEATURES:1.2", 2), ("sflv3", "TRAINING_FEATURES:1.5", 5),
-        ("sync-sgd", "TRAINING_GRADS:1.2", 2),
+        ("sync-sgd", "TRAINING_GRADS:1.2", 2), ("fl", "TRAINING_FIGURES:1.-1", STEPS),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("state", ["keep"])
@@ -59,8 +61,9 @@ def test_poison_is_as_if_its_sender_had_left(
     launcher: Launcher, tmp_path: Path, scheme: str, message: str, step: int, state: str
 ) -> None:
     run = RUN | {"scheme": scheme, "optimizer_state": state, "optimizer": "adam"}
-    server, attacker = attacked(launcher, run, f"{message}:3e38")
-    assert "squares overflow" in attacker.ended_with(1)
+    value = "nan" if "FIGURES" in message else "3e38"
+    server, attacker = attacked(launcher, run, f"{message}:{value}")
+    assert re.search("squares overflow|hold NaN", attacker.ended_with(1))
     assert "client_1 is refused: " in server.out
     assert "going on without client_1: " in server.out
     whole = reference(tmp_path / "whole", run, [Away(1, 1, step)])
@@ -111,7 +114,8 @@ def test_a_refused_client_that_is_waited_for_may_be_started_anew(
 
 
 @pytest.mark.parametrize(
-    ("missing", "scheme", "count"), [("wait", "sflv1", 1), ("wait", "fl", 2), ("skip", "sflv2", 2)]
+    ("missing", "scheme", "count"),
+    [("wait", "sflv1", 1), ("wait", "fl", 2), ("skip", "sflv2", 2), ("wait", "sync-sgd", 2)],
 )
 def test_a_server_ends_when_each_client_would_fail_again(
     launcher: Launcher, missing: str, scheme: str, count: int
@@ -133,6 +137,22 @@ def test_a_client_whose_own_model_fails_is_not_waited_for(launcher: Launcher) ->
     why = "block 2 (_RefusesLarge) cannot train on a batch of 200: ValueError: too large"
     assert why in client.ended_with(1)
     assert f"client_0 failed: {why}" in server.ended_with(1)
+
+
+def test_a_mask_of_infinity_in_the_model_is_no_poison(launcher: Launcher) -> None:
+    for cut in (1, 2):  # it lies behind the cut, then in front
+        options = ["--model", MASKED, "--cut", cut, "--scheme", "sl", "--batch-size", 400]
+        allow = ["--allow-import", MASKED]
+        launcher.run(*options, "--rounds", 1, clients=1, client_options=allow)
+        launcher.folder /= f"after_{cut}"
+        launcher.folder.mkdir()
+
+
+def test_a_client_that_was_away_may_be_back_in_the_next_round(tmp_path: Path) -> None:
+    run = {"model": "mlp", "batch_size": 400, "clients": 3, "rounds": 3, "run": "r"}
+    folder = reference(tmp_path, run, [Away(1, 1, 1, back=2)])
+    rows = csv.DictReader((folder / "rounds.csv").read_text().splitlines())
+    assert ["1" in row["took_part"].split(";") for row in rows] == [True, False, True]
 
 
 # The arithmetic

@@ -65,6 +65,24 @@ def test_a_client_that_makes_no_progress_does_not_hold_the_round(
         program.ended_with(0)
 
 
+def test_a_client_that_only_comes_back_does_not_hold_the_round(launcher: Launcher) -> None:
+    run = ["--model", "mlp", "--partition", "own", "--batch-size", 4, "--clients", 2]
+    server = launcher.server(*run, "--rounds", 2, "--run", "r", *SKIP)
+    wait_for(server, "listening")
+    data = write_bystander(launcher.folder / "bystander")
+    honest = launcher.client("--client-id", 1, "--data-dir", data)
+    target = Target("127.0.0.1", launcher.port)
+    for _ in range(60):
+        with contextlib.suppress(SflError, OSError), target.reach() as stream:
+            Insider(stream)
+            time.sleep(0.2)  # how long it stays
+        if "going on without client_0" in server.out:
+            break
+    assert "going on without client_0" in server.out
+    for program in (server, honest):
+        program.ended_with(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fl", "sl"])
 def test_whoever_makes_progress_is_waited_for(launcher: Launcher, scheme: str) -> None:

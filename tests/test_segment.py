@@ -1,7 +1,9 @@
 """A part of the model: modes, random draws, gradients."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,6 +78,19 @@ def test_what_is_hung_onto_a_module_draws_the_same_each_time() -> None:
     ours, z = segment(layer), torch.randn(8, 4)
     first = ours.forward(z, AT)
     torch.rand(7)
+    assert torch.equal(ours.forward(z, AT), first)
+
+
+class _Drawing(nn.Module):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z * (random.random() + float(np.random.rand()))
+
+
+def test_a_block_that_draws_from_pythons_generators_draws_the_same_each_time() -> None:
+    ours, z = segment(_Drawing()), torch.randn(8, 4)
+    first = ours.forward(z, AT)
+    random.random()
+    np.random.rand()
     assert torch.equal(ours.forward(z, AT), first)
 
 

@@ -158,6 +158,24 @@ def test_a_folder_in_which_no_step_was_taken_is_taken_over(launcher: Launcher) -
     assert log.count("listening on") == 2
 
 
+def test_weights_of_a_finished_run_are_not_taken_over(launcher: Launcher) -> None:
+    """Another --out, the same name in the same place, and a start that failed."""
+    place = launcher.folder / "shared"
+    weights = ["--weights", f"dir:{place}", "--run", "r", "--clients", 1, "--rounds", 1, *FAST]
+    server = launcher.server(*weights)
+    client = launcher.client("--allow-weights", f"dir:{place}")
+    for program in (server, client):
+        program.ended_with(0)
+    kept = sorted(place.rglob("*.pt"))
+    elsewhere = ["--out", launcher.folder / "elsewhere"]
+    server = launcher.server(*weights, *elsewhere)
+    wait_for(server, "listening")
+    send_signal(server, signal.SIGKILL)
+    server.process.join()
+    assert "has rounds of a run r" in launcher.server(*weights, *elsewhere).ended_with(2)
+    assert sorted(place.rglob("*.pt")) == kept
+
+
 def test_what_lies_in_a_folder_tells_whether_a_step_was_taken(
     launcher: Launcher, tmp_path: Path
 ) -> None:
