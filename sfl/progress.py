@@ -30,7 +30,9 @@ class Clock:
         self._connect(connection, 0 if connection is None else connection.num_came)
 
     def _connect(self, connection: Connection | None, before: int) -> None:
-        self._connection, self._before, self._came, self._credit_s = connection, before, 0, 0.0
+        self._connection, self._before, self._credit_s = connection, before, 0.0
+        # To have come, and said what it is, is no going on.
+        self._came = 0 if connection is None else connection.num_came - before
         self._moved = 0 if connection is None else connection.bytes_moved
 
     def look(

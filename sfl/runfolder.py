@@ -212,7 +212,7 @@ class RunFolder:
 def open_folder(path: Path, log_name: str, keep: KeepModels) -> Iterator[RunFolder]:
     """Open the log and the archive of a folder that exists; both are closed at the end."""
     with EventLog(path / log_name) as events, ArchiveWriter(path, keep.tensors, keep) as archive:
-        known = {place: which_file(place) for place in (path, path / log_name)}
+        known: dict[Path, object] = {p: which_file(p) for p in (path, path / log_name)}
         yield RunFolder(path, archive, events, known)
 
 
