@@ -355,7 +355,16 @@ def measured_server(out: Path, options: list[str]) -> Iterator[tuple["Target", i
 
 def greedy(out: Path) -> int:
     """Take the memory of servers and of clients; print it, and return how many gave too much."""
-    from experiments.memory_attacks import CLAIMS, GREEDY, WISHES, try_claim, try_greed
+    from experiments.memory_attacks import (
+        CLAIMS,
+        CUT,
+        GREEDY,
+        SERVER,
+        WISHES,
+        try_claim,
+        try_greed,
+        try_own_place,
+    )
 
     print(f"\n{'who takes memory':50s} {'grown by':>9s} {'bound':>9s}  the answer", flush=True)
     num_over = 0
@@ -369,6 +378,8 @@ def greedy(out: Path) -> int:
     for name, greed in GREEDY.items():
         with measured_server(out, greed.server) as (target, process):
             row(name, greed.bound_bytes, *try_greed(target, process, greed))
+    with measured_server(out, [*SERVER, *CUT]) as (target, process):
+        row("its own place, 200 times", REFUSED_BYTES, *try_own_place(target, process))
     for name, (options, claim) in CLAIMS.items():
         with measured_server(out, options) as (target, process):
             row(name, REFUSED_BYTES, *try_claim(target, claim, process))

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.attacks import FEATURES, LABELS, NUM_CLASSES, SHAPE, Claim, Insider, Target, heard
+from experiments.attacks import (
+    FEATURES,
+    LABELS,
+    NUM_CLASSES,
+    SHAPE,
+    Claim,
+    Insider,
+    Target,
+    heard,
+    takes_its_own_place,
+)
 from sfl.claims import MOST_STEPS
 from sfl.config import RunConfig
 from sfl.conversation import SECONDS_WIDTH, TIMES
@@ -209,6 +219,13 @@ def try_greed(target: Target, process: int, greed: Greed) -> tuple[int, str]:
         before = peak_bytes(process)
         answer = greed.do(insider)
         return peak_bytes(process) - before, answer
+
+
+def try_own_place(target: Target, process: int) -> tuple[int, str]:
+    """Take one's own place over and over; return how much the server has grown, and its answer."""
+    before = peak_bytes(process)
+    answer = takes_its_own_place(target)
+    return peak_bytes(process) - before, answer
 
 
 # What a server names that a client would allocate for.

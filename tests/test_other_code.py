@@ -86,7 +86,7 @@ def test_the_same_code_is_not_warned_about(launcher: Launcher) -> None:
 def test_a_client_of_another_release_is_warned_about(launcher: Launcher) -> None:
     """What it computes with is ``x`` for all else; of SFL 0.1 it did not say so."""
     own = ["--partition", "own", "--batch-size", 4, "--clients", 1, "--rounds", 1]
-    server = launcher.server("--model", "mlp", *own)
+    server = launcher.server("--model", "mlp", *own, "--peer-timeout", 2)
     wait_for(server, "listening")
     try_insider(Target("127.0.0.1", launcher.port), lambda insider: None)
     wait_for(server, f"warning: client_0 has sfl 0.1.0 against {__version__} of the server")
