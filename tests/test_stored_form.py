@@ -66,6 +66,10 @@ def test_what_another_torch_writes_is_recorded_as_ours(
     insider.send(MessageType.TRAINING_LABELS, as_another_writes(encode(Y)))
     insider.send(MessageType.TRAINING_FEATURES, as_another_writes(encode(Z)))
     insider.link.receive_file(MessageType.TRAINING_GRADS)
+    (server,) = launcher.programs
+    while not list(launcher.folder.rglob("grads_0_0.pt")):  # recorded behind the answer
+        server.process.join(0.02)
+        assert server.process.is_alive(), server.err
     folder = stop(launcher)
     assert (folder / "labels_0_0.pt").read_bytes() == encode(Y)
     assert (folder / "split_layer_tensor_0_0.pt").read_bytes() == encode(Z)
@@ -92,5 +96,5 @@ def test_a_pickle_in_front_of_the_right_labels_is_refused(
     insider.send(MessageType.TRAINING_LABELS, EVIL + encode(Y))
     with pytest.raises(PeerFailed, match="the labels of client 0: has bytes before its record"):
         insider.link.receive_file(MessageType.TRAINING_GRADS)
-    wait_for(launcher.programs[0], "waiting for client_0")
+    wait_for(launcher.programs[0], "waiting for a corrected client_0")
     assert not list(stop(launcher).parent.rglob("*.pt"))
