@@ -115,6 +115,8 @@ def test_what_is_not_finite_is_found() -> None:
         assert not are_finite([*fine, torch.tensor(wrong)])
         assert not are_finite([torch.tensor(wrong).double(), *fine])
     assert not are_finite([torch.tensor([inf]).half()])
+    assert are_finite([torch.tensor([0.0, 1.0]).to_sparse()])
+    assert not are_finite([torch.tensor([0.0, inf]).to_sparse()])
 
 
 def test_reading_takes_no_more_memory_than_a_few_times_the_file() -> None:
