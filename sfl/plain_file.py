@@ -30,7 +30,7 @@ def read_plain(path: Path, offset: int = 0, num_bytes: int | None = None) -> byt
 def which_file(path: Path) -> tuple[int, int] | None:
     """Return which file or folder lies under a name, whatever it is called; None if none does."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)  # a link to it is another one
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "masked", "of_this_machine", "refusing_large", "slow", "with_huge_layer"]
+__all__ = ["bn_dropout", "cubing_large", "masked", "of_this_machine", "refusing_large", "slow",
+           "with_huge_layer"]  # fmt: skip
 VARIANT = "SFL_TEST_VARIANT"  # how this machine's code differs from the others'
 
 
@@ -61,6 +62,20 @@ def with_huge_layer(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequen
         huge.weight.mul_(1e4)
     norm = nn.BatchNorm1d(32)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), huge, norm, nn.Linear(32, num_classes))
+
+
+class _CubesLarge(nn.Module):
+    """Passes on what it is given, but makes large numbers far larger."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z + torch.relu(z.abs() - 1e3) ** 3
+
+
+def cubing_large(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model behind whose cut large activations, though finite, give no finite loss."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 32), _CubesLarge(), nn.Linear(32, num_classes)
+    )
 
 
 class _RefusesLarge(nn.Module):

@@ -313,6 +313,17 @@ class Keeps(nn.Module):
         return out[:, -1]
 
 
+def sparse(shape: Shape, classes: int) -> nn.Sequential:
+    words = nn.Embedding(2, 16, sparse=True)
+    look_up = nn.Sequential(Apply(lambda x: (x > 0).long()), words, nn.Flatten())
+    return nn.Sequential(nn.Flatten(), look_up, nn.Linear(784 * 16, classes))
+
+
+def of_another_dtype(shape: Shape, classes: int) -> nn.Sequential:
+    torch.set_default_dtype(torch.float64)
+    return around()
+
+
 def keeps(shape: Shape, classes: int) -> nn.Sequential:
     return nn.Sequential(Keeps(), nn.ReLU(), nn.Linear(32, classes))
 

@@ -1,13 +1,15 @@
 """A client that does as it should, but for one tensor: the attacker of ``test_poison``.
 
 ``POISON=TRAINING_FEATURES:1.2:3e38`` fills with 3e38 what it sends with that message at step 2 of
-round 1. The step is -1 where a message belongs to a whole round; ``row`` behind it leaves all
-samples but the first as they are.
+round 1, and in a message without a file each float. The step is -1 where a message belongs to a
+whole round; ``row`` behind it leaves all samples but the first as they are. ``main_staying`` does
+all as it should, but takes no leave.
 """
 
 import functools
 import io
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +42,10 @@ class _Poison:
             return encode_state({name: self._filled(tensor) for name, tensor in given.items()})
         return encode(self._filled(given))
 
+    def into_figures(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return a message's content with other floats."""
+        return {k: self._value if isinstance(v, float) else v for k, v in content.items()}
+
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
@@ -50,7 +56,7 @@ class _Poison:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``run_client.py`` with the poison of the environment."""
     poison = _Poison(os.environ[VARIABLE])
-    send_file, put = Link.send_file, SocketWeights.put
+    send_file, tell, put = Link.send_file, Link.send_message_as_json, SocketWeights.put
 
     @functools.wraps(send_file)
     def sends(link: Link, kind: MessageType, data: bytes, *args: Any, **more: Any) -> None:
@@ -58,10 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             data, more["checksum"] = poison.into(data), ""
         send_file(link, kind, data, *args, **more)
 
+    @functools.wraps(tell)
+    def tells(link: Link, kind: MessageType, *args: Any, **more: Any) -> None:
+        if poison.is_due(kind, more.get("at", Position())):
+            more["content"] = poison.into_figures(more["content"])
+        tell(link, kind, *args, **more)
+
     @functools.wraps(put)
     def puts(store: SocketWeights, key: WeightKey, data: bytes, samples: int = 0) -> Any:
         due = poison.is_due(MessageType.SEND_MODEL, key.at)
         return put(store, key, poison.into(data) if due else data, samples)
 
     Link.send_file, SocketWeights.put = sends, puts  # type: ignore[method-assign]
+    Link.send_message_as_json = tells  # type: ignore[method-assign]
+    return main_client(argv)
+
+
+def main_staying(argv: Sequence[str] | None = None) -> int:
+    """Run ``run_client.py``, and live on when the run is over."""
+    tell = Link.send_message_as_json
+
+    @functools.wraps(tell)
+    def tells(link: Link, kind: MessageType, *args: Any, **more: Any) -> None:
+        if kind is MessageType.UNREGISTER:
+            time.sleep(3600)  # with a heart that beats: the test ends it
+        tell(link, kind, *args, **more)
+
+    Link.send_message_as_json = tells  # type: ignore[method-assign]
     return main_client(argv)

@@ -31,6 +31,13 @@ def removed(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+def linked(path: Path) -> None:
+    """Move it to another disk, say, and leave a link: what is written arrives, a reader refuses."""
+    aside = path.with_name("aside")
+    path.rename(aside)
+    path.symlink_to(aside)
+
+
 SERVERS = [
     (removed, ""), (renamed, ""), (removed, "server_log.txt"), (renamed, "server_log.txt"),
     (replaced, "server_log.txt"),
@@ -48,6 +55,18 @@ def test_a_server_misses_its_folder_and_all_hear_why(
     assert server.ended_with(1) == f"run_server.py: error: {why}"
     for client in clients:  # at once, though they could try to reach the server for ten minutes
         assert client.ended_with(1) == f"run_client.py: error: the server ended the run: {why}"
+
+
+@pytest.mark.parametrize("what", ["models", "client_files", "checkpoints", "rounds"])
+def test_a_server_misses_a_folder_in_its_own(launcher: Launcher, what: str) -> None:
+    server = launcher.server("--clients", 1, *FAST, "--rounds", 1000, "--keep-tensors", "last")
+    client = launcher.client()
+    wait_for(server, "round 2/1000")
+    (run,) = launcher.folder.glob("server/*")
+    linked(run / what)
+    why = f"{run / what} is gone: it was removed or renamed while the run went on"
+    assert server.ended_with(1) == f"run_server.py: error: {why}"
+    client.ended_with(1)
 
 
 @pytest.mark.parametrize("what", ["", "client_log.txt"])

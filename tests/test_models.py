@@ -31,6 +31,13 @@ def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
     assert not any(torch.equal(first[n], other[n]) for n in drawn)
 
 
+def test_a_models_function_leaves_the_default_dtype_alone() -> None:
+    spec = model_spec("tests.odd_models:of_another_dtype")
+    first, second = (build(spec, (1, 28, 28), 10, seed=0) for _ in range(2))
+    assert torch.get_default_dtype() is torch.float32
+    assert first[1].weight.dtype is second[1].weight.dtype is torch.float64
+
+
 def test_the_models_are_the_fields() -> None:
     mlp, lenet = (build(MODELS[n], (1, 28, 28), 10, seed=0) for n in ("mlp", "lenet5"))
     assert [m.in_features for m in mlp if isinstance(m, nn.Linear)] == [784, 128, 64]

@@ -26,6 +26,7 @@ from tests.test_recovery import ALLOW, RUN, STEPS, options_of, reference
 SKIP = ["--on-missing", "skip", "--round-timeout", 600]
 HUGE = "tests.models:with_huge_layer"
 BAND = "tests.models:refusing_large"
+CUBING = "tests.models:cubing_large"
 MASKED = "tests.models:masked"
 
 
@@ -95,6 +96,26 @@ def test_what_fails_in_a_step_ends_its_client(
     assert why in server.out
     whole = reference(tmp_path / "whole", run, [Away(1, 1, 1)])
     assert compare(whole, launcher.folder / "server/r").lines == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "model", "text"),
+    [
+        ("fl", "mlp", "VALIDATION_RESULT:1.-1:3e38"),
+        ("sflv1", CUBING, "VALIDATION_FEATURES:1.0:1e18:row"),
+    ],
+)
+def test_a_loss_of_an_evaluation_that_overflows_ends_its_client(
+    launcher: Launcher, scheme: str, model: str, text: str
+) -> None:
+    """It would make the round's figures NaN."""
+    cut = {} if scheme == "fl" else {"cut": 2}
+    server, attacker = attacked(launcher, RUN | {"scheme": scheme, "model": model} | cut, text)
+    assert "the losses of client 1's evaluation hold" in attacker.ended_with(1)
+    assert "client_1 is refused: the losses of client 1's evaluation" in server.out
+    rows = csv.DictReader((launcher.folder / "server/r/rounds.csv").read_text().splitlines())
+    assert [0 < float(row["val_loss"]) < 100 for row in rows] == [True, True, True]
 
 
 def test_a_refused_client_that_is_waited_for_may_be_started_anew(

@@ -2,15 +2,18 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+import sfl.lobby
 from experiments.attacks import Insider, Target, write_bystander
+from sfl.cli import main_server
 from sfl.errors import SflError
 from sfl.heartbeat import Heart
 from sfl.protocol import Message, MessageType, encode_head
 from sfl.tensors import encode
+from tests import poison
 from tests.launch import Launcher
 from tests.test_failures import wait_for
 
@@ -81,6 +84,25 @@ def test_a_client_that_only_comes_back_does_not_hold_the_round(launcher: Launche
     assert "going on without client_0" in server.out
     for program in (server, honest):
         program.ended_with(0)
+
+
+def hurried(argv: Sequence[str] | None = None) -> int:
+    """Run ``run_server.py``, which waits at the end of a run for a second."""
+    sfl.lobby.LINGER_S = 1.0  # type: ignore[attr-defined]
+    return main_server(argv)
+
+
+def test_a_client_that_takes_no_leave_does_not_hold_the_end(launcher: Launcher) -> None:
+    run = ["--model", "mlp", "--batch-size", 200, "--clients", 2, "--rounds", 1, "--run", "r"]
+    argv = ["--port", launcher.port, "--out", launcher.folder, *run]
+    server = launcher._start("server", hurried, argv)
+    honest = launcher.client("--client-id", 0)
+    own = ["--server", f"127.0.0.1:{launcher.port}", "--out", launcher.folder, "--client-id", 1]
+    stays = launcher._start("client", poison.main_staying, own)
+    for program in (server, honest):
+        program.ended_with(0)
+    assert "client_1 is away: client_1 made no progress for 1 seconds" in server.out
+    assert stays.process.is_alive()
 
 
 @pytest.mark.slow

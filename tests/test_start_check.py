@@ -69,12 +69,15 @@ def tried(name: str, **options: Any) -> SplitModel:
         ("raises", r"block 3 \(Raises\) cannot train on a batch of 2: AttributeError: .*line"),
         ("opens_a_file", r"block 3 \(Apply\) cannot evaluate a batch of 1: /nowhere/weights: No"),
         ("raises_backward", r"the gradients of block 4 \(Apply\) fail: IndexError: no way back"),
+        ("sparse", r"block '1' of the model gives '1.1.weight' a sparse gradient.* sparse=True"),
         ("detaches", r"block 4 \(Apply\) gives no gradient back"),
         ("not_copied", r"block 3 \(Identity\) cannot be copied"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_or_trained_is_refused(name: str, said: str) -> None:
-    cut = {"four_of_each": 3, "pairs": 1, "counts": 2, "grows": 2, "raises": 2}.get(name, 3)
+    cut = {"four_of_each": 3, "pairs": 1, "counts": 2, "grows": 2, "raises": 2, "sparse": 2}.get(
+        name, 3
+    )
     with pytest.raises(ConfigError, match=said) as caught:
         tried(name, cut=cut)
     assert "\n" not in str(caught.value)

@@ -28,6 +28,15 @@ def pair() -> Iterator[tuple[Connection, Connection]]:
         yield one, other
 
 
+def test_taking_leave_of_a_peer_that_stays_takes_no_longer_than_a_farewell(
+    pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.transport.FAREWELL_S", 0.05)
+    began_at = time.monotonic()
+    pair[0].part()
+    assert time.monotonic() - began_at < 4  # seconds; a peer that is silent is waited for for five
+
+
 def test_messages_and_files_arrive_as_they_were_sent(pair: tuple[Connection, Connection]) -> None:
     one, other = pair
     one.send_message_as_json(MessageType.REGISTER, "a", "b", {"x": [1.5, None]}, at=AT)

@@ -14,7 +14,7 @@ import pytest
 
 from sfl.bucket import Bucket, parse_address
 from sfl.driver import Conversation, run_blocking
-from sfl.errors import ConfigError, IntegrityError, ProtocolError, RunError, SflError
+from sfl.errors import PEER_ERRORS, ConfigError, IntegrityError, ProtocolError, RunError, SflError
 from sfl.objects import Directory, ObjectStore
 from sfl.protocol import Limits, MessageType, Position, checksum
 from sfl.shared_weights import SharedWeights, Transfers, describe, object_path
@@ -239,6 +239,23 @@ def test_weights_that_nobody_announces_are_looked_for(place: ObjectStore) -> Non
 def test_weights_that_do_not_come_are_named(place: ObjectStore) -> None:
     with pytest.raises(RunError, match=r"r/round_003/client_1.pt did not come within 0.3 seconds"):
         run_blocking(shared(place).get(key()))
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_who_announces_what_is_not_there_is_to_blame(tmp_path: Path, is_folder: bool) -> None:
+    """Not the server, whose other clients go on: a plain ``RunError`` would end the run."""
+    place, limits = directory(tmp_path), {"timeout_s": 5, "limits": LIMITS}
+    if is_folder:
+        (tmp_path / "shared" / object_path(key())).mkdir(parents=True)
+    ours, theirs = socket.socketpair()
+    with Connection(ours, **limits) as server, Connection(theirs, **limits) as client:
+        content = {"name": "client_1", "checksum": checksum(DATA)}
+        client.send_message_as_json(MessageType.WEIGHTS_STORED, content=content, at=key().at)
+        server.peer_name = "client_1"
+        taken = SharedWeights(place, server, Transfers(), patience_s=0.3, say=Said())
+        said = "is a folder" if is_folder else "within 0.3 seconds after client_1 stored it"
+        with pytest.raises(PEER_ERRORS, match=said):
+            run_blocking(taken.get(key()))
 
 
 @pytest.mark.parametrize(
