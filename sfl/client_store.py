@@ -108,11 +108,11 @@ def hearing_why(connection: Connection) -> Iterator[None]:
             raise why from error
         raise
     except BaseException as error:
-        connection.dismiss(_last_words(error), reason_of(error))
+        connection.dismiss(last_words_of(error), reason_of(error))
         raise
 
 
-def _last_words(error: BaseException) -> MessageType:
+def last_words_of(error: BaseException) -> MessageType:
     """Return how a client says why it ends: whether another try may go better."""
     if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
         return MessageType.UNREGISTER

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from sfl.crc import crc32
 from sfl.protocol import pack_head
-from tests.launch import Launcher, Program
+from tests.launch import TIMEOUT_S, Launcher, Program
 
 FAST = ["--model", "mlp", "--batch-size", 200]
 LONG = [*FAST, "--rounds", 1000, "--keep-tensors", "none"]
@@ -20,7 +21,9 @@ LONG = [*FAST, "--rounds", 1000, "--keep-tensors", "none"]
 
 def wait_for(program: Program, text: str) -> None:
     """Wait until a program has printed something."""
+    until = time.monotonic() + TIMEOUT_S
     while text not in program.out:
+        assert time.monotonic() < until, f"no {text!r}:\n{program.out}{program.err}"
         program.process.join(0.02)
         assert program.process.is_alive(), f"ended without {text!r}:\n{program.out}{program.err}"
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from experiments.same_run import compare
+from sfl.client_store import last_words_of
 from sfl.config import RunConfig
-from sfl.errors import NotFinite, StepFailed
+from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
 from sfl.finite import check_finite
-from sfl.protocol import Position
+from sfl.protocol import MessageType, Position
 from sfl.segment import Segment, train_step
 from sfl.simulate import Away
 from tests import poison
@@ -238,3 +239,17 @@ def test_a_mask_of_infinity_is_no_statistic() -> None:
     norm = nn.BatchNorm1d(4)
     norm.register_buffer("mask", torch.tensor([-float("inf")]))
     assert len(list(segment(norm).statistics())) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NotFinite("x"), "FAILED"), (StepFailed("x"), "FAILED"), (KeyError("x"), "FAILED"),
+        (ProtocolError("x"), "INVALID_MESSAGE"), (RunError("x"), "ABORT"),
+        (OSError(28, "x"), "ABORT"), (MemoryError(), "ABORT"),
+        (Damaged("x"), "UNREGISTER"), (KeyboardInterrupt(), "UNREGISTER"),
+    ],
+)  # fmt: skip
+def test_a_client_tells_whether_it_would_fail_again(error: BaseException, kind: str) -> None:
+    """``FAILED`` says so: a server does not wait for a client that does what it did again."""
+    assert last_words_of(error) is MessageType(kind)

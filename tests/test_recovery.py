@@ -188,15 +188,27 @@ def test_a_client_that_dies_anywhere_comes_back(
     assert_same(references(run), launcher.folder / "server/r")
 
 
-@pytest.mark.slow
-def test_connections_that_break_anywhere_are_made_anew(
-    launcher: Launcher, references: References
-) -> None:
-    draws, run = random.Random(5), RUN | {"batch_size": 50}
-    link = SlowLink(
-        "127.0.0.1", launcher.port,
-        cut_after=lambda: draws.uniform(0, 400_000) if link.num_cut < 25 else float("inf"),
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "count", "within", "least", "batch"),
+    [
+        pytest.param("cut", 25, 400_000, 10, 50, marks=pytest.mark.slow),
+        ("flip", 12, 200_000, 5, RUN["batch_size"]),
+    ],
+)
+def test_connections_that_break_or_bits_that_flip_anywhere_leave_no_trace(
+    launcher: Launcher, references: References,
+    what: str, count: int, within: int, least: int, batch: int,
+) -> None:  # fmt: skip
+    """So many of them, each within so many bytes of a connection."""
+    draws, run = random.Random(5), RUN | {"batch_size": batch}
+
+    def done() -> int:
+        return link.num_cut if what == "cut" else link.num_flipped
+
+    def after() -> float:
+        return draws.uniform(0, within) if done() < count else float("inf")
+
+    link = SlowLink("127.0.0.1", launcher.port, **{f"{what}_after": after})
     server = launcher.server(*options_of(run))
     clients = [
         launcher.client("--client-id", k, *ALLOW, "--server", link.address) for k in range(3)
@@ -206,7 +218,7 @@ def test_connections_that_break_anywhere_are_made_anew(
             program.ended_with(0)
     finally:
         link.close()
-    assert link.num_cut >= 10
+    assert done() >= least
     assert_same(references(run), launcher.folder / "server/r")
 
 

@@ -1,7 +1,6 @@
 """Before a run begins: as tolerant as in mid-run; and whoever comes again and again."""
 
 import contextlib
-import random
 import signal
 import socket
 import time
@@ -26,16 +25,10 @@ from tests.launch import Launcher
 from tests.test_auth import Certificates
 from tests.test_failures import FAST, send_signal, wait_for
 from tests.test_recovery import (
-    ALLOW,
-    RUN,
-    References,
     assert_same,
     options_of,
     reference,
 )
-from tests.test_recovery import references as references_of_recovery
-
-references = references_of_recovery
 
 
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
@@ -121,27 +114,6 @@ def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
     finally:
         link.close()
     assert link.num_flipped == 4
-
-
-def test_bits_that_are_flipped_anywhere_leave_no_trace(
-    launcher: Launcher, references: References
-) -> None:
-    draws = random.Random(7)
-    link = SlowLink(
-        "127.0.0.1", launcher.port,
-        flip_after=lambda: draws.uniform(0, 200_000) if link.num_flipped < 12 else float("inf"),
-    )  # fmt: skip
-    server = launcher.server(*options_of(RUN))
-    clients = [
-        launcher.client("--client-id", k, *ALLOW, "--server", link.address) for k in range(3)
-    ]
-    try:
-        for program in (server, *clients):
-            program.ended_with(0)
-    finally:
-        link.close()
-    assert link.num_flipped >= 5
-    assert_same(references(RUN), launcher.folder / "server/r")
 
 
 # Names
