@@ -75,9 +75,7 @@ def tried(name: str, **options: Any) -> SplitModel:
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_or_trained_is_refused(name: str, said: str) -> None:
-    cut = {"four_of_each": 3, "pairs": 1, "counts": 2, "grows": 2, "raises": 2, "sparse": 2}.get(
-        name, 3
-    )
+    cut = {"pairs": 1, "counts": 2, "grows": 2, "raises": 2, "sparse": 2}.get(name, 3)
     with pytest.raises(ConfigError, match=said) as caught:
         tried(name, cut=cut)
     assert "\n" not in str(caught.value)

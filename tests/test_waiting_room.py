@@ -24,11 +24,7 @@ from sfl.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
 from tests.launch import Launcher
 from tests.test_auth import Certificates
 from tests.test_failures import FAST, send_signal, wait_for
-from tests.test_recovery import (
-    assert_same,
-    options_of,
-    reference,
-)
+from tests.test_recovery import assert_same, options_of, reference
 
 
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
