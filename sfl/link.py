@@ -148,9 +148,6 @@ class Link(ABC):
         if (self.must_prove or self.proved) and self.proved != peer:
             raise ProtocolError(f"registers as {peer}, but has proved to be {self.proved}")
 
-    def expect_crowd(self, crowded: bool) -> None:  # noqa: B027 - only a connection waits
-        """Take note whether the server's machine may now have more programs at work than cores."""
-
     def has_sent(self) -> bool:
         """Say whether all that was sent is on its way: a gate for who sends without being asked."""
         return True

@@ -3,7 +3,7 @@
 A core that has slept takes its time to wake up, which for a small model is a good part of a step.
 So who has lately waited no longer than ``SPIN_S`` does not go to sleep for as long; between two
 looks it leaves its core to whoever else wants it. What there is to do meanwhile, in small pieces,
-comes first. Where there are fewer cores than programs none sleeps for long: ``sfl.crowd``.
+comes first.
 """
 
 import os
@@ -22,7 +22,6 @@ class Spinner:
     def __init__(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """``meanwhile`` does a piece of something else, and says whether there was any."""
         self.meanwhile = meanwhile
-        self.looks = True  # else it sleeps at once
         self._was_short = False
 
     def wait(self, look: Callable[[], T | None], sleep: Callable[[], T]) -> T:
@@ -31,7 +30,7 @@ class Spinner:
         found = None
         while found is None and self.meanwhile():
             found = look()
-        if found is None and self._was_short and self.looks and _CAN_YIELD:
+        if found is None and self._was_short and _CAN_YIELD:
             deadline = started + SPIN_S
             while (found := look()) is None and time.perf_counter() < deadline:
                 os.sched_yield()

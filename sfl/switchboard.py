@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from sfl.crowd import fits, is_crowded
 from sfl.doorstep import Doorstep, Visitor
 from sfl.drain import Drain
 from sfl.driver import Gate, Network
@@ -354,7 +353,6 @@ class Switchboard(Network):
         self._drain, self._arrivals = Drain(meanwhile), Arrivals()
         self._lock = self._drain.lock
         self._connections: list[DrainedConnection] = []
-        self._at_once = 0  # clients that train; 0: all
         self._num_leaving = 0  # connections that were turned away and are being closed
         self._closed = False
         self.turned_away = turned_away or TurnedAway()
@@ -384,18 +382,7 @@ class Switchboard(Network):
         )
         with self._lock:
             self._connections.append(connection)
-            self._look_around()
             self._drain.notify()  # its first message has arrived already
-
-    def _look_around(self) -> None:
-        """Count who is on this machine, for ``sfl.crowd``; to be called with ``lock``."""
-        num_here = sum(c.is_local for c in self._connections)
-        self._drain.spinner.looks = fits(self._at_once) or not is_crowded(1 + num_here)
-
-    def expect(self, at_once: int) -> None:
-        with self._lock:
-            self._at_once = at_once
-            self._look_around()
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""
@@ -452,7 +439,6 @@ class Switchboard(Network):
             if connection not in self._connections:
                 return
             self._connections.remove(connection)
-            self._look_around()
             self._arrivals.forget(connection)
             self._num_leaving += 1
         arguments = connection, reason, last_words

@@ -60,7 +60,6 @@ class Connection(Link):
             self._stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(self._stream.sock, timeout_s)
         self._stream.set_timeout(timeout_s)
-        self.is_local = self._stream.is_local  # whether the peer is on this machine
         self.timeout_s = timeout_s
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
@@ -70,7 +69,6 @@ class Connection(Link):
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self.spinner = Spinner()  # how we wait for the peer
-        self.shares_cores = False  # whether both are on a machine that may be crowded
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -79,9 +77,6 @@ class Connection(Link):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def expect_crowd(self, crowded: bool) -> None:
-        self.spinner.looks = not (crowded and self.shares_cores)
 
     @property
     def limits(self) -> Limits:

@@ -42,12 +42,6 @@ def test_after_a_short_wait_it_looks() -> None:
     assert warm().wait(finds_at(3), slept) == "looked"
 
 
-def test_who_is_not_to_look_sleeps_at_once() -> None:
-    spinner = warm()
-    spinner.looks = False
-    assert spinner.wait(finds_at(1), slept) == "slept"
-
-
 def test_zero_is_a_find() -> None:
     started = time.perf_counter()
     assert warm().wait(lambda: 0, lambda: 1) == 0
