@@ -89,8 +89,7 @@ class Connection(Link):
 
     def _send(self, message: Message) -> int:
         started = time.perf_counter()
-        head = message.head or encode_head(message)
-        parts = [memoryview(head), memoryview(message.payload)]
+        parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
         with self.aside(), self._sending:
