@@ -166,7 +166,8 @@ class DrainedConnection(Connection):
         with self._lock:
             lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
             self._failure = error if isinstance(error, SflError) else lost
-            while len(self._outbox) > self._is_writing:  # the writer ends what it has begun
+            # The writer ends what it has begun, and sends our last words.
+            while len(self._outbox) > self._is_writing and not self._discards:
                 self._outbox.pop()
             self._arrivals.add(self)
             self._drain.notify()
@@ -218,6 +219,7 @@ class DrainedConnection(Connection):
             self._stream.shut_sending()  # so that nothing more is left to wait
             with self._lock:
                 self._is_writing = False
+                self._outbox.clear()
                 if not (self._inbox and self._inbox[-1][1].type in LAST_WORDS):
                     self._inbox.clear()  # what it asks for cannot be answered any more
                 self._fail(error)
@@ -336,11 +338,8 @@ class Switchboard(Network):
         heartbeat_s: float | None = None,
         guard: Guard | None = None,
         turned_away: TurnedAway | None = None,
-        meanwhile: Callable[[], bool] = lambda: False,
     ) -> None:
         """``guard`` says who is let in; ``turned_away`` is told who is not, and why.
-
-        ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
 
         ``max_strangers`` may then be connected without having registered; more are just closed. We
         want to hear from who has registered every ``heartbeat_s``.
@@ -350,7 +349,7 @@ class Switchboard(Network):
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
-        self._drain, self._arrivals = Drain(meanwhile), Arrivals()
+        self._drain, self._arrivals = Drain(), Arrivals()
         self._lock = self._drain.lock
         self._connections: list[DrainedConnection] = []
         self._num_leaving = 0  # connections that were turned away and are being closed

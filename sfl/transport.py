@@ -31,7 +31,6 @@ from sfl.errors import (
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode_head
 from sfl.shaping import LinkShape, shaped
-from sfl.spin import Spinner
 from sfl.stream import Stream, is_refusal, to_server, why
 from sfl.turn import Aside
 
@@ -68,7 +67,6 @@ class Connection(Link):
         self.peer_at = Position()  # where the peer says that it is in the run
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
-        self.spinner = Spinner()  # how we wait for the peer
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -188,7 +186,7 @@ class Connection(Link):
             try:
                 if wait:
                     with self.aside():
-                        num_bytes = self._receive(buffer)
+                        num_bytes = self._stream.receive_into(buffer)
                 else:
                     num_bytes = self._stream.receive_now(buffer)
             except BlockingIOError:
@@ -203,17 +201,6 @@ class Connection(Link):
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes
         self.bytes_moved += num_bytes
-
-    def _receive(self, buffer: memoryview) -> int:
-        """Wait for bytes, put them into ``buffer`` and return how many."""
-
-        def look() -> int | None:
-            try:
-                return self._stream.receive_now(buffer)
-            except BlockingIOError:
-                return None
-
-        return self.spinner.wait(look, lambda: self._stream.receive_into(buffer))
 
     @property
     def address(self) -> str:
