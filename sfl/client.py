@@ -15,7 +15,6 @@ from sfl.client_store import Access, hearing_why, open_store, reach
 from sfl.config import ClientNode, KeepModels
 from sfl.conversation import client_run
 from sfl.crash import crash_point
-from sfl.crowd import give_way
 from sfl.data import num_batches
 from sfl.driver import run_blocking
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
@@ -209,16 +208,9 @@ class _Client:
 
     def _join(self, connection: Connection, welcome: Welcome) -> None:
         connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
-        shares_cores = self._machine.share_cores(connection, welcome.run)
         with Heart(lambda: [connection]):
             if self._folder is None:
                 self._folder, self._welcome = self._open(welcome), welcome
-                if shares_cores and self._node.give_way == "auto":
-                    give_way()
-                    self._folder.events.say(
-                        "the server, on this machine, goes first: there are fewer cores than"
-                        " programs (--give-way never: it does not)"
-                    )
             if self._loaded is None:
                 self._loaded = _Loaded(welcome, self._node, self._machine, self._folder)
             self._loaded.run_over(connection, welcome, self._instance)
@@ -307,7 +299,6 @@ class _Loaded:
         self._run = self.log.run = welcome.run  # which may have more rounds than before
         run, folder, split = self._run, self._folder, self._split
         connection.limits = split.client_limits(onto(folder.path))
-        connection.spinner.meanwhile = folder.archive.write_one
         report = self._report
         if has_own(run):
             own = own_checkpoints(folder.path, run)

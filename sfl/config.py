@@ -469,10 +469,6 @@ class ClientNode(PeerNode):
     fed_server: str = _option(
         "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
     )
-    give_way: str = _option(
-        "auto", "let all other programs go first, as with nice(1), where the server is on this"
-        " machine and it has fewer cores than the run has programs; or never", ("auto", "never"),
-    )  # fmt: skip
 
     def check(self) -> None:
         super().check()

@@ -40,7 +40,6 @@ from typing import Any
 from torch import Tensor
 
 from sfl.crash import crash_point
-from sfl.crowd import fits
 from sfl.driver import Conversation
 from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.evaluation import client_evaluate, server_evaluate
@@ -103,10 +102,8 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
         party.front.start_round(at.round)
-        link.expect_crowd(bool(start.get("crowded", int)))
         party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
-    link.expect_crowd(True)
     crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
@@ -131,7 +128,6 @@ def server_train(
         plan.begin(party.client),
         at,
         steps=steps,
-        crowded=int(not fits(plan.at_once)),
         class_weights=list(party.split.class_weights),
     )
     with party.profile.round(at, steps, party.clock, link, party.archive):

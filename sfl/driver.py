@@ -55,9 +55,6 @@ class Network:
         """
         raise error
 
-    def expect(self, at_once: int) -> None:
-        """Take note that from now on only so many clients train at once; 0: all may."""
-
     def take_changes(self) -> list[tuple[int, bool]]:
         """Return who was lost, or is back (True), since the last call, in that order."""
         return []

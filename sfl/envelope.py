@@ -1,12 +1,5 @@
-"""The JSON of a message: its type, from whom to whom, where in a run it belongs, what it says.
+"""The JSON of a message: its type, from whom to whom, where in a run it belongs, what it says."""
 
-It is written and read several times a step, between the arithmetic, where Python takes many times
-as long as in a loop. So what is always the same is written once, and what reads as this module
-writes it is taken apart by one pattern, in a third of the time; whatever else is JSON with these
-fields is read all the same.
-"""
-
-import functools
 import json
 import re
 from typing import Any, Final, NamedTuple
@@ -34,23 +27,7 @@ _INDICES: Final = ("round", "step", "client", "link")
 _KINDS: Final = dict.fromkeys(_NAMES, str) | dict.fromkeys(_INDICES, int)
 _ALONE: Final = frozenset({*_KINDS, "content"})
 _WITH_PAYLOAD: Final = _ALONE | {"checksum"}
-_NAME: Final = rf"[A-Za-z0-9._ -]{{0,{_MAX_NAME}}}"
-_PLAIN_NAME: Final = re.compile(_NAME)
-# As ``write_envelope`` writes it, with the content "" or a flat object.
-_WRITTEN: Final = re.compile(
-    (
-        "{"
-        + "".join(f'"{name}":"({_NAME})",' for name in _NAMES)
-        + "".join(f'"{name}":(-1|0|[1-9][0-9]{{0,9}}),' for name in _INDICES)
-        + r'"content":(""|\{[^{}\[\]]*\})(?:,"checksum":"([a-z0-9:]+)")?\}'
-    ).encode()
-)
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-@functools.lru_cache(maxsize=1024)
-def _names_to_json(*names: str) -> str:
-    return _to_json(dict(zip(_NAMES, names, strict=True)))[:-1]
+_PLAIN_NAME: Final = re.compile(rf"[A-Za-z0-9._ -]{{0,{_MAX_NAME}}}")
 
 
 def write_envelope(envelope: Envelope) -> bytes:
@@ -59,15 +36,11 @@ def write_envelope(envelope: Envelope) -> bytes:
     Floats are as Python's ``json`` writes them: reading gives the same float, and ``NaN`` and
     ``Infinity`` (the loss of a run that diverged) stand as such.
     """
-    kind, sender, receiver, (run, at_round, step, client, link), content, checksum = envelope
-    names = _names_to_json(kind, sender, receiver, run)
-    said = '""' if content == "" else _to_json(content)
-    # A checksum is text of ours, or has been compared with one.
-    of_payload = f',"checksum":"{checksum}"' if checksum else ""
-    return (
-        f'{names},"round":{at_round:d},"step":{step:d},"client":{client:d},"link":{link:d},'
-        f'"content":{said}{of_payload}}}'
-    ).encode()
+    kind, sender, receiver, at, content, checksum = envelope
+    fields = dict(zip(_KINDS, (kind, sender, receiver, *at), strict=True)) | {"content": content}
+    if checksum:
+        fields["checksum"] = checksum
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def read_envelope(text: bytes | bytearray, *, has_payload: bool) -> Envelope:
@@ -76,27 +49,10 @@ def read_envelope(text: bytes | bytearray, *, has_payload: bool) -> Envelope:
     Raises:
         ProtocolError: it is no such text; a name is not plain, an index out of range.
     """
-    if found := _WRITTEN.fullmatch(text):
-        kind, sender, receiver, run, at_round, step, client, link, content, checksum = found.groups(
-            b""
-        )
-        at = (run.decode(), int(at_round), int(step), int(client), int(link))
-        if max(at[1:]) < _MAX_INDEX and bool(checksum) == has_payload:
-            said = "" if content == b'""' else _loads(content)
-            names = (kind.decode(), sender.decode(), receiver.decode())
-            return Envelope(*names, at, said, checksum.decode())
-    return _read_any(text, has_payload=has_payload)
-
-
-def _loads(text: bytes | bytearray) -> Any:
     try:
-        return strict_json.loads(text)
+        fields = strict_json.loads(text)
     except ValueError as error:
         raise ProtocolError(f"a message's JSON cannot be read: {error}") from error
-
-
-def _read_any(text: bytes | bytearray, *, has_payload: bool) -> Envelope:
-    fields = _loads(text)
     if not isinstance(fields, dict):
         raise ProtocolError("a message's JSON is not an object")
     expected = _WITH_PAYLOAD if has_payload else _ALONE

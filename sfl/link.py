@@ -28,7 +28,7 @@ from sfl.errors import (
     SflError,
     shortened,
 )
-from sfl.protocol import File, Limits, Message, MessageType, Position, encode_head
+from sfl.protocol import Limits, Message, MessageType, Position
 from sfl.saved import Buffer
 
 _NOWHERE = Position()
@@ -148,9 +148,6 @@ class Link(ABC):
         if (self.must_prove or self.proved) and self.proved != peer:
             raise ProtocolError(f"registers as {peer}, but has proved to be {self.proved}")
 
-    def expect_crowd(self, crowded: bool) -> None:  # noqa: B027 - only a connection waits
-        """Take note whether the server's machine may now have more programs at work than cores."""
-
     def has_sent(self) -> bool:
         """Say whether all that was sent is on its way: a gate for who sends without being asked."""
         return True
@@ -194,24 +191,17 @@ class Link(ABC):
 
     def send_file(
         self, message_type: MessageType, data: Buffer, sender: str = "", receiver: str = "",
-        content: Any = "", *, at: Position = _NOWHERE, checksum: str = "", head: bytes = b"",
+        content: Any = "", *, at: Position = _NOWHERE, checksum: str = "",
     ) -> None:  # fmt: skip
         """Send one message with the bytes of a ``torch.save`` file straight behind it.
 
-        ``checksum`` is the file's, if somebody has computed it; ``head`` is what ``head_of`` gave.
+        ``checksum`` is the file's, if somebody has computed it.
 
         Raises:
             ConnectionLost: as ``send_message_as_json``.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._say(Message(message_type, sender, receiver, content, at, data, 0, checksum, head))
-
-    def head_of(self, message_type: MessageType, file: File, at: Position) -> bytes:
-        """Return the head with which ``send_file`` will send a file, made while there is time."""
-        sender, receiver = self.name, self.peer_name
-        return encode_head(
-            Message(message_type, sender, receiver, "", at, file.data, 0, file.checksum)
-        )
+        self._say(Message(message_type, sender, receiver, content, at, data, 0, checksum))
 
     def receive_message_as_json(
         self, *expected: MessageType, at: Position | None = None

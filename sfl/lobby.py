@@ -410,9 +410,6 @@ class Lobby(Network):
         for place in self.places.values():
             place.clock.start_round(place.link if place.ready else None)
 
-    def expect(self, at_once: int) -> None:
-        self.switchboard.expect(at_once)
-
     def is_here(self, client: int) -> bool:
         return self.places[client].is_here
 

@@ -11,7 +11,6 @@ import torch
 
 from sfl.client_store import Access
 from sfl.config import ClientNode, RunConfig
-from sfl.crowd import is_crowded
 from sfl.data import ClientData, DatasetSpec, Source, client_data, load
 from sfl.datasets import dataset_of
 from sfl.errors import ConfigError
@@ -41,16 +40,6 @@ class Machine:
     @property
     def hosts_many(self) -> bool:
         return self.num_hosted > 0
-
-    def share_cores(self, connection: Connection, run: RunConfig) -> bool:
-        """Say whether the server is on this machine and has too few cores, and wait accordingly.
-
-        The run's other clients are taken to be here, too, and in processes like this one.
-        """
-        num_programs = 1 + math.ceil(run.clients / max(self.num_hosted, 1))
-        connection.shares_cores = connection.is_local and is_crowded(num_programs)
-        connection.expect_crowd(True)
-        return connection.shares_cores
 
     def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Return what a client trains, validates and tests on.

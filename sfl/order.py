@@ -21,7 +21,7 @@ from sfl import seeds
 from sfl.config import RunConfig
 from sfl.driver import Gate
 from sfl.gradients import GradientPool
-from sfl.schemes import Exchange, Fronts, Scheme, scheme
+from sfl.schemes import Exchange, Fronts, scheme
 from sfl.segment import Segment, Snapshot
 from sfl.spool import Spool
 from sfl.weights import NamedWeights
@@ -72,13 +72,6 @@ class Turns:
                 self.done()
 
 
-def most_at_once(row: Scheme, wanted: int) -> int:
-    """Return how many clients train at the same time, if ``--at-once`` says ``wanted``; 0: all."""
-    if row.fronts is Fronts.RELAYED:
-        return 1
-    return wanted if row.copies_back else 0
-
-
 class RoundPlan:
     """One round: who takes part, whose turn it is, and what passes from client to client."""
 
@@ -110,7 +103,7 @@ class RoundPlan:
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
-        self.at_once = most_at_once(row, at_once)
+        self._at_once = at_once
         self.rounds = Turns(tuple(self.order) if in_turns else None)
         self.relayed: NamedWeights | None = None  # what the next client starts from
         self.steps: dict[int, Turns] = {}
@@ -134,7 +127,7 @@ class RoundPlan:
         return self.rounds.of(client) if self.rounds.in_order else self._has_room
 
     def _has_room(self) -> bool:
-        return not self.at_once or len(self._training) < self.at_once
+        return not self._at_once or len(self._training) < self._at_once
 
     def begin(self, client: int) -> NamedWeights | None:
         """Begin a client's round, or let it redo it; return whose front it starts from."""

@@ -5,10 +5,9 @@ Each side has its own ``profile.csv``. A phase ends where the next begins:
 ========= ======================================== ================================
 phase     client                                   server
 ========= ======================================== ================================
-batch     draw and augment the next one, and make
-          its labels' message
+batch     draw and augment the next one
 forward   the front                                the back, forward and backward
-serialise activations into a file                  gradients into a file
+serialise labels and activations into files        gradients into a file
 send      hand files to the system                 hand files to the system
 wait      for gradients, when the batch is made
 load      check gradients, make them a tensor      the same of labels, activations

@@ -132,7 +132,7 @@ class Message:
     """One message; ``payload`` holds the bytes of a file, or nothing.
 
     ``head_bytes`` is what else of it came over the wire; 0 if it has not yet. ``checksum`` is the
-    payload's; "" if nobody has computed it. ``head`` is what ``encode_head`` gives; b"" until then.
+    payload's; "" if nobody has computed it.
     """
 
     type: MessageType
@@ -143,7 +143,6 @@ class Message:
     payload: bytes | bytearray | memoryview = b""
     head_bytes: int = field(default=0, compare=False)
     checksum: str = field(default="", compare=False)
-    head: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def file(self) -> File:

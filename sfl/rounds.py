@@ -230,9 +230,7 @@ class Rounds:
         drawn = tuple(plan.order)
         for k in drawn:  # it came while the round began
             self._missing.pop(k, None)
-        self.network.expect(plan.at_once)
         trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
-        self.network.expect(0)
         for k in sorted(plan.unlike):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"

@@ -50,14 +50,6 @@ class Batch(NamedTuple):
     y: Tensor
 
 
-class Prepared(NamedTuple):
-    """A batch, the file of its labels, and the head of their message."""
-
-    batch: Batch
-    labels: File
-    head: bytes
-
-
 def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
     """Yield the batches of a client's own steps, each made when it is asked for."""
     count = len(party.data.train)
@@ -65,17 +57,6 @@ def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
     for step, indices in enumerate(drawn):
         party.link.at = at = party.at(round_index, step)
         yield Batch(at, *party.data.training_batch(indices, at))
-
-
-def _prepared(party: ClientParty, round_index: int) -> Iterator[Prepared]:
-    """Yield the batches of steps over the cut, with their labels' messages, as they are asked for.
-
-    Right behind the arithmetic the same would take several times as long.
-    """
-    for batch in _batches(party, round_index):
-        labels = encode_file(batch.y)
-        head = party.link.head_of(MessageType.TRAINING_LABELS, labels, batch.at)
-        yield Prepared(batch, labels, head)
 
 
 def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int]]:
@@ -88,7 +69,7 @@ def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int
 
 def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
     """Train the front through a round; faces ``server_cut_steps``."""
-    batches = _prepared(party, round_index)
+    batches = _batches(party, round_index)
     batch = next(batches, None)
     while batch is not None:
         batch = yield from client_step(party, batch, batches)
@@ -107,15 +88,17 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
 
 
 def client_step(
-    party: ClientParty, batch: Prepared, following: Iterator[Prepared]
-) -> Conversation[Prepared | None]:
+    party: ClientParty, batch: Batch, following: Iterator[Batch]
+) -> Conversation[Batch | None]:
     """Train the front on one batch; faces ``server_step``. Return the batch that follows.
 
     That one is made while the server works.
     """
-    link, clock, ((at, x, y), labels, head) = party.link, party.clock, batch
+    link, clock, (at, x, y) = party.link, party.clock, batch
     size = len(y)
-    _send_file(link, MessageType.TRAINING_LABELS, labels, at, head=head)
+    labels = encode_file(y)
+    clock.lap("serialise")
+    _send_file(link, MessageType.TRAINING_LABELS, labels, at)
     clock.lap("send")
     z = party.front.forward(x, at)
     clock.lap("forward")

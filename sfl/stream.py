@@ -42,15 +42,6 @@ class Stream:
         self.sock = sock
         self.raw_received = 0  # bytes, of which TLS's own are a part
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the peer is on this machine; of a link that is played, it is not."""
-        try:
-            ours, theirs = self.sock.getsockname(), self.sock.getpeername()
-        except OSError:  # it is gone
-            return False
-        return self.sock.family != socket.AF_UNIX and bool(ours[0] == theirs[0])
-
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes, put them into ``buffer`` and return how many; 0: the peer has ended.
 

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from sfl.crowd import fits, is_crowded
 from sfl.doorstep import Doorstep, Visitor
 from sfl.drain import Drain
 from sfl.driver import Gate, Network
@@ -167,7 +166,8 @@ class DrainedConnection(Connection):
         with self._lock:
             lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
             self._failure = error if isinstance(error, SflError) else lost
-            while len(self._outbox) > self._is_writing:  # the writer ends what it has begun
+            # The writer ends what it has begun, and sends our last words.
+            while len(self._outbox) > self._is_writing and not self._discards:
                 self._outbox.pop()
             self._arrivals.add(self)
             self._drain.notify()
@@ -219,6 +219,7 @@ class DrainedConnection(Connection):
             self._stream.shut_sending()  # so that nothing more is left to wait
             with self._lock:
                 self._is_writing = False
+                self._outbox.clear()
                 if not (self._inbox and self._inbox[-1][1].type in LAST_WORDS):
                     self._inbox.clear()  # what it asks for cannot be answered any more
                 self._fail(error)
@@ -337,11 +338,8 @@ class Switchboard(Network):
         heartbeat_s: float | None = None,
         guard: Guard | None = None,
         turned_away: TurnedAway | None = None,
-        meanwhile: Callable[[], bool] = lambda: False,
     ) -> None:
         """``guard`` says who is let in; ``turned_away`` is told who is not, and why.
-
-        ``meanwhile`` is what to do while nothing comes, see ``Spinner``.
 
         ``max_strangers`` may then be connected without having registered; more are just closed. We
         want to hear from who has registered every ``heartbeat_s``.
@@ -351,10 +349,9 @@ class Switchboard(Network):
         self._max_strangers = max_strangers
         self._timeout_s = timeout_s
         self._limits = limits
-        self._drain, self._arrivals = Drain(meanwhile), Arrivals()
+        self._drain, self._arrivals = Drain(), Arrivals()
         self._lock = self._drain.lock
         self._connections: list[DrainedConnection] = []
-        self._at_once = 0  # clients that train; 0: all
         self._num_leaving = 0  # connections that were turned away and are being closed
         self._closed = False
         self.turned_away = turned_away or TurnedAway()
@@ -384,18 +381,7 @@ class Switchboard(Network):
         )
         with self._lock:
             self._connections.append(connection)
-            self._look_around()
             self._drain.notify()  # its first message has arrived already
-
-    def _look_around(self) -> None:
-        """Count who is on this machine, for ``sfl.crowd``; to be called with ``lock``."""
-        num_here = sum(c.is_local for c in self._connections)
-        self._drain.spinner.looks = fits(self._at_once) or not is_crowded(1 + num_here)
-
-    def expect(self, at_once: int) -> None:
-        with self._lock:
-            self._at_once = at_once
-            self._look_around()
 
     def wait_for_any(self, timeout_s: float) -> list[DrainedConnection]:
         """Return the connections that have a message or have failed; none after ``timeout_s``."""
@@ -452,7 +438,6 @@ class Switchboard(Network):
             if connection not in self._connections:
                 return
             self._connections.remove(connection)
-            self._look_around()
             self._arrivals.forget(connection)
             self._num_leaving += 1
         arguments = connection, reason, last_words

@@ -31,7 +31,6 @@ from sfl.errors import (
 from sfl.link import Link, is_last, one_line
 from sfl.protocol import Decoder, Limits, Message, MessageType, Position, encode_head
 from sfl.shaping import LinkShape, shaped
-from sfl.spin import Spinner
 from sfl.stream import Stream, is_refusal, to_server, why
 from sfl.turn import Aside
 
@@ -60,7 +59,6 @@ class Connection(Link):
             self._stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(self._stream.sock, timeout_s)
         self._stream.set_timeout(timeout_s)
-        self.is_local = self._stream.is_local  # whether the peer is on this machine
         self.timeout_s = timeout_s
         self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
@@ -69,8 +67,6 @@ class Connection(Link):
         self.peer_at = Position()  # where the peer says that it is in the run
         self._sending = threading.Lock()  # a message is sent whole before the next one
         self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
-        self.spinner = Spinner()  # how we wait for the peer
-        self.shares_cores = False  # whether both are on a machine that may be crowded
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -79,9 +75,6 @@ class Connection(Link):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def expect_crowd(self, crowded: bool) -> None:
-        self.spinner.looks = not (crowded and self.shares_cores)
 
     @property
     def limits(self) -> Limits:
@@ -94,8 +87,7 @@ class Connection(Link):
 
     def _send(self, message: Message) -> int:
         started = time.perf_counter()
-        head = message.head or encode_head(message)
-        parts = [memoryview(head), memoryview(message.payload)]
+        parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
         with self.aside(), self._sending:
@@ -194,7 +186,7 @@ class Connection(Link):
             try:
                 if wait:
                     with self.aside():
-                        num_bytes = self._receive(buffer)
+                        num_bytes = self._stream.receive_into(buffer)
                 else:
                     num_bytes = self._stream.receive_now(buffer)
             except BlockingIOError:
@@ -209,17 +201,6 @@ class Connection(Link):
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes
         self.bytes_moved += num_bytes
-
-    def _receive(self, buffer: memoryview) -> int:
-        """Wait for bytes, put them into ``buffer`` and return how many."""
-
-        def look() -> int | None:
-            try:
-                return self._stream.receive_now(buffer)
-            except BlockingIOError:
-                return None
-
-        return self.spinner.wait(look, lambda: self._stream.receive_into(buffer))
 
     @property
     def address(self) -> str:

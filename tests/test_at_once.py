@@ -1,5 +1,6 @@
 """--at-once: of clients that each have a copy of the back, only so many train at the same time."""
 
+import functools
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfl import simulate
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
-from sfl.order import RoundPlan, most_at_once
+from sfl.order import RoundPlan
 from sfl.protocol import Position
-from sfl.schemes import scheme
 from sfl.segment import train_step
 from sfl.split_model import SplitModel
 from sfl.spool import Spool
@@ -54,21 +55,6 @@ def test_all_who_wait_for_room_wait_for_the_same_thing() -> None:
     assert hash(plan.turn_of(0)) == hash(plan.turn_of(1))
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted", "most"),
-    [
-        ("sflv1", 2, 2),
-        ("sflv1", 0, 0),
-        ("sflv2", 0, 0),
-        ("sflv2", 2, 0),
-        ("sl", 0, 1),
-        ("sl", 2, 1),
-    ],
-)
-def test_who_relays_a_front_trains_alone(name: str, wanted: int, most: int) -> None:
-    assert most_at_once(scheme(name), wanted) == most
-
-
 def test_without_the_option_there_is_room_for_all() -> None:
     plan = planned(at_once=0)
     for client in plan.order:
@@ -93,8 +79,8 @@ def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
 
 
 def test_in_a_relay_one_trains_at_a_time() -> None:
-    assert planned(at_once=0, scheme="sl").at_once == 1
-    assert planned(at_once=0, scheme="sflv2").at_once == 0
+    plan = planned(at_once=0, scheme="sl")
+    assert [plan.turn_of(client)() for client in plan.order] == [True] + [False] * (CLIENTS - 1)
 
 
 def test_a_shared_back_does_not_rest() -> None:
@@ -141,6 +127,15 @@ def test_one_by_one_they_compute_the_same(launcher: Launcher, tmp_path: Path) ->
         assert all(len(of_client) > 10 for of_client in times)
         for one, following in pairwise(sorted(times)):
             assert one[-1] <= following[0]  # no step of the next before the last of this one
+
+
+def test_a_run_in_which_few_train_at_once_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"clients": 3, "rounds": 2, "model": "mlp"}
+    expected = weights(simulated(tmp_path / "all", **options))
+    monkeypatch.setattr(simulate, "prepare", functools.partial(simulate.prepare, at_once=1))
+    assert_equal(weights(simulated(tmp_path / "few", **options)), expected)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Reading many connections: by whoever waits, else by the drain's thread."""
+"""Reading many connections in one thread, and waiting for what comes."""
 
 import socket
 import threading
@@ -49,23 +49,50 @@ def drain() -> Iterator[Drain]:
     drain = Drain()
     yield drain
     drain.close()
-    close_all()
-
-
-def close_all() -> None:
     while OPEN:
         end = OPEN.pop()
         end.sock.close()
         end.peer.close()
 
 
-def test_who_waits_reads(drain: Drain) -> None:
+def test_who_waits_is_given_what_comes(drain: Drain) -> None:
     one = Bytes(drain)
     threading.Timer(0.05, one.peer.send, args=[b"a"]).start()
-    assert drain.wait(lambda: one.got, 5) == [(b"a", "MainThread")]
+    assert drain.wait(lambda: one.got, 5) == [(b"a", "drain")]
 
 
-def test_while_nobody_waits_the_drain_reads_all(drain: Drain) -> None:
+def test_what_has_come_before_is_read(drain: Drain) -> None:
+    """A connection may hold bytes that its socket does not show any more."""
+    one = Bytes(drain)
+    one.room = 1
+    one.peer.send(b"a")
+    assert drain.wait(lambda: one.got, 5)
+    reads = 0
+
+    def read_now() -> bool:
+        nonlocal reads
+        with drain.changed:
+            reads += 1
+            drain.notify()
+        return reads < 3
+
+    one.read_now = read_now  # type: ignore[method-assign]
+    started = time.monotonic()
+    drain.resume(one)
+    assert drain.wait(lambda: reads == 3, 5)
+    assert time.monotonic() - started < 0.4  # not by looking again after a while
+
+
+def test_while_nothing_comes_nothing_is_done(drain: Drain) -> None:
+    one = Bytes(drain)
+    one.peer.send(b"a")
+    assert drain.wait(lambda: one.got, 5)
+    started = time.process_time()
+    assert not drain.wait(lambda: len(one.got) > 1, 0.5)
+    assert time.process_time() - started < 0.1
+
+
+def test_while_nobody_waits_all_are_read(drain: Drain) -> None:
     ends = [Bytes(drain) for _ in range(3)]
     for end in ends:
         end.peer.send(b"ab")
@@ -73,22 +100,6 @@ def test_while_nobody_waits_the_drain_reads_all(drain: Drain) -> None:
     while sum(len(end.got) for end in ends) < 6 and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     assert [end.got for end in ends] == [[(b"a", "drain"), (b"b", "drain")]] * 3
-
-
-def test_what_comes_between_two_waits_is_left_to_the_second(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sfl.drain.UNREAD_S", 2.0)
-    drain = Drain()
-    one = Bytes(drain)
-    one.peer.send(b"a")
-    assert drain.wait(lambda: one.got, 5) == [(b"a", "MainThread")]
-    one.peer.send(b"b")
-    threading.Event().wait(0.1)
-    assert len(one.got) == 1
-    assert drain.wait(lambda: one.got[1:], 5) == [(b"b", "MainThread")]
-    drain.close()
-    close_all()
 
 
 def test_what_is_paused_is_not_read_until_it_is_resumed(drain: Drain) -> None:
