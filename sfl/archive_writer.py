@@ -29,7 +29,6 @@ from sfl.archive import (
 from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of, round_of
 from sfl.config import KeepModels, KeepTensors
 from sfl.crash import crash_point
-from sfl.drop_behind import DropBehind
 from sfl.errors import RunError, reason_of
 from sfl.protocol import File, checksum
 from sfl.saved import Buffer
@@ -54,17 +53,12 @@ REWRITTEN = ("config", "environment", "summary", "events")
 
 
 def write_file(
-    path: Path | str,
-    data: Buffer,
-    *,
-    durable: bool = False,
-    what: str = "file",
-    behind: DropBehind | None = None,
+    path: Path | str, data: Buffer, *, durable: bool = False, what: str = "file"
 ) -> None:
     """Write a file under a temporary name and rename it: under its name it is whole.
 
     What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
-    its part in the names of ``sfl.crash``. ``behind`` is for a file that nobody reads soon.
+    its part in the names of ``sfl.crash``.
     """
     temporary = f"{path}.tmp"
     try:
@@ -73,8 +67,6 @@ def write_file(
             _write_all(stream, data)
             if durable:
                 os.fsync(stream)
-            if behind is not None:
-                behind.take(stream, len(data))
         finally:
             os.close(stream)
         crash_point(f"{what}.before_rename")
@@ -144,7 +136,6 @@ class ArchiveWriter:
         self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
         self._manifests: dict[Path, FileIO] = {}
-        self._behind = DropBehind()  # used, like the manifests, by whoever does a job
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
         self._handed_over = threading.Event()  # a job, since the thread last began
         self._hurry = threading.Event()  # there is more to do than to gather steps
@@ -164,7 +155,6 @@ class ArchiveWriter:
             self._hurry.set()
             self._handed_over.set()
             self._thread.join()
-        self._behind.close()
         for manifest in self._manifests.values():
             with contextlib.suppress(OSError):  # what it could not write has been said already
                 manifest.close()
@@ -357,7 +347,7 @@ class ArchiveWriter:
         entries = []
         for kind, (file, spec) in tensors.items():
             name, data = _name(kind, at), file.data
-            write_file(f"{folder}/{name}", data, behind=self._behind)
+            write_file(f"{folder}/{name}", data)
             entries.append(Entry(
                 kind, name, len(data), file.checksum or checksum(data), client=at["client"],
                 round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
@@ -451,7 +441,6 @@ class ArchiveWriter:
     def _remove(self, folder: Path) -> None:
         if manifest := self._manifests.pop(folder, None):
             manifest.close()
-        self._behind.close()  # NFS keeps a file that is open
         shutil.rmtree(folder, ignore_errors=True)
 
     def _list(self, folder: Path, *entries: Entry) -> None:
@@ -470,7 +459,6 @@ class ArchiveWriter:
             name = (folder / MANIFEST).relative_to(self._root).as_posix()
             entry = Entry("manifest", name, len(data), checksum(data), round=round_index)
             self._list(self._root, entry)
-        self._behind.close()  # before any is removed, as in ``_remove``
         if self._keep.last and round_index > 0:
             for folder in self._root.glob(f"client_files/*/round_{round_index - 1:03d}"):
                 name = (folder / MANIFEST).relative_to(self._root).as_posix()
