@@ -1,7 +1,7 @@
 """Writing a run's folder: off the critical path, each file atomically, with its manifest line.
 
-A thread of its own writes, and so does whoever waits for a message anyway (``write_one``). What a
-round starts from is synced before the round's checkpoint names it; see ``sfl.checkpoint``.
+A background thread writes. What a round starts from is synced before the round's checkpoint names
+it; see ``sfl.checkpoint``.
 """
 
 import contextlib
@@ -34,18 +34,8 @@ from sfl.protocol import File, checksum
 from sfl.saved import Buffer
 from sfl.tensors import TensorSpec
 
-# Tensors that wait to be written; when there are more, the run waits for the disk.
+# Of what waits to be written; whoever hands over more waits for the disk.
 MAX_PENDING_BYTES = 256 * 2**20
-# For which a step's tensors wait for whoever waits for a message to write them, before the thread
-# does: two threads that share the interpreter wait for each other.
-GATHER_S = 0.5
-# When more steps wait, whoever hands over another writes one, too.
-MAX_WAITING_STEPS = 12
-# Who waits for a message writes a step of no more bytes, if the last one took no longer; else the
-# message might have to wait. After a longer one the thread writes alone for a while.
-MAX_BYTES_BETWEEN = 2**20
-MAX_S_BETWEEN = 5e-3
-_LEFT_ALONE_S = 1.0
 _BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 ALL_MODELS = KeepModels.parse("all")
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
@@ -109,13 +99,12 @@ class _Job(NamedTuple):
     run: Callable[[], None]
     num_bytes: int
     handed_over_at: float
-    may_wait: bool  # for others of its kind; and whoever waits for a message may do it
 
 
 class ArchiveWriter:
     """Write tensors and their manifests off the critical path. Closed by ``with``.
 
-    Raises (from any method but ``write_one``, once it was met):
+    Raises (from any method, once it was met):
         RunError: the disk is full, or the folder cannot be written.
     """
 
@@ -124,36 +113,26 @@ class ArchiveWriter:
         self._keep = keep
         self._keep_models = models
         self._models: dict[int, set[str]] = {}  # by their round, of those that may go some day
-        # In their order; the first stays here until it is done: one that was interrupted is done
-        # again, which changes nothing.
         self._jobs: deque[_Job] = deque()
-        self._worker: int | None = None  # the thread that does a job
-        self._left_alone_until = 0.0
-        self._lock = threading.RLock()  # taken by itself: a condition's ``with`` runs Python
-        self._changed = threading.Condition(self._lock)
-        self._pending_bytes = 0
+        self._changed = threading.Condition()
+        self._num_handed_over = self._num_done = 0  # jobs
+        self._last_commit = 0  # which of the jobs it was
+        self._pending_bytes = 0  # of the jobs that are not done
         self._longest_lag_s = 0.0
-        self._num_commits = self._num_committed = 0
         self._failure: Exception | None = None
-        self._manifests: dict[Path, FileIO] = {}
-        self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
-        self._handed_over = threading.Event()  # a job, since the thread last began
-        self._hurry = threading.Event()  # there is more to do than to gather steps
         self._ended = False
         self._thread: threading.Thread | None = None  # started by the first job
+        self._manifests: dict[Path, FileIO] = {}
+        self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
 
     def __enter__(self) -> "ArchiveWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            if self._worker == threading.get_ident():  # we were interrupted before it began
-                self._worker = None
-                self._changed.notify_all()
-        if self._thread is not None:
+        with self._changed:
             self._ended = True
-            self._hurry.set()
-            self._handed_over.set()
+            self._changed.notify_all()
+        if self._thread is not None:
             self._thread.join()
         for manifest in self._manifests.values():
             with contextlib.suppress(OSError):  # what it could not write has been said already
@@ -173,10 +152,7 @@ class ArchiveWriter:
         """
         if self.records(entry["round"]):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            may_wait = num_bytes <= MAX_BYTES_BETWEEN
-            self._submit(lambda: self._write_step(tensors, entry), num_bytes, may_wait=may_wait)
-            if len(self._jobs) > MAX_WAITING_STEPS:
-                self.write_one()
+            self._submit(lambda: self._write_step(tensors, entry), num_bytes)
 
     def place(self, kind: str, at: Mapping[str, int]) -> str:
         """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
@@ -210,46 +186,38 @@ class ArchiveWriter:
         paths: Collection[str],
     ) -> None:
         """Write the checkpoint that a round starts from, of files that were handed over before."""
-        self._num_commits += 1
         checkpoint = Checkpoint(self._root, round_index, config, about, {})
-        self._submit(lambda: self._commit(checkpoint, paths), 0)
+        self._last_commit = self._submit(lambda: self._commit(checkpoint, paths))
 
     def wait_committed(self) -> None:
         """Wait until all checkpoints that were handed over are on disk."""
-        with self._lock:
-            self._changed.wait_for(
-                lambda: self._num_committed == self._num_commits or self._failure is not None
-            )
-        self._check()
+        self._wait_done(self._last_commit)
 
     def begin_at(self, round_index: int, anew: Collection[str] = ()) -> None:
         """Forget what was written of this round and later ones: they are done again.
 
         Also files of the kinds that are written ``anew``.
         """
-        self._submit(lambda: self._forget(round_index, anew), 0)
+        self._submit(lambda: self._forget(round_index, anew))
 
     def drop_steps(self, client: int, round_index: int) -> None:
         """Remove the tensors of a client that left a round without a trace."""
-        self._submit(lambda: self._remove(client_folder(self._root, client, round_index)), 0)
+        self._submit(lambda: self._remove(client_folder(self._root, client, round_index)))
 
     def end_round(self, round_index: int) -> None:
         """List the round's manifests when all is on disk, and drop what does not stay."""
-        if self._thread is not None:  # else nothing was handed over
-            self._submit(lambda: self._close_round(round_index), 0)
+        if self._num_handed_over:
+            self._submit(lambda: self._close_round(round_index))
 
     def take_lag_s(self) -> float:
         """Return how long, at most, something waited to be on disk since the last call."""
-        with self._lock:
+        with self._changed:
             lag_s, self._longest_lag_s = self._longest_lag_s, 0.0
         return lag_s
 
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
-        self._hurry.set()
-        with self._lock:
-            self._changed.wait_for(lambda: not self._jobs or self._failure is not None)
-        self._check()
+        self._wait_done(self._num_handed_over)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -258,85 +226,51 @@ class ArchiveWriter:
                 reason = f"{reason}: {name}"
             raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
 
-    def _submit(self, run: Callable[[], None], num_bytes: int, *, may_wait: bool = False) -> None:
-        """Have a job done, when there is room for its bytes: at once, or with those that follow.
-
-        Jobs are done one after the other.
-        """
-        with self._lock:
-            if self._pending_bytes > MAX_PENDING_BYTES:
-                self._hurry.set()
-                self._changed.wait_for(
-                    lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
-                )
+    def _submit(self, run: Callable[[], None], num_bytes: int = 0) -> int:
+        """Hand over a job once there is room for its bytes; return which job of all it is."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
+            )
             self._check()
             self._pending_bytes += num_bytes
-            self._jobs.append(_Job(run, num_bytes, time.monotonic(), may_wait))
-        if not may_wait:
-            self._hurry.set()
-        if not self._handed_over.is_set():
-            self._handed_over.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
-            self._thread.start()
+            self._jobs.append(_Job(run, num_bytes, time.monotonic()))
+            self._num_handed_over += 1
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
+                self._thread.start()
+            return self._num_handed_over
 
-    def write_one(self) -> bool:
-        """Write the step that comes next, if it is small, and say whether there was one.
+    def _wait_done(self, number: int) -> None:
+        """Wait until so many jobs are done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_done >= number or self._failure is not None)
+        self._check()
 
-        For the thread that computes, best while it waits for a message: that costs less than to
-        share a core, and the interpreter, with the archive's thread.
-        """
-        if not self._jobs:
-            return False
-        started = time.monotonic()
-        with self._lock:
-            first = self._jobs[0] if self._jobs and self._worker is None else None
-            if first is None or not first.may_wait or started < self._left_alone_until:
+    def _work(self) -> None:
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        """Wait for a job and do it; False: there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._ended)
+            if not self._jobs:
                 return False
-            self._worker = threading.get_ident()
-        self._do(first)
-        if time.monotonic() - started > MAX_S_BETWEEN:
-            self._left_alone_until = started + _LEFT_ALONE_S
-        return True
-
-    def _do(self, job: _Job) -> None:
-        """Do the first job, as the worker."""
-        is_done = False
+            job = self._jobs.popleft()
         try:
             if self._failure is None:
                 job.run()
-            is_done = True
         except Exception as error:  # noqa: BLE001 - _check raises it
-            self._failure, is_done = error, True
-        finally:
+            self._failure = error
+        with self._changed:
+            self._num_done += 1
+            self._pending_bytes -= job.num_bytes
             lag_s = time.monotonic() - job.handed_over_at
-            with self._lock:
-                self._worker = None
-                if is_done:
-                    self._jobs.popleft()
-                    self._pending_bytes -= job.num_bytes
-                    self._longest_lag_s = max(self._longest_lag_s, lag_s)
-                self._changed.notify_all()
-
-    def _work(self) -> None:
-        is_over = False
-        while not is_over:
-            self._handed_over.wait()
-            self._hurry.wait(GATHER_S)
-            self._handed_over.clear()
-            self._hurry.clear()
-            is_over = self._ended
-            while first := self._take_first():
-                self._do(first)
-
-    def _take_first(self) -> _Job | None:
-        """Return the first job, once nobody else does one, and become the worker; None: none."""
-        with self._lock:
-            self._changed.wait_for(lambda: self._worker is None)
-            if not self._jobs:
-                return None
-            self._worker = threading.get_ident()
-            return self._jobs[0]
+            self._longest_lag_s = max(self._longest_lag_s, lag_s)
+            self._changed.notify_all()
+        return True
 
     def _write_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]
@@ -408,9 +342,6 @@ class ArchiveWriter:
             path.unlink()
         crash_point("checkpoint.after_removal")
         self._drop_models()
-        with self._lock:
-            self._num_committed += 1
-            self._changed.notify_all()
 
     def _forget(self, round_index: int, anew: Collection[str]) -> None:
         for folder in self._root.glob("client_files/client_*/round_*"):

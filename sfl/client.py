@@ -307,7 +307,6 @@ class _Loaded:
         self._run = self.log.run = welcome.run  # which may have more rounds than before
         run, folder, split = self._run, self._folder, self._split
         connection.limits = split.client_limits(onto(folder.path))
-        connection.spinner.meanwhile = folder.archive.write_one
         report = self._report
         if has_own(run):
             own = own_checkpoints(folder.path, run)

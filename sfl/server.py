@@ -100,7 +100,6 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 heartbeat_s=interval_s(node.silence_s),
                 guard=dataclasses.replace(guard, run=run.run),
                 turned_away=TurnedAway(folder.events.say, folder.events.note),
-                meanwhile=folder.archive.write_one,
             ) as switchboard,
             telling_why(folder, switchboard.end, how_to_go_on(path, run.model)),
         ):
