@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import sfl.archive
-from sfl import archive_writer
+from sfl import atomic_file, write_queue
 from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS, Entry
-from sfl.archive_writer import ArchiveWriter, write_file
+from sfl.archive_writer import ArchiveWriter
+from sfl.atomic_file import write_file
 from sfl.config import KeepTensors
 from sfl.errors import IntegrityError, RunError
 from sfl.protocol import checksum
@@ -155,7 +156,7 @@ def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.Monk
         assert Path(source).read_bytes() == b"new"
         raise OSError("killed before the rename")
 
-    monkeypatch.setattr(archive_writer.os, "replace", fail)
+    monkeypatch.setattr(atomic_file.os, "replace", fail)
     with pytest.raises(OSError, match="killed"):
         write_file(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
@@ -164,15 +165,15 @@ def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_waits_to_be_written_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_writer, "MAX_PENDING_BYTES", 10_000)
+    monkeypatch.setattr(write_queue, "MAX_PENDING_BYTES", 10_000)
     gate, peak = threading.Event(), 0
     with ArchiveWriter(tmp_path, ALL) as writer:
-        writer._submit(lambda: gate.wait(30) and None, 0)
+        writer._queue.submit(lambda: gate.wait(30) and None, 0)
         opener = threading.Timer(0.2, gate.set)
         opener.start()
         for number in range(100):
             writer.write("x", f"{number}.bin", bytes(1000))
-            peak = max(peak, writer._pending_bytes)
+            peak = max(peak, writer._queue.pending_bytes)
         assert gate.is_set()  # so the producer had to wait for the disk
         writer.flush()
     assert 10_000 < peak <= 11_000
