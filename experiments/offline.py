@@ -21,7 +21,7 @@ def train_back(recorded: "RecordedRun", options: Namespace) -> None:
     import torch
 
     from sfl import seeds
-    from sfl.archive_writer import write_file
+    from sfl.atomic_file import write_file
     from sfl.errors import RunError
     from sfl.metrics import add_up
     from sfl.protocol import Position

@@ -11,11 +11,11 @@ file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and f
 
 import contextlib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from json.encoder import encode_basestring_ascii as _quoted
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -274,14 +274,9 @@ def manifest_line(entry: Entry) -> str:
 
     That is of the line as ``json.dumps`` writes it without ``check``.
     """
-    e = entry
-    text = (
-        f'{{"kind": {_quoted(e.kind)}, "path": {_quoted(e.path)}, "bytes": {e.bytes},'
-        f' "checksum": {_quoted(e.checksum)}, "client": {e.client}, "round": {e.round},'
-        f' "step": {e.step}, "link": {e.link}, "order": {e.order}, "offset": {e.offset},'
-        f' "shape": {list(e.shape)}, "dtype": {_quoted(e.dtype)}, "clients": {list(e.clients)}'
-    )
-    return f'{text}, "check": "{checksum(f"{text}}}".encode())}"}}'
+    fields = asdict(entry)
+    check = checksum(json.dumps(fields).encode())
+    return json.dumps(fields | {"check": check})
 
 
 def _parse_line(line: bytes) -> Entry:

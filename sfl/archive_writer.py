@@ -1,173 +1,59 @@
 """Writing a run's folder: off the critical path, each file atomically, with its manifest line.
 
-A thread of its own writes, and so does whoever waits for a message anyway (``write_one``). What a
-round starts from is synced before the round's checkpoint names it; see ``sfl.checkpoint``.
+A background thread writes. What a round starts from is synced before the round's checkpoint names
+it; see ``sfl.checkpoint``.
 """
 
-import contextlib
 import os
-import shutil
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from sfl.archive import (
-    DROPPED,
-    MANIFEST,
-    MODELS,
-    Entry,
-    client_folder,
-    manifest_line,
-    read_manifest,
-    round_of_folder,
-)
-from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of, round_of
+from sfl.archive import Entry, client_folder
+from sfl.atomic_file import BINARY, sync, write_file
+from sfl.checkpoint import NUM_KEPT, Checkpoint, lying, path_of
 from sfl.config import KeepModels, KeepTensors
 from sfl.crash import crash_point
-from sfl.drop_behind import DropBehind
-from sfl.errors import RunError, reason_of
+from sfl.manifests import Manifests
 from sfl.protocol import File, checksum
+from sfl.retention import Retention
 from sfl.saved import Buffer
 from sfl.tensors import TensorSpec
+from sfl.write_queue import WriteQueue
 
-# Tensors that wait to be written; when there are more, the run waits for the disk.
-MAX_PENDING_BYTES = 256 * 2**20
-# For which a step's tensors wait for whoever waits for a message to write them, before the thread
-# does: two threads that share the interpreter wait for each other.
-GATHER_S = 0.5
-# When more steps wait, whoever hands over another writes one, too.
-MAX_WAITING_STEPS = 12
-# Who waits for a message writes a step of no more bytes, if the last one took no longer; else the
-# message might have to wait. After a longer one the thread writes alone for a while.
-MAX_BYTES_BETWEEN = 2**20
-MAX_S_BETWEEN = 5e-3
-_LEFT_ALONE_S = 1.0
-_BINARY: int = getattr(os, "O_BINARY", 0)  # on Windows
 ALL_MODELS = KeepModels.parse("all")
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
-
-
-def write_file(
-    path: Path | str,
-    data: Buffer,
-    *,
-    durable: bool = False,
-    what: str = "file",
-    behind: DropBehind | None = None,
-) -> None:
-    """Write a file under a temporary name and rename it: under its name it is whole.
-
-    What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
-    its part in the names of ``sfl.crash``. ``behind`` is for a file that nobody reads soon.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        stream = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
-        try:
-            _write_all(stream, data)
-            if durable:
-                os.fsync(stream)
-            if behind is not None:
-                behind.take(stream, len(data))
-        finally:
-            os.close(stream)
-        crash_point(f"{what}.before_rename")
-        os.replace(temporary, path)
-        crash_point(f"{what}.after_rename")
-        if durable:
-            sync(Path(path).parent)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _write_all(descriptor: int, data: Buffer) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _name(kind: str, at: Mapping[str, int]) -> str:
     return f"{kind}_{at['round']}_{at['step']}.pt"
 
 
-def sync(path: Path) -> None:
-    """Let a file, or what was created and renamed in a folder, outlast a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was being written when a run was killed."""
-    with contextlib.suppress(FileNotFoundError):
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
-class _Job(NamedTuple):
-    run: Callable[[], None]
-    num_bytes: int
-    handed_over_at: float
-    may_wait: bool  # for others of its kind; and whoever waits for a message may do it
-
-
 class ArchiveWriter:
     """Write tensors and their manifests off the critical path. Closed by ``with``.
 
-    Raises (from any method but ``write_one``, once it was met):
+    Raises (from any method, once it was met):
         RunError: the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, root: Path, keep: KeepTensors, models: KeepModels = ALL_MODELS) -> None:
         self._root = root
         self._keep = keep
-        self._keep_models = models
-        self._models: dict[int, set[str]] = {}  # by their round, of those that may go some day
-        # In their order; the first stays here until it is done: one that was interrupted is done
-        # again, which changes nothing.
-        self._jobs: deque[_Job] = deque()
-        self._worker: int | None = None  # the thread that does a job
-        self._left_alone_until = 0.0
-        self._lock = threading.RLock()  # taken by itself: a condition's ``with`` runs Python
-        self._changed = threading.Condition(self._lock)
-        self._pending_bytes = 0
-        self._longest_lag_s = 0.0
-        self._num_commits = self._num_committed = 0
-        self._failure: Exception | None = None
-        self._manifests: dict[Path, FileIO] = {}
-        self._behind = DropBehind()  # used, like the manifests, by whoever does a job
+        self._queue = WriteQueue(root)
+        self._last_commit = 0  # which of the queue's jobs it was
+        # Used by the queue's thread alone.
+        self._manifests = Manifests(root)
+        self._retention = Retention(root, self._manifests, keep, models)
         self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
-        self._handed_over = threading.Event()  # a job, since the thread last began
-        self._hurry = threading.Event()  # there is more to do than to gather steps
-        self._ended = False
-        self._thread: threading.Thread | None = None  # started by the first job
 
     def __enter__(self) -> "ArchiveWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            if self._worker == threading.get_ident():  # we were interrupted before it began
-                self._worker = None
-                self._changed.notify_all()
-        if self._thread is not None:
-            self._ended = True
-            self._hurry.set()
-            self._handed_over.set()
-            self._thread.join()
-        self._behind.close()
-        for manifest in self._manifests.values():
-            with contextlib.suppress(OSError):  # what it could not write has been said already
-                manifest.close()
+        self._queue.close()
+        self._manifests.close_all()
 
     def records(self, round_index: int) -> bool:
         """Say whether tensors of this round are written."""
@@ -183,10 +69,7 @@ class ArchiveWriter:
         """
         if self.records(entry["round"]):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            may_wait = num_bytes <= MAX_BYTES_BETWEEN
-            self._submit(lambda: self._write_step(tensors, entry), num_bytes, may_wait=may_wait)
-            if len(self._jobs) > MAX_WAITING_STEPS:
-                self.write_one()
+            self._queue.submit(lambda: self._write_step(tensors, entry), num_bytes)
 
     def place(self, kind: str, at: Mapping[str, int]) -> str:
         """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
@@ -206,11 +89,13 @@ class ArchiveWriter:
 
         ``clients``: whom a round's log is of.
         """
-        self._submit(lambda: self._write_listed(kind, path, data, round_index, clients), len(data))
+        self._queue.submit(
+            lambda: self._write_listed(kind, path, data, round_index, clients), len(data)
+        )
 
     def append(self, path: str, data: bytes) -> None:
         """Append to a file that no manifest lists, and sync it."""
-        self._submit(lambda: self._append(path, data), len(data))
+        self._queue.submit(lambda: self._append(path, data), len(data))
 
     def commit(
         self,
@@ -220,150 +105,55 @@ class ArchiveWriter:
         paths: Collection[str],
     ) -> None:
         """Write the checkpoint that a round starts from, of files that were handed over before."""
-        self._num_commits += 1
         checkpoint = Checkpoint(self._root, round_index, config, about, {})
-        self._submit(lambda: self._commit(checkpoint, paths), 0)
+        self._last_commit = self._queue.submit(lambda: self._commit(checkpoint, paths))
 
     def wait_committed(self) -> None:
         """Wait until all checkpoints that were handed over are on disk."""
-        with self._lock:
-            self._changed.wait_for(
-                lambda: self._num_committed == self._num_commits or self._failure is not None
-            )
-        self._check()
+        self._queue.wait_done(self._last_commit)
 
     def begin_at(self, round_index: int, anew: Collection[str] = ()) -> None:
         """Forget what was written of this round and later ones: they are done again.
 
         Also files of the kinds that are written ``anew``.
         """
-        self._submit(lambda: self._forget(round_index, anew), 0)
+        self._queue.submit(lambda: self._retention.forget(round_index, anew))
 
     def drop_steps(self, client: int, round_index: int) -> None:
         """Remove the tensors of a client that left a round without a trace."""
-        self._submit(lambda: self._remove(client_folder(self._root, client, round_index)), 0)
+        self._queue.submit(
+            lambda: self._retention.remove(client_folder(self._root, client, round_index))
+        )
 
     def end_round(self, round_index: int) -> None:
         """List the round's manifests when all is on disk, and drop what does not stay."""
-        if self._thread is not None:  # else nothing was handed over
-            self._submit(lambda: self._close_round(round_index), 0)
+        if self._queue.num_handed_over:
+            self._queue.submit(lambda: self._retention.close_round(round_index))
 
     def take_lag_s(self) -> float:
         """Return how long, at most, something waited to be on disk since the last call."""
-        with self._lock:
-            lag_s, self._longest_lag_s = self._longest_lag_s, 0.0
-        return lag_s
+        return self._queue.take_lag_s()
 
     def flush(self) -> None:
         """Wait until everything that was handed over is on disk."""
-        self._hurry.set()
-        with self._lock:
-            self._changed.wait_for(lambda: not self._jobs or self._failure is not None)
-        self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            reason = getattr(self._failure, "strerror", None) or reason_of(self._failure)
-            if name := getattr(self._failure, "filename", None):
-                reason = f"{reason}: {name}"
-            raise RunError(f"cannot write to {self._root}: {reason}") from self._failure
-
-    def _submit(self, run: Callable[[], None], num_bytes: int, *, may_wait: bool = False) -> None:
-        """Have a job done, when there is room for its bytes: at once, or with those that follow.
-
-        Jobs are done one after the other.
-        """
-        with self._lock:
-            if self._pending_bytes > MAX_PENDING_BYTES:
-                self._hurry.set()
-                self._changed.wait_for(
-                    lambda: self._pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
-                )
-            self._check()
-            self._pending_bytes += num_bytes
-            self._jobs.append(_Job(run, num_bytes, time.monotonic(), may_wait))
-        if not may_wait:
-            self._hurry.set()
-        if not self._handed_over.is_set():
-            self._handed_over.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
-            self._thread.start()
-
-    def write_one(self) -> bool:
-        """Write the step that comes next, if it is small, and say whether there was one.
-
-        For the thread that computes, best while it waits for a message: that costs less than to
-        share a core, and the interpreter, with the archive's thread.
-        """
-        if not self._jobs:
-            return False
-        started = time.monotonic()
-        with self._lock:
-            first = self._jobs[0] if self._jobs and self._worker is None else None
-            if first is None or not first.may_wait or started < self._left_alone_until:
-                return False
-            self._worker = threading.get_ident()
-        self._do(first)
-        if time.monotonic() - started > MAX_S_BETWEEN:
-            self._left_alone_until = started + _LEFT_ALONE_S
-        return True
-
-    def _do(self, job: _Job) -> None:
-        """Do the first job, as the worker."""
-        is_done = False
-        try:
-            if self._failure is None:
-                job.run()
-            is_done = True
-        except Exception as error:  # noqa: BLE001 - _check raises it
-            self._failure, is_done = error, True
-        finally:
-            lag_s = time.monotonic() - job.handed_over_at
-            with self._lock:
-                self._worker = None
-                if is_done:
-                    self._jobs.popleft()
-                    self._pending_bytes -= job.num_bytes
-                    self._longest_lag_s = max(self._longest_lag_s, lag_s)
-                self._changed.notify_all()
-
-    def _work(self) -> None:
-        is_over = False
-        while not is_over:
-            self._handed_over.wait()
-            self._hurry.wait(GATHER_S)
-            self._handed_over.clear()
-            self._hurry.clear()
-            is_over = self._ended
-            while first := self._take_first():
-                self._do(first)
-
-    def _take_first(self) -> _Job | None:
-        """Return the first job, once nobody else does one, and become the worker; None: none."""
-        with self._lock:
-            self._changed.wait_for(lambda: self._worker is None)
-            if not self._jobs:
-                return None
-            self._worker = threading.get_ident()
-            return self._jobs[0]
+        self._queue.wait_done(self._queue.num_handed_over)
 
     def _write_step(
         self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]
     ) -> None:
         folder = client_folder(self._root, at["client"], at["round"])
-        if folder not in self._manifests:
+        if not self._manifests.is_open(folder):
             folder.mkdir(parents=True, exist_ok=True)
         entries = []
         for kind, (file, spec) in tensors.items():
             name, data = _name(kind, at), file.data
-            write_file(f"{folder}/{name}", data, behind=self._behind)
+            write_file(f"{folder}/{name}", data)
             entries.append(Entry(
                 kind, name, len(data), file.checksum or checksum(data), client=at["client"],
                 round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
                 dtype=str(spec.dtype).removeprefix("torch."),
             ))  # fmt: skip
-        self._list(folder, *entries)
+        self._manifests.add(folder, *entries)
 
     def _write_listed(
         self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]
@@ -374,28 +164,14 @@ class ArchiveWriter:
             sync(folder.parent)
         write_file(self._root / path, data, durable=True)
         entry = Entry(kind, path, len(data), checksum(data), round=round_index, clients=clients)
-        self._list(self._root, entry)
-        self._note_model(entry)
+        self._manifests.add(self._root, entry)
+        self._retention.note_model(entry)
         self._written[path] = entry.bytes, entry.checksum
-
-    def _note_model(self, entry: Entry) -> None:
-        """Take note of a model that does not stay for good."""
-        if entry.path.startswith(MODELS) and not self._keep_models.stays(entry.round):
-            self._models.setdefault(entry.round, set()).add(entry.path)
-
-    def _drop_models(self) -> None:
-        """Remove the models that no checkpoint goes on from any more; those noted need not stay."""
-        oldest = round_of(lying(self._root)[-1]) - 1 - self._keep_models.behind
-        for round_index in sorted(r for r in self._models if r < oldest):
-            paths = sorted(self._models.pop(round_index))
-            self._list(self._root, *(Entry(DROPPED, p, 0, "", round=round_index) for p in paths))
-            for path in paths:
-                (self._root / path).unlink(missing_ok=True)
 
     def _append(self, path: str, data: bytes) -> None:
         crash_point("rounds_csv.before")
         # It was there at the start: one that is made anew would lack what came before.
-        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | _BINARY)
+        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | BINARY)
         with open(descriptor, "ab", buffering=0) as stream:
             stream.write(data)
             os.fsync(stream.fileno())
@@ -403,11 +179,7 @@ class ArchiveWriter:
 
     def _commit(self, checkpoint: Checkpoint, paths: Collection[str]) -> None:
         self._written = {path: self._written[path] for path in paths}
-        if self._root in self._manifests:
-            manifest = self._manifests[self._root]
-            os.fsync(manifest.fileno())
-            if not os.fstat(manifest.fileno()).st_nlink:
-                raise RunError(f"{self._root / MANIFEST} is gone: it was removed")
+        self._manifests.sync()
         target = self._root / path_of(checkpoint.round)
         if not target.parent.is_dir():
             target.parent.mkdir()
@@ -417,62 +189,4 @@ class ArchiveWriter:
         for path in lying(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
-        self._drop_models()
-        with self._lock:
-            self._num_committed += 1
-            self._changed.notify_all()
-
-    def _forget(self, round_index: int, anew: Collection[str]) -> None:
-        for folder in self._root.glob("client_files/client_*/round_*"):
-            if (place := round_of_folder(folder)) and place[1] >= round_index:
-                self._remove(folder)
-        if self._manifests.keys() - {self._root}:  # of a round whose end we have not heard of
-            self._close_round(round_index - 1)
-        for path in lying(self._root):  # of later rounds, or damaged: not to be taken for whole
-            if round_of(path) > round_index:
-                path.unlink()
-        if (self._root / MANIFEST).exists():
-            self._shorten_manifest(round_index, anew)
-
-    def _shorten_manifest(self, round_index: int, anew: Collection[str]) -> None:
-        """Remove what is of this round or a later one, and what is about to be written anew."""
-        if manifest := self._manifests.pop(self._root, None):
-            manifest.close()
-        kept = []
-        self._models = {}
-        for entry in read_manifest(self._root):
-            if entry.round < round_index and entry.kind not in anew:
-                kept.append(manifest_line(entry) + "\n")
-                self._note_model(entry)
-            elif entry.kind not in anew:
-                (self._root / entry.path).unlink(missing_ok=True)
-        write_file(self._root / MANIFEST, "".join(kept).encode(), durable=True)
-
-    def _remove(self, folder: Path) -> None:
-        if manifest := self._manifests.pop(folder, None):
-            manifest.close()
-        self._behind.close()  # NFS keeps a file that is open
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def _list(self, folder: Path, *entries: Entry) -> None:
-        if folder not in self._manifests:
-            path = folder / MANIFEST
-            _cut_torn_line(path)
-            self._manifests[folder] = open(path, "ab", buffering=0)  # noqa: SIM115
-        lines = "".join(manifest_line(entry) + "\n" for entry in entries)
-        _write_all(self._manifests[folder].fileno(), lines.encode())
-        crash_point("manifest.after_lines")
-
-    def _close_round(self, round_index: int) -> None:
-        for folder in [folder for folder in self._manifests if folder != self._root]:
-            self._manifests.pop(folder).close()
-            data = (folder / MANIFEST).read_bytes()
-            name = (folder / MANIFEST).relative_to(self._root).as_posix()
-            entry = Entry("manifest", name, len(data), checksum(data), round=round_index)
-            self._list(self._root, entry)
-        self._behind.close()  # before any is removed, as in ``_remove``
-        if self._keep.last and round_index > 0:
-            for folder in self._root.glob(f"client_files/*/round_{round_index - 1:03d}"):
-                name = (folder / MANIFEST).relative_to(self._root).as_posix()
-                self._list(self._root, Entry(DROPPED, name, 0, "", round=round_index - 1))
-                shutil.rmtree(folder)
+        self._retention.drop_models()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfl.archive_writer import sync
+from sfl.atomic_file import sync
 from sfl.errors import DataError
 
 FORMAT = 2  # of what is kept; counts up when something else comes out of the same files

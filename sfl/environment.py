@@ -1,6 +1,5 @@
 """What a process computes with: the device, what can change the last bit, and its record."""
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -17,21 +16,16 @@ from sfl import __version__
 from sfl.config import NodeConfig
 from sfl.errors import ConfigError, RunError
 
-# Of mallopt(3): what is freed stays with the process up to so much, and what is larger than the
-# second goes to the system at once; the second may be no larger.
-_TRIM_THRESHOLD, _KEPT_BYTES = -1, 128 * 2**20
-_MMAP_THRESHOLD, _LARGE_BYTES = -3, 32 * 2**20
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
 _BEFORE = {"sfl": "0.1.0"}  # which did not say so
 
 
 def set_up_torch(node: NodeConfig) -> torch.device:
-    """Set threads, memory and determinism for this process, and return the device to compute on.
+    """Set threads and determinism for this process, and return the device to compute on.
 
     Raises:
         RunError: there is no such device.
     """
-    _keep_freed_memory()
     torch.set_num_threads(node.threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -49,20 +43,6 @@ def set_up_torch(node: NodeConfig) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} such devices"
         )
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Let a step's tensors take the memory of the step before.
-
-    glibc gives what is freed back to the system from a few MiB on, and each page that it takes anew
-    costs up to microseconds. Whoever has set its variables is left alone.
-    """
-    named = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
-    if sys.platform == "linux" and not any(name in os.environ for name in named):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
-        if mallopt:
-            mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-            mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def fingerprint(device: torch.device) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfl.archive import ROUND_LOG
-from sfl.archive_writer import write_file
+from sfl.atomic_file import write_file
 from sfl.config import RunConfig
 from sfl.link import KINDS_DOWN, KINDS_UP
 from sfl.metrics import StepFigures

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sfl.archive_writer import REWRITTEN, write_file
+from sfl.archive_writer import REWRITTEN
+from sfl.atomic_file import write_file
 from sfl.check import check_disk, check_run, check_space, disk_bytes, knows_classes
 from sfl.claims import why_refused
 from sfl.config import NodeConfig, RunConfig, ServerNode, counted

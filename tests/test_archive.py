@@ -1,25 +1,20 @@
 """The archive: what is written off the critical path, and its one reader."""
 
-import dataclasses
-import functools
-import json
 import os
-import pkgutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import sfl.archive
-from sfl import archive_writer
+from sfl import atomic_file, write_queue
 from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS, Entry
-from sfl.archive_writer import ArchiveWriter, write_file
+from sfl.archive_writer import ArchiveWriter
+from sfl.atomic_file import write_file
 from sfl.config import KeepTensors
 from sfl.errors import IntegrityError, RunError
-from sfl.protocol import checksum
 from sfl.tensors import TensorSpec, encode_file
 
 ALL = KeepTensors.parse("all")
@@ -137,17 +132,26 @@ def test_the_files_of_a_run_that_was_killed_are_read_as_far_as_they_are_whole(
 
 
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "line"),
     [
-        Entry("labels", "labels_0_7.pt", 12, "crc32:0123abcd", 1, 0, 7, 0, 3, 0, (4, 1), "int64"),
-        Entry("round_log", 'a "name"\\ü\n', 0, "", round=-1, clients=(0, 2, 5)),
+        (
+            Entry(
+                "labels", "labels_0_7.pt", 12, "crc32:0123abcd", 1, 0, 7, 0, 3, 0, (4, 1), "int64"
+            ),
+            '{"kind": "labels", "path": "labels_0_7.pt", "bytes": 12, "checksum": "crc32:0123abcd",'
+            ' "client": 1, "round": 0, "step": 7, "link": 0, "order": 3, "offset": 0,'
+            ' "shape": [4, 1], "dtype": "int64", "clients": [], "check": "crc32:6b489731"}',
+        ),
+        (
+            Entry("round_log", 'a "name"\\ü\n', 0, "", round=-1, clients=(0, 2, 5)),
+            r'{"kind": "round_log", "path": "a \"name\"\\\u00fc\n", "bytes": 0, "checksum": "",'
+            ' "client": -1, "round": -1, "step": -1, "link": 0, "order": -1, "offset": 0,'
+            ' "shape": [], "dtype": "", "clients": [0, 2, 5], "check": "crc32:f13be103"}',
+        ),
     ],
 )
-def test_a_manifests_line_is_json(entry: Entry) -> None:
-    """As Python's ``json`` writes it: so all lines of runs before were written."""
-    fields = dataclasses.asdict(entry)
-    check = {"check": checksum(json.dumps(fields).encode())}
-    assert sfl.archive.manifest_line(entry) == json.dumps(fields | check)
+def test_a_manifests_line_is_as_in_all_runs_before(entry: Entry, line: str) -> None:
+    assert sfl.archive.manifest_line(entry) == line
 
 
 def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +162,7 @@ def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.Monk
         assert Path(source).read_bytes() == b"new"
         raise OSError("killed before the rename")
 
-    monkeypatch.setattr(archive_writer.os, "replace", fail)
+    monkeypatch.setattr(atomic_file.os, "replace", fail)
     with pytest.raises(OSError, match="killed"):
         write_file(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old"
@@ -167,15 +171,15 @@ def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_waits_to_be_written_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_writer, "MAX_PENDING_BYTES", 10_000)
+    monkeypatch.setattr(write_queue, "MAX_PENDING_BYTES", 10_000)
     gate, peak = threading.Event(), 0
     with ArchiveWriter(tmp_path, ALL) as writer:
-        writer._submit(lambda: gate.wait(30) and None, 0)
+        writer._queue.submit(lambda: gate.wait(30) and None, 0)
         opener = threading.Timer(0.2, gate.set)
         opener.start()
         for number in range(100):
             writer.write("x", f"{number}.bin", bytes(1000))
-            peak = max(peak, writer._pending_bytes)
+            peak = max(peak, writer._queue.pending_bytes)
         assert gate.is_set()  # so the producer had to wait for the disk
         writer.flush()
     assert 10_000 < peak <= 11_000
@@ -247,141 +251,26 @@ def test_what_a_round_gave_is_on_disk_before_the_round_is_done(
     assert [c for c in calls if "client_files" in c and c.startswith("sync")] == []
 
 
-def gathering_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ArchiveWriter:
-    monkeypatch.setattr(archive_writer, "GATHER_S", 60.0)
-    writer = ArchiveWriter(folder, ALL)
-    record(writer, 0, 0, 0)
-    return writer
-
-
-def test_steps_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = gathering_for_ever(tmp_path, monkeypatch)
-    time.sleep(0.1)
-    assert not list(tmp_path.rglob("*.pt"))
-    writer.flush()
-    writer.__exit__()
-
-
-@pytest.mark.parametrize("then", ["flush", "write", "end"])
-def test_nobody_waits_for_steps_to_be_gathered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
-) -> None:
-    started = time.monotonic()
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        if then == "flush":
-            writer.flush()
-        elif then == "write":
-            writer.write("log", "log.txt", b"text")
-            while not (tmp_path / "log.txt").exists():
-                assert time.monotonic() - started < 30
-    assert len(list(tmp_path.rglob("*.pt"))) == len(TENSOR_KINDS)
-    assert time.monotonic() - started < 30
-
-
-def num_written(folder: Path) -> int:
-    """Return the number of steps whose files lie there."""
-    num_files = len(list(folder.rglob("*.pt")))
-    assert num_files % len(TENSOR_KINDS) == 0
-    return num_files // len(TENSOR_KINDS)
-
-
-def test_who_waits_writes_one_step_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        record(writer, 0, 0, 1)
-        assert [(writer.write_one(), num_written(tmp_path)) for _ in range(3)] == [
-            (True, 1),
-            (True, 2),
-            (False, 2),
-        ]
-        assert len(writer._jobs) == writer._pending_bytes == 0
-        writer.write("log", "log.txt", b"text")
-    assert found(tmp_path) == [(0, 0, 0), (0, 1, 0)]
-
-
-def test_who_waits_writes_no_models_and_no_large_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ArchiveWriter, "_work", lambda writer: None)  # the thread does nothing
+def test_a_step_is_written_without_anybody_waiting_for_it(tmp_path: Path) -> None:
     with ArchiveWriter(tmp_path, ALL) as writer:
         record(writer, 0, 0, 0)
-        assert writer.write_one()
-        writer.write("log", "log.txt", b"text")  # as a model is
-        record(writer, 0, 0, 1)
-        assert not writer.write_one()
-        assert num_written(tmp_path) == 1
-    monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
-    with ArchiveWriter(tmp_path, ALL) as writer:
-        record(writer, 0, 0, 2)
-        assert not writer.write_one()
-
-
-def test_large_steps_are_not_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_writer, "MAX_BYTES_BETWEEN", 100)
-    with gathering_for_ever(tmp_path, monkeypatch):
-        started = time.monotonic()
+        deadline = time.monotonic() + 30
         while len(list(tmp_path.rglob("*.pt"))) < len(TENSOR_KINDS):
-            assert time.monotonic() - started < 30
+            assert time.monotonic() < deadline
 
 
-def test_who_hands_over_a_step_writes_one_when_many_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        for step in range(1, archive_writer.MAX_WAITING_STEPS + 3):
-            record(writer, 0, 0, step)
-        assert num_written(tmp_path) == 3
-        assert len(writer._jobs) == archive_writer.MAX_WAITING_STEPS
+def test_what_was_handed_over_is_written_when_a_run_is_interrupted(tmp_path: Path) -> None:
+    def run() -> None:
+        with ArchiveWriter(tmp_path, ALL) as writer:
+            for step in range(20):
+                record(writer, 0, 0, step)
+            writer.end_round(0)
+            raise KeyboardInterrupt
 
-
-def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        record(writer, 0, 0, 1)
-        monkeypatch.setattr(archive_writer, "MAX_S_BETWEEN", 0.0)
-        assert [writer.write_one(), writer.write_one()] == [True, False]
-        monkeypatch.setattr(writer, "_left_alone_until", time.monotonic())
-        assert writer.write_one()
-
-
-@pytest.mark.parametrize(
-    ("place", "is_done"),
-    [("os.open", False), ("os.replace", False), ("os.replace", True), ("manifest_line", False),
-     ("ArchiveWriter._list", True), ("ArchiveWriter._do", False), ("ArchiveWriter._do", True)],
-)  # fmt: skip
-def test_a_step_whose_writing_is_interrupted_is_written_by_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, is_done: bool
-) -> None:
-    """As by Ctrl-C, which strikes the thread that trains; ``is_done``: behind the place."""
-    name = f"sfl.archive_writer.{place}"
-    real = pkgutil.resolve_name(name)
-
-    def interrupt(*args: Any, **options: Any) -> None:
-        if is_done:
-            real(*args, **options)
-        raise KeyboardInterrupt
-
-    with gathering_for_ever(tmp_path, monkeypatch) as writer:
-        monkeypatch.setattr(name, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            writer.write_one()
-        monkeypatch.setattr(name, real)
-        writer.end_round(0)
-        assert writer._thread is not None
-        join = functools.partial(writer._thread.join, 10)  # rather than for ever, if it hangs
-        monkeypatch.setattr(writer._thread, "join", join)
-    assert found(tmp_path) == [(0, 0, 0)]
-    assert num_written(tmp_path) == 1
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert found(tmp_path) == [(0, step, 0) for step in range(20)]
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_who_waits_is_not_told_of_a_disk_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "client_files").write_text("in the way")
-    with ArchiveWriter(tmp_path, ALL) as writer:
-        record(writer, 0, 0, 0)
-        writer.write_one()
-        with pytest.raises(RunError, match=r"cannot write to .*: Not a directory"):
-            writer.flush()
 
 
 @pytest.mark.parametrize("what", ["models", "client_files/client_0", "rounds/round_000.csv"])

@@ -14,7 +14,6 @@ MAY_IMPORT = {
     "socket": {"doorstep", "shaping", "stream", "transport"},
     "ssl": {"certificates", "client_store", "doorstep", "stream", "transport"},
     "threading": {
-        "archive_writer",
         "doorstep",
         "drain",
         "heartbeat",
@@ -27,6 +26,7 @@ MAY_IMPORT = {
         "transport",
         "turn",
         "turned_away",
+        "write_queue",
     },
     "pickle": set(),
 }
