@@ -42,23 +42,6 @@ def _may_draw(module: nn.Module) -> bool:
     return is_hung_onto(module) or type(module) not in _DRAWS_NOTHING
 
 
-_ENGINE = torch.autograd.Variable._execution_engine
-_ONE = torch.ones(())
-
-
-def _differentiate(tensor: Tensor, grad: Tensor | None) -> None:
-    """Do what ``torch.autograd.backward`` does, on the CPU without its Python around the engine.
-
-    That takes 3 to 5 % of a small model's step: docs/performance.md.
-    """
-    if tensor.device.type != "cpu":
-        torch.autograd.backward(tensor, grad)
-        return
-    grad = _ONE.to(tensor.dtype) if grad is None else grad
-    how = {"allow_unreachable": True, "accumulate_grad": True}
-    _ENGINE.run_backward((tensor,), (grad,), False, False, (), **how)
-
-
 @contextlib.contextmanager
 def computing(what: str) -> Iterator[None]:
     """Make of whatever a model's own code raises the failure of one step.
@@ -219,7 +202,7 @@ class Segment:
         self._forget_step()
         if tensor.requires_grad:  # not so for a front without parameters
             with computing(f"the backward pass from block {self._first_block} on fails"):
-                _differentiate(tensor, grad)
+                torch.autograd.backward(tensor, grad)
         self._add_proximal_gradients()
         return self._input.grad
 
