@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfl import fast_modules, seeds
+from sfl import seeds
 from sfl.blocks import titled
 from sfl.config import RunConfig
 from sfl.errors import SflError, StepFailed, told
-from sfl.fast_modules import MaxPool2d, is_hung_onto, speed_up
 from sfl.metrics import StepFigures, Tally, tally
 from sfl.optimizers import OPTIMIZERS, take_step
 from sfl.protocol import Position
@@ -30,33 +29,17 @@ _DRAWS_NOTHING = frozenset(
     {
         nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d,
         nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm,
-        MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
     }
 )  # fmt: skip
-_KNOWN = ("torch.nn.modules.", fast_modules.__name__)
 
 
 def _may_draw(module: nn.Module) -> bool:
     """Say whether a module may draw at random; what a user hung onto it may."""
-    return is_hung_onto(module) or type(module) not in _DRAWS_NOTHING
-
-
-_ENGINE = torch.autograd.Variable._execution_engine
-_ONE = torch.ones(())
-
-
-def _differentiate(tensor: Tensor, grad: Tensor | None) -> None:
-    """Do what ``torch.autograd.backward`` does, on the CPU without its Python around the engine.
-
-    That takes 3 to 5 % of a small model's step: docs/performance.md.
-    """
-    if tensor.device.type != "cpu":
-        torch.autograd.backward(tensor, grad)
-        return
-    grad = _ONE.to(tensor.dtype) if grad is None else grad
-    how = {"allow_unreachable": True, "accumulate_grad": True}
-    _ENGINE.run_backward((tensor,), (grad,), False, False, (), **how)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or type(module) not in _DRAWS_NOTHING
 
 
 @contextlib.contextmanager
@@ -106,7 +89,6 @@ class Segment:
         class_weights: Sequence[float] = (),
     ) -> None:
         self.blocks = blocks.to(device)
-        speed_up(self.blocks)
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
@@ -219,7 +201,7 @@ class Segment:
         self._forget_step()
         if tensor.requires_grad:  # not so for a front without parameters
             with computing(f"the backward pass from block {self._first_block} on fails"):
-                _differentiate(tensor, grad)
+                torch.autograd.backward(tensor, grad)
         self._add_proximal_gradients()
         return self._input.grad
 

@@ -72,6 +72,14 @@ def test_a_parameter_on_both_sides_of_the_boundary_is_clipped_once() -> None:
     assert [len(half) for half in ours._halves()] == [2]
 
 
+def test_a_users_modules_stay_what_they_are() -> None:
+    given = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    ours = segment(*given)
+    assert list(ours.blocks) == given
+    assert [type(module) for module in given] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+    assert not given[1].inplace
+
+
 def test_what_is_hung_onto_a_module_draws_the_same_each_time() -> None:
     layer = nn.Linear(4, 64)
     layer.register_forward_hook(lambda module, given, out: nn.functional.dropout(out))
