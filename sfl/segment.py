@@ -7,7 +7,7 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from sfl.blocks import titled
 from sfl.config import RunConfig
 from sfl.errors import SflError, StepFailed, told
 from sfl.metrics import StepFigures, Tally, tally
-from sfl.optimizers import OPTIMIZERS, take_step
+from sfl.optimizers import OPTIMIZERS
 from sfl.protocol import Position
 from sfl.schedule import learning_rate
 from sfl.tensors import TensorSpec, are_finite, state_spec
@@ -40,6 +40,19 @@ def _may_draw(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module) or type(module) not in _DRAWS_NOTHING
+
+
+def _lay_out(parameters: Iterable[nn.Parameter]) -> None:
+    """Make parameters and their gradients contiguous in memory.
+
+    torch's fused Adam pairs a parameter with its gradient and moments by their order in memory:
+    where one of them has another layout, it silently computes with the wrong elements.
+    """
+    for parameter in parameters:
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.resolve_neg().contiguous()
 
 
 @contextlib.contextmanager
@@ -89,6 +102,10 @@ class Segment:
         class_weights: Sequence[float] = (),
     ) -> None:
         self.blocks = blocks.to(device)
+        for (
+            parameter
+        ) in self.blocks.parameters():  # dimensions of size 1 as well: torch looks there
+            parameter.data = parameter.data.reshape(-1).view(parameter.shape)
         self.device = device
         self._first_block = first_block
         self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
@@ -244,7 +261,8 @@ class Segment:
             for half in self._halves():
                 nn.utils.clip_grad_norm_(half, self._run.clip_norm)
         with computing(f"the optimiser's step fails from block {self._first_block} on"):
-            take_step(self._optimizer)
+            _lay_out(self._parameters)
+            self._optimizer.step()
 
     def _halves(self) -> Iterator[list[nn.Parameter]]:
         """Yield the parameters in front of the run's cut, and those behind it, if any.
@@ -343,7 +361,7 @@ class Segment:
         nested: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             index, _, name = key.partition(".")
-            nested.setdefault(int(index), {})[name] = value
+            nested.setdefault(int(index), {})[name] = value.contiguous()
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": nested, "param_groups": groups})
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from experiments.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "cubing_large", "masked", "of_this_machine", "refusing_large", "slow",
+__all__ = ["bn_dropout", "channels_last", "convolutions", "cubing_large", "in_bfloat16",
+           "in_float16", "in_float64", "masked", "of_this_machine", "refusing_large", "slow",
            "with_huge_layer"]  # fmt: skip
 VARIANT = "SFL_TEST_VARIANT"  # how this machine's code differs from the others'
 
@@ -124,3 +125,45 @@ class _Masked(nn.Module):
 def masked(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """Return a model with a mask that is not finite."""
     return nn.Sequential(nn.Flatten(), _Masked(), nn.Linear(784, num_classes))
+
+
+def convolutions(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return two convolutions and a linear layer, for images of 28x28."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=2), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(200, num_classes),
+    )  # fmt: skip
+
+
+def channels_last(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return ``convolutions`` with the channels side by side in memory."""
+    return convolutions(input_shape, num_classes).to(memory_format=torch.channels_last)
+
+
+class To(nn.Module):
+    """Goes on in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def _in(dtype: torch.dtype) -> nn.Sequential:
+    inner = nn.Linear(32, 32, dtype=dtype)
+    first, last = nn.Linear(784, 32), nn.Linear(32, 10)
+    return nn.Sequential(nn.Flatten(), first, To(dtype), inner, nn.ReLU(), To(torch.float32), last)
+
+
+def in_float64(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    return _in(torch.float64)
+
+
+def in_float16(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    return _in(torch.float16)
+
+
+def in_bfloat16(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    return _in(torch.bfloat16)

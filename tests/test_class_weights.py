@@ -58,7 +58,7 @@ def test_one_client_equals_a_plain_loop_with_a_weighted_loss(tmp_path: Path) -> 
     config = RunConfig(**options)  # type: ignore[arg-type]
     data = part_of(DATASETS["mnist-5k"], config, 0, loaded("mnist-5k"))
     model = build(model_spec("mlp"), (1, 28, 28), 10, seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     loss = nn.CrossEntropyLoss(torch.tensor([1 + k / 2 for k in range(10)]))
     for round_index in range(2):
         for indices in batch_indices(len(data.train), config, round_index=round_index, client=0):

@@ -19,11 +19,13 @@ OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100]
 ALLOW = ["--allow-import", BN_DROPOUT]
 
 
-def go_on(launcher: Launcher, *options: object, clients: int = 3) -> Path:
+def go_on(
+    launcher: Launcher, *options: object, clients: int = 3, allow: Sequence[str] = ALLOW
+) -> Path:
     """Go on with the launcher's run to its end."""
     run = launcher.folder / "server" / "r"
     server = launcher.server("--resume", run, *options)
-    own = [launcher.client("--client-id", k, *ALLOW) for k in range(clients)]
+    own = [launcher.client("--client-id", k, *allow) for k in range(clients)]
     for program in [server, *own]:
         program.ended_with(0)
     return run

@@ -48,7 +48,7 @@ def train(task: Task, client: int, address: str) -> None:
     back = rpc.remote("server", back_of, args=(client,))
     parameters = [RRef(parameter) for parameter in front.parameters()]
     parameters += back.rpc_sync().parameter_rrefs()
-    optimizer = DistributedOptimizer(torch.optim.Adam, parameters, lr=task.run.lr)
+    optimizer = DistributedOptimizer(torch.optim.Adam, parameters, lr=task.run.lr, fused=True)
 
     def step() -> None:
         x, y = next(batches)

@@ -42,7 +42,7 @@ class Task:
         model = model_spec(run.model)
         blocks = build(model, spec.input_shape, len(spec.classes), seed=run.seed)
         half = split(blocks, resolve_cut(run))[index]
-        return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr))
+        return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr, fused=True))
 
     def front(self) -> Half:
         return self._half(0)
