@@ -1,6 +1,6 @@
 """Studies: programs, ``python -m experiments.NAME``, and modules that these share.
 
-README has a table of the programs.
+docs/programs.md has a table of the programs.
 """
 
 import re
@@ -12,11 +12,13 @@ import sfl  # noqa: F401 - says so if this Python is too old
 
 def _check_is_program() -> None:
     """See that what ``python -m`` is about to run is a program, which would else do nothing."""
-    named = [re.match(r"(?:-\w*m)?experiments\.(\w+)$", argument) for argument in sys.orig_argv]
+    named = [re.match(r"(?:-\w*m)?experiments\.([\w.]+)$", argument) for argument in sys.orig_argv]
     name = next((found.group(1) for found in named if found), "")
-    path = Path(__file__).with_name(name + ".py")
+    path = Path(__file__).parent / (name.replace(".", "/") + ".py")
     if path.is_file() and "__main__" not in path.read_text(encoding="utf-8"):
-        raise SystemExit(f"experiments.{name} is no program; README has a table of those there are")
+        raise SystemExit(
+            f"experiments.{name} is no program; docs/programs.md has a table of those there are"
+        )
 
 
 if sys.argv[:1] == ["-m"]:  # so it is until the module has been found

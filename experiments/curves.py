@@ -20,8 +20,8 @@ def draw_curves(run_dir: Path) -> Path:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    from sfl import archive
-    from sfl.roundlog import read_round
+    from sfl.archive import reader as archive
+    from sfl.archive.round_log import read_round
 
     opened = archive.open(run_dir)
     logs = sorted((e for e in opened.listed if e.kind == archive.ROUND_LOG), key=lambda e: e.round)

@@ -50,11 +50,11 @@ def measure(
     Raises:
         ConfigError: the model is a single block.
     """
-    from experiments.costs import costs_of, times_of
-    from sfl.blocks import names_of
+    from experiments.support.costs import costs_of, times_of
     from sfl.errors import ConfigError
-    from sfl.models import build, model_spec
-    from sfl.split_model import SplitModel
+    from sfl.model.blocks import names_of
+    from sfl.model.zoo import build, model_spec
+    from sfl.strategy.split_model import SplitModel
 
     model = build(model_spec(run.model), input_shape, num_classes, seed=run.seed)
     names = names_of(model)
@@ -174,10 +174,11 @@ def show(cuts: Iterable[Cut], default: int | None) -> list[Cut]:
 def main() -> None:
     import math
 
-    from sfl.config import NodeConfig, RunConfig
-    from sfl.datasets import dataset_of
+    from sfl.config import RunConfig
+    from sfl.data.datasets import dataset_of
     from sfl.environment import set_up_torch
-    from sfl.models import model_spec
+    from sfl.model.zoo import model_spec
+    from sfl.nodes import NodeConfig
     from sfl.options import parse_options
 
     prog = "python -m experiments.cuts"

@@ -17,7 +17,7 @@ SHOWN = ("round", "train_loss", "val_loss", "val_acc", "test_acc", "bytes_up", "
 
 def run_demo(rounds: int, out: Path) -> Path:
     """Run server and clients, follow them with a bar, and return the run's folder."""
-    from experiments.processes import running
+    from experiments.support.processes import running
 
     print(f"one server and {NUM_CLIENTS} clients on this machine, {rounds} rounds of SplitFed V1")
     options = [*OPTIONS, "--clients", str(NUM_CLIENTS), "--rounds", str(rounds)]

@@ -96,7 +96,9 @@ def flip(data: bytes, draws: random.Random, others: list[bytes]) -> bytes:
 
 def frames() -> list[bytes]:
     """Return a valid frame of every type of message."""
-    from sfl.protocol import FILE_TYPES, Message, MessageType, Position, encode_head
+    from sfl.values import Position
+    from sfl.wire.framing import encode_head
+    from sfl.wire.messages import FILE_TYPES, Message, MessageType
 
     found, flat = [], {"loss": 1.5, "correct": 3}
     contents = ("", flat, flat | {"names": ["a", "b"], "nested": [[{"x": None}]]})
@@ -109,7 +111,8 @@ def frames() -> list[bytes]:
 
 def decode_frames(data: bytes) -> str:
     """Feed bytes to a decoder, in pieces; return what came of it."""
-    from sfl.protocol import FILE_TYPES, Decoder, Limits
+    from sfl.wire.framing import Decoder
+    from sfl.wire.messages import FILE_TYPES, Limits
 
     decoder = Decoder(Limits(payload_bytes=dict.fromkeys(FILE_TYPES, MAX_FRAME_BYTES)))
     rest, whole = memoryview(data), 0
@@ -139,8 +142,8 @@ def files() -> list[bytes]:
     """Return valid files of tensors and of dicts of tensors, and some of bad will."""
     import torch
 
-    from experiments.hostile_files import hostile_files
-    from sfl.tensors import encode, encode_state
+    from experiments.hostile.files import hostile_files
+    from sfl.files.torch_file import encode, encode_state
 
     tensors = [
         torch.zeros(3, 4),
@@ -160,7 +163,7 @@ def load_file(data: bytes) -> str:
     import torch
 
     from sfl.errors import IntegrityError
-    from sfl.tensors import TensorSpec, decode, decode_state, state_spec
+    from sfl.files.torch_file import TensorSpec, decode, decode_state, state_spec
 
     for tensor in (torch.zeros(3, 4), torch.arange(7), torch.eye(9).half()):
         try:
@@ -185,8 +188,8 @@ def texts() -> list[bytes]:
 
 def read_text(data: bytes) -> str:
     """Read bytes as JSON; return what came of it."""
-    from sfl import strict_json
     from sfl.errors import ProtocolError
+    from sfl.files import strict_json
 
     try:
         value = strict_json.loads(data)
@@ -200,7 +203,8 @@ TOKEN = "t" * 43
 
 def handshakes() -> list[bytes]:
     """Return what a client says before it is let in: AUTHENTICATE, a proof, REGISTER."""
-    from sfl.protocol import Message, MessageType, encode_head
+    from sfl.wire.framing import encode_head
+    from sfl.wire.messages import Message, MessageType
 
     hello = {"role": "client", "client_id": 0, "nonce": "0" * 64}
     said = {MessageType.AUTHENTICATE: hello, MessageType.PROOF: {"proof": "0" * 64}}
@@ -213,10 +217,10 @@ def shake_hands(data: bytes) -> str:
     import socket
     from pathlib import Path
 
-    from sfl.doorstep import Visitor
     from sfl.errors import AuthError, ConnectionLost, ProtocolError
-    from sfl.guard import Guard
-    from sfl.tokens import Tokens
+    from sfl.transport.doorstep import Visitor
+    from sfl.transport.guard import Guard
+    from sfl.transport.tokens import Tokens
 
     ours, theirs = socket.socketpair()
     with ours, theirs:

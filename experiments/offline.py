@@ -21,13 +21,13 @@ def train_back(recorded: "RecordedRun", options: Namespace) -> None:
     import torch
 
     from sfl import seeds
-    from sfl.atomic_file import write_file
     from sfl.errors import RunError
-    from sfl.metrics import add_up
-    from sfl.protocol import Position
-    from sfl.segment import evaluate_step, train_step
-    from sfl.split_model import SplitModel
-    from sfl.tensors import encode_state
+    from sfl.files.atomic import write_file
+    from sfl.files.torch_file import encode_state
+    from sfl.model.metrics import add_up
+    from sfl.model.segment import evaluate_step, train_step
+    from sfl.strategy.split_model import SplitModel
+    from sfl.values import Position
 
     rounds = recorded.archive.rounds(options.client)
     chosen = max(rounds, default=0) if options.round is None else options.round

@@ -52,13 +52,14 @@ def draw(path: Path, title: str, classes: Sequence[str], counts: Sequence[Sequen
 def main() -> None:
     import torch
 
-    from sfl.config import NodeConfig, RunConfig
-    from sfl.data import Source
-    from sfl.datasets import dataset_of
+    from sfl.archive.run_folder import say
+    from sfl.config import RunConfig
+    from sfl.data.client_data import Source
+    from sfl.data.datasets import dataset_of
+    from sfl.data.partition import OWN, check_partition, partition
     from sfl.errors import ConfigError
+    from sfl.nodes import NodeConfig
     from sfl.options import parse_options
-    from sfl.partition import OWN, check_partition, partition
-    from sfl.runfolder import say
 
     prog = "python -m experiments.partition"
     about = "Draw which client has how many training samples of which class."

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import sfl.archive
+from sfl.archive.layout import MANIFEST
 from sfl.cli import run_program
 
 if TYPE_CHECKING:
@@ -34,16 +36,15 @@ def read_predictions(
     """
     import torch
 
-    import sfl.archive
+    from sfl.archive.layout import PREDICTIONS, model_path
     from sfl.errors import RunError
-    from sfl.outcome import PREDICTIONS, model_path
-    from sfl.tensors import TensorSpec
+    from sfl.files.torch_file import TensorSpec
 
     run = sfl.archive.open(run_dir)
     data, last = run.environment()["data"], int(run.config()["rounds"]) - 1
     beside = run_dir.resolve().parent.parent / "client" / run_dir.resolve().name
     holders = [run_dir, *client_folders, *sorted(beside.glob("client_*"))]
-    archives = [sfl.archive.open(f) for f in holders if (f / sfl.archive.MANIFEST).is_file()]
+    archives = [sfl.archive.open(f) for f in holders if (f / MANIFEST).is_file()]
     labels, probabilities, missing = [], [], []
     for client, counts in data["num_samples"].items():
         path, count = model_path(PREDICTIONS, last, client=client), counts["test"]
@@ -183,7 +184,6 @@ def draw_all(run_dir: Path, client_folders: Sequence[Path] = ()) -> list[Path]:
     """Write the table and the pictures of a run into its folder, and return their paths."""
     import matplotlib
 
-    import sfl.archive
     from sfl.errors import RunError
 
     matplotlib.use("Agg")

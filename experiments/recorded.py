@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from sfl.archive import RunArchive
-    from sfl.outcome import Half
-    from sfl.segment import Segment
+    from sfl.archive.reader import RunArchive
+    from sfl.model.segment import Segment
+    from sfl.strategy.merge import Half
 
 
 MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
@@ -29,15 +29,14 @@ class RecordedRun:
     def __init__(
         self, archive: "RunArchive", device: "torch.device", allowed: Collection[str]
     ) -> None:
-        from sfl.archive import round_of_folder
+        from sfl.archive.layout import CLIENT_MODEL, model_path, round_of_folder
+        from sfl.archive.records import data_of
         from sfl.config import RunConfig
-        from sfl.described import data_of
+        from sfl.conversation.party import TRAIN
         from sfl.errors import IntegrityError
         from sfl.options import from_values, names_of
-        from sfl.outcome import CLIENT_MODEL, model_path
-        from sfl.party import TRAIN
-        from sfl.schemes import Exchange, scheme
-        from sfl.split_model import SplitModel
+        from sfl.strategy.schemes import Exchange, scheme
+        from sfl.strategy.split_model import SplitModel
 
         self.archive = archive
         self.device = device
@@ -81,8 +80,8 @@ class RecordedRun:
         """Return who took part in a round, in the round's order; of one that did not end, who was
         to.
         """
-        from sfl.archive import ROUND_LOG
-        from sfl.order import draw
+        from sfl.archive.manifest import ROUND_LOG
+        from sfl.strategy.order import draw
 
         for entry in self.archive.listed:
             if entry.kind == ROUND_LOG and entry.round == round_index:
@@ -91,20 +90,20 @@ class RecordedRun:
 
     def weights(self, round_index: int) -> dict[int, int]:
         """Return the weight in the averages of each client that took part."""
-        from sfl.outcome import averaging_weights
+        from sfl.strategy.merge import averaging_weights
 
         took_part = sorted(self.order(round_index))
         return averaging_weights(self.run, {k: self.num_train[k] for k in took_part})
 
     def halves_at(self, round_index: int) -> "Mapping[str, Half]":
         """Return the halves that everyone started a round from."""
-        from sfl.resume import read_halves
+        from sfl.runtime.resume import read_halves
 
         return read_halves(self.archive, self.run, self.split, round_index)
 
     def backs_at(self, round_index: int) -> "dict[int, Segment]":
         """Return the server's copies of its model as they were when a round began."""
-        from sfl.resume import load_backs
+        from sfl.runtime.resume import load_backs
 
         backs = {b: self.split.back(self.device) for b in map(self.scheme.back_of, self.clients)}
         load_backs(self.archive, self.run, backs, self.halves_at(round_index), round_index)
@@ -140,10 +139,10 @@ def load(
     The run may be somebody else's: it imports what ``allow_import`` lists, and what a command line
     of this machine has named before.
     """
-    from sfl import archive
-    from sfl.config import NodeConfig
-    from sfl.described import texts_of
+    from sfl.archive import reader as archive
+    from sfl.archive.records import texts_of
     from sfl.environment import differences, fingerprint, set_up_torch
+    from sfl.nodes import NodeConfig
     from sfl.own_functions import remembered
 
     opened = archive.open(run_dir)

@@ -22,10 +22,10 @@ from sfl.cli import run_program
 
 if TYPE_CHECKING:
     from experiments.recorded import RecordedRun
-    from sfl.aggregate import State
-    from sfl.archive import Step
-    from sfl.segment import Segment
-    from sfl.tensors import StateSpec
+    from sfl.archive.reader import Step
+    from sfl.files.torch_file import StateSpec
+    from sfl.model.segment import Segment
+    from sfl.strategy.aggregate import State
 
 
 @dataclass
@@ -76,7 +76,7 @@ def check(recorded: "RecordedRun", client: int | None = None, round: int | None 
 
 def _check_listed(recorded: "RecordedRun", report: Report) -> None:
     """Check the bytes of every model, log, manifest and checkpoint of the run."""
-    from sfl.checkpoint import whole
+    from sfl.archive.checkpoint import whole
     from sfl.errors import IntegrityError, RunError
 
     for entry in recorded.archive.listed:
@@ -120,7 +120,7 @@ def _check_round(
 ) -> None:
     """Recompute a round's steps, and what follows from them, from the round's starting weights."""
     from sfl.errors import IntegrityError
-    from sfl.schemes import Exchange
+    from sfl.strategy.schemes import Exchange
 
     broken: set[int] = set()  # the backs whose further steps cannot be computed
     steps = _read_steps(recorded, round_index, client, broken, report)
@@ -181,11 +181,11 @@ def _check_updates(
     report: Report,
 ) -> None:
     """Make the updates of a round again, and compare what they gave with what the clients had."""
-    from sfl.data import num_batches
+    from sfl.archive.layout import ONE_CLIENT_MODEL, model_path
+    from sfl.archive.spool import Spool
+    from sfl.data.client_data import num_batches
     from sfl.errors import IntegrityError
-    from sfl.gradients import GradientPool
-    from sfl.outcome import ONE_CLIENT_MODEL, model_path
-    from sfl.spool import Spool
+    from sfl.strategy.sync_sgd import GradientPool
 
     run, order = recorded.run, recorded.order(round_index)
     an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
@@ -214,8 +214,8 @@ def _recorded_losses(
     recorded: "RecordedRun", round_index: int
 ) -> Mapping[tuple[int, str, str], float]:
     """Return the figures of a round's log; none for a round that did not end, or a damaged log."""
+    from sfl.archive.round_log import read_round
     from sfl.errors import IntegrityError
-    from sfl.roundlog import read_round
 
     try:
         return read_round(recorded.archive.read(f"rounds/round_{round_index:03d}.csv"))
@@ -235,11 +235,11 @@ def _check_step(
     Raises:
         IntegrityError: its labels or activations are damaged; later steps cannot be computed.
     """
-    from sfl.archive import GRADS, LABELS
+    from sfl.archive.layout import GRADS, LABELS
     from sfl.errors import IntegrityError
-    from sfl.protocol import Position
-    from sfl.segment import train_step
-    from sfl.tensors import identical
+    from sfl.files.torch_file import identical
+    from sfl.model.segment import train_step
+    from sfl.values import Position
 
     at = Position(recorded.run.run, step.round, step.step, step.client)
     figures, grads = train_step(back, step.activations, step.labels, at)
@@ -264,18 +264,10 @@ def _check_outcome(
     recorded: "RecordedRun", round_index: int, backs: "Mapping[int, Segment]", report: Report
 ) -> None:
     """Compare what both halves were recorded to become with what is computed again."""
+    from sfl.archive.layout import CLIENT_MODEL, ONE_CLIENT_MODEL, SERVER_MODEL, model_path
     from sfl.errors import IntegrityError
-    from sfl.outcome import (
-        BACK,
-        CLIENT_MODEL,
-        FRONT,
-        ONE_CLIENT_MODEL,
-        SERVER_MODEL,
-        merge_backs,
-        merge_fronts,
-        model_path,
-    )  # fmt: skip
-    from sfl.schemes import Fronts
+    from sfl.strategy.merge import BACK, FRONT, merge_backs, merge_fronts
+    from sfl.strategy.schemes import Fronts
 
     run, split, order = recorded.run, recorded.split, recorded.order(round_index)
     weights, entries = recorded.weights(round_index), split.entries
@@ -307,8 +299,8 @@ def _check_memory(
     recorded: "RecordedRun", round_index: int, half: str, memory: "State", report: Report
 ) -> None:
     """Compare what an aggregation rule keeps of a half for the next round."""
-    from sfl.outcome import MEMORY, model_path
-    from sfl.tensors import state_spec
+    from sfl.archive.layout import MEMORY, model_path
+    from sfl.files.torch_file import state_spec
 
     if memory:
         path = model_path(MEMORY, round_index, half=half)
@@ -320,7 +312,7 @@ def _compare(
 ) -> None:
     """Compare weights computed again, some or all of a file's, with the recorded ones."""
     from sfl.errors import IntegrityError
-    from sfl.tensors import identical
+    from sfl.files.torch_file import identical
 
     report.models += 1
     try:
@@ -361,7 +353,7 @@ def parse() -> Namespace:
 def main() -> int:
     from experiments.offline import train_back
     from experiments.recorded import load
-    from sfl.config import counted
+    from sfl.errors import counted
 
     options = parse()
     recorded = load(options.run_dir, options.device, options.threads, options.allow_import)

@@ -9,9 +9,10 @@ from sfl.cli import run_program
 
 
 def main() -> None:
-    from sfl.config import RunConfig, SimulationNode
+    from sfl.config import RunConfig
+    from sfl.nodes import SimulationNode
     from sfl.options import parse_options
-    from sfl.simulate import Away, simulate
+    from sfl.runtime.simulation import Away, simulate
 
     prog = "python -m experiments.simulate"
     about = "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."

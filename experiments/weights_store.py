@@ -21,7 +21,7 @@ from sfl.cli import run_program
 from sfl.errors import ConfigError, IntegrityError, RunError
 
 if TYPE_CHECKING:
-    from sfl.objects import ObjectStore
+    from sfl.weights.objects import ObjectStore
 
 
 def parse() -> Namespace:
@@ -74,8 +74,8 @@ def check_place(place: "ObjectStore", num_bytes: int) -> None:
 
 
 def main() -> None:
-    from sfl.runfolder import say
-    from sfl.stores import open_place
+    from sfl.archive.run_folder import say
+    from sfl.weights.stores import open_place
 
     options = parse()
     if not (0 < options.megabytes <= 10_000 and options.weights_timeout > 0):

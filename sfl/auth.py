@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from sfl.cli import run_program
-from sfl.link import MAIN
 from sfl.options import Parser
-from sfl.tokens import TOKEN_BYTES, write_tokens
+from sfl.transport.tokens import TOKEN_BYTES, write_tokens
+from sfl.wire.link import MAIN
 
 
 def main(argv: list[str] | None = None) -> None:

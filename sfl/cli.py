@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from sfl.errors import ConfigError, reason_of
-from sfl.link import one_line
+from sfl.wire.link import one_line
 
 INTERRUPTED = 3  # exit code
 
@@ -25,13 +25,14 @@ def main_server(argv: Sequence[str] | None = None) -> int:
     """Run ``run_server.py`` and return its exit code."""
 
     def program() -> None:
-        from sfl.config import RunConfig, ServerNode
+        from sfl.config import RunConfig
+        from sfl.nodes import ServerNode
         from sfl.options import parse_options
 
         about = "Start the server of a split-learning run; the clients are run_client.py."
         run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
-        from sfl.fed_server import serve_fed  # with torch, which takes a while
-        from sfl.server import serve
+        from sfl.runtime.fed_server import serve_fed  # with torch, which takes a while
+        from sfl.runtime.server import serve
 
         (serve_fed if node.role == "fed" else serve)(run, node)
 
@@ -42,7 +43,7 @@ def main_client(argv: Sequence[str] | None = None) -> int:
     """Run ``run_client.py`` and return its exit code."""
 
     def program() -> int:
-        from sfl.config import ClientNode
+        from sfl.nodes import ClientNode
         from sfl.options import parse_options
 
         about = (
@@ -50,11 +51,11 @@ def main_client(argv: Sequence[str] | None = None) -> int:
         )
         (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
         if node.check_:
-            from sfl.client_check import check
+            from sfl.runtime.client_check import check
 
             return check(node)
-        from sfl.client import take_part
-        from sfl.host import host
+        from sfl.runtime.client import take_part
+        from sfl.runtime.hosting import host
 
         (host if node.client_ids else take_part)(node)
         return 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from sfl import __version__
-from sfl.config import NodeConfig
 from sfl.errors import ConfigError, RunError
+from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
 _BEFORE = {"sfl": "0.1.0"}  # which did not say so

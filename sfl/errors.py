@@ -155,3 +155,8 @@ def told(error: BaseException) -> str:
     ]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return reason_of(error).rstrip(": ") + where
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 client``, ``3 clients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -8,19 +8,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from sfl import __version__, strict_json
-from sfl.config import (
-    ClientNode,
-    RunConfig,
-    ServerNode,
-    SimulationNode,
-    flag,
-    near_names,
-    unknown_name,
-)
+from sfl import __version__
+from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError, quoted
+from sfl.files import strict_json
+from sfl.files.plain import read_plain
+from sfl.nodes import ClientNode, ServerNode, SimulationNode
 from sfl.own_functions import remembered
-from sfl.plain_file import read_plain
+from sfl.registry import near_names, unknown_name
 
 T = TypeVar("T")
 

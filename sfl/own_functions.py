@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sfl.config import NodeConfig
-from sfl.plain_file import read_plain
+from sfl.files.plain import read_plain
+from sfl.nodes import NodeConfig
 
 NAME = "own_functions"  # of a file in the cache's folder: a line for each
 

@@ -1,11 +1,11 @@
 """Look names up: in a registry (a plain dict), or as a user's own ``package.module:function``."""
 
+import difflib
 import importlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
 
-from sfl.config import unknown_name
 from sfl.errors import ConfigError, quoted, told
 
 T = TypeVar("T")
@@ -85,3 +85,18 @@ def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) ->
             raise ConfigError(f"--{kind} {text}: {error}") from error
 
     return call
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a name that no registry has, with the names near it, or all."""
+    known = sorted(known)
+    if near := near_names(name, known):
+        return ConfigError(f"unknown {kind} {quoted(name)}; did you mean {' or '.join(near)}?")
+    return ConfigError(f"unknown {kind} {quoted(name)}; there are {', '.join(known)}")
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names that somebody may have meant, the nearest first."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return [by_lower[one] for one in near]

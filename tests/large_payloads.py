@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sfl import payload
+from sfl.wire import payload
 from tests.models import bn_dropout
 
 __all__ = ["bn_dropout"]

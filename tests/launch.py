@@ -19,7 +19,13 @@ from sfl.cli import main_client, main_server
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
 _CONTEXT.set_forkserver_preload(
-    ["sfl.server", "sfl.fed_server", "sfl.client", "sfl.own_data", "torch._dynamo"]
+    [
+        "sfl.runtime.server",
+        "sfl.runtime.fed_server",
+        "sfl.runtime.client",
+        "sfl.data.own_data",
+        "torch._dynamo",
+    ]
 )
 TIMEOUT_S = 120
 # No test reaches out: a download ends at a proxy that is not there.

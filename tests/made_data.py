@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfl.config import NodeConfig, RunConfig
-from sfl.data import Source, load
-from sfl.datasets import dataset_spec
-from sfl.samples import Samples
-from sfl.simulate import simulate
+from sfl.config import RunConfig
+from sfl.data.client_data import Source, load
+from sfl.data.datasets import dataset_spec
+from sfl.data.samples import Samples
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
 
 
 def loaded(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from sfl.cli import main_client
-from sfl.link import Link
-from sfl.protocol import MessageType, Position
-from sfl.tensors import encode, encode_state
-from sfl.weights import SocketWeights, WeightKey
+from sfl.files.torch_file import encode, encode_state
+from sfl.values import Position
+from sfl.weights.exchange import SocketWeights, WeightKey
+from sfl.wire.link import Link
+from sfl.wire.messages import MessageType
 
 VARIABLE = "POISON"
 

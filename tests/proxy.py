@@ -5,7 +5,8 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-from sfl.protocol import FILE_TYPES, Decoder, Limits, Message
+from sfl.wire.framing import Decoder
+from sfl.wire.messages import FILE_TYPES, Limits, Message
 
 UP, DOWN = "up", "down"
 

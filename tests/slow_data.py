@@ -4,8 +4,8 @@ import dataclasses
 import time
 from typing import Any
 
-from sfl.data import DatasetSpec, Source
-from sfl.datasets import DATASETS
+from sfl.data.client_data import DatasetSpec, Source
+from sfl.data.datasets import DATASETS
 
 
 def slow_to_load() -> DatasetSpec:

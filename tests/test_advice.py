@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 
 import sfl
-from sfl.check import check_disk
-from sfl.config import ClientNode, RunConfig, ServerNode
+from sfl.config import RunConfig
 from sfl.errors import ConfigError, RunError, quoted, shortened
-from sfl.link import one_line
+from sfl.nodes import ClientNode, ServerNode
 from sfl.options import parse_options
+from sfl.runtime.preflight import check_disk
+from sfl.wire.link import one_line
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PROGRAMS_PAGE = (ROOT / "docs/programs.md").read_text()
 PROGRAMS = sorted(
-    path.stem for path in ROOT.glob("experiments/[!_]*.py") if "__main__" in path.read_text()
-)
+    ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
+    for path in ROOT.glob("experiments/**/[!_]*.py")
+    if "__main__" in path.read_text() and "peers" not in path.parts
+) + [path.parent.name for path in ROOT.glob("experiments/*/__main__.py")]
 SIMULATE = [
     "-m", "experiments.simulate", "--model", "mlp", "--clients", "1", "--rounds", "1",
     "--batch-size", "400", "--run", "r",
@@ -78,7 +81,7 @@ def test_an_unknown_option_is_answered_with_what_was_meant(argv: list[str], said
 def test_an_unknown_name_is_answered_with_what_was_meant(
     options: dict[str, str], said: str
 ) -> None:
-    from sfl.check import check_run
+    from sfl.runtime.preflight import check_run
 
     with pytest.raises(ConfigError, match=said):
         check_run(RunConfig(**options))  # type: ignore[arg-type]
@@ -153,13 +156,13 @@ def test_each_study_says_which_sfl_it_is(program: str) -> None:
 
 
 def test_a_support_module_says_that_it_is_no_program() -> None:
-    listed = set(re.findall(r"^\| `python -m (\S+)\b", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `python -m (\S+)\b", PROGRAMS_PAGE, re.MULTILINE))
     assert listed == {f"experiments.{name}" for name in PROGRAMS}
-    for name in ("comparison", "attacks"):
+    for name in ("recorded", "hostile.attacks"):
         done = python("-m", f"experiments.{name}")
         assert done.returncode == 1
         assert done.stderr == (
-            f"experiments.{name} is no program; README has a table of those there are\n"
+            f"experiments.{name} is no program; docs/programs.md has a table of those there are\n"
         )
 
 

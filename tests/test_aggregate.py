@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfl.aggregate import RULES, Update, fed_avg
+from sfl.strategy.aggregate import RULES, Update, fed_avg
 from tests.models import bn_dropout
 
 

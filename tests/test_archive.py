@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import sfl.archive
-from sfl import atomic_file, write_queue
-from sfl.archive import GRADS, LABELS, MANIFEST, ROUND_LOG, TENSOR_KINDS, Entry
-from sfl.archive_writer import ArchiveWriter
-from sfl.atomic_file import write_file
-from sfl.config import KeepTensors
+from sfl.archive import write_queue
+from sfl.archive.layout import GRADS, LABELS, MANIFEST, TENSOR_KINDS
+from sfl.archive.manifest import ROUND_LOG, Entry, manifest_line
+from sfl.archive.writer import ArchiveWriter
 from sfl.errors import IntegrityError, RunError
-from sfl.tensors import TensorSpec, encode_file
+from sfl.files import atomic as atomic_file
+from sfl.files.atomic import write_file
+from sfl.files.torch_file import TensorSpec, encode_file
+from sfl.values import KeepTensors
 
 ALL = KeepTensors.parse("all")
 
@@ -112,9 +114,9 @@ def test_every_byte_of_every_manifest_counts(tmp_path: Path) -> None:
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     write_run(tmp_path, rounds=1)
     for path in ("../secret", "/etc/passwd"):
-        entry = sfl.archive.Entry("config", path, 3, "crc32:00000000")
+        entry = Entry("config", path, 3, "crc32:00000000")
         with open(tmp_path / MANIFEST, "a") as manifest:
-            manifest.write(sfl.archive.manifest_line(entry) + "\n")
+            manifest.write(manifest_line(entry) + "\n")
         with pytest.raises(IntegrityError, match="a path outside the folder"):
             sfl.archive.open(tmp_path)
 
@@ -151,7 +153,7 @@ def test_the_files_of_a_run_that_was_killed_are_read_as_far_as_they_are_whole(
     ],
 )
 def test_a_manifests_line_is_as_in_all_runs_before(entry: Entry, line: str) -> None:
-    assert sfl.archive.manifest_line(entry) == line
+    assert manifest_line(entry) == line
 
 
 def test_a_file_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

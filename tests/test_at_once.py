@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfl import simulate
+from sfl.archive.spool import Spool
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
-from sfl.order import RoundPlan
-from sfl.protocol import Position
-from sfl.segment import train_step
-from sfl.split_model import SplitModel
-from sfl.spool import Spool
+from sfl.model.segment import train_step
+from sfl.runtime import simulation as simulate
+from sfl.strategy.order import RoundPlan
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, simulated, weights
 

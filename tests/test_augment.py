@@ -9,13 +9,13 @@ from torch import Tensor
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.augment import AUGMENTATIONS, augment, check_augmentation
 from sfl.config import RunConfig
-from sfl.data import part_of
-from sfl.datasets import DATASETS
+from sfl.data.augment import AUGMENTATIONS, augment, check_augmentation
+from sfl.data.client_data import part_of
+from sfl.data.datasets import DATASETS
+from sfl.data.samples import Samples
 from sfl.errors import ConfigError
-from sfl.protocol import Position
-from sfl.samples import Samples
+from sfl.values import Position
 from tests.launch import Launcher
 from tests.made_data import loaded
 from tests.test_equivalence import assert_equal, simulated, weights

@@ -20,16 +20,18 @@ from hypothesis import strategies as st
 
 import sfl.archive
 from sfl.auth import main as auth_main
-from sfl.config import ServerNode
-from sfl.crc import crc32
-from sfl.doorstep import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, Doorstep, Visitor
 from sfl.errors import AuthError, ConfigError, ConnectionLost, PeerFailed, ProtocolError
-from sfl.guard import Guard, exposure, guard_of
-from sfl.link import ANY_ID, CLIENT, MAIN, Link, Peer
-from sfl.protocol import HEAD, MAGIC, VERSION, Limits, Message, MessageType, encode_head, pack_head
-from sfl.tokens import FED, SERVER, Tokens, _agreed, _proof, read_tokens, write_tokens
-from sfl.transport import Connection, is_loopback, listen, parse_address
-from sfl.turned_away import TurnedAway
+from sfl.files.checksum import crc32
+from sfl.nodes import ServerNode
+from sfl.transport.connection import Connection, is_loopback
+from sfl.transport.dialling import listen, parse_address
+from sfl.transport.doorstep import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, Doorstep, Visitor
+from sfl.transport.guard import Guard, exposure, guard_of
+from sfl.transport.tokens import FED, SERVER, Tokens, _agreed, _proof, read_tokens, write_tokens
+from sfl.transport.turned_away import TurnedAway
+from sfl.wire.framing import HEAD, MAGIC, VERSION, encode_head, pack_head
+from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
+from sfl.wire.messages import Limits, Message, MessageType
 from tests.launch import Launcher, Program
 from tests.test_failures import wait_for
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench
-from experiments.bench_report import Result, phases_table, table, write_all
-from experiments.contenders import Row, Sample, _span
-from experiments.many_clients import numbers
-from experiments.peers.sockets import COUNT
+from experiments.bench import __main__ as bench
+from experiments.bench.contenders import Row, Sample, _span
+from experiments.bench.peers.sockets import COUNT
+from experiments.bench.report import Result, phases_table, table, write_all
+from experiments.measure.many_clients import numbers
 from sfl.errors import ConfigError
-from sfl.shaping import LinkShape
-from sfl.tensors import encode
+from sfl.files.torch_file import encode
+from sfl.values import LinkShape
 
 BARE = "bare TCP, nothing checked"
 ROW = Row("mlp", 128, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.same_run import compare
+from experiments.support.same_run import compare
 from tests.test_demo import run as run_program
 from tests.test_recovery import RUN, reference
 

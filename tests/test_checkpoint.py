@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.same_run import compare
-from sfl.archive_writer import ArchiveWriter
-from sfl.checkpoint import NUM_KEPT, lying, round_of, whole
-from sfl.config import KeepTensors, RunConfig
+from experiments.support.same_run import compare
+from sfl.archive.checkpoint import NUM_KEPT, lying, round_of, whole
+from sfl.archive.spool import Spool
+from sfl.archive.writer import ArchiveWriter
+from sfl.config import RunConfig
 from sfl.errors import IntegrityError, RunError
-from sfl.resume import open_past
-from sfl.spool import Spool
+from sfl.runtime.resume import open_past
+from sfl.values import KeepTensors
 from tests.launch import Launcher
 from tests.test_failures import send_signal, wait_for
 from tests.test_recovery import ALLOW, OWN_STATE, options_of, reference
@@ -96,7 +97,7 @@ def test_what_a_file_names_lies_in_the_folder(tmp_path: Path) -> None:
     fields = json.loads(path.read_text())
     fields["files"] = {"../secret": fields["files"].popitem()[1]}
     del fields["check"]
-    from sfl.protocol import checksum
+    from sfl.files.checksum import checksum
 
     path.write_text(json.dumps(fields | {"check": checksum(json.dumps(fields).encode())}))
     assert rounds_of(root)[0] == [2]

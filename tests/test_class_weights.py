@@ -11,13 +11,13 @@ from torch import nn
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.check import check_run
-from sfl.class_weights import class_weights
 from sfl.config import RunConfig
-from sfl.data import batch_indices, part_of
-from sfl.datasets import DATASETS
+from sfl.data.client_data import batch_indices, part_of
+from sfl.data.datasets import DATASETS
 from sfl.errors import ConfigError, ProtocolError
-from sfl.models import build, model_spec
+from sfl.model.class_weights import class_weights
+from sfl.model.zoo import build, model_spec
+from sfl.runtime.preflight import check_run
 from tests.launch import Launcher
 from tests.made_data import loaded
 from tests.test_equivalence import assert_equal, joined_weights, simulated, weights
@@ -98,8 +98,8 @@ def test_fl_with_weights_equals_sflv1(tmp_path: Path) -> None:
 
 
 def test_the_server_hears_of_classes_only_if_it_weighs_by_them(tmp_path: Path) -> None:
-    from sfl.protocol import Message, MessageType
-    from sfl.registration import DataReport, parse_report
+    from sfl.conversation.join import DataReport, parse_report
+    from sfl.wire.messages import Message, MessageType
 
     data = part_of(DATASETS["mnist-5k"], RunConfig(), 0, loaded("mnist-5k"))
     plain, balanced = RunConfig(), RunConfig(class_weights="balanced")

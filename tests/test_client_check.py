@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import trustme
 
-from experiments.same_run import compare
+from experiments.support.same_run import compare
 from sfl.auth import main as auth_main
-from sfl.client_check import NOT_CHECKED, NOT_WELL, WELL
-from sfl.config import NodeConfig, RunConfig
-from sfl.simulate import simulate
+from sfl.config import RunConfig
+from sfl.nodes import NodeConfig
+from sfl.runtime.client_check import NOT_CHECKED, NOT_WELL, WELL
+from sfl.runtime.simulation import simulate
 from tests.launch import Launcher, Program
 from tests.models import VARIANT
 from tests.test_auth import Certificates

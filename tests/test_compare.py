@@ -11,14 +11,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.comparison import markdown, read_study
-from experiments.comparison_figures import draw_all
-from experiments.costs import formula_bytes
-from experiments.plan import Study, names, run_name
-from sfl.config import NodeConfig, RunConfig
+from experiments.compare.figures import draw_all
+from experiments.compare.plan import Study, names, run_name
+from experiments.compare.results import markdown, read_study
+from experiments.support.costs import formula_bytes
+from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.simulate import simulate
-from sfl.split_model import SplitModel
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
+from sfl.strategy.split_model import SplitModel
 from tests.test_demo import ROOT, run
 
 COMMON = ("--model", "mlp", "--rounds", "3", "--batch-size", "64")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from sfl.config import ClientNode, KeepTensors, NodeConfig, RunConfig, ServerNode
+from sfl.archive.run_folder import options_record, to_json
+from sfl.config import RunConfig
 from sfl.errors import ConfigError
+from sfl.nodes import ClientNode, NodeConfig, ServerNode
 from sfl.options import from_values, parse_options
-from sfl.runfolder import options_record, to_json
+from sfl.values import KeepTensors
 
 
 def server_options(*argv: str) -> tuple[RunConfig, ServerNode]:

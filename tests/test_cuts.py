@@ -3,9 +3,9 @@
 import csv
 from pathlib import Path
 
-from experiments.costs import costs_of
+from experiments.support.costs import costs_of
 from sfl.config import RunConfig
-from sfl.split_model import SplitModel
+from sfl.strategy.split_model import SplitModel
 from tests.test_demo import run
 
 IMAGE = (1, 28, 28)

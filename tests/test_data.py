@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfl.config import RunConfig
-from sfl.data import (
+from sfl.conversation.join import DataReport, Joined, describe_data
+from sfl.data.client_data import (
     ClientData,
     DatasetSpec,
     batch_indices,
@@ -20,15 +21,14 @@ from sfl.data import (
     num_batches,
     part_of,
 )
-from sfl.datasets import DATASETS, dataset_spec
+from sfl.data.datasets import DATASETS, dataset_spec
+from sfl.data.images import read_image
+from sfl.data.own_data import load_own
+from sfl.data.partition import check_partition
+from sfl.data.samples import Samples, join
 from sfl.errors import ConfigError, DataError, RunError
-from sfl.images import read_image
-from sfl.link import Absent
-from sfl.own_data import load_own
-from sfl.partition import check_partition
-from sfl.protocol import Position
-from sfl.registration import DataReport, Joined, describe_data
-from sfl.samples import Samples, join
+from sfl.values import Position
+from sfl.wire.link import Absent
 from tests.made_data import loaded, write_mnist
 
 DIGITS = DATASETS["mnist-5k"]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torchvision import datasets
 
-from sfl.cache import one_at_a_time
 from sfl.config import RunConfig
-from sfl.data import DatasetSpec, Source, load, part_of
-from sfl.datasets import DATASETS, dataset_of
+from sfl.data.cache import one_at_a_time
+from sfl.data.client_data import DatasetSpec, Source, load, part_of
+from sfl.data.datasets import DATASETS, dataset_of
+from sfl.data.samples import Samples
 from sfl.errors import DataError
-from sfl.samples import Samples
 from tests.made_data import (
     loaded,
     trains,
@@ -131,7 +131,7 @@ def test_a_colour_batch_is_normalised_by_channel() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
-    "numpy": (lambda: np.zeros((8, 1, 28, 28)), "no sfl.samples.Samples"),
+    "numpy": (lambda: np.zeros((8, 1, 28, 28)), "no sfl.data.samples.Samples"),
     "counts": (lambda: Samples(X8, Y8[:5]), r"8 samples, and labels \[5\]"),
     "floats": (lambda: Samples(X8, Y8.float()), "wanted is int64"),
     "negative": (lambda: Samples(X8, Y8 - 1), "labels -1 to 0, of 2 classes"),

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sfl.aggregate import RULES
-from sfl.config import ClientNode, RunConfig, ServerNode, SimulationNode, flag
-from sfl.datasets import DATASETS
-from sfl.models import MODELS
-from sfl.optimizers import OPTIMIZERS
-from sfl.partition import OWN, PARTITIONS
-from sfl.protocol import MessageType
-from sfl.roundlog import ROUND_COLUMNS
-from sfl.schedule import SCHEDULES
-from sfl.schemes import SCHEMES
-from sfl.stores import WEIGHT_STORES
+from sfl.archive.round_log import ROUND_COLUMNS
+from sfl.config import RunConfig, flag
+from sfl.data.datasets import DATASETS
+from sfl.data.partition import OWN, PARTITIONS
+from sfl.model.optimizers import OPTIMIZERS
+from sfl.model.schedule import SCHEDULES
+from sfl.model.zoo import MODELS
+from sfl.nodes import ClientNode, ServerNode, SimulationNode
+from sfl.strategy.aggregate import RULES
+from sfl.strategy.schemes import SCHEMES
+from sfl.weights.stores import WEIGHT_STORES
+from sfl.wire.messages import MessageType
 from tests.test_replay import recorded
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +40,17 @@ def test_there_are_two_commands_and_ci_runs_the_second() -> None:
 
 def test_every_metric_is_defined(tmp_path: Path) -> None:
     run = recorded(tmp_path, rounds=1)
-    defined = set(re.findall(r"`(\w+)`", README[README.index("### Metrics") :]))
+    defined = set(re.findall(r"`(\w+)`", (ROOT / "docs/metrics.md").read_text()))
     rows = csv.DictReader((run / "rounds/round_000.csv").read_text().splitlines())
     used = {row["metric"] for row in rows} | set(ROUND_COLUMNS[1:])
     assert len(used) > 15
     assert used - defined == set()
 
 
-def test_every_name_that_can_be_chosen_is_in_the_readme() -> None:
+def test_every_name_that_can_be_chosen_is_on_its_page() -> None:
+    page = (ROOT / "docs/options.md").read_text()
     for name in (*DATASETS, *PARTITIONS, OWN, *MODELS):
-        assert f"`{name}" in README or f" {name}`" in README, name
+        assert f"`{name}" in page or f" {name}`" in page, name
 
 
 @pytest.mark.parametrize(
@@ -95,12 +97,12 @@ def test_every_option_that_the_pages_use_exists() -> None:
     }
     known |= {"--config", "--help", "--version", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
-    known |= {"--schemes", "--delays-ms"}  # experiments.run_times'
+    known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--memory"}  # experiments.hostile's
-    known |= {"--vgg-cut", "--resnet-cut"}  # experiments.client_cost's
-    known |= {"--rows", "--blocks", "--hosts"}  # experiments.bench's, experiments.many_clients'
+    known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
+    known |= {"--rows", "--blocks", "--hosts"}  # bench's, measure.many_clients'
     known |= set(re.findall(r"--[a-z-]+", "\n".join(re.findall(r"gcloud .*", "\n".join(pages)))))
     assert {
         o for page in pages for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)
@@ -110,12 +112,6 @@ def test_every_option_that_the_pages_use_exists() -> None:
 def test_the_protocol_page_names_every_message() -> None:
     page = (ROOT / "docs/protocol.md").read_text()
     assert [t for t in MessageType if t not in page] == []
-
-
-def test_the_module_map_is_complete() -> None:
-    table = README[README.index("| module") : README.index("`experiments/` has")]
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|[^|]*\|", table, re.MULTILINE))))
-    assert named - {"sfl"} == {p.stem for p in ROOT.glob("sfl/*.py")} - {"__init__"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sfl.drain import Drain
+from sfl.transport.drain import Drain
 
 OPEN: list["Bytes"] = []  # that the test is to close
 

@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterator
 
 import pytest
 
-from sfl.driver import Conversation, Gate, Network, run_together
 from sfl.errors import ConnectionLost, RunError, SflError
-from sfl.link import Absent, Link
+from sfl.wire.driver import Conversation, Gate, Network, run_together
+from sfl.wire.link import Absent, Link
 
 
 class Script(Network):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfl.envelope import Envelope
-from sfl.envelope import read_envelope as read
-from sfl.envelope import write_envelope as write
 from sfl.errors import ProtocolError
+from sfl.wire.envelope import Envelope
+from sfl.wire.envelope import read_envelope as read
+from sfl.wire.envelope import write_envelope as write
 
 AT = ("run.1", 3, 17, 0, 0)
 STEP = Envelope("TRAINING_FEATURES", "client_0", "server", AT, "", "crc32:0a1b2c3d")

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from sfl import seeds
-from sfl.config import NodeConfig, RunConfig
-from sfl.data import ClientData, batch_indices, part_of
-from sfl.datasets import dataset_spec
-from sfl.link import Link
-from sfl.models import build, model_spec
-from sfl.protocol import MessageType
-from sfl.segment import OPTIMIZERS, Segment
-from sfl.simulate import LocalLink, simulate
+from sfl.config import RunConfig
+from sfl.data.client_data import ClientData, batch_indices, part_of
+from sfl.data.datasets import dataset_spec
+from sfl.model.segment import OPTIMIZERS, Segment
+from sfl.model.zoo import build, model_spec
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import LocalLink, simulate
+from sfl.wire.link import Link
+from sfl.wire.messages import MessageType
 from tests.launch import Launcher
 from tests.made_data import loaded
 from tests.test_failures import write_own

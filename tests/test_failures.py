@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfl.crc import crc32
-from sfl.protocol import pack_head
+from sfl.files.checksum import crc32
+from sfl.wire.framing import pack_head
 from tests.launch import TIMEOUT_S, Launcher, Program
 
 FAST = ["--model", "mlp", "--batch-size", 200]

@@ -15,12 +15,13 @@ import torch
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.config import NodeConfig, RunConfig
+from sfl.config import RunConfig
 from sfl.crash import VARIABLE
 from sfl.errors import RunError
-from sfl.objects import Directory
-from sfl.protocol import MessageType
-from sfl.simulate import simulate
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
+from sfl.weights.objects import Directory
+from sfl.wire.messages import MessageType
 from tests.emulator import BUCKET, Emulator, Gate, emulated
 from tests.launch import Launcher, Program, free_port
 from tests.proxy import UP, Proxy
@@ -510,7 +511,8 @@ def test_a_fed_server_that_ends_is_named(launcher: Launcher) -> None:
 
 def test_a_run_without_a_bucket_does_not_import_the_library() -> None:
     code = (
-        "import sys, sfl.server, sfl.fed_server, sfl.client, sfl.simulate;"
+        "import sys, sfl.runtime.server, sfl.runtime.fed_server, sfl.runtime.client;"
+        "import sfl.runtime.simulation;"
         "print([m for m in sys.modules if m.startswith('google.cloud.storage')])"
     )
     done = subprocess.run(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sfl.config import RunConfig
-from sfl.data import part_of
-from sfl.datasets import DATASETS
+from sfl.data.client_data import part_of
+from sfl.data.datasets import DATASETS
 from sfl.errors import DataError, SflError
 from tests.made_data import (
     loaded,

@@ -8,13 +8,14 @@ import torch
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.aggregate import RULES
-from sfl.blocks import Entries
-from sfl.config import NodeConfig, RunConfig
-from sfl.models import build, model_spec
-from sfl.outcome import Half, merge_fronts
-from sfl.schemes import SCHEMES
-from sfl.simulate import simulate
+from sfl.config import RunConfig
+from sfl.model.blocks import Entries
+from sfl.model.zoo import build, model_spec
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
+from sfl.strategy.aggregate import RULES
+from sfl.strategy.merge import Half, merge_fronts
+from sfl.strategy.schemes import SCHEMES
 from tests.launch import Launcher
 
 MODEL = "tests.odd_models:frozen"

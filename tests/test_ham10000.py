@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sfl.data import Source, load
-from sfl.datasets import DATASETS
+from sfl.data.client_data import Source, load
+from sfl.data.datasets import DATASETS
 from sfl.errors import DataError
 from tests.made_data import (
     loaded,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sfl.config import ClientNode
 from sfl.crash import VARIABLE
 from sfl.errors import ConfigError
-from sfl.turn import Turn
+from sfl.nodes import ClientNode
+from sfl.runtime.turn import Turn
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
 

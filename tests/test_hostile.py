@@ -12,8 +12,9 @@ import torch
 import trustme
 
 import sfl.archive
-from experiments import fuzz, hostile
-from experiments.attacks import (
+from experiments import fuzz
+from experiments.hostile import __main__ as hostile
+from experiments.hostile.attacks import (
     SLOW_ATTACKS,
     Insider,
     Target,
@@ -22,21 +23,24 @@ from experiments.attacks import (
     try_insider,
     write_bystander,
 )
-from experiments.hostile_files import RunsCode, hostile_files, saved
+from experiments.hostile.files import RunsCode, hostile_files, saved
 from experiments.recorded import load
-from sfl.archive import MANIFEST, manifest_line, read_manifest
+from sfl.archive.checkpoint import lying, path_of, round_of
+from sfl.archive.layout import MANIFEST
+from sfl.archive.manifest import manifest_line, read_manifest
 from sfl.auth import main as auth_main
-from sfl.checkpoint import lying, path_of, round_of
-from sfl.config import NodeConfig, RunConfig
+from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, PeerFailed
-from sfl.objects import Directory
+from sfl.files.checksum import checksum
+from sfl.nodes import NodeConfig
 from sfl.options import names_of
-from sfl.protocol import MessageType, checksum
-from sfl.resume import open_past
-from sfl.shared_weights import describe, object_path
-from sfl.simulate import simulate
-from sfl.tokens import read_tokens, write_tokens
-from sfl.weights import WeightKey, client_weights
+from sfl.runtime.resume import open_past
+from sfl.runtime.simulation import simulate
+from sfl.transport.tokens import read_tokens, write_tokens
+from sfl.weights.exchange import WeightKey, client_weights
+from sfl.weights.objects import Directory
+from sfl.weights.shared import describe, object_path
+from sfl.wire.messages import MessageType
 from tests.launch import Launcher, Program
 from tests.test_auth import Certificates
 from tests.test_failures import wait_for

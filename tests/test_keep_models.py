@@ -7,11 +7,14 @@ import pytest
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.archive import DROPPED, MODELS, read_manifest
-from sfl.checkpoint import lying
-from sfl.config import KeepModels, NodeConfig, RunConfig
+from sfl.archive.checkpoint import lying
+from sfl.archive.layout import MODELS
+from sfl.archive.manifest import DROPPED, read_manifest
+from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.simulate import Away, simulate
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import Away, simulate
+from sfl.values import KeepModels
 from tests.launch import Launcher
 from tests.test_equivalence import weights
 from tests.test_fed import finish, start_all

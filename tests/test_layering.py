@@ -1,6 +1,11 @@
-"""The shape of the package: imports point one way, and few modules touch sockets or pickles."""
+"""The shape of the package: imports point one way, and few modules touch sockets or pickles.
+
+``ROOMS`` is the table that docs/architecture.md shows.
+"""
 
 import ast
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,27 +14,58 @@ import sfl
 
 PACKAGE = Path(sfl.__file__).parent
 ROOT = PACKAGE.parent
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+# The files beside the rooms, on three floors.
+GROUND = {"errors", "seeds", "values", "crash"}
+OPTIONS = {"config", "nodes", "options", "registry", "own_functions", "environment"}
+PROGRAMS = {"cli", "auth"}
+# room -> the rooms that it may import from, beside itself and the floors below it
+ROOMS = {
+    "ground": "",
+    "files": "ground",
+    "options": "ground files",
+    "wire": "ground files options",
+    "transport": "ground files options wire",
+    "weights": "ground files options wire",
+    "data": "ground files options",
+    "model": "ground files options",
+    "archive": "ground files options wire data model",
+    "strategy": "ground files options wire weights data model archive",
+    "conversation": "ground files options wire weights data model archive strategy",
+    "runtime": "ground files options wire transport weights data model archive strategy"
+    " conversation",
+    "programs": "ground files options wire transport runtime",
+}
 MAY_IMPORT = {
-    "socket": {"doorstep", "shaping", "stream", "transport"},
-    "ssl": {"certificates", "client_store", "doorstep", "stream", "transport"},
-    "threading": {
-        "doorstep",
-        "drain",
-        "heartbeat",
-        "host",
-        "machine",
-        "shaping",
-        "shared_weights",
-        "stream",
-        "switchboard",
-        "transport",
-        "turn",
-        "turned_away",
-        "write_queue",
+    "socket": {
+        "transport.connection",
+        "transport.dialling",
+        "transport.doorstep",
+        "transport.shaping",
+        "transport.stream",
+    },
+    "ssl": {
+        "runtime.access",
+        "transport.certificates",
+        "transport.connection",
+        "transport.dialling",
+        "transport.doorstep",
+        "transport.stream",
     },
     "pickle": set(),
 }
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module by its name below ``sfl``."""
+    first, _, rest = module.partition(".")
+    if rest or (PACKAGE / first).is_dir():
+        return first
+    floors = {"ground": GROUND, "options": OPTIONS, "programs": PROGRAMS}
+    return next((floor for floor, names in floors.items() if first in names), "ground")
 
 
 def imported(path: Path) -> set[str]:
@@ -43,41 +79,87 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def of_the_package(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, by their names below ``sfl``."""
+    names = {name.removeprefix("sfl.") for name in imported(path) if name.startswith("sfl.")}
+    return {f"{n}.__init__" if (PACKAGE / n.replace(".", "/")).is_dir() else n for n in names} & (
+        MODULES.keys()
+    )
+
+
+def against_the_order() -> Iterable[str]:
+    for module, path in MODULES.items():
+        ours = room_of(module)
+        for other in of_the_package(path):
+            theirs = room_of(other)
+            if theirs != ours and theirs not in ROOMS[ours].split():
+                yield f"{module} ({ours}) imports {other} ({theirs})"
+
+
+def test_no_room_imports_against_the_order() -> None:
+    assert sorted(against_the_order()) == []
+
+
 def test_no_module_imports_in_a_circle() -> None:
-    names = {path.stem for path in MODULES}
-    graph = {
-        path.stem: {n.removeprefix("sfl.") for n in imported(path)} & names - {path.stem}
-        for path in MODULES
+    left = {module: of_the_package(path) - {module} for module, path in MODULES.items()}
+    while left:
+        free = [module for module, needs in left.items() if not needs & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
+def test_the_rooms_are_few_and_their_modules_short() -> None:
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    assert {path.name for path in rooms} == ROOMS.keys() - {"ground", "options", "programs"}
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
+    assert {p.stem for p in PACKAGE.glob("*.py")} == GROUND | OPTIONS | PROGRAMS | {"__init__"}
+    assert [m for m, path in MODULES.items() if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_the_page_shows_the_table() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    shown = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|$", page, re.MULTILINE))
+    assert {room: cell.replace("`", "").split() for room, cell in shown.items()} == {
+        room: others.split() or ["-"] for room, others in ROOMS.items()
     }
-    order: list[str] = []
-    while graph.keys() - set(order):
-        free = [name for name in graph if name not in order and graph[name] <= set(order)]
-        assert free, f"a circle among {sorted(graph.keys() - set(order))}"
-        order += free
-    assert order.index("protocol") < order.index("transport") < order.index("conversation")
-    assert order.index("conversation") < order.index("server") <= order.index("cli")
+
+
+def test_the_page_names_every_module() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    rooms = re.split(r"^### ", page[page.index("## The rooms") :], flags=re.MULTILINE)[1:]
+    for text in rooms:
+        room = found[1] if (found := re.match(r"`(\w+)`", text)) else ""
+        named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|[^|]*\|", text, re.MULTILINE))))
+        assert named == {p.stem for p in (PACKAGE / room).glob("*.py")} - {"__init__"}, room
+    assert len(rooms) == 1 + len([path for path in PACKAGE.iterdir() if path.name[0] != "_"]) - len(
+        list(PACKAGE.glob("[!_]*.py"))
+    )
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_few_modules_import(module: str) -> None:
-    assert {path.stem for path in MODULES if module in imported(path)} == MAY_IMPORT[module]
+    assert {m for m, path in MODULES.items() if module in imported(path)} == MAY_IMPORT[module]
 
 
-def test_only_tensors_loads_and_saves() -> None:
+def test_only_one_module_loads_and_saves() -> None:
     users = set()
-    for path in MODULES:
+    for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
                 value = node.value
                 if isinstance(value, ast.Name) and value.id == "torch":
-                    users.add(path.stem)
-    assert users == {"tensors"}
+                    users.add(module)
+    assert users == {"files.torch_file"}
 
 
 def test_every_load_is_weights_only() -> None:
     calls = [
         node
-        for path in [*MODULES, *ROOT.glob("experiments/*.py")]
+        for path in [
+            *MODULES.values(),
+            *(p for p in ROOT.glob("experiments/**/*.py") if "peers" not in p.parts),
+        ]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
@@ -89,4 +171,7 @@ def test_every_load_is_weights_only() -> None:
 
 
 def test_the_package_does_not_import_experiments() -> None:
-    assert [p.name for p in MODULES if any(n.startswith("experiments") for n in imported(p))] == []
+    theirs = [
+        m for m, p in MODULES.items() if "experiments" in {n.split(".")[0] for n in imported(p)}
+    ]
+    assert theirs == []

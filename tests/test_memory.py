@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.attacks import Claim, Insider, Target
-from experiments.memory_attacks import (
+from experiments.hostile.attacks import Claim, Insider, Target
+from experiments.hostile.memory import (
     CLAIMS,
     GREEDY,
     SERVER,
@@ -23,19 +23,22 @@ from experiments.memory_attacks import (
     try_wish,
     zero_gradients,
 )
-from sfl import transport
-from sfl.claims import MOST_STEPS
-from sfl.config import RunConfig, parse_bytes
-from sfl.data import part_of
-from sfl.datasets import DATASETS
+from sfl.config import RunConfig
+from sfl.conversation.limits import server_limits
+from sfl.data.client_data import part_of
+from sfl.data.datasets import DATASETS
+from sfl.data.samples import Samples
 from sfl.errors import ConfigError, ConnectionLost, ProtocolError
-from sfl.memory import machine_bytes, sizes_of
-from sfl.metrics import checked, checked_steps
-from sfl.protocol import Limits, MessageType
-from sfl.samples import Samples
-from sfl.split_model import SplitModel
-from sfl.switchboard import DrainedConnection, Switchboard
-from sfl.transport import Connection, connect, listen
+from sfl.model.metrics import checked, checked_steps
+from sfl.nodes import parse_bytes
+from sfl.runtime.claims import MOST_STEPS
+from sfl.runtime.memory import machine_bytes, sizes_of
+from sfl.strategy.split_model import SplitModel
+from sfl.transport import connection as transport
+from sfl.transport.connection import Connection
+from sfl.transport.dialling import connect, listen
+from sfl.transport.switchboard import DrainedConnection, Switchboard
+from sfl.wire.messages import Limits, MessageType
 from tests.launch import Launcher, Program
 from tests.made_data import write_ham10000
 from tests.test_failures import wait_for
@@ -258,7 +261,7 @@ def test_figures_of_steps_are_checked_all_at_once() -> None:
 def test_as_many_steps_as_may_be_are_a_file_of_16_mib() -> None:
     run = RunConfig(scheme="fl", model="mlp")
     split = SplitModel(run, (1, 28, 28), 10)
-    limits = split.server_limits(MOST_STEPS, Limits().store).payload_bytes
+    limits = server_limits(split, run, MOST_STEPS, Limits().store).payload_bytes
     assert limits[MessageType.TRAINING_FIGURES] < 17 * MIB
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 import sfl.archive
+from sfl.archive.round_log import EVALUATED, read_round
 from sfl.errors import ProtocolError
-from sfl.metrics import Tally, add_up, checked_classes, tally
-from sfl.roundlog import EVALUATED, read_round
+from sfl.model.metrics import Tally, add_up, checked_classes, tally
 from tests.test_equivalence import simulated
 
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, StepFailed
-from sfl.models import MODELS, build, model_spec, split
-from sfl.protocol import Position
-from sfl.segment import Segment, train_step
-from sfl.split_model import SplitModel
+from sfl.model.segment import Segment, train_step
+from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
 from tests.models import bn_dropout
 
 CPU = torch.device("cpu")

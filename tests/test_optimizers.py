@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sfl.config import RunConfig
-from sfl.models import build, model_spec
-from sfl.optimizers import OPTIMIZERS
-from sfl.protocol import Position
-from sfl.segment import Segment, train_step
+from sfl.model.optimizers import OPTIMIZERS
+from sfl.model.segment import Segment, train_step
+from sfl.model.zoo import build, model_spec
+from sfl.values import Position
 from tests import models
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, ordinary_training, train_round

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from sfl.config import RunConfig
-from sfl.data import batch_indices
+from sfl.conversation.fed import FedRounds
+from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError, ProtocolError
-from sfl.fed import FedRounds
-from sfl.metrics import checked
-from sfl.models import build, model_spec
-from sfl.order import Turns, interleaved
-from sfl.outcome import check_rule
-from sfl.protocol import Position
+from sfl.files.torch_file import encode_state
+from sfl.model.metrics import checked
+from sfl.model.schedule import SCHEDULES, check_schedule, learning_rate
+from sfl.model.segment import train_step
+from sfl.model.zoo import build, model_spec
 from sfl.registry import with_options
-from sfl.schedule import SCHEDULES, check_schedule, learning_rate
-from sfl.segment import train_step
-from sfl.split_model import SplitModel
-from sfl.tensors import encode_state
+from sfl.strategy.merge import check_rule
+from sfl.strategy.order import Turns, interleaved
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
 from tests.launch import Launcher
 from tests.test_schemes import data_of, joined, simulated
 
@@ -216,7 +216,7 @@ def test_all_that_a_peer_sends_is_looked_at(
     def look(tensors: object, name: str, policy: str, warn: object) -> None:
         seen.add(re.sub(r"\d+", "N", name))
 
-    monkeypatch.setattr("sfl.party.check_finite", look)
+    monkeypatch.setattr("sfl.conversation.party.check_finite", look)
     for scheme in ("sflv1", "sl", "sync-sgd"):
         simulated(tmp_path / scheme, scheme=scheme, model="mlp", cut=3, rounds=1)
     assert seen >= {

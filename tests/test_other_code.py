@@ -11,18 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.attacks import Target, try_insider
-from experiments.same_run import compare
+from experiments.hostile.attacks import Target, try_insider
+from experiments.support.same_run import compare
 from sfl import __version__
-from sfl.config import NodeConfig, RunConfig
+from sfl.config import RunConfig
+from sfl.conversation.join import DataReport, Joined
 from sfl.environment import check_fingerprint, differences
-from sfl.link import Absent
-from sfl.protocol import Message, MessageType, encode_head
-from sfl.registration import DataReport, Joined
-from sfl.same_model import MOST_BUILT, ServersModel
-from sfl.simulate import simulate
-from sfl.split_model import SplitModel
-from sfl.structure import MAX_DIGESTS, describe, difference, digests, weights_checksum
+from sfl.model.structure import MAX_DIGESTS, describe, difference, digests, weights_checksum
+from sfl.nodes import NodeConfig
+from sfl.runtime.same_model import MOST_BUILT, ServersModel
+from sfl.runtime.simulation import simulate
+from sfl.strategy.split_model import SplitModel
+from sfl.wire.framing import encode_head
+from sfl.wire.link import Absent
+from sfl.wire.messages import Message, MessageType
 from tests.launch import Launcher
 from tests.models import VARIANT, of_this_machine
 from tests.test_failures import wait_for

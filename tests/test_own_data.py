@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sfl.check import check_run
-from sfl.class_names import listed
-from sfl.config import NodeConfig, RunConfig
-from sfl.data import ClientData, DatasetSpec, client_data
-from sfl.datasets import DATASETS, dataset_of
+from sfl.config import RunConfig
+from sfl.conversation.join import DataReport, check_agreement
+from sfl.data.class_names import listed
+from sfl.data.client_data import ClientData, DatasetSpec, client_data
+from sfl.data.datasets import DATASETS, dataset_of
+from sfl.data.images import read_image
+from sfl.data.own_data import load_own
+from sfl.data.samples import Samples
 from sfl.errors import ConfigError, DataError, RunError
-from sfl.images import read_image
-from sfl.own_data import load_own
-from sfl.registration import DataReport, check_agreement
-from sfl.samples import Samples
-from sfl.simulate import simulate
+from sfl.nodes import NodeConfig
+from sfl.runtime.preflight import check_run
+from sfl.runtime.simulation import simulate
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, weights
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfl.config import NodeConfig, RunConfig
+from sfl.config import RunConfig
+from sfl.data.partition import MIN_SAMPLES, check_partition, partition
+from sfl.data.samples import Samples
 from sfl.errors import ConfigError, DataError
-from sfl.partition import MIN_SAMPLES, check_partition, partition
-from sfl.samples import Samples
-from sfl.simulate import simulate
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
 from tests.test_demo import run
 
 LABELS = torch.arange(3000) % 10

@@ -16,17 +16,21 @@ from pathlib import Path
 
 import pytest
 
-from sfl import crc, payload
-from sfl.check import check_run, disk_bytes
 from sfl.config import RunConfig
 from sfl.errors import ConnectionLost, Damaged, RunError
-from sfl.lobby import Lobby, Patience
-from sfl.payload import InMemory, MakeStore, OnDisk, Store, onto
-from sfl.protocol import Limits, Message, MessageType, checksum, encode_head
-from sfl.split_model import SplitModel
-from sfl.switchboard import Switchboard
-from sfl.tensors import max_state_bytes
-from sfl.transport import Connection, listen
+from sfl.files import checksum as crc
+from sfl.files.checksum import checksum
+from sfl.files.torch_file import max_state_bytes
+from sfl.runtime.lobby import Lobby, Patience
+from sfl.runtime.preflight import check_run, disk_bytes
+from sfl.strategy.split_model import SplitModel
+from sfl.transport.connection import Connection
+from sfl.transport.dialling import listen
+from sfl.transport.switchboard import Switchboard
+from sfl.wire import payload
+from sfl.wire.framing import encode_head
+from sfl.wire.messages import Limits, Message, MessageType
+from sfl.wire.payload import InMemory, MakeStore, OnDisk, Store, onto
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
 
@@ -221,15 +225,15 @@ def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch)
     run = RunConfig(clients=4, scheme="sflv1", participation=0.5, dataset="mnist", model="mlp")
     split = SplitModel(check_run(run), (1, 28, 28), 10)
     before = disk_bytes(run, split, [100] * 4)
-    monkeypatch.setattr("sfl.check.LARGE_BYTES", 2**10)
+    monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**10)
     front = max_state_bytes(split.front_spec)
     assert disk_bytes(run, split, [100] * 4) == before + 2 * front
     # A batch is no larger than a client's part, however large batches may be.
     huge = dataclasses.replace(run, batch_size=2**20)
     parts = [10_000, 100, 100, 100]
-    monkeypatch.setattr("sfl.check.LARGE_BYTES", 2**50)
+    monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**50)
     before = disk_bytes(huge, split, parts)
-    monkeypatch.setattr("sfl.check.LARGE_BYTES", front + 1)
+    monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", front + 1)
     of_batch = split.features_spec(10_000).num_bytes
     assert disk_bytes(huge, split, parts) == before + of_batch // 2
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.same_run import compare
-from sfl.client_store import last_words_of
+from experiments.support.same_run import compare
 from sfl.config import RunConfig
 from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
-from sfl.finite import check_finite
-from sfl.protocol import MessageType, Position
-from sfl.segment import Segment, train_step
-from sfl.simulate import Away
+from sfl.files.finite import check_finite
+from sfl.model.segment import Segment, train_step
+from sfl.runtime.access import last_words_of
+from sfl.runtime.simulation import Away
+from sfl.values import Position
+from sfl.wire.messages import MessageType
 from tests import poison
 from tests.launch import Launcher, Program
 from tests.test_failures import wait_for

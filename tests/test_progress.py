@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-import sfl.lobby
-from experiments.attacks import Insider, Target, write_bystander
+import sfl.runtime.lobby
+from experiments.hostile.attacks import Insider, Target, write_bystander
 from sfl.cli import main_server
 from sfl.errors import SflError
-from sfl.heartbeat import Heart
-from sfl.protocol import Message, MessageType, encode_head
-from sfl.tensors import encode
+from sfl.files.torch_file import encode
+from sfl.transport.heartbeat import Heart
+from sfl.wire.framing import encode_head
+from sfl.wire.messages import Message, MessageType
 from tests import poison
 from tests.launch import Launcher
 from tests.test_failures import wait_for
@@ -88,7 +89,7 @@ def test_a_client_that_only_comes_back_does_not_hold_the_round(launcher: Launche
 
 def hurried(argv: Sequence[str] | None = None) -> int:
     """Run ``run_server.py``, which waits at the end of a run for a second."""
-    sfl.lobby.LINGER_S = 1.0  # type: ignore[attr-defined]
+    sfl.runtime.lobby.LINGER_S = 1.0  # type: ignore[attr-defined]
     return main_server(argv)
 
 

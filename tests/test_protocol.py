@@ -12,21 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfl
-from sfl.crc import crc32
 from sfl.errors import Damaged, IntegrityError, OtherVersion, ProtocolError
-from sfl.protocol import (
-    FILE_TYPES,
-    HEAD,
-    RELEASES,
-    VERSION,
-    Decoder,
-    Limits,
-    Message,
-    MessageType,
-    Position,
-    encode_head,
-    pack_head,
-)
+from sfl.files.checksum import crc32
+from sfl.values import Position
+from sfl.wire.framing import HEAD, RELEASES, VERSION, Decoder, encode_head, pack_head
+from sfl.wire.messages import FILE_TYPES, Limits, Message, MessageType
 
 LIMITS = Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 20_000))
 
@@ -266,6 +256,6 @@ def test_a_field_of_the_content_is_checked() -> None:
 
 def test_every_message_type_is_sent_and_expected_somewhere() -> None:
     package = Path(sfl.__file__).parent
-    sources = [path.read_text() for path in package.glob("*.py") if path.name != "protocol.py"]
+    sources = [path.read_text() for path in package.rglob("*.py") if path.name != "messages.py"]
     uses = re.findall(r"MessageType\.([A-Z_]+)", "".join(sources))
     assert [t.name for t in MessageType if uses.count(t.name) < 2] == []

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sfl.config import RunConfig
-from sfl.data import part_of
-from sfl.datasets import DATASETS
-from sfl.ham10000 import _read_metadata
-from sfl.samples import Samples
+from sfl.data.client_data import part_of
+from sfl.data.datasets import DATASETS
+from sfl.data.ham10000 import _read_metadata
+from sfl.data.samples import Samples
 from tests.conftest import REAL_DATA
 from tests.launch import Launcher
 from tests.made_data import loaded

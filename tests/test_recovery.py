@@ -13,15 +13,16 @@ import pytest
 
 from experiments import replay
 from experiments.recorded import load
-from experiments.same_run import compare
-from experiments.slow_link import SlowLink
-from sfl.checkpoint import lying
-from sfl.config import NodeConfig, RunConfig
+from experiments.support.same_run import compare
+from experiments.support.slow_link import SlowLink
+from sfl.archive.checkpoint import lying
+from sfl.archive.round_log import read_summary
+from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
+from sfl.nodes import NodeConfig
 from sfl.options import from_values
-from sfl.order import draw
-from sfl.roundlog import read_summary
-from sfl.simulate import Away, simulate
+from sfl.runtime.simulation import Away, simulate
+from sfl.strategy.order import draw
 from tests.launch import Launcher, Program
 from tests.test_equivalence import BN_DROPOUT
 from tests.test_failures import send_signal, wait_for

@@ -11,9 +11,10 @@ import torch
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.config import NodeConfig, RunConfig
+from sfl.config import RunConfig
 from sfl.errors import RunError
-from sfl.simulate import simulate
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT
 
@@ -160,7 +161,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl import step
+    from sfl.conversation.round import step
 
     honest = step.train_step
 
@@ -188,7 +189,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
 def test_an_average_that_was_computed_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfl import aggregate
+    from sfl.strategy import aggregate
 
     monkeypatch.setattr(aggregate, "fed_avg", lambda states, weights: dict(states[0]))
     run = recorded(tmp_path, rounds=1)

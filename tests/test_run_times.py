@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_times import numbers
-from experiments.slow_link import slow_link
+from experiments.measure.run_times import numbers
+from experiments.support.slow_link import slow_link
 from sfl.errors import ConfigError
 from tests.test_demo import run
 
@@ -52,7 +52,7 @@ def test_a_slow_link_delays_and_carries_every_byte(
 def test_run_times_prints_a_row_for_each_run(tmp_path: Path) -> None:
     options = ["--schemes", "sl,sflv2", "--delays-ms", "0,5", "--rounds", 1, "--clients", 2]
     options += ["--model", "mlp", "--batch-size", 400]
-    lines = run("-m", "experiments.run_times", *options).stdout.splitlines()
+    lines = run("-m", "experiments.measure.run_times", *options).stdout.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[:2] for row in cells[2:]] == [
         ["0 ms", "sl"], ["0 ms", "sflv2"], ["5 ms", "sl"], ["5 ms", "sflv2"],
@@ -88,6 +88,6 @@ def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
 def test_ways_for_weights_are_timed(tmp_path: Path) -> None:
     ways = f"socket,dir:{tmp_path / 'shared'}"
     options = ["--weights", ways, "--megabytes", 0.5, "--rounds", 2]
-    lines = run("-m", "experiments.weights_times", *options).stdout.splitlines()
+    lines = run("-m", "experiments.measure.weights_times", *options).stdout.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ways.split(",")
     assert all(len(line.split("|")[2].split(",")) == 2 for line in lines[2:])

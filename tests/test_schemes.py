@@ -10,16 +10,19 @@ from torch import nn
 
 from experiments import replay
 from experiments.recorded import load
-from sfl import archive, schemes, seeds
-from sfl.config import NodeConfig, RunConfig
-from sfl.data import ClientData, batch_indices, part_of
-from sfl.datasets import dataset_spec
+from sfl import seeds
+from sfl.archive import reader as archive
+from sfl.config import RunConfig
+from sfl.data.client_data import ClientData, batch_indices, part_of
+from sfl.data.datasets import dataset_spec
 from sfl.errors import ConfigError
-from sfl.models import build, model_spec, split
-from sfl.order import draw, interleaved
-from sfl.schemes import SCHEMES, Scheme
-from sfl.segment import OPTIMIZERS
-from sfl.simulate import simulate
+from sfl.model.segment import OPTIMIZERS
+from sfl.model.zoo import build, model_spec, split
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
+from sfl.strategy import schemes
+from sfl.strategy.order import draw, interleaved
+from sfl.strategy.schemes import SCHEMES, Scheme
 from tests.launch import Launcher
 from tests.made_data import loaded
 from tests.test_equivalence import BN_DROPOUT, assert_equal, ordinary_training, weights

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sfl.config import RunConfig
-from sfl.protocol import Position
-from sfl.segment import Segment, train_step
+from sfl.model.segment import Segment, train_step
+from sfl.values import Position
 
 AT = Position("r", 0, 0, 0)
 CPU = torch.device("cpu")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, SflError
-from sfl.protocol import Limits, MessageType
-from sfl.shaping import LinkShape, Pipe, shaped
-from sfl.transport import Connection, connect, listen
+from sfl.transport.connection import Connection
+from sfl.transport.dialling import connect, listen
+from sfl.transport.shaping import Pipe, shaped
+from sfl.values import LinkShape
+from sfl.wire.messages import Limits, MessageType
 from tests.launch import Launcher
 from tests.test_equivalence import assert_equal, simulated, weights
 

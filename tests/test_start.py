@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.attacks import Target
-from sfl.driver import run_blocking
+from experiments.hostile.attacks import Target
+from sfl.archive.run_folder import has_no_steps
+from sfl.conversation.join import DataReport, client_join, difference, outvoted
 from sfl.errors import SflError
-from sfl.protocol import Limits, MessageType
-from sfl.registration import DataReport, client_join, difference, outvoted
-from sfl.runfolder import has_no_steps
-from sfl.stream import Stream
-from sfl.transport import Connection
+from sfl.transport.connection import Connection
+from sfl.transport.stream import Stream
+from sfl.wire.driver import run_blocking
+from sfl.wire.messages import Limits, MessageType
 from tests.launch import Launcher, Program
 from tests.test_failures import FAST, OWN, send_signal, wait_for, write_own
 

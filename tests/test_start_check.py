@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from sfl.config import RunConfig
-from sfl.data import DatasetSpec
+from sfl.data.client_data import DatasetSpec
+from sfl.data.samples import Samples
 from sfl.errors import ConfigError
-from sfl.models import MODELS, build, model_spec, split
-from sfl.samples import Samples
-from sfl.split_model import SplitModel
-from sfl.start_check import check_model, needs_several_samples
+from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.split_model import SplitModel
+from sfl.strategy.start_check import check_model, needs_several_samples
 from tests import odd_models
 from tests.launch import Launcher
 

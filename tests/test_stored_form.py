@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.attacks import BATCH, NUM_CLASSES, SHAPE, Insider, Target
-from experiments.hostile_files import EVIL, changed
+from experiments.hostile.attacks import BATCH, NUM_CLASSES, SHAPE, Insider, Target
+from experiments.hostile.files import EVIL, changed
 from sfl.errors import PeerFailed
-from sfl.protocol import File, Limits, MessageType, checksum
-from sfl.split_model import SplitModel
-from sfl.tensors import TensorSpec, decode_file, encode, encode_state
+from sfl.files.checksum import File, checksum
+from sfl.files.torch_file import TensorSpec, decode_file, encode, encode_state
+from sfl.strategy.split_model import SplitModel
+from sfl.wire.messages import Limits, MessageType
 from tests.launch import Launcher
 from tests.test_failures import wait_for
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfl.errors import IntegrityError
-from sfl.protocol import crc_of
-from sfl.template import Template
-from sfl.tensors import TensorSpec, _save, _template, decode, encode, encode_file
+from sfl.files.checksum import crc_of
+from sfl.files.torch_file import TensorSpec, _save, _template, decode, encode, encode_file
+from sfl.files.torch_template import Template
 
 SHAPES = [(), (1,), (7,), (128,), (3, 4), (33, 400), (257, 16, 5, 5), (2, 3, 4, 5, 6)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]

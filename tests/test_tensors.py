@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.hostile_files import RunsCode, Subclass, Z, hostile_files, patched, saved
+from experiments.hostile.files import RunsCode, Subclass, Z, hostile_files, patched, saved
 from sfl.errors import IntegrityError
-from sfl.saved import take_apart
-from sfl.tensors import (
+from sfl.files.torch_file import (
     TensorSpec,
     _load,
     are_finite,
@@ -27,6 +26,7 @@ from sfl.tensors import (
     owns_storage,
     state_spec,
 )
+from sfl.files.torch_reader import take_apart
 
 FILES = hostile_files()
 SPEC = TensorSpec((3, 4), torch.float32)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
-from sfl.link import one_line
-from sfl.protocol import HEAD, Limits, Message, MessageType, Position, encode_head
-from sfl.switchboard import READ_AHEAD_MESSAGES, DrainedConnection, Switchboard
-from sfl.transport import Connection, connect, listen, parse_address
+from sfl.transport.connection import Connection
+from sfl.transport.dialling import connect, listen, parse_address
+from sfl.transport.switchboard import READ_AHEAD_MESSAGES, DrainedConnection, Switchboard
+from sfl.values import Position
+from sfl.wire.framing import HEAD, encode_head
+from sfl.wire.link import one_line
+from sfl.wire.messages import Limits, Message, MessageType
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
 AT = Position("run", 3, 4, 1, 0)
@@ -31,7 +34,7 @@ def pair() -> Iterator[tuple[Connection, Connection]]:
 def test_taking_leave_of_a_peer_that_stays_takes_no_longer_than_a_farewell(
     pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfl.transport.FAREWELL_S", 0.05)
+    monkeypatch.setattr("sfl.transport.connection.FAREWELL_S", 0.05)
     began_at = time.monotonic()
     pair[0].part()
     assert time.monotonic() - began_at < 4  # seconds; a peer that is silent is waited for for five

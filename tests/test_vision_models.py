@@ -7,10 +7,10 @@ from torch import nn
 from sfl import seeds
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.models import MODELS, build, model_spec, split
-from sfl.protocol import Position
-from sfl.segment import Segment, train_step
-from sfl.split_model import SplitModel
+from sfl.model.segment import Segment, train_step
+from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
 
 CPU = torch.device("cpu")
 SHAPES = {

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import trustme
 
-from experiments.attacks import TIMES, Target, frame, takes_its_own_place
-from experiments.slow_link import SlowLink
-from sfl.allowance import Allowance
+from experiments.hostile.attacks import TIMES, Target, frame, takes_its_own_place
+from experiments.support.slow_link import SlowLink
 from sfl.auth import main as auth_main
 from sfl.errors import RunError
-from sfl.places import TAKEN_OVER
-from sfl.protocol import Limits, MessageType
-from sfl.tokens import read_tokens
-from sfl.transport import connect, listen
-from sfl.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
+from sfl.runtime.places import TAKEN_OVER
+from sfl.transport.allowance import Allowance
+from sfl.transport.dialling import connect, listen
+from sfl.transport.tokens import read_tokens
+from sfl.transport.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
+from sfl.wire.messages import Limits, MessageType
 from tests.launch import Launcher
 from tests.test_auth import Certificates
 from tests.test_failures import FAST, send_signal, wait_for

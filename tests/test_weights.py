@@ -12,15 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from sfl.bucket import Bucket, parse_address
-from sfl.driver import Conversation, run_blocking
 from sfl.errors import PEER_ERRORS, ConfigError, IntegrityError, ProtocolError, RunError, SflError
-from sfl.objects import Directory, ObjectStore
-from sfl.protocol import Limits, MessageType, Position, checksum
-from sfl.shared_weights import SharedWeights, Transfers, describe, object_path
-from sfl.stores import check_address, open_place
-from sfl.transport import Connection
-from sfl.weights import AVERAGE, INITIAL, SocketWeights, WeightKey, WeightStore, client_weights
+from sfl.files.checksum import checksum
+from sfl.transport.connection import Connection
+from sfl.values import Position
+from sfl.weights.bucket import Bucket, parse_address
+from sfl.weights.exchange import (
+    AVERAGE,
+    INITIAL,
+    SocketWeights,
+    WeightKey,
+    WeightStore,
+    client_weights,
+)
+from sfl.weights.objects import Directory, ObjectStore
+from sfl.weights.shared import SharedWeights, Transfers, describe, object_path
+from sfl.weights.stores import check_address, open_place
+from sfl.wire.driver import Conversation, run_blocking
+from sfl.wire.messages import Limits, MessageType
 from tests.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
 
 LIMITS = Limits(
@@ -449,7 +458,7 @@ def test_a_bucket_that_stutters_is_asked_again(gate: Gate, tmp_path: Path, statu
 def test_a_bucket_that_says_nothing_is_asked_again(
     gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfl.bucket.ANSWER_S", 0.3)
+    monkeypatch.setattr("sfl.weights.bucket.ANSWER_S", 0.3)
     said = Said()
     place = bucket(tmp_path, say=said)
     for call in (lambda: place.create("r/x.pt", DATA, {}), lambda: place.read("r/x.pt")):
@@ -468,7 +477,7 @@ def test_a_bucket_that_says_nothing_is_asked_again(
 def test_the_deadline_is_ours(
     gate: Gate, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfl.bucket.ANSWER_S", 0.5)
+    monkeypatch.setattr("sfl.weights.bucket.ANSWER_S", 0.5)
     place, started = bucket(tmp_path, timeout_s=1.5), time.monotonic()
     place.check()
     gate.faults = (lambda request: STALL) if how == "silent" else failing(503, 10**9)

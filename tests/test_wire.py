@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from sfl.config import RunConfig
-from sfl.data import part_of
-from sfl.datasets import DATASETS
-from sfl.protocol import FILE_TYPES, MessageType, encode_head
-from sfl.samples import Samples
-from sfl.tensors import owns_storage
+from sfl.data.client_data import part_of
+from sfl.data.datasets import DATASETS
+from sfl.data.samples import Samples
+from sfl.files.torch_file import owns_storage
+from sfl.wire.framing import encode_head
+from sfl.wire.messages import FILE_TYPES, MessageType
 from tests.launch import Launcher
 from tests.made_data import loaded
 from tests.proxy import DOWN, UP, Proxy, Recorded

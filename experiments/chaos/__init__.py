@@ -1,0 +1,1 @@
+"""Disturb a run at random, and compare it with one that was not."""

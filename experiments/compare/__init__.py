@@ -1,0 +1,1 @@
+"""Schemes, partitions and cuts side by side."""

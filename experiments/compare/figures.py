@@ -1,0 +1,257 @@
+"""The figures of a comparison; lines and bars can be told apart in grey."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.compare.results import ALL, of_cell, training_bytes
+from sfl.strategy.schemes import scheme
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from experiments.compare.plan import Study
+
+# Brightness, dashes and markers differ as well as hue; wide lines are drawn first, so that one that
+# coincides with another (sflv1 and fl do) is seen below it.
+STYLES: list[dict[str, Any]] = [
+    {"color": "#000000", "linestyle": "-", "marker": "o", "lw": 1.5},
+    {"color": "#0072b2", "linestyle": "-", "marker": "s", "lw": 4.0, "alpha": 0.6},
+    {"color": "#e69f00", "linestyle": "-.", "marker": "^", "lw": 1.8},
+    {"color": "#004d38", "linestyle": "--", "marker": "D", "lw": 1.3},
+    {"color": "#cc79a7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v", "lw": 1.5},
+    {"color": "#56b4e9", "linestyle": (0, (8, 3)), "marker": "P", "lw": 1.5},
+    {"color": "#7f7f7f", "linestyle": (0, (1, 3)), "marker": "X", "lw": 1.5},
+]
+HATCHES = ["", "//", "..", "xx", "\\\\", "--", "++"]
+ORDER = ("central", "fl", "sl", "sflv1", "sflv2", "sflv3", "sync-sgd")  # of styles, and of drawing
+MOST_CLIENTS = len(STYLES)  # of whom each has its line and its name
+
+
+def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
+    """Draw every figure of a study into a folder, and return their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    overall, clients = lines[lines["client"] == ALL], lines[lines["client"] != ALL]
+    paths = [
+        _grid(out / "rounds.png", study, lambda axes, p: _by_round(axes, study, overall, p), 2),
+        _final(out / "final.png", study, overall),
+    ]
+    if all(scheme(name).pooled for name in study.schemes):
+        return paths  # no clients
+    for cost in ("bytes", "flops"):
+
+        def draw(panels: "Sequence[Axes]", partition: str, cost: str = cost) -> None:
+            _against(panels[0], study, clients, overall, partition, cost)
+
+        paths.append(_grid(out / f"{cost}.png", study, draw, 1))
+    for index, partition in enumerate(study.partitions):
+        paths.append(_of_clients(out / f"clients_{index}.png", study, clients, partition))
+    return paths
+
+
+def _styled(schemes: "Sequence[str]") -> Iterator[tuple[str, int]]:
+    """Yield schemes in the order in which they are drawn, with the index of each one's style."""
+    others = [name for name in schemes if name not in ORDER]
+    for index, name in enumerate((*ORDER, *others)):
+        if name in schemes:
+            yield name, index % len(STYLES)
+
+
+def _title(study: "Study", spread: str = "range") -> str:
+    run, count = study.run, len(study.seeds)
+    seeds = f"mean and {spread} of {count} seeds" if count > 1 else f"seed {run.seed}"
+    return f"{run.model} on {run.dataset}, {run.clients} clients, {seeds}"
+
+
+def _grid(
+    path: Path, study: "Study", draw: "Callable[[Sequence[Axes], str], None]", columns: int
+) -> Path:
+    """Draw a row of panels a partition, with one legend for all."""
+    from matplotlib import pyplot
+
+    rows = len(study.partitions)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(5.2 * columns + 1.6, 3.6 * rows + 0.4), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, partition in zip(panels, study.partitions, strict=True):
+        draw(axes, partition)
+        axes[0].set_title(partition, loc="left", fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(_title(study), fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _plot(axes: "Axes", x: Any, by_seed: "pd.DataFrame", label: str, style: dict[str, Any]) -> None:
+    """Draw the mean over seeds, and a band from the lowest to the highest."""
+    known = by_seed.notna().all(axis=1).to_numpy()  # a client may sit rounds out
+    x, by_seed = x[known], by_seed[known]
+    every = max(1, len(by_seed) // 8)
+    axes.plot(x, by_seed.mean(axis=1), label=label, markevery=every, markersize=4, **style)
+    if by_seed.shape[1] > 1:
+        axes.fill_between(
+            x, by_seed.min(axis=1), by_seed.max(axis=1), color=style["color"], alpha=0.15
+        )
+
+
+def _by_round(
+    panels: "Sequence[Axes]", study: "Study", overall: "pd.DataFrame", partition: str
+) -> None:
+    for axes, metric, title in zip(
+        panels,
+        ("val_acc", "train_loss"),
+        ("validation accuracy", "training loss (nats)"),
+        strict=True,
+    ):
+        for name, style in _styled(study.schemes):
+            by_seed = of_cell(overall, partition, name).pivot(
+                index="round", columns="seed", values=metric
+            )
+            _plot(axes, by_seed.index + 1, by_seed, name, STYLES[style])
+        _label(axes, "round", title)
+        _count_rounds(axes)
+
+
+def _against(
+    axes: "Axes",
+    study: "Study",
+    clients: "pd.DataFrame",
+    overall: "pd.DataFrame",
+    partition: str,
+    cost: str,
+) -> None:
+    """Draw validation accuracy against what a client has spent until then, the mean client's."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for name, style in _styled(study.schemes):
+        if scheme(name).pooled:  # which has no clients
+            continue
+        of_clients = of_cell(clients, partition, name)
+        spent = (
+            (training_bytes(of_clients, "up") + training_bytes(of_clients, "down")) / 1e6
+            if cost == "bytes"
+            else of_clients["client_gflops"] / 1e3
+        )
+        a_round = spent.groupby(of_clients["round"]).sum() / (
+            of_clients["client"].nunique() * of_clients["seed"].nunique()
+        )
+        by_seed = of_cell(overall, partition, name).pivot(
+            index="round", columns="seed", values="val_acc"
+        )
+        _plot(axes, a_round.cumsum(), by_seed, name, STYLES[style])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _label(
+        axes,
+        {"bytes": "MB a client, training, up and down", "flops": "TFLOPs a client, training"}[cost],
+        "validation accuracy",
+    )
+
+
+def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
+    """Draw the last round's test accuracies, and the balanced ones, a group a partition."""
+    from matplotlib import pyplot
+
+    last = overall[overall["round"] == overall["round"].max()]
+    figure, panels = pyplot.subplots(
+        1, 2, figsize=(4.5 + 2.2 * len(study.partitions), 4), sharey=True, layout="constrained"
+    )
+    width = 0.8 / len(study.schemes)
+    for axes, metric, title in zip(
+        panels,
+        ("test_acc", "test_balanced_acc"),
+        ("test accuracy", "balanced test accuracy"),
+        strict=True,
+    ):
+        for index, (name, style) in enumerate(_styled(study.schemes)):
+            for group, partition in enumerate(study.partitions):
+                values = of_cell(last, partition, name)[metric].dropna()
+                if values.empty:
+                    continue
+                place = group + (index - (len(study.schemes) - 1) / 2) * width
+                axes.bar(
+                    place, values.mean(), width * 0.95, edgecolor="black", lw=0.6,
+                    color=STYLES[style]["color"] if style else "#bbbbbb",
+                    hatch=HATCHES[style], label=name if group == 0 else None,
+                    yerr=values.std(ddof=1) if len(values) > 1 else None, capsize=3,
+                )  # fmt: skip
+                axes.annotate(
+                    f"{values.mean():.3f}", (place, 0.03), xycoords=("data", "axes fraction"),
+                    ha="center", va="bottom", fontsize=8, rotation=90,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                )  # fmt: skip
+        long = max(map(len, study.partitions)) > 18
+        turned = {"rotation": 20, "ha": "right"} if long else {}
+        axes.set_xticks(range(len(study.partitions)), study.partitions, **turned)
+        axes.set_title(title, loc="left", fontsize=10)
+    lowest = last[["test_acc", "test_balanced_acc"]].min().min()
+    highest = last[["test_acc", "test_balanced_acc"]].max().max()
+    margin = max(0.25 * (highest - lowest), 0.02)
+    panels[0].set_ylim(max(0, lowest - 2 * margin), min(1.02, highest + margin))
+    panels[0].set_ylabel("share (the axis does not begin at 0)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(f"{_title(study, 'standard deviation')}, round {study.run.rounds}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _of_clients(path: Path, study: "Study", clients: "pd.DataFrame", partition: str) -> Path:
+    """Draw each client's validation accuracy and training loss by round, a column a scheme."""
+    from matplotlib import pyplot
+
+    shown = [name for name in study.schemes if not scheme(name).pooled]
+    metrics = {"val_acc": "validation accuracy", "train_loss": "training loss (nats)"}
+    figure, panels = pyplot.subplots(
+        2, len(shown), figsize=(3.4 * len(shown) + 1.4, 6), sharex=True, sharey="row",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, (metric, title) in zip(panels, metrics.items(), strict=True):
+        for axes, name in zip(row, shown, strict=True):
+            own = of_cell(clients, partition, name)
+            ids = sorted(own["client"].unique(), key=int)
+            many = len(ids) > MOST_CLIENTS
+            for client in ids:
+                by_seed = own[own["client"] == client].pivot(
+                    index="round", columns="seed", values=metric
+                )
+                if many:
+                    axes.plot(by_seed.index + 1, by_seed.mean(axis=1), color="#999999", lw=0.6)
+                else:
+                    style = STYLES[int(client) % len(STYLES)]
+                    _plot(axes, by_seed.index + 1, by_seed, f"client {client}", style)
+            if many:
+                mean = own.pivot_table(index="round", columns="seed", values=metric)
+                _plot(axes, mean.index + 1, mean, f"mean of {len(ids)} clients", STYLES[0])
+            _label(axes, "round" if metric == "train_loss" else "", title if axes is row[0] else "")
+            _count_rounds(axes)
+            if metric == "val_acc":
+                axes.set_title(name, loc="left", fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(f"{_title(study)}, {partition}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _label(axes: "Axes", x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+
+
+def _count_rounds(axes: "Axes") -> None:
+    """Let an axis of rounds have whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

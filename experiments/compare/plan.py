@@ -1,0 +1,232 @@
+"""The runs of a comparison: which there are, which are done, and doing the others."""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import sfl.archive
+from experiments.support.processes import ROOT, last_line, running
+from sfl.archive.layout import MANIFEST
+from sfl.archive.run_folder import is_being_written
+from sfl.config import RunConfig, flag
+from sfl.data.partition import OWN
+from sfl.errors import ConfigError, RunError
+from sfl.nodes import NodeConfig
+from sfl.weights.stores import SOCKET
+
+OVER = ("simulation", "sockets")
+MOST_SHOWN = 40  # characters of a partition in the name of a run
+LAST_FILE = "server_log.txt"  # what a run writes into its manifest when it is over
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison: the cells of its table, and where they lie."""
+
+    schemes: Sequence[str]
+    partitions: Sequence[str]
+    seeds: Sequence[int]
+    run: RunConfig  # what all cells have in common
+    node: NodeConfig
+    over: str
+    jobs: int = 1  # runs at a time
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        """All cells, by partition, seed and scheme."""
+        cells = itertools.product(self.partitions, self.seeds, self.schemes)
+        return [
+            replace(self.run, scheme=s, partition=p, seed=seed, run=run_name(s, p, seed))
+            for p, seed, s in cells
+        ]
+
+    def folder(self, run: RunConfig) -> Path:
+        return self.node.out_path / "server" / run.run
+
+    def over_sockets(self, run: RunConfig) -> bool:
+        """Say whether a cell is a run of real processes; ``central`` has no other side."""
+        return self.over == "sockets" and run.scheme != "central"
+
+
+def run_name(scheme: str, partition: str, seed: int) -> str:
+    """Return the name of a cell's run; a long partition is shortened, and told apart by a hash."""
+    shown = re.sub("[^a-z0-9.]", "-", partition)
+    if len(shown) > MOST_SHOWN:
+        digest = hashlib.sha256(partition.encode()).hexdigest()[:8]
+        shown = f"{shown[: MOST_SHOWN - 9]}-{digest}"
+    return f"{scheme}-{shown}-{seed}"
+
+
+def names(option: str, text: str) -> list[str]:
+    """Return the names of a list with commas; numbers belong to the name before them.
+
+    Raises:
+        ConfigError: one of them is there twice.
+    """
+    found = re.split(r",(?=[a-z])", re.sub(r"\s", "", text))
+    for name in found:
+        if found.count(name) > 1:
+            raise ConfigError(f"{option} {text}: {name} is there twice")
+    return found
+
+
+def check_all(study: Study) -> None:
+    """See that every cell can be run, before the first is.
+
+    Raises:
+        ConfigError: one cannot, or its folder holds a run with other options.
+    """
+    from sfl.runtime.preflight import check_run
+
+    for run in study.runs:
+        node = {name: getattr(study.node, name) for name in ("threads", "device")}
+        wanted = asdict(check_run(run)) | node  # these change the last bit
+        path = study.folder(run) / "config.json"
+        if not path.is_file():
+            continue
+        recorded = json.loads(path.read_bytes())
+        what = next(
+            (f"{flag(n)} {recorded.get(n)}" for n, v in wanted.items() if recorded.get(n) != v), ""
+        )
+        if not what and ("port" in recorded) != study.over_sockets(run):
+            what = f"--over {OVER['port' in recorded]}"
+        if what:
+            raise ConfigError(
+                f"{path.parent} holds a run with {what}: give another --out, or remove it"
+            )
+
+
+def is_done(study: Study, run: RunConfig) -> bool:
+    """Say whether a cell's run came to its end."""
+
+    path = study.folder(run)
+    if not (path / MANIFEST).is_file():  # it was broken off before it began
+        return False
+    return sfl.archive.open(path).lists(LAST_FILE)
+
+
+def carry_out(study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
+    """Do what is missing, so many runs at a time; a run that was broken off begins again.
+
+    ``on_round`` hears a line of each round that ends.
+
+    Raises:
+        RunError: some runs failed; the text says why. The others were carried out.
+    """
+    missing = [run for run in study.runs if not is_done(study, run)]
+    failed: list[str] = []
+    workers = _Workers(study, on_round)
+
+    def work(run: RunConfig) -> None:
+        try:
+            workers.do(run)
+        except RunError as error:
+            failed.append(f"{run.run}: {error}")
+
+    with ThreadPoolExecutor(study.jobs) as pool:
+        try:
+            list(pool.map(work, missing))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers.stop()
+            raise
+    if failed:
+        raise RunError("; ".join(failed))
+
+
+class _Workers:
+    """Runs that are going on; they can be ended from another thread."""
+
+    def __init__(self, study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
+        self._study = study
+        self._on_round = on_round
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._active: list[Callable[[], None]] = []  # what ends each of them
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for kill in self._active:
+                kill()
+
+    def _register(self, kill: Callable[[], None]) -> None:
+        with self._lock:
+            self._active.append(kill)
+            if self._stopped:
+                kill()
+                raise RunError("it was ended")
+
+    def do(self, run: RunConfig) -> None:
+        """Carry out one run from its beginning."""
+        if is_being_written(self._study.folder(run) / LAST_FILE):
+            raise RunError(f"another process is writing {self._study.folder(run)}")
+        shutil.rmtree(self._study.folder(run), ignore_errors=True)
+        shutil.rmtree(self._study.node.out_path / "client" / run.run, ignore_errors=True)
+        if self._study.over_sockets(run):
+            self._over_sockets(run)
+        else:
+            self._in_one_process(run)
+
+    def _in_one_process(self, run: RunConfig) -> None:
+        command = [sys.executable, "-m", "experiments.simulate", *_options(run, self._study.node)]
+        log = self._study.node.out_path / f"{run.run}.err"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(log, "w") as errors,
+            subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process,
+        ):
+            self._register(process.kill)
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._hear(run, line)
+        if process.returncode:
+            raise RunError(last_line(log))
+        log.unlink()
+
+    def _over_sockets(self, run: RunConfig) -> None:
+        node = self._study.node
+        with running(_options(run, node)) as processes:
+            self._register(processes.kill)
+            trusted = [] if run.weights == SOCKET else ["--allow-weights", run.weights]
+            processes.start_clients(
+                [processes.address] * run.clients,
+                [*_options(None, node), *trusted],
+                lambda k: _own_data(run, node, k),
+            )
+            if self._stopped:  # while they were being started
+                processes.kill()
+            for line in processes.lines():
+                self._hear(run, line)
+            processes.wait()
+
+    def _hear(self, run: RunConfig, line: str) -> None:
+        if line.startswith("round "):
+            self._on_round(run, line.rstrip("\n"))
+
+
+def _own_data(run: RunConfig, node: NodeConfig, client: int) -> list[str]:
+    """Return where a client's own data lie: where the simulation looks for them."""
+    return ["--data-dir", str(node.data_path / f"client_{client}")] if run.partition == OWN else []
+
+
+def _options(run: RunConfig | None, node: NodeConfig) -> list[str]:
+    """Return a configuration as a command line, without what is the default."""
+    options = []
+    for config in (run, node):
+        for spec in fields(config) if config else ():
+            value = getattr(config, spec.name)
+            if value is not None and value != spec.default:
+                options += [flag(spec.name), str(value)]
+    return options

@@ -1,0 +1,1 @@
+"""Measurements that are rarely made again."""

@@ -1,0 +1,121 @@
+"""Whether two runs of one configuration gave the same: weights, recorded steps, figures."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.recorded import RecordedRun
+    from sfl.archive.reader import RunArchive
+
+# Of what a round's file says, what depends on neither time nor on what was sent twice.
+FIGURES = ("loss", "acc", "samples", "val_", "test_")
+
+
+@dataclass
+class Differences:
+    """What was compared, and what differs."""
+
+    tensors: int = 0
+    count: int = 0  # of tensors, steps and figures that differ, or are there once
+    lines: list[str] = field(default_factory=list)
+
+    def find(self, line: str, count: int = 1) -> None:
+        self.count += count
+        self.lines.append(line)
+
+
+def compare(whole: Path, other: Path) -> Differences:
+    """Compare everything that two runs' servers and clients wrote, and replay the second."""
+    from experiments.recorded import load
+    from experiments.replay import check
+    from sfl.errors import IntegrityError
+
+    found = Differences()
+    ours, theirs = load(whole), load(other)
+    _compare_files(whole, other, found)
+    _compare_files(_client_folder(whole), _client_folder(other), found)
+    try:
+        _compare_steps(ours.archive, theirs.archive, found)
+        _compare_figures(ours, theirs, found)
+    except IntegrityError as error:
+        found.find(str(error))
+    for finding in check(theirs).findings:
+        found.find(f"replay: {finding}")
+    return found
+
+
+def _client_folder(server_folder: Path) -> Path:
+    return server_folder.parent.parent / "client" / server_folder.name
+
+
+def _compare_files(whole: Path, other: Path, found: Differences) -> None:
+    """Compare the files of weights below two folders."""
+    names = {p.relative_to(f) for f in (whole, other) for p in f.rglob("models/*.pt")}
+    for name in sorted(names):
+        data = [(f / name).read_bytes() if (f / name).exists() else b"" for f in (whole, other)]
+        count = max(map(_count_tensors, data))
+        found.tensors += count
+        if data[0] != data[1]:
+            found.find(f"{other / name}: differs", count)
+
+
+def _count_tensors(data: bytes) -> int:
+    """Return how many tensors a ``torch.save`` file holds: each is a record of its container."""
+    import io
+    import zipfile
+
+    if not data:
+        return 1
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as container:
+            return sum("/data/" in name for name in container.namelist())
+    except zipfile.BadZipFile:
+        return 1
+
+
+def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences) -> None:
+    """Compare the recorded tensors of every step, and the order in which they were processed."""
+    from sfl.archive.manifest import read_manifest
+
+    def steps(archive: "RunArchive") -> dict[tuple[int, int, int], object]:
+        table: dict[tuple[int, int, int], object] = {}
+        for folder in archive.folders():
+            twice = Counter((entry.step, entry.kind) for entry in read_manifest(folder))
+            if twice and max(twice.values()) > 1:
+                found.find(f"{folder}: has a step twice")
+        for step in archive.steps():
+            key = step.client, step.round, step.step
+            files = {kind: entry.checksum for kind, entry in step.entries.items()}
+            table[key] = step.order, files
+        return table
+
+    whole, other = steps(ours), steps(theirs)
+    found.tensors += sum(len(files) for _, files in whole.values())  # type: ignore[misc]
+    for key in sorted(whole.keys() | other.keys()):
+        if whole.get(key) != other.get(key):
+            client, round_index, step = key
+            found.find(f"client {client}, round {round_index}, step {step}: differs, or is missing")
+
+
+def _compare_figures(ours: "RecordedRun", theirs: "RecordedRun", found: Differences) -> None:
+    """Compare what the rounds' files say, but for times and bytes."""
+    from sfl.archive.round_log import read_round, read_summary
+
+    for round_index in range(ours.run.rounds):
+        path = f"rounds/round_{round_index:03d}.csv"
+        tables = []
+        for recorded in (ours, theirs):
+            lies_there = recorded.archive.lists(path)
+            rows = read_round(recorded.archive.read(path)) if lies_there else {}
+            tables.append({k: repr(v) for k, v in rows.items() if k[2].startswith(FIGURES)})
+        if tables[0] != tables[1]:
+            found.find(f"{theirs.archive.root / path}: differs")
+    summaries = []
+    for recorded in (ours, theirs):
+        rows = read_summary((recorded.archive.root / "rounds.csv").read_bytes())
+        names = ("round", "took_part", "train_loss", "val_loss", "test_loss")
+        summaries.append([[row[name] for name in names] for row in rows])
+    if summaries[0] != summaries[1]:
+        found.find(f"{theirs.archive.root / 'rounds.csv'}: differs")

@@ -1,0 +1,115 @@
+"""The manifests: a line a file, each with its own checksum."""
+
+import contextlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sfl.archive.layout import MANIFEST
+from sfl.errors import IntegrityError, quoted
+from sfl.files import strict_json
+from sfl.files.checksum import checksum
+from sfl.files.plain import read_plain
+
+DROPPED = "dropped"  # kind of the entry for a manifest, or a model, that was not to stay
+ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
+MAX_LINE_BYTES = 2**20  # of a manifest: a round's log names those who took part
+_INSIDE = re.compile(r"[A-Za-z0-9._-][A-Za-z0-9._/-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a manifest: what a file is, where it lies, and its checksum."""
+
+    kind: str
+    path: str  # relative to the manifest's folder
+    bytes: int
+    checksum: str
+    client: int = -1
+    round: int = -1
+    step: int = -1
+    link: int = 0  # which cut
+    order: int = -1  # how many steps its back had taken before in this round
+    offset: int = 0
+    shape: tuple[int, ...] = ()  # of weight_grads: that of the labels they come from, (B,)
+    dtype: str = ""
+    clients: tuple[int, ...] = ()  # of a round's log: who took part, in the round's order
+
+
+def read_checked(path: Path, entry: Entry) -> bytes:
+    """Return the bytes of a recorded file.
+
+    Raises:
+        IntegrityError: it is missing, or its bytes are not those that were written.
+    """
+    try:
+        data = read_plain(path, entry.offset, entry.bytes)
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    if len(data) != entry.bytes or checksum(data) != entry.checksum:
+        raise IntegrityError(f"{path}: is damaged: its checksum differs from the manifest's")
+    return data
+
+
+def read_manifest(folder: Path) -> list[Entry]:
+    """Return the entries of a folder's manifest.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        *lines, rest = read_plain(path).split(b"\n")
+        entries = [_parse_line(line) for line in lines]
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{path}: is damaged: {error}") from error
+    # What has no end of line was being written when the run was killed; it has not counted.
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        _parse_line(rest[:-1])
+        raise IntegrityError(f"{path}: is damaged: its last line does not end")
+    return entries
+
+
+def check_inside(path: str) -> None:
+    """See that a file named by a record lies inside the record's own folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not _INSIDE.fullmatch(path) or ".." in path.split("/"):
+        raise ValueError(f"a path outside the folder: {quoted(path)}")
+
+
+def manifest_line(entry: Entry) -> str:
+    """Return an entry as its line of a manifest, which ends in the line's own checksum.
+
+    That is of the line as ``json.dumps`` writes it without ``check``.
+    """
+    fields = asdict(entry)
+    check = checksum(json.dumps(fields).encode())
+    return json.dumps(fields | {"check": check})
+
+
+def _parse_line(line: bytes) -> Entry:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"a line of {len(line)} bytes")
+    values = strict_json.loads(line)
+    values.pop("check", None)
+    tuples = {name: tuple(values[name]) for name in ("shape", "clients")}
+    entry = Entry(**values | tuples)
+    # A manifest may come from somebody else.
+    texts = entry.kind, entry.path, entry.checksum, entry.dtype
+    counts = entry.bytes, entry.offset
+    indices = entry.client, entry.round, entry.step, entry.link, entry.order
+    numbers = *counts, *indices, *entry.shape, *entry.clients
+    if {type(text) for text in texts} != {str} or {type(n) for n in numbers} != {int}:
+        raise ValueError("a field is of another type")
+    if manifest_line(entry).encode() != line:
+        raise ValueError("a line is not what was written")
+    if min(counts) < 0 or max(counts) >= 2**63 or min(numbers) < -1 or max(indices) >= 2**31:
+        raise ValueError("a number is out of range")
+    check_inside(entry.path)
+    return entry

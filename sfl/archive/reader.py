@@ -1,0 +1,203 @@
+"""The recorded tensors, read back: the one public reader of a run's folder.
+
+::
+
+    for step in sfl.archive.open("shared_files/server/my-run").steps(client=0, round=3):
+        step.labels, step.activations, step.grads
+
+Each folder of tensors has a ``manifest.jsonl``, its only index: one line a file, written when the
+file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and finished manifests.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfl.archive.layout import (
+    ACTIVATIONS,
+    GRADS,
+    LABELS,
+    MANIFEST,
+    MODELS,
+    TENSOR_KINDS,
+    WEIGHT_GRADS,
+    round_of_folder,
+)
+from sfl.archive.manifest import DROPPED, Entry, read_checked, read_manifest
+from sfl.errors import IntegrityError, RunError, quoted
+from sfl.files import strict_json
+from sfl.files.plain import check_linkless
+from sfl.files.torch_file import StateSpec, TensorSpec, decode, decode_state
+
+MAX_TABLE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded step of a client; the tensors are read, and checked, when asked for."""
+
+    client: int
+    round: int
+    step: int
+    order: int  # how many steps its back had taken before in this round
+    folder: Path
+    entries: Mapping[str, Entry] = field(repr=False)
+
+    def path(self, kind: str) -> Path:
+        return self.folder / self.entries[kind].path
+
+    def _read(self, kind: str) -> Tensor:
+        entry, path = self.entries[kind], self.path(kind)
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise IntegrityError(
+                f"{self.folder / MANIFEST}: names no dtype {quoted(entry.dtype, 40)}"
+            )
+        data = read_checked(path, entry)
+        return decode(data, TensorSpec(tuple(entry.shape), dtype), str(path))
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) int64."""
+        return self._read(LABELS)
+
+    @property
+    def activations(self) -> Tensor:
+        """(B, *cut) float32: the smashed data that the client sent."""
+        return self._read(ACTIVATIONS)
+
+    @property
+    def grads(self) -> Tensor:
+        """(B, *cut) float32: the loss's gradient at the cut, as the server sent it."""
+        return self._read(GRADS)
+
+    def weight_grads(self, spec: StateSpec) -> dict[str, Tensor]:
+        """Return the gradients of the whole model that the client sent, by parameter."""
+        path = self.path(WEIGHT_GRADS)
+        return decode_state(read_checked(path, self.entries[WEIGHT_GRADS]), spec, str(path))
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples its batch had."""
+        return next(iter(self.entries.values())).shape[0]
+
+
+class RunArchive:
+    """A recorded run, as it lies on disk.
+
+    Raises (from any method):
+        IntegrityError: a file that the run's manifests list is damaged or missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / MANIFEST).is_file():
+            raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
+        newest = {entry.path: entry for entry in read_manifest(root)}
+        self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
+        self._dropped = newest.keys() - self._listed.keys()
+        self.rounds_without_models = frozenset(  # those that were not to stay
+            newest[p].round for p in self._dropped if p.startswith(MODELS)
+        )
+
+    @property
+    def listed(self) -> list[Entry]:
+        """Everything that the run's own manifest lists: models, logs, finished manifests."""
+        return list(self._listed.values())
+
+    def lists(self, path: str) -> bool:
+        """Say whether the run's own manifest lists a file."""
+        return path in self._listed
+
+    def has_listed(self, path: str) -> bool:
+        """Say whether it lists a file, or did until that was not to stay any more."""
+        return path in self._listed or path in self._dropped
+
+    def read(self, path: str) -> bytes:
+        """Return the checked bytes of a listed file, by its path in the run's folder."""
+        if path not in self._listed:
+            raise IntegrityError(f"{self.root / path}: is not in the run's manifest")
+        return read_checked(self.root / path, self._listed[path])
+
+    def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]:
+        """Return the weights in a listed file."""
+        return decode_state(self.read(path), spec, str(self.root / path))
+
+    def config(self) -> dict[str, Any]:
+        """Return every option of the run."""
+        return self._table("config.json")
+
+    def environment(self) -> dict[str, Any]:
+        """Return what the run ran on: versions, threads, devices."""
+        return self._table("environment.json")
+
+    def _table(self, path: str) -> dict[str, Any]:
+        try:
+            values = strict_json.loads(self.read(path)[:MAX_TABLE_BYTES])
+        except ValueError as error:
+            raise IntegrityError(f"{self.root / path}: is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise IntegrityError(f"{self.root / path}: is no table")
+        return values
+
+    def folders(self, client: int | None = None, round: int | None = None) -> list[Path]:
+        """Return the folders of recorded tensors, by round and client.
+
+        Those that the run's manifest lists, whether they are there or not, and those of a round
+        that did not end.
+        """
+        listed = {self.root / e.path for e in self.listed if e.kind == "manifest"}
+        lying = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
+        found = []
+        for folder in {path.parent for path in listed | lying}:
+            place = round_of_folder(folder)
+            if place and client in (None, place[0]) and round in (None, place[1]):
+                found.append((place[1], place[0], folder))
+        return [folder for _, _, folder in sorted(found)]
+
+    def rounds(self, client: int | None = None) -> list[int]:
+        """Return the rounds of which tensors are recorded."""
+        return sorted({int(folder.name[len("round_") :]) for folder in self.folders(client)})
+
+    def steps(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
+        """Yield the recorded steps, of one client or round if asked for, in order of processing."""
+        by_round: dict[str, list[Step]] = {}
+        for folder in self.folders(client, round):
+            by_round.setdefault(folder.name, []).extend(self._steps_in(folder))
+        for steps in by_round.values():
+            yield from sorted(steps, key=lambda step: (step.order, step.client))
+
+    def _steps_in(self, folder: Path) -> list[Step]:
+        name = (folder / MANIFEST).relative_to(self.root).as_posix()
+        if name in self._listed:  # of a round that was finished
+            self.read(name)
+        files: dict[int, dict[str, Entry]] = {}
+        for entry in read_manifest(folder):
+            files.setdefault(entry.step, {})[entry.kind] = entry
+        steps = []
+        for step, entries in sorted(files.items()):
+            # The last step of a run that was killed may lack a file; it has not counted.
+            if entries.keys() in (set(TENSOR_KINDS), {WEIGHT_GRADS}):
+                first = next(iter(entries.values()))
+                steps.append(Step(first.client, first.round, step, first.order, folder, entries))
+        return steps
+
+
+def open(path: str | os.PathLike[str]) -> RunArchive:
+    """Open a recorded run by its folder.
+
+    Raises:
+        RunError: the folder is none of a run, or there is a link in it.
+        IntegrityError: its manifest is damaged.
+    """
+    root = Path(path)
+    try:
+        check_linkless(root)
+    except OSError as error:
+        raise RunError(f"cannot read {root}: {error.filename}: {error.strerror}") from error
+    return RunArchive(root)

@@ -1,0 +1,245 @@
+"""The figures of a run: a file a round, a line a round, a progress bar.
+
+Every metric is defined in docs/metrics.md.
+"""
+
+import csv
+import io
+import itertools
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sfl.archive.manifest import ROUND_LOG
+from sfl.archive.run_folder import FIRST_STEP, RunFolder
+from sfl.config import RunConfig
+from sfl.files.atomic import write_file
+from sfl.model.metrics import StepFigures
+from sfl.values import Position
+from sfl.wire.link import KINDS_DOWN, KINDS_UP
+
+EVALUATED = ("loss", "acc", "balanced_acc", "macro_f1", "weighted_f1")
+UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # and what was carried
+TRAFFIC = (
+    "bytes_up", "bytes_down", "messages_up", "messages_down", "round_trips",
+    *map(UP.format, KINDS_UP), *map(DOWN.format, KINDS_DOWN),
+)  # fmt: skip
+ROUND_COLUMNS = (
+    "round", "train_loss", "train_acc", *(f"val_{n}" for n in EVALUATED),
+    *(f"test_{n}" for n in EVALUATED), *TRAFFIC, "seconds", "server_compute_s",
+    "client_compute_s", "client_wait_s", "client_transfer_s", "took_part", "missing",
+)  # fmt: skip
+
+
+FIGURES = frozenset(ROUND_COLUMNS) - {"round", "took_part", "missing"}
+
+
+class Progress:
+    """A bar over the steps of a round in a terminal; nothing elsewhere."""
+
+    def __init__(self, run_rounds: int, *, shown: bool = True) -> None:
+        self._rounds = run_rounds
+        self._shown = shown
+        self._bar: Any = None
+
+    def start(self, round_index: int, num_steps: int) -> None:
+        if not self._shown:
+            return
+        title = f"round {round_index + 1}/{self._rounds}"
+        self._bar = tqdm(total=num_steps, desc=title, unit="step", leave=False, disable=None)
+
+    def step(self, loss: float, num_steps: int = 1) -> None:
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self._bar.update(num_steps)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class RoundLog:
+    """The server's figures: collects those of a round and writes them when it ends."""
+
+    def __init__(self, folder: RunFolder, rounds: int, first_round: int = 0) -> None:
+        """A run that goes on keeps the lines of the rounds before ``first_round``."""
+        self._folder = folder
+        self._rounds = rounds
+        self._has_begun = False
+        # Of each client's steps, in order: loss, hits and samples, 24 bytes in all.
+        self._steps: dict[int, array[float]] = {}
+        self.progress = Progress(rounds)
+        self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
+        path = folder.path / "rounds.csv"
+        rows = read_summary(path.read_bytes()) if first_round else []
+        rows = [row for row in rows if int(row["round"]) < first_round]
+        if rows:
+            self.figures = {n: float(v) for n, v in rows[-1].items() if v and n in FIGURES}
+        kept = [[row.get(name, "") for name in ROUND_COLUMNS] for row in rows]
+        write_file(path, _csv([ROUND_COLUMNS, *kept]), durable=True)
+
+    def start_round(self, round_index: int, num_steps: int) -> None:
+        self._steps = {}
+        self.progress.start(round_index, num_steps)
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._folder.events.note(FIRST_STEP)
+            self._has_begun = True
+
+    def step(self, at: Position, figures: StepFigures) -> None:
+        self._begin()
+        own, start = self._steps.setdefault(at.client, array("d")), 3 * at.step
+        assert len(own) >= start, "a step was left out"
+        own[start : start + 3] = array("d", (figures.loss, figures.correct, figures.samples))
+        self.progress.step(figures.loss)
+
+    def steps(self, client: int, table: Tensor) -> None:
+        self._begin()
+        self._steps[client] = array("d", table.numpy().tobytes())
+        self.progress.step(float(table[-1, 0]), len(table))
+
+    def _rows(self, client: int) -> Iterator[tuple[float, float, float]]:
+        """Yield loss, hits and samples of each step of a client."""
+        own = iter(self._steps.get(client, ()))
+        return zip(own, own, own, strict=True)
+
+    def _all_rows(self) -> Iterator[tuple[float, float, float]]:
+        return itertools.chain.from_iterable(map(self._rows, self._steps))
+
+    def forget(self, client: int) -> None:
+        """Leave out the steps of a client that left the round without a trace."""
+        self._steps.pop(client, None)
+
+    def say(self, line: str) -> None:
+        """Tell people something about the round."""
+        self._folder.events.say(line)
+
+    def train_figures(self) -> dict[str, float]:
+        """Return the round's loss and accuracy over all steps, each weighted by its samples."""
+        samples = sum(size for _, _, size in self._all_rows())
+        loss = math.fsum(loss * size for loss, _, size in self._all_rows()) / samples
+        correct = sum(correct for _, correct, _ in self._all_rows())
+        return {"train_loss": loss, "train_acc": correct / samples}
+
+    def end_round(
+        self,
+        round_index: int,
+        clients: Mapping[int, Mapping[str, float]],
+        overall: Mapping[str, float],
+        took_part: Sequence[int],
+        missing: Mapping[int, str],
+    ) -> None:
+        """Write the round's file and its line of ``rounds.csv``.
+
+        ``took_part``: in the round's order; ``missing``: who was away, and why.
+        """
+        self.progress.close()
+        path = f"rounds/round_{round_index:03d}.csv"
+        archive, table = self._folder.archive, write_table(self._lines(round_index, clients))
+        archive.write(ROUND_LOG, path, table, round_index, tuple(took_part))
+        why = "; ".join(f"client_{k}: {reason}" for k, reason in sorted(missing.items()))
+        who = ";".join(map(str, took_part))
+        self.figures = dict(overall)
+        row = {"round": round_index, **overall, "took_part": who, "missing": why}
+        archive.append("rounds.csv", _csv([[row.get(name, "") for name in ROUND_COLUMNS]]))
+        self._folder.events.say(_summary(round_index, self._rounds, overall))
+
+    def _lines(
+        self, round_index: int, clients: Mapping[int, Mapping[str, float]]
+    ) -> Iterator[tuple[object, ...]]:
+        """Yield the lines of a round's file."""
+        for client, metrics in sorted(clients.items()):
+            for step, (loss, correct, samples) in enumerate(self._rows(client)):
+                name = f"labels_{round_index}_{step}.pt"
+                yield client, name, "loss", loss
+                yield client, name, "acc", correct / samples
+            name = f"client_model_{round_index:03d}.pt"
+            yield from ((client, name, metric, value) for metric, value in metrics.items())
+
+
+class ClientLog:
+    """A client's progress bar and its line a round."""
+
+    def __init__(
+        self, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool = True
+    ) -> None:
+        self.run = run
+        self._events = folder.events
+        self._steps_a_round = steps_an_epoch * run.local_epochs
+        self._loss_sum = 0.0
+        self._samples = 0
+        self.progress = Progress(run.rounds, shown=shows_bar)
+        self.num_steps = 0  # that were taken, those that were redone included
+
+    def say(self, line: str) -> None:
+        """Tell people something about the round."""
+        self._events.say(line)
+
+    def start_over(self) -> None:
+        """Forget the figures of a round that is begun again."""
+        self._loss_sum, self._samples = 0.0, 0
+
+    def step(self, at: Position, figures: StepFigures) -> None:
+        if at.step == 0:
+            self.progress.start(at.round, self._steps_a_round)
+        if self.num_steps == 0:
+            self._events.note(FIRST_STEP)
+        self.num_steps += 1
+        self._loss_sum += figures.loss * figures.samples
+        self._samples += figures.samples
+        self.progress.step(figures.loss)
+
+    def end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
+        self.progress.close()
+        trained = self._samples > 0
+        own = {"training loss": self._loss_sum / self._samples} if trained else {}
+        self._loss_sum, self._samples = 0.0, 0
+        titles = {"val_loss": "validation loss", "val_acc": "validation accuracy"}
+        titles |= {"test_loss": "test loss", "test_acc": "test accuracy"}
+        own |= {title: figures[name] for name, title in titles.items() if name in figures}
+        shown = ", ".join(f"{title} {value:.4f}" for title, value in own.items())
+        took = "own" if trained else "sat out; own"
+        self._events.say(f"round {round_index + 1}/{self.run.rounds}: {took} {shown}")
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV; floats as ``repr`` gives them, which reads back as the same float."""
+    data = io.BytesIO()
+    with io.TextIOWrapper(data, "utf-8", newline="") as text:
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        text.flush()
+        return data.getvalue()
+
+
+def write_table(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return a round's file: what it says of each client and file."""
+    return _csv(itertools.chain([("client", "file", "metric", "value")], rows))
+
+
+def _summary(round_index: int, rounds: int, overall: Mapping[str, float]) -> str:
+    shown = [f"round {round_index + 1}/{rounds}:"]
+    for metric, title in (
+        ("train_loss", "training loss"), ("val_loss", "validation loss"),
+        ("val_acc", "validation accuracy"), ("test_acc", "test accuracy"),
+    ):  # fmt: skip
+        if metric in overall:
+            shown.append(f"{title} {overall[metric]:.4f},")
+    return " ".join(shown) + f" {overall['seconds']:.1f} s"
+
+
+def read_round(data: bytes) -> dict[tuple[int, str, str], float]:
+    """Return a round's file as (client, file, metric) -> value."""
+    lines = csv.DictReader(io.StringIO(data.decode()))
+    return {(int(r["client"]), r["file"], r["metric"]): float(r["value"]) for r in lines}
+
+
+def read_summary(data: bytes) -> list[dict[str, str]]:
+    """Return the whole lines of ``rounds.csv``, in order of their rounds."""
+    whole = data[: data.rfind(b"\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole.decode())))

@@ -1,0 +1,193 @@
+"""Writing a run's folder: off the critical path, each file atomically, with its manifest line.
+
+A background thread writes. What a round starts from is synced before the round's checkpoint names
+it; see ``sfl.archive.checkpoint``.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sfl.archive.checkpoint import NUM_KEPT, Checkpoint, lying, path_of
+from sfl.archive.layout import client_folder
+from sfl.archive.manifest import Entry
+from sfl.archive.manifests import Manifests
+from sfl.archive.retention import Retention
+from sfl.archive.write_queue import WriteQueue
+from sfl.crash import crash_point
+from sfl.files.atomic import BINARY, sync, write_file
+from sfl.files.checksum import File, checksum
+from sfl.files.torch_file import TensorSpec
+from sfl.files.torch_reader import Buffer
+from sfl.values import KeepModels, KeepTensors
+
+ALL_MODELS = KeepModels.parse("all")
+# Files that a server writes anew when a run goes on; until then they are in no manifest.
+REWRITTEN = ("config", "environment", "summary", "events")
+
+
+def _name(kind: str, at: Mapping[str, int]) -> str:
+    return f"{kind}_{at['round']}_{at['step']}.pt"
+
+
+class ArchiveWriter:
+    """Write tensors and their manifests off the critical path. Closed by ``with``.
+
+    Raises (from any method, once it was met):
+        RunError: the disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, root: Path, keep: KeepTensors, models: KeepModels = ALL_MODELS) -> None:
+        self._root = root
+        self._keep = keep
+        self._queue = WriteQueue(root)
+        self._last_commit = 0  # which of the queue's jobs it was
+        # Used by the queue's thread alone.
+        self._manifests = Manifests(root)
+        self._retention = Retention(root, self._manifests, keep, models)
+        self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
+
+    def __enter__(self) -> "ArchiveWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._queue.close()
+        self._manifests.close_all()
+
+    def records(self, round_index: int) -> bool:
+        """Say whether tensors of this round are written."""
+        return self._keep.records(round_index)
+
+    def record_step(
+        self, tensors: Mapping[str, tuple[File, TensorSpec]], entry: Mapping[str, int]
+    ) -> None:
+        """Write the tensors of a step, by their kind, if its round's stay.
+
+        ``entry`` gives ``client``, ``round``, ``step`` and ``order``. The files must not change
+        afterwards.
+        """
+        if self.records(entry["round"]):
+            num_bytes = sum(len(file.data) for file, _ in tensors.values())
+            self._queue.submit(lambda: self._write_step(tensors, entry), num_bytes)
+
+    def place(self, kind: str, at: Mapping[str, int]) -> str:
+        """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
+        if not self.records(at["round"]):
+            return ""
+        return f"{client_folder(self._root, at['client'], at['round'])}/{_name(kind, at)}"
+
+    def write(
+        self,
+        kind: str,
+        path: str,
+        data: Buffer,
+        round_index: int = -1,
+        clients: tuple[int, ...] = (),
+    ) -> None:
+        """Write and list a file of the run itself (a model, a log), by its path in the folder.
+
+        ``clients``: whom a round's log is of.
+        """
+        self._queue.submit(
+            lambda: self._write_listed(kind, path, data, round_index, clients), len(data)
+        )
+
+    def append(self, path: str, data: bytes) -> None:
+        """Append to a file that no manifest lists, and sync it."""
+        self._queue.submit(lambda: self._append(path, data), len(data))
+
+    def commit(
+        self,
+        round_index: int,
+        config: Mapping[str, Any],
+        about: Mapping[str, Any],
+        paths: Collection[str],
+    ) -> None:
+        """Write the checkpoint that a round starts from, of files that were handed over before."""
+        checkpoint = Checkpoint(self._root, round_index, config, about, {})
+        self._last_commit = self._queue.submit(lambda: self._commit(checkpoint, paths))
+
+    def wait_committed(self) -> None:
+        """Wait until all checkpoints that were handed over are on disk."""
+        self._queue.wait_done(self._last_commit)
+
+    def begin_at(self, round_index: int, anew: Collection[str] = ()) -> None:
+        """Forget what was written of this round and later ones: they are done again.
+
+        Also files of the kinds that are written ``anew``.
+        """
+        self._queue.submit(lambda: self._retention.forget(round_index, anew))
+
+    def drop_steps(self, client: int, round_index: int) -> None:
+        """Remove the tensors of a client that left a round without a trace."""
+        self._queue.submit(
+            lambda: self._retention.remove(client_folder(self._root, client, round_index))
+        )
+
+    def end_round(self, round_index: int) -> None:
+        """List the round's manifests when all is on disk, and drop what does not stay."""
+        if self._queue.num_handed_over:
+            self._queue.submit(lambda: self._retention.close_round(round_index))
+
+    def take_lag_s(self) -> float:
+        """Return how long, at most, something waited to be on disk since the last call."""
+        return self._queue.take_lag_s()
+
+    def flush(self) -> None:
+        """Wait until everything that was handed over is on disk."""
+        self._queue.wait_done(self._queue.num_handed_over)
+
+    def _write_step(
+        self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]
+    ) -> None:
+        folder = client_folder(self._root, at["client"], at["round"])
+        if not self._manifests.is_open(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for kind, (file, spec) in tensors.items():
+            name, data = _name(kind, at), file.data
+            write_file(f"{folder}/{name}", data)
+            entries.append(Entry(
+                kind, name, len(data), file.checksum or checksum(data), client=at["client"],
+                round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
+                dtype=str(spec.dtype).removeprefix("torch."),
+            ))  # fmt: skip
+        self._manifests.add(folder, *entries)
+
+    def _write_listed(
+        self, kind: str, path: str, data: Buffer, round_index: int, clients: tuple[int, ...]
+    ) -> None:
+        folder = (self._root / path).parent
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        write_file(self._root / path, data, durable=True)
+        entry = Entry(kind, path, len(data), checksum(data), round=round_index, clients=clients)
+        self._manifests.add(self._root, entry)
+        self._retention.note_model(entry)
+        self._written[path] = entry.bytes, entry.checksum
+
+    def _append(self, path: str, data: bytes) -> None:
+        crash_point("rounds_csv.before")
+        # It was there at the start: one that is made anew would lack what came before.
+        descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | BINARY)
+        with open(descriptor, "ab", buffering=0) as stream:
+            stream.write(data)
+            os.fsync(stream.fileno())
+        crash_point("rounds_csv.after")
+
+    def _commit(self, checkpoint: Checkpoint, paths: Collection[str]) -> None:
+        self._written = {path: self._written[path] for path in paths}
+        self._manifests.sync()
+        target = self._root / path_of(checkpoint.round)
+        if not target.parent.is_dir():
+            target.parent.mkdir()
+            sync(self._root)
+        whole = replace(checkpoint, files=self._written)
+        write_file(target, whole.encode(), durable=True, what="checkpoint")
+        for path in lying(self._root)[NUM_KEPT:]:
+            path.unlink()
+        crash_point("checkpoint.after_removal")
+        self._retention.drop_models()

@@ -1,0 +1,1 @@
+"""Both ends of each exchange between client and server, facing each other."""

@@ -1,0 +1,93 @@
+"""How a client asks whether it could take part, without a place, before a run or in its midst.
+
+::
+
+    client (client_check)                            server (server_check)
+    CHECK {client_id, fingerprint}               ->
+                                                 <-  CHECKED {as REGISTERED, and place}
+                                                 or  INVALID_MESSAGE: why not
+    REQUEST_TO_START {as when it joins}          ->  if it has loaded its data
+                                                 <-  CHECKED {problem}
+    UNREGISTER                                   ->
+                                                 <-  UNREGISTER
+
+A client does so twice: to hear which run it is, and, over a new connection, when its data are
+loaded. ``place`` says why the place could not be had just now, ``problem`` what is wrong with the
+report; "" where all is well.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sfl.conversation.join import (
+    DataReport,
+    Joined,
+    Welcome,
+    parse_hello,
+    parse_report,
+    parse_welcome,
+    send_report,
+    told_to,
+)
+from sfl.errors import ProtocolError
+from sfl.wire.driver import Conversation
+from sfl.wire.link import ANY_ID, Link, one_line
+from sfl.wire.messages import Message, MessageType
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server says to a client that checks."""
+
+    welcome: Welcome
+    place: str  # why its place cannot be had just now
+    problem: str = ""  # with its report
+
+
+def client_check(
+    link: Link, wanted: int | None, fingerprint: Mapping[str, str], report: DataReport | None
+) -> Conversation[Answer]:
+    """Ask what would come of a registration, and of a report if there is one."""
+    wanted = ANY_ID if wanted is None else wanted
+    content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
+    link.send_message_as_json(MessageType.CHECK, content=content)
+    yield link
+    reply = link.receive_message_as_json(MessageType.CHECKED)
+    welcome, place, problem = parse_welcome(link, reply, wanted), reply.get("place", str), ""
+    if report is not None:
+        send_report(link, report)
+        yield link
+        problem = link.receive_message_as_json(MessageType.CHECKED).get("problem", str)
+    link.send_message_as_json(MessageType.UNREGISTER)
+    yield link
+    link.receive_message_as_json(MessageType.UNREGISTER)
+    return Answer(welcome, one_line(place), one_line(problem))
+
+
+def server_check(
+    link: Link,
+    hello: Message,
+    welcome: Welcome,
+    find: Callable[[int], tuple[int, str]],
+    refuses: Callable[[Joined], str],
+) -> Conversation[None]:
+    """Answer a client that checks; ``find`` gives its id and why it cannot be had just now.
+
+    Raises:
+        RunError: ``find`` knows no such client.
+    """
+    wanted, fingerprint = parse_hello(link, hello)
+    client, place = find(wanted)
+    content = told_to(client, welcome) | {"place": place}
+    link.send_message_as_json(MessageType.CHECKED, content=content)
+    yield link
+    message = link.receive_message_as_json(MessageType.REQUEST_TO_START, MessageType.UNREGISTER)
+    if message.type is MessageType.REQUEST_TO_START:
+        try:
+            report = parse_report(message, client, welcome.run)
+            problem = refuses(Joined(client, link, fingerprint, report))
+        except ProtocolError as error:
+            problem = str(error)
+        link.send_message_as_json(MessageType.CHECKED, content={"problem": problem})
+        yield link
+        link.receive_message_as_json(MessageType.UNREGISTER)

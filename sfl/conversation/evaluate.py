@@ -1,0 +1,156 @@
+"""Evaluating what a round gave, on each client's own samples; both ends.
+
+::
+
+    client                                           server
+    split inference: client_evaluate                 server_evaluate
+      VALIDATION_LABELS   + labels {part}        ->
+      VALIDATION_FEATURES + activations          ->
+                                                 <-  VALIDATION_RESULT {samples, correct, loss_sum}
+    a client that holds the whole model:
+      VALIDATION_RESULT {part, per_class, ...}   ->
+
+Whoever computes the logits keeps those of the test set.
+"""
+
+import dataclasses
+import time
+
+import torch
+from torch import Tensor
+
+from sfl.archive.layout import PREDICTIONS, model_path
+from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
+from sfl.conversation.step import decode_features, decode_labels
+from sfl.data.samples import Samples
+from sfl.errors import ProtocolError
+from sfl.files.torch_file import encode, encode_state
+from sfl.model.metrics import Tally, Total, checked, checked_classes
+from sfl.model.segment import evaluate_step
+from sfl.wire.driver import Conversation
+from sfl.wire.messages import Message, MessageType
+
+
+def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
+    """Evaluate a part of the client's samples; faces ``server_evaluate``."""
+    samples = party.data.validation if part == VALIDATION else party.data.test
+    evaluate = _client_split if party.split.cuts else _client_alone
+    return evaluate(party, part, samples, round_index)
+
+
+def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    """Evaluate a client's samples with the back, or hear how the client did."""
+    evaluate = _server_split if party.split.cuts else _server_hears
+    return evaluate(party, part, round_index)
+
+
+def _client_split(
+    party: ClientParty, part: str, samples: Samples, round_index: int
+) -> Conversation[Tally]:
+    link, total = party.link, Total()
+    for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
+        at = party.at(round_index, step)
+        start = step * party.split.evaluation_batch
+        x, y = party.data.batch(samples, slice(start, start + size))
+        features = encode(party.front.evaluate(x))
+        content = {"part": part}
+        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
+        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        yield link
+        reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
+        total.add(_tally(reply, size))
+    return total.tally
+
+
+def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    link, total, kept = party.link, Total(), _Predictions(part)
+    for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
+        at = party.at(round_index, step)
+        yield link
+        labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
+        _check_part(labels, part, party)
+        yield link
+        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).file
+        started = time.perf_counter()
+        y, _ = decode_labels(party, labels.file, size)
+        z, _ = decode_features(party, features, size, at)
+        tally, logits = evaluate_step(party.back, z, y)
+        party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
+        kept.add(y, logits)
+        party.compute_s += time.perf_counter() - started
+        link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
+        total.add(tally)
+    kept.write(party, round_index)
+    return total.tally
+
+
+def _client_alone(
+    party: ClientParty, part: str, samples: Samples, round_index: int
+) -> Conversation[Tally]:
+    total, kept, start = Total(), _Predictions(part), 0
+    for size in party.split.evaluation_sizes(len(samples)):
+        party.count_batch(round_index)
+        x, y = party.data.batch(samples, slice(start, start + size))
+        tally, logits = evaluate_step(party.front, x, y)
+        kept.add(y, logits)
+        total.add(tally)
+        start += size
+    kept.write(party, round_index)
+    whole, at = total.tally, party.at(round_index)
+    per_class = [] if whole.per_class is None else whole.per_class.tolist()
+    content = _content(whole) | {"part": part, "per_class": per_class}
+    party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
+    yield from ()
+    return whole
+
+
+class _Predictions:
+    """Labels and logits of the test set, batch by batch; of another part nothing is kept."""
+
+    def __init__(self, part: str) -> None:
+        self._is_kept = part == TEST
+        self._labels: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, labels: Tensor, logits: Tensor) -> None:
+        if self._is_kept:
+            self._labels.append(labels)
+            self._logits.append(logits)
+
+    def write(self, party: Party, round_index: int) -> None:
+        """Write down what curves are drawn from after the run."""
+        if self._labels:
+            path = model_path(PREDICTIONS, round_index, client=party.client)
+            both = {"labels": torch.cat(self._labels), "logits": torch.cat(self._logits)}
+            party.archive.write("predictions", path, encode_state(both), round_index)
+
+
+def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    yield party.link
+    at = party.at(round_index)
+    message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
+    _check_part(message, part, party)
+    heard = _tally(message, party.num_samples[part])
+    party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
+    if not heard.samples:
+        return heard
+    rows, classes = message.get("per_class", list), party.split.num_classes
+    per_class = checked_classes(rows, heard.correct, heard.samples, classes)
+    return dataclasses.replace(heard, per_class=per_class)
+
+
+def _check_part(message: Message, part: str, party: ServerParty) -> None:
+    if message.get("part", str) != part:
+        raise ProtocolError(f"client {party.client} evaluates another part than {part}")
+
+
+def _content(tally: Tally) -> dict[str, float]:
+    return {"samples": tally.samples, "correct": tally.correct, "loss_sum": tally.loss_sum}
+
+
+def _tally(message: Message, size: int) -> Tally:
+    """Return what a peer counted over ``size`` samples."""
+    if (samples := message.get("samples", int)) != size:
+        raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
+    loss_sum, correct = checked(message.get("loss_sum", float), message.get("correct", int), size)
+    return Tally(size, correct, loss_sum)

@@ -1,0 +1,259 @@
+"""The fed server by itself: it has the clients' fronts, and nothing of what the main server has.
+
+Over TCP the main server tells it the run, and clients hold a second connection, to it::
+
+    main server (main_join)                          fed server (fed_join)
+    REGISTER {config, round, goes_on}            ->
+                                                 <-  REGISTERED {heartbeat_s}
+    (then tells its clients where the fed server is)
+    UNREGISTER                                   ->  when the run is over; ABORT if it fails
+
+    client                                           fed server
+    REGISTER, REQUEST_TO_START as for the main server
+                                                 <-  initial weights
+    a round, if it takes part in it:
+    the client's weights                         ->
+                                                     merge
+                                                 <-  the averaged weights
+    UNREGISTER                                   ->
+
+Through a folder or a bucket it needs no port: it finds the run's configuration as an object there,
+and looks for the clients' weights until they come.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sfl.archive.layout import ONE_CLIENT_MODEL, model_path
+from sfl.archive.manifest import ROUND_LOG
+from sfl.archive.records import data_of
+from sfl.archive.round_log import write_table
+from sfl.archive.run_folder import RunFolder
+from sfl.config import RunConfig
+from sfl.conversation.join import Welcome, parse_heartbeat
+from sfl.errors import ConfigError, IntegrityError, ProtocolError, counted, quoted
+from sfl.files import strict_json
+from sfl.files.checksum import checksum
+from sfl.files.finite import check_finite
+from sfl.files.torch_file import decode_state, encode_state
+from sfl.options import from_values
+from sfl.strategy.merge import FRONT, Half, averaging_weights, half_files, merge_fronts
+from sfl.strategy.order import Turns, draw
+from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
+from sfl.weights.exchange import (
+    AVERAGE,
+    INITIAL,
+    NamedWeights,
+    WeightKey,
+    WeightStore,
+    client_weights,
+)
+from sfl.weights.objects import ObjectStore
+from sfl.wire.driver import Conversation, Network, run_together
+from sfl.wire.link import ANY_ID, MAIN, Link, Peer
+from sfl.wire.messages import MessageType
+
+
+def main_join(
+    link: Link, run: RunConfig, first_round: int, *, goes_on: bool, heartbeat_s: float
+) -> Conversation[None]:
+    """Tell the fed server which run it is; faces ``fed_join``."""
+    content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
+    content |= {"goes_on": goes_on, "heartbeat_s": heartbeat_s}
+    link.send_message_as_json(MessageType.REGISTER, content=content)
+    yield link
+    link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))
+
+
+def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
+    """Hear from the main server which run it is; what it says is for the clients as well."""
+    yield link
+    hello = link.receive_message_as_json(MessageType.REGISTER)
+    if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
+        raise ProtocolError("the main server has not come yet")
+    link.check_proved(Peer(MAIN))
+    try:
+        run = from_values(RunConfig, hello.get("config", dict), "the main server's configuration")
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    if not run.run or not 0 <= (first_round := hello.get("round", int)) < run.rounds:
+        raise ProtocolError(f"the main server starts no run: {run.run!r}")
+    link.heartbeat_s = parse_heartbeat(hello)
+    link.peer_name = "the main server"
+    link.send_message_as_json(MessageType.REGISTERED, content={"heartbeat_s": heartbeat_s})
+    return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool))
+
+
+MOST_CONFIG_BYTES = 2**20
+
+
+def put_start(
+    place: ObjectStore, run: RunConfig, first_round: int, data: Mapping[str, Any]
+) -> None:
+    """Put a run's configuration and what is known of its clients' data into a store.
+
+    Each start of the main server has an object of its own, named by its first round and its rounds.
+    """
+    content = json.dumps({"config": dataclasses.asdict(run), "data": data}, sort_keys=True).encode()
+    path = f"{run.run}/starts/{first_round:06d}_{run.rounds:06d}"
+    place.create(path, content, {"run": run.run, "checksum": checksum(content)})
+
+
+def find_start(
+    place: ObjectStore, run: str, done: int
+) -> tuple[int, RunConfig, dict[str, Any]] | None:
+    """Return the last start of a run that leaves something to do after so many rounds, if any.
+
+    Its first round, its configuration and the description of its clients' data.
+
+    Raises:
+        IntegrityError: it is damaged, or of another run.
+    """
+    for path in reversed(place.names(f"{run}/starts/")):
+        numbers = re.fullmatch(r"(\d{6,9})_(\d{6,9})", path.rpartition("/")[2], re.ASCII)
+        if numbers and int(numbers[2]) > done >= int(numbers[1]):
+            found = place.read(path, MOST_CONFIG_BYTES)
+            if found is not None:
+                return int(numbers[1]), *_parse_start(f"{place.title}/{path}", run, *found)
+    return None
+
+
+def _parse_start(
+    where: str, name: str, data: bytes, metadata: Mapping[str, str]
+) -> tuple[RunConfig, dict[str, Any]]:
+    if metadata.get("checksum") != checksum(data):
+        raise IntegrityError(f"{where}: is damaged")
+    try:
+        values = strict_json.loads(data)
+        run = from_values(RunConfig, values["config"], where)
+        described = data_of(values["data"])
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
+        raise IntegrityError(f"{where}: is damaged: {error}") from error
+    if run.run != name:
+        raise IntegrityError(f"{where}: is of the run {quoted(run.run, 70)}")
+    return run, described
+
+
+@dataclass
+class FedRounds:
+    """The fed server's part of a run."""
+
+    run: RunConfig
+    network: Network
+    stores: Mapping[int, WeightStore]  # in the order of the clients
+    num_train: Mapping[int, int]
+    split: SplitModel
+    folder: RunFolder
+    half: Half  # what everyone goes on from
+    about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    first_round: int = 0
+    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+
+    def run_all(self) -> None:
+        """Give the initial weights; then merge what each round brings."""
+        keeps_own = scheme(self.run.scheme).fronts is Fronts.OWN
+        if self.first_round == 0:
+            self._write_half(-1)
+            self._commit(0)
+        if not (keeps_own and self.first_round):
+            self.give_initial(self.half, self.first_round)
+        if keeps_own:
+            return
+        for round_index in range(self.first_round, self.run.rounds):
+            self._round(round_index)
+        self.folder.check_there()
+
+    def _at(self, client: int, round_index: int) -> Position:
+        return Position(self.run.run, round_index, -1, client)
+
+    def give_initial(self, half: Half, first_round: int) -> None:
+        """Put what clients start from that begin with this round."""
+        self._give(INITIAL, half, first_round - 1, 0)
+
+    def _give(self, name: str, half: Half, round_index: int, samples: int) -> None:
+        """Put weights, trained on so many samples, for everyone."""
+        data = encode_state(half.state)
+        keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
+        puts = {
+            k: functools.partial(store.put, keys[k], data, samples)
+            for k, store in self.stores.items()
+        }
+        run_together(self.network, puts)
+
+    def _round(self, round_index: int) -> None:
+        """Take the fronts of those who train in a round, and give what becomes of them."""
+        self.folder.check_there()
+        archive, policy = self.folder.archive, scheme(self.run.scheme).fronts
+        order = draw(self.run, list(self.stores), round_index)
+        turns = Turns(order if policy is Fronts.RELAYED else None)
+        relay: list[NamedWeights] = []
+        collect = {k: functools.partial(self._collect, k, round_index, turns, relay) for k in order}
+        fronts = run_together(self.network, collect)
+        for k in sorted(fronts):
+            path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
+            archive.write("one_client_model", path, encode_state(fronts[k]), round_index)
+        weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
+        entries = self.split.entries
+        merged = merge_fronts(
+            self.run, fronts, weights, start=self.half, entries=entries, last=order[-1]
+        )
+        assert merged is not None
+        self.half = merged
+        self._write_half(round_index)
+        rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
+        path = f"rounds/round_{round_index:03d}.csv"
+        archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
+        archive.end_round(round_index)
+        self._commit(round_index + 1)  # before the main server can take the round for done
+        if policy is Fronts.AVERAGED:
+            self._give(AVERAGE, merged, round_index, sum(self.num_train[k] for k in order))
+        else:
+            self._pass_on(relay[-1], round_index)
+        self.folder.events.say(
+            f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
+            f" {policy.name.lower()}"
+        )
+
+    def _write_half(self, round_index: int) -> None:
+        files = list(half_files(FRONT, self.half, round_index))
+        for kind, path, data in files:
+            self.folder.archive.write(kind, path, data, round_index)
+        self._paths = [path for _, path, _ in files]
+
+    def _commit(self, round_index: int) -> None:
+        self.folder.archive.commit(round_index, asdict(self.run), self.about, self._paths)
+        self.folder.archive.flush()
+
+    def _collect(
+        self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]
+    ) -> Conversation[Mapping[str, Any]]:
+        """Take a client's front; where fronts are relayed, after giving it the one before."""
+        store, at, name = self.stores[client], self._at(client, round_index), client_weights(client)
+        yield turns.of(client)
+        if relay:
+            yield from store.pass_on(WeightKey(relay[-1].name, at), relay[-1].data)
+        data = yield from store.get(WeightKey(name, at))
+        of_whom = f"the weights of client {client}"
+        state = decode_state(data, self.split.front_spec, of_whom)
+        changing = self.split.changing(state)
+        check_finite(changing, of_whom, self.run.on_nonfinite, self.folder.events.say)
+        if turns.in_order:
+            relay.append(NamedWeights(name, encode_state(state)))
+            turns.done()
+        return state
+
+    def _pass_on(self, last: NamedWeights, round_index: int) -> None:
+        """Give the last front of a relay to everyone else."""
+        others = {k: s for k, s in self.stores.items() if client_weights(k) != last.name}
+        keys = {k: WeightKey(last.name, self._at(k, round_index)) for k in others}
+        passing = {
+            k: functools.partial(store.pass_on, keys[k], last.data) for k, store in others.items()
+        }
+        run_together(self.network, passing)

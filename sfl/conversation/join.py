@@ -1,0 +1,345 @@
+"""How a client joins a run.
+
+::
+
+    client (client_join)                             server (server_join)
+    REGISTER {client_id, instance, fingerprint}  ->
+                                                 <-  REGISTERED {client_id, config, round, ...}
+                                                 or  INVALID_MESSAGE: why not
+    REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
+                                                 <-  MESSAGE: who is still missing
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sfl import __version__
+from sfl.archive.records import MAX_CLASSES, classes_of, data_of, digest_of, samples_of, shape_of
+from sfl.config import RunConfig
+from sfl.conversation.party import TEST, TRAIN, VALIDATION
+from sfl.data.class_names import listed
+from sfl.data.client_data import ClientData
+from sfl.data.datasets import dataset_of
+from sfl.data.partition import OWN
+from sfl.environment import check_fingerprint
+from sfl.errors import ConfigError, DataError, ProtocolError, RunError, quoted
+from sfl.model.class_weights import BALANCED, class_weights
+from sfl.model.structure import CHECKSUM, DIGEST, MAX_DIGESTS
+from sfl.options import from_values
+from sfl.wire.driver import Conversation
+from sfl.wire.link import ANY_ID, CLIENT, Link, Peer, one_line
+from sfl.wire.messages import Message, MessageType
+
+MAX_ROUNDS_KEPT = 16
+SHORTEST_HEARTBEAT_S = 0.01
+HASHED_BYTES = 2**26  # of samples, of which about no more than these are in memory
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the server has to know of a client's data; it never sees more of them."""
+
+    num_samples: Mapping[str, int]  # of "train", "validation" and "test"
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    digest: str  # of the samples and the run's name: whether they are the same when it goes on
+    class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
+    rounds: tuple[int, ...] = ()  # of which it has what only it has; none: it has nothing such
+    structure: tuple[
+        str, ...
+    ] = ()  # of the model that it built for them, see ``sfl.model.structure``
+    weights: str = ""  # checksum of the front's initial ones, as it draws them
+
+    @classmethod
+    def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
+        parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
+        counts = {name: len(samples) for name, samples in parts.items()}
+        digest = hashlib.sha256(run.run.encode())
+        at_once = max(HASHED_BYTES // (4 * math.prod(data.input_shape)), 1)
+        for samples in parts.values():
+            for rows in torch.split(torch.arange(len(samples)), at_once):
+                digest.update(samples.take(rows).x.numpy().tobytes())
+            digest.update(samples.y.numpy().tobytes())
+        told: list[int] = []
+        if run.class_weights == BALANCED:
+            told = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(told))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A client that has joined and loaded its data."""
+
+    client: int
+    link: Link
+    fingerprint: Mapping[str, str]
+    data: DataReport
+
+
+HERE, APART = "here", "apart"  # where the fed server is; or its HOST:PORT
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a server says to a client that it registers."""
+
+    client: int
+    run: RunConfig
+    first_round: int  # that is not done yet
+    goes_on: bool = False  # it has begun before, and its folders are there
+    fed: str = HERE  # APART: it has no port, the weights go through the store
+    heartbeat_s: float = 0.0  # how often the server wants to hear from a client
+    known: frozenset[int] = frozenset()  # clients that have begun before, in any case
+    sfl: str = __version__  # its version
+
+
+def client_join(
+    link: Link,
+    wanted_id: int | None,
+    fingerprint: Mapping[str, str],
+    *,
+    instance: str,
+    heartbeat_s: float,
+) -> Conversation[Welcome]:
+    """Register, and return what the server says.
+
+    ``instance`` is this process's alone: who connects anew with it is no other client. We want to
+    hear from the server every ``heartbeat_s``.
+    """
+    wanted = ANY_ID if wanted_id is None else wanted_id
+    content = {
+        "client_id": wanted,
+        "instance": instance,
+        "heartbeat_s": heartbeat_s,
+        "fingerprint": dict(fingerprint),
+    }
+    link.send_message_as_json(MessageType.REGISTER, content=content)
+    yield link
+    return parse_welcome(link, link.receive_message_as_json(MessageType.REGISTERED), wanted)
+
+
+def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
+    """Return what a server says to a client that wants to be client ``wanted``, or ``ANY_ID``.
+
+    Raises:
+        ProtocolError: it makes no sense.
+    """
+    try:
+        run = from_values(RunConfig, reply.get("config", dict), "the server's configuration")
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    client = reply.get("client_id", int)
+    if client != wanted and wanted != ANY_ID:
+        raise ProtocolError(f"the server made us client {client} instead of {wanted}")
+    if link.proved_run not in ("", run.run):
+        raise ProtocolError(f"the server has proved to have the run {quoted(link.proved_run, 80)}")
+    if not run.run or not 0 <= client < run.most_clients:
+        raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
+    if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
+        raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
+    link.heartbeat_s = parse_heartbeat(reply)
+    goes_on, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
+    return Welcome(client, run, first_round, goes_on, fed, sfl=one_line(version, 40))
+
+
+def parse_heartbeat(message: Message) -> float:
+    """Return how often a peer wants to hear from us.
+
+    Raises:
+        ProtocolError: it is no sensible number of seconds.
+    """
+    if not SHORTEST_HEARTBEAT_S <= (seconds := message.get("heartbeat_s", float)) < math.inf:
+        raise ProtocolError(f"a heartbeat every {seconds} seconds makes no sense")
+    return seconds
+
+
+def send_report(link: Link, report: DataReport) -> None:
+    """Say that the data are loaded, and what they are.
+
+    Raises:
+        DataError: there are more classes than one message holds.
+    """
+    if len(report.classes) > MAX_CLASSES:
+        raise DataError(f"{len(report.classes)} classes; at most {MAX_CLASSES} can be reported")
+    content = dataclasses.asdict(report) | {"classes": [one_line(c, 40) for c in report.classes]}
+    link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
+
+
+def server_join(
+    link: Link,
+    welcome: Welcome,
+    take_id: Callable[[int, str], int],
+    answer_check: Callable[[Message], Conversation[None]],
+) -> Conversation[Joined | None]:
+    """Register one client and wait until its data are loaded; None: it only checked.
+
+    ``welcome`` is for every client, apart from its id, which ``take_id`` gives for the id that it
+    wants and its instance; it raises ``RunError`` to turn the client away.
+    """
+    yield link
+    hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
+    wanted, fingerprint = parse_hello(link, hello)
+    if hello.type is MessageType.CHECK:
+        yield from answer_check(hello)
+        return None
+    if not re.fullmatch(r"[0-9a-f]{32}", instance := hello.get("instance", str)):
+        raise ProtocolError("a client does not say which process it is")
+    link.heartbeat_s = parse_heartbeat(hello)
+    client = take_id(wanted, instance)
+    link.peer_name = f"client_{client}"
+    link.send_message_as_json(MessageType.REGISTERED, content=told_to(client, welcome))
+    yield link
+    message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
+    return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
+
+
+def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
+    """Return the id that a client wants, and what it computes with.
+
+    Raises:
+        ProtocolError: it has proved to be somebody else, or does not say so.
+    """
+    wanted = hello.get("client_id", int)
+    link.check_proved(Peer(CLIENT, wanted))
+    try:
+        return wanted, check_fingerprint(hello.get("fingerprint", dict))
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def told_to(client: int, welcome: Welcome) -> dict[str, Any]:
+    """Return the content of a client's welcome."""
+    return {
+        "client_id": client,
+        "config": dataclasses.asdict(welcome.run),
+        "round": welcome.first_round,
+        "goes_on": welcome.goes_on or client in welcome.known,
+        "fed": welcome.fed,
+        "heartbeat_s": welcome.heartbeat_s,
+        "sfl": welcome.sfl,
+    }
+
+
+def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
+    try:
+        samples = samples_of(message.get("num_samples", dict))
+        classes = classes_of(message.get("classes", list))
+        shape = shape_of(message.get("input_shape", list))
+        digest = digest_of(message.get("digest", str))
+    except ValueError as error:
+        raise ProtocolError(f"client_{client} reports {error}") from error
+    _check_fits(run, client, shape, classes)
+    told = message.get("class_counts", list)
+    wanted = len(classes) if run.class_weights == BALANCED else 0
+    if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
+        raise ProtocolError(f"client_{client} reports no samples of each class")
+    rounds = message.get("rounds", list)
+    if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
+        raise ProtocolError(f"client_{client} reports no list of rounds")
+    names = tuple(one_line(name, 40) for name in classes)
+    structure, weights = _parse_built(message, client)
+    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
+
+
+def _parse_built(message: Message, client: int) -> tuple[tuple[str, ...], str]:
+    """Return what a client reports of the model that it has built."""
+    told, weights = message.get("structure", list), message.get("weights", str)
+    fine = 0 < len(told) <= MAX_DIGESTS and all(
+        type(d) is str and DIGEST.fullmatch(d) for d in told
+    )
+    if not fine or not CHECKSUM.fullmatch(weights):
+        raise ProtocolError(f"client_{client} does not report which model it has built")
+    return tuple(told), weights
+
+
+def _check_fits(
+    run: RunConfig, client: int, shape: tuple[int, ...], classes: tuple[str, ...]
+) -> None:
+    """See that data are those of the run's data set, where this machine knows it.
+
+    The model is built for them: a shape of a client's own would say how large it is.
+
+    Raises:
+        ProtocolError: they are not.
+    """
+    if ":" in run.dataset:
+        return
+    spec = dataset_of(run)
+    if shape != spec.input_shape:
+        raise ProtocolError(
+            f"client_{client} has samples of shape {list(shape)}; {run.dataset} has"
+            f" {list(spec.input_shape)}"
+        )
+    if run.partition != OWN and len(classes) != len(spec.classes):
+        raise ProtocolError(
+            f"client_{client} has {len(classes)} classes; {run.dataset} has {len(spec.classes)}"
+        )
+
+
+def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:
+    """Return what is recorded of the clients' data, after seeing that they go together.
+
+    Raises:
+        RunError: they do not.
+        ConfigError: the run's class weights are not those of their classes.
+    """
+    report = check_agreement({k: client.data for k, client in joined.items()})
+    counts = [client.data.class_counts for client in joined.values()]
+    described = {
+        "input_shape": list(report.input_shape),
+        "classes": list(report.classes),
+        "class_weights": list(class_weights(run.class_weights, len(report.classes), counts)),
+        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
+        "digests": {str(k): client.data.digest for k, client in joined.items()},
+    }
+    try:
+        return data_of(described)  # what is recorded is what can be read
+    except ValueError as error:
+        raise RunError(f"the clients' data cannot be recorded: {error}") from error
+
+
+def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
+    """Return one client's report after seeing that all have the same classes and shape.
+
+    Raises:
+        RunError: they differ; the text names the clients and what one has and the other lacks.
+    """
+    if odd := outvoted(reports):
+        raise RunError(odd[min(odd)])
+    return reports[min(reports)]
+
+
+def outvoted(reports: Mapping[int, DataReport]) -> dict[int, str]:
+    """Return the clients whose data do not go with those of most, and how they differ.
+
+    Those stay who are the largest group that agrees; of equal ones the one with the lowest id.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for k, report in sorted(reports.items()):
+        groups.setdefault((report.input_shape, report.classes), []).append(k)
+    stay = max(groups.values(), key=len)
+    return {k: difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
+
+
+def difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
+    """Say how two clients' data differ, if in a way that they cannot train together."""
+    ours, theirs = reports[one], reports[other]
+    if theirs.input_shape != ours.input_shape:
+        return (
+            f"samples differ: client_{other} has shape {list(theirs.input_shape)},"
+            f" client_{one} {list(ours.input_shape)}"
+        )
+    if theirs.classes != ours.classes:
+        return (
+            f"classes differ: client_{one} has {listed(ours.classes, theirs.classes)},"
+            f" client_{other} {listed(theirs.classes, ours.classes)}; all need the same ones,"
+            " a folder may be empty"
+        )
+    return ""

@@ -1,0 +1,280 @@
+"""What client and server say to each other in a round and a run.
+
+Both ends stand here, facing each other; ``step`` has a round's steps, ``evaluation`` what follows
+them, ``weights`` the exchange of weights::
+
+    client                                           server
+    client_run                                       rounds.run_all
+      client_start                                   server_start
+                                                <-   GO_ON {front, own}
+                                                <-   the weights that its first round starts from
+      client_round
+        if it takes part in the round: client_train  server_train
+                                                <-   START_TRAINING {front, steps}
+                                                <-   the front of the client before, in sl
+          step: the round's steps                     step
+          ROUND_TRAINED {compute_s, ...}        ->
+          the client's weights                  ->
+                                                     server_evaluate_round
+                                                <-   START_VALIDATION {front}
+                                                <-   the averaged weights
+        evaluation: what it has of each part         evaluation
+                                                <-   VALIDATION_DONE {figures of the round}
+                                                <-   TRAINING_DONE {figures of the run}
+      UNREGISTER                                ->
+
+``front`` is the name of the weights that the client takes over first; "" lets it keep what it has.
+
+A client that was lost and is back begins with ``client_start`` again, and redoes its part of the
+round that is going on; what of it has been done, the server knows, and does not do again.
+"""
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, model_path
+from sfl.conversation.evaluate import client_evaluate, server_evaluate
+from sfl.conversation.party import PREFIXES, ClientParty, RoundResult, ServerParty
+from sfl.conversation.step import STEPS
+from sfl.crash import crash_point
+from sfl.errors import ConnectionLost, ProtocolError, quoted
+from sfl.files.torch_file import decode_state, encode_state
+from sfl.model.metrics import Tally
+from sfl.strategy.merge import has_own
+from sfl.strategy.order import RoundPlan
+from sfl.strategy.schemes import Fronts, scheme
+from sfl.values import Position
+from sfl.weights.exchange import (
+    AVERAGE,
+    INITIAL,
+    NamedWeights,
+    WeightKey,
+    check_name,
+    client_weights,
+)
+from sfl.wire.driver import Conversation
+from sfl.wire.link import Counters
+from sfl.wire.messages import Message, MessageType
+
+SECONDS_WIDTH = 16  # characters
+TIMES = ("compute_s", "wait_s", "transfer_s")
+
+
+def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str, float]]:
+    """Train if drawn, evaluate; return the client's own figures."""
+    link, at = party.link, party.at(round_index)
+    yield link
+    message = link.receive_message_as_json(
+        MessageType.START_TRAINING, MessageType.START_VALIDATION, at=at
+    )
+    if message.type is MessageType.START_TRAINING:
+        yield from client_train(party, message)
+        yield link
+        message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
+    yield from _take_over(party, message)
+    crash_point("validation.before")
+    _keep(party, round_index)
+    own: dict[str, float] = {}
+    for part in party.parts(round_index):
+        tally = yield from client_evaluate(party, part, round_index)
+        own |= tally.figures(PREFIXES[part])
+    yield link
+    link.receive_message_as_json(MessageType.VALIDATION_DONE, at=at)
+    return own
+
+
+def server_evaluate_round(
+    party: ServerParty, front: NamedWeights | None, round_index: int
+) -> Conversation[dict[str, Tally]]:
+    """Send a client the weights that the round gave, and evaluate what follows from them."""
+    at = party.at(round_index)
+    yield from _hand_over(party, MessageType.START_VALIDATION, front, at)
+    tallies = {}
+    for part in party.parts(round_index):
+        tallies[part] = yield from server_evaluate(party, part, round_index)
+    party.at_start_of = round_index + 1
+    return tallies
+
+
+def client_train(party: ClientParty, start: Message) -> Conversation[None]:
+    """Train through a round and give the weights away; faces ``server_train``."""
+    link, at, row = party.link, start.at, scheme(party.run.scheme)
+    yield from _take_over(party, start)
+    started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
+    with party.profile.round(at, num_steps, party.clock, link, party.archive):
+        party.front.start_round(at.round)
+        party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
+        yield from STEPS[row.exchange].client(party, at.round, num_steps)
+    crash_point("trained.before_said")
+    spent = _seconds_spent(party, time.perf_counter() - started, before)
+    link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
+    if row.fronts is not Fronts.OWN:
+        key = WeightKey(client_weights(party.client), at)
+        front = encode_state(party.front.state())
+        crash_point("weights.before_put")
+        yield from party.weights.put(key, front, len(party.data.train))
+        crash_point("weights.after_put")
+
+
+def server_train(
+    party: ServerParty, plan: RoundPlan, round_index: int
+) -> Conversation[RoundResult]:
+    """Train with one client through a round, when it is its turn, and take its weights."""
+    link, at, row = party.link, party.at(round_index), scheme(party.run.scheme)
+    yield plan.turn_of(party.client)
+    steps = plan.num_steps_for(party.client)
+    yield from _hand_over(
+        party,
+        MessageType.START_TRAINING,
+        plan.begin(party.client),
+        at,
+        steps=steps,
+        class_weights=list(party.split.class_weights),
+    )
+    with party.profile.round(at, steps, party.clock, link, party.archive):
+        yield from STEPS[row.exchange].server(party, plan, round_index)
+    if party.backs and plan.leaves_no_trace(party.client):
+        name = f"the server-side weights after client {party.client}'s steps"
+        party.check_state(party.back.state(), name, at)
+    yield link
+    trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
+    seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
+    party.has_trained = round_index
+    plan.rest(party.client)
+    if row.fronts is Fronts.OWN:
+        return RoundResult({}, b"", seconds)
+    name = client_weights(party.client)
+    data = yield from party.weights.get(WeightKey(name, at))
+    front: dict[str, Tensor] = {}
+    if data:  # else they went to the fed server
+        of_whom = f"the weights of client {party.client}"
+        front = decode_state(data, party.split.front_spec, of_whom)
+        party.check_state(front, of_whom, at)
+    result = RoundResult(front, encode_state(front) if data else b"", seconds)
+    # What is passed on is what came: it may be an object, whose checksum others compare.
+    plan.end_turn(party.client, NamedWeights(name, bytes(data)))
+    return result
+
+
+def _parse_weights(start: Message, num_classes: int) -> list[float]:
+    """Return the weights of the classes in the loss, for a client that computes it."""
+    weights = start.get("class_weights", list)
+    fine = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    if not fine or len(weights) not in (0, num_classes):
+        raise ProtocolError(f"{len(weights)} weights of {num_classes} classes make no sense")
+    return weights
+
+
+def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
+    """Take over the front that a message names, if any; faces ``_hand_over``.
+
+    ``held`` may be that already.
+    """
+    if name := message.get("front", str):
+        data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
+        front = decode_state(data, party.split.front_spec, f"the weights {name}")
+        party.check_state(front, f"the weights {name}", message.at)
+        party.front.load(front)
+
+
+def _hand_over(
+    party: ServerParty, message: MessageType, front: NamedWeights | None, at: Position, **more: Any
+) -> Conversation[None]:
+    """Start a client on a front, or on the one that it has."""
+    content = {"front": front.name if front else "", **more}
+    party.link.send_message_as_json(message, content=content, at=at)
+    if front:
+        key = WeightKey(front.name, at)
+        if front.name in (INITIAL, AVERAGE):
+            yield from party.weights.put(key, front.data, front.samples)
+        else:
+            yield from party.weights.pass_on(key, front.data)
+
+
+def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict[str, str]:
+    """Return where the time of a round's steps went, as text of one width.
+
+    So that the number of bytes on the wire does not depend on how long something took.
+    """
+    now = party.link.counters
+    sending_s, receiving_s = now.sending_s - before.sending_s, now.receiving_s - before.receiving_s
+    waited_s = party.clock.spent["wait"]
+    waiting_s = waited_s - receiving_s
+    spent = (total_s - waited_s - sending_s, waiting_s, sending_s + receiving_s)
+    return {
+        name: f"{max(s, 0.0):0{SECONDS_WIDTH}.6f}" for name, s in zip(TIMES, spent, strict=True)
+    }
+
+
+def _parse_seconds(text: str) -> float:
+    if not (len(text) == SECONDS_WIDTH and re.fullmatch(r"\d+\.\d{6}", text, re.ASCII)):
+        raise ProtocolError(f"{quoted(text, 40)} are no seconds")
+    return float(text)
+
+
+def _keep(party: ClientParty, round_index: int) -> None:
+    """Write down what only this client has, before the server can take the round for done."""
+    if not has_own(party.run):
+        return
+    files = {}
+    if scheme(party.run.scheme).fronts is Fronts.OWN:
+        path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
+        files[path] = "one_client_model", encode_state(party.front.state())
+    if party.run.optimizer_state == "keep":
+        path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
+        files[path] = "client_optimizer", encode_state(party.front.optimizer_state())
+    for path, (kind, data) in files.items():
+        party.archive.write(kind, path, data, round_index)
+    party.archive.commit(round_index + 1, asdict(party.run), {}, files)
+    party.archive.flush()
+
+
+def client_start(party: ClientParty) -> Conversation[int]:
+    """Take over what the next round starts from; return which round that is."""
+    yield party.link
+    message = party.link.receive_message_as_json(MessageType.GO_ON)
+    first = message.at.round + 1
+    if message.at != party.at(first - 1) or first > party.run.rounds:
+        raise ProtocolError(f"the server lets us go on after {message.at}")
+    party.on_start(first, message.get("own", int))
+    held = encode_state(party.front.state())
+    yield from _take_over(party, message, held)
+    return first
+
+
+def server_start(
+    party: ServerParty, front: NamedWeights | None, round_index: int
+) -> Conversation[None]:
+    """Bring a client to where a round starts, if it is not there; faces ``client_start``."""
+    if party.at_start_of != round_index:
+        at, own = party.at(round_index - 1), party.own_round
+        yield from _hand_over(party, MessageType.GO_ON, front, at, own=own)
+        party.at_start_of = round_index
+
+
+def client_run(party: ClientParty) -> Conversation[None]:
+    """Take part in all rounds of a run, or in those that are left; faces ``rounds.run_all``."""
+    first = yield from client_start(party)
+    for round_index in range(first, party.run.rounds):
+        own = yield from client_round(party, round_index)
+        party.archive.end_round(round_index)
+        party.on_round(round_index, own)
+    yield party.link
+    party.link.receive_message_as_json(MessageType.TRAINING_DONE)
+    crash_point("run.before_goodbye")
+    with contextlib.suppress(ConnectionLost):  # all is done, whether the server hears it or not
+        party.link.send_message_as_json(MessageType.UNREGISTER)
+
+
+def server_goodbye(party: ServerParty, figures: Mapping[str, float]) -> Conversation[None]:
+    """Say that the run is over, and wait until a client has taken its leave."""
+    party.link.send_message_as_json(MessageType.TRAINING_DONE, content=dict(figures))
+    yield party.link
+    party.link.receive_message_as_json(MessageType.UNREGISTER)

@@ -1,0 +1,98 @@
+"""Random changes to the images of a training batch, as the field makes them.
+
+Each sample's draws derive from (seed, client, round, step) and its place in the step, so that a
+step can be made again; they are the same wherever the model is cut, over sockets as in one process.
+Images are (B, C, H, W) float32 in [0, 1], not yet normalised; what comes in from outside an image
+is its data set's background.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sfl import seeds
+from sfl.registry import with_options
+from sfl.values import Position
+
+NONE = "none"
+MOST_PADDING = 64  # pixels
+
+
+def _flip(x: Tensor, dimension: int, drawn: Generator) -> Tensor:
+    flipped = torch.rand(len(x), generator=drawn) < 0.5
+    return torch.where(flipped.reshape(-1, 1, 1, 1), x.flip(dimension), x)
+
+
+def hflip(x: Tensor, drawn: Generator, background: float) -> Tensor:
+    """Mirror an image left to right with probability 1/2."""
+    return _flip(x, 3, drawn)
+
+
+def vflip(x: Tensor, drawn: Generator, background: float) -> Tensor:
+    """Mirror an image top to bottom with probability 1/2."""
+    return _flip(x, 2, drawn)
+
+
+def crop(x: Tensor, drawn: Generator, background: float, *, padding: int = 4) -> Tensor:
+    """Shift each image by up to ``padding`` pixels each way: pad, and crop to the old size.
+
+    He et al. 2016 (arXiv 1512.03385), Section 4.2.
+    """
+    if not 1 <= padding <= MOST_PADDING:
+        raise ValueError(f"padding must be from 1 to {MOST_PADDING}")
+    count, channels, height, width = x.shape
+    padded = nn.functional.pad(x, [padding] * 4, value=background)
+    offsets = torch.randint(2 * padding + 1, (count, 2), generator=drawn)
+    rows = offsets[:, 0, None] + torch.arange(height)  # (B, H)
+    columns = offsets[:, 1, None] + torch.arange(width)  # (B, W)
+    image = torch.arange(count)[:, None, None, None]
+    channel = torch.arange(channels)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def rotate(x: Tensor, drawn: Generator, background: float, *, degrees: float = 10.0) -> Tensor:
+    """Turn each image about its centre by up to ``degrees`` each way, bilinearly."""
+    if not 0 < degrees <= 180:
+        raise ValueError("degrees must be in (0, 180]")
+    angles = (2 * torch.rand(len(x), generator=drawn) - 1) * math.radians(degrees)
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(len(x))
+    aspect = x.shape[3] / x.shape[2]  # the grid's axes both go from -1 to 1
+    theta = torch.stack([cos, -sin / aspect, zero, sin * aspect, cos, zero], 1).reshape(-1, 2, 3)
+    grid = nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
+    return nn.functional.grid_sample(x - background, grid, align_corners=False) + background
+
+
+# (images, random draws, background) -> images; further options are keyword-only
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "hflip": hflip,
+    "vflip": vflip,
+    "crop": crop,
+    "rotate": rotate,
+}
+
+
+@torch.no_grad()
+def augment(x: Tensor, text: str, background: float, *, seed: int, at: Position) -> Tensor:
+    """Return a training batch's images changed at random, as ``hflip+crop:padding=4`` says.
+
+    Raises:
+        ConfigError: the text names no such changes.
+    """
+    for index, change in enumerate(_changes(text)):
+        drawn = seeds.generator(seed, seeds.AUGMENTATION, at.round, at.client, at.step, index)
+        x = change(x, drawn, background)
+    return x
+
+
+def _changes(text: str) -> list[Callable[..., Tensor]]:
+    names = [] if text == NONE else text.split("+")
+    return [with_options("augment", name, AUGMENTATIONS) for name in names]
+
+
+def check_augmentation(text: str) -> None:
+    """Raise ``ConfigError`` if the text names no changes; "" is the data set's own."""
+    tiny, drawn = torch.zeros(1, 1, 4, 4), torch.Generator()
+    for change in _changes(text or NONE):
+        change(tiny, drawn, 0.0)

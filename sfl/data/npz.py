@@ -1,0 +1,188 @@
+"""A client's own arrays in an ``.npz``: what may lie in it, and what does not fit.
+
+::
+
+    x (N, H, W), (N, C, H, W) or (N, H, W, C)    uint8, or floats
+    y (N,)                                       integers, or names of classes
+    x_val, y_val  x_test, y_test                 if wanted, each with the other
+    classes                                      if wanted, names
+
+Where the data set's samples are no images, ``x`` has their shape.
+"""
+
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sfl.data.class_names import alike_among, listed
+from sfl.data.client_data import DatasetSpec
+from sfl.data.samples import Parts, Samples, check_resizable, nothing
+from sfl.errors import DataError
+
+Arrays = Mapping[str, np.ndarray]
+PARTS = {"train": "", "validation": "_val", "test": "_test"}
+NAMES = ("x", "y", "x_val", "y_val", "x_test", "y_test", "classes")
+# What NumPy raises for files that are damaged or something else.
+_DAMAGE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
+    NotImplementedError, SyntaxError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def read_npz(
+    path: Path, spec: DatasetSpec, say: Callable[[str], object], *, any_range: bool
+) -> Parts:
+    """Read the arrays, and say how they were read and what was left out.
+
+    Floats outside [0, 1] are taken if ``any_range``: what they are normalised by is then theirs.
+
+    Raises:
+        DataError: a damaged file, an array that is missing, or samples that do not fit.
+    """
+    arrays = _load(path, say)
+    for suffix in PARTS.values():
+        names = [name for name in (f"x{suffix}", f"y{suffix}") if name in arrays]
+        if len(names) == 1 or (not names and not suffix):
+            raise DataError(
+                f"{path} has arrays {', '.join(arrays) or 'none'}; wanted are x and y,"
+                " optionally x_val and y_val, x_test and y_test: each x with its y"
+            )
+    classes = _classes(path, arrays, spec)
+    if alike := alike_among(classes):
+        say(f"{path}: classes that look alike, but are different ones: {', '.join(alike)}")
+    read = {}
+    for part, suffix in PARTS.items():
+        if f"x{suffix}" in arrays:
+            x, how = _samples(path, f"x{suffix}", arrays, spec, any_range)
+            y = _labels(path, f"y{suffix}", arrays, classes)
+            counts = np.bincount(y, minlength=len(classes))
+            told = ", ".join(f"{n} {name}" for name, n in zip(classes, counts, strict=True))
+            say(f"{path}: {len(y)} samples for {part} {how}; classes: {told}")
+            read[part] = Samples(torch.from_numpy(x), torch.from_numpy(y))
+    return Parts(
+        train=read["train"],
+        validation=read.get("validation"),
+        test=read.get("test", nothing(spec.input_shape)),
+        classes=classes,
+    )
+
+
+def _load(path: Path, say: Callable[[str], object]) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            others = [name for name in archive.files if name not in NAMES]
+            arrays = {name: np.asarray(archive[name]) for name in NAMES if name in archive.files}
+    except _DAMAGE as error:
+        raise DataError(f"cannot read {path}: {error or type(error).__name__}") from error
+    if others:
+        say(f"{path}: left out: arrays {', '.join(others)}; read are {', '.join(arrays) or 'none'}")
+    return arrays
+
+
+def _texts(path: Path, name: str, array: np.ndarray) -> list[str]:
+    """Return names, given as text, as bytes in UTF-8, or as numbers."""
+    try:
+        return [n.decode() if isinstance(n, bytes) else str(n) for n in array.reshape(-1).tolist()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {name} has names that are no text in UTF-8: {error}") from error
+
+
+def _classes(path: Path, arrays: Arrays, spec: DatasetSpec) -> tuple[str, ...]:
+    """Return the names of the classes: as given, else those in ``y``, else the data set's."""
+    if "classes" not in arrays and arrays["y"].dtype.kind not in "SU":
+        return spec.classes
+    if "classes" not in arrays:
+        return tuple(sorted(set(_texts(path, "y", arrays["y"]))))
+    names = tuple(_texts(path, "classes", arrays["classes"]))
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise DataError(f"{path}: classes names {', '.join(twice)} more than once")
+    return names
+
+
+def _labels(path: Path, name: str, arrays: Arrays, classes: tuple[str, ...]) -> np.ndarray:
+    """Return labels: (N,) int64."""
+    y, x_name = arrays[name], name.replace("y", "x")
+    count = arrays[x_name].shape[:1]
+    is_text = y.dtype.kind in "SU"
+    if y.shape != count or not (is_text or np.issubdtype(y.dtype, np.integer)):
+        raise DataError(
+            f"{path}: {name} must hold one integer for each sample of {x_name}, or one name of a"
+            f" class; it is {y.dtype} of shape {list(y.shape)}, {x_name} has {list(count)} samples"
+        )
+    if is_text:
+        return _numbered(path, name, _texts(path, name, y), classes)
+    if len(y) and not 0 <= y.min() <= y.max() < len(classes):
+        raise DataError(
+            f"{path}: {name} has labels {y.min()} to {y.max()}, but there are {len(classes)}"
+            " classes"
+        )
+    return y.astype(np.int64)
+
+
+def _numbered(path: Path, name: str, names: list[str], classes: tuple[str, ...]) -> np.ndarray:
+    number = {name: label for label, name in enumerate(classes)}
+    if foreign := sorted(set(names) - number.keys()):
+        raise DataError(
+            f"{path}: {name} has {listed(foreign, classes)}, which are none of the classes"
+            f" {listed(classes, foreign)}"
+        )
+    return np.array([number[name] for name in names], np.int64)
+
+
+def _samples(
+    path: Path, name: str, arrays: Arrays, spec: DatasetSpec, any_range: bool
+) -> tuple[np.ndarray, str]:
+    """Return samples, uint8 or float32, images as (N, C, H, W), and how they were read."""
+    x, how = _channels_first(path, name, arrays[name], spec)
+    if x.dtype == np.uint8:
+        return np.ascontiguousarray(x), how
+    if not np.issubdtype(x.dtype, np.floating):
+        raise DataError(
+            f"{path}: {name} is {x.dtype}; wanted is uint8, or floats in [0, 1] (of any range, if"
+            " the server gives --normalize)"
+        )
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(x).all() or not (any_range or ((x >= 0) & (x <= 1)).all()):
+        wrong = "NaN or infinity" if any_range else "floats outside [0, 1], or NaN"
+        raise DataError(
+            f"{path}: {name} holds {wrong}; floats of another range are for a server with"
+            " --normalize mean=M,std=S, or a data set of your own that has their mean and std"
+        )
+    return x, how
+
+
+def _channels_first(
+    path: Path, name: str, x: np.ndarray, spec: DatasetSpec
+) -> tuple[np.ndarray, str]:
+    """Return samples of the data set's kind, if not yet of its size, and how they were read."""
+    wanted, found = spec.input_shape, x.shape[1:]
+    channels = wanted[0]
+    if found == wanted:
+        return x, f"of {list(found)}"
+    forms: dict[str, np.ndarray | None] = {f"(N, {', '.join(map(str, wanted))})": None}
+    if spec.has_images:
+        is_4d = x.ndim == 4
+        last = np.moveaxis(x, -1, 1) if is_4d and found[-1] == channels else None
+        forms = {
+            f"(N, {channels}, H, W)": x if is_4d and found[0] == channels else None,
+            f"(N, H, W, {channels})": last,
+        }
+        if channels == 1:
+            forms["(N, H, W)"] = x[:, np.newaxis] if x.ndim == 3 else None
+    fitting = {form: images for form, images in forms.items() if images is not None}
+    if len(fitting) != 1:
+        wrong = "which may be" if fitting else "wanted are"
+        texts = " or ".join(fitting or forms)
+        raise DataError(f"{path}: {name} has samples of shape {list(found)}; {wrong} {texts}")
+    ((form, images),) = fitting.items()
+    how = f"of {list(found)}, read as {form}"
+    if images.shape[1:] == wanted:
+        return images, how
+    check_resizable(images.shape[1:], wanted)
+    return images, f"{how} and resized to {wanted[1]}x{wanted[2]}"

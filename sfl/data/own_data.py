@@ -1,0 +1,76 @@
+"""A client's own private data (``--partition own``): class folders of images, or an ``.npz``.
+
+Every client must have the same classes, of some of which it may have no samples. What is read, and
+what is left out and why, is said.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sfl.config import RunConfig
+from sfl.data.client_data import ClientData, DatasetSpec, client_data
+from sfl.data.image_folders import IMAGE_SUFFIXES, LAYOUT, is_of_system, read_folders, sort_out
+from sfl.data.npz import read_npz
+from sfl.errors import DataError
+
+MOST_MEASURED = 256  # samples, whose mean and deviation are said
+
+
+def load_own(
+    spec: DatasetSpec,
+    run: RunConfig,
+    client: int,
+    data_dir: Path,
+    *,
+    say: Callable[[str], object] = print,
+) -> ClientData:
+    """Return a client's own data; without a validation part, a fifth of it is held out for one.
+
+    Raises:
+        ConfigError: the samples cannot be augmented, or normalised as the run says.
+        DataError: nothing there, a damaged file, or samples that do not fit the data set.
+    """
+    archive = _archive(data_dir, say)
+    if archive is not None:
+        # Statistics that somebody gave for these data are for floats as they are.
+        any_range = bool(run.normalize) or ":" in run.dataset or not spec.has_images
+        parts = read_npz(archive, spec, say, any_range=any_range)
+    elif data_dir.is_dir():
+        parts = read_folders(data_dir, spec, say)
+    else:
+        raise DataError(f"no own data at {data_dir}: give --data-dir a folder or an .npz file")
+    if not len(parts.train):
+        raise DataError(f"{data_dir} holds no training samples; {LAYOUT}")
+    data = client_data(
+        spec, run, client, parts.train, parts.test, parts.classes, validation=parts.validation
+    )
+    if run.normalize:
+        x, _ = data.batch(data.train, slice(0, MOST_MEASURED))
+        mean, std = float(x.mean()), float(x.std(correction=0))
+        say(f"normalised by {run.normalize}: samples have mean {mean:.3g} and deviation {std:.3g}")
+    return data
+
+
+def num_images(data_dir: Path) -> int:
+    """Return how many image files lie in a folder, of whatever class and part."""
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in data_dir.rglob("*"))
+
+
+def _archive(data_dir: Path, say: Callable[[str], object]) -> Path | None:
+    """Return the ``.npz`` that is given, or lies in the folder; None: there is none."""
+    if data_dir.suffix.lower() == ".npz" and not data_dir.is_dir():
+        return data_dir
+    if not data_dir.is_dir():
+        return None
+
+    def why_not(path: Path) -> str:
+        if path.suffix.lower() == ".npz" and not is_of_system(path):
+            return ""
+        return "beside the .npz file"
+
+    archives, beside = sort_out(data_dir, why_not)
+    if len(archives) > 1:
+        raise DataError(f"{data_dir} has {len(archives)} .npz files; give --data-dir one of them")
+    if archives and beside:
+        say(f"{data_dir}: {beside}")
+    return archives[0] if archives else None

@@ -1,0 +1,1 @@
+"""The model's segments and their arithmetic."""

@@ -1,0 +1,328 @@
+"""A model's segments on a few made-up samples: what a run would do with them, on copies.
+
+A pass goes through all segments as in a run, each computing on what the one before gives, laid out
+as if it had travelled. Nothing of it stays: not in the model, nor in any generator.
+"""
+
+import contextlib
+import itertools
+import random
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sfl.config import RunConfig
+from sfl.errors import ConfigError, StepFailed, told
+from sfl.files.checksum import crc32
+from sfl.files.torch_file import DTYPES, TensorSpec, state_spec
+from sfl.model.blocks import check_apart, copied, titled
+from sfl.model.segment import Segment
+from sfl.values import Position
+
+CPU = torch.device("cpu")
+_TOGETHER = "put what belongs together (a residual, with all that it goes around) into one block"
+
+
+class Made(NamedTuple):
+    """What a block made in a pass."""
+
+    title: str  # of the block
+    checksum: int
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Draw the same in each pass, and leave all generators as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _batch(input_shape: Sequence[int], size: int) -> Tensor:
+    return torch.randn(size, *input_shape, generator=torch.Generator().manual_seed(size))
+
+
+def _as_received(z: Tensor) -> Tensor:
+    """Return a copy laid out as a tensor is that has travelled."""
+    return z.contiguous().clone()
+
+
+class _Watched(Segment):
+    """A segment that notes what its blocks make."""
+
+    def __init__(self, *arguments: Any, seams: Collection[int], **more: Any) -> None:
+        """``seams``: blocks whose input is laid out as if it had travelled."""
+        super().__init__(*arguments, **more)
+        self._seams = seams
+        self.start_pass([])
+
+    def start_pass(self, made: list[Made]) -> None:
+        """Note from now on in ``made`` what the blocks make."""
+        self._made = made
+        self._nodes: set[Any] = set()  # of the autograd graph that have been looked at
+
+    @property
+    def titles(self) -> list[str]:
+        """The titles of the blocks."""
+        return [titled(index, block) for index, block in enumerate(self.blocks, self._first_block)]
+
+    def _run_block(self, index: int, block: nn.Module, z: Tensor, task: str) -> Tensor:
+        title = titled(index, block)
+        if index in self._seams and isinstance(z, Tensor) and z.layout is torch.strided:
+            z = _as_received(z)
+        try:
+            out = super()._run_block(index, block, z, task)
+        except OSError as error:  # what a user's own block opens
+            raise StepFailed(f"{title} cannot {task}: {told(error)}") from error
+        self._made.append(Made(title, _checksum(out)))
+        if isinstance(out, Tensor):
+            self._check_parameters(title, out)
+        return out
+
+    def _check_parameters(self, title: str, out: Tensor) -> None:
+        """See that what a block made comes from no others' parameters.
+
+        Raises:
+            ConfigError: it does: a copy of the block would go on with weights that nobody trains.
+        """
+        own, todo = set(map(id, self._parameters)), [out.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is None or node in self._nodes:
+                continue
+            self._nodes.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                raise ConfigError(
+                    f"{title} computes with a parameter {list(leaf.shape)} that is not among those"
+                    " of its side of the model: it belongs to a block on the other side of the cut,"
+                    " or is kept in a list or function; make it an attribute of a block"
+                )
+            todo += [following for following, _ in node.next_functions]
+
+
+def _checksum(made: object) -> int:
+    """Return a checksum of what a block made, also of several tensors."""
+    if isinstance(made, Tensor) and made.layout is torch.strided:
+        flat = made.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        return crc32(flat.view(torch.uint8).numpy()) if made.numel() else 0
+    if isinstance(made, (dict, list, tuple)):
+        parts = made.values() if isinstance(made, dict) else made
+        return hash(tuple(_checksum(part) for part in parts))
+    return 0
+
+
+class Trial:
+    """Copies of a model's segments, for passes of a few samples.
+
+    ``seams``: blocks of a segment at which the model is cut otherwise; so that a model in one piece
+    computes the same bits. ``samples``: what is expected to pass each cut, of one sample.
+
+    Raises:
+        ConfigError: from each method: the model cannot be run so; the message names the block.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[nn.Sequential],
+        run: RunConfig,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        class_weights: Sequence[float] = (),
+        seams: Collection[int] = (),
+        samples: Sequence[TensorSpec] = (),
+    ) -> None:
+        self._rows, self._input_shape, self._num_classes = rows, input_shape, num_classes
+        self._samples = samples
+        self._segments = []
+        firsts = itertools.accumulate(map(len, rows), initial=0)
+        for first, row in zip(firsts, rows, strict=False):
+            how: dict[str, Any] = {"boundary": first, "class_weights": class_weights}
+            made = _Watched(copied(row, first), first, run, CPU, seams=seams, **how)
+            self._segments.append(made)
+
+    def evaluate(self, size: int) -> tuple[list[Tensor], list[Made]]:
+        """Return what each segment gives for a batch in evaluation, and what each block makes."""
+        with self._passing() as made:
+            z, outs = _batch(self._input_shape, size), []
+            for index, segment in enumerate(self._segments):
+                z = self._checked(segment.evaluate(z), index, size, "in evaluation")
+                outs.append(z)
+        return outs, made
+
+    def train(self, size: int, *, backward: bool = False) -> list[Made]:
+        """Return what each block makes of a batch in training; go ``backward`` as well, or not."""
+        with self._passing() as made:
+            z, inputs = _batch(self._input_shape, size), []
+            for index, segment in enumerate(self._segments):
+                inputs.append(z)
+                out = segment.forward(z, Position())
+                z = self._checked(out.detach() if isinstance(out, Tensor) else out, index, size)
+            if backward:
+                self._go_backward(out, inputs)
+        return made
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[list[Made]]:
+        """Begin a pass with the initial weights; what goes wrong in it is the model's fault."""
+        made: list[Made] = []
+        for row, segment in zip(self._rows, self._segments, strict=True):
+            self._check_state(row, segment)
+            segment.load(row.state_dict())
+            segment.start_pass(made)
+        try:
+            with _own_random_state():
+                yield made
+        except StepFailed as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_state(self, row: nn.Sequential, segment: Segment) -> None:
+        expected, found = state_spec(row.state_dict()), segment.spec
+        for name in expected.keys() | found.keys():
+            if expected.get(name) != found.get(name):
+                raise ConfigError(
+                    f"block {name.split('.')[0]!r} of the model changes the shape of {name!r} while"
+                    " it is used: what is trained and averaged has one shape"
+                )
+
+    def _checked(self, out: object, index: int, size: int, when: str = "in training") -> Tensor:
+        """Return what a segment gives, as received by the next, if that can travel."""
+        title = (self._segments[index].titles or ["a model without blocks"])[-1]
+        is_last = index == len(self._segments) - 1
+        title += "" if is_last else " in front of the cut"
+        z = _check_given(out, size, title)
+        if is_last and z.shape[1:] != (self._num_classes,):
+            raise ConfigError(
+                f"the model's output is {list(z.shape)} for {size} samples; wanted are"
+                f" {self._num_classes} logits for each"
+            )
+        sample = TensorSpec(tuple(z.shape[1:]), z.dtype)
+        if index < len(self._samples) and sample != self._samples[index]:
+            raise ConfigError(
+                f"{title} gives {_shown(sample)} for each of {size} samples {when},"
+                f" but {_shown(self._samples[index])} for one alone in evaluation"
+            )
+        return _as_received(z)
+
+    def _go_backward(self, logits: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Go back from the loss through all segments, with what each has been given."""
+        weights = self._segments[-1].class_weights
+        y = torch.arange(len(logits)) % self._num_classes
+        grad: Tensor | None = nn.functional.cross_entropy(logits, y, weights)
+        learns = any(p.requires_grad for row in self._rows for p in row.parameters())
+        for index in reversed(range(len(self._segments))):
+            segment = self._segments[index]
+            is_last = index == len(self._segments) - 1
+            is_cut_off = is_last and learns and not logits.requires_grad
+            try:
+                assert grad is not None
+                grad = segment.backward_of(grad) if is_last else segment.backward(grad)
+            except Exception as error:  # a user's own
+                where = _backward_fault(segment, inputs[index], needs_gradient=False)
+                raise ConfigError(
+                    f"the gradients of {where} fail: {told(error.__cause__ or error)}"
+                ) from error
+            for name, parameter in segment.blocks.named_parameters():
+                if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                    raise ConfigError(
+                        f"block {name.split('.')[0]!r} of the model gives {name!r} a sparse"
+                        " gradient, which cannot be averaged or sent: leave out sparse=True"
+                    )
+            if is_cut_off or (index and grad is None):
+                where = _backward_fault(segment, inputs[index], needs_gradient=True)
+                raise ConfigError(
+                    f"{where} gives no gradient back, so that nothing in front of it would learn:"
+                    " it must not detach what it is given"
+                )
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"{list(spec.shape)} {spec.dtype}".replace("torch.", "")
+
+
+def _check_given(out: object, size: int, title: str) -> Tensor:
+    """Return a segment's output if it is one tensor of a batch that can travel and be trained."""
+    if not isinstance(out, Tensor):
+        count = f" of {len(out)}" if isinstance(out, (tuple, list, dict)) else ""
+        raise ConfigError(
+            f"{title} gives a {type(out).__name__}{count}, where one tensor is wanted: {_TOGETHER}"
+        )
+    dtype = str(out.dtype).removeprefix("torch.")
+    if out.layout is not torch.strided or out.is_nested:
+        raise ConfigError(f"{title} gives no dense tensor, which cannot travel: add .to_dense()")
+    if not out.is_floating_point() or out.dtype not in DTYPES:
+        raise ConfigError(
+            f"{title} gives {dtype}: what passes from block to block here has gradients and"
+            " travels, as float32 or another real floating-point dtype"
+        )
+    if not out.dim() or out.shape[0] != size:
+        raise ConfigError(
+            f"{title} gives {list(out.shape)} for a batch of {size}: the first dimension has to be"
+            " the batch (in torch's recurrent layers and attention: batch_first=True)"
+        )
+    return out
+
+
+def _backward_fault(segment: _Watched, z: Tensor, *, needs_gradient: bool) -> str:
+    """Return the title of the first block through which no gradient comes, or of all blocks."""
+    for title, block in zip(segment.titles, segment.blocks, strict=True):
+        try:
+            given = z.detach().requires_grad_()
+            z = block(given.clone())
+            grads = torch.autograd.grad(z.sum(), given, allow_unused=True)
+            fails = needs_gradient and grads[0] is None
+        except Exception:  # noqa: BLE001 - looked for
+            fails = True
+        if fails:
+            return title
+    return f"the row from {segment.titles[0]} to {segment.titles[-1]}"
+
+
+def sample_specs(
+    rows: Sequence[nn.Sequential], run: RunConfig, input_shape: tuple[int, ...], num_classes: int
+) -> list[TensorSpec]:
+    """Return the spec of one sample at each cut, and see that every segment takes it.
+
+    Raises:
+        ConfigError: a segment does not; the message names the block.
+    """
+    try:
+        outs, _ = Trial(rows, run, input_shape, num_classes).evaluate(1)
+    except ConfigError as error:
+        shown = f"the model does not take samples of shape {list(input_shape)}: "
+        why = shown if isinstance(error.__cause__, StepFailed) else ""
+        hint = where_to_cut(rows, run, input_shape, num_classes)
+        raise ConfigError(f"{why}{error}{hint}") from error
+    return [TensorSpec(tuple(z.shape[1:]), z.dtype) for z in outs[:-1]]
+
+
+def where_to_cut(
+    rows: Sequence[nn.Sequential], run: RunConfig, input_shape: tuple[int, ...], num_classes: int
+) -> str:
+    """Return the end of a message that says where a model can be cut, if not where it is cut."""
+    if len(rows) == 1:
+        return ""
+    blocks = [item for row in rows for item in row._modules.items() if item[1] is not None]
+    whole, fit = nn.Sequential(OrderedDict(blocks)), []
+    for cut in range(1, len(blocks)):
+        halves = [nn.Sequential(OrderedDict(part)) for part in (blocks[:cut], blocks[cut:])]
+        try:
+            check_apart(halves)
+            _, expected = Trial([whole], run, input_shape, num_classes, seams=[cut]).evaluate(1)
+            _, found = Trial(halves, run, input_shape, num_classes).evaluate(1)
+        except ConfigError:
+            continue
+        fit += [str(cut)] if found == expected else []
+    return f"; this model can be cut at --cut {' or '.join(fit)}" if fit else ""

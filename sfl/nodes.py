@@ -1,0 +1,273 @@
+"""The options of one machine: of a server, a client, a simulation. They never travel."""
+
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from sfl.config import MOST, check_choices, option, require
+from sfl.errors import ConfigError
+from sfl.values import KeepTensors, LinkShape
+
+DEFAULT_PORT = 8765
+_MOST_SAMPLES = 2**31 - 1  # as sfl.archive.records
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Return how many bytes ``500mb`` or ``1.5gb`` are.
+
+    Raises:
+        ConfigError: the text is no such size.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
+    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not count:
+        raise ConfigError(f"--memory-limit {text!r:.40}: give a size as 500mb or 4gb")
+    return count
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What concerns one machine alone."""
+
+    table: ClassVar[str] = "server"  # of a configuration file, beside [run]
+
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
+    threads: int = option(1, "threads that torch computes with; part of what makes a run exact")
+    data_dir: str = option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
+    cache_dir: str = option(
+        "",
+        "folder for what takes long to read; else $SFL_CACHE_DIR, else ~/.cache/sfl",
+    )
+    out: str = option("shared_files", "folder that runs are written into")
+    allow_import: str = option(
+        "", "comma-separated package.module:function that another machine may name as model or data"
+    )
+    profile: bool = option(
+        False, "write where the time of each round's steps goes: profile.csv in the run's folder"
+    )
+    weights_timeout: float = option(
+        600.0, "seconds that a store of weights may stay away before the run ends"
+    )
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a value out of range."""
+        require(self.threads >= 1, "threads", self.threads, "at least 1")
+        _check_timeout("weights_timeout", self.weights_timeout)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device {self.device!r}: give auto, cpu, cuda or cuda:N")
+        check_choices(self)
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir or os.environ.get("SFL_DATA_DIR", "") or "data").expanduser()
+
+    @property
+    def cache_path(self) -> Path:
+        chosen = self.cache_dir or os.environ.get("SFL_CACHE_DIR", "")
+        try:
+            return Path(chosen or "~/.cache/sfl").expanduser()
+        except RuntimeError:  # a user without a home folder, as in some containers
+            return Path(tempfile.gettempdir()) / "sfl-cache"
+
+    @property
+    def out_path(self) -> Path:
+        return Path(self.out).expanduser()
+
+    @property
+    def allowed_imports(self) -> frozenset[str]:
+        return frozenset(name.strip() for name in self.allow_import.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class PeerNode(NodeConfig):
+    """A machine that others talk to."""
+
+    peer_timeout: float = option(
+        60.0, "seconds without a sign of life from a peer until it is taken for lost"
+    )
+    token_file: str = option(
+        "", "file of the secret that server and clients share, or of one for each client; made by"
+        " python -m sfl.auth new-token FILE",
+    )  # fmt: skip
+    tls_cert: str = option(
+        "", "certificate (PEM) by which the server, or a client whose server wants one, is known"
+    )
+    tls_key: str = option("", "its private key (PEM)")
+    tls_ca: str = option(
+        "", "certificates (PEM) of whom to trust with the server's: the connection is under TLS"
+    )
+
+    memory_limit: str = option(
+        "", "memory that what other machines name may take here, as 500mb or 4gb: model, images and"
+        " batches of a server's run, samples of a client; half of this machine's if not given",
+    )  # fmt: skip
+    link: str = option(
+        "", "play a slower link for this machine's connections: 100mbit,50ms[,jitter=5ms]"
+        "[,loss=0.001]; each direction by itself",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        _check_timeout("peer_timeout", self.peer_timeout)
+        LinkShape.parse(self.link)
+        if self.memory_limit:
+            parse_bytes(self.memory_limit)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key: give both, or none")
+
+
+@dataclass(frozen=True)
+class ServerNode(PeerNode):
+    """The server's machine."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
+    port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and says which")
+    insecure: bool = option(
+        False, "let whoever reaches the port take part, from other machines too, without a token"
+    )
+    tls_client_ca: str = option(
+        "", "certificates (PEM) of whom to trust with clients': only who has one may connect"
+    )
+    max_samples: int = option(
+        10_000_000, "most samples that a client may report, where the server does not know how many"
+        " the data set has",
+    )  # fmt: skip
+    max_pending: int = option(
+        0, "connections that may wait at once until they have shown who they are; 0: 64, and two"
+        " for each client",
+    )  # fmt: skip
+    on_missing: str = option(
+        "wait", "clients that are lost are waited for; or skipped, until they come back",
+        ("wait", "skip"),
+    )  # fmt: skip
+    round_timeout: float = option(
+        600.0, "seconds that a round waits for a client that is lost or silent, with"
+        " --on-missing skip; then it closes without it",
+    )  # fmt: skip
+    min_clients: int = option(
+        1, "fewest clients that must be there; with fewer, rounds wait for others to come back"
+    )
+    at_once: int = option(
+        0, "clients that train at the same time where each has a copy of the server's model"
+        " (sflv1, sflv3); the others wait and their copies take less memory; 0: all",
+    )  # fmt: skip
+    role: str = option(
+        "all", "main server, fed server, or both in one process", ("all", "main", "fed")
+    )
+    fed_server: str = option(
+        "", "HOST:PORT of the fed server, for --role main; clients must reach it, too"
+    )
+    resume: str = option(
+        "", "folder of a run that goes on, with its options; --rounds may be more than it had"
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
+        _check_timeout("round_timeout", self.round_timeout)
+        require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
+        fine = 1 <= self.max_samples <= _MOST_SAMPLES
+        require(fine, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
+        if self.tls_ca and self.role != "main":
+            raise ConfigError("--tls-ca: is for clients, and for --role main")
+        require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
+        require(self.at_once >= 0, "at_once", self.at_once, "0 or more")
+        if self.at_once and self.role == "fed":
+            raise ConfigError("--at-once: is for the main server")
+        if self.on_missing == "skip" and self.role != "all":
+            raise ConfigError("--on-missing skip: is for --role all")
+        if self.fed_server and self.role != "main":
+            raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
+
+    @property
+    def skip_after_s(self) -> float | None:
+        """Seconds after which a round goes on without a client; None: it waits."""
+        return self.round_timeout if self.on_missing == "skip" else None
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds of silence that have consequences."""
+        return min(self.peer_timeout, self.skip_after_s or math.inf)
+
+
+@dataclass(frozen=True)
+class ClientNode(PeerNode):
+    """A client's machine."""
+
+    table: ClassVar[str] = "client"
+
+    server: str = option(
+        f"127.0.0.1:{DEFAULT_PORT}", f"HOST:PORT of the server; without a port, {DEFAULT_PORT}"
+    )
+    client_id: int | None = option(None, "0 to clients-1; the lowest free one if not given")
+    client_ids: str = option(
+        "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"
+    )
+    check_: bool = option(
+        False, "try address, token, data, model and disk without taking part, and say what is well"
+    )
+    connect_timeout: float = option(60.0, "seconds to wait for a server that is not up yet")
+    reconnect_timeout: float = option(
+        600.0, "seconds to try to reach a server that was lost; 0: end at once"
+    )
+    keep_tensors: str = option("none", "as the server's; the server has the same files")
+    allow_weights: str = option(
+        "", "gs://BUCKET/PREFIX that the server may name for weights, or this machine's dir:PATH;"
+        " if given, weights go nowhere else",
+    )  # fmt: skip
+    fed_server: str = option(
+        "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
+    )
+
+    def check(self) -> None:
+        super().check()
+        require((self.client_id or 0) >= 0, "client_id", self.client_id, "0 or more")
+        _check_timeout("connect_timeout", self.connect_timeout)
+        patience = self.reconnect_timeout
+        fine = math.isfinite(patience) and patience >= 0
+        require(fine, "reconnect_timeout", patience, "0 or more")
+        if self.client_ids and self.client_id is not None:
+            raise ConfigError("--client-id and --client-ids: give one of them")
+        _ = self.hosted
+        if self.tls_cert and not self.tls_ca:
+            raise ConfigError("--tls-cert: without --tls-ca there is no TLS to show it in")
+        KeepTensors.parse(self.keep_tensors)
+
+    @property
+    def hosted(self) -> list[int]:
+        """The clients that this process hosts; none if it is one client.
+
+        Raises:
+            ConfigError: ``client_ids`` names none, or one twice.
+        """
+        ids: list[int] = []
+        for part in self.client_ids.split(",") if self.client_ids else ():
+            found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
+            first, last = (int(n) for n in found.groups(found[1])) if found else (1, 0)
+            ids += range(first, min(last, MOST["clients"]) + 1)
+            if last < first or len(set(ids)) != len(ids):
+                raise ConfigError(f"--client-ids {self.client_ids}: give 0-99, or 0-9,20-29")
+        return ids
+
+
+@dataclass(frozen=True)
+class SimulationNode(NodeConfig):
+    """The machine of a simulation."""
+
+    table: ClassVar[str] = "simulation"
+
+    away: str = option(
+        "", "comma-separated CLIENT:ROUND[.STEP][-BACK], from 0: a client that is lost in a round,"
+        " before that step, and takes part again in round BACK",
+    )  # fmt: skip
+
+
+def _check_timeout(name: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, name, value, "a number above 0")

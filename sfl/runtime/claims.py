@@ -1,0 +1,105 @@
+"""What a client's report may claim: counts and shapes size what the server holds for it.
+
+::
+
+    samples              the data set's own number, or --max-samples
+    steps of a round     MOST_STEPS: figures, answers and lines of the round's log, one a step
+    predictions          MOST_PREDICTION_BYTES: labels and logits of its test set
+    tensors, answers     the free disk
+    shape, classes       --memory-limit, where no data set says them
+"""
+
+import functools
+import shutil
+
+from sfl.config import RunConfig
+from sfl.conversation.join import DataReport, Joined
+from sfl.conversation.party import TEST, TRAIN
+from sfl.data.client_data import num_batches
+from sfl.data.datasets import dataset_of
+from sfl.data.partition import OWN
+from sfl.nodes import ServerNode
+from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, too_much
+from sfl.strategy.schemes import Exchange, scheme
+from sfl.values import KeepTensors
+
+MOST_STEPS = 2**20  # of a client in a round
+MOST_PREDICTION_BYTES = 2**28  # of a client's test set
+
+
+def why_refused(run: RunConfig, node: ServerNode, joined: Joined) -> str:
+    """Say why a client's report claims more than it may; "" if it does not."""
+    report = joined.data
+    return _too_many(run, node, report) or _too_large(run, node, report)
+
+
+def _known_total(run: RunConfig) -> int:
+    """Return how many samples the run's data set has, if the server knows it; else 0."""
+    return 0 if ":" in run.dataset or run.partition == OWN else dataset_of(run).num_samples
+
+
+def _too_many(run: RunConfig, node: ServerNode, report: DataReport) -> str:
+    """Say what a report has too many of."""
+    counts, classes = report.num_samples, len(report.classes)
+    known = _known_total(run)
+    most, total = known or node.max_samples, sum(counts.values())
+    if total > most:
+        has = f"{run.dataset} has {most:,}" if known else f"--max-samples allows {most:,}"
+        return f"reports {total:,} samples; {has}"
+    steps = num_batches(counts[TRAIN], run.batch_size) * run.local_epochs
+    if steps > MOST_STEPS:
+        return (
+            f"reports {counts[TRAIN]:,} training samples, {steps:,} steps a round; at most"
+            f" {MOST_STEPS:,} are possible: give a larger --batch-size"
+        )
+    if report.class_counts and sum(report.class_counts) != counts[TRAIN]:
+        return (
+            f"reports {sum(report.class_counts):,} samples by their classes, but"
+            f" {counts[TRAIN]:,} training samples"
+        )
+    predictions = counts[TEST] * (8 + 4 * classes)
+    if scheme(run.scheme).exchange is Exchange.CUT and predictions > MOST_PREDICTION_BYTES:
+        return (
+            f"reports {counts[TEST]:,} test samples of {classes} classes, whose predictions would"
+            f" take {megabytes(predictions)}; at most {megabytes(MOST_PREDICTION_BYTES)} are kept"
+        )
+    return ""
+
+
+@functools.lru_cache(maxsize=4)
+def _sizes(run: RunConfig, shape: tuple[int, ...], num_classes: int, node: ServerNode) -> Sizes:
+    allowed = node.allowed_imports if node.role == "fed" else None  # a main server's own model
+    return sizes_of(run, shape, num_classes, allowed)
+
+
+def _too_large(run: RunConfig, node: ServerNode, report: DataReport) -> str:
+    """Say what a report makes too large: the model, or what is recorded of its steps."""
+    sizes = _sizes(run, report.input_shape, len(report.classes), node)
+    if ":" in run.dataset or run.partition == OWN:  # else shape or classes are the data set's
+        named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"
+        needed = server_bytes(run, sizes, run.most_clients)
+        if why := too_much(needed, node, f"{named}: {run.model} for them"):
+            return why
+    # Where the data set says how many samples there are, the run is too large, and not the claim.
+    judged = node.role != "fed" and not _known_total(run)
+    recorded = _recorded_bytes(run, sizes, report.num_samples[TRAIN]) if judged else 0
+    free = shutil.disk_usage(node.out_path).free
+    if recorded > free:
+        return (
+            f"reports {report.num_samples[TRAIN]:,} training samples, whose tensors take about"
+            f" {megabytes(recorded)} of the server's disk; {megabytes(free)} are free: give the"
+            " server --keep-tensors last or none, or fewer samples"
+        )
+    return ""
+
+
+def _recorded_bytes(run: RunConfig, sizes: Sizes, num_train: int) -> int:
+    """Return about how much of the server's disk a client's steps take."""
+    exchange, an_epoch = scheme(run.scheme).exchange, 0
+    if exchange is Exchange.CUT:
+        an_epoch = num_train * (8 + 2 * sizes.at_cut)
+    elif exchange is Exchange.WEIGHT_GRADS:
+        an_epoch = num_batches(num_train, run.batch_size) * sizes.whole
+    # A round's answers are kept for whoever redoes it, recorded or not.
+    rounds = max(KeepTensors.parse(run.keep_tensors).num_kept(run.rounds), 1)
+    return round(run.participation * run.local_epochs * an_epoch * rounds)

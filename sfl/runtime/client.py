@@ -1,0 +1,368 @@
+"""A client: connect, register, load the data, take part in the rounds."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from sfl import __version__
+from sfl.archive.profile import Profile
+from sfl.archive.round_log import ClientLog
+from sfl.archive.run_folder import (
+    CLIENT_LOG,
+    RunFolder,
+    has_no_steps,
+    make_folder,
+    open_folder,
+    options_record,
+    say,
+    telling_why,
+    to_json,
+)
+from sfl.conversation.join import HERE, DataReport, Welcome, client_join, send_report
+from sfl.conversation.limits import client_limits
+from sfl.conversation.party import ClientParty
+from sfl.conversation.round import client_run
+from sfl.crash import crash_point
+from sfl.data.client_data import num_batches
+from sfl.environment import command_line, describe, fingerprint, set_up_torch
+from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
+from sfl.files.torch_file import max_state_bytes
+from sfl.model.segment import Segment
+from sfl.nodes import ClientNode
+from sfl.options import check_goes_on
+from sfl.runtime.access import Access, hearing_why, open_store, reach
+from sfl.runtime.machine import Machine
+from sfl.runtime.preflight import check_names
+from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
+from sfl.runtime.same_model import report_of
+from sfl.strategy.merge import has_own
+from sfl.strategy.split_model import SplitModel
+from sfl.transport.connection import Connection
+from sfl.transport.dialling import parse_address
+from sfl.transport.heartbeat import Heart, interval_s
+from sfl.transport.tokens import SERVER
+from sfl.values import KeepModels
+from sfl.wire.driver import run_blocking
+from sfl.wire.link import ANY_ID, CLIENT, Peer
+from sfl.wire.payload import onto
+
+
+def take_part(node: ClientNode) -> None:
+    """Take part in one run as a client; if the server is lost, for as long as the node says so.
+
+    Raises:
+        ConfigError, DataError: the run's configuration or data cannot be had here.
+        RunError: no server, or a folder that cannot be written.
+        PeerFailed: the server turned us away or ended the run, and says why.
+        ProtocolError, IntegrityError, ConnectionLost: from the server.
+    """
+    parse_address(node.server)  # before torch's own start
+    access = Access.of(node)
+    take_part_on(Machine(access, set_up_torch(node)), node)
+
+
+def take_part_on(machine: Machine, node: ClientNode) -> None:
+    """Do as ``take_part``, as one of the clients of a machine."""
+    with contextlib.ExitStack() as stack:
+        client = _Client(node, machine, stack)
+        attempts = _Attempts()
+        client.take_part()
+        while client.lost is not None:
+            machine.check_interrupted()
+            with machine.access.aside():
+                attempts.wait(client.lost, client)
+            client.take_part(client.patience_s)
+
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+
+
+class _Attempts:
+    """How often a server that was lost is tried again: ever less, while nothing comes of it."""
+
+    def __init__(self) -> None:
+        self._num_starts = self._num_steps = -1
+        self._pause_s = FIRST_PAUSE_S
+        self._since = 0.0
+
+    def wait(self, error: SflError, client: "_Client") -> None:
+        """Wait a little after a loss; what came of the last try, the client tells.
+
+        Raises:
+            SflError: the server has not let us go on for as long as the client's ``patience_s``.
+        """
+        now, timeout_s, (num_starts, num_steps) = (
+            time.monotonic(), client.patience_s, client.progress,
+        )  # fmt: skip
+        held = client.registered_s > LONGEST_PAUSE_S  # in the waiting room, for one
+        if num_starts != self._num_starts or held:
+            self._num_starts, self._since = num_starts, now
+        if num_steps != self._num_steps or held:
+            self._num_steps, self._pause_s = num_steps, FIRST_PAUSE_S
+        else:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        if now - self._since >= timeout_s:
+            raise error
+        say(f"{error}; trying for {timeout_s:g} seconds to reach the server again")
+        time.sleep(self._pause_s)
+
+
+class _Client:
+    """One client through all its connections: what it keeps when one is lost."""
+
+    def __init__(
+        self,
+        node: ClientNode,
+        machine: Machine,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._node, self._machine, self._access = node, machine, machine.access
+        self._device = machine.device
+        self._stack = stack
+        self._instance = secrets.token_hex(16)
+        self._welcome: Welcome | None = None  # of the first connection
+        self._folder: RunFolder | None = None
+        self._loaded: _Loaded | None = None
+        self.lost: SflError | None = None  # why the last connection ended, if we may come back
+        self._registered_at = math.inf  # over the last connection
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How often the server has let this process go on, and how many steps it has taken."""
+        loaded = self._loaded
+        return (loaded.num_starts, loaded.log.num_steps) if loaded else (0, 0)
+
+    @property
+    def patience_s(self) -> float:
+        """For how long to try to reach the server."""
+        node = self._node
+        return node.reconnect_timeout if self._welcome else node.connect_timeout
+
+    @property
+    def registered_s(self) -> float:
+        """For how long, until now, the last connection has been registered; 0: it never was."""
+        return max(time.monotonic() - self._registered_at, 0.0)
+
+    def take_part(self, again_s: float | None = None) -> None:
+        """Take part over one connection; ``lost`` says afterwards whether to come back.
+
+        ``again_s`` is for how long to try to connect, if it is not the first time.
+        """
+        self.lost, node, access = None, self._node, self._access
+        self._registered_at = math.inf
+        try:
+            with contextlib.ExitStack() as stack:
+                with self._access.aside():  # who connects has to register soon
+                    link = stack.enter_context(reach(node.server, node, access, again_s))
+                    link.peer_name = "server"
+                    stack.enter_context(self._machine.uses(link))
+                    stack.enter_context(hearing_why(link))
+                    welcome = self._register(link)
+                self._registered_at = time.monotonic()
+                self._join(link, welcome)
+        except BaseException as error:
+            if isinstance(error, PASSING) and self._may_come_back(error):
+                self.lost = error
+            elif self._folder:
+                with telling_why(self._folder):
+                    raise
+            else:
+                raise
+
+    def _may_come_back(self, error: SflError) -> bool:
+        """Say whether a new connection may mend an error.
+
+        Not if the server is one of two; nor if it said that it ends before the run had begun.
+        """
+        if self._welcome is None:  # the server did not get to answer
+            return True
+        if self._welcome.fed != HERE:
+            return False
+        return (
+            self.progress[0] > 0 or isinstance(error, LetGo) or not isinstance(error, PeerStopped)
+        )
+
+    @property
+    def _wanted_id(self) -> int | None:
+        """The client that this is to be: as told, or as the one token says that it has."""
+        tokens = self._access.tokens
+        told = self._node.client_id
+        return tokens.only_client if told is None and tokens else told
+
+    def _register(self, connection: Connection) -> Welcome:
+        known = self._welcome
+        wanted = known.client if known else self._wanted_id
+        peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
+        self._access.show(connection, peer, SERVER, known.run.run if known else "")
+        ours = fingerprint(self._device)
+        joining = client_join(
+            connection, wanted, ours, instance=self._instance,
+            heartbeat_s=interval_s(self._node.peer_timeout),
+        )  # fmt: skip
+        welcome = run_blocking(joining)
+        crash_point("start.registered")
+        if known:
+            _check_still_that(welcome, known)
+        return welcome
+
+    def _join(self, connection: Connection, welcome: Welcome) -> None:
+        connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
+        with Heart(lambda: [connection]):
+            if self._folder is None:
+                self._folder, self._welcome = self._open(welcome), welcome
+            if self._loaded is None:
+                self._loaded = _Loaded(welcome, self._node, self._machine, self._folder)
+            self._loaded.run_over(connection, welcome, self._instance)
+        connection.part()
+
+    def _open(self, welcome: Welcome) -> RunFolder:
+        """Open the folder of this client in the run, new or not."""
+        node, name = self._node, f"client_{welcome.client}"
+        path = node.out_path / "client" / welcome.run.run / name
+        _find_folder(path, welcome)
+        keep = KeepModels.parse(welcome.run.keep_models, node.keep_tensors)
+        folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
+        folder.events.is_quiet = self._machine.hosts_many
+        folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
+        if welcome.sfl != __version__:
+            folder.events.say(
+                f"warning: the server runs SFL {welcome.sfl}, this is {__version__}: better have"
+                " the same release on every machine"
+            )
+        record = options_record(welcome.run, node)
+        folder.archive.write("config", "config.json", to_json(record))
+        environment = describe(self._device, command_line())
+        folder.archive.write("environment", "environment.json", to_json(environment))
+        return folder
+
+
+def _check_still_that(welcome: Welcome, known: Welcome) -> None:
+    """See that a server that we came back to has the run that it had.
+
+    Raises:
+        RunError: it has another one.
+    """
+    try:
+        check_goes_on(dataclasses.asdict(known.run), dataclasses.asdict(welcome.run))
+    except ConfigError as error:
+        raise RunError(f"the server has another run now: {error}") from error
+
+
+def _find_folder(path: Path, welcome: Welcome) -> None:
+    """See that a client's folder of a run is there: of before, if it was in the run, or new.
+
+    Raises:
+        RunError: it is of another run or client, or cannot be written.
+    """
+    if welcome.goes_on and path.is_dir() and not path.is_symlink():
+        try:
+            check_same_run(path, welcome.run)
+            return
+        except RunError:
+            if not has_no_steps(path):
+                raise
+    if not make_folder(path, CLIENT_LOG):
+        raise RunError(
+            f"{path} exists: another client of a run of this name wrote there, or this one did,"
+            " before the server began anew; give another --out, or let the server --resume"
+        )
+
+
+class _Loaded:
+    """A client that has its data and its model."""
+
+    def __init__(
+        self,
+        welcome: Welcome,
+        node: ClientNode,
+        machine: Machine,
+        folder: RunFolder,
+    ) -> None:
+        self._client, self._run = welcome.client, welcome.run
+        self._node, self._access = node, machine.access
+        self._folder, self._device = folder, machine.device
+        run, events = self._run, folder.events
+        check_names(run)
+        self._data = machine.load(run, self._client, node, events.say)
+        shape, num_classes = self._data.input_shape, len(self._data.classes)
+        self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
+        self._report = report_of(self._data, run, self._split)
+        counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
+        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
+        num_steps = num_batches(len(self._data.train), run.batch_size)
+        self.log = ClientLog(run, folder, num_steps, shows_bar=not machine.hosts_many)
+        self.num_starts = 0  # how often the server has let it go on
+
+    def run_over(self, connection: Connection, welcome: Welcome, instance: str) -> None:
+        """Take part in the run over a connection, from where the server says."""
+        self._run = self.log.run = welcome.run  # which may have more rounds than before
+        run, folder, split = self._run, self._folder, self._split
+        connection.limits = client_limits(split, run, onto(folder.path))
+        report = self._report
+        if has_own(run):
+            own = own_checkpoints(folder.path, run)
+            report = dataclasses.replace(report, rounds=own)
+        most_bytes = max_state_bytes(split.front_spec)
+        ours = fingerprint(self._device)
+        front = split.front(self._device)
+        with open_store(
+            connection,
+            welcome,
+            self._node,
+            self._access,
+            folder,
+            report,
+            ours,
+            instance,
+            most_bytes,
+        ) as (store, fed):
+            if fed is not None:
+                fed.limits = connection.limits
+            send_report(connection, report)
+            party = ClientParty(
+                client=self._client,
+                run=run,
+                link=connection,
+                weights=store,
+                split=split,
+                archive=folder.archive,
+                watcher=self.log,
+                profile=Profile(folder.path, wanted=self._node.profile),
+                front=front,
+                data=self._data,
+                on_round=self._end_round,
+                on_start=functools.partial(self._start, front, fed, report),
+            )
+            self.log.start_over()
+            try:
+                run_blocking(client_run(party))
+            finally:
+                self.log.progress.close()
+            folder.archive.flush()
+        folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
+        self.log.end_round(round_index, figures)
+        self._folder.check_there()
+
+    def _start(
+        self,
+        front: Segment,
+        fed: Connection | None,
+        report: DataReport,
+        round_index: int,
+        own_round: int,
+    ) -> None:
+        """Bring the client to where it was when a round began; tell a fed server that it begins."""
+        if fed is not None:
+            send_report(fed, report)
+        self.num_starts += 1
+        self._folder.archive.begin_at(round_index)
+        load_own_state(self._folder.path, front, self._run, self._client, own_round)
+        if 0 < round_index < self._run.rounds:
+            self._folder.events.say(f"going on with round {round_index + 1}/{self._run.rounds}")

@@ -1,0 +1,233 @@
+"""``run_client.py --check``: try what a client needs, and say in one line each what is well.
+
+No place is taken, nothing is written, and a run that is on does not notice.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from sfl import __version__
+from sfl.archive.run_folder import say
+from sfl.config import RunConfig
+from sfl.conversation.check import Answer, client_check
+from sfl.conversation.join import APART, HERE, DataReport, Welcome
+from sfl.data.client_data import ClientData
+from sfl.environment import fingerprint, set_up_torch
+from sfl.errors import RunError, SflError, reason_of
+from sfl.nodes import ClientNode
+from sfl.runtime.access import Access, allowed_address, reach
+from sfl.runtime.machine import Machine
+from sfl.runtime.preflight import check_disk, check_names, disk_bytes
+from sfl.runtime.resume import own_checkpoints
+from sfl.runtime.same_model import report_of
+from sfl.strategy.merge import has_own
+from sfl.strategy.split_model import SplitModel
+from sfl.transport.connection import Connection
+from sfl.transport.tokens import SERVER
+from sfl.weights.stores import SOCKET, StoreOptions
+from sfl.wire.driver import run_blocking
+from sfl.wire.link import ANY_ID, CLIENT, Peer, one_line
+
+T = TypeVar("T")
+WELL, NOT_WELL, NOT_CHECKED = "ok", "NOT OK", "not checked"
+
+
+def check(node: ClientNode) -> int:
+    """Check for each client of a node; return 0 if all is well, else 1."""
+    ids: list[int | None] = [*node.hosted] or [node.client_id]
+    found = [
+        _Check(dataclasses.replace(node, client_id=k, client_ids="")).run(len(node.hosted))
+        for k in ids
+    ]
+    return 0 if all(found) else 1
+
+
+class _Check:
+    """The check for one client."""
+
+    def __init__(self, node: ClientNode) -> None:
+        self._node = node
+        self._is_well = True
+
+    def _say(self, state: str, what: str, text: str) -> None:
+        self._is_well &= state != NOT_WELL
+        say(f"{state + ':':13}{what}: {one_line(text, 2000)}")
+
+    def _try(self, what: str, attempt: Callable[[], tuple[T, str]]) -> T | None:
+        """Try something that gives a value and a text; say how it went."""
+        try:
+            value, text = attempt()
+        except Exception as error:  # noqa: BLE001 - may be of a user's own code
+            self._say(NOT_WELL, what, reason_of(error))
+            return None
+        self._say(WELL, what, text)
+        return value
+
+    def run(self, num_hosted: int) -> bool:
+        """Check one thing after the other; return whether all is well."""
+        device = self._try("device", self._device)
+        access = self._access()
+        machine = Machine(access, device, num_hosted) if device and access else None
+        answer = self._hear(machine) if machine else None
+        if machine is not None and answer is not None:
+            self._check_run(machine, answer.welcome)
+            return self._is_well
+        for what in ("data", "model"):
+            self._say(NOT_CHECKED, what, "which run it is, only the server says")
+        self._try("disk", lambda: _writable(self._node.out_path))
+        return self._is_well
+
+    def _hear(self, machine: Machine) -> Answer | None:
+        """Hear from the server which run it is."""
+        tokens, ours = machine.access.tokens, fingerprint(machine.device)
+        link = self._try("address", lambda: self._reach(machine))
+        if link is None:
+            return None
+        with link:
+            if tokens and not self._try("token", lambda: self._show(machine, link)):
+                return None
+            try:
+                answer = run_blocking(client_check(link, self._wanted(machine), ours, None))
+            except SflError as error:
+                self._refused("run", error)
+                return None
+        self._node = dataclasses.replace(self._node, client_id=answer.welcome.client)
+        if not tokens:
+            self._say(WELL, "token", "the server asks for none")
+        self._say(WELL, "run", f"{answer.welcome.run.run}, of SFL {answer.welcome.sfl}")
+        if answer.welcome.sfl != __version__:
+            text = f"this is {__version__}: better have the same release on every machine"
+            self._say(NOT_CHECKED, "version", text)
+        if answer.place:
+            self._say(NOT_CHECKED, "place", f"{answer.place}, at the moment")
+        return answer
+
+    def _check_run(self, machine: Machine, welcome: Welcome) -> None:
+        """Check what the server's run needs here."""
+        run, split = welcome.run, None
+        data = self._try("data", lambda: self._load(machine, welcome))
+        if data is None:
+            self._say(NOT_CHECKED, "model", "it is built for the data")
+        else:
+            split = self._try("model", lambda: self._build(machine, welcome, data))
+        num_train = len(data.train) if data else 0
+        self._try(
+            "disk", lambda: self._space(_folder(self._node, welcome), welcome, split, num_train)
+        )
+        if run.weights != SOCKET:
+            self._try("weights", lambda: self._place(run))
+        elif welcome.fed not in (HERE, APART):
+            where = self._node.fed_server or welcome.fed
+            self._say(NOT_CHECKED, "weights", f"the fed server at {where} is tried at the start")
+
+    def _device(self) -> tuple[torch.device, str]:
+        device = set_up_torch(self._node)
+        return device, str(device)
+
+    def _access(self) -> Access | None:
+        try:
+            return Access.of(self._node)
+        except SflError as error:
+            self._refused("tls", error)
+            return None
+
+    def _refused(self, what: str, error: SflError) -> None:
+        """Say that something is not well: the token, if the reason names it."""
+        self._say(NOT_WELL, "token" if "--token-file" in str(error) else what, reason_of(error))
+
+    def _wanted(self, machine: Machine) -> int | None:
+        tokens, told = machine.access.tokens, self._node.client_id
+        return tokens.only_client if told is None and tokens else told
+
+    def _reach(self, machine: Machine) -> tuple[Connection, str]:
+        node, access = self._node, machine.access
+        link = reach(node.server, node, access)
+        link.peer_name = "server"
+        return link, f"{node.server} answers{', under TLS' if access.tls else ''}"
+
+    def _show(self, machine: Machine, link: Connection) -> tuple[bool, str]:
+        wanted = self._wanted(machine)
+        machine.access.show(link, Peer(CLIENT, ANY_ID if wanted is None else wanted), SERVER)
+        return True, "the server has the same"
+
+    def _report(self, machine: Machine, report: DataReport) -> str:
+        """Return what the server says to a report, over a connection of its own."""
+        link, _ = self._reach(machine)
+        with link:
+            if machine.access.tokens:
+                self._show(machine, link)
+            ours = fingerprint(machine.device)
+            talk = client_check(link, self._wanted(machine), ours, report)
+            return run_blocking(talk).problem
+
+    def _load(self, machine: Machine, welcome: Welcome) -> tuple[ClientData, str]:
+        run, client, node = welcome.run, welcome.client, self._node
+        check_names(run)
+        data = machine.load(run, client, node, lambda line: None)
+        counts = (
+            f"{len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
+        )
+        return data, f"{counts} samples of {run.dataset} for client_{client}"
+
+    def _build(
+        self, machine: Machine, welcome: Welcome, data: ClientData
+    ) -> tuple[SplitModel, str]:
+        """Build the model, and hear what the server says to it and to the data."""
+        run = welcome.run
+        split = SplitModel(run, data.input_shape, len(data.classes), self._node.allowed_imports)
+        report = report_of(data, run, split)
+        if has_own(run):
+            own = own_checkpoints(_folder(self._node, welcome), run)
+            report = dataclasses.replace(report, rounds=own)
+        if problem := self._report(machine, report):
+            raise RunError(f"the server would refuse: {problem}")
+        return split, f"{run.model} cut at {split.cut}; the server takes it, and the data"
+
+    def _space(
+        self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int
+    ) -> tuple[bool, str]:
+        """See that the folder can be written, and holds what the run writes."""
+        if folder.exists() and not welcome.goes_on:
+            raise RunError(f"{folder} exists: another client of this run wrote there")
+        where, text = _writable(folder)
+        if split is None:
+            return True, f"{text}; how much the run takes is not known"
+        run = dataclasses.replace(welcome.run, keep_tensors=self._node.keep_tensors)
+        takes = check_disk(
+            where, run, lambda run: disk_bytes(run, split, [num_train]), may_change=True
+        )
+        return True, f"{text}; {takes}"
+
+    def _place(self, run: RunConfig) -> tuple[bool, str]:
+        """See that the store of weights is one that this client allows, and answers."""
+        address = allowed_address(run.weights, self._node.allow_weights)
+        patience = self._node.connect_timeout
+        with tempfile.TemporaryDirectory() as scratch:
+            place = StoreOptions(address, Path(scratch), patience, patience, say).open_place()
+            assert place is not None
+            place.check()
+        return True, f"{place.title} can be used"
+
+
+def _folder(node: ClientNode, welcome: Welcome) -> Path:
+    return node.out_path / "client" / welcome.run.run / f"client_{welcome.client}"
+
+
+def _writable(folder: Path) -> tuple[Path, str]:
+    """Return the folder, or the nearest above it that exists, after writing into it.
+
+    Raises:
+        RunError: it cannot be written to.
+    """
+    where = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=where) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise RunError(f"cannot write to {where}: {error.strerror}; see --out") from error
+    return where, f"{where} can be written to"

@@ -1,0 +1,276 @@
+"""Running the fed server by itself, and the main server's connection to it."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sfl.archive
+from sfl.archive.run_folder import (
+    SERVER_LOG as LOG,
+)
+from sfl.archive.run_folder import (
+    RunFolder,
+    make_folder,
+    open_folder,
+    options_record,
+    say,
+    telling_why,
+    to_json,
+)
+from sfl.archive.writer import REWRITTEN
+from sfl.config import RunConfig
+from sfl.conversation.fed import (
+    FedRounds,
+    fed_join,
+    find_start,
+    main_join,
+)
+from sfl.conversation.join import Welcome, describe_data
+from sfl.conversation.limits import server_limits
+from sfl.conversation.party import TRAIN
+from sfl.environment import command_line, describe, set_up_torch
+from sfl.errors import ConfigError, SflError, counted
+from sfl.files.torch_file import max_state_bytes
+from sfl.nodes import ServerNode
+from sfl.own_functions import remember
+from sfl.runtime.access import Access, hearing_why
+from sfl.runtime.claims import why_refused
+from sfl.runtime.lobby import Lobby
+from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
+from sfl.runtime.places import Patience
+from sfl.runtime.preflight import check_names
+from sfl.runtime.resume import Past, open_past, read_halves
+from sfl.strategy.merge import FRONT, Half
+from sfl.strategy.split_model import SplitModel
+from sfl.transport.dialling import connect, listen, parse_address
+from sfl.transport.guard import exposure, guard_of
+from sfl.transport.heartbeat import Heart, interval_s
+from sfl.transport.switchboard import DrainedConnection, Switchboard
+from sfl.transport.tokens import FED
+from sfl.transport.turned_away import TurnedAway
+from sfl.values import KeepModels, LinkShape
+from sfl.weights.exchange import SocketWeights, WeightStore
+from sfl.weights.shared import Threads
+from sfl.weights.stores import SOCKET, StoreOptions, store_maker
+from sfl.wire.driver import Conversation, Network, run_blocking, run_together
+from sfl.wire.link import MAIN, Link, Peer, last_words_for
+from sfl.wire.messages import Limits, MessageType
+from sfl.wire.payload import onto
+
+LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
+
+
+@contextlib.contextmanager
+def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[None]:
+    """Hold the main server's connection to the fed server while a run goes on.
+
+    Raises:
+        RunError: it is not there, or has failed.
+    """
+    host, port = parse_address(node.fed_server)
+    access = Access.of(node)
+    connection = connect(
+        host,
+        port,
+        timeout_s=node.peer_timeout,
+        connect_timeout_s=60.0,
+        limits=Limits(),
+        on_wait=say,
+        tls=access.tls,
+    )
+    with connection:
+        connection.name, connection.peer_name = "the main server", "the fed server"
+        with hearing_why(connection):
+            access.show(connection, Peer(MAIN), FED)
+            first_round = past.first_round if past else 0
+            often = interval_s(node.peer_timeout)
+            goes_on = past is not None
+            run_blocking(
+                main_join(connection, run, first_round, goes_on=goes_on, heartbeat_s=often)
+            )
+            with Heart(lambda: [connection]):
+                yield
+            connection.send_message_as_json(MessageType.UNREGISTER)
+            connection.part()
+
+
+def serve_fed(run: RunConfig, node: ServerNode) -> Path:
+    """Run a fed server from the first connection, or object, to the last; return its folder.
+
+    Raises:
+        ConfigError: it cannot be run as it was configured.
+        RunError: port, folder, store; or somebody left.
+        ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from main server and clients.
+    """
+    device = set_up_torch(node)
+    if run.weights == SOCKET:
+        return _serve_connections(node, device)
+    return _serve_store(run, node, device)
+
+
+def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
+    path = node.out_path / "fed" / run.run
+    if not (goes_on and path.is_dir()) and not make_folder(path, LOG):
+        raise ConfigError(f"a run {run.run} exists in {path.parent}")
+    return path
+
+
+def _serve_connections(node: ServerNode, device: torch.device) -> Path:
+    guard = guard_of(node, FED)
+    with (
+        listen(node.host, node.port, LinkShape.parse(node.link)) as listener,
+        Switchboard(
+            listener,
+            timeout_s=node.peer_timeout,
+            limits=Limits(),
+            guard=guard,
+            turned_away=TurnedAway(say),
+        ) as switchboard,
+    ):
+        for warning in exposure(node):
+            say(warning)
+        say(f"fed server: listening on {listener.address} for the main server")
+        welcome, main = _await_main(switchboard)
+        run = welcome.run
+        guard.run = run.run
+        path = _folder(run, node, goes_on=welcome.goes_on)
+        with (
+            open_folder(path, LOG, _kept(run)) as folder,
+            telling_why(folder, switchboard.end),
+        ):
+            folder.events.say(f"run {run.run}: {main.address} is the main server")
+            past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
+            lobby = Lobby(
+                switchboard=switchboard,
+                run=run,
+                events=folder.events,
+                past=past,
+                goes_on=welcome.goes_on,
+                patience=Patience(comes_back=False),
+                why_refused=functools.partial(why_refused, run, node),
+            )
+            joined = lobby.gather()
+            data = describe_data(joined, run)
+            split = _model(run, node, data)
+            stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
+            rounds = _prepare(run, node, folder, data, split, stores, switchboard, past, device)
+            for connection in switchboard.connections:
+                connection.limits = server_limits(rounds.split, rounds.run, 0, onto(folder.path))
+            rounds.run_all()
+            links = {k: c.link for k, c in joined.items()} | {-1: main}
+            goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
+            run_together(switchboard, goodbyes)
+            _finish(folder)
+    return path
+
+
+def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path:
+    if not run.run:
+        raise ConfigError("--role fed: say with --run which run of the store it is")
+    path = node.out_path / "fed" / run.run
+    scratch = path.parent / f".{run.run}.downloads"  # the run's folder is not there yet
+    options = StoreOptions(run.weights, scratch, node.weights_timeout, math.inf, say)
+    place = options.open_place()
+    assert place is not None
+    place.check()
+    past = open_past(path, run) if node.resume else None
+    if node.resume and Path(node.resume).resolve() != path.resolve():
+        raise ConfigError(f"--resume {node.resume}: this run lies in {path}; see --out and --run")
+    done = past.first_round if past else 0
+    say(f"fed server: waiting in {place.title} for the run {run.run}")
+    while (found := find_start(place, run.run, done)) is None:
+        time.sleep(LOOK_AGAIN_S)
+    first_round, their_run, data = found
+    _folder(their_run, node, goes_on=past is not None)
+    network = Threads()
+    with open_folder(path, LOG, _kept(their_run)) as folder, telling_why(folder):
+        make = store_maker(place, options, network.wake)
+        split = _model(their_run, node, data)
+        most_bytes = max_state_bytes(split.front_spec)
+        stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
+        rounds = _prepare(their_run, node, folder, data, split, stores, network, past, device)
+        if past and first_round < done:  # what was published stays; clients start from before
+            start = read_halves(sfl.archive.open(path), their_run, rounds.split, first_round)
+            rounds.give_initial(start[FRONT], first_round)
+        rounds.run_all()
+        _finish(folder)
+    return path
+
+
+def _kept(run: RunConfig) -> KeepModels:
+    """Return what stays: a main server may go back a round further than what was averaged."""
+    return KeepModels.parse(run.keep_models, behind=1)
+
+
+def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
+    """Build the model of a run that another machine named: it imports what this one allows."""
+    check_names(run)
+    remember({run.model} & node.allowed_imports)
+    shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
+    sizes = sizes_of(run, shape, num_classes, node.allowed_imports)
+    weights = sizes.whole + (2 * len(data["num_samples"]) + TRAINED_COPIES) * sizes.front
+    if why := too_much({"weights": weights}, node, f"the main server's --model {run.model}"):
+        raise ConfigError(why)
+    return SplitModel(run, shape, num_classes, node.allowed_imports)
+
+
+def _prepare(
+    run: RunConfig,
+    node: ServerNode,
+    folder: RunFolder,
+    data: Mapping[str, Any],
+    split: SplitModel,
+    stores: Mapping[int, WeightStore],
+    network: Network,
+    past: Past | None,
+    device: torch.device,
+) -> FedRounds:
+    """Record configuration and machine, and find what the run starts from."""
+    archive = folder.archive
+    half = Half(split.front_state(), {})
+    if past and FRONT in (halves := read_halves(past.files, run, split, past.first_round)):
+        half = halves[FRONT]
+    archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
+    environment = describe(device, command_line()) | {"data": dict(data)}
+    about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
+    archive.write("config", "config.json", to_json(options_record(run, node)))
+    archive.write("environment", "environment.json", to_json(environment))
+    num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
+    folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
+    first_round = past.first_round if past else 0
+    return FedRounds(run, network, stores, num_train, split, folder, half, about, first_round)
+
+
+def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:
+    """Wait until the main server has come; whoever else comes before is turned away."""
+    joining: dict[DrainedConnection, Conversation[Welcome]] = {}
+    while True:
+        for connection in switchboard.wait_for_any(timeout_s=1.0):
+            if connection not in joining:
+                connection.name = "the fed server"
+                joining[connection] = fed_join(connection, switchboard.heartbeat_s)
+                next(joining[connection])
+            try:
+                next(joining[connection])
+            except StopIteration as end:
+                return end.value, connection
+            except SflError as error:
+                switchboard.drop(connection, str(error), last_words_for(error))
+
+
+def _goodbye(link: Link) -> Conversation[None]:
+    yield link
+    link.receive_message_as_json(MessageType.UNREGISTER)
+
+
+def _finish(folder: RunFolder) -> None:
+    """Say where the run lies, and list the log."""
+    folder.events.say(f"the fronts lie in {folder.path}")
+    folder.archive.write("events", LOG, (folder.path / LOG).read_bytes())
+    folder.archive.flush()

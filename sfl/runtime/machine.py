@@ -1,0 +1,104 @@
+"""What all clients of one process have in common: data, device, and who is told of an interrupt."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sfl.config import RunConfig
+from sfl.data.client_data import ClientData, DatasetSpec, Source, client_data, load
+from sfl.data.datasets import dataset_of
+from sfl.data.own_data import load_own, num_images
+from sfl.data.partition import OWN, deal
+from sfl.data.samples import Samples
+from sfl.errors import ConfigError
+from sfl.nodes import ClientNode
+from sfl.runtime.access import Access
+from sfl.runtime.memory import client_bytes, sizes_of, too_much
+from sfl.strategy.split_model import MAX_EVALUATION_BATCH
+from sfl.transport.connection import Connection
+from sfl.wire.messages import MessageType
+
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Machine:
+    """What all clients of one process have in common."""
+
+    access: Access
+    device: torch.device
+    num_hosted: int = 0  # clients, if this process hosts some; else it is one
+    is_interrupted: bool = False
+    _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
+    _connections: set[Connection] = field(default_factory=set)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def hosts_many(self) -> bool:
+        return self.num_hosted > 0
+
+    def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
+        """Return what a client trains, validates and tests on.
+
+        Raises:
+            ConfigError, DataError: the data set is not known, not allowed, or not there.
+        """
+        spec = dataset_of(run, node.allowed_imports)
+        own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
+        self._check_memory(run, spec, node, own)
+        if run.partition == OWN:
+            return load_own(spec, run, client, own, say=notify)
+        if run not in self._parts:
+            source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
+            self._parts[run] = deal(*load(spec, source), run)
+        return client_data(spec, run, client, *self._parts[run][client])
+
+    def _check_memory(self, run: RunConfig, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
+        """See that what the server names takes no more memory than it may.
+
+        Raises:
+            ConfigError: it would.
+        """
+        shape, hosted = spec.input_shape, max(self.num_hosted, 1)
+        try:
+            sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
+        except ConfigError:  # of a model that is not allowed: said when it is to be built
+            return
+        known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
+        if run.partition == OWN:
+            known = decoded = num_images(own)  # none: an .npz
+        most = known or max(run.batch_size + 1, MAX_EVALUATION_BATCH)
+        needed = client_bytes(run, sizes, most_samples=most, hosted=hosted)
+        needed["images"] = decoded * math.prod(shape)
+        named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
+        if why := too_much(needed, node, f"the server's {named}"):
+            raise ConfigError(why)
+
+    @contextlib.contextmanager
+    def uses(self, connection: Connection) -> Iterator[None]:
+        """Take note of a connection, for ``interrupt``; no more are used after that."""
+        with self._changing:
+            self.check_interrupted()
+            self._connections.add(connection)
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._connections.discard(connection)
+
+    def check_interrupted(self) -> None:
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def interrupt(self) -> None:
+        """End all clients from another thread; their servers are told that they leave."""
+        with self._changing:
+            self.is_interrupted = True
+            connections = list(self._connections)
+        for connection in connections:
+            connection.end_sending(MessageType.UNREGISTER, "interrupted")

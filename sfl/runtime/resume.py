@@ -1,0 +1,291 @@
+"""Going on with a run that lies on disk: what a round starts from, read back.
+
+Resuming and replay both begin a round with what the one before wrote down.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+import sfl.archive
+from sfl.archive.checkpoint import Checkpoint, lying, whole
+from sfl.archive.layout import (
+    CLIENT_MODEL,
+    CLIENT_OPTIMIZER,
+    MEMORY,
+    ONE_CLIENT_MODEL,
+    SERVER_MODEL,
+    SERVER_OPTIMIZER,
+    model_path,
+)
+from sfl.config import RunConfig
+from sfl.errors import ConfigError, IntegrityError, RunError, counted
+from sfl.files import strict_json
+from sfl.files.plain import check_no_links, read_plain
+from sfl.files.torch_file import StateSpec, decode_state
+from sfl.model.segment import Segment
+from sfl.options import check_goes_on
+from sfl.strategy.merge import BACK, FRONT, Half, has_back_files, has_own, memory_spec
+from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.split_model import SplitModel
+
+
+class Files(Protocol):
+    """Checked files of a run's folder: all that are recorded, or those of a checkpoint."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def lists(self, path: str) -> bool: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]: ...
+
+
+def read_halves(
+    files: Files, run: RunConfig, split: SplitModel, round_index: int
+) -> dict[str, Half]:
+    """Return the halves that everyone started a round from, of those that there are.
+
+    Raises:
+        IntegrityError: a file of theirs is damaged or missing.
+    """
+    wanted = {}
+    last = round_index - 1
+    # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
+    fronts_lie_here = any(files.lists(model_path(CLIENT_MODEL, r)) for r in (-1, last))
+    if fronts_lie_here and (round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN):
+        wanted[FRONT] = CLIENT_MODEL, split.front_spec
+    if has_back_files(run) and any(files.lists(model_path(SERVER_MODEL, r)) for r in (-1, last)):
+        wanted[BACK] = SERVER_MODEL, split.back_spec
+    halves = {}
+    for name, (template, spec) in wanted.items():
+        state = files.state(model_path(template, last), spec)
+        path, memory = model_path(MEMORY, last, half=name), {}
+        if files.lists(path):
+            memory = files.state(path, memory_spec(run, spec, split.entries))
+        halves[name] = Half(state, memory)
+    return halves
+
+
+def load_backs(
+    files: Files,
+    run: RunConfig,
+    backs: Mapping[int, Segment],
+    halves: Mapping[str, Half],
+    round_index: int,
+) -> None:
+    """Bring the server's copies to where they were when a round began.
+
+    Raises:
+        IntegrityError: a file of theirs is damaged or missing.
+    """
+    start = halves.get(BACK) or halves[FRONT]
+    for b, back in backs.items():
+        back.load(start.state)
+        if run.optimizer_state == "keep" and round_index > 0:
+            _load_optimizer(files, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
+
+
+def load_own_state(
+    folder: Path, front: Segment, run: RunConfig, client: int, round_index: int
+) -> None:
+    """Bring a client's front and optimiser to where they were when a round began.
+
+    Raises:
+        RunError: what only this client had is not there, or damaged.
+    """
+    if not has_own(run) or round_index == 0:
+        return
+    damage: list[str] = []
+    for checkpoint in whole(folder, run, damage):
+        if checkpoint.round == round_index:
+            _load_kept(checkpoint, front, run, client)
+            return
+    why = f" ({'; '.join(damage)})" if damage else ""
+    raise RunError(
+        f"{folder} lacks what only client_{client} has of round {round_index - 1}{why}: start it"
+        " where it ran before, with the same --out"
+    )
+
+
+def _load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
+    last = checkpoint.round - 1
+    if scheme(run.scheme).fronts is Fronts.OWN:
+        path = model_path(ONE_CLIENT_MODEL, last, client=client)
+        front.load(checkpoint.state(path, front.spec))
+    if run.optimizer_state == "keep":
+        _load_optimizer(checkpoint, front, model_path(CLIENT_OPTIMIZER, last, client=client))
+
+
+def _load_optimizer(files: Files, segment: Segment, path: str) -> None:
+    """Load what was kept of an optimiser; nothing is in it if that had taken no step."""
+    data, spec = files.read(path), segment.optimizer_spec()
+    state = decode_state(data, spec, str(files.root / path), or_empty=True)
+    segment.load_optimizer_state(state)
+
+
+def check_same_run(folder: Path, run: RunConfig) -> None:
+    """See that a client's folder, if anything lies in it, is of the run that a server goes on with.
+
+    Raises:
+        RunError: it is of another run of that name.
+    """
+    try:
+        recorded = strict_json.loads(read_plain(folder / "config.json"))
+        check_goes_on(recorded, asdict(run) | {"keep_tensors": recorded["keep_tensors"]})
+    except FileNotFoundError:  # it was killed before it wrote any
+        return
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is of another run: {error}") from error
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a run did before it goes on."""
+
+    checkpoints: Sequence[Checkpoint]  # that it may go on from, the newest first
+    damage: Sequence[str]  # why it does not go on from newer ones
+
+    @property
+    def first_round(self) -> int:
+        """The round that it goes on with."""
+        return self.checkpoints[0].round
+
+    @property
+    def files(self) -> Checkpoint:
+        return self.checkpoints[0]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What is recorded of the clients' data."""
+        described: Mapping[str, Any] = self.files.about["data"]
+        return described
+
+    @property
+    def num_samples(self) -> Mapping[int, Mapping[str, int]]:
+        return {int(k): parts for k, parts in self.data["num_samples"].items()}
+
+    @property
+    def digests(self) -> Mapping[int, str]:
+        return {int(k): digest for k, digest in self.data["digests"].items()}
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What it ran on."""
+        theirs: Mapping[str, str] = self.files.about["fingerprint"]
+        return theirs
+
+    @property
+    def client_fingerprints(self) -> Mapping[int, Mapping[str, str]]:
+        """What each client ran on."""
+        return {int(k): theirs for k, theirs in self.files.about.get("clients", {}).items()}
+
+    @property
+    def own_rounds(self) -> Mapping[int, int]:
+        """For each client, which round's beginning its own things are of."""
+        return own_rounds(self.files)
+
+    def may_have_own(self, client: int, rounds: Collection[int]) -> bool:
+        """Say whether a client can go on from any of the checkpoints with what it has."""
+        wanted = {own_rounds(checkpoint).get(client, 0) for checkpoint in self.checkpoints}
+        return not rounds or not wanted.isdisjoint(rounds)
+
+    @property
+    def clients(self) -> int:
+        return len(self.num_samples)
+
+    def at(self, round_index: int) -> "Past":
+        """Return what goes on with this round, if there is a checkpoint of it.
+
+        Raises:
+            RunError: there is none.
+        """
+        left = [c for c in self.checkpoints if c.round == round_index]
+        if not left:
+            there = ", ".join(str(c.round) for c in self.checkpoints)
+            raise RunError(
+                f"{self.files.root} can go on with round {there}, the others with {round_index}"
+            )
+        return replace(self, checkpoints=left)
+
+    def that_all_have(self, rounds: Mapping[int, Collection[int]]) -> "Past":
+        """Return what goes on with the newest round that all clients can start.
+
+        ``rounds``: of which a client has what only it has; none: it needs nothing of its own.
+
+        Raises:
+            RunError: there is no such round.
+        """
+        for checkpoint in self.checkpoints:
+            own = own_rounds(checkpoint)
+            if all(not has or own.get(k, 0) in has for k, has in rounds.items()):
+                return self.at(checkpoint.round)
+        ours = ", ".join(str(c.round) for c in self.checkpoints)
+        theirs = "; ".join(f"client_{k} {', '.join(map(str, r))}" for k, r in rounds.items() if r)
+        raise RunError(
+            f"no round that all have what it starts from: the server has that of {ours}; {theirs}"
+        )
+
+
+def own_rounds(checkpoint: Checkpoint) -> Mapping[int, int]:
+    """Return for each client which round's beginning its own things are of, by the server."""
+    return {int(k): r for k, r in checkpoint.about.get("own", {}).items()}
+
+
+def has_begun(folder: Path) -> bool:
+    """Say whether a run has come so far that there is something to go on from."""
+    return bool(lying(folder))
+
+
+def open_past(folder: Path, run: RunConfig) -> Past:
+    """Return how far a run got.
+
+    Raises:
+        RunError: it has not begun, or is of another configuration.
+        IntegrityError: no checkpoint of it is whole.
+    """
+    try:
+        check_no_links(folder)
+    except OSError as error:
+        raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
+    if not lying(folder):
+        raise RunError(f"the run in {folder} has not begun")
+    damage: list[str] = []
+    checkpoints = []
+    for checkpoint in whole(folder, run, damage):
+        if {"data", "fingerprint"} <= checkpoint.about.keys():
+            checkpoints.append(checkpoint)
+        else:
+            damage.append(f"{checkpoint.root}: the checkpoint of {checkpoint.round} is no server's")
+    if not checkpoints:
+        raise IntegrityError(f"nothing to go on from is whole: {'; '.join(damage)}")
+    return Past(checkpoints, damage)
+
+
+def check_unfinished(past: Past, run: RunConfig) -> None:
+    """See that a run has something left to do, if only to tell its clients that it is over.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    folder, done = past.files.root, past.first_round
+    finished = any(entry.kind == "summary" for entry in sfl.archive.open(folder).listed)
+    if run.rounds < done or (run.rounds == done and finished):
+        raise ConfigError(
+            f"the run in {folder} has done its {counted(done, 'round')};"
+            " say with --rounds how many it shall have in all"
+        )
+
+
+def own_checkpoints(folder: Path, run: RunConfig) -> tuple[int, ...]:
+    """Return of which rounds' beginnings a client has whole what only it has; 0 needs nothing.
+
+    Raises:
+        RunError: something is of another run of that name.
+    """
+    return *(checkpoint.round for checkpoint in whole(folder, run, [])), 0

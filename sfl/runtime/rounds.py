@@ -1,0 +1,372 @@
+"""The rounds of a run as the server sees them: train, merge, evaluate, write down.
+
+Faces ``conversation.client_run``. The same code serves sockets and simulation; only the network and
+the links differ.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, ItemsView, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, model_path
+from sfl.archive.round_log import DOWN, TRAFFIC, UP, RoundLog
+from sfl.archive.spool import Spool
+from sfl.archive.writer import ArchiveWriter
+from sfl.config import RunConfig
+from sfl.conversation.join import Joined
+from sfl.conversation.limits import server_limits
+from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
+from sfl.conversation.round import (
+    TIMES,
+    server_evaluate_round,
+    server_goodbye,
+    server_start,
+    server_train,
+)
+from sfl.crash import crash_point
+from sfl.data.client_data import num_batches
+from sfl.errors import PEER_ERRORS, RunError
+from sfl.files.finite import REJECT
+from sfl.files.torch_file import are_finite, encode_state
+from sfl.model.metrics import Tally, add_up
+from sfl.model.segment import Segment, Snapshot
+from sfl.strategy.merge import (
+    BACK,
+    FRONT,
+    Half,
+    averaging_weights,
+    half_files,
+    has_back_files,
+    merge_backs,
+    merge_fronts,
+)
+from sfl.strategy.order import RoundPlan
+from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.split_model import SplitModel
+from sfl.weights.exchange import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
+from sfl.wire.driver import Conversation, Network, run_together
+from sfl.wire.link import KINDS_DOWN, KINDS_UP, Counters, Link
+from sfl.wire.messages import MessageType
+from sfl.wire.payload import MakeStore
+
+T = TypeVar("T")
+
+
+@dataclass
+class Rounds:
+    """The server's part of a run, for all clients."""
+
+    run: RunConfig
+    network: Network
+    parties: Mapping[int, ServerParty]  # in the order of their clients
+    backs: Mapping[int, Segment]
+    split: SplitModel
+    archive: ArchiveWriter
+    log: RoundLog
+    halves: dict[str, Half]  # the front and the back that everyone goes on from, where there is one
+    store: Callable[[Link], WeightStore]  # to a client over its link
+    spool: Spool
+    payloads: MakeStore  # where those of the clients go
+    about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    check_there: Callable[[], None]  # raises RunError if the run's folder is gone
+    check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
+    first_round: int = 0
+    may_skip: bool = False
+    at_once: int = 0  # that train, where each has a copy; 0: all
+    _front: Half | None = None  # that the round started from
+    _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
+    _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
+    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+
+    def run_all(self) -> dict[str, float]:
+        """Run all rounds that are left and return the figures of the last one."""
+        if self.first_round == 0:
+            self._write_halves(-1)
+            self._commit(0)
+        for round_index in range(self.first_round, self.run.rounds):
+            self._round(round_index)
+        self.archive.wait_committed()
+        self.check_there()
+        crash_point("run.before_goodbye")
+        figures = self.log.figures
+        self.network.end_soon()
+        self._together(self._here(), lambda k: self._goodbye(k, figures))
+        crash_point("run.after_goodbye")
+        return figures
+
+    def come_back(self, joined: Joined) -> None:
+        """Use a client's new connection from now on; its counters go on."""
+        party = self.parties[joined.client]
+        party.link.counters.add(joined.link.counters)
+        joined.link.counters = party.link.counters
+        party.link, party.weights = joined.link, self.store(joined.link)
+        party.at_start_of = party.has_trained = -1
+        self.limit(joined.client)
+
+    def limit(self, client: int) -> None:
+        """Accept from a client what this run expects of it."""
+        limits = server_limits(self.split, self.run, self.num_steps[client], self.payloads)
+        self.parties[client].link.limits = limits
+
+    def _items(self) -> ItemsView[int, ServerParty]:
+        return self.parties.items()
+
+    def _here(self) -> list[int]:
+        """Return the clients that are there, or are waited for."""
+        return [k for k in self.parties if not self.network.is_out(k)]
+
+    def _together(
+        self,
+        clients: Iterable[int],
+        conversation: Callable[[int], Conversation[T]],
+        on_leave: Callable[[int], None] | None = None,
+        *,
+        results_stay: bool = True,
+    ) -> dict[int, T]:
+        """Hold a conversation with each of these clients, at once."""
+        beginnings = {k: functools.partial(conversation, k) for k in clients}
+        leave = on_leave or self._leave
+        return run_together(self.network, beginnings, leave, results_stay=results_stay)
+
+    def _leave(self, client: int) -> None:
+        """Go on without a client, in this round and until it is back."""
+        self._missing[client] = self.network.why_away(client)
+        self.log.say(f"going on without client_{client}: {self._missing[client]}")
+
+    def _round(self, round_index: int) -> dict[str, float]:
+        """Run one round and return its figures."""
+        self.check_there()
+        self.check_space()
+        started = time.perf_counter()
+        self.network.start_round(round_index)
+        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
+        self._front = self.halves.get(FRONT)
+        self._together(self._here(), lambda k: self._start(k, round_index))
+        before = {k: party.link.counters.copy() for k, party in self._items()}
+        plan, trained = self._train(round_index)
+        while not trained:  # everybody who took part has left: begin again with who is here
+            self.network.await_anybody()
+            self._undo(round_index)
+            plan, trained = self._train(round_index)
+        # Nobody gets more than one round ahead of what would be gone on with: clients keep two.
+        self.archive.wait_committed()
+        self._merge(round_index, plan, trained)
+        tallies = self._evaluate(round_index, plan)
+        crash_point("validation.after")
+        overall = self.log.train_figures()
+        for part, prefix in PREFIXES.items():
+            overall |= add_up(t[part] for t in tallies.values() if part in t).figures(prefix)
+        for k in tallies:
+            at = self.parties[k].at(round_index)
+            with contextlib.suppress(*PEER_ERRORS):  # who is gone is noticed in the next round
+                self.parties[k].link.send_message_as_json(
+                    MessageType.VALIDATION_DONE, content=overall, at=at
+                )
+        crash_point("round.told")
+        clients = {
+            k: self._client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
+            for k, party in self._items()
+        }
+        for k in tallies:  # it has written down what it has of its own
+            self.parties[k].own_round = round_index + 1
+        overall |= _sums(clients)
+        overall["seconds"] = time.perf_counter() - started
+        self.log.end_round(round_index, clients, overall, plan.order, self._missing)
+        self.archive.end_round(round_index)
+        self._commit(round_index + 1)
+        return overall
+
+    def _start(self, client: int, round_index: int) -> Conversation[None]:
+        """Bring a client to where a round starts, if it has just come."""
+        if self.parties[client].at_start_of == round_index:
+            return
+        front, keeps_own = None, scheme(self.run.scheme).fronts is Fronts.OWN
+        if round_index < self.run.rounds and not (keeps_own and round_index > 0):
+            # The one of the round's start, whatever has been made of it; or the fed server's.
+            front = NamedWeights(INITIAL, encode_state(self._front.state) if self._front else b"")
+        yield from server_start(self.parties[client], front, round_index)
+
+    def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
+        yield from self._start(client, self.run.rounds)
+        yield from server_goodbye(self.parties[client], figures)
+
+    def _undo(self, round_index: int) -> None:
+        """Bring the server back to where a round began, in which all who took part have left."""
+        owner = BACK if has_back_files(self.run) else FRONT
+        for b, segment in self.backs.items():
+            segment.load(self.halves[owner].state)
+            if self.run.optimizer_state == "keep":
+                segment.restore(self._optimizers[b])
+        for k in self.parties:
+            self.archive.drop_steps(k, round_index)
+            self.log.forget(k)
+
+    def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
+        """Let the round's clients train; all copies of the back start with the same weights."""
+        for b, segment in self.backs.items():
+            segment.start_round(round_index)
+            if self.may_skip and self.run.optimizer_state == "keep":
+                self._optimizers[b] = segment.snapshot(weights=False)
+        self.spool.start_round()
+        num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
+        plan = RoundPlan(
+            self.run, round_index, num_steps, self.backs,
+            spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
+        )  # fmt: skip
+        self.log.start_round(round_index, sum(plan.num_steps.values()))
+        for party in self.parties.values():
+            party.compute_s = 0.0
+
+        def leave(client: int) -> None:
+            self._leave(client)
+            if plan.drop(client):
+                self.archive.drop_steps(client, round_index)
+                self.log.forget(client)
+
+        drawn = tuple(plan.order)
+        for k in drawn:  # it came while the round began
+            self._missing.pop(k, None)
+        trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
+        for k in sorted(plan.unlike):
+            self.log.say(
+                f"warning: client_{k} has sent other activations than before when it redid its"
+                " steps: it computes other last bits now, or has other data"
+            )
+        return plan, trained
+
+    def _train_one(
+        self, client: int, plan: RoundPlan, round_index: int
+    ) -> Conversation[RoundResult]:
+        yield from self._start(client, round_index)
+        return (yield from server_train(self.parties[client], plan, round_index))
+
+    @property
+    def num_steps(self) -> dict[int, int]:
+        """Each client's steps in a round."""
+        counts = {k: party.num_samples[TRAIN] for k, party in self._items()}
+        run = self.run
+        return {k: num_batches(n, run.batch_size) * run.local_epochs for k, n in counts.items()}
+
+    def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
+        """Make of what was trained what everyone goes on from, and write it down."""
+        for k, result in sorted(trained.items()):
+            if result.file:
+                path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
+                self.archive.write("one_client_model", path, result.file, round_index)
+        num_train = {k: self.parties[k].num_samples[TRAIN] for k in sorted(plan.order)}
+        weights = averaging_weights(self.run, num_train)
+        entries = self.split.entries
+        fronts = {k: result.front for k, result in trained.items()}
+        merged = {}
+        if FRONT in self.halves:
+            merged[FRONT] = merge_fronts(
+                self.run, fronts, weights, start=self.halves[FRONT], entries=entries,
+                last=plan.order[-1],
+            )  # fmt: skip
+        crash_point("average.before")
+        if has_back_files(self.run):
+            backs = {b: segment.state() for b, segment in self.backs.items()}
+            start = self.halves[BACK]
+            merged[BACK] = merge_backs(self.run, backs, weights, start=start, entries=entries)
+        halves = {name: half for name, half in merged.items() if half is not None}
+        self._check_finite(halves, round_index)
+        self.halves = halves
+        crash_point("average.after")
+        self._write_halves(round_index)
+        owner = BACK if has_back_files(self.run) else FRONT  # whose weights the server's copies are
+        for segment in self.backs.values():
+            segment.load(self.halves[owner].state)
+
+    def _check_finite(self, halves: Mapping[str, Half], round_index: int) -> None:
+        """See that what everyone would go on from is finite, where the run wants that.
+
+        Raises:
+            RunError: it is not, and no single client is to blame.
+        """
+        in_process = any(party.link.in_process for party in self.parties.values())
+        if in_process or self.run.on_nonfinite != REJECT:
+            return
+        for name, half in halves.items():
+            if not are_finite(self.split.changing(half.state)):
+                raise RunError(
+                    f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
+                    f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"
+                )
+
+    def _write_halves(self, round_index: int) -> None:
+        """Write down what everyone goes on from, with what else the next round starts from."""
+        files = [
+            f for name, half in self.halves.items() for f in half_files(name, half, round_index)
+        ]
+        if self.run.optimizer_state == "keep" and round_index >= 0:
+            for b, segment in self.backs.items():
+                path = model_path(SERVER_OPTIMIZER, round_index, back=b)
+                files.append(("server_optimizer", path, encode_state(segment.optimizer_state())))
+        for kind, path, data in files:
+            self.archive.write(kind, path, data, round_index)
+        self._paths = [path for _, path, _ in files]
+
+    def _commit(self, round_index: int) -> None:
+        """Let the rounds before this one count as done, when all is on disk; do not wait."""
+        own = {str(k): party.own_round for k, party in self._items()}
+        about = {**self.about, "own": own}
+        self.archive.commit(round_index, asdict(self.run), about, self._paths)
+
+    def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
+        """Let every client evaluate what the round gave; the last of a relay has its front."""
+        front, policy = None, scheme(self.run.scheme).fronts
+        if policy is Fronts.RELAYED:
+            front = plan.relayed
+        elif policy is Fronts.AVERAGED:
+            half = self.halves.get(FRONT)  # the fed server's, where that is apart
+            samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
+            front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"", samples)
+
+        def evaluate(client: int) -> Conversation[dict[str, Tally]]:
+            party, has_it = self.parties[client], front and front.name == client_weights(client)
+            if client in plan.order and party.has_trained != round_index:
+                yield from self._train_one(client, plan, round_index)
+            else:
+                yield from self._start(client, round_index)
+            given = None if has_it else front
+            return (yield from server_evaluate_round(party, given, round_index))
+
+        there = [k for k in self._here() if k not in plan.left]
+        # Who begins again has not written down its own things of the round, or not any more.
+        return self._together(there, evaluate, results_stay=False)
+
+    def _client_figures(
+        self,
+        party: ServerParty,
+        before: Counters,
+        trained: RoundResult | None,
+        tallies: Mapping[str, Tally],
+    ) -> dict[str, float]:
+        """Return one client's figures of a round, in the order of the round's file."""
+        now = party.link.counters
+        figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
+        for part, prefix in PREFIXES.items():
+            figures |= tallies.get(part, Tally()).figures(prefix)
+        seconds = trained.seconds if trained else dict.fromkeys(TIMES, 0.0)
+        return figures | {
+            "bytes_up": now.bytes_received - before.bytes_received,
+            "bytes_down": now.bytes_sent - before.bytes_sent,
+            "messages_up": now.messages_received - before.messages_received,
+            "messages_down": now.messages_sent - before.messages_sent,
+            "round_trips": now.round_trips - before.round_trips,
+            **{UP.format(n): now.received[n] - before.received[n] for n in KINDS_UP},
+            **{DOWN.format(n): now.sent[n] - before.sent[n] for n in KINDS_DOWN},
+            **{f"client_{name}": seconds[name] for name in TIMES},
+            "server_compute_s": party.compute_s,
+        }
+
+
+_TIMES = ("server_compute_s", *(f"client_{name}" for name in TIMES))
+_SUMMED = (*TRAFFIC, *_TIMES)
+
+
+def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(figures[name] for figures in clients.values()) for name in _SUMMED}

@@ -1,0 +1,96 @@
+"""Whether a client has built the model that the server has: the same code, on its machine."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from sfl import __version__
+from sfl.config import RunConfig
+from sfl.conversation.join import DataReport, Joined
+from sfl.conversation.party import TRAIN
+from sfl.data.client_data import ClientData
+from sfl.errors import RunError
+from sfl.model.structure import difference, weights_checksum
+from sfl.strategy.split_model import SplitModel
+from sfl.strategy.start_check import needs_several_samples
+
+# Models are built while clients register, of clients' word alone: few, and none for large samples;
+# the others are compared when all are there.
+MOST_BUILT, MOST_ELEMENTS = 4, 2**18
+Seen = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
+
+
+def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport:
+    """Return what a client reports of its data and of the model that it has built for them."""
+    return dataclasses.replace(
+        DataReport.of(data, run),
+        structure=split.structure,
+        weights=weights_checksum(split.front_state()),
+    )
+
+
+class ServersModel:
+    """The model as the server builds it for data of which clients tell."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._seen: dict[tuple[tuple[int, ...], int], Seen | None] = {}
+
+    def unlike(self, joined: Joined, *, all_are_there: bool = False) -> str:
+        """Say in what a client's model is another one; "" if it is not, or this is seen later."""
+        seen = self._seen_for(joined.data, limited=not all_are_there)
+        return _unlike(self._run, seen, joined) if seen else ""
+
+    def unfit(self, data: DataReport) -> str:
+        """Say why the model cannot be trained on so few samples; "" if it can."""
+        if data.num_samples[TRAIN] > 1 or not self._seen_for(data):
+            return ""
+        split = SplitModel(self._run, data.input_shape, len(data.classes))
+        why = needs_several_samples(split)
+        return f"it has one training sample, and the model needs more: {why}" if why else ""
+
+    def _seen_for(self, data: DataReport, *, limited: bool = True) -> Seen | None:
+        known = data.input_shape, len(data.classes)
+        if known not in self._seen:
+            too_large = math.prod(data.input_shape) > MOST_ELEMENTS
+            if limited and (len(self._seen) >= MOST_BUILT or too_large):
+                return None
+            try:
+                split = SplitModel(self._run, *known)
+                self._seen[known] = split.structure, split.block_names
+            except Exception:  # noqa: BLE001 - by a user's own code; it is said when all are there
+                self._seen[known] = None
+        return self._seen[known]
+
+
+def _unlike(run: RunConfig, seen: Seen, joined: Joined) -> str:
+    structure, names = seen
+    found = difference(structure, joined.data.structure, names)
+    if not found:
+        return ""
+    return (
+        f"client_{joined.client} builds another model for --model {run.model} than the server:"
+        f" {found}; the client runs SFL {joined.fingerprint['sfl']}, the server {__version__}: have"
+        " the same release, and the same code of your own, on every machine"
+    )
+
+
+def check_same_model(
+    run: RunConfig, split: SplitModel, joined: Mapping[int, Joined], say: Callable[[str], None]
+) -> None:
+    """See that all clients have built the server's model; warn where they draw other weights.
+
+    Raises:
+        RunError: one has built another.
+    """
+    ours = weights_checksum(split.front_state())
+    for k, client in joined.items():
+        if not client.data.structure:  # it is in this process
+            continue
+        if why := _unlike(run, (split.structure, split.block_names), client):
+            raise RunError(why)
+        if client.data.weights != ours:
+            say(
+                f"warning: client_{k} draws other initial weights than the server, as other"
+                " processors and versions of torch do: it starts from the server's"
+            )

@@ -1,0 +1,269 @@
+"""The same run in one process, without sockets: the reference that socket runs must equal.
+
+Both ends of the conversations run as they are; a message goes from one end's hand to the other's.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.archive.profile import Profile
+from sfl.archive.run_folder import SERVER_LOG, create_run_folder, open_folder, say, telling_why
+from sfl.archive.writer import ArchiveWriter
+from sfl.config import RunConfig
+from sfl.conversation.join import DataReport, Joined, check_agreement
+from sfl.conversation.party import ClientParty
+from sfl.conversation.round import client_run
+from sfl.data.client_data import ClientData, Source, client_data, load
+from sfl.data.datasets import dataset_of
+from sfl.data.own_data import load_own
+from sfl.data.partition import OWN, deal
+from sfl.data.samples import join
+from sfl.environment import fingerprint, set_up_torch
+from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
+from sfl.files.torch_file import max_state_bytes
+from sfl.model.metrics import StepFigures
+from sfl.nodes import NodeConfig
+from sfl.own_functions import remember
+from sfl.runtime.preflight import check_run
+from sfl.runtime.resume import load_own_state
+from sfl.runtime.server import finish, prepare
+from sfl.strategy.merge import models_to_keep
+from sfl.strategy.schemes import scheme
+from sfl.values import KeepModels, Position
+from sfl.weights.stores import StoreOptions, store_maker
+from sfl.wire.driver import Conversation, Gate, Network
+from sfl.wire.framing import encode_head
+from sfl.wire.link import Link
+from sfl.wire.messages import Message
+
+
+class LocalLink(Link):
+    """One end of a link within a process; counts bytes as a socket would carry them."""
+
+    in_process = True
+
+    def __init__(self, name: str, peer_name: str) -> None:
+        super().__init__(name, peer_name)
+        self.inbox: deque[Message] = deque()
+        self.peer: LocalLink = self
+        self.is_lost = False
+
+    def _send(self, message: Message) -> int:
+        head_bytes = len(encode_head(message))
+        num_bytes = head_bytes + len(message.payload)
+        self.counters.bytes_sent += num_bytes
+        self.counters.messages_sent += 1
+        self.peer.counters.bytes_received += num_bytes
+        self.peer.counters.messages_received += 1
+        self.peer.inbox.append(dataclasses.replace(message, head_bytes=head_bytes))
+        return num_bytes
+
+    def _next(self) -> Message:
+        if self.is_lost:
+            raise ConnectionLost(f"{self.peer_title} is away")
+        return self.inbox.popleft()
+
+
+def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
+    """Return the server's and the client's end of a link."""
+    server, end = LocalLink("server", f"client_{client}"), LocalLink(f"client_{client}", "server")
+    server.peer, end.peer = end, server
+    return server, end
+
+
+@dataclass(frozen=True)
+class Away:
+    """A client that is lost in mid-run: as ``--on-missing skip`` has it, without the wait."""
+
+    client: int
+    round: int  # in which it is lost
+    step: int = 0  # before this one of its steps
+    back: int | None = None  # the round that it takes part in again; None: none
+
+    @classmethod
+    def parse(cls, text: str) -> "Away":
+        """Return what ``CLIENT:ROUND``, ``CLIENT:ROUND.STEP`` or ``CLIENT:ROUND-BACK`` means.
+
+        Raises:
+            ConfigError: the text is none of them.
+        """
+        found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
+        if not found:
+            raise ConfigError(f"--away {quoted(text, 40)}: give CLIENT:ROUND[.STEP][-BACK], from 0")
+        client, first, step, back = (int(n) if n else None for n in found.groups())
+        assert client is not None
+        assert first is not None
+        if back is not None and back <= first:
+            raise ConfigError(f"--away {text}: it can be back in round {first + 1} or later")
+        return cls(client, first, step or 0, back)
+
+
+class LocalNetwork(Network):
+    """Runs the clients whenever the server waits for them, and loses them when it should."""
+
+    def __init__(self, away: Sequence[Away] = ()) -> None:
+        self._away = list(away)
+        self._clients: dict[Link, Conversation[None]] = {}  # by the server's end of the link
+        self._out: set[int] = set()
+        self.bring_back: Callable[[int], None] = lambda client: None
+
+    def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
+        self._clients[link] = conversation
+
+    def start_round(self, round_index: int) -> None:
+        for away in tuple(self._away):
+            if away.back == round_index and away.client in self._out:
+                self._away.remove(away)  # it is over
+                self._out.remove(away.client)
+                self.bring_back(away.client)
+
+    def is_here(self, client: int) -> bool:
+        return client not in self._out
+
+    def is_out(self, client: int) -> bool:
+        return client in self._out
+
+    def lost(self, client: int, error: SflError) -> None:
+        if not isinstance(error, ConnectionLost):
+            raise error
+        self._out.add(client)
+
+    def gives_up(self, client: int) -> bool:
+        return True
+
+    def why_away(self, client: int) -> str:
+        return "away"
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
+        """Return a link that has a message for the server, after letting its client run."""
+        for link in links:
+            assert isinstance(link, LocalLink)
+            while not link.inbox:
+                try:
+                    next(self._clients[link])  # up to the client's own next wait
+                except StopIteration:
+                    assert link.inbox, "the server waits for a client that has ended"
+            at = link.inbox[0].at
+            link.is_lost = any(
+                (at.client, at.round) == (away.client, away.round)
+                and (at.step >= away.step or at.step < 0)
+                for away in self._away
+            )
+            return link
+        raise AssertionError("the server waits for nobody")
+
+
+def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Path:
+    """Run a configuration in this process, and return its folder, which has the same files.
+
+    With ``--partition own``, client k's data are looked for in ``<data-dir>/client_k``. Clients may
+    be ``away`` for some rounds.
+
+    Raises:
+        ConfigError, DataError, RunError: as for server and clients.
+    """
+    run = check_run(run, imports_data=True)
+    device = set_up_torch(node)
+    data = _load_all(run, node)
+    if scheme(run.scheme).pooled:
+        data = {0: _pooled(data, run)}
+    path = create_run_folder(node.out_path / "server", run.run)
+    remember([run.model])
+    run = dataclasses.replace(run, run=path.name)
+    keep = models_to_keep(run)
+    with (
+        open_folder(path, SERVER_LOG, keep) as folder,
+        contextlib.ExitStack() as writers,
+        telling_why(folder),
+    ):
+        folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
+        ours = fingerprint(device)
+        reports = {k: DataReport.of(data[k], run) for k in data}
+        pairs = {k: local_pair(k) for k in data}
+        joined = {k: Joined(k, pairs[k][0], ours, reports[k]) for k in data}
+        network = LocalNetwork(away)
+        options = StoreOptions(
+            run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
+        )
+        make = store_maker(options.open_place(), options)
+        rounds = prepare(
+            run, joined, network, folder, device=device, node=node, store=make,
+            may_skip=bool(away), keeps_answers=False,
+        )  # fmt: skip
+        archives = {k: writers.enter_context(_client_archive(run, node, k)) for k in data}
+
+        def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
+            front, folder = rounds.split.front(device), _client_folder(run, node, client)
+            party = ClientParty(
+                client=client,
+                run=run,
+                link=client_end,
+                weights=make(client_end, max_state_bytes(rounds.split.front_spec)),
+                split=rounds.split,
+                archive=archives[client],
+                watcher=_Nobody(),
+                profile=Profile(folder, wanted=False),
+                front=front,
+                data=data[client],
+                on_round=lambda round_index, figures: None,
+                on_start=lambda _, own: load_own_state(folder, front, run, client, own),
+            )
+            network.add(server_end, client_run(party))
+
+        def bring_back(client: int) -> None:
+            server_end, client_end = local_pair(client)
+            connect(client, server_end, client_end)
+            rounds.come_back(Joined(client, server_end, ours, reports[client]))
+
+        for k, ends in pairs.items():
+            connect(k, *ends)
+        network.bring_back = bring_back
+        finish(rounds, folder)
+    return path
+
+
+def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
+    """Return the writer of a client's folder; it writes what only the client has."""
+    keep = KeepModels.parse(run.keep_models)
+    return ArchiveWriter(_client_folder(run, node, client), keep.tensors, keep)
+
+
+def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:
+    return node.out_path / "client" / run.run / f"client_{client}"
+
+
+def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
+    """Return the union of what the clients have, as one client's.
+
+    Raises:
+        RunError: their data do not go together.
+    """
+    check_agreement({k: DataReport.of(part, run) for k, part in data.items()})
+    parts = list(data.values())
+    return dataclasses.replace(
+        parts[0],
+        train=join(part.train for part in parts),
+        validation=join(part.validation for part in parts),
+        test=join(part.test for part in parts),
+    )
+
+
+def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
+    spec, clients = dataset_of(run), range(run.clients)
+    if run.partition == OWN:
+        return {k: load_own(spec, run, k, node.data_path / f"client_{k}", say=say) for k in clients}
+    loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))
+    return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
+
+
+class _Nobody:
+    def step(self, at: Position, figures: StepFigures) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""Who shares what, who averages, and when."""

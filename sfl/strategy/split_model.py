@@ -1,0 +1,195 @@
+"""A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfl.config import RunConfig
+from sfl.errors import ConfigError
+from sfl.files.torch_file import (
+    StateSpec,
+    TensorSpec,
+    are_finite,
+    state_spec,
+)
+from sfl.model import structure
+from sfl.model.blocks import Entries, check_apart, copied, names_of
+from sfl.model.segment import Segment
+from sfl.model.trial import Trial, sample_specs, where_to_cut
+from sfl.model.zoo import build, model_spec, split
+from sfl.strategy.schemes import Exchange, scheme
+
+# Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
+MAX_EVALUATION_BATCH = 256
+MAX_EVALUATION_BYTES = 8 * 2**20
+
+
+def resolve_cut(run: RunConfig, allowed: Collection[str] | None = None) -> int:
+    """Return where the run's model is cut: the user's index, or the model's own.
+
+    Raises:
+        ConfigError: no such model, or a user's own model without ``--cut``.
+    """
+    cut = run.cut if run.cut is not None else model_spec(run.model, allowed).cut
+    if cut is None:
+        raise ConfigError(f"--model {run.model} is your own: say with --cut where to cut it")
+    return cut
+
+
+class SplitModel:
+    """The model of a run, split into its segments' blocks, with initial weights.
+
+    A client holds the first segment (the front), the server the last (the back); where the scheme
+    has no cut inside the model, one segment is both.
+
+    Raises:
+        ConfigError: the model cannot be built or cut so.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        allowed: Collection[str] | None = None,
+        class_weights: tuple[float, ...] = (),
+    ) -> None:
+        def build_it() -> nn.Sequential:
+            return build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
+
+        model = build_it()
+        self.block_names = [name for name, _ in model.named_children()]
+        described = structure.describe(model)
+        self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
+            described, lambda: structure.describe(build_it())
+        )
+        self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
+        self.cuts = (self.cut,) if scheme(run.scheme).exchange is Exchange.CUT else ()
+        if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
+            raise ConfigError(
+                f"--cut {self.cut}: --scheme {run.scheme} needs blocks on both sides;"
+                f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
+            )
+        self._segments = split(model, *self.cuts)  # these keep the initial weights
+        check_apart(self._segments)
+        states = (item for s in self._segments for item in s.state_dict().items())
+        self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
+        self.entries = Entries.of(self._segments)
+        self._first_blocks = (0, *self.cuts)
+        self.input_shape, self.num_classes = input_shape, num_classes
+        self.class_weights = class_weights
+        self._run = run
+        self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
+        self._cut_samples = sample_specs(self._segments, run, input_shape, num_classes)
+        largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
+        fit = MAX_EVALUATION_BYTES // max(largest, 1)
+        self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
+
+    @classmethod
+    def of_data(
+        cls, run: RunConfig, data: Mapping[str, Any], allowed: Collection[str] | None = None
+    ) -> "SplitModel":
+        """Return a run's model for what is recorded of its clients' data."""
+        shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
+        return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
+
+    def _segment(self, index: int, device: torch.device, **more: Any) -> Segment:
+        first_block = self._first_blocks[index]
+        return Segment(
+            copied(self._segments[index], first_block),
+            first_block,
+            self._run,
+            device,
+            boundary=self.cut,
+            class_weights=self.class_weights,
+            **more,
+        )
+
+    def trial(self, *, whole: bool = False) -> Trial:
+        """Return copies of the segments, or of the model as a ``whole``, to be tried."""
+        blocks = OrderedDict(item for row in self._segments for item in row._modules.items())
+        return Trial(
+            [nn.Sequential(blocks)] if whole else self._segments,
+            self._run,
+            self.input_shape,
+            self.num_classes,
+            class_weights=self.class_weights,
+            seams=self.cuts if whole else (),
+            samples=() if whole else self._cut_samples,
+        )
+
+    def where_to_cut(self) -> str:
+        """Return the end of a message that says where the model can be cut, if not as it is."""
+        return where_to_cut(self._segments, self._run, self.input_shape, self.num_classes)
+
+    def front(self, device: torch.device) -> Segment:
+        """Return a client-side model with the initial weights and an optimiser."""
+        return self._segment(0, device, proximal_mu=self._run.fedprox_mu)
+
+    def back(self, device: torch.device) -> Segment:
+        """Return a server-side model with the initial weights and an optimiser."""
+        return self._segment(-1, device)
+
+    @functools.cached_property
+    def structure(self) -> tuple[str, ...]:
+        """The digests of the model as it was built, see ``sfl.model.structure``."""
+        return self._structure()
+
+    def changing(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the tensors of a state, but for those that are as the model began with them and
+        are not finite: masks of -inf.
+        """
+        for name, tensor in state.items():
+            began = self._masks.get(name)
+            if began is None or not torch.equal(tensor.cpu(), began):
+                yield tensor
+
+    @property
+    def front_spec(self) -> StateSpec:
+        return self.specs[0]
+
+    @property
+    def back_spec(self) -> StateSpec:
+        return self.specs[-1]
+
+    def front_state(self) -> dict[str, Tensor]:
+        """Return the front's initial weights."""
+        return dict(self._segments[0].state_dict())
+
+    def back_state(self) -> dict[str, Tensor]:
+        """Return the back's initial weights."""
+        return dict(self._segments[-1].state_dict())
+
+    @property
+    def is_in_eval(self) -> bool:
+        """Whether all modules came in ``eval()``."""
+        return not any(m.training for row in self._segments for b in row for m in b.modules())
+
+    @property
+    def parameters_spec(self) -> StateSpec:
+        """The spec of the whole model's trained parameters, and of their gradients."""
+        return {
+            n: spec for row in self.specs for n, spec in row.items() if n in self.entries.trained
+        }
+
+    def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
+        """Return the spec of the activations at a cut, and of their gradients, of a batch."""
+        sample = self._cut_samples[link]
+        return TensorSpec((batch, *sample.shape), sample.dtype)
+
+    def labels_spec(self, batch: int) -> TensorSpec:
+        """Return the spec of the labels of a batch."""
+        return TensorSpec((batch,), torch.int64)
+
+    def figures_spec(self, num_steps: int) -> TensorSpec:
+        """Return the spec of a client's own figures of its steps: loss and hits of each."""
+        return TensorSpec((num_steps, 2), torch.float64)
+
+    def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
+        """Yield the sizes of the batches in which samples are evaluated."""
+        for start in range(0, num_samples, self.evaluation_batch):
+            yield min(self.evaluation_batch, num_samples - start)

@@ -1,0 +1,1 @@
+"""How messages travel over TCP and TLS, and who is let in."""

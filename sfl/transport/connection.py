@@ -1,0 +1,291 @@
+"""Messages over TCP: a connection, listening, connecting.
+
+Every blocking call has a deadline. It counts from the last byte that moved, so that a large file
+on a slow link passes and a silent peer is noticed. ``sfl.transport.heartbeat`` lets a peer that is
+busy say so: heartbeats are neither handed on nor counted.
+"""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+
+from sfl.errors import (
+    AuthError,
+    ConnectionLost,
+    Damaged,
+    PeerFailed,
+    ProtocolError,
+    SflError,
+)
+from sfl.transport.stream import Stream, is_refusal, why
+from sfl.values import Position
+from sfl.wire.framing import Decoder, encode_head
+from sfl.wire.link import Aside, Link, is_last, one_line
+from sfl.wire.messages import Limits, Message, MessageType
+
+Socket = socket.socket
+FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
+SLOWEST_BYTES_PER_S = 1024.0  # that a peer takes of a message, once its deadline has passed
+
+
+class Connection(Link):
+    """One TCP connection, message by message. Closed by ``with`` or ``close()``."""
+
+    def __init__(
+        self,
+        stream: Stream | socket.socket,
+        *,
+        timeout_s: float,
+        limits: Limits,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """``decoder`` may have begun to read from the stream; ``limits`` hold from now on."""
+        super().__init__()
+        self._stream = stream if isinstance(stream, Stream) else Stream(stream)
+        if self._stream.sock.family != socket.AF_UNIX:
+            self._stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(self._stream.sock, timeout_s)
+        self._stream.set_timeout(timeout_s)
+        self.timeout_s = timeout_s
+        self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
+        self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
+        self.bytes_moved = 0  # in both directions, apart from signs of life
+        self.num_came = 0  # messages, where they are read ahead
+        self.peer_at = Position()  # where the peer says that it is in the run
+        self._sending = threading.Lock()  # a message is sent whole before the next one
+        self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
+        self._decoder = decoder or Decoder(limits)
+        self.limits = limits
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def limits(self) -> Limits:
+        """What we accept from the peer; may be replaced while nothing is being received."""
+        return self._decoder.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._decoder.limits = limits
+
+    def _send(self, message: Message) -> int:
+        started = time.perf_counter()
+        parts = [memoryview(encode_head(message)), memoryview(message.payload)]
+        num_bytes = sum(map(len, parts))
+        self.counters.bytes_sent += num_bytes
+        with self.aside(), self._sending:
+            self._transmit(parts)
+        self.counters.messages_sent += 1
+        self.counters.sending_s += time.perf_counter() - started
+        return num_bytes
+
+    def beat(self, silent_s: float) -> None:
+        """Say that we are here, if we have said nothing for so long; called from a thread."""
+        if time.monotonic() - self.spoke_at < silent_s or not self._sending.acquire(blocking=False):
+            return
+        try:
+            message = Message(MessageType.HEARTBEAT, self.name, self.peer_name, "", self.at)
+            moved = self.bytes_moved
+            self._transmit([memoryview(encode_head(message))])
+            self.bytes_moved = moved
+        except ConnectionLost:  # whoever waits for the peer notices it
+            pass
+        finally:
+            self._sending.release()
+
+    def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
+        """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
+        give_up_at = time.monotonic() + self.timeout_s
+        try:
+            while any(map(len, parts)) or self._stream.has_unsent:
+                num_sent = (self._stream.send if wait else self._stream.send_now)(parts)
+                self.spoke_at = time.monotonic()
+                self.bytes_moved += num_sent
+                give_up_at += num_sent / SLOWEST_BYTES_PER_S
+                if self.spoke_at > give_up_at:
+                    raise ConnectionLost(f"{self.peer_title} takes what it is sent too slowly")
+                while parts and num_sent >= len(parts[0]):
+                    num_sent -= len(parts.pop(0))
+                if parts:
+                    parts[0] = parts[0][num_sent:]
+        except BlockingIOError:
+            return
+        except TimeoutError as error:
+            raise ConnectionLost(
+                f"{self.peer_title} took nothing for {self.timeout_s:g} seconds"
+            ) from error
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: OSError, where: str = "") -> SflError:
+        """Return the error for a connection that broke, or that TLS refused."""
+        if isinstance(error, ssl.SSLError) and is_refusal(error):
+            return AuthError(f"{self.peer_title} refused us: {why(error)}; see --tls-cert")
+        return ConnectionLost(f"{self.peer_title} {_how(error)}{where}")
+
+    def _next(self) -> Message:
+        """Read from the socket until one message is complete, and return it."""
+        started = time.perf_counter()
+        first_byte = started if self._decoder.inside else None
+        while (message := self._decoded()) is None or message.type is MessageType.HEARTBEAT:
+            if message is not None:
+                first_byte = None
+                continue
+            self._read()
+            if first_byte is None:
+                first_byte = time.perf_counter()
+        now = time.perf_counter()
+        self.counters.messages_received += 1
+        self.counters.waiting_s += (first_byte or now) - started
+        self.counters.receiving_s += now - (first_byte or now)
+        return message
+
+    def _decoded(self) -> Message | None:
+        """Return the next message of what has been read; heartbeats are not counted."""
+        try:
+            message = self._decoder.next_message()
+        except (ProtocolError, Damaged) as error:
+            error.args = (f"from {self.peer_title}: {error}",)
+            raise
+        if message is not None and message.type is MessageType.HEARTBEAT:
+            self.counters.bytes_received -= message.head_bytes
+            self.bytes_moved -= message.head_bytes
+            self.peer_at = message.at
+        return message
+
+    @property
+    def _where(self) -> str:
+        inside = self._decoder.inside
+        return f" in the middle of a message's {inside}" if inside else ""
+
+    def _silent(self) -> ConnectionLost:
+        """Return the error for a peer that has sent nothing until the deadline."""
+        silent = f"sent nothing for {self.timeout_s:g} seconds"
+        return ConnectionLost(f"{self.peer_title} {silent}{self._where}")
+
+    def _read(self, *, wait: bool = True) -> None:
+        """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
+        with self._decoder.get_buffer() as buffer:
+            try:
+                if wait:
+                    with self.aside():
+                        num_bytes = self._stream.receive_into(buffer)
+                else:
+                    num_bytes = self._stream.receive_now(buffer)
+            except BlockingIOError:
+                raise
+            except TimeoutError as error:
+                raise self._silent() from error
+            except OSError as error:
+                raise self._broken(error, self._where) from error
+        if num_bytes == 0:
+            raise ConnectionLost(f"{self.peer_title} closed the connection{self._where}")
+        self._decoder.advance(num_bytes)
+        self.heard_at = time.monotonic()
+        self.counters.bytes_received += num_bytes
+        self.bytes_moved += num_bytes
+
+    @property
+    def address(self) -> str:
+        """The peer's address, for logs."""
+        return address_of(self._stream.sock)
+
+    def last_words(self) -> PeerFailed | None:
+        """Return why the peer ended the run, if its word has already arrived.
+
+        To be asked after a send failed: the peer may have said why before it closed.
+        """
+        with contextlib.suppress(OSError, SflError):
+            self._stream.set_timeout(FAREWELL_S)
+            while True:
+                message = self._next()
+                if is_last(message):
+                    return self.peer_failed(message)
+        return None
+
+    def end_sending(self, message_type: MessageType, reason: str) -> None:
+        """Send a last message and end our half of the connection; a peer that is gone is fine."""
+        with contextlib.suppress(ConnectionLost, OSError):
+            self._stream.set_timeout(FAREWELL_S)
+            self.send_message_as_json(message_type, content=one_line(reason))
+        self._stream.shut_sending()
+
+    def dismiss(self, message_type: MessageType, reason: str) -> None:
+        """Send a last message and close, leaving the peer the time to read it.
+
+        Closing while the peer's bytes lie unread would reset the connection, and with it the
+        message; so they are read and thrown away until the peer closes or time is up.
+        """
+        self.end_sending(message_type, reason)
+        self.part()
+
+    def part(self) -> None:
+        """Close after our last message: what the peer still sends is read and thrown away."""
+        self._stream.shut_sending()
+        with contextlib.suppress(OSError):
+            self._stream.set_timeout(FAREWELL_S)
+        deadline, unread = time.monotonic() + FAREWELL_S, memoryview(bytearray(65536))
+        with contextlib.suppress(OSError), self.aside():
+            while time.monotonic() < deadline and self._stream.receive_into(unread):
+                pass
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; a thread that waits on it wakes with ``ConnectionLost``."""
+        self._stream.close()
+
+
+def _how(error: OSError) -> str:
+    """Say how a connection ended: by the peer's hand, or for another reason."""
+    if isinstance(error, ssl.SSLEOFError):
+        return "closed the connection"
+    if isinstance(error, ssl.SSLError):
+        return f"sent what is no TLS: {why(error)}"
+    closed = (errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN, errno.ECONNABORTED)
+    return (
+        "closed the connection" if error.errno in closed else f"is out of reach: {error.strerror}"
+    )
+
+
+def _keep_alive(sock: socket.socket, timeout_s: float) -> None:
+    """Let the system, too, notice a peer whose machine or network is gone.
+
+    An idle connection is probed after 30 seconds; while bytes are unacknowledged Linux does not
+    probe, and would go on sending them for 15 minutes.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    seconds = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+    for option, value in (*seconds.items(), ("TCP_USER_TIMEOUT", round(timeout_s * 1000))):
+        if hasattr(socket, option):  # macOS lacks some
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def format_address(host: str, port: int) -> str:
+    """Return ``host:port``, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_of(sock: Socket) -> str:
+    """Return the peer's address, for logs."""
+    try:
+        return format_address(*sock.getpeername()[:2])
+    except (OSError, TypeError, ValueError):
+        return "an unknown address"
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches what listens on a host; an unknown one reaches none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return bool(host)
+    addresses = (str(address[4][0]).partition("%")[0] for address in found)
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)

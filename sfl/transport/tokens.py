@@ -1,0 +1,218 @@
+"""Tokens: who may connect, and to whom.
+
+A token is a secret that server and clients share. When a client connects, each side shows that it
+has the token without saying it::
+
+    client (client_authenticate)                  server (server_authenticate)
+    AUTHENTICATE {role, client_id, nonce}     ->
+                                              <-  CHALLENGE {run, nonce, proof}
+    PROOF {proof}                             ->
+    REGISTER, ...
+
+A proof is the HMAC-SHA-256 (RFC 2104) with the token over everything that the two have agreed on:
+which side it is from, the protocol's version, who listens, role and client id, the run, both
+nonces and, under TLS, the hash of the server's certificate. So it is of no use to whoever listens,
+neither again nor elsewhere, and a client goes no further with a server that lacks the token. It
+protects the start of a connection; what follows is protected by TLS alone.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.config import RUN_NAME
+from sfl.errors import AuthError, ConfigError, ProtocolError, quoted
+from sfl.nodes import PeerNode
+from sfl.wire.driver import Conversation
+from sfl.wire.framing import VERSION
+from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
+from sfl.wire.messages import MessageType
+
+SERVER, FED = "server", "fed"  # who listens
+TOKEN_BYTES = 32
+_TOKEN = re.compile(r"[!-~]{32,512}")
+_OWNER = re.compile(rf"0|[1-9]\d{{0,8}}|{MAIN}")
+_HEX = re.compile(r"[0-9a-f]{64}")  # 32 bytes: a nonce, a proof
+_MAX_FILE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The content of a token file: one token for all, or one for each client."""
+
+    path: Path
+    shared: str = ""
+    own: Mapping[str, str] | None = None  # by "0", "1", ... and "main"
+
+    def of(self, peer: Peer) -> bytes | None:
+        """Return a peer's token; None if it has none."""
+        token = self.shared if self.own is None else self.own.get(peer.owner, "")
+        return token.encode() or None
+
+    @property
+    def only_client(self) -> int | None:
+        """The client whose token it is, if it is one client's alone."""
+        owners = [owner for owner in self.own or {} if owner != MAIN]
+        return int(owners[0]) if len(owners) == 1 else None
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Return what lies in a token file: a token, or lines of a client id and its token.
+
+    Raises:
+        ConfigError: it cannot be read, others can read it, or it holds something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            text = file.read(_MAX_FILE_BYTES).decode("ascii") if stat.S_ISREG(mode) else ""
+    except OSError as error:
+        raise ConfigError(f"--token-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"--token-file {path}: holds other than tokens") from None
+    if mode & 0o077:
+        raise ConfigError(
+            f"--token-file {path}: other users of this machine may read or change it; say"
+            f" chmod 600 {path}"
+        )
+    return _parse(path, [line.split() for line in text.splitlines() if line[:1] not in ("", "#")])
+
+
+def _parse(path: Path, lines: list[list[str]]) -> Tokens:
+    wrong = ConfigError(
+        f"--token-file {path}: holds neither one token nor lines of a client's id and its token,"
+        f" each token of 32 characters or more; make one: python -m sfl.auth new-token {path}"
+    )
+    if not all(_TOKEN.fullmatch(line[-1]) for line in lines):
+        raise wrong
+    match lines:
+        case [[token]]:
+            return Tokens(path, token)
+        case [[_, _], *_] if all(len(line) == 2 and _OWNER.fullmatch(line[0]) for line in lines):
+            own = {owner: token for owner, token in lines}
+            if len(own) == len(lines) == len(set(own.values())):
+                return Tokens(path, own=own)
+    raise wrong
+
+
+def tokens_of(node: PeerNode) -> Tokens | None:
+    """Return the tokens that a node's options name, if any."""
+    return read_tokens(Path(node.token_file).expanduser()) if node.token_file else None
+
+
+def write_tokens(path: Path, lines: list[str]) -> None:
+    """Write a new token file that only its owner may read.
+
+    Raises:
+        ConfigError: there is one already, or it cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+# The handshake
+
+
+def _proof(token: bytes, side: str, agreed: tuple[str | bytes, ...]) -> str:
+    """Return one side's proof that it has a token; every field stands behind its length."""
+    code = hmac.new(token, digestmod=hashlib.sha256)
+    for part in (f"SFL {side}", str(VERSION), *agreed):
+        data = part.encode() if isinstance(part, str) else part
+        code.update(len(data).to_bytes(8, "big") + data)
+    return code.hexdigest()
+
+
+def _is(given: str, wanted: str) -> bool:
+    # Only hexadecimal digits are compared: other text may have no bytes at all.
+    return bool(_HEX.fullmatch(given)) and hmac.compare_digest(given.encode(), wanted.encode())
+
+
+def client_authenticate(
+    link: Link, tokens: Tokens, peer: Peer, *, listener: str, run: str = ""
+) -> Conversation[str]:
+    """Prove to have the token, and see that who listens has it; faces ``server_authenticate``.
+
+    ``listener`` is who should be there; ``run`` the run that it should have, if that is known.
+    Return the run that it has.
+
+    Raises:
+        ConfigError: the file has no token for this client.
+        AuthError: whoever is there lacks the token, or is another server.
+    """
+    token = tokens.of(peer)
+    if token is None:
+        raise ConfigError(
+            f"--token-file {tokens.path}: has no token for"
+            f" {'the main server' if peer.role == MAIN else f'--client-id {peer.client}'}"
+            f"{'; say with --client-id whose is to be used' if peer.client == ANY_ID else ''}"
+        )
+    nonce = secrets.token_hex(32)
+    hello = {"role": peer.role, "client_id": peer.client, "nonce": nonce}
+    link.send_message_as_json(MessageType.AUTHENTICATE, content=hello)
+    yield link
+    reply = link.receive_message_as_json(MessageType.CHALLENGE)
+    theirs = reply.get("run", str)
+    if theirs and not RUN_NAME.fullmatch(theirs):
+        raise ProtocolError(f"{link.peer_title} has a run of a name that none has")
+    agreed = _agreed(peer, listener, theirs, nonce, reply.get("nonce", str), link.certificate)
+    if not _is(reply.get("proof", str), _proof(token, "listener", agreed)):
+        raise AuthError(
+            f"{link.peer_title} does not have the token of --token-file {tokens.path}: the tokens"
+            " differ, or it is not the server that it should be"
+        )
+    if run and theirs != run:
+        raise AuthError(f"{link.peer_title} has the run {quoted(theirs, 80)} instead of {run}")
+    proof = _proof(token, "caller", agreed)
+    link.send_message_as_json(MessageType.PROOF, content={"proof": proof})
+    return theirs
+
+
+def server_authenticate(
+    link: Link, tokens: Tokens, *, listener: str, run: str
+) -> Conversation[Peer]:
+    """Let a peer prove who it is, and prove to have its token; faces ``client_authenticate``.
+
+    Raises:
+        AuthError: it lacks the token.
+        ProtocolError: it says something else.
+    """
+    yield link
+    hello = link.receive_message_as_json(
+        MessageType.AUTHENTICATE, MessageType.REGISTER, MessageType.CHECK
+    )
+    if hello.type is not MessageType.AUTHENTICATE:
+        raise AuthError("this server asks for a token: give --token-file")
+    peer = Peer(hello.get("role", str), hello.get("client_id", int))
+    if peer.role not in (CLIENT, MAIN) or not ANY_ID <= peer.client < 2**31:
+        raise ProtocolError("a peer does not say who it is")
+    if not _HEX.fullmatch(theirs := hello.get("nonce", str)):
+        raise ProtocolError("a peer has no nonce")
+    # Whoever has no token is answered like one whose token differs.
+    token = tokens.of(peer) or secrets.token_bytes(TOKEN_BYTES)
+    nonce = secrets.token_hex(32)
+    agreed = _agreed(peer, listener, run, theirs, nonce, link.certificate)
+    content = {"run": run, "nonce": nonce, "proof": _proof(token, "listener", agreed)}
+    link.send_message_as_json(MessageType.CHALLENGE, content=content)
+    yield link
+    proof = link.receive_message_as_json(MessageType.PROOF).get("proof", str)
+    if not _is(proof, _proof(token, "caller", agreed)):
+        raise AuthError("the token is not the one of this server; see --token-file")
+    return peer
+
+
+def _agreed(
+    peer: Peer, listener: str, run: str, caller: str, nonce: str, certificate: bytes
+) -> tuple[str | bytes, ...]:
+    """Return what a proof is about; the nonces are the caller's and the listener's."""
+    return listener, peer.role, str(peer.client), run, caller, nonce, certificate

@@ -1,0 +1,214 @@
+"""Weights through a place that all parties reach: a folder or a bucket.
+
+::
+
+    who puts                              who gets
+    creates the object
+    WEIGHTS_STORED {name, checksum}   ->  reads the object        if there is a link between them
+                                          looks until it is there  if there is none
+
+An object's path says run, round and name; its metadata say it again, with a checksum, so that what
+was put elsewhere, or altered, is never taken for the round's.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from typing import Generic, TypeVar
+
+from sfl.errors import IntegrityError, ProtocolError, RunError, quoted
+from sfl.files.checksum import checksum
+from sfl.files.torch_reader import Buffer
+from sfl.weights.exchange import WeightKey
+from sfl.weights.objects import Metadata, ObjectStore
+from sfl.wire.driver import Conversation, Gate, Network
+from sfl.wire.link import Aside, Link
+from sfl.wire.messages import MessageType
+
+T = TypeVar("T")
+MAX_THREADS = 16
+FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 5.0  # between looks for an object without a notice
+SAY_AFTER_S = 10.0
+
+
+def object_path(key: WeightKey) -> str:
+    """Return where the weights of a key lie in the store."""
+    when = "start" if key.at.round < 0 else f"round_{key.at.round:03d}"
+    return f"{key.at.run}/{when}/{key.name}.pt"
+
+
+def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
+    """Return an object's metadata: what it is, and its checksum."""
+    client = key.name.removeprefix("client_")
+    return {
+        "run": key.at.run,
+        "round": str(key.at.round),
+        "name": key.name,
+        "client": client if client.isdigit() else "all",
+        "samples": str(samples),
+        "checksum": checksum(data),
+    }
+
+
+class _Job(Generic[T]):
+    """A call on a thread of its own."""
+
+    def __init__(
+        self, call: Callable[[], T], places: threading.Semaphore, wake: Callable[[], None]
+    ):
+        self.done = False
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            with places:
+                try:
+                    self._result = call()
+                except BaseException as error:  # noqa: BLE001 - the thread's edge; result raises it
+                    self._error = error
+            self.done = True
+            wake()
+
+        threading.Thread(target=run, name="weights", daemon=True).start()
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+
+class Transfers:
+    """Makes a store's calls: on threads, so that those of different clients overlap, or in place.
+
+    ``wake`` is told when a thread is done; without one, calls are made in place, inside ``aside``.
+    """
+
+    def __init__(self, wake: Callable[[], None] | None = None, aside: Aside = nullcontext) -> None:
+        self._wake, self._aside = wake, aside
+        self._places = threading.Semaphore(MAX_THREADS)
+        self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
+
+    def run(self, call: Callable[[], T]) -> Conversation[T]:
+        """Make a call; without threads, nothing is yielded."""
+        if self._wake is None:
+            yield from ()
+            with self._aside():
+                return call()
+        job = _Job(call, self._places, self._wake)
+        yield job.is_done
+        return job.result()
+
+    def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
+        """Make a call that serves all who ask for it under this name."""
+        if self._wake is None:
+            if name not in self._once:
+                yield from self.run(call)
+                self._once[name] = None
+            return
+        job = self._once.get(name) or _Job(call, self._places, self._wake)
+        self._once[name] = job
+        yield job.is_done
+        job.result()
+
+
+class Threads(Network):
+    """A network without links: what there is to wait for are threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> None:
+        """Wait until a gate opens."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(gate() for gate in gates))
+
+
+class SharedWeights:
+    """Weights as objects, for one client or for one client's part of a server."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        link: Link | None,
+        transfers: Transfers,
+        *,
+        patience_s: float,
+        say: Callable[[str], None],
+        most_bytes: int | None = None,
+    ) -> None:
+        """``link`` leads to who gets what we put; ``patience_s`` bounds the wait for an object.
+
+        No object of more than ``most_bytes`` is read.
+        """
+        self._most_bytes = most_bytes
+        self._objects = objects
+        self._link = link
+        self._transfers = transfers
+        self._patience_s = patience_s
+        self._say = say
+
+    def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
+        path, metadata = object_path(key), describe(key, data, samples)
+        yield from self._transfers.run_once(
+            f"{path} {metadata['checksum']}", lambda: self._objects.create(path, data, metadata)
+        )
+        yield from self.pass_on(key, data)
+
+    def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
+        yield from ()
+        if self._link is not None:
+            content = {"name": key.name, "checksum": checksum(data)}
+            self._link.send_message_as_json(MessageType.WEIGHTS_STORED, content=content, at=key.at)
+
+    def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
+        announced = ""
+        if self._link is not None:
+            yield self._link
+            notice = self._link.receive_message_as_json(MessageType.WEIGHTS_STORED, at=key.at)
+            announced = notice.get("checksum", str)
+            if (name := notice.get("name", str)) != key.name:
+                raise ProtocolError(
+                    f"{self._link.peer_title} stored {quoted(name, 40)}, not {key.name}"
+                )
+            if held and checksum(held) == announced:
+                return held
+        data, metadata = yield from self._transfers.run(lambda: self._look_for(key))
+        self._check(key, data, metadata, announced)
+        return data
+
+    def _look_for(self, key: WeightKey) -> tuple[bytes, Metadata]:
+        """Read an object, looking again until it is there."""
+        path, started, pause_s, said = object_path(key), time.monotonic(), FIRST_LOOK_S, False
+        while (found := self._objects.read(path, self._most_bytes)) is None:
+            waited_s = time.monotonic() - started
+            if waited_s > self._patience_s:
+                why = f"{self._objects.title}/{path} did not come within {self._patience_s:g}"
+                if self._link is not None:  # who announced it is to blame
+                    raise ProtocolError(f"{why} seconds after {self._link.peer_title} stored it")
+                raise RunError(f"{why} seconds")
+            if waited_s > SAY_AFTER_S and not said:
+                said = True
+                self._say(f"waiting for {self._objects.title}/{path}")
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+        return found
+
+    def _check(self, key: WeightKey, data: bytes, metadata: Metadata, announced: str) -> None:
+        where = f"{self._objects.title}/{object_path(key)}"
+        wanted = describe(key, data, 0)
+        for field in ("run", "round", "name"):
+            if metadata.get(field) != wanted[field]:
+                raise IntegrityError(
+                    f"{where}: is of {field} {quoted(metadata.get(field))}, not {wanted[field]!r}"
+                )
+        ours = wanted["checksum"]
+        if metadata.get("checksum") != ours or announced not in ("", ours):
+            raise IntegrityError(f"{where}: is damaged: its checksum is not the one it was given")
