@@ -15,10 +15,9 @@ def _seen(name: str) -> str:
 
 
 def listed(names: Sequence[str], others: Collection[str]) -> str:
-    """Return the number of names and the first of them; those that ``others`` lacks come first.
+    """Return the number of names and the first few; those that ``others`` lacks come first.
 
-    A missing name that is not ASCII, or looks like one of ``others``, is shown with its code
-    points.
+    Of these, names that are not ASCII, or look like one of ``others``, have their code points.
     """
     looks = {_seen(name).casefold() for name in others}
     missing = [name for name in names if name not in others]
@@ -30,10 +29,7 @@ def listed(names: Sequence[str], others: Collection[str]) -> str:
 
 
 def with_code_points(name: str) -> str:
-    """Return a name with the code points of what is not plain ASCII: ``café [U+0065 U+0301]``.
-
-    If all is plain ASCII, all code points are shown.
-    """
+    """Return ``café [U+0065 U+0301]``: a name and its non-ASCII code points; all if it has none."""
     after = [*name[1:], ""]
     told = [
         c for c, following in zip(name, after, strict=True)

@@ -7,8 +7,6 @@
     DIR/train/<class>/*.png ...
     DIR/val/<class>/*.png ...      optional: the validation part
     DIR/test/<class>/*.png ...     optional: the test set
-
-For each class, the user is told what was read, and what was left out and why.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -68,11 +68,7 @@ def encode_head(message: Message, *, version: int = VERSION) -> bytes:
 
 
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
-    """Return a message's type, checked against the presence of a payload.
-
-    Raises:
-        ProtocolError: the type is unknown, or must (not) have a payload.
-    """
+    """Return a message's type, which must be one with a payload if it has one, else without."""
     if (message_type := _TYPES.get(envelope.type)) is None:
         raise ProtocolError(f"unknown message type {quoted(envelope.type, 40)}")
     if (message_type in FILE_TYPES) != has_payload:
@@ -234,10 +230,6 @@ class Decoder:
 
         A peer that has sent a whole message speaks our version. Before that, a head whose CRC fits
         our own first bytes is ours with damaged first bytes.
-
-        Raises:
-            Damaged: the CRC differs.
-            ProtocolError: the peer speaks another protocol, or (``OtherVersion``) another version.
         """
         start, rest, crc = head[: len(_START)], head[len(_START) : -4], head[-4:]
         whole = crc32(_START + rest).to_bytes(4, "big") == crc

@@ -24,19 +24,15 @@ class MessageType(StrEnum):
     REGISTER = "REGISTER"  # C: ask for a place; wanted client id, fingerprint
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
     CHECK = "CHECK"  # C: ask whether REGISTER would succeed; client id, fingerprint
-    CHECKED = (
-        "CHECKED"  # S: as REGISTERED, without taking a place; then, what is wrong with the report
-    )
+    CHECKED = "CHECKED"  # S: as REGISTERED, but takes no place; then, the report's faults
     REQUEST_TO_START = "REQUEST_TO_START"  # C: data are loaded; samples, classes, shape
     MESSAGE = "MESSAGE"  # S: a notice for the user, at any time
     GO_ON = "GO_ON"  # S: this round is done (-1: none); the front that the next one starts from
-    # S: train in round r; the front to start from, number of steps
-    START_TRAINING = "START_TRAINING"
+    START_TRAINING = "START_TRAINING"  # S: train in round r; starting front, number of steps
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
     TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss and hits
-    # C: file, loss and hits of each step of a client that computes the loss
-    TRAINING_FIGURES = "TRAINING_FIGURES"
+    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and hits of each step without a cut
     ROUND_TRAINED = "ROUND_TRAINED"  # C: all steps of the round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: offer a large file: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it from this offset on
@@ -46,9 +42,7 @@ class MessageType(StrEnum):
     START_VALIDATION = "START_VALIDATION"  # S: evaluate the round's result; the front to evaluate
     VALIDATION_LABELS = "VALIDATION_LABELS"  # C: file, labels of an evaluation batch
     VALIDATION_FEATURES = "VALIDATION_FEATURES"  # C: file, the activations of an evaluation batch
-    VALIDATION_RESULT = (
-        "VALIDATION_RESULT"  # S, C: samples, hits and summed loss, of a batch or of a part
-    )
+    VALIDATION_RESULT = "VALIDATION_RESULT"  # S, C: samples, hits, summed loss of a batch or part
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
     UNREGISTER = "UNREGISTER"  # C: leave after TRAINING_DONE; with a reason, leave for now
