@@ -11,17 +11,10 @@ import torch
 
 from experiments import replay
 from experiments.recorded import load
-from sfl.config import RunConfig
 from sfl.errors import RunError
-from sfl.nodes import NodeConfig
-from sfl.runtime.simulation import simulate
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT
-
-
-def recorded(out: Path, **options: object) -> Path:
-    defaults = {"model": BN_DROPOUT, "cut": 5, "rounds": 3, "batch_size": 200, "clients": 2}
-    return simulate(RunConfig(**defaults | options, run="r"), NodeConfig(out=str(out)))
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import recorded
 
 
 @pytest.mark.parametrize(
