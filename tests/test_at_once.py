@@ -16,8 +16,9 @@ from sfl.runtime import simulation as simulate
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 CLIENTS, ROUNDS = 4, 2
 

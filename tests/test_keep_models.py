@@ -15,9 +15,9 @@ from sfl.runtime import replay
 from sfl.runtime.recorded import load
 from sfl.runtime.simulation import Away, simulate
 from sfl.values import KeepModels
-from tests.launch import Launcher
-from tests.test_equivalence import weights
-from tests.test_fed import finish, start_all
+from tests.support.launch import Launcher, finish
+from tests.support.runs import start_all
+from tests.support.weights import weights
 
 ROUNDS = 6
 FAST = {"model": "mlp", "batch_size": 400, "clients": 2, "rounds": ROUNDS, "run": "r"}

@@ -25,13 +25,12 @@ from sfl.strategy.split_model import SplitModel
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Absent
 from sfl.wire.messages import Message, MessageType
-from tests.launch import Launcher
-from tests.models import VARIANT, of_this_machine
-from tests.test_failures import wait_for
+from tests.support.launch import Launcher, options_of, wait_for
+from tests.support.models import VARIANT, of_this_machine
 
-OWN = "tests.models:of_this_machine"
+OWN = "tests.support.models:of_this_machine"
 RUN = {"model": OWN, "cut": 3, "batch_size": 200, "rounds": 1, "clients": 1, "run": "r"}
-OPTIONS = [text for name, value in RUN.items() for text in (f"--{name.replace('_', '-')}", value)]
+OPTIONS = options_of(RUN)
 ALLOW = ["--allow-import", OWN]
 
 

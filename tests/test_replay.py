@@ -10,19 +10,12 @@ import pytest
 import torch
 
 from experiments.replay import __main__ as program
-from sfl.config import RunConfig
 from sfl.errors import RunError
-from sfl.nodes import NodeConfig
 from sfl.runtime import replay
 from sfl.runtime.recorded import load
-from sfl.runtime.simulation import simulate
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT
-
-
-def recorded(out: Path, **options: object) -> Path:
-    defaults = {"model": BN_DROPOUT, "cut": 5, "rounds": 3, "batch_size": 200, "clients": 2}
-    return simulate(RunConfig(**defaults | options, run="r"), NodeConfig(out=str(out)))
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import recorded
 
 
 @pytest.mark.parametrize(
