@@ -35,18 +35,21 @@ class RecordedRun:
         from sfl.conversation.party import TRAIN
         from sfl.errors import IntegrityError
         from sfl.options import from_values, names_of
-        from sfl.strategy.schemes import Exchange, scheme
+        from sfl.strategy.recipe import Recipe
+        from sfl.strategy.schemes import Exchange
         from sfl.strategy.split_model import SplitModel
 
         self.archive = archive
         self.device = device
         self.allowed = allowed
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
-        self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        self.recipe = Recipe.of(run, allowed)
+        self.run = self.recipe.run
         data = read_environment(archive, "data", data_of)
-        self.split = SplitModel.of_data(self.run, data, allowed)
+        self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
-        self.scheme = scheme(self.run.scheme)
+        self.scheme = self.recipe.scheme
         is_fed = archive.config().get("role") == "fed"  # then no step passed here
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:
@@ -99,7 +102,7 @@ class RecordedRun:
         """Return the halves that everyone started a round from."""
         from sfl.runtime.resume import read_halves
 
-        return read_halves(self.archive, self.run, self.split, round_index)
+        return read_halves(self.archive, self.split, round_index)
 
     def backs_at(self, round_index: int) -> "dict[int, Segment]":
         """Return the server's copies of its model as they were when a round began."""

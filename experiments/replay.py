@@ -269,13 +269,15 @@ def _check_outcome(
     from sfl.strategy.merge import BACK, FRONT, merge_backs, merge_fronts
     from sfl.strategy.schemes import Fronts
 
-    run, split, order = recorded.run, recorded.split, recorded.order(round_index)
+    split, order = recorded.split, recorded.order(round_index)
     weights, entries = recorded.weights(round_index), split.entries
     try:
         halves = recorded.halves_at(round_index)
         if backs:
             states = {b: back.state() for b, back in backs.items()}
-            merged = merge_backs(run, states, weights, start=halves[BACK], entries=entries)
+            merged = merge_backs(
+                recorded.recipe, states, weights, start=halves[BACK], entries=entries
+            )
             path = model_path(SERVER_MODEL, round_index)
             _compare(recorded, path, merged.state, split.back_spec, report)
             _check_memory(recorded, round_index, BACK, merged.memory, report)
@@ -284,7 +286,7 @@ def _check_outcome(
         paths = {k: model_path(ONE_CLIENT_MODEL, round_index, client=k) for k in order}
         fronts = {k: recorded.archive.state(path, split.front_spec) for k, path in paths.items()}
         front = merge_fronts(
-            run, fronts, weights, start=halves[FRONT], entries=entries, last=order[-1]
+            recorded.recipe, fronts, weights, start=halves[FRONT], entries=entries, last=order[-1]
         )
     except IntegrityError as error:
         report.find(error)
