@@ -13,7 +13,7 @@ from sfl.archive import reader as archive
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError
-from sfl.model.segment import OPTIMIZERS
+from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
 from sfl.runtime import replay
 from sfl.runtime.recorded import load

@@ -24,7 +24,8 @@ from sfl.own_functions import remembered
 from sfl.runtime.resume import load_backs, read_halves
 from sfl.strategy.merge import Half, averaging_weights
 from sfl.strategy.order import draw
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 
 MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
@@ -52,11 +53,13 @@ class RecordedRun:
         self.allowed = allowed
         self.differences = differences
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
-        self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        self.recipe = Recipe.of(run, allowed)
+        self.run = self.recipe.run
         data = _read_environment(archive, "data", data_of)
-        self.split = SplitModel.of_data(self.run, data, allowed)
+        self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
-        self.scheme = scheme(self.run.scheme)
+        self.scheme = self.recipe.scheme
         is_fed = archive.config().get("role") == "fed"  # no step passes a fed server
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:
@@ -101,7 +104,7 @@ class RecordedRun:
 
     def halves_at(self, round_index: int) -> Mapping[str, Half]:
         """Return the halves that everyone started a round from."""
-        return read_halves(self.archive, self.run, self.split, round_index)
+        return read_halves(self.archive, self.split, round_index)
 
     def backs_at(self, round_index: int) -> dict[int, Segment]:
         """Return the server's copies of its model as they were when a round began."""

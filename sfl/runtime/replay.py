@@ -240,7 +240,7 @@ class _Round:
             if backs:
                 states = {b: back.state() for b, back in backs.items()}
                 back = merge_backs(
-                    recorded.run, states, weights, start=halves[BACK], entries=split.entries
+                    recorded.recipe, states, weights, start=halves[BACK], entries=split.entries
                 )
                 path = model_path(SERVER_MODEL, self._round)
                 self._compare(path, back.state, split.back_spec)
@@ -251,7 +251,7 @@ class _Round:
             paths = {k: model_path(ONE_CLIENT_MODEL, self._round, client=k) for k in order}
             fronts = {k: recorded.archive.state(p, split.front_spec) for k, p in paths.items()}
             front = merge_fronts(
-                recorded.run, fronts, weights,
+                recorded.recipe, fronts, weights,
                 start=halves[FRONT], entries=split.entries, last=order[-1],
             )  # fmt: skip
             assert front is not None
