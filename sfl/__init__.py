@@ -2,7 +2,7 @@
 
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Before any module is read that an older Python cannot read: whoever starts a program with one, as
 # python3 is on many machines, gets this line and no traceback.
