@@ -2,7 +2,7 @@
 
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Before any import that fails to parse on an older Python, so that the user gets this line and no
 # traceback.

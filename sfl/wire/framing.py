@@ -4,7 +4,7 @@ A frame on the wire (all integers big-endian)::
 
     offset  bytes  what
     0       4      magic  b"SFL\\n"
-    4       1      protocol version (2)
+    4       1      protocol version (3)
     5       1      flags, 0 (a receiver refuses any bit that it does not know)
     6       2      reserved, 0
     8       4      length of the JSON in bytes
@@ -19,7 +19,8 @@ believed, the JSON before it is parsed, the payload before the message is return
 compared with the receiver's limits before anything is allocated. The checksums detect damage, not
 deliberate changes.
 
-Version 1 (SFL 0.1) has a head of 20 bytes, without the two checksums, and the same JSON.
+Version 2 (SFL 0.2) has the same frames. Version 1 (SFL 0.1) has a head of 20 bytes, without the
+two checksums, and the same JSON.
 """
 
 import struct
@@ -34,13 +35,13 @@ from sfl.wire.messages import _TYPES, FILE_TYPES, Limits, Message, MessageType
 from sfl.wire.payload import InMemory, Store
 
 MAGIC: Final = b"SFL\n"
-VERSION: Final = 2
+VERSION: Final = 3
 HEAD: Final = struct.Struct(">4sBBHIQII")
 _CHECKED: Final = struct.Struct(">4sBBHIQI")  # the part of the head that its CRC covers
 _HEAD_1: Final = struct.Struct(">4sBBHIQ")
 _START: Final = MAGIC + bytes([VERSION])
-RELEASES: Final = {1: "0.1", 2: "0.2"}  # of SFL, by the version of the protocol that they speak
-# Head and JSON of a message usually arrive in one read. Longer payloads are read into their own
+RELEASES: Final = {1: "0.1", 2: "0.2", 3: "0.3"}  # of SFL, by the version of the protocol
+# Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
 # buffer, so that at most this much of a payload is copied twice.
 READ_AHEAD_BYTES: Final = 4096
 
