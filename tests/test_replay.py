@@ -161,7 +161,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl.conversation.round import step
+    from sfl.conversation import step
 
     honest = step.train_step
 

@@ -4,6 +4,8 @@ import functools
 import re
 from pathlib import Path
 
+from sfl.values import Position
+
 # Where a run's weights lie in its folder; {round} counts from 0, "init" is before round 0.
 CLIENT_MODEL = "models/client_model_{round}.pt"
 SERVER_MODEL = "models/server_model_{round}.pt"
@@ -25,6 +27,12 @@ MODELS = "models/"  # where a run's weights lie
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step over a cut; else it has WEIGHT_GRADS alone
+
+
+def tensor_name(kind: str, at: Position) -> str:
+    """Return the name of a tensor's file; at the model's first cut it does not name the cut."""
+    link = f"_{at.link}" if at.link else ""
+    return f"{kind}_{at.round}_{at.step}{link}.pt"
 
 
 @functools.lru_cache(maxsize=1024)  # two for each step
