@@ -24,7 +24,6 @@ from experiments.hostile.attacks import (
     write_bystander,
 )
 from experiments.hostile.files import RunsCode, hostile_files, saved
-from experiments.recorded import load
 from sfl.archive.checkpoint import lying, path_of, round_of
 from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import manifest_line, read_manifest
@@ -34,6 +33,7 @@ from sfl.errors import ConfigError, IntegrityError, PeerFailed
 from sfl.files.checksum import checksum
 from sfl.nodes import NodeConfig
 from sfl.options import names_of
+from sfl.runtime.recorded import load
 from sfl.runtime.resume import open_past
 from sfl.runtime.simulation import simulate
 from sfl.transport.tokens import read_tokens, write_tokens

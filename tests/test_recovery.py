@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
 from experiments.support.same_run import compare
 from experiments.support.slow_link import SlowLink
 from sfl.archive.checkpoint import lying
@@ -21,6 +19,8 @@ from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
 from sfl.nodes import NodeConfig
 from sfl.options import from_values
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import Away, simulate
 from sfl.strategy.order import draw
 from tests.launch import Launcher, Program

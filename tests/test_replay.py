@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
+from experiments.replay import __main__ as program
 from sfl.config import RunConfig
 from sfl.errors import RunError
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT
@@ -65,7 +66,7 @@ def run_replay(*argv: object) -> tuple[int, list[str]]:
     out = io.StringIO()
     with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["replay", *map(str, argv)])
-        code = replay.main()
+        code = program.main()
     return code, out.getvalue().splitlines()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from tests.launch import Launcher
 from tests.test_equivalence import BN_DROPOUT, assert_equal
 from tests.test_failures import send_signal, wait_for, write_own

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import replay
-from experiments.recorded import load
 from sfl import seeds
 from sfl.archive import reader as archive
 from sfl.config import RunConfig
@@ -19,6 +17,8 @@ from sfl.errors import ConfigError
 from sfl.model.segment import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy import schemes
 from sfl.strategy.order import draw, interleaved
