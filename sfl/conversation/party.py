@@ -17,6 +17,7 @@ from sfl.errors import NotFinite, StepFailed
 from sfl.files.finite import LOG, check_finite
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
+from sfl.model.topology import Segments, States
 from sfl.strategy.schemes import scheme
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -123,11 +124,16 @@ class Party:
 class ClientParty(Party):
     """A client's side."""
 
-    front: Segment
+    segments: Segments  # that it holds
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
     # Told which round it begins with, and of which round's beginning to take its own things.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
+
+    @property
+    def front(self) -> Segment:
+        """Its first segment; where there is no cut, the whole model."""
+        return self.segments.first
 
     def count_batch(self, round_index: int) -> None:
         """Count a batch of an evaluation as a step: heartbeats name it, and nothing else does."""
@@ -140,8 +146,7 @@ class ClientParty(Party):
 class RoundResult:
     """What the server learned of one client in a round."""
 
-    front: dict[str, Tensor]  # its client-side weights; empty where they never travel
-    file: bytes  # of them
+    states: States  # its weights; none where they do not travel to this server
     seconds: Mapping[str, float]  # what the client says that it spent on its steps
 
 
@@ -150,7 +155,7 @@ class ServerParty(Party):
     """The server's side, for one client."""
 
     watcher: ServerWatcher
-    backs: Mapping[int, Segment]  # all copies of the server's model; none if there is none
+    backs: Mapping[int, Segments]  # all copies of the server's segments; none if there are none
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     # What the client at the other end has, since it connected: what this round starts from, and
     # what its own training made of this one. A client that is back has neither.
@@ -165,7 +170,8 @@ class ServerParty(Party):
 
     @property
     def back(self) -> Segment:
-        return self.backs[self.back_index]
+        """The last of the segments that take this client's steps."""
+        return self.backs[self.back_index].last
 
     def end_wait(self) -> None:
         """Count no waiting: the server computes for other clients meanwhile."""

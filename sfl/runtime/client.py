@@ -32,7 +32,7 @@ from sfl.data.client_data import num_batches
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.segment import Segment
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, hearing_why, open_store, reach
@@ -309,7 +309,7 @@ class _Loaded:
             report = dataclasses.replace(report, rounds=own)
         most_bytes = max_state_bytes(split.front_spec)
         ours = fingerprint(self._device)
-        front = split.front(self._device)
+        segments = split.segments(Holder.CLIENT, self._device)
         with open_store(
             connection,
             welcome,
@@ -333,10 +333,10 @@ class _Loaded:
                 archive=folder.archive,
                 watcher=self.log,
                 profile=Profile(folder.path, wanted=self._node.profile),
-                front=front,
+                segments=segments,
                 data=self._data,
                 on_round=self._end_round,
-                on_start=functools.partial(self._start, front, fed, report),
+                on_start=functools.partial(self._start, segments, fed, report),
             )
             self.log.start_over()
             try:
@@ -352,7 +352,7 @@ class _Loaded:
 
     def _start(
         self,
-        front: Segment,
+        segments: Segments,
         fed: Connection | None,
         report: DataReport,
         round_index: int,
@@ -363,6 +363,6 @@ class _Loaded:
             send_report(fed, report)
         self.num_starts += 1
         self._folder.archive.begin_at(round_index)
-        load_own_state(self._folder.path, front, self._run, self._client, own_round)
+        load_own_state(self._folder.path, segments, self._run, self._client, own_round)
         if 0 < round_index < self._run.rounds:
             self._folder.events.say(f"going on with round {round_index + 1}/{self._run.rounds}")
