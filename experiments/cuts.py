@@ -54,6 +54,7 @@ def measure(
     from sfl.errors import ConfigError
     from sfl.model.blocks import names_of
     from sfl.model.zoo import build, model_spec
+    from sfl.strategy.recipe import Recipe
     from sfl.strategy.split_model import SplitModel
 
     model = build(model_spec(run.model), input_shape, num_classes, seed=run.seed)
@@ -62,7 +63,7 @@ def measure(
         raise ConfigError(f"--model {run.model} has one block, and no cut")
     for cut in range(1, len(names)):
         cut_there = dataclasses.replace(run, cut=cut, scheme="sflv1")  # any scheme with a cut
-        split = SplitModel(cut_there, input_shape, num_classes)
+        split = SplitModel(Recipe.of(cut_there), input_shape, num_classes)
         front, back = costs_of(split, input_shape)
         times = times_of(split, input_shape, run.batch_size, device)
         yield Cut(

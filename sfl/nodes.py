@@ -114,11 +114,20 @@ class PeerNode(NodeConfig):
     def check(self) -> None:
         super().check()
         _check_timeout("peer_timeout", self.peer_timeout)
-        LinkShape.parse(self.link)
+        _ = self.link_shape
         if self.memory_limit:
             parse_bytes(self.memory_limit)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key: give both, or none")
+
+    @property
+    def link_shape(self) -> LinkShape:
+        """What this machine's connections are like.
+
+        Raises:
+            ConfigError: ``link`` means nothing.
+        """
+        return LinkShape.parse(self.link)
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,16 @@ class ClientNode(PeerNode):
         _ = self.hosted
         if self.tls_cert and not self.tls_ca:
             raise ConfigError("--tls-cert: without --tls-ca there is no TLS to show it in")
-        KeepTensors.parse(self.keep_tensors)
+        _ = self.kept_tensors
+
+    @property
+    def kept_tensors(self) -> KeepTensors:
+        """Which rounds' tensors stay on this machine.
+
+        Raises:
+            ConfigError: ``keep_tensors`` names none.
+        """
+        return KeepTensors.parse(self.keep_tensors)
 
     @property
     def hosted(self) -> list[int]:

@@ -19,6 +19,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from tests.test_demo import ROOT, run
 
@@ -259,5 +260,5 @@ def test_names_keep_their_numbers() -> None:
 )
 def test_the_formulas_of_splitfed(scheme: str, smashed: int, weights: int) -> None:
     config = RunConfig(scheme=scheme, model="mlp")
-    split = SplitModel(config, (1, 28, 28), 10)
+    split = SplitModel(Recipe.of(config), (1, 28, 28), 10)
     assert formula_bytes(config, split, samples=70, num_steps=5) == (smashed, weights)

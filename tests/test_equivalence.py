@@ -10,7 +10,8 @@ from sfl import seeds
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData, batch_indices, part_of
 from sfl.data.datasets import dataset_spec
-from sfl.model.segment import OPTIMIZERS, Segment
+from sfl.model.optimizers import OPTIMIZERS
+from sfl.model.segment import Segment
 from sfl.model.zoo import build, model_spec
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import LocalLink, simulate

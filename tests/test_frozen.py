@@ -15,6 +15,7 @@ from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.merge import Shared, Trained, merge
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES
 from tests.launch import Launcher
 
@@ -90,7 +91,7 @@ def test_what_is_frozen_stays_under_every_rule(tmp_path: Path, name: str, rule: 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
     """Even if a client were to send two; and nobody moves what is frozen."""
-    run = RunConfig(scheme="fl", model=MODEL, aggregation=rule)
+    run = RunConfig(scheme="fl", model=MODEL, cut=CUT, aggregation=rule)
     start, fronts = dict(START.state_dict()), {}
     for k in range(3):
         drawn = torch.Generator().manual_seed(k)
@@ -101,7 +102,7 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
         trained = Trained(
             {k: {"front": front} for k, front in fronts.items()}, {}, dict.fromkeys(fronts, 1), 2
         )
-        merged = merge(run, {"front": Shared(start, memory)}, trained, ENTRIES)["front"]
+        merged = merge(Recipe.of(run), {"front": Shared(start, memory)}, trained, ENTRIES)["front"]
         state, memory = merged.state, merged.memory
         assert list(state) == list(start)
         for name, first in ENTRIES.same.items():

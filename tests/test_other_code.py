@@ -21,6 +21,7 @@ from sfl.model.structure import MAX_DIGESTS, describe, difference, digests, weig
 from sfl.nodes import NodeConfig
 from sfl.runtime.same_model import MOST_BUILT, ServersModel
 from sfl.runtime.simulation import simulate
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Absent
@@ -187,7 +188,7 @@ def test_a_layer_used_twice_is_another_structure_than_two_layers() -> None:
 
 
 def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> None:
-    server = ServersModel(RunConfig(model="mlp", dataset="own.module:data"))
+    server = ServersModel(Recipe.of(RunConfig(model="mlp", dataset="own.module:data")))
 
     def unlike(*shape: int) -> str:
         counts = {"train": 1, "validation": 0, "test": 0}
@@ -199,7 +200,7 @@ def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> No
         assert "it has 0 blocks instead of 6" in unlike(1, side + 1, 1)
     assert unlike(1, MOST_BUILT + 1, 1) == ""
     assert "it has 0 blocks" in unlike(1, 1, 1)
-    strange = ServersModel(RunConfig(model="lenet5", dataset="own.module:data"))
+    strange = ServersModel(Recipe.of(RunConfig(model="lenet5", dataset="own.module:data")))
     server = strange  # which takes images alone: said when all are there
     assert unlike(5) == ""
 
@@ -225,7 +226,8 @@ def test_what_differs_each_time_a_model_is_built_is_not_seen() -> None:
 def test_the_structure_is_of_the_model_before_it_is_cut() -> None:
     """Cutting lets in-place modules next to the cut work on a copy: that is no other structure."""
     found = {
-        SplitModel(RunConfig(model="alexnet", cut=c), (3, 64, 64), 10).structure for c in (2, 3)
+        SplitModel(Recipe.of(RunConfig(model="alexnet", cut=c)), (3, 64, 64), 10).structure
+        for c in (2, 3)
     }
     assert len(found) == 1
 

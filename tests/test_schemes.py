@@ -14,7 +14,7 @@ from sfl.config import RunConfig
 from sfl.data.client_data import ClientData, batch_indices, part_of
 from sfl.data.datasets import dataset_spec
 from sfl.errors import ConfigError
-from sfl.model.segment import OPTIMIZERS
+from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
 from sfl.nodes import NodeConfig
 from sfl.runtime import replay

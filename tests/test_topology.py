@@ -7,6 +7,7 @@ from sfl.config import RunConfig
 from sfl.model.blocks import Entries
 from sfl.model.topology import HOLDERS, Holder, Segments, joined, segment_names
 from sfl.strategy.merge import Shared, Trained, merge, shared_files
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def test_every_cut_gives_a_segment_with_a_name_and_files_of_its_own() -> None:
 def test_who_holds_what() -> None:
     """Without a cut each party that computes has the whole model."""
     for scheme, client, server in (("sflv1", ["front"], ["back"]), ("fl", ["front"], ["front"])):
-        split = SplitModel(RunConfig(scheme=scheme, model="mlp"), (1, 28, 28), 10)
+        split = SplitModel(Recipe.of(RunConfig(scheme=scheme, model="mlp")), (1, 28, 28), 10)
         assert split.held_by(Holder.CLIENT) == client
         assert list(split.segments(Holder.SERVER, CPU)) == server
         assert split.by_segment(split.front_state()).keys() == {"front"}
@@ -44,18 +45,18 @@ def test_a_third_segment_is_merged_and_written_like_the_others() -> None:
     by_copy = {k: {"back": state("back", k + 0.5)} for k in (0, 1, 2)}
     trained = Trained(by_client, by_copy, {0: 1, 2: 3}, last=2)
     entries = Entries(frozenset(f"{n}.w" for n in HOLDERS))
-    run = RunConfig(scheme="sflv1", clients=3)
-    merged = merge(run, start, trained, entries)
+    recipe = Recipe.of(RunConfig(scheme="sflv1", clients=3))
+    merged = merge(recipe, start, trained, entries)
     found = {name: float(shared.state[f"{name}.w"]) for name, shared in merged.items()}
     assert found == {"front": 1.5, "back": 2.0, "head": 11.5}
     files = [path for item in merged.items() for _, path, _ in shared_files(*item, 0)]
     assert files == [f"models/{n}_000.pt" for n in ("client_model", "server_model", "client_head")]
-    own = merge(RunConfig(scheme="sflv3", clients=3), start, trained, entries)
+    own = merge(Recipe.of(RunConfig(scheme="sflv3", clients=3)), start, trained, entries)
     assert list(own) == ["back"]  # each client keeps its own
 
 
 def test_segments_are_saved_and_restored_together() -> None:
-    split = SplitModel(RunConfig(model="mlp"), (1, 28, 28), 10)
+    split = SplitModel(Recipe.of(RunConfig(model="mlp")), (1, 28, 28), 10)
     ours = Segments(split.segments(Holder.CLIENT, CPU) | split.segments(Holder.SERVER, CPU))
     before, snapshot = joined(ours.states()), ours.snapshot()
     ours.load({n: {k: torch.zeros_like(t) for k, t in s.items()} for n, s in ours.states().items()})

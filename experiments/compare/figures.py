@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare.results import ALL, of_cell, training_bytes
-from sfl.strategy.schemes import scheme
+from sfl.strategy.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
         _grid(out / "rounds.png", study, lambda axes, p: _by_round(axes, study, overall, p), 2),
         _final(out / "final.png", study, overall),
     ]
-    if all(scheme(name).pooled for name in study.schemes):
+    if all(SCHEMES[name].pooled for name in study.schemes):
         return paths  # no clients
     for cost in ("bytes", "flops"):
 
@@ -130,7 +130,7 @@ def _against(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, style in _styled(study.schemes):
-        if scheme(name).pooled:  # which has no clients
+        if SCHEMES[name].pooled:  # which has no clients
             continue
         of_clients = of_cell(clients, partition, name)
         spent = (
@@ -209,7 +209,7 @@ def _of_clients(path: Path, study: "Study", clients: "pd.DataFrame", partition: 
     """Draw each client's validation accuracy and training loss by round, a column a scheme."""
     from matplotlib import pyplot
 
-    shown = [name for name in study.schemes if not scheme(name).pooled]
+    shown = [name for name in study.schemes if not SCHEMES[name].pooled]
     metrics = {"val_acc": "validation accuracy", "train_loss": "training loss (nats)"}
     figure, panels = pyplot.subplots(
         2, len(shown), figsize=(3.4 * len(shown) + 1.4, 6), sharex=True, sharey="row",

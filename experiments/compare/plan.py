@@ -89,7 +89,7 @@ def check_all(study: Study) -> None:
 
     for run in study.runs:
         node = {name: getattr(study.node, name) for name in ("threads", "device")}
-        wanted = asdict(check_run(run)) | node  # these change the last bit
+        wanted = asdict(check_run(run).run) | node  # these change the last bit
         path = study.folder(run) / "config.json"
         if not path.is_file():
             continue

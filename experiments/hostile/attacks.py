@@ -24,6 +24,7 @@ from sfl.conversation.round import SECONDS_WIDTH
 from sfl.errors import ConnectionLost, LetGo, SflError
 from sfl.files.checksum import checksum, crc32
 from sfl.files.torch_file import encode
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream, TlsStream
@@ -422,7 +423,7 @@ class Insider:
             self.link, self.client, fingerprint, instance=instance, heartbeat_s=10.0
         )
         welcome = run_blocking(joining)
-        built = SplitModel(welcome.run, SHAPE, claim.num_classes).structure  # whatever it claims
+        built = SplitModel(Recipe.of(welcome.run), SHAPE, claim.num_classes).structure
         send_report(self.link, dataclasses.replace(claim.report, structure=built, weights="0" * 8))
         return welcome
 
@@ -550,7 +551,7 @@ def _model_of(value: float) -> Harm:
     from sfl.files.torch_file import encode_state
 
     def harm(insider: Insider) -> None:
-        front = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES).front_state()
+        front = SplitModel(Recipe.of(insider.welcome.run), SHAPE, NUM_CLASSES).front_state()
         name = next(iter(front))
         front[name] = torch.full_like(front[name], value)
         _as_model(encode_state(front))(insider)

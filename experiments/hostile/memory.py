@@ -111,9 +111,10 @@ def flood_steps(insider: Insider) -> str:
 
 
 def _model(insider: Insider) -> "SplitModel":
+    from sfl.strategy.recipe import Recipe
     from sfl.strategy.split_model import SplitModel
 
-    return SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES)
+    return SplitModel(Recipe.of(insider.welcome.run), SHAPE, NUM_CLASSES)
 
 
 def send_gradients(insider: Insider, data: bytes, step: int = 0) -> None:

@@ -63,9 +63,11 @@ def _cut_model(
     from experiments.support.costs import costs_of
     from sfl.config import RunConfig
     from sfl.files.torch_file import encode_state
+    from sfl.strategy.recipe import Recipe
     from sfl.strategy.split_model import SplitModel
 
-    split = SplitModel(RunConfig(scheme=method, model=model, cut=cut), SHAPE, num_classes)
+    recipe = Recipe.of(RunConfig(scheme=method, model=model, cut=cut))
+    split = SplitModel(recipe, SHAPE, num_classes)
     return split, costs_of(split, SHAPE)[0].training_flops, len(encode_state(split.front_state()))
 
 

@@ -45,7 +45,7 @@ from sfl.model.topology import States, joined
 from sfl.options import from_values
 from sfl.strategy.merge import Shared, Trained, averaging_weights, merge, shared_files
 from sfl.strategy.order import Turns, draw
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import (
@@ -146,7 +146,6 @@ def _parse_start(
 class FedRounds:
     """The fed server's part of a run."""
 
-    run: RunConfig
     network: Network
     stores: Mapping[int, WeightStore]  # in the order of the clients
     num_train: Mapping[int, int]
@@ -157,9 +156,13 @@ class FedRounds:
     first_round: int = 0
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
+    @property
+    def run(self) -> RunConfig:
+        return self.split.recipe.run
+
     def run_all(self) -> None:
         """Give the initial weights; then merge what each round brings."""
-        keeps_own = scheme(self.run.scheme).fronts is Fronts.OWN
+        keeps_own = self.split.recipe.scheme.fronts is Fronts.OWN
         if self.first_round == 0:
             self._write_shared(-1)
             self._commit(0)
@@ -193,7 +196,7 @@ class FedRounds:
     def _round(self, round_index: int) -> None:
         """Take the fronts of those who train in a round, and give what becomes of them."""
         self.folder.check_there()
-        archive, policy = self.folder.archive, scheme(self.run.scheme).fronts
+        archive, policy = self.folder.archive, self.split.recipe.scheme.fronts
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)
         relay: list[NamedWeights] = []
@@ -205,7 +208,7 @@ class FedRounds:
                 archive.write("one_client_model", path, encode_state(state), round_index)
         weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
         trained = Trained(fronts, {}, weights, last=order[-1])
-        self.shared = merge(self.run, self.shared, trained, self.split.entries)
+        self.shared = merge(self.split.recipe, self.shared, trained, self.split.entries)
         self._write_shared(round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
         path = f"rounds/round_{round_index:03d}.csv"

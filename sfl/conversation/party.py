@@ -18,7 +18,7 @@ from sfl.files.finite import LOG, check_finite
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
 from sfl.model.topology import Segments, States
-from sfl.strategy.schemes import scheme
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import WeightStore
@@ -48,7 +48,7 @@ class Party:
     """What client and server both have for one client."""
 
     client: int
-    run: RunConfig
+    recipe: Recipe
     link: Link
     weights: WeightStore
     split: SplitModel
@@ -58,6 +58,10 @@ class Party:
     clock: Stopwatch = field(default_factory=Stopwatch)
     compute_s: float = 0.0  # this side's work for the client; the server counts it by round
     warned_in: int = -1  # the round in which people were last told of NaN or infinity
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """See that what the peer sent is finite, or warn, once a round.
@@ -166,7 +170,7 @@ class ServerParty(Party):
     @property
     def back_index(self) -> int:
         """Which copy of the back takes this client's steps."""
-        return scheme(self.run.scheme).back_of(self.client)
+        return self.recipe.scheme.back_of(self.client)
 
     @property
     def back(self) -> Segment:

@@ -25,7 +25,8 @@ from sfl.own_functions import remembered
 from sfl.runtime.resume import load_backs, read_shared
 from sfl.strategy.merge import Shared, averaging_weights
 from sfl.strategy.order import draw
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 
 MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
@@ -53,11 +54,13 @@ class RecordedRun:
         self.allowed = allowed
         self.differences = differences
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
-        self.run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        run = from_values(RunConfig, options, str(archive.root / "config.json"))
         data = _read_environment(archive, "data", data_of)
-        self.split = SplitModel.of_data(self.run, data, allowed)
+        self.recipe = Recipe.of(run, allowed)
+        self.run = self.recipe.run
+        self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
-        self.scheme = scheme(self.run.scheme)
+        self.scheme = self.recipe.scheme
         is_fed = archive.config().get("role") == "fed"  # no step passes a fed server
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:
@@ -103,7 +106,7 @@ class RecordedRun:
 
     def shared_at(self, round_index: int) -> Mapping[str, Shared]:
         """Return what everyone started a round from, by segment."""
-        return read_shared(self.archive, self.run, self.split, round_index)
+        return read_shared(self.archive, self.split, round_index)
 
     def trained_states(self, round_index: int) -> dict[int, dict[str, dict[str, Tensor]]]:
         """Return the weights that each client sent at the end of a round, by segment."""

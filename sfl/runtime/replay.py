@@ -249,7 +249,7 @@ class _Round:
         names = [name for name in recorded.segments if HOLDERS[name] is holder]
         start, last = recorded.shared_at(self._round), recorded.order(self._round)[-1]
         trained = Trained(by_client, by_copy, recorded.weights(self._round), last)
-        merged = merge(recorded.run, {n: start[n] for n in names}, trained, split.entries)
+        merged = merge(recorded.recipe, {n: start[n] for n in names}, trained, split.entries)
         for name, shared in merged.items():
             path = segment_path(SHARED_MODEL, name, self._round)
             self._compare(path, shared.state, split.specs[name])

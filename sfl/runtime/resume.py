@@ -29,7 +29,8 @@ from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.options import check_goes_on
 from sfl.strategy.merge import Shared, has_own, memory_spec
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 
 
@@ -46,16 +47,14 @@ class Files(Protocol):
     def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]: ...
 
 
-def read_shared(
-    files: Files, run: RunConfig, split: SplitModel, round_index: int
-) -> dict[str, Shared]:
+def read_shared(files: Files, split: SplitModel, round_index: int) -> dict[str, Shared]:
     """Return what everyone started a round from, of the segments that lie here.
 
     Raises:
         IntegrityError: a file of theirs is damaged or missing.
     """
     shared, last = {}, round_index - 1
-    own = scheme(run.scheme).fronts is Fronts.OWN and round_index > 0
+    own = split.recipe.scheme.fronts is Fronts.OWN and round_index > 0
     for name, spec in split.specs.items():
         # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
         lies_here = any(files.lists(segment_path(SHARED_MODEL, name, r)) for r in (-1, last))
@@ -64,7 +63,7 @@ def read_shared(
         state = files.state(segment_path(SHARED_MODEL, name, last), spec)
         path, memory = segment_path(MEMORY, name, last), {}
         if files.lists(path):
-            memory = files.state(path, memory_spec(run, spec, split.entries))
+            memory = files.state(path, memory_spec(split.recipe, spec, split.entries))
         shared[name] = Shared(state, memory)
     return shared
 
@@ -92,19 +91,19 @@ def load_backs(
 
 
 def load_own_state(
-    folder: Path, segments: Segments, run: RunConfig, client: int, round_index: int
+    folder: Path, segments: Segments, recipe: Recipe, client: int, round_index: int
 ) -> None:
     """Bring a client's segments and optimisers to where they were when a round began.
 
     Raises:
         RunError: what only this client had is not there, or damaged.
     """
-    if not has_own(run) or round_index == 0:
+    if not has_own(recipe) or round_index == 0:
         return
     damage: list[str] = []
-    for checkpoint in whole(folder, run, damage):
+    for checkpoint in whole(folder, recipe.run, damage):
         if checkpoint.round == round_index:
-            _load_kept(checkpoint, segments, run, client)
+            _load_kept(checkpoint, segments, recipe, client)
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
@@ -113,13 +112,13 @@ def load_own_state(
     )
 
 
-def _load_kept(checkpoint: Checkpoint, segments: Segments, run: RunConfig, client: int) -> None:
+def _load_kept(checkpoint: Checkpoint, segments: Segments, recipe: Recipe, client: int) -> None:
     last = checkpoint.round - 1
     for name, segment in segments.items():
-        if scheme(run.scheme).fronts is Fronts.OWN:
+        if recipe.scheme.fronts is Fronts.OWN:
             path = segment_path(ONE_CLIENT_MODEL, name, last, client=client)
             segment.load(checkpoint.state(path, segment.spec))
-        if run.optimizer_state == "keep":
+        if recipe.training.keeps_optimizer:
             path = segment_path(CLIENT_OPTIMIZER, name, last, client=client)
             _load_optimizer(checkpoint, segment, path)
 

@@ -42,7 +42,8 @@ from sfl.strategy.merge import (
     shared_files,
 )
 from sfl.strategy.order import RoundPlan
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.weights.exchange import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
 from sfl.wire.driver import Conversation, Network, run_together
@@ -57,7 +58,6 @@ T = TypeVar("T")
 class Rounds:
     """The server's part of a run, for all clients."""
 
-    run: RunConfig
     network: Network
     parties: Mapping[int, ServerParty]  # in the order of their clients
     backs: Mapping[int, Segments]  # the copies of the server's segments
@@ -78,6 +78,14 @@ class Rounds:
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # of its start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.split.recipe
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
 
     def run_all(self) -> dict[str, float]:
         """Run all rounds that are left and return the figures of the last one."""
@@ -106,7 +114,7 @@ class Rounds:
 
     def limit(self, client: int) -> None:
         """Accept from a client what this run expects of it."""
-        limits = server_limits(self.split, self.run, self.num_steps[client], self.payloads)
+        limits = server_limits(self.split, self.num_steps[client], self.payloads)
         self.parties[client].link.limits = limits
 
     def _items(self) -> ItemsView[int, ServerParty]:
@@ -181,7 +189,7 @@ class Rounds:
         """Bring a client to where a round starts, if it has just come."""
         if self.parties[client].at_start_of == round_index:
             return
-        front, keeps_own = None, scheme(self.run.scheme).fronts is Fronts.OWN
+        front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
             # The one of the round's start, whatever has been made of it; or the fed server's.
             front = NamedWeights(INITIAL, self._front_file(self._began))
@@ -195,7 +203,7 @@ class Rounds:
         """Bring the server back to where a round began, in which all who took part have left."""
         for b, copy in self.backs.items():
             copy.load(self._states())
-            if self.run.optimizer_state == "keep":
+            if self.recipe.training.keeps_optimizer:
                 copy.restore(self._optimizers[b])
         for k in self.parties:
             self.archive.drop_steps(k, round_index)
@@ -205,12 +213,12 @@ class Rounds:
         """Let the round's clients train; all copies of the back start with the same weights."""
         for b, copy in self.backs.items():
             copy.start_round(round_index)
-            if self.may_skip and self.run.optimizer_state == "keep":
+            if self.may_skip and self.recipe.training.keeps_optimizer:
                 self._optimizers[b] = copy.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
         plan = RoundPlan(
-            self.run, round_index, num_steps, self.backs,
+            self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
         self.log.start_round(round_index, sum(plan.num_steps.values()))
@@ -259,7 +267,7 @@ class Rounds:
         weights = averaging_weights(self.run, num_train)
         crash_point("average.before")
         made = Trained(by_client, by_copy, weights, last=plan.order[-1])
-        shared = merge(self.run, self.shared, made, self.split.entries)
+        shared = merge(self.recipe, self.shared, made, self.split.entries)
         self._check_finite(shared, round_index)
         self.shared = shared
         crash_point("average.after")
@@ -295,7 +303,7 @@ class Rounds:
     def _write_shared(self, round_index: int) -> None:
         """Write down what everyone goes on from, with what else the next round starts from."""
         files = [f for item in self.shared.items() for f in shared_files(*item, round_index)]
-        if self.run.optimizer_state == "keep" and round_index >= 0:
+        if self.recipe.training.keeps_optimizer and round_index >= 0:
             for b, copy in self.backs.items():
                 for name, segment in copy.items():
                     path = segment_path(SERVER_OPTIMIZER, name, round_index, back=b)
@@ -313,7 +321,7 @@ class Rounds:
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
         """Let every client evaluate what the round gave; the last of a relay has its front."""
-        front, policy = None, scheme(self.run.scheme).fronts
+        front, policy = None, self.recipe.scheme.fronts
         if policy is Fronts.RELAYED:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:

@@ -15,17 +15,10 @@ from sfl.errors import ConfigError
 from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
 from sfl.model.blocks import Entries
 from sfl.model.topology import HOLDERS, Holder, States
-from sfl.registry import with_options
-from sfl.strategy.aggregate import RULES, State, Update
+from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import draw
-from sfl.strategy.schemes import Exchange, Fronts, scheme
-from sfl.values import KeepModels
-
-
-def models_to_keep(run: RunConfig) -> KeepModels:
-    """Return which rounds' models stay; without cut-layer tensors none are replayed."""
-    has_tensors = scheme(run.scheme).exchange is not Exchange.NOTHING
-    return KeepModels.parse(run.keep_models, run.keep_tensors if has_tensors else "none")
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange, Fronts
 
 
 def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
@@ -34,28 +27,26 @@ def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[in
     return {client: 1 if equal else count for client, count in num_samples.items()}
 
 
-def averages_backs(run: RunConfig) -> bool:
+def averages_backs(recipe: Recipe) -> bool:
     """Say whether the scheme makes copies of the back."""
-    row = scheme(run.scheme)
-    backs = {row.back_of(k) for k in range(run.most_clients)}
+    row = recipe.scheme
+    backs = {row.back_of(k) for k in range(recipe.run.most_clients)}
     return row.exchange is Exchange.CUT and len(backs) > 1
 
 
-def check_rule(run: RunConfig) -> None:
+def check_rule(recipe: Recipe) -> None:
     """Try the run's aggregation rule on as many models as there are of each segment in a round.
 
     Raises:
-        ConfigError: there is no such rule, it does not take such options or so few models, or the
-            scheme averages no models.
+        ConfigError: it does not take such values or so few models, or the scheme averages none.
     """
-    row, drawn = scheme(run.scheme), draw(run, range(run.clients), 0)
+    run, row = recipe.run, recipe.scheme
+    drawn = draw(run, range(run.clients), 0)
     counts = [len(drawn)] if row.fronts is Fronts.AVERAGED else []
-    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(run) else []
+    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(recipe) else []
     one = {"w": torch.zeros(1)}
     for count in counts or [3]:
-        with_options("aggregation", run.aggregation, RULES)(
-            Update([one] * count, [1] * count, start=one, trained={"w"})
-        )
+        recipe.rule(Update([one] * count, [1] * count, start=one, trained={"w"}))
     averages_models = counts and row.exchange is not Exchange.WEIGHT_GRADS and not row.pooled
     if run.aggregation != "fedavg" and not averages_models:
         raise ConfigError(
@@ -91,7 +82,7 @@ def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[
 
 
 def merge(
-    run: RunConfig, start: Mapping[str, Shared], trained: Trained, entries: Entries
+    recipe: Recipe, start: Mapping[str, Shared], trained: Trained, entries: Entries
 ) -> dict[str, Shared]:
     """Return what everyone goes on from, of the segments in ``start``."""
     merged = {}
@@ -101,46 +92,45 @@ def merge(
             Holder.SERVER: (trained.by_copy, _merge_copies),
         }[HOLDERS[name]]
         states = {k: states[name] for k, states in theirs.items() if name in states}
-        merged[name] = merge_one(run, states, trained, shared, entries)
+        merged[name] = merge_one(recipe, states, trained, shared, entries)
     return {name: shared for name, shared in merged.items() if shared is not None}
 
 
 def _merge_clients(
-    run: RunConfig, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
+    recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
 ) -> Shared | None:
     """Return what becomes of a segment of the clients; None where each client keeps its own."""
-    policy = scheme(run.scheme).fronts
+    policy = recipe.scheme.fronts
     if policy is Fronts.OWN:
         return None
     if policy is Fronts.RELAYED:
         return Shared(states[trained.last])
-    return _aggregate(run, states, trained.weights, start, entries)
+    return _aggregate(recipe, states, trained.weights, start, entries)
 
 
 def _merge_copies(
-    run: RunConfig, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
+    recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
 ) -> Shared:
     """Return what becomes of a segment of the server.
 
     Each copy weighs as much as the clients that it served; one that served none is left out.
     """
-    back_of = scheme(run.scheme).back_of
+    back_of = recipe.scheme.back_of
     served = {b: sum(w for k, w in trained.weights.items() if back_of(k) == b) for b in states}
     used = {b: states[b] for b in sorted(states) if served[b]}
-    if averages_backs(run):
-        return _aggregate(run, used, served, start, entries)
+    if averages_backs(recipe):
+        return _aggregate(recipe, used, served, start, entries)
     (only,) = used.values()
     return Shared(only)
 
 
 def _aggregate(
-    run: RunConfig,
+    recipe: Recipe,
     states: Mapping[int, State],
     weights: Mapping[int, int],
     start: Shared,
     entries: Entries,
 ) -> Shared:
-    rule = with_options("aggregation", run.aggregation, RULES)
     chosen = sorted(states)
     merged = [name for name in start.state if name not in entries.frozen]
     update = Update(
@@ -150,7 +140,7 @@ def _aggregate(
         trained=sorted(entries.trained & start.state.keys()),
         memory=start.memory,
     )
-    new, memory = rule(update)
+    new, memory = recipe.rule(update)
     for name in merged:
         theirs = [state[name] for state in update.states]
         if name not in entries.trained and all(torch.equal(t, start.state[name]) for t in theirs):
@@ -159,17 +149,17 @@ def _aggregate(
     return Shared({n: state[entries.same.get(n, n)] for n in start.state}, memory)
 
 
-def memory_spec(run: RunConfig, weights: StateSpec, entries: Entries) -> StateSpec:
+def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSpec:
     """Return the spec of the memory that the run's rule keeps of a segment; empty for most."""
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in weights.items()}
-    count = len(draw(run, range(run.clients), 0))
+    count = len(draw(recipe.run, range(recipe.run.clients), 0))
     merged = _aggregate(
-        run, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Shared(state),
+        recipe, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Shared(state),
         entries,
     )  # fmt: skip
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}
 
 
-def has_own(run: RunConfig) -> bool:
+def has_own(recipe: Recipe) -> bool:
     """Say whether clients have something that a round starts from and nobody else has."""
-    return scheme(run.scheme).fronts is Fronts.OWN or run.optimizer_state == "keep"
+    return recipe.scheme.fronts is Fronts.OWN or recipe.training.keeps_optimizer

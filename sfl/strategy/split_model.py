@@ -2,13 +2,13 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.files.torch_file import (
     StateSpec,
@@ -20,25 +20,15 @@ from sfl.model import structure
 from sfl.model.blocks import Entries, check_apart, copied, names_of
 from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments, joined, segment_names
+from sfl.model.training import Training
 from sfl.model.trial import Trial, sample_specs, where_to_cut
-from sfl.model.zoo import build, model_spec, split
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.model.zoo import build, split
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 
 # Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
 MAX_EVALUATION_BATCH = 256
 MAX_EVALUATION_BYTES = 8 * 2**20
-
-
-def resolve_cut(run: RunConfig, allowed: Collection[str] | None = None) -> int:
-    """Return where the run's model is cut: the user's index, or the model's own.
-
-    Raises:
-        ConfigError: no such model, or a user's own model without ``--cut``.
-    """
-    cut = run.cut if run.cut is not None else model_spec(run.model, allowed).cut
-    if cut is None:
-        raise ConfigError(f"--model {run.model} is your own: say with --cut where to cut it")
-    return cut
 
 
 class SplitModel:
@@ -53,14 +43,15 @@ class SplitModel:
 
     def __init__(
         self,
-        run: RunConfig,
+        recipe: Recipe,
         input_shape: tuple[int, ...],
         num_classes: int,
-        allowed: Collection[str] | None = None,
         class_weights: tuple[float, ...] = (),
     ) -> None:
+        run = recipe.run
+
         def build_it() -> nn.Sequential:
-            return build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
+            return build(recipe.model, input_shape, num_classes, seed=run.seed)
 
         model = build_it()
         self.block_names = [name for name, _ in model.named_children()]
@@ -68,11 +59,11 @@ class SplitModel:
         self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
             described, lambda: structure.describe(build_it())
         )
-        self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
-        self.cuts = (self.cut,) if scheme(run.scheme).exchange is Exchange.CUT else ()
-        if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
+        self.recipe, cut = recipe, recipe.cut
+        self.cuts = (cut,) if recipe.scheme.exchange is Exchange.CUT else ()
+        if not 0 <= cut <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
-                f"--cut {self.cut}: --scheme {run.scheme} needs blocks on both sides;"
+                f"--cut {cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
         rows, names = split(model, *self.cuts), segment_names(len(self.cuts))
@@ -83,56 +74,49 @@ class SplitModel:
         self._segments = dict(zip(names, rows, strict=True))  # these keep the initial weights
         self._first_blocks = dict(zip(names, (0, *self.cuts), strict=True))
         self.input_shape, self.num_classes = input_shape, num_classes
-        self.class_weights = class_weights
-        self._run = run
+        self._training = replace(recipe.training, class_weights=class_weights)
         self.specs: dict[str, StateSpec] = {
             name: state_spec(s.state_dict()) for name, s in self._segments.items()
         }
-        self._cut_samples = sample_specs(rows, run, input_shape, num_classes)
+        self._cut_samples = sample_specs(rows, self._training, input_shape, num_classes)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
 
     @classmethod
-    def of_data(
-        cls, run: RunConfig, data: Mapping[str, Any], allowed: Collection[str] | None = None
-    ) -> "SplitModel":
+    def of_data(cls, recipe: Recipe, data: Mapping[str, Any]) -> "SplitModel":
         """Return a run's model for what is recorded of its clients' data."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
-        return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
+        return cls(recipe, shape, len(data["classes"]), weights)
+
+    @property
+    def class_weights(self) -> tuple[float, ...]:
+        """The weights of the classes in the training loss; none if it is not weighted."""
+        return self._training.class_weights
 
     @property
     def _rows(self) -> list[nn.Sequential]:
         return list(self._segments.values())
 
-    def _segment(self, name: str, device: torch.device, **more: Any) -> Segment:
+    def _segment(self, name: str, device: torch.device, training: Training) -> Segment:
         first_block = self._first_blocks[name]
-        return Segment(
-            copied(self._segments[name], first_block),
-            first_block,
-            self._run,
-            device,
-            boundary=self.cut,
-            class_weights=self.class_weights,
-            **more,
-        )
+        return Segment(copied(self._segments[name], first_block), first_block, training, device)
 
     def trial(self, *, whole: bool = False) -> Trial:
         """Return copies of the segments, or of the model as a ``whole``, to be tried."""
         blocks = OrderedDict(item for row in self._rows for item in row._modules.items())
         return Trial(
             [nn.Sequential(blocks)] if whole else self._rows,
-            self._run,
+            self._training,
             self.input_shape,
             self.num_classes,
-            class_weights=self.class_weights,
             seams=self.cuts if whole else (),
             samples=() if whole else self._cut_samples,
         )
 
     def where_to_cut(self) -> str:
         """Return the end of a message that says where the model can be cut, if not as it is."""
-        return where_to_cut(self._rows, self._run, self.input_shape, self.num_classes)
+        return where_to_cut(self._rows, self._training, self.input_shape, self.num_classes)
 
     def held_by(self, holder: Holder) -> list[str]:
         """Return the segments that a party computes with; without a cut, each has the whole."""
@@ -140,10 +124,9 @@ class SplitModel:
 
     def segments(self, holder: Holder, device: torch.device) -> Segments:
         """Return what a party computes with: initial weights, and optimisers."""
-        proximal_mu = self._run.fedprox_mu if holder is Holder.CLIENT else 0.0
-        return Segments(
-            {n: self._segment(n, device, proximal_mu=proximal_mu) for n in self.held_by(holder)}
-        )
+        mu = self.recipe.run.fedprox_mu if holder is Holder.CLIENT else 0.0
+        training = replace(self._training, proximal_mu=mu)
+        return Segments({n: self._segment(n, device, training) for n in self.held_by(holder)})
 
     def front(self, device: torch.device) -> Segment:
         """Return the client's first segment."""
