@@ -192,7 +192,7 @@ def test_an_archive_runs_nothing(given: Path) -> None:
 def test_replay_and_resume_run_nothing(given: Path, launcher: Launcher) -> None:
     replace(given, "models/client_model_000.pt", EVIL)
     with pytest.raises(IntegrityError, match=r"client_model_000.pt: asks for"):
-        load(given).halves_at(1)
+        load(given).shared_at(1)
     checkpoint = given / path_of(1)
     fields = json.loads(checkpoint.read_text())
     fields["files"]["models/client_model_000.pt"] = [len(EVIL), checksum(EVIL)]
