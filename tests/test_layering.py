@@ -76,6 +76,7 @@ LOOK_UPS = {
         "runtime.client_check",
         "runtime.fed_server",
         "runtime.preflight",
+        "runtime.recorded",
     },
 }
 REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES"}
