@@ -44,6 +44,7 @@ class RunConfig:
     cut: int | None = option(
         None, "number of top-level blocks on the client; the model's own if not given"
     )
+    task: str = option("classification", "what is predicted, with its loss and its metrics")
     dataset: str = option(
         "mnist-5k",
         "mnist-5k, mnist, fashion-mnist, emnist, emnist-byclass, emnist-letters, emnist-digits,"

@@ -41,7 +41,7 @@ class ServerWatcher(Watcher, Protocol):
     """Who hears of all clients' steps."""
 
     def steps(self, client: int, table: Tensor) -> None:
-        """Take note of all steps of a client's round: (steps, 3) float64, as ``checked_steps``."""
+        """Take note of all steps of a client's round: as ``checked_steps``."""
 
 
 @dataclass(kw_only=True)
@@ -119,13 +119,13 @@ class Party:
         if not self.archive.records(at.round):
             return
         cut = self.split.features_spec(num_samples)
-        specs = {LABELS: self.split.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
+        specs = {LABELS: self.recipe.task.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
         of_kinds = zip(specs.items(), files, strict=True)
         self._record({kind: (file, spec) for (kind, spec), file in of_kinds}, at, order)
 
     def record_gradients(self, at: Position, num_samples: int, data: Buffer) -> None:
         """Hand the gradients of the whole model, of a batch of so many samples, to the archive."""
-        shape = self.split.labels_spec(num_samples)  # what they were computed from
+        shape = self.recipe.task.labels_spec(num_samples)  # what they were computed from
         self._record({WEIGHT_GRADS: (File(data), shape)}, at, at.step)
 
     def where(self, at: Position) -> dict[str, int]:

@@ -6,11 +6,11 @@
     CUT: client_cut_steps, client_step               server_cut_steps, server_step
       z = front(x)
       TRAINING_LABELS    + labels                ->
-      TRAINING_FEATURES  + activations z         ->  loss = criterion(back(z), y)
+      TRAINING_FEATURES  + activations z         ->  loss = task.loss(back(z), y)
                                                  <-  TRAINING_GRADS + gradients {loss, correct}
       z.backward(gradients); update the front        update the back
     WEIGHT_GRADS: client_gradient_steps              server_gradient_steps
-      loss = criterion(model(x), y)
+      loss = task.loss(model(x), y)
       TRAINING_GRADS {loss, correct}             ->  average over the clients; update
                                                  <-  SEND_AGGREGATED_MODEL + the parameters
     NOTHING: client_local_steps                      server_local_steps
@@ -132,7 +132,7 @@ def client_step(
     crash_point("front.after_update")
     clock.lap("update")
     party.record(at, at.step, size, (labels, features, stored))
-    party.watcher.step(at, _figures(reply, size))
+    party.watcher.step(at, _figures(party, reply, size))
     clock.lap("archive")
     return next_batch
 
@@ -160,7 +160,7 @@ def server_step(
     figures, dz = _compute(party, back, (z, y), at)
     clock.lap("forward")
     assert dz is not None
-    grads, content = encode_file(dz), _content(figures)
+    grads, content = encode_file(dz), _content(party, figures)
     clock.lap("serialise")
     crash_point("step.before_answer")
     try:
@@ -217,22 +217,22 @@ def _send_file(link: Link, message: MessageType, file: File, at: Position, **mor
     link.send_file(message, file.data, at=at, checksum=file.checksum, **more)
 
 
-def _figures(message: Message, size: int) -> StepFigures:
+def _figures(party: Party, message: Message, size: int) -> StepFigures:
     """Return what a peer says of a step over ``size`` samples."""
-    loss, correct = message.get("loss", float), message.get("correct", int)
-    return StepFigures(*checked(loss, correct, size), size)
+    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
-def _content(figures: StepFigures) -> dict[str, float]:
-    return {"loss": figures.loss, "correct": figures.correct}
+def _content(party: Party, figures: StepFigures) -> dict[str, float]:
+    return {"loss": figures.loss, **party.recipe.task.named_counts(figures.counts)}
 
 
 def decode_labels(party: ServerParty, file: File, num_samples: int) -> tuple[Tensor, File]:
-    """Return the labels of a batch, all of them classes, and their file as it may be stored."""
-    name = f"the labels of client {party.client}"
-    y, stored = decode_file(file, party.split.labels_spec(num_samples), name)
-    if not 0 <= int(y.min()) <= int(y.max()) < party.split.num_classes:
-        raise ProtocolError(f"{name} lie outside 0 to {party.split.num_classes - 1}")
+    """Return the labels of a batch, as the task has them, and their file as it may be stored."""
+    name, task = f"the labels of client {party.client}", party.recipe.task
+    y, stored = decode_file(file, task.labels_spec(num_samples), name)
+    if wrong := task.wrong_labels(y, party.split.num_classes):
+        raise ProtocolError(f"{name} {wrong}")
     return y, stored
 
 
@@ -261,8 +261,8 @@ def client_gradient_steps(
         if batch := next(batches, None):
             x, y = batch.x, batch.y
             figures, _ = _compute(party, party.front, (x, y), at)
-            grads = encode_state(party.front.gradients())
-            link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
+            grads, content = encode_state(party.front.gradients()), _content(party, figures)
+            link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
             party.record_gradients(at, len(y), grads)
             party.watcher.step(at, figures)
         party.clock.start()
@@ -292,7 +292,7 @@ def server_gradient_steps(
                 name = f"the gradients of {link.peer_title}"
                 grads = decode_state(message.payload, spec, name)
                 party.check_finite(grads.values(), name, at)
-                figures = _figures(message, own[1])
+                figures = _figures(party, message, own[1])
                 party.check_loss(figures.loss, link.peer_title, at)
                 pool.add(party.client, grads, own[1])
                 if party.archive.records(at.round):
@@ -314,7 +314,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
         figures, _ = _compute(party, party.front, (x, y), at)
         party.front.update()
         party.watcher.step(at, figures)
-        rows.append((figures.loss, figures.correct))
+        rows.append((figures.loss, *figures.counts))
     table = encode(torch.tensor(rows, dtype=torch.float64))
     party.link.send_file(MessageType.TRAINING_FIGURES, table, at=party.at(round_index))
     yield from ()
@@ -325,7 +325,7 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     link = party.link
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
-    spec = party.split.figures_spec(plan.num_steps[party.client])
+    spec = party.recipe.task.steps_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
     sizes = step_sizes(party.num_samples[TRAIN], party.run)
     steps = checked_steps(table, sizes)

@@ -33,8 +33,8 @@ class MessageType(StrEnum):
     START_TRAINING = "START_TRAINING"  # S: train in round r: from which front, how many steps
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
-    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss and hits
-    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and hits of each step it took alone
+    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss, counts
+    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and counts of each step it took alone
     ROUND_TRAINED = "ROUND_TRAINED"  # C: my steps of this round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: a large file is offered: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it, from this offset on
@@ -45,7 +45,7 @@ class MessageType(StrEnum):
     VALIDATION_LABELS = "VALIDATION_LABELS"  # C: file, labels of an evaluation batch
     VALIDATION_FEATURES = "VALIDATION_FEATURES"  # C: file, its activations
     VALIDATION_RESULT = (
-        "VALIDATION_RESULT"  # S, C: samples, hits and summed loss of a batch, a part
+        "VALIDATION_RESULT"  # S, C: samples, counts and summed loss of a batch, a part
     )
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
