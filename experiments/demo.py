@@ -62,8 +62,8 @@ def main() -> None:
     run_dir = run_demo(options.rounds, options.out.resolve())
     last = print_table(run_dir)
     from experiments.curves import draw_curves
-    from experiments.recorded import load
-    from experiments.replay import check
+    from sfl.runtime.recorded import load
+    from sfl.runtime.replay import check
 
     curves = draw_curves(run_dir)
     print("replaying the server's part from its files ...")

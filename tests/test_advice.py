@@ -160,7 +160,7 @@ def test_each_study_says_which_sfl_it_is(program: str) -> None:
 def test_a_support_module_says_that_it_is_no_program() -> None:
     listed = set(re.findall(r"^\| `python -m (\S+)\b", PROGRAMS_PAGE, re.MULTILINE))
     assert listed == {f"experiments.{name}" for name in PROGRAMS}
-    for name in ("recorded", "hostile.attacks"):
+    for name in ("replay.train_back", "support.processes"):
         done = python("-m", f"experiments.{name}")
         assert done.returncode == 1
         assert done.stderr == (

@@ -17,8 +17,9 @@ from sfl.strategy.order import RoundPlan
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 CLIENTS, ROUNDS = 4, 2
 

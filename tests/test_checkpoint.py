@@ -16,9 +16,9 @@ from sfl.config import RunConfig
 from sfl.errors import IntegrityError, RunError
 from sfl.runtime.resume import open_past
 from sfl.values import KeepTensors
-from tests.launch import Launcher
-from tests.test_failures import send_signal, wait_for
-from tests.test_recovery import ALLOW, OWN_STATE, options_of, reference
+from tests.support.launch import Launcher, options_of, send_signal, wait_for
+from tests.support.runs import ALLOW, OWN_STATE
+from tests.support.simulations import reference
 
 CONFIG = RunConfig(run="r")
 WEIGHTS = b"weights" * 1000

@@ -21,7 +21,7 @@ from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from tests.test_demo import ROOT, run
+from tests.support.programs import ROOT, run_program
 
 COMMON = ("--model", "mlp", "--rounds", "3", "--batch-size", "64")
 FILES = {
@@ -31,7 +31,7 @@ FILES = {
 
 
 def compare(out: Path, *options: object, code: int = 0) -> str:
-    done = run("-m", "experiments.compare", *COMMON, "--out", out, *options, code=code)
+    done = run_program("-m", "experiments.compare", *COMMON, "--out", out, *options, code=code)
     return done.stdout + done.stderr
 
 

@@ -7,7 +7,7 @@ from experiments.support.costs import costs_of
 from sfl.config import RunConfig
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from tests.test_demo import run
+from tests.support.programs import run_program
 
 IMAGE = (1, 28, 28)
 
@@ -33,7 +33,7 @@ def test_both_halves_together_cost_what_the_whole_costs() -> None:
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
     options = ("--scheme", "fl", "--model", "lenet5", "--dataset", "mnist", "--out", tmp_path)
-    out = run("-m", "experiments.cuts", *options).stdout
+    out = run_program("-m", "experiments.cuts", *options).stdout
     rows = list(csv.DictReader((tmp_path / "cuts.csv").read_text().splitlines()))
     assert [row["last_block"] for row in rows[:3]] == ["conv1", "relu1", "pool1"]
     assert [row["smashed_bytes"] for row in rows[:3]] == ["18816", "18816", "4704"]

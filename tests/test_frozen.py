@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.model.blocks import Entries
 from sfl.model.zoo import build, model_spec
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.merge import Half, merge_fronts
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES
-from tests.launch import Launcher
+from tests.support.launch import Launcher
 
-MODEL = "tests.odd_models:frozen"
+MODEL = "tests.support.odd_models:frozen"
 CUT = 5  # behind the first layer that is trained
 SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
 START = build(model_spec(MODEL), (1, 28, 28), 10, seed=0)
@@ -114,7 +114,7 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
 
 
 def test_a_frozen_back_gives_gradients_to_the_front(tmp_path: Path) -> None:
-    model = "tests.odd_models:frozen_back"
+    model = "tests.support.odd_models:frozen_back"
     for name in ("sflv1", "fl", "sync-sgd"):
         run = RunConfig(
             scheme=name, model=model, cut=3, rounds=1, batch_size=700, run="r", weight_decay=0.1
@@ -150,6 +150,8 @@ def test_a_socket_run_of_a_frozen_model_equals_the_simulation(
 
 def test_a_model_that_came_in_eval_is_warned_about(tmp_path: Path) -> None:
     for name, warned in (("all_in_eval", True), ("frozen", False)):
-        run = RunConfig(model=f"tests.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name)
+        run = RunConfig(
+            model=f"tests.support.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name
+        )
         path = simulate(run, NodeConfig(out=str(tmp_path)))
         assert ("the model came in eval()" in (path / "server_log.txt").read_text()) == warned

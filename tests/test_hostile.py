@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trustme
 
 import sfl.archive
 from experiments import fuzz
@@ -24,7 +23,6 @@ from experiments.hostile.attacks import (
     write_bystander,
 )
 from experiments.hostile.files import RunsCode, hostile_files, saved
-from experiments.recorded import load
 from sfl.archive.checkpoint import lying, path_of, round_of
 from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import manifest_line, read_manifest
@@ -34,6 +32,7 @@ from sfl.errors import ConfigError, IntegrityError, PeerFailed
 from sfl.files.checksum import checksum
 from sfl.nodes import NodeConfig
 from sfl.options import names_of
+from sfl.runtime.recorded import load
 from sfl.runtime.resume import open_past
 from sfl.runtime.simulation import simulate
 from sfl.transport.tokens import read_tokens, write_tokens
@@ -41,9 +40,8 @@ from sfl.weights.exchange import WeightKey, client_weights
 from sfl.weights.objects import Directory
 from sfl.weights.shared import describe, object_path
 from sfl.wire.messages import MessageType
-from tests.launch import Launcher, Program
-from tests.test_auth import Certificates
-from tests.test_failures import wait_for
+from tests.support.certificates import Certificates
+from tests.support.launch import Launcher, Program, wait_for
 
 FAST = ["--model", "mlp", "--batch-size", 200]
 EVIL = saved(RunsCode())
@@ -102,7 +100,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     every, own = launcher.folder / "tokens", launcher.folder / "own"
     write_tokens(every, [f"0 {'t' * 40}", f"3 {'a' * 40}"])
     write_tokens(own, [f"3 {'a' * 40}"])
-    ca = Certificates(launcher.folder, trustme.CA())
+    ca = Certificates(launcher.folder)
     options = ["--clients", 1, "--rounds", 1, "--run", "r", "--token-file", every]
     server = launcher.server(*FAST, *options, *ca.issue("server"))
     wait_for(server, "listening")
@@ -415,7 +413,7 @@ def test_a_run_that_is_attacked_in_every_way_ends_with_the_same_weights(
     options = {"model": "mlp", "batch_size": 100, "rounds": 400, "clients": 3, "run": "r"}
     options |= {"keep_tensors": "none"}
     auth_main(["new-token", str(tmp_path / "tokens"), "--clients", "4"])
-    ca = Certificates(tmp_path, trustme.CA())
+    ca = Certificates(tmp_path)
     words = [w for n, v in options.items() for w in (f"--{n.replace('_', '-')}", v)]
     words += ["--token-file", tmp_path / "tokens", *ca.issue("server")]
     server = launcher.server(*words)

@@ -76,6 +76,7 @@ LOOK_UPS = {
         "runtime.client_check",
         "runtime.fed_server",
         "runtime.preflight",
+        "runtime.recorded",
     },
 }
 REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES", "TASKS"}
@@ -214,3 +215,8 @@ def test_the_package_does_not_import_experiments() -> None:
         m for m, p in MODULES.items() if "experiments" in {n.split(".")[0] for n in imported(p)}
     ]
     assert theirs == []
+
+
+def test_no_test_imports_another() -> None:
+    for path in (ROOT / "tests").glob("**/*.py"):
+        assert {name for name in imported(path) if name.startswith("tests.test_")} == set(), path

@@ -40,9 +40,8 @@ from sfl.transport.connection import Connection
 from sfl.transport.dialling import connect, listen
 from sfl.transport.switchboard import DrainedConnection, Switchboard
 from sfl.wire.messages import Limits, MessageType
-from tests.launch import Launcher, Program
-from tests.made_data import write_ham10000
-from tests.test_failures import wait_for
+from tests.support.launch import Launcher, Program, wait_for
+from tests.support.made_data import write_ham10000
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 RUN = ["--run", "r", "--peer-timeout", 5]
@@ -324,7 +323,7 @@ def test_images_are_resized_when_they_are_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["mlp", "lenet5", "cnn-mnist", "cnn-femnist", "tests.models:bn_dropout"]
+    "model", ["mlp", "lenet5", "cnn-mnist", "cnn-femnist", "tests.support.models:bn_dropout"]
 )
 @pytest.mark.parametrize("scheme", ["sflv1", "fl"])
 def test_sizes_are_those_of_the_model_that_is_built(model: str, scheme: str) -> None:

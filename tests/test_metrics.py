@@ -16,7 +16,7 @@ from sfl.errors import ProtocolError
 from sfl.model.classification import checked_classes
 from sfl.model.metrics import Tally, add_up
 from sfl.model.task import TASKS
-from tests.test_equivalence import simulated
+from tests.support.simulations import simulated
 
 TASK = TASKS["classification"]
 

@@ -25,8 +25,10 @@ from sfl.strategy.order import Turns, interleaved
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
-from tests.launch import Launcher
-from tests.test_schemes import data_of, joined, simulated
+from tests.support.launch import Launcher
+from tests.support.plain_training import data_of
+from tests.support.simulations import simulated_bn_dropout
+from tests.support.weights import joined
 
 CPU = torch.device("cpu")
 X, Y = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
@@ -83,7 +85,7 @@ def test_schedules_are_the_formulas() -> None:
 def test_a_schedule_reaches_both_halves(tmp_path: Path, scheme: str) -> None:
     options = {"model": "mlp", "cut": 3, "batch_size": 500, "optimizer": "sgd", "lr": 0.1}
     options |= {"scheme": scheme, "lr_schedule": "step:every=1,factor=1e-20", "rounds": 2}
-    run = simulated(tmp_path, **options, optimizer_state="keep", momentum=0.5)
+    run = simulated_bn_dropout(tmp_path, **options, optimizer_state="keep", momentum=0.5)
     first, second = joined(run, 0), joined(run, 1)
     initial = build(model_spec("mlp"), (1, 28, 28), 10, seed=0).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -94,7 +96,7 @@ def test_fedprox_adds_its_term_to_the_loss(tmp_path: Path) -> None:
     """Li et al. 2020, Equation 2, written out: h = F + mu/2 |w - w_t|^2, on each client."""
     options = {"model": "mlp", "cut": 3, "optimizer": "sgd", "lr": 0.1, "clients": 1, "rounds": 2}
     options |= {"batch_size": 400, "fedprox_mu": 0.8}
-    ours = joined(simulated(tmp_path / "a", scheme="fl", **options), 1)
+    ours = joined(simulated_bn_dropout(tmp_path / "a", scheme="fl", **options), 1)
     run = RunConfig(**options)
     model, (data,) = build(model_spec("mlp"), (1, 28, 28), 10, seed=0), data_of(run)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -110,7 +112,9 @@ def test_fedprox_adds_its_term_to_the_loss(tmp_path: Path) -> None:
             optimizer.step()
     for name, tensor in model.state_dict().items():
         assert torch.allclose(ours[name], tensor, rtol=0, atol=1e-6), name
-    without = joined(simulated(tmp_path / "b", scheme="fl", **options | {"fedprox_mu": 0.0}), 1)
+    without = joined(
+        simulated_bn_dropout(tmp_path / "b", scheme="fl", **options | {"fedprox_mu": 0.0}), 1
+    )
     assert not any(torch.allclose(ours[n], without[n], rtol=0, atol=1e-5) for n in ours)
 
 
@@ -201,7 +205,7 @@ NOT_FINITE = r"hold (NaN or infinity|numbers whose squares overflow)"
 def test_a_simulation_that_diverges_says_so_and_goes_on(tmp_path: Path, scheme: str) -> None:
     options = {"scheme": scheme, "model": "mlp", "optimizer": "sgd", "lr": 1e20, "rounds": 1}
     options["cut"] = 3
-    folder = simulated(tmp_path, **options)
+    folder = simulated_bn_dropout(tmp_path, **options)
     log = (folder / "server_log.txt").read_text()
     warned = [line for line in log.splitlines() if "warning: " in line]
     assert warned
@@ -219,7 +223,7 @@ def test_all_that_a_peer_sends_is_looked_at(
 
     monkeypatch.setattr("sfl.conversation.party.check_finite", look)
     for scheme in ("sflv1", "sl", "sync-sgd"):
-        simulated(tmp_path / scheme, scheme=scheme, model="mlp", cut=3, rounds=1)
+        simulated_bn_dropout(tmp_path / scheme, scheme=scheme, model="mlp", cut=3, rounds=1)
     assert seen >= {
         "the activations of client N",
         "the gradients of step N",

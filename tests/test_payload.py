@@ -31,8 +31,10 @@ from sfl.wire import payload
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Limits, Message, MessageType
 from sfl.wire.payload import InMemory, MakeStore, OnDisk, Store, onto
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 SIZE = 2_500_001  # two whole chunks, and a part of a third
 
@@ -181,7 +183,7 @@ def test_it_lies_in_the_folder_that_was_given(
 def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    model = "tests.large_payloads:bn_dropout"
+    model = "tests.support.large_payloads:bn_dropout"
     server = launcher.server(
         "--clients", 2, "--run", "r", "--rounds", 2, "--batch-size", 64, "--model", model,
         "--cut", 4,

@@ -21,16 +21,16 @@ from sfl.runtime.access import last_words_of
 from sfl.runtime.simulation import Away
 from sfl.values import Position
 from sfl.wire.messages import MessageType
-from tests import poison
-from tests.launch import Launcher, Program
-from tests.test_failures import wait_for
-from tests.test_recovery import ALLOW, RUN, STEPS, options_of, reference
+from tests.support import poison
+from tests.support.launch import Launcher, Program, options_of, wait_for
+from tests.support.runs import ALLOW, RUN, STEPS
+from tests.support.simulations import reference
 
 SKIP = ["--on-missing", "skip", "--round-timeout", 600]
-HUGE = "tests.models:with_huge_layer"
-BAND = "tests.models:refusing_large"
-CUBING = "tests.models:cubing_large"
-MASKED = "tests.models:masked"
+HUGE = "tests.support.models:with_huge_layer"
+BAND = "tests.support.models:refusing_large"
+CUBING = "tests.support.models:cubing_large"
+MASKED = "tests.support.models:masked"
 
 
 def poisoned(launcher: Launcher, text: str, *options: object) -> Program:

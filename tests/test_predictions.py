@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 from experiments.measure.client_cost import cost_of_a_pass
 from experiments.predictions import draw_all, read_predictions
 from sfl.errors import RunError
-from tests.test_demo import run
-from tests.test_equivalence import simulated
+from tests.support.programs import run_program
+from tests.support.simulations import simulated
 
 PICTURES = ("confusion.png", "roc.png", "precision_recall.png")
 
@@ -82,7 +82,7 @@ def test_the_cost_of_a_pass_is_counted() -> None:
 
 @pytest.mark.slow
 def test_the_cost_table_has_the_published_beside_the_counted() -> None:
-    out = run("-m", "experiments.measure.client_cost").stdout
+    out = run_program("-m", "experiments.measure.client_cost").stdout
     rows = re.findall(r"^\| (large-batch SGD|federated learning|split learning) \|(.*)$", out, re.M)
     assert len(rows) == 9
     cells = [[cell.strip() for cell in row.split("|")] for _, row in rows]
@@ -91,5 +91,5 @@ def test_the_cost_table_has_the_published_beside_the_counted() -> None:
     for row in cells[:3]:  # a client of 500 has a fifth of the work of one of 100
         assert abs(float(row[0]) / float(row[3]) - 5) < 0.01
     assert "Assumed:" in out
-    bad = run("-m", "experiments.measure.client_cost", "--clients", "0,5", code=2).stderr
+    bad = run_program("-m", "experiments.measure.client_cost", "--clients", "0,5", code=2).stderr
     assert "give numbers from 1 to 50000" in bad

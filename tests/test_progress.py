@@ -14,13 +14,12 @@ from sfl.files.torch_file import encode
 from sfl.transport.heartbeat import Heart
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
-from tests import poison
-from tests.launch import Launcher
-from tests.test_failures import wait_for
+from tests.support import poison
+from tests.support.launch import Launcher, wait_for
 
 LIMIT_S = 2
 SKIP = ["--on-missing", "skip", "--round-timeout", LIMIT_S]
-SLOW = "tests.models:slow"
+SLOW = "tests.support.models:slow"
 Harm = Callable[[Insider], Iterator[None]]
 
 

@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
-from sfl.config import RunConfig
+from experiments.replay import __main__ as program
 from sfl.errors import RunError
-from sfl.nodes import NodeConfig
-from sfl.runtime.simulation import simulate
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT
-
-
-def recorded(out: Path, **options: object) -> Path:
-    defaults = {"model": BN_DROPOUT, "cut": 5, "rounds": 3, "batch_size": 200, "clients": 2}
-    return simulate(RunConfig(**defaults | options, run="r"), NodeConfig(out=str(out)))
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import recorded
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def run_replay(*argv: object) -> tuple[int, list[str]]:
     out = io.StringIO()
     with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["replay", *map(str, argv)])
-        code = replay.main()
+        code = program.main()
     return code, out.getvalue().splitlines()
 
 
@@ -161,7 +155,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl.conversation.round import step
+    from sfl.conversation import step
 
     honest = step.train_step
 

@@ -15,8 +15,9 @@ from sfl.transport.dialling import connect, listen
 from sfl.transport.shaping import Pipe, shaped
 from sfl.values import LinkShape
 from sfl.wire.messages import Limits, MessageType
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 10**7})
 

@@ -17,14 +17,14 @@ from sfl.model.zoo import MODELS, build, model_spec, split
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model, needs_several_samples
-from tests import odd_models
-from tests.launch import Launcher
+from tests.support import odd_models
+from tests.support.launch import Launcher
 
 SHAPE, CLASSES = (1, 28, 28), 10
 
 
 def split_model(name: str, **options: Any) -> SplitModel:
-    named = name if name in MODELS else f"tests.odd_models:{name}"
+    named = name if name in MODELS else f"tests.support.odd_models:{name}"
     return SplitModel(Recipe.of(RunConfig(model=named, **{"cut": 3} | options)), SHAPE, CLASSES)
 
 
@@ -111,7 +111,7 @@ def test_what_can_be_split_works(name: str) -> None:
 
 
 def test_a_subclass_with_its_own_init_is_split_as_it_computes() -> None:
-    whole = build(model_spec("tests.odd_models:own_init"), SHAPE, CLASSES, seed=0).eval()
+    whole = build(model_spec("tests.support.odd_models:own_init"), SHAPE, CLASSES, seed=0).eval()
     front, back = split(whole, 2)
     x = torch.rand(4, *SHAPE)
     assert torch.equal(back(front(x)), whole(x))
@@ -152,12 +152,15 @@ def wide() -> DatasetSpec:
 
 def test_a_server_refuses_a_model_before_anybody_connects(launcher: Launcher) -> None:
     for options, said in (
-        (["--model", "tests.odd_models:raises", "--cut", 2], "block 3 (Raises) cannot train"),
-        (["--model", "tests.odd_models:tied", "--cut", 3], "share a parameter"),
+        (
+            ["--model", "tests.support.odd_models:raises", "--cut", 2],
+            "block 3 (Raises) cannot train",
+        ),
+        (["--model", "tests.support.odd_models:tied", "--cut", 3], "share a parameter"),
         (
             [
                 "--model",
-                "tests.odd_models:own_init",
+                "tests.support.odd_models:own_init",
                 "--cut",
                 2,
                 "--dataset",

@@ -16,8 +16,7 @@ from sfl.files.torch_file import TensorSpec, decode_file, encode, encode_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
-from tests.launch import Launcher
-from tests.test_failures import wait_for
+from tests.support.launch import Launcher, wait_for
 
 Y, Z = torch.arange(BATCH), torch.ones(BATCH, 128)
 OWN = ["--model", "mlp", "--partition", "own", "--batch-size", 4, "--clients", 1, "--run", "r"]

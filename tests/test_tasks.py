@@ -14,7 +14,7 @@ from sfl.files.torch_file import TensorSpec
 from sfl.model.task import TASKS, Task
 from sfl.runtime.preflight import check_run
 from sfl.strategy.recipe import Recipe
-from tests.test_equivalence import simulated
+from tests.support.simulations import simulated
 
 PACKAGE = Path(__file__).parent.parent / "sfl"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from experiments.hostile.attacks import TIMES, Target, frame, takes_its_own_place
 from experiments.support.slow_link import SlowLink
@@ -21,10 +20,11 @@ from sfl.transport.dialling import connect, listen
 from sfl.transport.tokens import read_tokens
 from sfl.transport.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
 from sfl.wire.messages import Limits, MessageType
-from tests.launch import Launcher
-from tests.test_auth import Certificates
-from tests.test_failures import FAST, send_signal, wait_for
-from tests.test_recovery import assert_same, options_of, reference
+from tests.support.certificates import Certificates
+from tests.support.launch import Launcher, options_of, send_signal, wait_for
+from tests.support.runs import FAST
+from tests.support.simulations import reference
+from tests.support.weights import assert_same
 
 
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
@@ -93,7 +93,7 @@ def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
     launcher: Launcher, tmp_path: Path, way: int
 ) -> None:
     """In the handshake, and in what is enciphered."""
-    ca = Certificates(tmp_path, trustme.CA())
+    ca = Certificates(tmp_path)
     server = launcher.server(*FAST, "--clients", 1, "--rounds", 1, *ca.issue("server"))
     wait_for(server, "listening")
     places = iter([100, 300, 1500, 20_000])

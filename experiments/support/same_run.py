@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.recorded import RecordedRun
     from sfl.archive.reader import RunArchive
+    from sfl.runtime.recorded import RecordedRun
 
 # Of what a round's file says, what depends on neither time nor on what was sent twice.
 FIGURES = ("loss", "acc", "samples", "val_", "test_")
@@ -28,9 +28,9 @@ class Differences:
 
 def compare(whole: Path, other: Path) -> Differences:
     """Compare everything that two runs' servers and clients wrote, and replay the second."""
-    from experiments.recorded import load
-    from experiments.replay import check
     from sfl.errors import IntegrityError
+    from sfl.runtime.recorded import load
+    from sfl.runtime.replay import check
 
     found = Differences()
     ours, theirs = load(whole), load(other)

@@ -1,4 +1,4 @@
-"""Models for tests, named on command lines as ``tests.models:<function>``."""
+"""Models for tests, named on command lines as ``tests.support.models:<function>``."""
 
 import os
 import time

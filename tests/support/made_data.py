@@ -111,3 +111,14 @@ def trains(tmp_path: Path, dataset: str, **options: object) -> Path:
         data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), out=str(tmp_path / "out")
     )
     return simulate(run, node)
+
+
+def write_own(folder: Path, classes: tuple[str, ...] = ("a", "b"), count: int = 40) -> Path:
+    """Write noisy images with a bright band whose place tells the class."""
+    folder.mkdir()
+    labels = np.arange(count) % len(classes)
+    images = np.random.default_rng(1).integers(0, 60, (count, 28, 28), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * label : 4 * label + 4] += 190
+    np.savez(folder / "own.npz", x=images, y=labels, classes=np.array(classes))
+    return folder

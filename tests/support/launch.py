@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -135,3 +136,31 @@ class Launcher:
         for program in self.programs:
             program.process.kill()
             program.process.join()
+
+
+def wait_for(program: Program, text: str) -> None:
+    """Wait until a program has printed something."""
+    until = time.monotonic() + TIMEOUT_S
+    while text not in program.out:
+        assert time.monotonic() < until, f"no {text!r}:\n{program.out}{program.err}"
+        program.process.join(0.02)
+        assert program.process.is_alive(), f"ended without {text!r}:\n{program.out}{program.err}"
+
+
+def send_signal(program: Program, number: int) -> None:
+    assert program.process.pid is not None
+    os.kill(program.process.pid, number)
+
+
+def options_of(run: dict[str, object]) -> list[object]:
+    return [text for name, value in run.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+def was_killed(program: Program) -> None:
+    program.process.join(60)
+    assert program.process.exitcode == -signal.SIGKILL, program.out + program.err
+
+
+def finish(programs: list[Program]) -> None:
+    for program in programs:
+        program.ended_with(0)

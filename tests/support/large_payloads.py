@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sfl.wire import payload
-from tests.models import bn_dropout
+from tests.support.models import bn_dropout
 
 __all__ = ["bn_dropout"]
 MARK = "went_onto_disk"

@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from tests.launch import free_port
+from tests.support.launch import free_port
 
 BUCKET = "sfl-tests"
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "host"}

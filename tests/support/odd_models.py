@@ -1,4 +1,4 @@
-"""Models that are unusual or wrong, each in one way; named as ``tests.odd_models:<function>``."""
+"""Models that are unusual or wrong, each in one way: ``tests.support.odd_models:<function>``."""
 
 from collections.abc import Callable
 from typing import Any
