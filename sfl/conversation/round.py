@@ -11,7 +11,7 @@ them, ``weights`` the exchange of weights::
       client_round
         if it takes part in the round: client_train  server_train
                                                 <-   START_TRAINING {front, steps}
-                                                <-   the front of the client before, in sl
+                                                <-   the front of the client before, if relayed
           step: the round's steps                     step
           ROUND_TRAINED {compute_s, ...}        ->
           the client's weights                  ->
