@@ -34,25 +34,18 @@ class RunConfig:
 
     scheme: str = option(
         "sflv1",
-        "who shares what: sl, sflv1, sflv2, sflv3, fl, sync-sgd; in simulation also central",
+        "who shares what: {names} (see docs/schemes)",
     )
-    model: str = option(
-        "lenet5",
-        "mlp, lenet5, cnn-mnist, cnn-cifar10, cnn-femnist, alexnet, vgg16, resnet18, resnet50,"
-        " or your own package.module:function",
-    )
+    model: str = option("lenet5", "{names}, or your own package.module:function")
     cut: int | None = option(
         None, "number of top-level blocks on the client; the model's own if not given"
     )
-    dataset: str = option(
-        "mnist-5k",
-        "mnist-5k, mnist, fashion-mnist, emnist, emnist-byclass, emnist-letters, emnist-digits,"
-        " femnist, cifar10, cifar100, ham10000, or your own package.module:function",
-    )
+    task: str = option("classification", "what is predicted, with its loss and metrics: {names}")
+    dataset: str = option("mnist-5k", "{names}, or your own package.module:function")
     image_size: int = option(0, "side of the images in pixels; 0: the data set's own")
     augment: str = option(
-        "", "random changes to training images: none, or hflip, vflip, crop:padding=4 and"
-        " rotate:degrees=10 joined by +; the data set's own if not given",
+        "", "random changes to training images: none, or some of {names}, joined by +; the data"
+        " set's own if not given",
     )  # fmt: skip
     normalize: str = option(
         "", "mean=M,std=S that samples are normalised by, bytes divided by 255 before: one number"
@@ -60,8 +53,8 @@ class RunConfig:
     )  # fmt: skip
     partition: str = option(
         "iid",
-        "who has which training samples: own, iid, sizes:0.2,0.2,0.6, dirichlet:0.5,"
-        " dirichlet-size:0.5, shards:2, writer (see docs/options.md)",
+        "who has which training samples: own, or as dealt out by {names}, with numbers behind a"
+        " colon where it takes some (see docs/options.md)",
     )
     clients: int = option(3, "number of clients; the run starts when all are there")
     max_clients: int = option(
@@ -72,12 +65,12 @@ class RunConfig:
     rounds: int = option(10, "number of global rounds, each ending in one averaging")
     local_epochs: int = option(1, "passes over a client's data in a round")
     batch_size: int = option(32, "samples in a step")
-    optimizer: str = option("adam", "adam or sgd, on both halves")
+    optimizer: str = option("adam", "on both sides of the cut: {names}")
     lr: float = option(0.001, "learning rate")
     lr_schedule: str = option(
-        "constant", "constant, cosine[:floor=0], or step[:every=10,factor=0.1], by rounds"
+        "constant", "the learning rate by rounds, options behind a colon: {names}"
     )
-    momentum: float = option(0.0, "momentum of sgd")
+    momentum: float = option(0.0, "momentum, of an optimizer that takes one")
     weight_decay: float = option(0.0, "L2 penalty added to the gradients")
     optimizer_state: str = option(
         "reset", "optimisers begin each round fresh, or keep their state", ("reset", "keep")
@@ -95,8 +88,8 @@ class RunConfig:
         "fixed", "clients that share a back: in drawn order, or as they come", ("fixed", "arrival")
     )
     aggregation: str = option(
-        "fedavg", "fedavg, fedavgm, fedadagrad, fedadam, fedyogi, median, trimmed-mean or krum;"
-        " options behind a colon: fedadam:lr=0.03",
+        "fedavg", "how client-side and server-side models are averaged, options behind a colon:"
+        " {names}",
     )  # fmt: skip
     aggregation_weights: str = option(
         "samples", "clients weigh by their training samples, or equally", ("samples", "equal")

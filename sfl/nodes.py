@@ -161,8 +161,8 @@ class ServerNode(PeerNode):
         1, "fewest clients of a round; with fewer, it waits for others to come back"
     )
     at_once: int = option(
-        0, "most clients that train at the same time if each has a copy of the server's model"
-        " (sflv1, sflv3): the copies of those that wait take less memory; 0: all",
+        0, "most clients that train at the same time if each has a copy of the server's model:"
+        " the copies of those that wait take less memory; 0: all",
     )  # fmt: skip
     role: str = option(
         "all", "main server, fed server, or both in one process", ("all", "main", "fed")

@@ -15,7 +15,7 @@ from sfl.files import strict_json
 from sfl.files.plain import read_plain
 from sfl.nodes import ClientNode, ServerNode, SimulationNode
 from sfl.own_functions import remembered
-from sfl.registry import near_names, unknown_name
+from sfl.registry import NAMES, choices_of, near_names, unknown_name
 
 T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.
@@ -23,7 +23,7 @@ GROUPS = {
     "run": "run resume scheme clients max_clients participation rounds local_epochs server_order"
     " seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
-    "model": "model cut",
+    "model": "model cut task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
@@ -84,6 +84,13 @@ class Parser(argparse.ArgumentParser):
         if rest:
             raise self._unknown(rest)
         return found
+
+    def format_help(self) -> str:
+        """Return the help text, with the names that the registries have."""
+        for action in self._actions:
+            if action.help and NAMES in action.help:
+                action.help = action.help.replace(NAMES, ", ".join(choices_of(action.dest)))
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")

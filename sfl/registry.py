@@ -13,6 +13,30 @@ R = TypeVar("R")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # a user's own function
 
 
+NAMES = "{names}"  # in an option's help text: what its registry has
+# Where an option's registry is. Imported for ``--help`` alone: torch takes seconds.
+REGISTRIES = {
+    "scheme": "sfl.strategy.schemes:SCHEMES",
+    "task": "sfl.model.task:TASKS",
+    "model": "sfl.model.zoo:MODELS",
+    "dataset": "sfl.data.datasets:DATASETS",
+    "augment": "sfl.data.augment:AUGMENTATIONS",
+    "partition": "sfl.data.partition:PARTITIONS",
+    "optimizer": "sfl.model.optimizers:OPTIMIZERS",
+    "lr_schedule": "sfl.model.schedule:SCHEDULES",
+    "aggregation": "sfl.strategy.aggregate:RULES",
+}
+
+
+def choices_of(option: str) -> list[str]:
+    """Return the names in an option's registry, each with the options that it takes."""
+    module, _, name = REGISTRIES[option].partition(":")
+    known: Mapping[str, object] = getattr(importlib.import_module(module), name)
+    defaults = {n: getattr(row, "__kwdefaults__", None) or {} for n, row in known.items()}
+    options = {n: ",".join(f"{o}={v}" for o, v in of.items()) for n, of in defaults.items()}
+    return [f"{n}[:{text}]" if text else n for n, text in options.items()]
+
+
 def named(kind: str, name: str, known: Mapping[str, T]) -> T:
     """Return the entry ``name`` of ``known``.
 

@@ -24,7 +24,7 @@ def client_options(*argv: str) -> ClientNode:
 
 # design.md fixes these names; the rest are free.
 FIXED_RUN = [
-    "scheme", "model", "cut", "dataset", "partition", "clients", "rounds", "local-epochs",
+    "scheme", "model", "cut", "task", "dataset", "partition", "clients", "rounds", "local-epochs",
     "batch-size", "optimizer", "lr", "seed", "keep-tensors", "weights", "aggregation-weights",
     "optimizer-state", "run",
 ]  # fmt: skip

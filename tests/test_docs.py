@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from sfl.archive.round_log import ROUND_COLUMNS
+from sfl.archive.round_log import round_figures
 from sfl.config import RunConfig, flag
+from sfl.data.augment import AUGMENTATIONS
 from sfl.data.datasets import DATASETS
 from sfl.data.partition import OWN, PARTITIONS
 from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.schedule import SCHEDULES
+from sfl.model.task import TASKS
 from sfl.model.zoo import MODELS
 from sfl.nodes import ClientNode, ServerNode, SimulationNode
+from sfl.options import parse_options
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.schemes import SCHEMES
 from sfl.weights.stores import WEIGHT_STORES
@@ -42,7 +45,11 @@ def test_every_metric_is_defined(tmp_path: Path) -> None:
     run = recorded(tmp_path, rounds=1)
     defined = set(re.findall(r"`(\w+)`", (ROOT / "docs/metrics.md").read_text()))
     rows = csv.DictReader((run / "rounds/round_000.csv").read_text().splitlines())
-    used = {row["metric"] for row in rows} | set(ROUND_COLUMNS[1:])
+    used = (
+        {row["metric"] for row in rows}
+        | set(round_figures(TASKS["classification"]))
+        | {"took_part", "missing"}
+    )
     assert len(used) > 15
     assert used - defined == set()
 
@@ -58,13 +65,28 @@ def test_every_name_that_can_be_chosen_is_on_its_page() -> None:
     [
         ("scheme", SCHEMES), ("model", MODELS), ("dataset", DATASETS), ("optimizer", OPTIMIZERS),
         ("partition", {OWN, *PARTITIONS}), ("weights", WEIGHT_STORES), ("aggregation", RULES),
-        ("lr_schedule", SCHEDULES),
+        ("lr_schedule", SCHEDULES), ("task", TASKS), ("augment", AUGMENTATIONS),
     ],
 )  # fmt: skip
-def test_the_help_names_what_can_be_chosen(option: str, names: Collection[str]) -> None:
-    (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == option)
-    words = set(re.findall(r"[\w-]+", field.metadata["help"]))
-    assert set(names) - words == set()
+def test_the_help_names_what_can_be_chosen(
+    option: str, names: Collection[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--help"], RunConfig, prog="p", about="")
+    flag = option.replace("_", "-")
+    text = re.search(rf"^  --{flag} .*?(?=^  --|^$)", capsys.readouterr().out, re.M | re.S)
+    assert text is not None
+    assert set(names) - set(re.findall(r"[\w-]+", re.sub(r"-\n +", "-", text[0]))) == set()
+
+
+def test_names_stand_in_their_registry_alone() -> None:
+    """And as RunConfig's defaults."""
+    allowed = {"schemes.py", "zoo.py", "datasets.py", "optimizers.py", "task.py", "config.py",
+               "femnist.py"}  # fmt: skip
+    names = "|".join((*SCHEMES, *MODELS, *DATASETS, *OPTIMIZERS, *TASKS))
+    named = re.compile(rf"[\"`]({names})[\"`]|\b(sflv\d|sync-sgd)\b")
+    files = [path for path in (ROOT / "sfl").rglob("*.py") if path.name not in allowed]
+    assert [p.name for p in files if named.search(p.read_text())] == []
 
 
 def test_every_scheme_has_its_page() -> None:

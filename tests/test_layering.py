@@ -61,7 +61,7 @@ MAY_IMPORT = {
 
 # What looks a name up or parses an option, and who may: the edge. Everybody else is given the row.
 LOOK_UPS = {
-    "named": {"registry", "model.optimizers", "strategy.recipe"},
+    "named": {"registry", "model.optimizers", "model.training", "strategy.recipe"},
     "with_options": {"data.augment", "model.schedule", "strategy.recipe"},
     "look_up": {"data.datasets", "model.zoo"},
     "model_spec": {"strategy.recipe"},
@@ -79,7 +79,7 @@ LOOK_UPS = {
         "runtime.recorded",
     },
 }
-REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES"}
+REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES", "TASKS"}
 
 
 def room_of(module: str) -> str:

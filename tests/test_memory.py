@@ -256,7 +256,7 @@ def test_figures_of_steps_are_checked_all_at_once() -> None:
         with pytest.raises(ProtocolError) as ours:
             checked_steps(torch.tensor([*good[:2], wrong], dtype=torch.float64), sizes)
         with pytest.raises(ProtocolError, match=re.escape(str(ours.value))):
-            checked(*map(float, wrong), 2)
+            checked(float(wrong[0]), [float(wrong[1])], 2)
 
 
 def test_as_many_steps_as_may_be_are_a_file_of_16_mib() -> None:

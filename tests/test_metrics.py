@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 import sfl.archive
-from sfl.archive.round_log import EVALUATED, read_round
+from sfl.archive.round_log import read_round
 from sfl.errors import ProtocolError
-from sfl.model.metrics import Tally, add_up, checked_classes, tally
+from sfl.model.classification import checked_classes
+from sfl.model.metrics import Tally, add_up
+from sfl.model.task import TASKS
 from tests.support.simulations import simulated
+
+TASK = TASKS["classification"]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(2, 8), st.integers(1, 8))
@@ -23,7 +27,7 @@ def test_metrics_are_scikit_learns(seed: int, count: int, classes: int, present:
     y = torch.from_numpy(drawn.integers(0, min(present, classes), count))
     logits = torch.from_numpy(drawn.normal(size=(count, classes)).astype(np.float32))
     halves = slice(0, count // 2), slice(count // 2, count)
-    figures = add_up(tally(logits[h], y[h]) for h in halves).figures("val")
+    figures = TASK.figures(add_up(TASK.tally(logits[h], y[h]) for h in halves), "val")
     guessed = logits.argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes that were guessed and do not occur
@@ -56,9 +60,9 @@ GOOD = [[3, 2, 0], [1, 2, 2], [1, 2, 0]]
     ],
 )
 def test_counts_that_cannot_be_are_refused(rows: list[object]) -> None:
-    assert checked_classes(GOOD, correct=3, samples=5, classes=3).tolist() == GOOD
+    assert checked_classes(GOOD, [3], 5, 3).tolist() == GOOD
     with pytest.raises(ProtocolError, match="no counts of 5 samples by 3 classes"):
-        checked_classes(rows, correct=3, samples=5, classes=3)
+        checked_classes(rows, [3], 5, 3)
 
 
 @pytest.mark.parametrize("scheme", ["sflv1", "sflv3", "fl"])
@@ -72,21 +76,21 @@ def test_metrics_of_a_run_are_those_of_its_predictions(tmp_path: Path, scheme: s
         assert sfl.archive.open(holder).lists(path)
         both = torch.load(holder / path, weights_only=True)
         assert both["logits"].shape == (len(both["labels"]), 10)
-        own = tally(both["logits"], both["labels"]).figures("test")
-        for name in EVALUATED:
+        own = TASK.figures(TASK.tally(both["logits"], both["labels"]), "test")
+        for name in TASK.evaluated:
             recorded = figures[k, "client_model_001.pt", f"test_{name}"]
             assert abs(recorded - own[f"test_{name}"]) < 1e-6, name
         ys.append(both["labels"])
         logits.append(both["logits"])
-    overall = tally(torch.cat(logits), torch.cat(ys)).figures("test")
+    overall = TASK.figures(TASK.tally(torch.cat(logits), torch.cat(ys)), "test")
     lines = (run / "rounds.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
-    assert all(abs(float(last[f"test_{n}"]) - overall[f"test_{n}"]) < 1e-6 for n in EVALUATED)
+    assert all(abs(float(last[f"test_{n}"]) - overall[f"test_{n}"]) < 1e-6 for n in TASK.evaluated)
 
 
 def test_a_client_without_samples_takes_nothing_from_the_others() -> None:
-    counted = tally(torch.eye(3), torch.tensor([0, 1, 1]))
-    both = add_up([counted, Tally()])
-    assert both.figures("val") == counted.figures("val")
-    assert "val_macro_f1" in both.figures("val")
-    assert add_up([Tally(), Tally()]).figures("val") == {}
+    counted = TASK.tally(torch.eye(3), torch.tensor([0, 1, 1]))
+    both = TASK.figures(add_up([counted, Tally()]), "val")
+    assert both == TASK.figures(counted, "val")
+    assert "val_macro_f1" in both
+    assert TASK.figures(add_up([Tally(), Tally()]), "val") == {}

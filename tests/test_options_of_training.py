@@ -155,12 +155,12 @@ def test_options_behind_a_colon_are_checked(text: str, wanted: str) -> None:
 )
 def test_figures_that_cannot_be_are_refused(loss: float, correct: float) -> None:
     with pytest.raises(ProtocolError):
-        checked(loss, correct, 10)
+        checked(loss, [correct], 10)
 
 
 def test_figures_of_a_run_that_diverged_are_figures() -> None:
-    assert checked(float("inf"), 0, 10) == (float("inf"), 0)
-    assert str(checked(float("nan"), 10.0, 10)) == "(nan, 10)"
+    assert checked(float("inf"), [0], 10) == (float("inf"), (0,))
+    assert str(checked(float("nan"), [10.0], 10)) == "(nan, (10,))"
 
 
 @pytest.mark.parametrize(

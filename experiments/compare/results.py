@@ -10,9 +10,10 @@ import pandas as pd
 import sfl.archive
 from experiments.compare.plan import Study
 from experiments.support.costs import costs_of, formula_bytes
-from sfl.archive.round_log import DOWN, EVALUATED, FIGURES, TRAFFIC, UP, read_round
+from sfl.archive.round_log import DOWN, TRAFFIC, UP, read_round, round_figures
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_sizes, num_batches
+from sfl.model.task import TASKS
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES, Exchange
 from sfl.strategy.split_model import SplitModel
@@ -23,9 +24,8 @@ CELL = ["partition", "scheme"]
 RUN = [*CELL, "seed"]
 ALL = "all"  # in the column of clients
 MOST_CLIENTS = 10  # that have a column of their own
-LEARNING = [
-    "train_loss", "train_acc", *(f"{part}_{n}" for part in ("val", "test") for n in EVALUATED),
-]  # fmt: skip
+TASK = TASKS[RunConfig.task]  # what a study compares schemes at
+LEARNING = [n for n in round_figures(TASK) if n.partition("_")[0] in ("train", "val", "test")]
 WAITS = ["client_wait_s", "client_transfer_s"]
 TIMES = ["seconds", "server_compute_s", "client_compute_s", "client_wait_s", "client_transfer_s"]
 FORMULA = ("formula_smashed_bytes", "formula_weights_bytes")
@@ -61,7 +61,7 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
             name: sum(metrics[name] for metrics in clients.values())
             for name in ("samples", "client_gflops", *FORMULA)
         }
-        numbers = {n: float(v) for n, v in of_round.items() if v and n in FIGURES}
+        numbers = {n: float(v) for n, v in of_round.items() if v and n in round_figures(TASK)}
         lines.append({"client": ALL, "round": round_index, **numbers, **sums})
     frame = pd.DataFrame(lines)
     for name, value in zip(RUN, (run.partition, run.scheme, run.seed), strict=True):
@@ -187,7 +187,7 @@ def of_cell(lines: pd.DataFrame, partition: str, name: str) -> pd.DataFrame:
 def _accuracies(study: Study, lines: pd.DataFrame) -> str:
     last = last_rounds(lines)
     last = last[last["client"] == ALL]
-    metrics = [f"test_{n}" for n in EVALUATED[1:]]
+    metrics = [f"test_{n}" for n in TASK.evaluated[1:]]
     rows = []
     for partition, name in _cells(study):
         own = of_cell(last, partition, name).set_index("seed")

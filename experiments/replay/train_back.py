@@ -50,7 +50,9 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     for epoch in range(options.epochs):
         train_loss = _train_epoch(back, run, training, epoch)
         tally = add_up(evaluate_step(back, step.activations, step.labels)[0] for step in held_out)
-        held = ", ".join(f"{name} {v:.4f}" for name, v in tally.figures("held_out").items())
+        held = ", ".join(
+            f"{name} {v:.4f}" for name, v in back.task.figures(tally, "held_out").items()
+        )
         print(f"epoch {epoch + 1}/{options.epochs}: train_loss {train_loss:.4f}, {held}")
     if options.save:
         write_file(Path(options.save), encode_state(back.state()))

@@ -19,23 +19,25 @@ from sfl.archive.run_folder import FIRST_STEP, RunFolder
 from sfl.config import RunConfig
 from sfl.files.atomic import write_file
 from sfl.model.metrics import StepFigures
+from sfl.model.task import Task
 from sfl.values import Position
 from sfl.wire.link import KINDS_DOWN, KINDS_UP
 
-EVALUATED = ("loss", "acc", "balanced_acc", "macro_f1", "weighted_f1")
 UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # and what was carried
 TRAFFIC = (
     "bytes_up", "bytes_down", "messages_up", "messages_down", "round_trips",
     *map(UP.format, KINDS_UP), *map(DOWN.format, KINDS_DOWN),
 )  # fmt: skip
-ROUND_COLUMNS = (
-    "round", "train_loss", "train_acc", *(f"val_{n}" for n in EVALUATED),
-    *(f"test_{n}" for n in EVALUATED), *TRAFFIC, "seconds", "server_compute_s",
-    "client_compute_s", "client_wait_s", "client_transfer_s", "took_part", "missing",
+TIMES = (
+    "seconds", "server_compute_s", "client_compute_s", "client_wait_s", "client_transfer_s",
 )  # fmt: skip
 
 
-FIGURES = frozenset(ROUND_COLUMNS) - {"round", "took_part", "missing"}
+def round_figures(task: Task) -> tuple[str, ...]:
+    """Return the figures of a round, in their order in ``rounds.csv``."""
+    trained = (f"train_{name}" for name in task.trained)
+    evaluated = (f"{part}_{name}" for part in ("val", "test") for name in task.evaluated)
+    return *trained, *evaluated, *TRAFFIC, *TIMES
 
 
 class Progress:
@@ -66,12 +68,14 @@ class Progress:
 class RoundLog:
     """The server's figures: collects those of a round and writes them when it ends."""
 
-    def __init__(self, folder: RunFolder, rounds: int, first_round: int = 0) -> None:
+    def __init__(self, folder: RunFolder, rounds: int, task: Task, first_round: int = 0) -> None:
         """A run that goes on keeps the lines of the rounds before ``first_round``."""
         self._folder = folder
         self._rounds = rounds
         self._has_begun = False
-        # Of each client's steps, in order: loss, hits and samples, 24 bytes in all.
+        self._task, names = task, round_figures(task)
+        self._columns = ("round", *names, "took_part", "missing")
+        # Of each client's steps, in order: loss, counts and samples, 8 bytes each.
         self._steps: dict[int, array[float]] = {}
         self.progress = Progress(rounds)
         self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
@@ -79,9 +83,9 @@ class RoundLog:
         rows = read_summary(path.read_bytes()) if first_round else []
         rows = [row for row in rows if int(row["round"]) < first_round]
         if rows:
-            self.figures = {n: float(v) for n, v in rows[-1].items() if v and n in FIGURES}
-        kept = [[row.get(name, "") for name in ROUND_COLUMNS] for row in rows]
-        write_file(path, _csv([ROUND_COLUMNS, *kept]), durable=True)
+            self.figures = {n: float(v) for n, v in rows[-1].items() if v and n in names}
+        kept = [[row.get(name, "") for name in self._columns] for row in rows]
+        write_file(path, _csv([self._columns, *kept]), durable=True)
 
     def start_round(self, round_index: int, num_steps: int) -> None:
         self._steps = {}
@@ -94,9 +98,10 @@ class RoundLog:
 
     def step(self, at: Position, figures: StepFigures) -> None:
         self._begin()
-        own, start = self._steps.setdefault(at.client, array("d")), 3 * at.step
+        row = (figures.loss, *figures.counts, figures.samples)
+        own, start = self._steps.setdefault(at.client, array("d")), len(row) * at.step
         assert len(own) >= start, "a step was left out"
-        own[start : start + 3] = array("d", (figures.loss, figures.correct, figures.samples))
+        own[start : start + len(row)] = array("d", row)
         self.progress.step(figures.loss)
 
     def steps(self, client: int, table: Tensor) -> None:
@@ -104,12 +109,12 @@ class RoundLog:
         self._steps[client] = array("d", table.numpy().tobytes())
         self.progress.step(float(table[-1, 0]), len(table))
 
-    def _rows(self, client: int) -> Iterator[tuple[float, float, float]]:
-        """Yield loss, hits and samples of each step of a client."""
+    def _rows(self, client: int) -> Iterator[tuple[float, ...]]:
+        """Yield loss, counts and samples of each step of a client."""
         own = iter(self._steps.get(client, ()))
-        return zip(own, own, own, strict=True)
+        return zip(*[own] * (len(self._task.trained) + 1), strict=True)
 
-    def _all_rows(self) -> Iterator[tuple[float, float, float]]:
+    def _all_rows(self) -> Iterator[tuple[float, ...]]:
         return itertools.chain.from_iterable(map(self._rows, self._steps))
 
     def forget(self, client: int) -> None:
@@ -121,11 +126,12 @@ class RoundLog:
         self._folder.events.say(line)
 
     def train_figures(self) -> dict[str, float]:
-        """Return the round's loss and accuracy over all steps, each weighted by its samples."""
-        samples = sum(size for _, _, size in self._all_rows())
-        loss = math.fsum(loss * size for loss, _, size in self._all_rows()) / samples
-        correct = sum(correct for _, correct, _ in self._all_rows())
-        return {"train_loss": loss, "train_acc": correct / samples}
+        """Return the round's metrics over all steps, each weighted by its samples."""
+        samples = sum(size for *_, size in self._all_rows())
+        loss = math.fsum(loss * size for loss, *_, size in self._all_rows()) / samples
+        counts = [sum(of) for of in zip(*(row[1:-1] for row in self._all_rows()), strict=True)]
+        metrics = self._task.metrics(loss, counts, samples)
+        return {f"train_{name}": value for name, value in metrics.items()}
 
     def end_round(
         self,
@@ -147,18 +153,28 @@ class RoundLog:
         who = ";".join(map(str, took_part))
         self.figures = dict(overall)
         row = {"round": round_index, **overall, "took_part": who, "missing": why}
-        archive.append("rounds.csv", _csv([[row.get(name, "") for name in ROUND_COLUMNS]]))
-        self._folder.events.say(_summary(round_index, self._rounds, overall))
+        archive.append("rounds.csv", _csv([[row.get(name, "") for name in self._columns]]))
+        self._folder.events.say(self._summary(round_index, overall))
+
+    def _summary(self, round_index: int, overall: Mapping[str, float]) -> str:
+        metric, title = self._task.shown
+        titles = {
+            "train_loss": "training loss", "val_loss": "validation loss",
+            f"val_{metric}": f"validation {title}", f"test_{metric}": f"test {title}",
+        }  # fmt: skip
+        there = (f" {titles[name]} {overall[name]:.4f}," for name in titles if name in overall)
+        seconds = f"{overall['seconds']:.1f} s"
+        return f"round {round_index + 1}/{self._rounds}:{''.join(there)} {seconds}"
 
     def _lines(
         self, round_index: int, clients: Mapping[int, Mapping[str, float]]
     ) -> Iterator[tuple[object, ...]]:
         """Yield the lines of a round's file."""
         for client, metrics in sorted(clients.items()):
-            for step, (loss, correct, samples) in enumerate(self._rows(client)):
+            for step, (loss, *counts, samples) in enumerate(self._rows(client)):
                 name = f"labels_{round_index}_{step}.pt"
-                yield client, name, "loss", loss
-                yield client, name, "acc", correct / samples
+                of_step = self._task.metrics(loss, counts, samples)
+                yield from ((client, name, metric, value) for metric, value in of_step.items())
             name = f"client_model_{round_index:03d}.pt"
             yield from ((client, name, metric, value) for metric, value in metrics.items())
 
@@ -167,9 +183,10 @@ class ClientLog:
     """A client's progress bar and its line a round."""
 
     def __init__(
-        self, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool = True
+        self, task: Task, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool
     ) -> None:
         self.run = run
+        self._shown = task.shown
         self._events = folder.events
         self._steps_a_round = steps_an_epoch * run.local_epochs
         self._loss_sum = 0.0
@@ -200,8 +217,9 @@ class ClientLog:
         trained = self._samples > 0
         own = {"training loss": self._loss_sum / self._samples} if trained else {}
         self._loss_sum, self._samples = 0.0, 0
-        titles = {"val_loss": "validation loss", "val_acc": "validation accuracy"}
-        titles |= {"test_loss": "test loss", "test_acc": "test accuracy"}
+        metric, title = self._shown
+        titles = {"val_loss": "validation loss", f"val_{metric}": f"validation {title}"}
+        titles |= {"test_loss": "test loss", f"test_{metric}": f"test {title}"}
         own |= {title: figures[name] for name, title in titles.items() if name in figures}
         shown = ", ".join(f"{title} {value:.4f}" for title, value in own.items())
         took = "own" if trained else "sat out; own"
@@ -220,17 +238,6 @@ def _csv(rows: Iterable[Sequence[object]]) -> bytes:
 def write_table(rows: Iterable[Sequence[object]]) -> bytes:
     """Return a round's file: what it says of each client and file."""
     return _csv(itertools.chain([("client", "file", "metric", "value")], rows))
-
-
-def _summary(round_index: int, rounds: int, overall: Mapping[str, float]) -> str:
-    shown = [f"round {round_index + 1}/{rounds}:"]
-    for metric, title in (
-        ("train_loss", "training loss"), ("val_loss", "validation loss"),
-        ("val_acc", "validation accuracy"), ("test_acc", "test accuracy"),
-    ):  # fmt: skip
-        if metric in overall:
-            shown.append(f"{title} {overall[metric]:.4f},")
-    return " ".join(shown) + f" {overall['seconds']:.1f} s"
 
 
 def read_round(data: bytes) -> dict[tuple[int, str, str], float]:

@@ -39,7 +39,7 @@ _WORDS = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
 class Cut:
     """One end of a cut, for one batch. Tensors are named by their kind in the archive.
 
-    y: (B,) int64; activations and their gradients: (B, *cut) float32.
+    Labels are the task's; activations and their gradients: (B, *cut) float32.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Cut:
         self._party, self._messages = party, messages
         self.at = at
         z = party.split.features_spec(num_samples, at.link)
-        self._specs = {LABELS: party.split.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
+        self._specs = {LABELS: party.recipe.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
         self._files: dict[str, File] = {}  # what has crossed, as it may be stored
 
     def send(self, kind: str, tensor: Tensor, content: Any = "") -> None:
@@ -102,9 +102,9 @@ class Cut:
         if kind != LABELS:
             self._party.check_finite([tensor], name, self.at)
             return
-        most = self._party.split.num_classes - 1
-        if not 0 <= int(tensor.min()) <= int(tensor.max()) <= most:
-            raise ProtocolError(f"{name} lie outside 0 to {most}")
+        task, num_classes = self._party.recipe.task, self._party.split.num_classes
+        if wrong := task.wrong_labels(tensor, num_classes):
+            raise ProtocolError(f"{name} {wrong}")
 
     def record(self, order: int) -> None:
         """Hand what has crossed to the archive; ``order`` is how many steps the back had taken."""

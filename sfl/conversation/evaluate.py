@@ -10,7 +10,7 @@
     a client that holds the whole model:
       VALIDATION_RESULT {part, per_class, ...}   ->
 
-Whoever computes the logits keeps those of the test set.
+Whoever computes the outputs keeps those of the test set.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerP
 from sfl.data.samples import Samples
 from sfl.errors import ProtocolError
 from sfl.files.torch_file import encode_state
-from sfl.model.metrics import Tally, Total, checked, checked_classes
+from sfl.model.metrics import Tally, Total, checked
 from sfl.model.segment import evaluate_step
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message, MessageType
@@ -56,7 +56,7 @@ def _client_split(
         cut.send(ACTIVATIONS, party.front.evaluate(x))
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
-        total.add(_tally(reply, size))
+        total.add(_tally(party, reply, size))
     return total.tally
 
 
@@ -69,10 +69,12 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
         _check_part(labels, part, party)
         z, _ = yield from cut.receive(ACTIVATIONS)
         with party.working():
-            tally, logits = evaluate_step(party.back, z, y)
+            tally, outputs = evaluate_step(party.back, z, y)
             party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-            kept.add(y, logits)
-        link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
+            kept.add(y, outputs)
+        link.send_message_as_json(
+            MessageType.VALIDATION_RESULT, content=_content(party, tally), at=at
+        )
         total.add(tally)
     kept.write(party, round_index)
     return total.tally
@@ -85,37 +87,39 @@ def _client_alone(
     for size in party.split.evaluation_sizes(len(samples)):
         party.count_batch(round_index)
         x, y = party.data.batch(samples, slice(start, start + size))
-        tally, logits = evaluate_step(party.front, x, y)
-        kept.add(y, logits)
+        tally, outputs = evaluate_step(party.front, x, y)
+        kept.add(y, outputs)
         total.add(tally)
         start += size
     kept.write(party, round_index)
     whole, at = total.tally, party.at(round_index)
-    per_class = [] if whole.per_class is None else whole.per_class.tolist()
-    content = _content(whole) | {"part": part, "per_class": per_class}
+    content = _content(party, whole) | {"part": part}
+    if table := party.recipe.task.table:
+        content[table.name] = [] if whole.table is None else whole.table.tolist()
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
     yield from ()
     return whole
 
 
 class _Predictions:
-    """Labels and logits of the test set, batch by batch; of another part nothing is kept."""
+    """Labels and outputs of the test set, batch by batch; of another part nothing is kept."""
 
     def __init__(self, part: str) -> None:
         self._is_kept = part == TEST
         self._labels: list[Tensor] = []
-        self._logits: list[Tensor] = []
+        self._outputs: list[Tensor] = []
 
-    def add(self, labels: Tensor, logits: Tensor) -> None:
+    def add(self, labels: Tensor, outputs: Tensor) -> None:
         if self._is_kept:
             self._labels.append(labels)
-            self._logits.append(logits)
+            self._outputs.append(outputs)
 
     def write(self, party: Party, round_index: int) -> None:
         """Write down what curves are drawn from after the run."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
-            both = {"labels": torch.cat(self._labels), "logits": torch.cat(self._logits)}
+            name = party.recipe.task.output_name
+            both = {"labels": torch.cat(self._labels), name: torch.cat(self._outputs)}
             party.archive.write("predictions", path, encode_state(both), round_index)
 
 
@@ -124,13 +128,13 @@ def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversati
     at = party.at(round_index)
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
-    heard = _tally(message, party.num_samples[part])
+    heard = _tally(party, message, party.num_samples[part])
     party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
-    if not heard.samples:
+    if not (heard.samples and (table := party.recipe.task.table)):
         return heard
-    rows, classes = message.get("per_class", list), party.split.num_classes
-    per_class = checked_classes(rows, heard.correct, heard.samples, classes)
-    return dataclasses.replace(heard, per_class=per_class)
+    rows, classes = message.get(table.name, list), party.split.num_classes
+    counted = table.checked(rows, heard.counts, heard.samples, classes)
+    return dataclasses.replace(heard, table=counted)
 
 
 def _check_part(message: Message, part: str, party: ServerParty) -> None:
@@ -138,13 +142,15 @@ def _check_part(message: Message, part: str, party: ServerParty) -> None:
         raise ProtocolError(f"client {party.client} evaluates another part than {part}")
 
 
-def _content(tally: Tally) -> dict[str, float]:
-    return {"samples": tally.samples, "correct": tally.correct, "loss_sum": tally.loss_sum}
+def _content(party: Party, tally: Tally) -> dict[str, Any]:
+    counts = party.recipe.task.named_counts(tally.counts)
+    return {"samples": tally.samples, **counts, "loss_sum": tally.loss_sum}
 
 
-def _tally(message: Message, size: int) -> Tally:
+def _tally(party: Party, message: Message, size: int) -> Tally:
     """Return what a peer counted over ``size`` samples."""
     if (samples := message.get("samples", int)) != size:
         raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
-    loss_sum, correct = checked(message.get("loss_sum", float), message.get("correct", int), size)
-    return Tally(size, correct, loss_sum)
+    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    loss_sum, counted = checked(message.get("loss_sum", float), counts, size)
+    return Tally(size, counted, loss_sum)

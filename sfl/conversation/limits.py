@@ -20,17 +20,18 @@ def client_limits(split: SplitModel, store: MakeStore) -> Limits:
 def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits:
     """Return what the server accepts from a client of at most so many steps a round."""
     limits = {MessageType.SEND_MODEL: max_state_bytes(split.front_spec)}
+    task = split.recipe.task
     if split.cuts:
         step, evaluation = split.recipe.run.batch_size + 1, split.evaluation_batch
         limits |= {
-            MessageType.TRAINING_LABELS: max_file_bytes([split.labels_spec(step)]),
+            MessageType.TRAINING_LABELS: max_file_bytes([task.labels_spec(step)]),
             MessageType.TRAINING_FEATURES: max_file_bytes([split.features_spec(step)]),
-            MessageType.VALIDATION_LABELS: max_file_bytes([split.labels_spec(evaluation)]),
+            MessageType.VALIDATION_LABELS: max_file_bytes([task.labels_spec(evaluation)]),
             MessageType.VALIDATION_FEATURES: max_file_bytes([split.features_spec(evaluation)]),
         }
     elif split.recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         limits[MessageType.TRAINING_GRADS] = max_state_bytes(split.parameters_spec)
     else:
-        figures = max_file_bytes([split.figures_spec(num_steps)])
+        figures = max_file_bytes([task.steps_spec(num_steps)])
         limits[MessageType.TRAINING_FIGURES] = figures
     return Limits(payload_bytes=limits, store=store)

@@ -40,7 +40,7 @@ class ServerWatcher(Watcher, Protocol):
     """Who hears of all clients' steps."""
 
     def steps(self, client: int, table: Tensor) -> None:
-        """Take note of all steps of a client's round: (steps, 3) float64, as ``checked_steps``."""
+        """Take note of all steps of a client's round: as ``checked_steps``."""
 
 
 @dataclass(kw_only=True)

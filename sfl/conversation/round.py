@@ -11,7 +11,7 @@ them, ``weights`` the exchange of weights::
       client_round
         if it takes part in the round: client_train  server_train
                                                 <-   START_TRAINING {front, steps}
-                                                <-   the front of the client before, in sl
+                                                <-   the front of the client before, if relayed
           step: the round's steps                     step
           ROUND_TRAINED {compute_s, ...}        ->
           the client's weights                  ->
@@ -84,7 +84,7 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
-        own |= tally.figures(PREFIXES[part])
+        own |= party.recipe.task.figures(tally, PREFIXES[part])
     yield link
     link.receive_message_as_json(MessageType.VALIDATION_DONE, at=at)
     return own

@@ -6,11 +6,11 @@
     CUT: client_cut_steps, client_step               server_cut_steps, server_step
       TRAINING_LABELS    + labels                ->
       z = front(x)
-      TRAINING_FEATURES  + activations z         ->  loss = criterion(back(z), y)
+      TRAINING_FEATURES  + activations z         ->  loss = task.loss(back(z), y)
                                                  <-  TRAINING_GRADS + gradients {loss, correct}
       z.backward(gradients); update the front        update the back
     WEIGHT_GRADS: client_gradient_steps              server_gradient_steps
-      loss = criterion(model(x), y)
+      loss = task.loss(model(x), y)
       TRAINING_GRADS {loss, correct}             ->  average over the clients; update
                                                  <-  SEND_AGGREGATED_MODEL + the parameters
     NOTHING: client_local_steps                      server_local_steps
@@ -114,7 +114,7 @@ def client_step(
     crash_point("front.after_update")
     clock.lap("update")
     cut.record(order=at.step)
-    party.watcher.step(at, _figures(reply, len(y)))
+    party.watcher.step(at, _figures(party, reply, len(y)))
     clock.lap("archive")
     return next_batch
 
@@ -133,7 +133,7 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
         clock.lap("forward")
         assert dz is not None
         grads = cut.encode(GRADS, dz)
-    answer = Answer(grads.data, _content(figures), asked.checksum)
+    answer = Answer(grads.data, _content(party, figures), asked.checksum)
     crash_point("step.before_answer")
     try:
         cut.send_file(GRADS, grads, answer.content)
@@ -177,14 +177,14 @@ def _compute(
     return figures, dz
 
 
-def _figures(message: Message, size: int) -> StepFigures:
+def _figures(party: Party, message: Message, size: int) -> StepFigures:
     """Return what a peer says of a step over ``size`` samples."""
-    loss, correct = message.get("loss", float), message.get("correct", int)
-    return StepFigures(*checked(loss, correct, size), size)
+    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
-def _content(figures: StepFigures) -> dict[str, float]:
-    return {"loss": figures.loss, "correct": figures.correct}
+def _content(party: Party, figures: StepFigures) -> dict[str, float]:
+    return {"loss": figures.loss, **party.recipe.task.named_counts(figures.counts)}
 
 
 def client_gradient_steps(
@@ -203,7 +203,9 @@ def client_gradient_steps(
             x, y = batch.x, batch.y
             figures, _ = _compute(party, party.front, (x, y), at)
             grads = encode_state(party.front.gradients())
-            link.send_file(MessageType.TRAINING_GRADS, grads, content=_content(figures), at=at)
+            link.send_file(
+                MessageType.TRAINING_GRADS, grads, content=_content(party, figures), at=at
+            )
             _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
         party.clock.start()
@@ -244,7 +246,7 @@ def _add_gradients(
     name = f"the gradients of {title}"
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
-    figures = _figures(message, num_samples)
+    figures = _figures(party, message, num_samples)
     party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):
@@ -254,7 +256,7 @@ def _add_gradients(
 
 def _record_gradients(party: Party, at: Position, num_samples: int, data: Buffer) -> None:
     """Hand the gradients of the whole model to the archive, with the shape of their labels."""
-    tensors = {WEIGHT_GRADS: (File(data), party.split.labels_spec(num_samples))}
+    tensors = {WEIGHT_GRADS: (File(data), party.recipe.task.labels_spec(num_samples))}
     party.archive.record_step(tensors, at, order=at.step)
 
 
@@ -269,7 +271,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
         figures, _ = _compute(party, party.front, (x, y), at)
         party.front.update()
         party.watcher.step(at, figures)
-        rows.append((figures.loss, figures.correct))
+        rows.append((figures.loss, *figures.counts))
     table = encode(torch.tensor(rows, dtype=torch.float64))
     party.link.send_file(MessageType.TRAINING_FIGURES, table, at=party.at(round_index))
     yield from ()
@@ -280,7 +282,7 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     link = party.link
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
-    spec = party.split.figures_spec(plan.num_steps[party.client])
+    spec = party.recipe.task.steps_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
     sizes = step_sizes(party.num_samples[TRAIN], party.run)
     steps = checked_steps(table, sizes)

@@ -169,7 +169,7 @@ def check_apart(rows: Sequence[nn.Sequential]) -> None:
                         f" {titled(second, blocks[second])} behind it share a {_kind(entry)}"
                         f" ({other!r}, {name!r}), of which each side would have its own: cut in"
                         f" front of block {first} or behind block {second}, give each its own, or"
-                        " take a scheme without a cut (fl, sync-sgd)"
+                        " take a scheme without a cut"
                     )
 
 

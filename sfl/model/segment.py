@@ -18,7 +18,8 @@ from sfl import seeds
 from sfl.errors import SflError, StepFailed, told
 from sfl.files.torch_file import TensorSpec, are_finite, state_spec
 from sfl.model.blocks import titled
-from sfl.model.metrics import StepFigures, Tally, tally
+from sfl.model.metrics import StepFigures, Tally
+from sfl.model.task import Task
 from sfl.model.training import Training
 from sfl.values import Position
 
@@ -111,6 +112,10 @@ class Segment:
         self._output: Tensor | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._reset_optimizer()
+
+    @property
+    def task(self) -> Task:
+        return self._training.task
 
     def weigh_classes(self, weights: Sequence[float]) -> None:
         """Let the loss weigh samples by their class; without weights, alike."""
@@ -367,24 +372,23 @@ def train_step(
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
-    It ends in logits (B, classes); cross-entropy, averaged over the batch, applies softmax. With
-    weights of classes the average is weighted: divided by the sum of the samples' weights.
-    ``update()`` is the caller's, when the gradient, like ``z``, is on its way. A segment that is
-    the whole model has no such gradient.
+    Its outputs are raw; the task's loss, averaged over the batch, does the rest. With weights of
+    classes the average is weighted: divided by the sum of the samples' weights. ``update()`` is the
+    caller's, when the gradient, like ``z``, is on its way. A segment that is the whole model has no
+    such gradient.
     """
     y = y.to(last.device)
-    logits = last.forward(z, at)
+    outputs = last.forward(z, at)
     with computing("the loss cannot be computed"):
-        loss = nn.functional.cross_entropy(logits, y, last.class_weights)
+        loss = last.task.loss(outputs, y, weight=last.class_weights)
     grads = last.backward_of(loss)
-    correct = int((logits.argmax(1) == y).sum())
-    return StepFigures(loss.item(), correct, len(y)), grads
+    return last.task.step_figures(outputs, y, loss), grads
 
 
 def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
     """Return the tally of one batch under the model's last segment in evaluation mode, and the
-    logits: (B, classes) float32, on the CPU.
+    outputs, on the CPU.
     """
-    logits = last.evaluate(z)
+    outputs = last.evaluate(z)
     with computing("the figures of an evaluation cannot be computed"):
-        return tally(logits, y.to(last.device)), logits.cpu()
+        return last.task.tally(outputs, y.to(last.device)), outputs.cpu()

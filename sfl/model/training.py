@@ -8,12 +8,15 @@ import torch
 from sfl.config import RunConfig
 from sfl.model.optimizers import Parameters, optimizer_of
 from sfl.model.schedule import learning_rates
+from sfl.model.task import TASKS, Task
+from sfl.registry import named
 
 
 @dataclass(frozen=True)
 class Training:
     """How the segments of a run are trained."""
 
+    task: Task
     seed: int
     make_optimizer: Callable[[Parameters], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of each round
@@ -28,9 +31,10 @@ class Training:
         """Return how a run trains.
 
         Raises:
-            ConfigError: there is no such optimiser or schedule.
+            ConfigError: there is no such task, optimiser or schedule.
         """
         return cls(
+            task=named("task", run.task, TASKS),
             seed=run.seed,
             make_optimizer=optimizer_of(run),
             learning_rate=learning_rates(run),

@@ -144,7 +144,7 @@ class Trial:
         samples: Sequence[TensorSpec] = (),
     ) -> None:
         self._rows, self._input_shape, self._num_classes = rows, input_shape, num_classes
-        self._samples = samples
+        self._task, self._samples = training.task, samples
         self._segments = []
         firsts = itertools.accumulate(map(len, rows), initial=0)
         for first, row in zip(firsts, rows, strict=False):
@@ -201,10 +201,12 @@ class Trial:
         is_last = index == len(self._segments) - 1
         title += "" if is_last else " in front of the cut"
         z = _check_given(out, size, title)
-        if is_last and z.shape[1:] != (self._num_classes,):
+        wanted = self._task.output_shape(self._num_classes)
+        if is_last and z.shape[1:] != wanted:
+            shown = "x".join(map(str, wanted))
             raise ConfigError(
                 f"the model's output is {list(z.shape)} for {size} samples; wanted are"
-                f" {self._num_classes} logits for each"
+                f" {shown} {self._task.output_name} for each"
             )
         sample = TensorSpec(tuple(z.shape[1:]), z.dtype)
         if index < len(self._samples) and sample != self._samples[index]:
@@ -214,16 +216,16 @@ class Trial:
             )
         return _as_received(z)
 
-    def _go_backward(self, logits: Tensor, inputs: Sequence[Tensor]) -> None:
+    def _go_backward(self, outputs: Tensor, inputs: Sequence[Tensor]) -> None:
         """Go back from the loss through all segments, with what each has been given."""
         weights = self._segments[-1].class_weights
-        y = torch.arange(len(logits)) % self._num_classes
-        grad: Tensor | None = nn.functional.cross_entropy(logits, y, weights)
+        y = self._task.made_up_labels(len(outputs), self._num_classes)
+        grad: Tensor | None = self._task.loss(outputs, y, weight=weights)
         learns = any(p.requires_grad for row in self._rows for p in row.parameters())
         for index in reversed(range(len(self._segments))):
             segment = self._segments[index]
             is_last = index == len(self._segments) - 1
-            is_cut_off = is_last and learns and not logits.requires_grad
+            is_cut_off = is_last and learns and not outputs.requires_grad
             try:
                 assert grad is not None
                 grad = segment.backward_of(grad) if is_last else segment.backward(grad)

@@ -4,12 +4,13 @@
 
     samples              the data set's own number, or --max-samples
     steps of a round     MOST_STEPS: figures, answers and lines of the round's log, one a step
-    predictions          MOST_PREDICTION_BYTES: labels and logits of its test set
+    predictions          MOST_PREDICTION_BYTES: labels and outputs of its test set
     tensors, answers     the free disk
     shape, classes       --memory-limit, where no data set says them
 """
 
 import functools
+import math
 import shutil
 
 from sfl.config import RunConfig
@@ -57,7 +58,8 @@ def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
             f"reports {sum(report.class_counts):,} samples by their classes, but"
             f" {counts[TRAIN]:,} training samples"
         )
-    predictions = counts[TEST] * (8 + 4 * classes)
+    outputs = 4 * math.prod(recipe.task.output_shape(classes))
+    predictions = counts[TEST] * (recipe.task.label.num_bytes + outputs)
     if recipe.scheme.exchange is Exchange.CUT and predictions > MOST_PREDICTION_BYTES:
         return (
             f"reports {counts[TEST]:,} test samples of {classes} classes, whose predictions would"
@@ -96,7 +98,7 @@ def _recorded_bytes(recipe: Recipe, sizes: Sizes, num_train: int) -> int:
     """Return about how much of the server's disk a client's steps take."""
     run, exchange, an_epoch = recipe.run, recipe.scheme.exchange, 0
     if exchange is Exchange.CUT:
-        an_epoch = num_train * (8 + 2 * sizes.at_cut)
+        an_epoch = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
     elif exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_batches(num_train, run.batch_size) * sizes.whole
     # A round's answers are kept for whoever redoes it, recorded or not.

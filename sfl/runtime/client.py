@@ -295,7 +295,7 @@ class _Loaded:
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
-        self.log = ClientLog(run, folder, num_steps, shows_bar=not machine.hosts_many)
+        self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not machine.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
     def run_over(

@@ -66,7 +66,7 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
     an_epoch = 0
     if row.exchange is Exchange.CUT:
-        a_sample = split.labels_spec(1).num_bytes + 2 * split.features_spec(1).num_bytes
+        a_sample = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
         an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_steps * front

@@ -8,8 +8,8 @@
 
 A step of the back follows from the round's starting weights, the recorded labels and activations,
 and random draws that derive from the seed: its gradients and its loss are computed again and
-compared with the recorded ones. So are the models at the end of each round; of ``sync-sgd`` and
-``fl``, whose steps leave no cut-layer tensors, these alone.
+compared with the recorded ones. So are the models at the end of each round; of schemes without a
+cut, whose steps leave no cut-layer tensors, these alone.
 """
 
 from collections import Counter

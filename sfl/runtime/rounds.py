@@ -164,7 +164,8 @@ class Rounds:
         crash_point("validation.after")
         overall = self.log.train_figures()
         for part, prefix in PREFIXES.items():
-            overall |= add_up(t[part] for t in tallies.values() if part in t).figures(prefix)
+            total = add_up(t[part] for t in tallies.values() if part in t)
+            overall |= self.recipe.task.figures(total, prefix)
         for k in tallies:
             at = self.parties[k].at(round_index)
             with contextlib.suppress(*PEER_ERRORS):  # who is gone is noticed in the next round
@@ -352,7 +353,7 @@ class Rounds:
         now = party.link.counters
         figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
         for part, prefix in PREFIXES.items():
-            figures |= tallies.get(part, Tally()).figures(prefix)
+            figures |= self.recipe.task.figures(tallies.get(part, Tally()), prefix)
         seconds = trained.seconds if trained else dict.fromkeys(TIMES, 0.0)
         return figures | {
             "bytes_up": now.bytes_received - before.bytes_received,

@@ -341,7 +341,7 @@ def prepare(
         holders = tuple(Holder) if with_fronts else (Holder.SERVER,)
         shared = {name: Shared(state) for name, state in split.initial(*holders).items()}
     a_round = disk_bytes(recipe.changed(rounds=1), split, num_train)
-    log = RoundLog(folder, run.rounds, first_round)
+    log = RoundLog(folder, run.rounds, recipe.task, first_round)
     most_bytes = max_state_bytes(split.front_spec)
     profile = Profile(folder.path, wanted=node.profile)
 
@@ -409,12 +409,12 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
         rounds.log.progress.close()
     folder.archive.write("summary", "rounds.csv", (folder.path / "rounds.csv").read_bytes())
     folder.archive.flush()
-    if "test_acc" in figures:
-        folder.events.say(
-            f"test accuracy {figures['test_acc']:.4f}, test loss {figures['test_loss']:.4f}"
-        )
+    metric, title = rounds.recipe.task.shown
+    if f"test_{metric}" in figures:
+        shown, loss = figures[f"test_{metric}"], figures["test_loss"]
+        folder.events.say(f"test {title} {shown:.4f}, test loss {loss:.4f}")
     else:
-        folder.events.say("no client has a test set: there is no test accuracy")
+        folder.events.say(f"no client has a test set: there is no test {title}")
     folder.events.say(f"the run lies in {folder.path}")
     folder.archive.write("events", SERVER_LOG, (folder.path / SERVER_LOG).read_bytes())
     folder.archive.flush()

@@ -3,10 +3,9 @@
 ``draw`` gives the round's clients in the round's order. From it follows, for clients that share a
 back, whose step is next::
 
-    sl                       0 0 0 0  2 2 2 2  1 1 1 1     in turns, a client's round at a time
-    sflv2, --server-order
-           fixed             0 2 1  0 2 1  0 2 1  0 2 1    step i of every client, then step i+1
-           arrival           as they come
+    fronts are relayed     0 0 0 0  2 2 2 2  1 1 1 1     in turns, a client's round at a time
+    --server-order fixed   0 2 1  0 2 1  0 2 1  0 2 1    step i of every client, then step i+1
+                 arrival   as they come
 
 A copy of the back that serves one client takes that client's steps as they come.
 """

@@ -14,6 +14,7 @@ from sfl.data.client_data import parse_normalize
 from sfl.data.partition import check_partition
 from sfl.errors import ConfigError
 from sfl.model import class_weights
+from sfl.model.task import Task
 from sfl.model.training import Training
 from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
@@ -35,13 +36,17 @@ class Recipe:
     rule: Callable[..., Result]  # of aggregation
     keep: KeepModels  # of whose files which stay
 
+    @property
+    def task(self) -> Task:
+        return self.training.task
+
     @classmethod
     def of(cls, run: RunConfig, allowed: Collection[str] | None = None) -> "Recipe":
         """Look up what a run names; ``allowed`` as in ``registry.look_up``.
 
         Raises:
-            ConfigError: there is no such scheme, model, cut, partition, optimiser, schedule,
-                aggregation rule or store, or an option that it does not take.
+            ConfigError: there is no such scheme, task, model, cut, partition, optimiser,
+                schedule, aggregation rule or store, or an option that it does not take.
         """
         row = named("scheme", run.scheme, SCHEMES)
         check_address(run.weights)

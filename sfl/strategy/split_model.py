@@ -195,14 +195,6 @@ class SplitModel:
         sample = self._cut_samples[link]
         return TensorSpec((batch, *sample.shape), sample.dtype)
 
-    def labels_spec(self, batch: int) -> TensorSpec:
-        """Return the spec of the labels of a batch."""
-        return TensorSpec((batch,), torch.int64)
-
-    def figures_spec(self, num_steps: int) -> TensorSpec:
-        """Return the spec of a client's own figures of its steps: loss and hits of each."""
-        return TensorSpec((num_steps, 2), torch.float64)
-
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
         """Yield the sizes of the batches in which samples are evaluated."""
         for start in range(0, num_samples, self.evaluation_batch):

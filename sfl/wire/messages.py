@@ -31,8 +31,8 @@ class MessageType(StrEnum):
     START_TRAINING = "START_TRAINING"  # S: train in round r; starting front, number of steps
     TRAINING_LABELS = "TRAINING_LABELS"  # C: file, the labels of a step
     TRAINING_FEATURES = "TRAINING_FEATURES"  # C: file, the cut-layer activations of a step
-    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss and hits
-    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and hits of each step without a cut
+    TRAINING_GRADS = "TRAINING_GRADS"  # S: file, their gradients (C: of the weights); loss, counts
+    TRAINING_FIGURES = "TRAINING_FIGURES"  # C: file, loss and counts of each step without a cut
     ROUND_TRAINED = "ROUND_TRAINED"  # C: all steps of the round are done; seconds spent
     REQUEST_TO_SEND_FILE = "REQUEST_TO_SEND_FILE"  # C, S: offer a large file: size, checksum
     SEND_FILE = "SEND_FILE"  # C, S: send it from this offset on
@@ -42,7 +42,7 @@ class MessageType(StrEnum):
     START_VALIDATION = "START_VALIDATION"  # S: evaluate the round's result; the front to evaluate
     VALIDATION_LABELS = "VALIDATION_LABELS"  # C: file, labels of an evaluation batch
     VALIDATION_FEATURES = "VALIDATION_FEATURES"  # C: file, the activations of an evaluation batch
-    VALIDATION_RESULT = "VALIDATION_RESULT"  # S, C: samples, hits, summed loss of a batch or part
+    VALIDATION_RESULT = "VALIDATION_RESULT"  # S, C: samples, counts, loss of a batch or part
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
     UNREGISTER = "UNREGISTER"  # C: leave after TRAINING_DONE; with a reason, leave for now

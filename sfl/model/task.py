@@ -1,0 +1,110 @@
+"""The tasks, as a table: a row says what is predicted, by which loss, and which figures tell of it.
+
+Nothing else in the package knows of a loss function, of accuracy or of classes' counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfl.files.torch_file import TensorSpec
+from sfl.model import classification
+from sfl.model.metrics import StepFigures, Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Counts of an evaluation, beside those of a step, and the metrics that come from them."""
+
+    name: str  # on the wire
+    count: Callable[[Tensor, Tensor], Tensor]  # (outputs, labels) -> int64; the sum is the total's
+    # (a peer's rows, its counts, samples, classes) -> the table; raises ProtocolError
+    checked: Callable[[Sequence[object], Sequence[int], int, int], Tensor]
+    metrics: Callable[[Tensor], dict[str, float]]
+    columns: tuple[str, ...]  # names of the metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task. Outputs and labels are those of a batch: (B, *shape)."""
+
+    loss: Callable[..., Tensor]  # as in torch.nn.functional: (outputs, labels, weight=, reduction=)
+    label: TensorSpec  # of one sample
+    wrong_labels: Callable[[Tensor, int], str]  # (labels, classes) -> what is wrong; "": nothing
+    made_up_labels: Callable[[int, int], Tensor]  # (samples, classes): to try a model on
+    output_shape: Callable[[int], tuple[int, ...]]  # of one sample, for so many classes
+    output_name: str  # in the file of predictions, and in messages
+    # Which samples are counted in a batch: name on the wire -> the metric that is their share.
+    counted: Mapping[str, str]
+    count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> of each of them
+    table: Table | None = None
+    shown: tuple[str, str]  # the metric that people are told beside the loss, and its title
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The metrics of a training step."""
+        return ("loss", *self.counted.values())
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The metrics of an evaluation."""
+        return *self.trained, *(self.table.columns if self.table else ())
+
+    def labels_spec(self, batch: int) -> TensorSpec:
+        """Return the spec of the labels of a batch."""
+        return TensorSpec((batch, *self.label.shape), self.label.dtype)
+
+    def steps_spec(self, num_steps: int) -> TensorSpec:
+        """Return the spec of a client's own figures of its steps: loss and counts of each."""
+        return TensorSpec((num_steps, len(self.trained)), torch.float64)
+
+    def step_figures(self, outputs: Tensor, y: Tensor, loss: Tensor) -> StepFigures:
+        """Return the figures of a step whose loss is known."""
+        return StepFigures(loss.item(), self.count(outputs, y), len(y))
+
+    def tally(self, outputs: Tensor, y: Tensor) -> Tally:
+        """Count what outputs make of an evaluated batch."""
+        loss_sum = self.loss(outputs, y, reduction="sum")
+        table = self.table.count(outputs, y).cpu() if self.table else None
+        return Tally(len(y), self.count(outputs, y), loss_sum.item(), table)
+
+    def named_counts(self, counts: Sequence[int]) -> dict[str, int]:
+        """Return counts by their names on the wire; 0 each where nothing was counted."""
+        return dict(zip(self.counted, counts or [0] * len(self.counted), strict=True))
+
+    def metrics(self, loss: float, counts: Sequence[float], samples: float) -> dict[str, float]:
+        """Return the metrics of a step by its mean loss and counts."""
+        return dict(zip(self.trained, (loss, *(n / samples for n in counts)), strict=True))
+
+    def figures(self, tally: Tally, prefix: str) -> dict[str, float]:
+        """Return the metrics as ``<prefix>_loss``, ``<prefix>_acc`` and so on, if there are any."""
+        if not tally.samples:
+            return {}
+        metrics = self.metrics(tally.loss_sum / tally.samples, tally.counts, tally.samples)
+        if self.table and tally.table is not None:
+            metrics |= self.table.metrics(tally.table)
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+TASKS: dict[str, Task] = {
+    "classification": Task(
+        loss=nn.functional.cross_entropy,
+        label=TensorSpec((), torch.int64),
+        wrong_labels=classification.wrong_labels,
+        made_up_labels=classification.made_up_labels,
+        output_shape=lambda num_classes: (num_classes,),
+        output_name="logits",
+        counted={"correct": "acc"},
+        count=classification.count_hits,
+        table=Table(
+            name="per_class",
+            count=classification.count_by_class,
+            checked=classification.checked_classes,
+            metrics=classification.class_metrics,
+            columns=("balanced_acc", "macro_f1", "weighted_f1"),
+        ),
+        shown=("acc", "accuracy"),
+    ),
+}
