@@ -14,6 +14,7 @@ Whoever computes the outputs keeps those of the test set.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
