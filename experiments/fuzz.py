@@ -218,13 +218,13 @@ def shake_hands(data: bytes) -> str:
     from pathlib import Path
 
     from sfl.errors import AuthError, ConnectionLost, ProtocolError
-    from sfl.transport.doorstep import Visitor
     from sfl.transport.guard import Guard
+    from sfl.transport.pending import PendingConnection
     from sfl.transport.tokens import Tokens
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        visitor = Visitor(ours, Guard(tokens=Tokens(Path("token"), TOKEN)))
+        visitor = PendingConnection(ours, Guard(tokens=Tokens(Path("token"), TOKEN)))
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         try:

@@ -142,8 +142,7 @@ def target_of(address: str, token_file: str = "", *, tls: bool | None = None) ->
 
     from experiments.hostile.attacks import Target, careless_tls, secured
     from sfl.errors import ConfigError
-    from sfl.transport.connection import is_loopback
-    from sfl.transport.dialling import parse_address
+    from sfl.transport.addresses import is_loopback, parse_address
     from sfl.transport.tokens import read_tokens
 
     host, port = parse_address(address)
@@ -394,7 +393,7 @@ def _greedy_server(out: Path, wish: Mapping[str, object]) -> tuple[int, str]:
     from experiments.hostile.memory import try_wish
     from experiments.support.processes import ROOT
     from sfl.archive.run_folder import create_run_folder
-    from sfl.transport.dialling import listen
+    from sfl.transport.listener import listen
 
     folder = create_run_folder(out, "")
     with listen("127.0.0.1", 0) as listener:

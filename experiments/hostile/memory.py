@@ -31,7 +31,7 @@ from sfl.conversation.round import SECONDS_WIDTH, TIMES
 from sfl.errors import ProtocolError, SflError
 from sfl.runtime.claims import MOST_STEPS
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import Listener
+from sfl.transport.listener import Listener
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import Limits, Message, MessageType

@@ -25,7 +25,7 @@ from sfl.errors import SflError
 if TYPE_CHECKING:
     from sfl.files.torch_file import StateSpec
     from sfl.strategy.aggregate import State
-    from sfl.transport.switchboard import Switchboard
+    from sfl.transport.tcp_server import TcpServer
     from sfl.weights.exchange import WeightKey, WeightStore
     from sfl.weights.stores import StoreOptions
     from sfl.wire.driver import Conversation
@@ -48,7 +48,8 @@ def client(k: int, port: int, timing: "Timing") -> None:
     """Give a front and take the average back, each round."""
     from sfl.archive.run_folder import say
     from sfl.files.torch_file import decode_state, encode_state
-    from sfl.transport.dialling import connect
+    from sfl.transport.connecting import Dialling
+    from sfl.transport.tcp_client import TcpClient
     from sfl.weights.exchange import AVERAGE, client_weights
     from sfl.weights.stores import store_maker
     from sfl.wire.driver import run_blocking
@@ -57,14 +58,8 @@ def client(k: int, port: int, timing: "Timing") -> None:
     options = timing.options(str(k))
     with (
         timing.failing(),
-        connect(
-            "127.0.0.1",
-            port,
-            timeout_s=120,
-            connect_timeout_s=10,
-            limits=timing.limits,
-            on_wait=say,
-        ) as link,
+        TcpClient(Dialling(120, on_wait=say, limits=timing.limits)) as dialler,
+        dialler.connect(f"127.0.0.1:{port}", 10) as link,
     ):
         link.send_message_as_json(MessageType.REGISTER, content=k)
         store = store_maker(options.open_place(), options)(link, timing.most_bytes)
@@ -129,15 +124,16 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     """Return the seconds that each round's exchange of weights took."""
     from sfl.files.torch_file import encode_state
     from sfl.strategy.aggregate import fed_avg
-    from sfl.transport.dialling import listen
-    from sfl.transport.switchboard import Switchboard
+    from sfl.transport.guard import Terms
+    from sfl.transport.listener import listen
+    from sfl.transport.tcp_server import TcpServer
     from sfl.weights.exchange import AVERAGE, client_weights
     from sfl.weights.stores import store_maker
     from sfl.wire.driver import run_together
 
     with (
         listen("127.0.0.1", 0) as listener,
-        Switchboard(listener, timeout_s=120, limits=timing.limits) as switchboard,
+        TcpServer(listener, Terms(120, timing.limits)) as switchboard,
     ):
         port = int(listener.address.rpartition(":")[2])
         threads = [
@@ -167,13 +163,13 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     return seconds
 
 
-def gather(switchboard: "Switchboard", num_clients: int) -> "dict[int, Link]":
+def gather(switchboard: "TcpServer", num_clients: int) -> "dict[int, Link]":
     """Return the clients' links when all are there."""
     from sfl.wire.messages import MessageType
 
     links: dict[int, Link] = {}
     while len(links) < num_clients:
-        for link in switchboard.wait_for_any(timeout_s=1.0):
+        for link in switchboard.until(switchboard.news, 1.0):
             if not link.peer_name:
                 k = link.receive_message_as_json(MessageType.REGISTER).content
                 link.peer_name, links[k] = f"client_{k}", link

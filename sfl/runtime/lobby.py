@@ -36,10 +36,9 @@ from sfl.errors import (
 from sfl.runtime.places import Patience, Place, check_somebody_may_come, is_refusal
 from sfl.runtime.resume import Past
 from sfl.runtime.same_model import ServersModel
-from sfl.transport.connection import Connection
-from sfl.transport.switchboard import DrainedConnection, Switchboard
-from sfl.wire.driver import Conversation, Gate, Network
+from sfl.wire.driver import Conversation, Gate
 from sfl.wire.link import ANY_ID, Link, last_words_for
+from sfl.wire.members import Member, Members
 from sfl.wire.messages import Message, MessageType
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
@@ -51,10 +50,10 @@ TICK_S = 0.5  # how often to look at the time
 
 
 @dataclass(kw_only=True)
-class Lobby(Network):
+class Lobby:
     """The clients of a run: who has registered, who is ready, who is away."""
 
-    switchboard: Switchboard
+    members: Members
     run: RunConfig
     events: EventLog
     past: Past | None = None
@@ -73,7 +72,7 @@ class Lobby(Network):
             self.ids, self.needed = frozenset(self.past.num_samples), self.past.clients
         else:  # more may register until so many are ready
             self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
-        self._joining: dict[DrainedConnection, Conversation[Joined | None]] = {}
+        self._joining: dict[Member, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._has_begun = self._ends = False
         self._round = -1
@@ -161,7 +160,7 @@ class Lobby(Network):
 
     # Registering, before the start and later
 
-    def _take_id(self, wanted: int, instance: str, link: DrainedConnection) -> int:
+    def _take_id(self, wanted: int, instance: str, link: Member) -> int:
         """Give a connection the id that it wants, or with ``ANY_ID`` the lowest free.
 
         Raises:
@@ -178,8 +177,8 @@ class Lobby(Network):
         if place.link:
             # The same process has noticed before us that its connection is dead; of another one
             # we see so ourselves, or have heard nothing for too long.
-            silent = place.link.silent_s() > SILENT_BEATS * self.switchboard.heartbeat_s
-            if not (place.instance == instance or place.link.failed or silent):
+            silent = place.link.silent_s() > SILENT_BEATS * self.members.heartbeat_s
+            if not (place.instance == instance or place.link.ending() or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
         if not (place.taken_over if place.link else place.taken).take():
             raise NotYet(f"client_{wanted} has connected anew too often: wait some seconds")
@@ -216,7 +215,7 @@ class Lobby(Network):
             return why
         return self.model.unlike(joined) or self.model.unfit(joined.data)
 
-    def _answer_check(self, connection: DrainedConnection, hello: Message) -> Conversation[None]:
+    def _answer_check(self, connection: Member, hello: Message) -> Conversation[None]:
         """Answer a client that checks; it gets no place."""
         self.events.note(f"{connection.address} checks whether it could take part")
 
@@ -226,13 +225,13 @@ class Lobby(Network):
 
         return server_check(connection, hello, self._welcome(), self._find, refuses)
 
-    def _register(self, connection: DrainedConnection) -> None:
+    def _register(self, connection: Member) -> None:
         """Let one connection's registration go on with the message that has arrived."""
-        if connection.failed and not connection.peer_name:  # it is gone already
+        if connection.ending() and not connection.peer_name:  # it is gone already
             self._joining.pop(connection, None)
             why = connection.ending() or ConnectionLost("it is gone")
-            self.switchboard.turned_away.add(connection.address, str(why), aloud=False)
-            self.switchboard.drop(connection, str(why), last_words_for(why))
+            self.members.turned_away(connection.address, str(why), aloud=False)
+            self.members.drop(connection, str(why), last_words_for(why))
             return
         if connection not in self._joining:
             connection.name = "server"
@@ -251,7 +250,7 @@ class Lobby(Network):
         except StopIteration as end:
             del self._joining[connection]
             if end.value is None:
-                self.switchboard.drop(connection, "", MessageType.UNREGISTER)
+                self.members.drop(connection, "", MessageType.UNREGISTER)
             else:
                 self._is_ready(end.value, connection)
         except SflError as error:
@@ -259,18 +258,18 @@ class Lobby(Network):
             if connection.peer_name:
                 self._left(connection, error)
             else:
-                self.switchboard.turned_away.add(connection.address, str(error))
-                self.switchboard.drop(connection, str(error), last_words_for(error))
+                self.members.turned_away(connection.address, str(error))
+                self.members.drop(connection, str(error), last_words_for(error))
 
     def _welcome(self) -> Welcome:
         known = frozenset(k for k, place in self.places.items() if place.instance)
         return Welcome(
             ANY_ID, self.run, self.past.first_round if self.past else 0,
             goes_on=self.goes_on, fed=self.fed, known=known,
-            heartbeat_s=self.switchboard.heartbeat_s,
+            heartbeat_s=self.members.heartbeat_s,
         )  # fmt: skip
 
-    def _is_ready(self, joined: Joined, connection: DrainedConnection) -> None:
+    def _is_ready(self, joined: Joined, connection: Member) -> None:
         place = self.places[joined.client]
         if why := self._refuses(joined, place.joined):
             self._lose(joined.client, ProtocolError(why))
@@ -327,24 +326,27 @@ class Lobby(Network):
             " --client-id and the --data-dir that it had"
         )
 
-    def _left(self, connection: DrainedConnection, error: SflError) -> None:
+    def _left(self, connection: Member, error: SflError) -> None:
         """Free the place of a client that could not be made ready."""
         client = self._client_of(connection)
         if client is not None:
             self._lose(client, error)
         else:
-            self.switchboard.drop(connection, str(error))
+            self.members.drop(connection, str(error))
 
     # In a round
+
+    def wake(self) -> None:
+        self.members.wake()
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
         return self._attend(links, gates)
 
-    def _attend(self, links: Collection[Link], gates: Collection[Gate]) -> DrainedConnection | None:
+    def _attend(self, links: Collection[Link], gates: Collection[Gate]) -> Member | None:
         """Wait until something happens, and see to whoever is not in ``links``."""
-        board = self.switchboard
-        found: DrainedConnection | None = None
-        others: list[DrainedConnection] = []
+        board = self.members
+        found: Member | None = None
+        others: list[Member] = []
 
         def ready() -> bool:
             nonlocal found, others
@@ -354,7 +356,7 @@ class Lobby(Network):
 
         board.until(ready, TICK_S)
         for connection in others:
-            if connection not in board.connections:
+            if connection not in board.members:
                 continue  # seen to with one before it
             client, why = self._client_of(connection), connection.ending()
             if client is None or not self.places[client].ready or why is None:
@@ -368,19 +370,19 @@ class Lobby(Network):
             self._look_at_the_time(links)
         return None if self._changes else found
 
-    def _client_of(self, connection: Connection) -> int | None:
+    def _client_of(self, connection: Member) -> int | None:
         return next((k for k, place in self.places.items() if place.link is connection), None)
 
     def _look_at_the_time(self, links: Collection[Link]) -> None:
         """Turn away who does not register, drop who holds the round, say who is missing."""
         now = time.monotonic()
         elapsed_s, self._looked_at = now - self._looked_at, now
-        for connection in self.switchboard.connections:
+        for connection in self.members.members:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
-                self.switchboard.turned_away.add(connection.address, "it did not register")
+                self.members.turned_away(connection.address, "it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
-                self.switchboard.drop(connection, reason, MessageType.TRY_AGAIN)
+                self.members.drop(connection, reason, MessageType.TRY_AGAIN)
         if self._has_begun:
             # Only time in which we wait counts: not that of our own arithmetic.
             self._see_who_holds_the_round(links, min(elapsed_s, 2 * TICK_S))
@@ -428,7 +430,7 @@ class Lobby(Network):
         place, refused = self.places[client], is_refusal(error)
         if place.link:
             self._joining.pop(place.link, None)
-            self.switchboard.drop(place.link, str(error), last_words_for(error))
+            self.members.drop(place.link, str(error), last_words_for(error))
         place.free(error)
         free = "" if self._has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")

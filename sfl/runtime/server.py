@@ -53,23 +53,21 @@ from sfl.strategy.merge import BACK, FRONT, Half, has_back_files, models_to_keep
 from sfl.strategy.schemes import Exchange, scheme
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
-from sfl.transport.dialling import listen
-from sfl.transport.guard import exposure, guard_of
+from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
-from sfl.transport.switchboard import Switchboard
+from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.turned_away import TurnedAway
+from sfl.transport.transports import TCP, Transport
 from sfl.values import LinkShape
 from sfl.weights.exchange import Elsewhere, WeightStore
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 from sfl.wire.driver import Network
 from sfl.wire.link import Absent, Link
-from sfl.wire.messages import Limits
 from sfl.wire.payload import onto
 
 
-def serve(run: RunConfig, node: ServerNode) -> Path:
+def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     """Run a server from the first connection to the last, and return the run's folder.
 
     Raises:
@@ -88,27 +86,28 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
     shape = LinkShape.parse(node.link)
-    with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
+    with transport.listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
         path, run, is_taken_over = _folder_of(run, node)
         fed = HERE if node.role == "all" else node.fed_server or APART
         keep = models_to_keep(run)
         with (
             open_folder(path, SERVER_LOG, keep) as folder,
-            Switchboard(
+            transport.serve(
                 listener,
-                timeout_s=node.peer_timeout,
-                limits=Limits(),  # no files from anybody before the model is known
-                max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
-                heartbeat_s=interval_s(node.silence_s),
-                guard=dataclasses.replace(guard, run=run.run),
-                turned_away=TurnedAway(folder.events.say, folder.events.note),
-            ) as switchboard,
-            telling_why(folder, switchboard.end, how_to_go_on(path, run.model)),
+                Terms(
+                    node.peer_timeout,
+                    max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
+                    heartbeat_s=interval_s(node.silence_s),
+                ),
+                dataclasses.replace(guard, run=run.run),
+                RefusalLog(folder.events.say, folder.events.note),
+            ) as network,
+            telling_why(folder, network.end, how_to_go_on(path, run.model)),
         ):
             events = folder.events
             place = _check_place(run, node, path, events, anew=is_taken_over)
             if node.fed_server:
-                stack.enter_context(fed_server(node, run, past))
+                stack.enter_context(fed_server(node, run, past, transport))
             events.note(f"command line: {' '.join(command_line())}")
             needed = past.clients if past else run.clients
             events.say(
@@ -120,7 +119,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
                 events.say(line)
             patience = Patience(fed == HERE, node.skip_after_s, node.min_clients)
             lobby = Lobby(
-                switchboard=switchboard,
+                members=network,
                 run=run,
                 events=events,
                 past=past,
@@ -136,7 +135,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             if past:
                 past = _agree(past, joined, fed, events)
             crash_point("start.ready")
-            make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
+            make = store_maker(place, _store_options(run, node, path, events), network.wake)
             rounds = prepare(
                 run, joined, lobby, folder, device=device, node=node, past=past,
                 store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),

@@ -36,7 +36,7 @@ from sfl.strategy.merge import models_to_keep
 from sfl.strategy.schemes import scheme
 from sfl.values import KeepModels, Position
 from sfl.weights.stores import StoreOptions, store_maker
-from sfl.wire.driver import Conversation, Gate, Network
+from sfl.wire.driver import AllStay, Conversation, Gate
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Link
 from sfl.wire.messages import Message
@@ -103,7 +103,7 @@ class Away:
         return cls(client, first, step or 0, back)
 
 
-class LocalNetwork(Network):
+class LocalNetwork(AllStay):
     """Runs the clients whenever the server waits for them, and loses them when it should."""
 
     def __init__(self, away: Sequence[Away] = ()) -> None:

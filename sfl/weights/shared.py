@@ -14,20 +14,17 @@ was put elsewhere, or altered, is never taken for the round's.
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
-from typing import Generic, TypeVar
 
 from sfl.errors import IntegrityError, ProtocolError, RunError, quoted
 from sfl.files.checksum import checksum
 from sfl.files.torch_reader import Buffer
 from sfl.weights.exchange import WeightKey
 from sfl.weights.objects import Metadata, ObjectStore
-from sfl.wire.driver import Conversation, Gate, Network
-from sfl.wire.link import Aside, Link
+from sfl.wire.calls import Calls
+from sfl.wire.driver import AllStay, Conversation, Gate
+from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 
-T = TypeVar("T")
-MAX_THREADS = 16
 FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 5.0  # between looks for an object without a notice
 SAY_AFTER_S = 10.0
 
@@ -51,71 +48,7 @@ def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
     }
 
 
-class _Job(Generic[T]):
-    """A call on a thread of its own."""
-
-    def __init__(
-        self, call: Callable[[], T], places: threading.Semaphore, wake: Callable[[], None]
-    ):
-        self.done = False
-        self._result: T | None = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            with places:
-                try:
-                    self._result = call()
-                except BaseException as error:  # noqa: BLE001 - the thread's edge; result raises it
-                    self._error = error
-            self.done = True
-            wake()
-
-        threading.Thread(target=run, name="weights", daemon=True).start()
-
-    def is_done(self) -> bool:
-        return self.done
-
-    def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]
-
-
-class Transfers:
-    """Makes a store's calls: on threads, so that those of different clients overlap, or in place.
-
-    ``wake`` is told when a thread is done; without one, calls are made in place, inside ``aside``.
-    """
-
-    def __init__(self, wake: Callable[[], None] | None = None, aside: Aside = nullcontext) -> None:
-        self._wake, self._aside = wake, aside
-        self._places = threading.Semaphore(MAX_THREADS)
-        self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
-
-    def run(self, call: Callable[[], T]) -> Conversation[T]:
-        """Make a call; without threads, nothing is yielded."""
-        if self._wake is None:
-            yield from ()
-            with self._aside():
-                return call()
-        job = _Job(call, self._places, self._wake)
-        yield job.is_done
-        return job.result()
-
-    def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
-        """Make a call that serves all who ask for it under this name."""
-        if self._wake is None:
-            if name not in self._once:
-                yield from self.run(call)
-                self._once[name] = None
-            return
-        job = self._once.get(name) or _Job(call, self._places, self._wake)
-        self._once[name] = job
-        yield job.is_done
-        job.result()
-
-
-class Threads(Network):
+class Threads(AllStay):
     """A network without links: what there is to wait for are threads."""
 
     def __init__(self) -> None:
@@ -138,7 +71,7 @@ class SharedWeights:
         self,
         objects: ObjectStore,
         link: Link | None,
-        transfers: Transfers,
+        calls: Calls,
         *,
         patience_s: float,
         say: Callable[[str], None],
@@ -151,13 +84,13 @@ class SharedWeights:
         self._most_bytes = most_bytes
         self._objects = objects
         self._link = link
-        self._transfers = transfers
+        self._calls = calls
         self._patience_s = patience_s
         self._say = say
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
         path, metadata = object_path(key), describe(key, data, samples)
-        yield from self._transfers.run_once(
+        yield from self._calls.run_once(
             f"{path} {metadata['checksum']}", lambda: self._objects.create(path, data, metadata)
         )
         yield from self.pass_on(key, data)
@@ -180,7 +113,7 @@ class SharedWeights:
                 )
             if held and checksum(held) == announced:
                 return held
-        data, metadata = yield from self._transfers.run(lambda: self._look_for(key))
+        data, metadata = yield from self._calls.run(lambda: self._look_for(key))
         self._check(key, data, metadata, announced)
         return data
 

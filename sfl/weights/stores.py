@@ -1,7 +1,6 @@
 """The stores that ``--weights`` names, and opening one."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from sfl.registry import unknown_name
 from sfl.weights.bucket import Bucket, parse_address
 from sfl.weights.exchange import SocketWeights, WeightStore
 from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights, Transfers
-from sfl.wire.link import Aside, Link
+from sfl.weights.shared import SharedWeights
+from sfl.wire.calls import Calls
+from sfl.wire.link import Link
 
 SOCKET = "socket"
 
@@ -87,21 +87,19 @@ def store_maker(
     place: ObjectStore | None,
     options: StoreOptions,
     wake: Callable[[], None] | None = None,
-    aside: Aside = nullcontext,
 ) -> Callable[[Link | None, int], WeightStore]:
     """Return what makes a party's store, from its link and how large a file of weights may be.
 
-    All of one process share their transfers; ``wake`` and ``aside`` are as of ``Transfers``.
-    Without a link nobody announces what a place has.
+    ``wake`` is as of ``Calls``. Without a link nobody announces what a place has.
     """
-    transfers = Transfers(wake, aside)
+    calls = Calls(wake)
 
     def make(link: Link | None, most_bytes: int) -> WeightStore:
         if place is not None:
             return SharedWeights(
                 place,
                 link,
-                transfers,
+                calls,
                 patience_s=options.patience_s,
                 say=options.say,
                 most_bytes=most_bytes,
