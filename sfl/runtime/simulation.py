@@ -30,8 +30,9 @@ from sfl.model.metrics import StepFigures
 from sfl.nodes import NodeConfig
 from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
+from sfl.runtime.preparation import Allowed, Preparation
 from sfl.runtime.resume import load_own_state
-from sfl.runtime.server import finish, prepare
+from sfl.runtime.server import finish
 from sfl.strategy.merge import models_to_keep
 from sfl.strategy.schemes import scheme
 from sfl.values import KeepModels, Position
@@ -191,10 +192,16 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
             run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
         make = store_maker(options.open_place(), options)
-        rounds = prepare(
-            run, joined, network, folder, device=device, node=node, store=make,
-            may_skip=bool(away), keeps_answers=False,
-        )  # fmt: skip
+        rounds = Preparation(
+            run=run,
+            joined=joined,
+            network=network,
+            folder=folder,
+            node=node,
+            device=device,
+            store=make,
+            allowed=Allowed(skips=bool(away), answers=False),
+        ).rounds()
         archives = {k: writers.enter_context(_client_archive(run, node, k)) for k in data}
 
         def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
