@@ -243,7 +243,7 @@ def test_a_full_disk_is_no_fault_of_the_client() -> None:
     """Also where the server is not waiting for that client just then."""
     patience = Patience(comes_back=True)
     lobby = Lobby(
-        members=None, run=RunConfig(clients=1), events=None, past=None, goes_on=False,
+        members=None, run=RunConfig(clients=1), events=None, goes_on=False,
         fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):

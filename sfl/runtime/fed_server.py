@@ -40,6 +40,7 @@ from sfl.files.torch_file import max_state_bytes
 from sfl.nodes import ServerNode
 from sfl.own_functions import remember
 from sfl.runtime.access import Access, hearing_why
+from sfl.runtime.admission import Admission
 from sfl.runtime.claims import why_refused
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
@@ -133,10 +134,9 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
                 members=network,
                 run=run,
                 events=folder.events,
-                past=past,
                 goes_on=welcome.goes_on,
                 patience=Patience(comes_back=False),
-                why_refused=functools.partial(why_refused, run, node),
+                admission=Admission(past, why_refused=functools.partial(why_refused, run, node)),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)

@@ -29,6 +29,7 @@ from sfl.errors import ConfigError, RunError, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
 from sfl.own_functions import remember
+from sfl.runtime.admission import Admission
 from sfl.runtime.claims import why_refused
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
@@ -166,12 +167,12 @@ class _Server:
             members=network,
             run=run,
             events=self.folder.events,
-            past=self.past,
             goes_on=bool(node.resume),
             fed=self.fed,
             patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
-            model=ServersModel(run),
-            why_refused=functools.partial(why_refused, run, node),
+            admission=Admission(
+                self.past, ServersModel(run), functools.partial(why_refused, run, node)
+            ),
         )
 
 
