@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.launch import Launcher
+from tests.support.launch import Launcher
 
 # Tests of real data are collected if they are there; all others do without the caller's folder.
 REAL_DATA = Path(os.environ["SFL_DATA_DIR"]).resolve() if os.environ.get("SFL_DATA_DIR") else None

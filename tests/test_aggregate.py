@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfl.strategy.aggregate import RULES, Update, fed_avg
-from tests.models import bn_dropout
+from tests.support.models import bn_dropout
 
 
 def model_state(seed: int) -> dict[str, torch.Tensor]:

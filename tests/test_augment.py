@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.data.augment import AUGMENTATIONS, augment, check_augmentation
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.values import Position
-from tests.launch import Launcher
-from tests.made_data import loaded
-from tests.test_equivalence import assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.made_data import loaded
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 X = torch.rand(64, 3, 12, 16, generator=torch.Generator().manual_seed(1))
 AT = Position("r", round=2, step=5, client=1)

@@ -9,7 +9,6 @@ import ssl
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,8 @@ from sfl.transport.tokens import FED, SERVER, Tokens, _agreed, _proof, read_toke
 from sfl.wire.framing import HEAD, MAGIC, VERSION, encode_head, pack_head
 from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
 from sfl.wire.messages import Limits, Message, MessageType
-from tests.launch import Launcher, Program
-from tests.test_failures import wait_for
+from tests.support.certificates import Certificates
+from tests.support.launch import Launcher, Program, wait_for
 
 FAST = ["--model", "mlp", "--batch-size", 200, "--rounds", 1]
 TOKEN, OTHER = "t" * 40, "o" * 40
@@ -47,33 +46,9 @@ def token_file(folder: Path, *lines: str, name: str = "token") -> Path:
     return path
 
 
-@dataclass
-class Certificates:
-    """A small CA, and files of what it has issued."""
-
-    folder: Path
-    ca: trustme.CA
-
-    def _write(self, name: str, blob: trustme.Blob) -> Path:
-        path = self.folder / name
-        blob.write_to_path(path)
-        return path
-
-    @property
-    def trust(self) -> Path:
-        return self._write("ca.pem", self.ca.cert_pem)
-
-    def issue(self, name: str, *hosts: str, **options: object) -> list[object]:
-        """Return the options that name a new certificate and its key."""
-        issued = self.ca.issue_cert(*(hosts or ["127.0.0.1", "localhost"]), **options)
-        key = self._write(f"{name}.key", issued.private_key_pem)
-        cert = self._write(f"{name}.pem", issued.cert_chain_pems[0])
-        return ["--tls-cert", cert, "--tls-key", key]
-
-
 @pytest.fixture
 def certificates(tmp_path: Path) -> Certificates:
-    return Certificates(tmp_path, trustme.CA())
+    return Certificates(tmp_path)
 
 
 # Token files
@@ -419,7 +394,7 @@ def test_only_clients_with_a_certificate_may_connect_if_one_is_wanted(
     wait_for(server, "listening")
     trust = ["--tls-ca", certificates.trust]
     assert "the server refused us: " in launcher.client(*trust).ended_with(1)
-    foreign = Certificates(tmp_path / "foreign", trustme.CA())
+    foreign = Certificates(tmp_path / "foreign")
     foreign.folder.mkdir()
     assert "refused us: " in launcher.client(*trust, *foreign.issue("mine")).ended_with(1)
     launcher.client(*trust, *certificates.issue("mine")).ended_with(0)

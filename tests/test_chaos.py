@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.support.same_run import compare
-from tests.test_demo import run as run_program
-from tests.test_recovery import RUN, reference
+from tests.support.programs import run_program
+from tests.support.runs import RUN
+from tests.support.simulations import reference
 
 
 @pytest.mark.slow

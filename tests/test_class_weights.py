@@ -9,18 +9,19 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_indices, part_of
 from sfl.data.datasets import DATASETS
 from sfl.errors import ConfigError, ProtocolError
 from sfl.model.class_weights import class_weights
 from sfl.model.zoo import build, model_spec
+from sfl.runtime import replay
 from sfl.runtime.preflight import check_run
-from tests.launch import Launcher
-from tests.made_data import loaded
-from tests.test_equivalence import assert_equal, joined_weights, simulated, weights
+from sfl.runtime.recorded import load
+from tests.support.launch import Launcher
+from tests.support.made_data import loaded
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, joined, weights
 
 SKEWED = "dirichlet:0.2"
 
@@ -66,7 +67,7 @@ def test_one_client_equals_a_plain_loop_with_a_weighted_loss(tmp_path: Path) -> 
             optimizer.zero_grad()
             loss(model(x), y).backward()
             optimizer.step()
-    assert_equal(joined_weights(run), dict(model.state_dict()), at_least=6)
+    assert_equal(joined(run), dict(model.state_dict()), at_least=6)
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_fl_with_weights_equals_sflv1(tmp_path: Path) -> None:
     split = simulated(tmp_path / "a", scheme="sflv1", **options)
     whole = simulated(tmp_path / "b", scheme="fl", **options)
     federated = torch.load(whole / "models/client_model_001.pt", weights_only=True)
-    assert_equal(joined_weights(split), federated, at_least=6)
+    assert_equal(joined(split), federated, at_least=6)
 
 
 def test_the_server_hears_of_classes_only_if_it_weighs_by_them(tmp_path: Path) -> None:

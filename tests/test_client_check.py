@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import trustme
 
 from experiments.support.same_run import compare
 from sfl.auth import main as auth_main
@@ -11,11 +10,10 @@ from sfl.config import RunConfig
 from sfl.nodes import NodeConfig
 from sfl.runtime.client_check import NOT_CHECKED, NOT_WELL, WELL
 from sfl.runtime.simulation import simulate
-from tests.launch import Launcher, Program
-from tests.models import VARIANT
-from tests.test_auth import Certificates
-from tests.test_failures import FAST, LONG, wait_for
-from tests.test_other_code import ALLOW, OPTIONS
+from tests.support.certificates import Certificates
+from tests.support.launch import Launcher, Program, wait_for
+from tests.support.models import VARIANT
+from tests.support.runs import FAST, LONG
 
 
 def lines(program: Program, code: int) -> dict[str, str]:
@@ -88,7 +86,7 @@ def test_bad_options_are_bad_options_or_not_well(launcher: Launcher, options: li
 
 
 def test_the_token(launcher: Launcher, tmp_path: Path) -> None:
-    ca = Certificates(tmp_path, trustme.CA())
+    ca = Certificates(tmp_path)
     for name in ("token", "other"):
         auth_main(["new-token", str(tmp_path / name)])
     server = launcher.server(
@@ -124,15 +122,17 @@ def test_the_place_the_data_and_the_disk(launcher: Launcher, tmp_path: Path) -> 
 
 
 def test_other_code_and_a_model_that_is_not_allowed(launcher: Launcher) -> None:
-    server = launcher.server(*OPTIONS)
+    model = "tests.support.models:of_this_machine"
+    allow = ["--allow-import", model]
+    server = launcher.server("--model", model, "--cut", 3, "--clients", 1, *FAST[2:], "--rounds", 1)
     wait_for(server, "listening")
-    said = lines(launcher.client("--check", *ALLOW, env={VARIANT: "class"}), 1)
+    said = lines(launcher.client("--check", *allow, env={VARIANT: "class"}), 1)
     assert "the server would refuse: client_0 builds another model" in said["model"]
     assert "block 'act' differs" in said["model"]
     said = lines(launcher.client("--check"), 1)
     assert "--allow-import" in said["model"]
-    lines(launcher.client("--check", *ALLOW), 0)
-    for program in (launcher.client(*ALLOW), server):
+    lines(launcher.client("--check", *allow), 0)
+    for program in (launcher.client(*allow), server):
         program.ended_with(0)
 
 

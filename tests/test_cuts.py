@@ -5,14 +5,15 @@ from pathlib import Path
 
 from experiments.support.costs import costs_of
 from sfl.config import RunConfig
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from tests.test_demo import run
+from tests.support.programs import run_program
 
 IMAGE = (1, 28, 28)
 
 
 def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
-    front, back = costs_of(SplitModel(RunConfig(model="mlp", cut=3), IMAGE, 10), IMAGE)
+    front, back = costs_of(SplitModel(Recipe.of(RunConfig(model="mlp", cut=3)), IMAGE, 10), IMAGE)
     assert (front.parameters, back.parameters) == (785 * 128, 129 * 64 + 65 * 10)
     assert (front.forward_flops, back.forward_flops) == (2 * 784 * 128, 2 * (128 * 64 + 64 * 10))
     # Backward: of the weights in both halves, of the input in all layers but the first.
@@ -21,16 +22,18 @@ def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
 
 
 def test_both_halves_together_cost_what_the_whole_costs() -> None:
-    whole = SplitModel(RunConfig(model="resnet18", scheme="fl"), (3, 32, 32), 10)
+    whole = SplitModel(Recipe.of(RunConfig(model="resnet18", scheme="fl")), (3, 32, 32), 10)
     (all_of_it,) = costs_of(whole, (3, 32, 32))
-    halves = costs_of(SplitModel(RunConfig(model="resnet18"), (3, 32, 32), 10), (3, 32, 32))
+    halves = costs_of(
+        SplitModel(Recipe.of(RunConfig(model="resnet18")), (3, 32, 32), 10), (3, 32, 32)
+    )
     assert sum(half.parameters for half in halves) == all_of_it.parameters
     assert sum(half.training_flops for half in halves) == all_of_it.training_flops
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
     options = ("--scheme", "fl", "--model", "lenet5", "--dataset", "mnist", "--out", tmp_path)
-    out = run("-m", "experiments.cuts", *options).stdout
+    out = run_program("-m", "experiments.cuts", *options).stdout
     rows = list(csv.DictReader((tmp_path / "cuts.csv").read_text().splitlines()))
     assert [row["last_block"] for row in rows[:3]] == ["conv1", "relu1", "pool1"]
     assert [row["smashed_bytes"] for row in rows[:3]] == ["18816", "18816", "4704"]

@@ -29,7 +29,7 @@ from sfl.data.samples import Samples, join
 from sfl.errors import ConfigError, DataError, RunError
 from sfl.values import Position
 from sfl.wire.link import Absent
-from tests.made_data import loaded, write_mnist
+from tests.support.made_data import loaded, write_mnist
 
 DIGITS = DATASETS["mnist-5k"]
 

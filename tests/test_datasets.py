@@ -19,7 +19,7 @@ from sfl.data.client_data import DatasetSpec, Source, load, part_of
 from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.samples import Samples
 from sfl.errors import DataError
-from tests.made_data import (
+from tests.support.made_data import (
     loaded,
     trains,
     write_cifar,

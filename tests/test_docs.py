@@ -20,7 +20,7 @@ from sfl.strategy.aggregate import RULES
 from sfl.strategy.schemes import SCHEMES
 from sfl.weights.stores import WEIGHT_STORES
 from sfl.wire.messages import MessageType
-from tests.test_replay import recorded
+from tests.support.simulations import recorded
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

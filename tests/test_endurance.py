@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfl.crash import VARIABLE
-from tests.launch import Launcher, Program
-from tests.test_failures import send_signal, wait_for
-from tests.test_recovery import was_killed
+from tests.support.launch import Launcher, Program, send_signal, wait_for, was_killed
 
 ROUNDS, EARLY = 500, 20
 MARGIN = 0.05

@@ -6,47 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfl import seeds
 from sfl.config import RunConfig
-from sfl.data.client_data import ClientData, batch_indices, part_of
-from sfl.data.datasets import dataset_spec
-from sfl.model.segment import OPTIMIZERS, Segment
-from sfl.model.zoo import build, model_spec
+from sfl.model.segment import Segment
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import LocalLink, simulate
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
-from tests.launch import Launcher
-from tests.made_data import loaded
-from tests.test_failures import write_own
+from tests.support.launch import Launcher
+from tests.support.made_data import write_own
+from tests.support.plain_training import ordinary_training
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, joined, weights
 
-BN_DROPOUT = "tests.models:bn_dropout"
 MODELS = {"mlp": 3, "lenet5": 7, BN_DROPOUT: 4}
 SGD = ["--optimizer", "sgd", "--lr", "0.05", "--momentum", "0.9", "--weight-decay", "0.001"]
-
-
-def simulated(out: Path, **options: object) -> Path:
-    """Run a simulation of small digits; return its folder."""
-    defaults = {"rounds": 2, "run": "r", "keep_tensors": "none", "batch_size": 64}
-    return simulate(RunConfig(**defaults | options), NodeConfig(out=str(out)))
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of every model file of a run."""
-    return {
-        f"{path.name}/{name}": tensor
-        for path in sorted((run / "models").glob("*.pt"))
-        for name, tensor in torch.load(path, weights_only=True).items()
-    }
-
-
-def assert_equal(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], at_least: int = 11
-) -> None:
-    assert ours.keys() == theirs.keys()
-    assert len(ours) >= at_least
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert different == []
 
 
 @pytest.mark.slow
@@ -125,7 +99,7 @@ def test_a_socket_run_started_twice_writes_the_same_files(tmp_path: Path) -> Non
 def test_one_client_equals_ordinary_training_whatever_the_cut(tmp_path: Path, cut: int) -> None:
     options = {"model": BN_DROPOUT, "clients": 1, "optimizer_state": "keep", "batch_size": 400}
     run = simulated(tmp_path, **options, cut=cut)
-    assert_equal(joined_weights(run), ordinary_training(RunConfig(**options)))
+    assert_equal(joined(run), ordinary_training(RunConfig(**options)))
 
 
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
@@ -133,7 +107,7 @@ def test_one_client_equals_ordinary_training(tmp_path: Path, model: str) -> None
     options = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "batch_size": 128}
     options |= {"model": model, "clients": 1, "optimizer_state": "keep"}
     run = simulated(tmp_path, **options)
-    assert_equal(joined_weights(run), ordinary_training(RunConfig(**options)), at_least=6)
+    assert_equal(joined(run), ordinary_training(RunConfig(**options)), at_least=6)
 
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
@@ -142,59 +116,7 @@ def test_sflv1_equals_federated_averaging_of_the_unsplit_model(tmp_path: Path, s
     options = {"model": BN_DROPOUT, "partition": "sizes:0.2,0.2,0.6", "optimizer_state": state}
     options |= {"batch_size": 200, "local_epochs": 2}
     run = simulated(tmp_path, **options, cut=6)
-    assert_equal(joined_weights(run), ordinary_training(RunConfig(**options)))
-
-
-def joined_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Return the whole model's weights after the second round."""
-    halves = ("client_model_001.pt", "server_model_001.pt")
-    states = [torch.load(run / "models" / half, weights_only=True) for half in halves]
-    return states[0] | states[1]
-
-
-def ordinary_training(run: RunConfig) -> dict[str, torch.Tensor]:
-    """Train the unsplit model for two rounds in a plain loop, one optimiser a client; average."""
-    spec = dataset_spec(run.dataset)
-    both = loaded(run.dataset)
-    data = [part_of(spec, run, k, both) for k in range(run.clients)]
-    models = [build(model_spec(run.model), (1, 28, 28), 10, seed=run.seed) for _ in data]
-    optimizers = [OPTIMIZERS[run.optimizer](model.parameters(), run) for model in models]
-    average = {name: tensor.clone() for name, tensor in models[0].state_dict().items()}
-    for round_index in range(2):
-        for k, model in enumerate(models):
-            model.load_state_dict(average)
-            if run.optimizer_state == "reset":
-                optimizers[k] = OPTIMIZERS[run.optimizer](model.parameters(), run)
-            train_round(model, optimizers[k], data[k], run, round_index, k)
-        total = sum(len(part.train) for part in data)
-        states = [model.state_dict() for model in models]
-        for name, first in average.items():
-            parts = zip(states, data, strict=True)
-            summed = sum(state[name].double() * len(part.train) for state, part in parts)
-            mean = summed / total
-            average[name] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
-    return average
-
-
-def train_round(
-    model: torch.nn.Sequential,
-    optimizer: torch.optim.Optimizer,
-    data: ClientData,
-    run: RunConfig,
-    round_index: int,
-    client: int,
-) -> None:
-    model.train()
-    batches = batch_indices(len(data.train), run, round_index=round_index, client=client)
-    for step, indices in enumerate(batches):
-        x, y = data.batch(data.train, indices)
-        for block, module in enumerate(model):
-            drawn = seeds.derive(run.seed, seeds.BLOCK, round_index, client, step, block)
-            torch.manual_seed(drawn)
-            x = module(x)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(x, y).backward()
-        optimizer.step()
+    assert_equal(joined(run), ordinary_training(RunConfig(**options)))
 
 
 # (training loss, validation loss) of two rounds, seed 1. A change that should not alter results

@@ -1,46 +1,18 @@
 """What goes wrong in real processes: one clear line, the right exit code, a clean end for all."""
 
 import contextlib
-import os
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sfl.files.checksum import crc32
 from sfl.wire.framing import pack_head
-from tests.launch import TIMEOUT_S, Launcher, Program
-
-FAST = ["--model", "mlp", "--batch-size", 200]
-LONG = [*FAST, "--rounds", 1000, "--keep-tensors", "none"]
-
-
-def wait_for(program: Program, text: str) -> None:
-    """Wait until a program has printed something."""
-    until = time.monotonic() + TIMEOUT_S
-    while text not in program.out:
-        assert time.monotonic() < until, f"no {text!r}:\n{program.out}{program.err}"
-        program.process.join(0.02)
-        assert program.process.is_alive(), f"ended without {text!r}:\n{program.out}{program.err}"
-
-
-def start_long_run(
-    launcher: Launcher, clients: int = 2, *client_options: object
-) -> tuple[Program, list[Program]]:
-    """Start a run and wait until it is in its third round."""
-    server = launcher.server("--clients", clients, *LONG)
-    own = [launcher.client("--client-id", k, *client_options) for k in range(clients)]
-    wait_for(server, "round 2/1000")
-    return server, own
-
-
-def send_signal(program: Program, number: int) -> None:
-    assert program.process.pid is not None
-    os.kill(program.process.pid, number)
+from tests.support.launch import Launcher, send_signal, wait_for
+from tests.support.made_data import write_own
+from tests.support.runs import FAST, LONG, OWN, start_long_run
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -253,20 +225,6 @@ def test_a_host_that_does_not_exist_is_said(launcher: Launcher) -> None:
 def test_bad_options_end_with_2(launcher: Launcher, options: list[object], reason: str) -> None:
     assert reason in launcher.server(*options).ended_with(2)
     assert list(launcher.folder.glob("server/*")) == []
-
-
-def write_own(folder: Path, classes: tuple[str, ...] = ("a", "b"), count: int = 40) -> Path:
-    """Write noisy images with a bright band whose place tells the class."""
-    folder.mkdir()
-    labels = np.arange(count) % len(classes)
-    images = np.random.default_rng(1).integers(0, 60, (count, 28, 28), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[4 * label : 4 * label + 4] += 190
-    np.savez(folder / "own.npz", x=images, y=labels, classes=np.array(classes))
-    return folder
-
-
-OWN = ["--clients", 2, "--partition", "own", "--model", "mlp", "--rounds", 2]
 
 
 def test_clients_train_on_their_own_data(launcher: Launcher) -> None:

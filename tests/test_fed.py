@@ -13,26 +13,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
 from sfl.errors import RunError
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.weights.objects import Directory
 from sfl.wire.messages import MessageType
-from tests.emulator import BUCKET, Emulator, Gate, emulated
-from tests.launch import Launcher, Program, free_port
-from tests.proxy import UP, Proxy
-from tests.test_demo import ROOT
-from tests.test_equivalence import BN_DROPOUT, assert_equal, weights
-from tests.test_failures import send_signal, wait_for
-from tests.test_recovery import RUN, options_of, was_killed
-from tests.test_recovery import reference as recovery_reference
+from tests.support.emulator import BUCKET, Emulator, Gate, emulated
+from tests.support.launch import (
+    Launcher,
+    Program,
+    finish,
+    free_port,
+    options_of,
+    send_signal,
+    wait_for,
+    was_killed,
+)
+from tests.support.programs import ROOT
+from tests.support.proxy import UP, Proxy
+from tests.support.runs import ALLOW, BN_DROPOUT, RUN, start_all
+from tests.support.simulations import reference as recovery_reference
+from tests.support.weights import assert_equal, weights
 
 OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100, "--rounds", 2]
-ALLOW = ["--allow-import", BN_DROPOUT]
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +66,10 @@ def address(kind: str, folder: Path) -> str:
     }[kind]
 
 
-def start_all(
-    launcher: Launcher, place: str, *options: object, apart: bool = False, clients: int = 3
-) -> tuple[list[Program], list[Program]]:
-    """Start servers and clients of a run; return both."""
-    store = [] if place == "socket" else ["--weights", place]
-    servers, role = [], []
-    if apart and place == "socket":
-        port = free_port()
-        servers.append(launcher.fed("--port", port, *ALLOW))
-        role = ["--role", "main", "--fed-server", f"127.0.0.1:{port}"]
-    elif apart:
-        servers.append(launcher.fed(*store, "--run", "r", *ALLOW))
-        role = ["--role", "main"]
-    servers.append(launcher.server("--clients", clients, "--run", "r", *store, *role, *options))
-    allow = [] if place == "socket" else ["--allow-weights", place]
-    own = [launcher.client("--client-id", k, *ALLOW, *allow) for k in range(clients)]
-    return servers, own
-
-
 def address_of(server: Program) -> str:
     """Wait until a server listens, and return where."""
     wait_for(server, "listening on ")
     return re.search(r"listening on (\S+)", server.out)[1]
-
-
-def finish(programs: list[Program]) -> None:
-    for program in programs:
-        program.ended_with(0)
 
 
 def all_weights(folder: Path) -> dict[str, torch.Tensor]:

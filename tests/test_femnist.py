@@ -12,7 +12,7 @@ from sfl.config import RunConfig
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
 from sfl.errors import DataError, SflError
-from tests.made_data import (
+from tests.support.made_data import (
     loaded,
     trains,
     write_femnist,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import Launcher
-from tests.test_failures import FAST, LONG, start_long_run, wait_for
+from tests.support.launch import Launcher, wait_for
+from tests.support.runs import FAST, LONG, start_long_run
 
 
 def renamed(path: Path) -> None:

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.model.blocks import Entries
 from sfl.model.zoo import build, model_spec
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
-from sfl.strategy.merge import Half, merge_fronts
+from sfl.strategy.merge import Shared, Trained, merge
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES
-from tests.launch import Launcher
+from tests.support.launch import Launcher
 
-MODEL = "tests.odd_models:frozen"
+MODEL = "tests.support.odd_models:frozen"
 CUT = 5  # behind the first layer that is trained
 SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
 START = build(model_spec(MODEL), (1, 28, 28), 10, seed=0)
@@ -90,7 +91,7 @@ def test_what_is_frozen_stays_under_every_rule(tmp_path: Path, name: str, rule: 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
     """Even if a client were to send two; and nobody moves what is frozen."""
-    run = RunConfig(scheme="fl", model=MODEL, aggregation=rule)
+    run = RunConfig(scheme="fl", model=MODEL, cut=CUT, aggregation=rule)
     start, fronts = dict(START.state_dict()), {}
     for k in range(3):
         drawn = torch.Generator().manual_seed(k)
@@ -98,11 +99,10 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
         fronts[k] = {n: (t + noise[n]).to(t.dtype) for n, t in start.items()}
     memory: Mapping[str, torch.Tensor] = {}
     for _ in range(2):
-        half = Half(start, memory)
-        merged = merge_fronts(
-            run, fronts, dict.fromkeys(fronts, 1), start=half, entries=ENTRIES, last=2
+        trained = Trained(
+            {k: {"front": front} for k, front in fronts.items()}, {}, dict.fromkeys(fronts, 1), 2
         )
-        assert merged is not None
+        merged = merge(Recipe.of(run), {"front": Shared(start, memory)}, trained, ENTRIES)["front"]
         state, memory = merged.state, merged.memory
         assert list(state) == list(start)
         for name, first in ENTRIES.same.items():
@@ -113,7 +113,7 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
 
 
 def test_a_frozen_back_gives_gradients_to_the_front(tmp_path: Path) -> None:
-    model = "tests.odd_models:frozen_back"
+    model = "tests.support.odd_models:frozen_back"
     for name in ("sflv1", "fl", "sync-sgd"):
         run = RunConfig(
             scheme=name, model=model, cut=3, rounds=1, batch_size=700, run="r", weight_decay=0.1
@@ -149,6 +149,8 @@ def test_a_socket_run_of_a_frozen_model_equals_the_simulation(
 
 def test_a_model_that_came_in_eval_is_warned_about(tmp_path: Path) -> None:
     for name, warned in (("all_in_eval", True), ("frozen", False)):
-        run = RunConfig(model=f"tests.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name)
+        run = RunConfig(
+            model=f"tests.support.odd_models:{name}", cut=3, rounds=1, batch_size=700, run=name
+        )
         path = simulate(run, NodeConfig(out=str(tmp_path)))
         assert ("the model came in eval()" in (path / "server_log.txt").read_text()) == warned

@@ -15,7 +15,7 @@ from PIL import Image
 from sfl.data.client_data import Source, load
 from sfl.data.datasets import DATASETS
 from sfl.errors import DataError
-from tests.made_data import (
+from tests.support.made_data import (
     loaded,
     trains,
     write_ham10000,

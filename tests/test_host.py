@@ -8,8 +8,10 @@ import pytest
 from sfl.crash import VARIABLE
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 
 def test_the_ids_are_read() -> None:

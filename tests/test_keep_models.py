@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.archive.checkpoint import lying
 from sfl.archive.layout import MODELS
 from sfl.archive.manifest import DROPPED, read_manifest
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import Away, simulate
 from sfl.values import KeepModels
-from tests.launch import Launcher
-from tests.test_equivalence import weights
-from tests.test_fed import finish, start_all
+from tests.support.launch import Launcher, finish
+from tests.support.runs import start_all
+from tests.support.weights import weights
 
 ROUNDS = 6
 FAST = {"model": "mlp", "batch_size": 400, "clients": 2, "rounds": ROUNDS, "run": "r"}

@@ -14,7 +14,7 @@ import sfl.archive
 from sfl.archive.round_log import EVALUATED, read_round
 from sfl.errors import ProtocolError
 from sfl.model.metrics import Tally, add_up, checked_classes, tally
-from tests.test_equivalence import simulated
+from tests.support.simulations import simulated
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(2, 8), st.integers(1, 8))

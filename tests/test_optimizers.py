@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from sfl.config import RunConfig
 from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.model.zoo import build, model_spec
 from sfl.values import Position
-from tests import models
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, ordinary_training, train_round
-from tests.test_resume import go_on
-from tests.test_schemes import data_of, joined, simulated
+from tests.support import models
+from tests.support.launch import Launcher
+from tests.support.plain_training import data_of, ordinary_training, train_round
+from tests.support.runs import go_on
+from tests.support.simulations import simulated_bn_dropout
+from tests.support.weights import assert_equal, joined
 
 CPU, AT = torch.device("cpu"), Position("r", 0, 0, 0)
 RUN = RunConfig(run="r", lr=0.01, weight_decay=0.02)
-PLAIN, CHANNELS_LAST = "tests.models:convolutions", "tests.models:channels_last"
+PLAIN, CHANNELS_LAST = "tests.support.models:convolutions", "tests.support.models:channels_last"
 KEEP = {"optimizer_state": "keep", "cut": 2, "batch_size": 400}
 Layout = Callable[[Tensor], Tensor]
 
@@ -51,7 +53,7 @@ def plain() -> tuple[nn.Sequential, torch.optim.Optimizer]:
 
 
 def segment(model: nn.Sequential) -> Segment:
-    made = Segment(model, 0, RUN, CPU, boundary=2)
+    made = Segment(model, 0, Training.of(RUN, 2), CPU)
     made.start_round(0)
     return made
 
@@ -161,12 +163,14 @@ def test_a_model_in_another_layout_is_trained_as_in_plain_layout(
     tmp_path: Path, scheme: str, state: str
 ) -> None:
     options = KEEP | {"optimizer_state": state, "clients": 1}
-    ours = joined(simulated(tmp_path / "a", model=CHANNELS_LAST, scheme=scheme, **options))
+    ours = joined(
+        simulated_bn_dropout(tmp_path / "a", model=CHANNELS_LAST, scheme=scheme, **options)
+    )
     expected = ordinary_training(RunConfig(model=PLAIN, **options))
     assert_equal(ours, expected, at_least=6)
     options["clients"] = 2
     ours, theirs = (
-        joined(simulated(tmp_path / model[-4:], model=model, scheme=scheme, **options))
+        joined(simulated_bn_dropout(tmp_path / model[-4:], model=model, scheme=scheme, **options))
         for model in (CHANNELS_LAST, PLAIN)
     )
     assert_equal(ours, theirs, at_least=6)
@@ -190,7 +194,7 @@ def test_weights_of_any_real_dtype_are_trained(
     launcher: Launcher, tmp_path: Path, name: str
 ) -> None:
     """With one client that is never averaged: float64 would lose a bit there."""
-    options = {"model": f"tests.models:{name}", "scheme": "sl", "clients": 1}
+    options = {"model": f"tests.support.models:{name}", "scheme": "sl", "clients": 1}
     run = RunConfig(**options, optimizer_state="keep", batch_size=400)
     model = build(model_spec(run.model), (1, 28, 28), 10, seed=run.seed)
     dtypes = {n: t.dtype for n, t in model.state_dict().items()}
@@ -201,7 +205,9 @@ def test_weights_of_any_real_dtype_are_trained(
     expected = dict(model.state_dict())
     assert {n: t.dtype for n, t in expected.items()} == dtypes
     more = {"optimizer_state": "keep", "batch_size": 400, "cut": 2}
-    assert_equal(joined(simulated(tmp_path / "one", **options, **more)), expected, at_least=6)
+    assert_equal(
+        joined(simulated_bn_dropout(tmp_path / "one", **options, **more)), expected, at_least=6
+    )
     line = [part for n, v in (options | more).items() for part in (f"--{n.replace('_', '-')}", v)]
     allow = ["--allow-import", run.model]
     launcher.run(*line, "--rounds", 1, clients=1, client_options=allow)

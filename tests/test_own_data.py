@@ -25,8 +25,8 @@ from sfl.errors import ConfigError, DataError, RunError
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
 from sfl.runtime.simulation import simulate
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, weights
+from tests.support.launch import Launcher
+from tests.support.weights import assert_equal, weights
 
 GREY, COLOUR = DATASETS["mnist-5k"], DATASETS["cifar10"]
 

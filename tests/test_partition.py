@@ -11,7 +11,7 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError, DataError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
-from tests.test_demo import run
+from tests.support.programs import run_program
 
 LABELS = torch.arange(3000) % 10
 WRITERS = torch.arange(3000) // 37
@@ -97,12 +97,12 @@ def test_a_skewed_partition_trains(tmp_path: Path) -> None:
 
 def test_the_picture_and_its_table(tmp_path: Path) -> None:
     options = ["--partition", "dirichlet:0.2", "--clients", 4, "--out", tmp_path]
-    done = run("-m", "experiments.partition", *options)
+    done = run_program("-m", "experiments.partition", *options)
     rows = [line.split(",") for line in (tmp_path / "partition.csv").read_text().splitlines()]
     assert rows[0] == ["client", *map(str, range(10)), "samples"]
     assert sum(int(row[-1]) for row in rows[1:]) == 4000
     assert all(sum(map(int, row[1:-1])) == int(row[-1]) for row in rows[1:])
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
     assert f"client 0: {rows[1][-1]} samples" in done.stdout
-    done = run("-m", "experiments.partition", "--partition", "own", code=2)
+    done = run_program("-m", "experiments.partition", "--partition", "own", code=2)
     assert "there is nothing to deal" in done.stderr

@@ -1,6 +1,5 @@
 """Large payloads go onto disk while they come in: the same bytes, little memory, clear errors."""
 
-import dataclasses
 import importlib
 import os
 import random
@@ -23,6 +22,7 @@ from sfl.files.checksum import checksum
 from sfl.files.torch_file import max_state_bytes
 from sfl.runtime.lobby import Lobby, Patience
 from sfl.runtime.preflight import check_run, disk_bytes
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.guard import Terms
@@ -32,8 +32,10 @@ from sfl.wire import payload
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Limits, Message, MessageType
 from sfl.wire.payload import InMemory, MakeStore, OnDisk, Store, onto
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT, assert_equal, simulated, weights
+from tests.support.launch import Launcher
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 SIZE = 2_500_001  # two whole chunks, and a part of a third
 
@@ -182,7 +184,7 @@ def test_it_lies_in_the_folder_that_was_given(
 def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    model = "tests.large_payloads:bn_dropout"
+    model = "tests.support.large_payloads:bn_dropout"
     server = launcher.server(
         "--clients", 2, "--run", "r", "--rounds", 2, "--batch-size", 64, "--model", model,
         "--cut", 4,
@@ -225,12 +227,13 @@ def test_a_lost_client_leaves_no_half_of_a_file(tmp_path: Path) -> None:
 def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(clients=4, scheme="sflv1", participation=0.5, dataset="mnist", model="mlp")
     split = SplitModel(check_run(run), (1, 28, 28), 10)
-    before = disk_bytes(run, split, [100] * 4)
+    recipe = split.recipe
+    before = disk_bytes(recipe, split, [100] * 4)
     monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**10)
     front = max_state_bytes(split.front_spec)
-    assert disk_bytes(run, split, [100] * 4) == before + 2 * front
+    assert disk_bytes(recipe, split, [100] * 4) == before + 2 * front
     # A batch is no larger than a client's part, however large batches may be.
-    huge = dataclasses.replace(run, batch_size=2**20)
+    huge = recipe.changed(batch_size=2**20)
     parts = [10_000, 100, 100, 100]
     monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**50)
     before = disk_bytes(huge, split, parts)
@@ -243,8 +246,8 @@ def test_a_full_disk_is_no_fault_of_the_client() -> None:
     """Also where the server is not waiting for that client just then."""
     patience = Patience(comes_back=True)
     lobby = Lobby(
-        members=None, run=RunConfig(clients=1), events=None, goes_on=False,
-        fed="here", patience=patience,
+        members=None, recipe=Recipe.of(RunConfig(clients=1)), events=None,
+        goes_on=False, fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):
         lobby.lost(0, RunError("cannot write: the disk is full"))

@@ -16,20 +16,21 @@ from sfl.config import RunConfig
 from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
 from sfl.files.finite import check_finite
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.runtime.access import last_words_of
 from sfl.runtime.simulation import Away
 from sfl.values import Position
 from sfl.wire.messages import MessageType
-from tests import poison
-from tests.launch import Launcher, Program
-from tests.test_failures import wait_for
-from tests.test_recovery import ALLOW, RUN, STEPS, options_of, reference
+from tests.support import poison
+from tests.support.launch import Launcher, Program, options_of, wait_for
+from tests.support.runs import ALLOW, RUN, STEPS
+from tests.support.simulations import reference
 
 SKIP = ["--on-missing", "skip", "--round-timeout", 600]
-HUGE = "tests.models:with_huge_layer"
-BAND = "tests.models:refusing_large"
-CUBING = "tests.models:cubing_large"
-MASKED = "tests.models:masked"
+HUGE = "tests.support.models:with_huge_layer"
+BAND = "tests.support.models:refusing_large"
+CUBING = "tests.support.models:cubing_large"
+MASKED = "tests.support.models:masked"
 
 
 def poisoned(launcher: Launcher, text: str, *options: object) -> Program:
@@ -186,7 +187,7 @@ AT = Position("r", 0, 0, 0)
 
 def segment(*blocks: nn.Module) -> Segment:
     run = RunConfig(run="r", optimizer="adam", clip_norm=1.0)
-    made = Segment(nn.Sequential(*blocks), 1, run, torch.device("cpu"), boundary=1)
+    made = Segment(nn.Sequential(*blocks), 1, Training.of(run, 1), torch.device("cpu"))
     made.start_round(0)
     return made
 

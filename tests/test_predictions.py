@@ -10,11 +10,18 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-from experiments.measure.client_cost import cost_of_a_pass
-from experiments.predictions import draw_all, read_predictions
+from experiments.measure.pass_cost import cost_of_a_pass
+from experiments.predictions.figures import (
+    ROC,
+    draw_all,
+    draw_confusion,
+    draw_curves,
+    write_classes,
+)
+from experiments.predictions.reading import Predictions, read_predictions
 from sfl.errors import RunError
-from tests.test_demo import run
-from tests.test_equivalence import simulated
+from tests.support.programs import run_program
+from tests.support.simulations import simulated
 
 PICTURES = ("confusion.png", "roc.png", "precision_recall.png")
 
@@ -56,15 +63,14 @@ def test_predictions_of_clients_are_found_or_asked_for(tmp_path: Path) -> None:
 
 
 def test_many_classes_of_which_some_do_not_occur(tmp_path: Path) -> None:
-    from experiments.predictions import _roc, draw_confusion, draw_curves, write_classes
-
     drawn = np.random.default_rng(0)
-    y, p = drawn.integers(0, 50, 300), drawn.dirichlet(np.ones(62), 300)
     names = [f"class {k}" for k in range(62)]
-    write_classes(tmp_path / "c.csv", y, p, names)
+    labels, probabilities = drawn.integers(0, 50, 300), drawn.dirichlet(np.ones(62), 300)
+    predictions = Predictions(labels, probabilities, names)
+    write_classes(tmp_path / "c.csv", predictions)
     assert (tmp_path / "c.csv").read_text().splitlines()[-1] == "class 61,0,0.0,0.0,0.0,,"
-    draw_confusion(tmp_path / "c.png", "many", y, p, names)
-    draw_curves(tmp_path / "r.png", "many", y, p, names, _roc, ("x", "y", "area"))
+    draw_confusion(tmp_path / "c.png", "many", predictions)
+    draw_curves(tmp_path / "r.png", "many", predictions, ROC)
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
@@ -82,7 +88,7 @@ def test_the_cost_of_a_pass_is_counted() -> None:
 
 @pytest.mark.slow
 def test_the_cost_table_has_the_published_beside_the_counted() -> None:
-    out = run("-m", "experiments.measure.client_cost").stdout
+    out = run_program("-m", "experiments.measure.client_cost").stdout
     rows = re.findall(r"^\| (large-batch SGD|federated learning|split learning) \|(.*)$", out, re.M)
     assert len(rows) == 9
     cells = [[cell.strip() for cell in row.split("|")] for _, row in rows]
@@ -91,5 +97,5 @@ def test_the_cost_table_has_the_published_beside_the_counted() -> None:
     for row in cells[:3]:  # a client of 500 has a fifth of the work of one of 100
         assert abs(float(row[0]) / float(row[3]) - 5) < 0.01
     assert "Assumed:" in out
-    bad = run("-m", "experiments.measure.client_cost", "--clients", "0,5", code=2).stderr
+    bad = run_program("-m", "experiments.measure.client_cost", "--clients", "0,5", code=2).stderr
     assert "give numbers from 1 to 50000" in bad

@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 import sfl.runtime.lobby
-from experiments.hostile.attacks import Insider, Target, write_bystander
+from experiments.hostile.insiders import Insider, write_bystander
+from experiments.hostile.target import Target
 from sfl.cli import main_server
 from sfl.errors import SflError
 from sfl.files.torch_file import encode
 from sfl.transport.heartbeat import Heartbeat
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
-from tests import poison
-from tests.launch import Launcher
-from tests.test_failures import wait_for
+from tests.support import poison
+from tests.support.launch import Launcher, wait_for
 
 LIMIT_S = 2
 SKIP = ["--on-missing", "skip", "--round-timeout", LIMIT_S]
-SLOW = "tests.models:slow"
+SLOW = "tests.support.models:slow"
 Harm = Callable[[Insider], Iterator[None]]
 
 

@@ -16,8 +16,8 @@ from sfl.data.datasets import DATASETS
 from sfl.data.ham10000 import _read_metadata
 from sfl.data.samples import Samples
 from tests.conftest import REAL_DATA
-from tests.launch import Launcher
-from tests.made_data import loaded
+from tests.support.launch import Launcher
+from tests.support.made_data import loaded
 
 assert REAL_DATA is not None
 

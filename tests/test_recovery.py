@@ -5,50 +5,29 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
 from experiments.support.same_run import compare
 from experiments.support.slow_link import SlowLink
 from sfl.archive.checkpoint import lying
 from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
-from sfl.nodes import NodeConfig
 from sfl.options import from_values
-from sfl.runtime.simulation import Away, simulate
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
+from sfl.runtime.simulation import Away
 from sfl.strategy.order import draw
-from tests.launch import Launcher, Program
-from tests.test_equivalence import BN_DROPOUT
-from tests.test_failures import send_signal, wait_for
-
-RUN: dict[str, object] = {
-    "model": BN_DROPOUT,
-    "cut": 6,
-    "batch_size": 200,
-    "rounds": 3,
-    "run": "r",
-}
-ALLOW = ["--allow-import", BN_DROPOUT]
-STEPS = 6  # of each of three clients in a round
-
+from tests.support.launch import Launcher, Program, options_of, send_signal, wait_for, was_killed
+from tests.support.runs import ALLOW, OWN_STATE, RUN, STEPS
+from tests.support.simulations import reference
+from tests.support.weights import assert_same
 
 References = Callable[[dict[str, object]], Path]
-
-
-def options_of(run: dict[str, object]) -> list[object]:
-    return [text for name, value in run.items() for text in (f"--{name.replace('_', '-')}", value)]
-
-
-def reference(folder: Path, run: dict[str, object], away: Sequence[Away] = ()) -> Path:
-    """Return the server's folder of the same run in one process, undisturbed but for ``away``."""
-    config = from_values(RunConfig, dict(run), "the test")
-    return simulate(config, NodeConfig(out=str(folder)), away)
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +41,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     return lambda run: of(tuple(sorted(run.items())))
 
 
-def assert_same(whole: Path, other: Path) -> None:
-    assert compare(whole, other).lines == []
-
-
 def start(launcher: Launcher, run: dict[str, object], *options: object) -> list[Program]:
     """Start a server and its clients."""
     server = launcher.server(*options_of(run), *options)
@@ -75,11 +50,6 @@ def start(launcher: Launcher, run: dict[str, object], *options: object) -> list[
 
 def resume(launcher: Launcher, *options: object) -> Program:
     return launcher.server("--resume", launcher.folder / "server/r", *options)
-
-
-def was_killed(program: Program) -> None:
-    program.process.join(60)
-    assert program.process.exitcode == -signal.SIGKILL, program.out + program.err
 
 
 EACH_SCHEME = [
@@ -143,7 +113,6 @@ CLIENT_POINTS = {
     "checkpoint.after_rename": 2, "checkpoint.after_removal": 2, "run.before_goodbye": 1,
 }  # fmt: skip
 WEIGHTS_POINTS = {"weights.before_put": 2, "weights.after_put": 2}  # of clients that send them
-OWN_STATE = RUN | {"scheme": "sflv3", "optimizer_state": "keep", "clients": 2}
 AVERAGED = RUN | {"clients": 2}
 
 
@@ -247,8 +216,10 @@ def test_a_peer_that_is_busy_is_not_taken_for_dead(launcher: Launcher) -> None:
     """Its data take three times as long to load as anybody may be silent."""
     options = ["--clients", 2, "--model", "mlp", "--rounds", 1, "--batch-size", 500]
     timeout = ["--peer-timeout", 1]
-    server = launcher.server(*options, *timeout, "--dataset", "tests.slow_data:slow_to_load")
-    allow = ["--allow-import", "tests.slow_data:slow_to_load", *timeout]
+    server = launcher.server(
+        *options, *timeout, "--dataset", "tests.support.slow_data:slow_to_load"
+    )
+    allow = ["--allow-import", "tests.support.slow_data:slow_to_load", *timeout]
     for program in (server, launcher.client(*allow), launcher.client(*allow)):
         program.ended_with(0)
     assert "is away" not in server.out

@@ -8,27 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
-from tests.launch import Launcher
-from tests.test_equivalence import BN_DROPOUT, assert_equal
-from tests.test_failures import send_signal, wait_for, write_own
-from tests.test_schemes import all_weights
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
+from tests.support.launch import Launcher, send_signal, wait_for
+from tests.support.made_data import write_own
+from tests.support.runs import ALLOW, BN_DROPOUT, go_on
+from tests.support.weights import all_weights, assert_equal
 
 OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100]
-ALLOW = ["--allow-import", BN_DROPOUT]
-
-
-def go_on(
-    launcher: Launcher, *options: object, clients: int = 3, allow: Sequence[str] = ALLOW
-) -> Path:
-    """Go on with the launcher's run to its end."""
-    run = launcher.folder / "server" / "r"
-    server = launcher.server("--resume", run, *options)
-    own = [launcher.client("--client-id", k, *allow) for k in range(clients)]
-    for program in [server, *own]:
-        program.ended_with(0)
-    return run
 
 
 def uninterrupted(tmp_path: Path, options: Sequence[object]) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from experiments.measure.run_times import numbers
 from experiments.support.slow_link import slow_link
 from sfl.errors import ConfigError
-from tests.test_demo import run
+from tests.support.programs import run_program
 
 
 def echo(listener: socket.socket) -> None:
@@ -52,7 +52,7 @@ def test_a_slow_link_delays_and_carries_every_byte(
 def test_run_times_prints_a_row_for_each_run(tmp_path: Path) -> None:
     options = ["--schemes", "sl,sflv2", "--delays-ms", "0,5", "--rounds", 1, "--clients", 2]
     options += ["--model", "mlp", "--batch-size", 400]
-    lines = run("-m", "experiments.measure.run_times", *options).stdout.splitlines()
+    lines = run_program("-m", "experiments.measure.run_times", *options).stdout.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[:2] for row in cells[2:]] == [
         ["0 ms", "sl"], ["0 ms", "sflv2"], ["5 ms", "sl"], ["5 ms", "sflv2"],
@@ -71,7 +71,9 @@ def test_delays_that_make_no_sense_are_refused() -> None:
 
 def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
     place = f"dir:{tmp_path / 'shared'}"
-    out = run("-m", "experiments.weights_store", "--weights", place, "--megabytes", 0.1).stdout
+    out = run_program(
+        "-m", "experiments.weights_store", "--weights", place, "--megabytes", 0.1
+    ).stdout
     assert [line.partition(":")[0] for line in out.splitlines()] == [
         "reached", "written", "read back", "written again, with the same content",
         "it cannot be overwritten", "deleted", "dir",
@@ -79,15 +81,15 @@ def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
     assert list((tmp_path / "shared/check").iterdir()) == []
     (tmp_path / "file").write_text("")
     place = f"dir:{tmp_path / 'file'}"
-    done = run("-m", "experiments.weights_store", "--weights", place, code=1)
+    done = run_program("-m", "experiments.weights_store", "--weights", place, code=1)
     assert done.stderr.startswith("weights_store: error: cannot use dir:")
-    done = run("-m", "experiments.weights_store", "--weights", "gs://X", code=2)
+    done = run_program("-m", "experiments.weights_store", "--weights", "gs://X", code=2)
     assert "is no name of a bucket" in done.stderr
 
 
 def test_ways_for_weights_are_timed(tmp_path: Path) -> None:
     ways = f"socket,dir:{tmp_path / 'shared'}"
     options = ["--weights", ways, "--megabytes", 0.5, "--rounds", 2]
-    lines = run("-m", "experiments.measure.weights_times", *options).stdout.splitlines()
+    lines = run_program("-m", "experiments.measure.weights_times", *options).stdout.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ways.split(",")
     assert all(len(line.split("|")[2].split(",")) == 2 for line in lines[2:])

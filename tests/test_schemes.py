@@ -8,40 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import replay
-from experiments.recorded import load
 from sfl import seeds
 from sfl.archive import reader as archive
 from sfl.config import RunConfig
-from sfl.data.client_data import ClientData, batch_indices, part_of
-from sfl.data.datasets import dataset_spec
+from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError
-from sfl.model.segment import OPTIMIZERS
+from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
-from sfl.nodes import NodeConfig
-from sfl.runtime.simulation import simulate
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.strategy import schemes
 from sfl.strategy.order import draw, interleaved
 from sfl.strategy.schemes import SCHEMES, Scheme
-from tests.launch import Launcher
-from tests.made_data import loaded
-from tests.test_equivalence import BN_DROPOUT, assert_equal, ordinary_training, weights
+from tests.support.launch import Launcher
+from tests.support.plain_training import data_of, ordinary_training
+from tests.support.runs import BN_DROPOUT
+from tests.support.simulations import CUT, DEFAULTS, simulated_bn_dropout
+from tests.support.weights import all_weights, assert_equal, joined
 
-CUT = 6  # BatchNorm and dropout on both sides
 OVER_SOCKETS = [name for name, row in SCHEMES.items() if not row.pooled]
-DEFAULTS = {"model": BN_DROPOUT, "cut": CUT, "rounds": 2, "batch_size": 100, "run": "r"}
-
-
-def simulated(out: Path, **options: object) -> Path:
-    return simulate(RunConfig(**DEFAULTS | options), NodeConfig(out=str(out)))
-
-
-def all_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of every model file of server and clients."""
-    found = weights(run)
-    for client in sorted((run.parent.parent / "client" / run.name).glob("client_*/models")):
-        found |= {f"own/{name}": tensor for name, tensor in weights(client.parent).items()}
-    return found
 
 
 def num_steps(run: Path) -> int:
@@ -66,7 +51,7 @@ def test_a_socket_run_equals_the_simulation(
     line = [part for n, v in options.items() for part in ("--" + n.replace("_", "-"), v)]
     line += ["--model", BN_DROPOUT, "--cut", CUT]
     run = launcher.run(*line, client_options=["--allow-import", BN_DROPOUT])
-    one_process = simulated(tmp_path / "simulated", **options)
+    one_process = simulated_bn_dropout(tmp_path / "simulated", **options)
     assert_equal(all_weights(run), all_weights(one_process))
     assert num_steps(run) == num_steps(one_process) >= 100
     own = sum(key.startswith("own/") for key in all_weights(run))
@@ -78,19 +63,14 @@ def test_a_socket_run_equals_the_simulation(
     assert report.checked == (num_steps(run) if over_a_cut else 0)
 
 
-def joined(run: Path, round_index: int = 1) -> dict[str, torch.Tensor]:
-    """Return the whole model after a round, from as many files as there are."""
-    halves = [run / f"models/{half}_model_{round_index:03d}.pt" for half in ("client", "server")]
-    states = [torch.load(half, weights_only=True) for half in halves if half.exists()]
-    return {name: tensor for state in states for name, tensor in state.items()}
-
-
 @pytest.mark.parametrize("state", ["reset", "keep"])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_norm: float) -> None:
     options = {"clients": 1, "optimizer_state": state, "batch_size": 400, "clip_norm": clip_norm}
     names = ("sl", "sflv1", "sflv2", "central", "fl")
-    first, *others = (joined(simulated(tmp_path / n, scheme=n, **options)) for n in names)
+    first, *others = (
+        joined(simulated_bn_dropout(tmp_path / n, scheme=n, **options)) for n in names
+    )
     for other in others:
         assert_equal(first, other)
     if not clip_norm:
@@ -111,23 +91,17 @@ def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_no
 def test_sflv1_equals_fl(tmp_path: Path, options: dict[str, object]) -> None:
     """Both average both halves after independent local training."""
     last = options.get("rounds", 2) - 1
-    ours = joined(simulated(tmp_path / "a", scheme="sflv1", **options), last)
-    assert_equal(ours, joined(simulated(tmp_path / "b", scheme="fl", **options), last))
+    ours = joined(simulated_bn_dropout(tmp_path / "a", scheme="sflv1", **options), last)
+    assert_equal(ours, joined(simulated_bn_dropout(tmp_path / "b", scheme="fl", **options), last))
 
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
 def test_fl_equals_plain_federated_averaging(tmp_path: Path, state: str) -> None:
     options = {"partition": "sizes:0.2,0.2,0.6", "optimizer_state": state}
-    run = simulated(tmp_path, scheme="fl", **options)
+    run = simulated_bn_dropout(tmp_path, scheme="fl", **options)
     assert_equal(joined(run), ordinary_training(RunConfig(**DEFAULTS | options)))
     assert not (run / "client_files").exists()
     assert not list(run.glob("models/server_model_*"))
-
-
-def data_of(run: RunConfig) -> list[ClientData]:
-    spec = dataset_spec(run.dataset)
-    both = loaded(run.dataset)
-    return [part_of(spec, run, k, both) for k in range(run.clients)]
 
 
 class Plain:
@@ -188,7 +162,7 @@ class Plain:
 def test_sl_equals_a_plain_relay(tmp_path: Path, state: str) -> None:
     """Gupta & Raskar: client after client, each from the last one's front; one back."""
     options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
-    run = simulated(tmp_path, scheme="sl", **options)
+    run = simulated_bn_dropout(tmp_path, scheme="sl", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     last = 0
     for round_index in range(2):
@@ -205,7 +179,7 @@ def test_sl_equals_a_plain_relay(tmp_path: Path, state: str) -> None:
 def test_sflv2_equals_a_plain_loop_in_drawn_order(tmp_path: Path, state: str) -> None:
     """One back takes step i of every client in the round's order before step i+1."""
     options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
-    run = simulated(tmp_path, scheme="sflv2", **options)
+    run = simulated_bn_dropout(tmp_path, scheme="sflv2", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     for round_index in range(2):
         plain.start_round()
@@ -223,7 +197,7 @@ def test_sflv2_equals_a_plain_loop_in_drawn_order(tmp_path: Path, state: str) ->
 @pytest.mark.parametrize("state", ["reset", "keep"])
 def test_sflv3_equals_plain_loops_that_share_the_average_back(tmp_path: Path, state: str) -> None:
     options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
-    run = simulated(tmp_path, scheme="sflv3", **options)
+    run = simulated_bn_dropout(tmp_path, scheme="sflv3", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     for round_index in range(2):
         plain.start_round()
@@ -268,7 +242,7 @@ def test_synchronous_steps_equal_large_batch_steps(
 ) -> None:
     """1600 training samples each: one step a round with sflv1 and fl, four with sync-sgd."""
     options = SGD | {"batch_size": batch_size}
-    ours = joined(simulated(tmp_path, scheme=name, **options), 2)
+    ours = joined(simulated_bn_dropout(tmp_path, scheme=name, **options), 2)
     theirs = large_batch(RunConfig(**options), batch_size)
     start = joined(tmp_path / "server/r", 0)
     assert ours.keys() == theirs.keys()
@@ -281,7 +255,7 @@ def test_sync_sgd_weighs_unequal_batches_by_their_samples(tmp_path: Path) -> Non
     """Clients of 640, 640 and 1920 samples: batches of 640, 640 and 1000, then of 920 alone."""
     options = {"partition": "sizes:0.2,0.2,0.6", "batch_size": 1000, "clients": 3, "rounds": 1}
     run = RunConfig(**SGD | options)
-    ours = joined(simulated(tmp_path, scheme="sync-sgd", **SGD | options), 0)
+    ours = joined(simulated_bn_dropout(tmp_path, scheme="sync-sgd", **SGD | options), 0)
     model, data = build(model_spec("mlp"), (1, 28, 28), 10, seed=0), data_of(run)
     drawn = [
         list(batch_indices(len(part.train), run, round_index=0, client=k))
@@ -308,7 +282,7 @@ def processed(run: Path, round_index: int = 0) -> list[tuple[int, int]]:
 
 def test_a_shared_back_takes_steps_in_the_drawn_order(tmp_path: Path) -> None:
     options = {"partition": "sizes:0.5,0.3,0.2", "rounds": 3, "batch_size": 400, "model": "mlp"}
-    run = simulated(tmp_path, scheme="sflv2", **options | {"cut": 3})
+    run = simulated_bn_dropout(tmp_path, scheme="sflv2", **options | {"cut": 3})
     config = RunConfig(**DEFAULTS | options)
     counts = {0: 4, 1: 3, 2: 2}  # steps of 1600, 960 and 640 samples
     orders = [draw(config, range(3), r) for r in range(3)]
@@ -320,7 +294,7 @@ def test_a_shared_back_takes_steps_in_the_drawn_order(tmp_path: Path) -> None:
 
 
 def test_clients_take_turns_in_sl(tmp_path: Path) -> None:
-    run = simulated(tmp_path, scheme="sl", batch_size=300)
+    run = simulated_bn_dropout(tmp_path, scheme="sl", batch_size=300)
     for round_index in range(2):
         order = draw(RunConfig(), range(3), round_index)
         assert processed(run, round_index) == [(k, i) for k in order for i in range(4)]
@@ -355,7 +329,7 @@ def test_the_share_that_participates_is_drawn_each_round(tmp_path: Path) -> None
 
 
 def test_who_sits_out_evaluates_all_the_same(tmp_path: Path) -> None:
-    run = simulated(tmp_path, participation=0.3, rounds=3)
+    run = simulated_bn_dropout(tmp_path, participation=0.3, rounds=3)
     for round_index in range(3):
         (trained,) = draw(RunConfig(participation=0.3), range(3), round_index)
         rows = read(run / f"rounds/round_{round_index:03d}.csv")
@@ -372,7 +346,7 @@ def test_a_scheme_of_groups_is_one_row(tmp_path: Path, monkeypatch: pytest.Monke
     row = Scheme(source="SFLG", back_of=lambda client: client % 2)
     monkeypatch.setitem(schemes.SCHEMES, "sflg", row)
     options = {"clients": 4, "partition": "sizes:0.4,0.3,0.2,0.1", "batch_size": 200}
-    run = simulated(tmp_path, scheme="sflg", **options)
+    run = simulated_bn_dropout(tmp_path, scheme="sflg", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     for round_index in range(2):
         plain.start_round()
@@ -404,5 +378,5 @@ def test_a_scheme_of_groups_is_one_row(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_scheme_over_a_cut_needs_blocks_on_both_sides(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs blocks on both sides"):
-        simulated(tmp_path, scheme="sl", cut=12)
-    simulated(tmp_path, scheme="fl", cut=12, rounds=1, batch_size=1000)
+        simulated_bn_dropout(tmp_path, scheme="sl", cut=12)
+    simulated_bn_dropout(tmp_path, scheme="fl", cut=12, rounds=1, batch_size=1000)

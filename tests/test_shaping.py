@@ -15,9 +15,10 @@ from sfl.transport.listener import listen
 from sfl.transport.shaping import Pipe, shaped
 from sfl.values import LinkShape
 from sfl.wire.messages import Limits, MessageType
-from tests.dial import dial
-from tests.launch import Launcher
-from tests.test_equivalence import assert_equal, simulated, weights
+from tests.support.dial import dial
+from tests.support.launch import Launcher
+from tests.support.simulations import simulated
+from tests.support.weights import assert_equal, weights
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 10**7})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.hostile.attacks import Target
+from experiments.hostile.target import Target
 from sfl.archive.run_folder import has_no_steps
 from sfl.conversation.join import DataReport, client_join, difference, outvoted
 from sfl.errors import SflError
@@ -17,8 +17,9 @@ from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
 from sfl.wire.driver import run_blocking
 from sfl.wire.messages import Limits, MessageType
-from tests.launch import Launcher, Program
-from tests.test_failures import FAST, OWN, send_signal, wait_for, write_own
+from tests.support.launch import Launcher, Program, send_signal, wait_for
+from tests.support.made_data import write_own
+from tests.support.runs import FAST, OWN
 
 ONE = ["--rounds", 1, *OWN]
 
@@ -66,7 +67,7 @@ def test_a_client_that_cannot_take_part_ends_alone(launcher: Launcher, what: str
 
 
 def test_a_client_that_does_not_allow_the_model_ends_alone(launcher: Launcher) -> None:
-    model = "tests.models:bn_dropout"
+    model = "tests.support.models:bn_dropout"
     server = launcher.server("--clients", 2, "--rounds", 1, "--model", model, "--cut", 4)
     allow = ["--allow-import", model]
     waiting = launcher.client("--client-id", 0, *allow)
@@ -123,7 +124,7 @@ def test_corrected_data_replace_those_of_before_the_start(launcher: Launcher) ->
 
 
 def test_a_client_of_one_sample_is_said_where_the_model_needs_more(launcher: Launcher) -> None:
-    model = ["--model", "tests.models:refusing_large", "--cut", 2]
+    model = ["--model", "tests.support.models:refusing_large", "--cut", 2]
     server = launcher.server(*ONE, *model)
     allow = ["--allow-import", model[1]]
     own = images(launcher.folder / "own0")

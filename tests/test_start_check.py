@@ -13,18 +13,20 @@ from sfl.config import RunConfig
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
+from sfl.model.topology import Holder, joined
 from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model, needs_several_samples
-from tests import odd_models
-from tests.launch import Launcher
+from tests.support import odd_models
+from tests.support.launch import Launcher
 
 SHAPE, CLASSES = (1, 28, 28), 10
 
 
 def split_model(name: str, **options: Any) -> SplitModel:
-    named = name if name in MODELS else f"tests.odd_models:{name}"
-    return SplitModel(RunConfig(model=named, **{"cut": 3} | options), SHAPE, CLASSES)
+    named = name if name in MODELS else f"tests.support.odd_models:{name}"
+    return SplitModel(Recipe.of(RunConfig(model=named, **{"cut": 3} | options)), SHAPE, CLASSES)
 
 
 def tried(name: str, **options: Any) -> SplitModel:
@@ -110,7 +112,7 @@ def test_what_can_be_split_works(name: str) -> None:
 
 
 def test_a_subclass_with_its_own_init_is_split_as_it_computes() -> None:
-    whole = build(model_spec("tests.odd_models:own_init"), SHAPE, CLASSES, seed=0).eval()
+    whole = build(model_spec("tests.support.odd_models:own_init"), SHAPE, CLASSES, seed=0).eval()
     front, back = split(whole, 2)
     x = torch.rand(4, *SHAPE)
     assert torch.equal(back(front(x)), whole(x))
@@ -123,14 +125,14 @@ def test_the_check_leaves_everything_as_it_was() -> None:
         draw(5)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     made = split_model("frozen")
-    before = {n: t.clone() for n, t in (made.front_state() | made.back_state()).items()}
+    before = {n: t.clone() for n, t in joined(made.initial(*Holder)).items()}
     check_model(made)
     assert needs_several_samples(made)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
-    after = made.front_state() | made.back_state()
+    after = joined(made.initial(*Holder))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-    assert not any(p.grad is not None for row in made._segments for p in row.parameters())
+    assert not any(p.grad is not None for row in made._segments.values() for p in row.parameters())
 
 
 def test_who_needs_several_samples_is_known() -> None:
@@ -151,12 +153,15 @@ def wide() -> DatasetSpec:
 
 def test_a_server_refuses_a_model_before_anybody_connects(launcher: Launcher) -> None:
     for options, said in (
-        (["--model", "tests.odd_models:raises", "--cut", 2], "block 3 (Raises) cannot train"),
-        (["--model", "tests.odd_models:tied", "--cut", 3], "share a parameter"),
+        (
+            ["--model", "tests.support.odd_models:raises", "--cut", 2],
+            "block 3 (Raises) cannot train",
+        ),
+        (["--model", "tests.support.odd_models:tied", "--cut", 3], "share a parameter"),
         (
             [
                 "--model",
-                "tests.odd_models:own_init",
+                "tests.support.odd_models:own_init",
                 "--cut",
                 2,
                 "--dataset",

@@ -19,7 +19,7 @@ from sfl.values import Position
 from sfl.wire.framing import HEAD, encode_head
 from sfl.wire.link import one_line
 from sfl.wire.messages import Limits, Message, MessageType
-from tests.dial import dial
+from tests.support.dial import dial
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
 AT = Position("run", 3, 4, 1, 0)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
-from experiments.hostile.attacks import TIMES, Target, frame, takes_its_own_place
+from experiments.hostile.insiders import TIMES, takes_its_own_place
+from experiments.hostile.target import Target, frame
 from experiments.support.slow_link import SlowLink
 from sfl.auth import main as auth_main
 from sfl.errors import RunError
@@ -21,11 +21,12 @@ from sfl.transport.rate_limit import RateLimit
 from sfl.transport.refusal_log import EVERY_S, SAID_AT_ONCE, RefusalLog
 from sfl.transport.tokens import read_tokens
 from sfl.wire.messages import Limits, MessageType
-from tests.dial import dial
-from tests.launch import Launcher
-from tests.test_auth import Certificates
-from tests.test_failures import FAST, send_signal, wait_for
-from tests.test_recovery import assert_same, options_of, reference
+from tests.support.certificates import Certificates
+from tests.support.dial import dial
+from tests.support.launch import Launcher, options_of, send_signal, wait_for
+from tests.support.runs import FAST
+from tests.support.simulations import reference
+from tests.support.weights import assert_same
 
 
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
@@ -94,7 +95,7 @@ def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
     launcher: Launcher, tmp_path: Path, way: int
 ) -> None:
     """In the handshake, and in what is enciphered."""
-    ca = Certificates(tmp_path, trustme.CA())
+    ca = Certificates(tmp_path)
     server = launcher.server(*FAST, "--clients", 1, "--rounds", 1, *ca.issue("server"))
     wait_for(server, "listening")
     places = iter([100, 300, 1500, 20_000])

@@ -31,7 +31,7 @@ from sfl.weights.stores import check_address, open_place
 from sfl.wire.calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.messages import Limits, MessageType
-from tests.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
+from tests.support.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
 
 LIMITS = Limits(
     payload_bytes=dict.fromkeys((MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL), 10**6)

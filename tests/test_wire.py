@@ -16,9 +16,9 @@ from sfl.data.samples import Samples
 from sfl.files.torch_file import owns_storage
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import FILE_TYPES, MessageType
-from tests.launch import Launcher
-from tests.made_data import loaded
-from tests.proxy import DOWN, UP, Proxy, Recorded
+from tests.support.launch import Launcher
+from tests.support.made_data import loaded
+from tests.support.proxy import DOWN, UP, Proxy, Recorded
 
 ROUNDS, CLIENTS, BATCH = 2, 2, 64
 STEP = [

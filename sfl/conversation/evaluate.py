@@ -14,17 +14,16 @@ Whoever computes the logits keeps those of the test set.
 """
 
 import dataclasses
-import time
 
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import PREDICTIONS, model_path
+from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
+from sfl.conversation.cut import EVALUATION, Cut
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
-from sfl.conversation.step import decode_features, decode_labels
 from sfl.data.samples import Samples
 from sfl.errors import ProtocolError
-from sfl.files.torch_file import encode, encode_state
+from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked, checked_classes
 from sfl.model.segment import evaluate_step
 from sfl.wire.driver import Conversation
@@ -52,10 +51,9 @@ def _client_split(
         at = party.at(round_index, step)
         start = step * party.split.evaluation_batch
         x, y = party.data.batch(samples, slice(start, start + size))
-        features = encode(party.front.evaluate(x))
-        content = {"part": part}
-        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
-        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        cut = Cut(party, at, size, EVALUATION)
+        cut.send(LABELS, y, content={"part": part})
+        cut.send(ACTIVATIONS, party.front.evaluate(x))
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
         total.add(_tally(reply, size))
@@ -66,18 +64,14 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
     link, total, kept = party.link, Total(), _Predictions(part)
     for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
-        yield link
-        labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
+        cut = Cut(party, at, size, EVALUATION)
+        y, labels = yield from cut.receive(LABELS)
         _check_part(labels, part, party)
-        yield link
-        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).file
-        started = time.perf_counter()
-        y, _ = decode_labels(party, labels.file, size)
-        z, _ = decode_features(party, features, size, at)
-        tally, logits = evaluate_step(party.back, z, y)
-        party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-        kept.add(y, logits)
-        party.compute_s += time.perf_counter() - started
+        z, _ = yield from cut.receive(ACTIVATIONS)
+        with party.working():
+            tally, logits = evaluate_step(party.back, z, y)
+            party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
+            kept.add(y, logits)
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=_content(tally), at=at)
         total.add(tally)
     kept.write(party, round_index)

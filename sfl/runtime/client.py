@@ -32,21 +32,20 @@ from sfl.data.client_data import num_batches
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.segment import Segment
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, Registered, StoreAccess, hearing_why
 from sfl.runtime.client_process import ClientProcess
-from sfl.runtime.preflight import check_names
 from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.addresses import parse_address
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER
 from sfl.transport.transports import TCP, Transport
-from sfl.values import KeepModels
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
@@ -217,18 +216,19 @@ class _Client:
 
     def _join(self, registered: Registered) -> Conversation[None]:
         welcome, registered.link.name = registered.welcome, f"client_{registered.welcome.client}"
+        recipe = Recipe.of(welcome.run, self._node.allowed_imports)
         if self._folder is None:
-            self._folder, self._welcome = self._open(welcome), welcome
+            self._folder, self._welcome = self._open(welcome, recipe), welcome
         if self._loaded is None:
-            self._loaded = _Loaded(welcome, self._node, self._process, self._folder)
-        yield from self._loaded.run_over(registered)
+            self._loaded = _Loaded(welcome, recipe, self._node, self._process, self._folder)
+        yield from self._loaded.run_over(registered, recipe)
 
-    def _open(self, welcome: Welcome) -> RunFolder:
+    def _open(self, welcome: Welcome, recipe: Recipe) -> RunFolder:
         """Open the folder of this client in the run, new or not."""
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
         _find_folder(path, welcome)
-        keep = KeepModels.parse(welcome.run.keep_models, node.keep_tensors)
+        keep = dataclasses.replace(recipe.keep, tensors=node.kept_tensors)
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
         folder.events.is_quiet = self._process.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
@@ -282,33 +282,34 @@ class _Loaded:
     def __init__(
         self,
         welcome: Welcome,
+        recipe: Recipe,
         node: ClientNode,
         process: ClientProcess,
         folder: RunFolder,
     ) -> None:
-        self._client, self._run = welcome.client, welcome.run
+        self._client, self._recipe = welcome.client, recipe
         self._node, self._access = node, process.access
         self._folder, self._device = folder, process.device
-        run, events = self._run, folder.events
-        check_names(run)
-        self._data = process.load(run, self._client, node, events.say)
+        run, events = recipe.run, folder.events
+        self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
-        self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
+        self._split = SplitModel(recipe, shape, num_classes)
         self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
-        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
+        events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
         self.log = ClientLog(run, folder, num_steps, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
-    def run_over(self, registered: Registered) -> Conversation[None]:
+    def run_over(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
         """Take part in the run over a connection, from where the server says."""
-        self._run = self.log.run = registered.welcome.run  # it may have more rounds than before
-        run, folder, split, link = self._run, self._folder, self._split, registered.link
-        link.limits = client_limits(split, run, onto(folder.path))
+        self._recipe, self.log.run = recipe, recipe.run  # it may have more rounds than before
+        folder, split, link = self._folder, self._split, registered.link
+        link.limits = client_limits(split, onto(folder.path))
         report = self._report
-        if has_own(run):
-            report = dataclasses.replace(report, rounds=own_checkpoints(folder.path, run))
+        if has_own(recipe):
+            own = own_checkpoints(folder.path, recipe.run)
+            report = dataclasses.replace(report, rounds=own)
         weights = StoreAccess(self._node, self._access, folder, registered, report)
         with contextlib.ExitStack() as stack:
             store, fed = yield from weights.open(stack, max_state_bytes(split.front_spec))
@@ -328,23 +329,23 @@ class _Loaded:
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
     def _party(
-        self, link: Channel, store: WeightStore, begin: Callable[[Segment, int, int], None]
+        self, link: Channel, store: WeightStore, begin: Callable[[Segments, int, int], None]
     ) -> ClientParty:
         """Return this client's side of a run; ``begin`` is told of its beginnings."""
-        front, folder = self._split.front(self._device), self._folder
+        segments, folder = self._split.segments(Holder.CLIENT, self._device), self._folder
         return ClientParty(
             client=self._client,
-            run=self._run,
+            recipe=self._recipe,
             link=link,
             weights=store,
             split=self._split,
             archive=folder.archive,
             watcher=self.log,
             profile=Profile(folder.path, wanted=self._node.profile),
-            front=front,
+            segments=segments,
             data=self._data,
             on_round=self._end_round,
-            on_start=functools.partial(begin, front),
+            on_start=functools.partial(begin, segments),
         )
 
     def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
@@ -355,7 +356,7 @@ class _Loaded:
         self,
         fed: Channel | None,
         report: DataReport,
-        front: Segment,
+        segments: Segments,
         round_index: int,
         own_round: int,
     ) -> None:
@@ -364,6 +365,6 @@ class _Loaded:
             send_report(fed, report)
         self.num_starts += 1
         self._folder.archive.begin_at(round_index)
-        load_own_state(self._folder.path, front, self._run, self._client, own_round)
-        if 0 < round_index < self._run.rounds:
-            self._folder.events.say(f"going on with round {round_index + 1}/{self._run.rounds}")
+        load_own_state(self._folder.path, segments, self._recipe, self._client, own_round)
+        if 0 < round_index < (rounds := self._recipe.run.rounds):
+            self._folder.events.say(f"going on with round {round_index + 1}/{rounds}")

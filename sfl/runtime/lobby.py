@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from sfl.archive.run_folder import EventLog
-from sfl.config import RunConfig
 from sfl.conversation.check import server_check
 from sfl.conversation.join import (
     HERE,
@@ -34,6 +33,7 @@ from sfl.errors import (
 from sfl.runtime.admission import Admission
 from sfl.runtime.places import Patience, Place, check_somebody_may_come, is_refusal
 from sfl.runtime.roster import Roster
+from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation, Gate
 from sfl.wire.link import ANY_ID, Link, last_words_for
 from sfl.wire.members import Member, Members
@@ -52,7 +52,7 @@ class Lobby:
     """The clients of a run: who has registered, who is ready, who is away."""
 
     members: Members
-    run: RunConfig
+    recipe: Recipe
     events: EventLog
     goes_on: bool = False  # clients may have folders of this run already
     fed: str = HERE
@@ -62,7 +62,7 @@ class Lobby:
     on_return: Callable[[Joined], None] = lambda joined: None
 
     def __post_init__(self) -> None:
-        past, run = self.admission.past, self.run
+        past, run = self.admission.past, self.recipe.run
         if past:
             self.roster = Roster(run.run, frozenset(past.num_samples), past.clients)
         else:
@@ -202,7 +202,7 @@ class Lobby:
     def _welcome(self) -> Welcome:
         known = frozenset(k for k, place in self.roster.places.items() if place.instance)
         return Welcome(
-            ANY_ID, self.run, self.admission.past.first_round if self.admission.past else 0,
+            ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
             goes_on=self.goes_on, fed=self.fed, known=known,
             heartbeat_s=self.members.heartbeat_s,
         )  # fmt: skip
@@ -315,7 +315,7 @@ class Lobby:
         limit = LINGER_S if self._ends else self.patience.skip_after_s
         for client, place in self.roster.places.items():
             link, waits = place.link if place.ready else None, place.link in links
-            step = place.step(self.run, self._round)
+            step = place.step(self.recipe, self._round)
             place.clock.look(link, step, waits=waits, elapsed_s=elapsed_s)
             if limit and waits and place.clock.idle_s > limit:
                 why = f"client_{client} made no progress for {place.clock.idle_s:.0f} seconds"

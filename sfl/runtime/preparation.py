@@ -1,6 +1,5 @@
 """What a run is made of before its first round: model, records, checks, and each client's party."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,14 +17,15 @@ from sfl.conversation.join import Joined, describe_data
 from sfl.conversation.party import TRAIN, ServerParty
 from sfl.environment import command_line, describe, differences, fingerprint
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.segment import Segment
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_classes
-from sfl.runtime.resume import Past, load_backs, read_halves
+from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import check_same_model
-from sfl.strategy.merge import BACK, FRONT, Half, has_back_files
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.merge import Shared
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
 from sfl.weights.exchange import WeightStore
@@ -51,7 +51,7 @@ class Preparation:
     ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
     """
 
-    run: RunConfig
+    recipe: Recipe
     joined: Mapping[int, Joined]
     network: Network
     folder: RunFolder
@@ -70,6 +70,10 @@ class Preparation:
         self._first_round = past.first_round if past else 0
         self._fingerprint = fingerprint(self.device)
 
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
+
     def rounds(self) -> Rounds:
         """Build the model for the clients' data, record what is run, and check the disk.
 
@@ -78,30 +82,30 @@ class Preparation:
             RunError: the clients' data do not go together, or the disk is too small.
             IntegrityError: a file that the run goes on from is damaged.
         """
-        check_same_model(self.run, self._split, self.joined, self.folder.events.say)
+        check_same_model(self._split, self.joined, self.folder.events.say)
         self._look_at(self._split)
         self._warn_of_differences()
         self._record()
         self._check_disk()
-        halves = self._halves()
-        return self._rounds(self._parties(), halves)
+        shared = self._shared()
+        return self._rounds(self._parties(), shared)
 
     @cached_property
     def _split(self) -> SplitModel:
-        return SplitModel.of_data(self.run, self._data)
+        return SplitModel.of_data(self.recipe, self._data)
 
     @cached_property
     def _log(self) -> RoundLog:
         return RoundLog(self.folder, self.run.rounds, self._first_round)
 
     @cached_property
-    def _backs(self) -> dict[int, Segment]:
+    def _backs(self) -> dict[int, Segments]:
         """All copies of the server's model; none where nothing is exchanged in a round."""
-        row = scheme(self.run.scheme)
+        row = self.recipe.scheme
         if row.exchange is Exchange.NOTHING:
             return {}
         indices = sorted({row.back_of(k) for k in self._num_samples})
-        return {b: self._split.back(self.device) for b in indices}
+        return {b: self._split.segments(Holder.SERVER, self.device) for b in indices}
 
     def _store_of(self, link: Link) -> WeightStore:
         return self.store(link, max_state_bytes(self._split.front_spec))
@@ -139,25 +143,23 @@ class Preparation:
         archive.write("environment", "environment.json", to_json(environment))
 
     def _check_disk(self) -> None:
-        left = dataclasses.replace(self.run, rounds=self.run.rounds - self._first_round)
+        left = self.recipe.changed(rounds=self.run.rounds - self._first_round)
         path, may_change = self.folder.path, not self.past
         self.folder.events.say(check_disk(path, left, self._needed, may_change=may_change))
 
-    def _needed(self, run: RunConfig) -> int:
+    def _needed(self, recipe: Recipe) -> int:
         """Return how much of the disk a run takes."""
-        return disk_bytes(run, self._split, self._num_train)
+        return disk_bytes(recipe, self._split, self._num_train)
 
-    def _halves(self) -> dict[str, Half]:
+    def _shared(self) -> dict[str, Shared]:
         """Return what the first round starts from, and load the backs of a run that goes on."""
-        run, past, split, first_round = self.run, self.past, self._split, self._first_round
+        past, split, first_round = self.past, self._split, self._first_round
         if past:
-            halves = read_halves(past.files, run, split, first_round)
-            load_backs(past.files, run, self._backs, halves, first_round)
-            return halves
-        halves = {FRONT: Half(split.front_state(), {})} if self.allowed.fronts else {}
-        if has_back_files(run):
-            halves[BACK] = Half(split.back_state(), {})
-        return halves
+            shared = read_shared(past.files, split, first_round)
+            load_backs(past.files, self.run, self._backs, shared, first_round)
+            return shared
+        holders = tuple(Holder) if self.allowed.fronts else (Holder.SERVER,)
+        return {name: Shared(state) for name, state in split.initial(*holders).items()}
 
     def _parties(self) -> dict[int, ServerParty]:
         profile = Profile(self.folder.path, wanted=self.node.profile)
@@ -168,7 +170,7 @@ class Preparation:
         return {
             k: ServerParty(
                 client=k,
-                run=self.run,
+                recipe=self.recipe,
                 link=links[k],
                 weights=self._store_of(links[k]),
                 split=self._split,
@@ -182,18 +184,17 @@ class Preparation:
             for k, parts in self._num_samples.items()
         }
 
-    def _rounds(self, parties: Mapping[int, ServerParty], halves: dict[str, Half]) -> Rounds:
+    def _rounds(self, parties: Mapping[int, ServerParty], shared: dict[str, Shared]) -> Rounds:
         folder, archive = self.folder, self.folder.archive
-        a_round = self._needed(dataclasses.replace(self.run, rounds=1))
+        a_round = self._needed(self.recipe.changed(rounds=1))
         rounds = Rounds(
-            run=self.run,
             network=self.network,
             parties=parties,
             backs=self._backs,
             split=self._split,
             archive=archive,
             log=self._log,
-            halves=halves,
+            shared=shared,
             store=self._store_of,
             spool=Spool(folder.path if self.allowed.answers else None, archive.flush),
             payloads=onto(folder.path),

@@ -44,14 +44,13 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel
-from sfl.strategy.merge import models_to_keep
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
 from sfl.transport.transports import TCP, ServerNetwork, Transport
-from sfl.values import LinkShape
 from sfl.weights.exchange import Elsewhere
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
@@ -65,29 +64,34 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         RunError: port, folder or disk; or a client left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    run = check_run(run, imports_data=not node.resume)  # else the folder may be somebody else's
-    if scheme(run.scheme).pooled:
+    # Of a run that goes on, the folder may be somebody else's.
+    recipe = check_run(run, imports_data=not node.resume)
+    run = recipe.run
+    if recipe.scheme.pooled:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
-    check_role(run, node)
-    _check_together(run, node)
+    check_role(recipe, node)
+    _check_together(recipe, node)
     device = set_up_torch(node)
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
-    shape = LinkShape.parse(node.link)
-    with transport.listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
-        path, run, is_taken_over = _folder_of(run, node)
+    with (
+        transport.listen(node.host, node.port, node.link_shape) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        path, recipe, is_taken_over = _folder_of(recipe, node)
+        run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
-            open_folder(path, SERVER_LOG, models_to_keep(run)) as folder,
+            open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             telling_why(folder, network.end, how_to_go_on(path, run.model)),
         ):
             place = _check_place(run, node, path, folder.events, anew=is_taken_over)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
-            server = _Server(run, node, device, folder, past, place)
+            server = _Server(recipe, node, device, folder, past, place)
             server.announce(listener.address)
             rounds = server.prepare(network)
             stack.callback(rounds.spool.close)
@@ -110,12 +114,16 @@ def _refusals(folder: RunFolder) -> RefusalLog:
 class _Server:
     """A server whose port, folder and store are open."""
 
-    run: RunConfig
+    recipe: Recipe
     node: ServerNode
     device: torch.device
     folder: RunFolder
     past: Past | None
     place: ObjectStore | None  # that keeps the weights
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
 
     @property
     def fed(self) -> str:
@@ -146,7 +154,7 @@ class _Server:
         options = _store_options(run, node, self.folder.path, self.folder.events)
         make = store_maker(self.place, options, network.wake)
         rounds = Preparation(
-            run=run,
+            recipe=self.recipe,
             joined=joined,
             network=lobby,
             folder=self.folder,
@@ -162,25 +170,26 @@ class _Server:
         return rounds
 
     def _lobby(self, network: ServerNetwork) -> Lobby:
-        run, node = self.run, self.node
+        recipe, node = self.recipe, self.node
         return Lobby(
             members=network,
-            run=run,
+            recipe=recipe,
             events=self.folder.events,
             goes_on=bool(node.resume),
             fed=self.fed,
             patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
             admission=Admission(
-                self.past, ServersModel(run), functools.partial(why_refused, run, node)
+                self.past, ServersModel(recipe), functools.partial(why_refused, recipe, node)
             ),
         )
 
 
-def _check_together(run: RunConfig, node: ServerNode) -> None:
+def _check_together(recipe: Recipe, node: ServerNode) -> None:
     """See that what the server's options say of the clients goes with the run."""
+    run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
-    if node.at_once and not scheme(run.scheme).copies_back:
+    if node.at_once and not recipe.scheme.copies_back:
         raise ConfigError(
             f"--at-once {node.at_once}: with {run.scheme} nobody has a copy to wait for"
         )
@@ -228,7 +237,7 @@ def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
         events.say("all rounds are done")
 
 
-def check_role(run: RunConfig, node: ServerNode) -> None:
+def check_role(recipe: Recipe, node: ServerNode) -> None:
     """See that the servers of a run can be apart as this one is told.
 
     Raises:
@@ -236,7 +245,8 @@ def check_role(run: RunConfig, node: ServerNode) -> None:
     """
     if node.role != "main":
         return
-    if scheme(run.scheme).exchange is Exchange.WEIGHT_GRADS:
+    run = recipe.run
+    if recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         raise ConfigError(
             f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
             " fed server to part from"
@@ -274,21 +284,22 @@ def _check_place(
     return place
 
 
-def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig, bool]:
+def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
     """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
     that of a start that failed.
 
     The options lie in it before anything else, so that the run can go on whenever it is killed.
     """
     if node.resume:
-        return Path(node.resume), run, False
+        return Path(node.resume), recipe, False
+    run = recipe.run
     parent = node.out_path / "server"
     was_there = bool(run.run) and (parent / run.run).exists()
     path = create_run_folder(parent, run.run)
-    run = dataclasses.replace(run, run=path.name)
-    write_file(path / "config.json", to_json(options_record(run, node)), durable=True)
+    recipe = recipe.changed(run=path.name)
+    write_file(path / "config.json", to_json(options_record(recipe.run, node)), durable=True)
     remember([run.model])
-    return path, run, was_there
+    return path, recipe, was_there
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -20,8 +20,10 @@ import torch
 from sfl import seeds
 from sfl.archive.spool import Spool
 from sfl.config import RunConfig
-from sfl.model.segment import Segment, Snapshot
-from sfl.strategy.schemes import Exchange, Fronts, scheme
+from sfl.model.segment import Snapshot
+from sfl.model.topology import Segments
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.sync_sgd import GradientPool
 from sfl.weights.exchange import NamedWeights
 from sfl.wire.driver import Gate
@@ -77,10 +79,10 @@ class RoundPlan:
 
     def __init__(
         self,
-        run: RunConfig,
+        recipe: Recipe,
         round_index: int,
         num_steps: Mapping[int, int],
-        backs: Mapping[int, Segment],
+        backs: Mapping[int, Segments],
         *,
         spool: Spool,
         may_skip: bool = False,
@@ -91,15 +93,15 @@ class RoundPlan:
         ``may_skip``: a client may be dropped, so that what it did must be undone. ``at_once``: so
         many train at the same time, where each has a copy of the back; 0: all.
         """
-        row = scheme(run.scheme)
-        self._run, self._backs, self._may_skip = run, backs, may_skip
+        run, row = recipe.run, recipe.scheme
+        self._scheme, self._backs, self._may_skip = row, backs, may_skip
         self._training: set[int] = set()  # who has begun, and has neither trained nor left
         self.spool = spool
         self.starts: dict[int, NamedWeights | None] = {}  # of who has begun: whose front it has
         self.ended: set[int] = set()
         self.left: set[int] = set()  # who was dropped
         self.unlike: set[int] = set()  # who sent something else when it redid a step
-        self._snapshots: dict[int, Snapshot] = {}
+        self._snapshots: dict[int, Mapping[str, Snapshot]] = {}  # of a client's copy, before it
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
@@ -114,7 +116,7 @@ class RoundPlan:
             fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
             self.steps[b] = Turns(interleaved(ours, num_steps) if fixed else None)
         gathers = row.exchange is Exchange.WEIGHT_GRADS
-        self.pool = GradientPool(run, backs[0], self.num_steps, spool) if gathers else None
+        self.pool = GradientPool(run, backs[0].last, self.num_steps, spool) if gathers else None
 
     def num_steps_for(self, client: int) -> int:
         """Return how many answers a client waits for: its own steps, or those of the longest."""
@@ -135,7 +137,7 @@ class RoundPlan:
             self.starts[client] = self.relayed
             self._training.add(client)
             if self._may_skip and self.leaves_no_trace(client) and self._backs:
-                back = self._backs[scheme(self._run.scheme).back_of(client)]
+                back = self._backs[self._back_of(client)]
                 self._snapshots[client] = back.snapshot(weights=self.rounds.in_order)
         return self.starts[client]
 
@@ -150,7 +152,7 @@ class RoundPlan:
     def rest(self, client: int) -> None:
         """Let a client that has trained make room for another one, with its copy of the back."""
         self._training.discard(client)
-        if scheme(self._run.scheme).copies_back:
+        if self._scheme.copies_back:
             self._backs[self._back_of(client)].rest()
 
     def drop(self, client: int) -> bool:
@@ -171,7 +173,7 @@ class RoundPlan:
         if not self.leaves_no_trace(client):
             return False
         if snapshot := self._snapshots.pop(client, None):
-            self._backs[scheme(self._run.scheme).back_of(client)].restore(snapshot)
+            self._backs[self._back_of(client)].restore(snapshot)
             self._taken[self._back_of(client)] -= self._taken_of.pop(client, 0)
         return True
 
@@ -183,10 +185,10 @@ class RoundPlan:
         return self._taken[back] - 1
 
     def _back_of(self, client: int) -> int:
-        return scheme(self._run.scheme).back_of(client)
+        return self._scheme.back_of(client)
 
     def leaves_no_trace(self, client: int) -> bool:
         """Say whether nobody else's steps come between those of a client on its back."""
-        back_of = scheme(self._run.scheme).back_of
+        back_of = self._scheme.back_of
         alone = all(back_of(k) != back_of(client) for k in self.order if k != client)
         return self.pool is None and (alone or self.rounds.in_order or not self._backs)

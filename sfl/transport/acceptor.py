@@ -17,7 +17,7 @@ from sfl.transport.guard import Guard
 from sfl.transport.listener import Listener
 from sfl.transport.pending import LET_IN_WITHIN_S, PendingConnection
 from sfl.transport.refusal_log import RefusalLog
-from sfl.wire.framing import VERSION
+from sfl.wire.framing import RELEASES, VERSION
 from sfl.wire.link import last_words_for
 from sfl.wire.messages import MessageType
 
@@ -119,7 +119,7 @@ class Acceptor:
         aloud = isinstance(error, AuthError | ProtocolError)
         self._refusals.add(one.address, reason_of(error), aloud=aloud)
         if isinstance(error, OtherVersion):
-            one.version = 1 if error.version == 1 else VERSION
+            one.version = error.version if error.version in RELEASES else VERSION
             one.dismiss(MessageType.INVALID_MESSAGE, error.answer)
         elif isinstance(error, AuthError | ProtocolError | Damaged):
             one.dismiss(last_words_for(error), str(error))

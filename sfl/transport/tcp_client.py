@@ -10,7 +10,6 @@ from sfl.transport.connecting import Dialling, open_stream
 from sfl.transport.connection import Connection
 from sfl.transport.heartbeat import Heartbeat
 from sfl.transport.tcp_network import TcpNetwork
-from sfl.values import LinkShape
 from sfl.wire.messages import MessageType
 
 
@@ -20,7 +19,7 @@ def dialling_of(node: PeerNode, say: Callable[[str], None]) -> Dialling:
     Raises:
         ConfigError: a file of theirs cannot be used.
     """
-    return Dialling(node.peer_timeout, client_tls(node), LinkShape.parse(node.link), say)
+    return Dialling(node.peer_timeout, client_tls(node), node.link_shape, say)
 
 
 class TcpClient:

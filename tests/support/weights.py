@@ -1,0 +1,44 @@
+"""Weights that runs left, and whether two runs left the same."""
+
+from pathlib import Path
+
+import torch
+
+from experiments.support.same_run import compare
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of every model file of a run."""
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted((run / "models").glob("*.pt"))
+        for name, tensor in torch.load(path, weights_only=True).items()
+    }
+
+
+def assert_equal(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], at_least: int = 11
+) -> None:
+    assert ours.keys() == theirs.keys()
+    assert len(ours) >= at_least
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+
+
+def all_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of every model file of server and clients."""
+    found = weights(run)
+    for client in sorted((run.parent.parent / "client" / run.name).glob("client_*/models")):
+        found |= {f"own/{name}": tensor for name, tensor in weights(client.parent).items()}
+    return found
+
+
+def joined(run: Path, round_index: int = 1) -> dict[str, torch.Tensor]:
+    """Return the whole model after a round, from as many files as there are."""
+    halves = [run / f"models/{half}_model_{round_index:03d}.pt" for half in ("client", "server")]
+    states = [torch.load(half, weights_only=True) for half in halves if half.exists()]
+    return {name: tensor for state in states for name, tensor in state.items()}
+
+
+def assert_same(whole: Path, other: Path) -> None:
+    assert compare(whole, other).lines == []
