@@ -22,12 +22,14 @@ from sfl.auth import main as auth_main
 from sfl.errors import AuthError, ConfigError, ConnectionLost, PeerFailed, ProtocolError
 from sfl.files.checksum import crc32
 from sfl.nodes import ServerNode
-from sfl.transport.connection import Connection, is_loopback
-from sfl.transport.dialling import listen, parse_address
-from sfl.transport.doorstep import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, Doorstep, Visitor
+from sfl.transport.acceptor import Acceptor
+from sfl.transport.addresses import is_loopback, parse_address
+from sfl.transport.connection import Connection
 from sfl.transport.guard import Guard, exposure, guard_of
+from sfl.transport.listener import listen
+from sfl.transport.pending import LET_IN_WITHIN_S, MAX_BYTES, MAX_RAW_BYTES, PendingConnection
+from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import FED, SERVER, Tokens, _agreed, _proof, read_tokens, write_tokens
-from sfl.transport.turned_away import TurnedAway
 from sfl.wire.framing import HEAD, MAGIC, VERSION, encode_head, pack_head
 from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
 from sfl.wire.messages import Limits, Message, MessageType
@@ -502,11 +504,11 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
         assert "cannot be read" in said.content
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        visitor = Visitor(ours, Guard())
+        visitor = PendingConnection(ours, Guard())
         visitor.counters.bytes_received = MAX_BYTES
         with pytest.raises(ProtocolError, match="at most 4096 bytes may come"):
             visitor.go_on()
-        visitor = Visitor(ours, Guard())
+        visitor = PendingConnection(ours, Guard())
         visitor.stream.raw_received = MAX_RAW_BYTES
         theirs.sendall(b"x")
         with pytest.raises(ConnectionLost, match="bytes of TLS"):
@@ -517,7 +519,7 @@ def test_a_talk_that_failed_lets_nobody_in() -> None:
     """What it could not be told, it is not taken to have answered."""
     ours, theirs = socket.socketpair()
     tokens = Tokens(Path("token"), TOKEN)
-    visitor = Visitor(ours, Guard(tokens=tokens))
+    visitor = PendingConnection(ours, Guard(tokens=tokens))
     with contextlib.suppress(BlockingIOError):
         while True:  # it reads nothing
             ours.send(bytes(65536))
@@ -556,15 +558,15 @@ def test_no_exception_of_one_visitor_ends_the_others(
     listener = listen("127.0.0.1", 0)
     lines: list[str] = []
 
-    def broken(visitor: Visitor) -> None:
+    def broken(visitor: PendingConnection) -> None:
         raise KeyError("a bug of ours")
 
-    doorstep = Doorstep(listener, Guard(), broken, TurnedAway(note=lines.append))
+    acceptor = Acceptor(listener, Guard(), broken, RefusalLog(note=lines.append))
     for _ in range(2):
         with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as sock:
             sock.sendall(frame(MessageType.REGISTER))
             assert sock.recv(1) == b""
-    doorstep.close()
+    acceptor.close()
     assert len([line for line in lines if "KeyError" in line]) == 2
 
 

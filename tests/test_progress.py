@@ -12,7 +12,7 @@ from experiments.hostile.target import Target
 from sfl.cli import main_server
 from sfl.errors import SflError
 from sfl.files.torch_file import encode
-from sfl.transport.heartbeat import Heart
+from sfl.transport.heartbeat import Heartbeat
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
 from tests.support import poison
@@ -56,7 +56,9 @@ def test_a_client_that_makes_no_progress_does_not_hold_the_round(
     with Target("127.0.0.1", launcher.port).reach() as stream:
         insider = Insider(stream)
         insider.begin()
-        beats = Heart(lambda: [insider.link]) if harm is only_lives else contextlib.nullcontext()
+        beats = (
+            Heartbeat(lambda: [insider.link]) if harm is only_lives else contextlib.nullcontext()
+        )
         with beats, contextlib.suppress(SflError, OSError):
             insider.link.heartbeat_s = 0.2
             for _ in harm(insider):

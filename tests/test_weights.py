@@ -26,8 +26,9 @@ from sfl.weights.exchange import (
     client_weights,
 )
 from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights, Transfers, describe, object_path
+from sfl.weights.shared import SharedWeights, describe, object_path
 from sfl.weights.stores import check_address, open_place
+from sfl.wire.calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.messages import Limits, MessageType
 from tests.support.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
@@ -109,7 +110,7 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path, gate: Gate) -> Iterator
             return
         made = directory if request.param == "dir" else bucket
         stores = [
-            SharedWeights(made(tmp_path), link, Transfers(), patience_s=5, say=Said())
+            SharedWeights(made(tmp_path), link, Calls(), patience_s=5, say=Said())
             for link in (ours, theirs)
         ]
         yield Ends(*stores, (ours, theirs))
@@ -231,7 +232,7 @@ def test_of_two_that_race_for_an_object_one_wins(place: ObjectStore, tmp_path: P
 
 
 def shared(place: ObjectStore, patience_s: float = 0.3, say: Said | None = None) -> SharedWeights:
-    return SharedWeights(place, None, Transfers(), patience_s=patience_s, say=say or Said())
+    return SharedWeights(place, None, Calls(), patience_s=patience_s, say=say or Said())
 
 
 def test_weights_that_nobody_announces_are_looked_for(place: ObjectStore) -> None:
@@ -261,7 +262,7 @@ def test_who_announces_what_is_not_there_is_to_blame(tmp_path: Path, is_folder: 
         content = {"name": "client_1", "checksum": checksum(DATA)}
         client.send_message_as_json(MessageType.WEIGHTS_STORED, content=content, at=key().at)
         server.peer_name = "client_1"
-        taken = SharedWeights(place, server, Transfers(), patience_s=0.3, say=Said())
+        taken = SharedWeights(place, server, Calls(), patience_s=0.3, say=Said())
         said = "is a folder" if is_folder else "within 0.3 seconds after client_1 stored it"
         with pytest.raises(PEER_ERRORS, match=said):
             run_blocking(taken.get(key()))
@@ -293,9 +294,7 @@ def test_weights_that_were_altered_are_named(place: ObjectStore, altered: bytes)
 
 def test_weights_larger_than_the_model_are_not_read(place: ObjectStore) -> None:
     run_blocking(shared(place).put(key(), DATA))
-    store = SharedWeights(
-        place, None, Transfers(), patience_s=1, say=Said(), most_bytes=len(DATA) - 1
-    )
+    store = SharedWeights(place, None, Calls(), patience_s=1, say=Said(), most_bytes=len(DATA) - 1)
     with pytest.raises(IntegrityError, match=r"client_1.pt: has 300000 bytes, at most 299999 are"):
         run_blocking(store.get(key()))
 
