@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tests.support.digits  # noqa: F401
 from tests.support.launch import Launcher
 
 # Tests of real data are collected if they are there; all others do without the caller's folder.

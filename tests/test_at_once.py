@@ -114,6 +114,7 @@ def run_one_by_one(launcher: Launcher, *options: object, crash: str = "") -> Pat
     return launcher.folder / "server" / "r"
 
 
+@pytest.mark.slow
 def test_one_by_one_they_compute_the_same(launcher: Launcher, tmp_path: Path) -> None:
     run = run_one_by_one(launcher)
     assert_equal(weights(run), weights(simulated(tmp_path / "simulated", clients=CLIENTS)))

@@ -263,6 +263,7 @@ def test_a_client_with_a_token_wants_a_server_with_one(launcher: Launcher, tmp_p
     server.ended_with(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True])
 def test_clients_and_a_fed_server_with_tokens_of_their_own(
     launcher: Launcher, tmp_path: Path, certificates: Certificates, tls: bool
@@ -447,6 +448,7 @@ def test_what_is_said_of_a_server_that_others_can_reach(tmp_path: Path) -> None:
 # Before anybody is known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["token"], ["tls"]])
 def test_whoever_says_nothing_or_little_is_sent_away_after_ten_seconds(
     launcher: Launcher, tmp_path: Path, certificates: Certificates, options: list[str]

@@ -344,6 +344,7 @@ def test_separate_servers_go_on_through_a_store(
     assert_equal(all_weights(launcher.folder), reference("sflv1"))
 
 
+@pytest.mark.slow
 def test_a_fed_server_that_was_killed_takes_its_run_up_again(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -361,6 +362,7 @@ def test_a_fed_server_that_was_killed_takes_its_run_up_again(
     assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
 
 
+@pytest.mark.slow
 def test_a_fed_server_waits_as_long_as_its_peers_are_there(launcher: Launcher) -> None:
     """In sflv3 it hears nothing through the whole run; its --peer-timeout is no limit to that."""
     fed_port = free_port()
@@ -427,6 +429,7 @@ def test_no_permission_ends_before_the_training(launcher: Launcher, gate: Gate) 
     wait_for(servers[0], "client_0 is away: client_0 stopped: no permission to write")
 
 
+@pytest.mark.slow
 def test_a_client_gives_its_weights_to_no_place_that_it_does_not_allow(
     launcher: Launcher, gate: Gate
 ) -> None:
