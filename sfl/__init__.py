@@ -2,10 +2,10 @@
 
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
-# Before any module is read that an older Python cannot read: whoever starts a program with one, as
-# python3 is on many machines, gets this line and no traceback.
+# Before any import that fails to parse on an older Python, so that the user gets this line and no
+# traceback.
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit(
         f"SFL needs Python 3.11 or later; {sys.executable} is Python"

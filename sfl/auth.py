@@ -1,4 +1,4 @@
-"""``python -m sfl.auth new-token FILE [--clients N]`` makes tokens for server and clients."""
+"""``python -m sfl.auth new-token FILE [--clients N]``: make tokens for server and clients."""
 
 import secrets
 import sys
@@ -11,7 +11,7 @@ from sfl.wire.link import MAIN
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make tokens.
+    """Write the token files that the command line asks for.
 
     Raises:
         ConfigError: as ``write_tokens``.

@@ -1,8 +1,7 @@
 """The two programs, and how every program of the project ends.
 
 Exit codes: 0 done; 1 the run failed; 2 bad options; 3 told to stop, by Ctrl-C or SIGTERM: the run
-can go on. Whatever goes wrong is one line on standard error; ``SFL_TRACEBACK=1`` shows the
-traceback as well, for whoever looks for a bug.
+can be resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
 """
 
 import errno
@@ -31,7 +30,7 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
         about = "Start the server of a split-learning run; the clients are run_client.py."
         run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
-        from sfl.runtime.fed_server import serve_fed  # with torch, which takes a while
+        from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while
         from sfl.runtime.server import serve
 
         (serve_fed if node.role == "fed" else serve)(run, node)
@@ -66,9 +65,9 @@ def main_client(argv: Sequence[str] | None = None) -> int:
 def run_program(name: str, program: Callable[[], int | None]) -> int:
     """Run a program and return its exit code, with one line on standard error if it fails.
 
-    SIGTERM ends it as Ctrl-C does: peers are told, what is under way is written. A second one ends
-    it at once. Modules are imported inside ``program``, so that neither shows a traceback while
-    torch is being imported.
+    SIGTERM ends it as Ctrl-C does: peers are told, and pending files are written. A second signal
+    ends it at once. ``program`` imports its modules itself, so that an interrupt while torch is
+    imported shows no traceback.
     """
     _open_streams()
     told = False
@@ -81,7 +80,7 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         told = True
         raise KeyboardInterrupt
 
-    # A shell lets what it starts in the background ignore Ctrl-C.
+    # A shell makes programs that it starts in the background ignore Ctrl-C; that stays so.
     numbers = (signal.SIGINT, signal.SIGTERM)
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     for number in caught:
@@ -96,13 +95,13 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         return _fail(name, _not_installed(error), 1)
     except Exception as error:  # noqa: BLE001 - the process's edge
         return _fail(name, error, 1)
-    finally:  # all is over: a signal that comes now says nothing new
+    finally:  # the outcome is decided: ignore later signals
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:
-    """Return the error for a package that this Python does not have, with what to do."""
+    """Return the error for a package that is not installed, with what to do."""
     package = (error.name or "").partition(".")[0]
     if package in ("", "sfl", "experiments"):
         return error
@@ -112,46 +111,46 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
     )
 
 
-class _Heard(io.FileIO):
-    """A standard stream that takes what is written, whether somebody still reads it or not."""
+class _Lenient(io.FileIO):
+    """A standard stream that drops what is written after its reader has gone."""
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads; no terminal is left
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or the terminal is gone
                 raise
             return len(data)
 
 
 def _open_streams() -> None:
-    """See that a program without standard output or error, as of some services, runs as well.
+    """Make a program work without standard input, output or error, as some services start it.
 
-    A file that took the number of a closed stream would get what libraries write there.
+    An open file could otherwise get the number of a closed stream, and what libraries write to it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the process
         elif mode == "w" and stream is getattr(sys, f"__{name}__") and _is_plain(stream, number):
-            setattr(sys, name, _heard(stream, number))
+            setattr(sys, name, _lenient(stream, number))
 
 
 def _is_plain(stream: Any, number: int) -> bool:
-    """Say whether a stream is Python's own on a descriptor, and not yet ours."""
+    """Return whether a stream is Python's own for a descriptor, not yet replaced by ours."""
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
     return type(raw) is io.FileIO and raw.fileno() == number
 
 
-def _heard(stream: Any, number: int) -> io.TextIOWrapper:
-    """Return what takes the place of a stream on a descriptor."""
+def _lenient(stream: Any, number: int) -> io.TextIOWrapper:
+    """Return a stream for a descriptor that drops what is written after its reader has gone."""
     stream.flush()
-    raw, unbuffered = _Heard(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
+    raw, unbuffered = _Lenient(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,

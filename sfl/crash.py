@@ -1,7 +1,7 @@
-"""Named points at which a process can be made to die, for tests of recovery.
+"""Named points at which tests kill a process, to check recovery.
 
-``SFL_CRASH_AT=checkpoint.before_rename:3`` kills the process, as SIGKILL does, when it gets to that
-point for the third time. Nothing but tests sets it.
+``SFL_CRASH_AT=checkpoint.before_rename:3`` kills the process, as SIGKILL does, the third time it
+reaches that point. Only tests set it.
 """
 
 import functools
@@ -11,13 +11,13 @@ from collections import Counter
 
 VARIABLE = "SFL_CRASH_AT"
 POINTS = (
-    "start.registered",  # a client is registered; it has not loaded its data
-    "start.ready",  # everyone is ready; nothing has been written
-    "file.before_rename",  # a model, log or tensor lies under its temporary name
-    "file.after_rename",  # ... under its own, but is in no manifest
-    "manifest.after_lines",  # of one step's tensors, or of one file
+    "start.registered",  # a client is registered and has not loaded its data
+    "start.ready",  # all clients are ready; nothing is written
+    "file.before_rename",  # a model, log or tensor has its temporary name
+    "file.after_rename",  # ... its final name, but no line in a manifest
+    "manifest.after_lines",  # for one step's tensors, or for one file
     "step.before_answer",  # the gradients are computed
-    "step.after_answer",  # they are on their way; the back is not updated
+    "step.after_answer",  # they are being sent; the back is not updated
     "step.after_update",
     "front.before_update",  # a client has the gradients
     "front.after_update",
@@ -26,14 +26,14 @@ POINTS = (
     "weights.after_put",
     "average.before",
     "average.after",
-    "validation.before",  # a client has what the round gave
-    "validation.after",  # all figures are in; nobody has been told
-    "round.told",  # the clients know that the round is over; nothing says so on disk
+    "validation.before",  # a client has the round's result
+    "validation.after",  # all figures have arrived; no client has been told
+    "round.told",  # the clients know that the round is over; no file says so
     "rounds_csv.before",
     "rounds_csv.after",
     "checkpoint.before_rename",
     "checkpoint.after_rename",
-    "checkpoint.after_removal",  # of the last but one
+    "checkpoint.after_removal",  # of the oldest checkpoint
     "run.before_goodbye",  # all rounds are done
     "run.after_goodbye",
 )
@@ -41,7 +41,7 @@ _reached: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
-    """Die here if the environment says so."""
+    """Kill the process here if ``SFL_CRASH_AT`` says so."""
     if (chosen := _chosen()) is None:
         return
     assert name in POINTS, name
@@ -52,6 +52,6 @@ def crash_point(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@functools.cache  # a step passes ten points, and the environment takes its time to say no
+@functools.cache  # a step passes ten points; reading the environment is slow
 def _chosen() -> str | None:
     return os.environ.get(VARIABLE)

@@ -1,4 +1,4 @@
-"""What a process computes with: the device, what can change the last bit, and its record."""
+"""The device, its determinism, and the record of what can change the last bit of a result."""
 
 import os
 import platform
@@ -17,11 +17,11 @@ from sfl.errors import ConfigError, RunError
 from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
-_BEFORE = {"sfl": "0.1.0"}  # which did not say so
+_BEFORE = {"sfl": "0.1.0"}  # version 0.1.0 did not record its version
 
 
 def set_up_torch(node: NodeConfig) -> torch.device:
-    """Set threads and determinism for this process, and return the device to compute on.
+    """Set threads and determinism of this process; return the device to compute on.
 
     Raises:
         RunError: there is no such device.
@@ -35,7 +35,7 @@ def set_up_torch(node: NodeConfig) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         # Before the first use of the device: cuBLAS sums in a fixed order only with a fixed
-        # workspace. An operation that has no deterministic form is warned about.
+        # workspace. Operations without a deterministic form give a warning.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -48,7 +48,7 @@ def set_up_torch(node: NodeConfig) -> torch.device:
 def fingerprint(device: torch.device) -> dict[str, str]:
     """Return what can change the last bit of a result.
 
-    AVX2 and AVX512 sum in different orders, and so do different numbers of threads.
+    AVX2 and AVX512, and different numbers of threads, sum in different orders.
     """
     on_gpu = device.type == "cuda"
     return {
@@ -61,10 +61,10 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 
 
 def check_fingerprint(fields: object) -> dict[str, str]:
-    """Return a fingerprint that came from elsewhere, if it is one.
+    """Return a fingerprint from another machine or a file, after a check.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: fields are missing or not text.
     """
     if isinstance(fields, dict):
         fields = _BEFORE | fields
@@ -74,7 +74,7 @@ def check_fingerprint(fields: object) -> dict[str, str]:
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Return in words what differs between two fingerprints."""
+    """Return a text for each difference between two fingerprints."""
     one, other = {**_BEFORE, **ours}, {**_BEFORE, **theirs}
     return [f"{n} {other[n]} against {one[n]}" for n in FINGERPRINT if one[n] != other[n]]
 
@@ -102,7 +102,7 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str:
-    """Return the commit of this checkout, with "-dirty" if files were changed since."""
+    """Return the commit of this checkout, with "-dirty" if files have changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).resolve().parent
     try:

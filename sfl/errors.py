@@ -3,25 +3,25 @@
 ::
 
     SflError
-     |- ConfigError        what was typed cannot be run as it stands           (exit code 2)
-     |- DataError          the data are not there, or are not what was asked for
+     |- ConfigError        options that cannot be run                        (exit code 2)
+     |- DataError          the data are missing or do not fit
      |- RunError           the run cannot go on: disk, port, a client that left
-     |   `- NotYet         what was asked for may be had a little later
-     |- AuthError          the peer is not who it must be, or TLS cannot be agreed on
+     |   `- NotYet         a request came too early; a later one may succeed
+     |- AuthError          the peer is not authenticated, or TLS fails
      |- StepFailed         a step of the model cannot be computed
-     |- ProtocolError      the peer sent something that it must not send
-     |   |- NotFinite      ... NaN, infinity, or numbers whose squares overflow
-     |   `- OtherVersion   ... since it speaks another version of the protocol
-     |- ConnectionLost     the peer is gone, or silent for too long
-     |- PeerFailed         the peer said that it cannot go on, and why
-     |   |- PeerCannot     ... for a reason that recurs whenever it tries again
+     |- ProtocolError      the peer broke the protocol
+     |   |- NotFinite      ... by NaN, infinity, or numbers whose squares overflow
+     |   `- OtherVersion   ... by speaking another version of it
+     |- ConnectionLost     the connection broke, or was silent for too long
+     |- PeerFailed         the peer reported why it cannot go on
+     |   |- PeerCannot     ... for a reason that a retry does not remove
      |   `- PeerStopped    ... for a reason of its own
-     |       |- PeerLeft   ... since it was told to stop; it may come back
-     |       `- LetGo      the peer closed this connection, and takes a new one
-     `- IntegrityError     a file or payload is not what its sender or writer made
-         `- Damaged        it changed on its way here
+     |       |- PeerLeft   ... it was told to stop, and may come back
+     |       `- LetGo      ... it closed this connection, and accepts a new one
+     `- IntegrityError     a file or payload differs from what was written or sent
+         `- Damaged        ... it changed in transit
 
-``str(error)`` is one line that a user can read: what came, what was wanted, what to do.
+``str(error)`` is one line for the user: what came, what was wanted, what to do.
 """
 
 import os
@@ -37,23 +37,23 @@ class SflError(Exception):
 
 
 class ConfigError(SflError):
-    """An option, or a combination of options, that cannot be run. Exit code 2."""
+    """Options that cannot be run. Exit code 2."""
 
 
 class DataError(SflError):
-    """A data set that is not there, cannot be read, or does not fit the run."""
+    """The data set is missing, cannot be read, or does not fit the run."""
 
 
 class RunError(SflError):
-    """The run cannot start or go on on this machine: port, folder, disk, a client that left."""
+    """The run cannot start or continue on this machine: port, folder, disk, a client that left."""
 
 
 class NotYet(RunError):
-    """What a peer asks for may be had a little later."""
+    """A peer's request came too early; a later one may succeed."""
 
 
 class AuthError(SflError):
-    """The peer has not shown that it has the secret, or a certificate that we trust."""
+    """The peer has not proved that it has the secret, or a certificate that we trust."""
 
 
 class ProtocolError(SflError):
@@ -65,7 +65,7 @@ class NotFinite(ProtocolError):
 
 
 class StepFailed(SflError):
-    """A step cannot be computed: a block raises, or what it gives is not finite."""
+    """A step cannot be computed: a block raises, or its output is not finite."""
 
 
 class OtherVersion(ProtocolError):
@@ -74,23 +74,23 @@ class OtherVersion(ProtocolError):
     def __init__(self, text: str, *, version: int, answer: str) -> None:
         super().__init__(text)
         self.version = version
-        self.answer = answer  # what to say to the peer, in its version
+        self.answer = answer  # what to tell the peer, in its version
 
 
 class ConnectionLost(SflError):
-    """The connection ended, or nothing came over it before its deadline."""
+    """The connection ended, or nothing arrived before the deadline."""
 
 
 class PeerFailed(SflError):
-    """The peer ended the run or turned us away; the text is the peer's reason."""
+    """The peer ended the run or refused us; the text is the peer's reason."""
 
 
 class PeerCannot(PeerFailed):
-    """The peer cannot compute its part: it would fail again."""
+    """The peer cannot compute its part; a retry would fail too."""
 
 
 class PeerStopped(PeerFailed):
-    """The peer stopped, without a fault of ours."""
+    """The peer stopped; no fault of ours."""
 
 
 class PeerLeft(PeerStopped):
@@ -98,7 +98,7 @@ class PeerLeft(PeerStopped):
 
 
 class LetGo(PeerStopped):
-    """The peer closed this connection, without a fault of ours, and takes a new one."""
+    """The peer closed this connection, through no fault of ours, and accepts a new one."""
 
 
 class IntegrityError(SflError):
@@ -106,24 +106,24 @@ class IntegrityError(SflError):
 
 
 class Damaged(IntegrityError):
-    """A message changed on its way: a new connection is made, and it is sent again."""
+    """A message was damaged in transit; it is sent again over a new connection."""
 
 
-# What may go wrong with one peer, of which the others need not notice anything.
+# Errors that end one peer's part and leave the other peers unaffected.
 PEER_ERRORS = (
     AuthError, ConnectionLost, PeerFailed, ProtocolError, IntegrityError, StepFailed,
 )  # fmt: skip
-# What happens again to the same client with the same data and model.
+# Errors that recur for the same client with the same data and model.
 RECURRING = (NotFinite, StepFailed, PeerCannot)
-# What a new connection may mend.
+# Errors that a new connection may resolve.
 PASSING = (ConnectionLost, PeerStopped, Damaged)
 
 
-CUT = "..."  # where a text was cut
+CUT = "..."  # ends a shortened text
 
 
 def shortened(text: object, most: int) -> str:
-    """Return a text in at most so many characters; a longer one is cut, between words if it can."""
+    """Return a text of at most ``most`` characters, cut between words if possible."""
     whole = str(text)
     if len(whole) <= most:
         return whole
@@ -132,12 +132,12 @@ def shortened(text: object, most: int) -> str:
 
 
 def quoted(value: object, most: int = 60) -> str:
-    """Return a value that somebody gave, for a message."""
+    """Return the ``repr`` of an untrusted value, shortened, for a message."""
     return repr(shortened(value, most)) if isinstance(value, str) else shortened(repr(value), most)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in one line why a party ends, for its log, its peers and its user."""
+    """Return why a party ends, in one line, for its log, its peers and its user."""
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted"
     if isinstance(error, SflError):
@@ -148,7 +148,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """Return in one line what a user's own code raised, and where in it."""
+    """Return the error of a user's own code in one line, with the place in that code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         f for f in frames if not f.filename.startswith(_NOT_A_USERS) and _TORCH not in f.filename

@@ -1,4 +1,4 @@
-"""The options of one machine: of a server, a client, a simulation. They never travel."""
+"""The options of one machine (server, client or simulation); they are never sent."""
 
 import math
 import os
@@ -13,15 +13,15 @@ from sfl.errors import ConfigError
 from sfl.values import KeepTensors, LinkShape
 
 DEFAULT_PORT = 8765
-_MOST_SAMPLES = 2**31 - 1  # as sfl.archive.records
+_MOST_SAMPLES = 2**31 - 1  # as in sfl.archive.records
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def parse_bytes(text: str) -> int:
-    """Return how many bytes ``500mb`` or ``1.5gb`` are.
+    """Return the number of bytes in a size such as ``500mb`` or ``1.5gb``.
 
     Raises:
-        ConfigError: the text is no such size.
+        ConfigError: the text is not a size.
     """
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
     count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
@@ -32,16 +32,15 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """What concerns one machine alone."""
+    """The options that every machine has."""
 
-    table: ClassVar[str] = "server"  # of a configuration file, beside [run]
+    table: ClassVar[str] = "server"  # of a configuration file, besides [run]
 
-    device: str = option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto: cuda if there is one")
     threads: int = option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
     cache_dir: str = option(
-        "",
-        "folder for what takes long to read; else $SFL_CACHE_DIR, else ~/.cache/sfl",
+        "", "folder for decoded data sets; else $SFL_CACHE_DIR, else ~/.cache/sfl"
     )
     out: str = option("shared_files", "folder that runs are written into")
     allow_import: str = option(
@@ -51,7 +50,7 @@ class NodeConfig:
         False, "write where the time of each round's steps goes: profile.csv in the run's folder"
     )
     weights_timeout: float = option(
-        600.0, "seconds that a store of weights may stay away before the run ends"
+        600.0, "seconds to wait for a weight store that does not answer, before the run ends"
     )
 
     def check(self) -> None:
@@ -71,7 +70,7 @@ class NodeConfig:
         chosen = self.cache_dir or os.environ.get("SFL_CACHE_DIR", "")
         try:
             return Path(chosen or "~/.cache/sfl").expanduser()
-        except RuntimeError:  # a user without a home folder, as in some containers
+        except RuntimeError:  # the user has no home folder, as in some containers
             return Path(tempfile.gettempdir()) / "sfl-cache"
 
     @property
@@ -85,40 +84,49 @@ class NodeConfig:
 
 @dataclass(frozen=True)
 class PeerNode(NodeConfig):
-    """A machine that others talk to."""
+    """A machine that communicates with others."""
 
     peer_timeout: float = option(
-        60.0, "seconds without a sign of life from a peer until it is taken for lost"
+        60.0, "seconds without any message from a peer until it counts as lost"
     )
     token_file: str = option(
         "", "file of the secret that server and clients share, or of one for each client; made by"
         " python -m sfl.auth new-token FILE",
     )  # fmt: skip
     tls_cert: str = option(
-        "", "certificate (PEM) by which the server, or a client whose server wants one, is known"
+        "", "certificate (PEM) of the server, or of a client whose server requires one"
     )
     tls_key: str = option("", "its private key (PEM)")
     tls_ca: str = option(
-        "", "certificates (PEM) of whom to trust with the server's: the connection is under TLS"
+        "", "CA certificates (PEM) that the server's must be signed by; connections then use TLS"
     )
 
     memory_limit: str = option(
-        "", "memory that what other machines name may take here, as 500mb or 4gb: model, images and"
+        "", "memory that other machines' requests may take here, as 500mb or 4gb: model, images and"
         " batches of a server's run, samples of a client; half of this machine's if not given",
     )  # fmt: skip
     link: str = option(
-        "", "play a slower link for this machine's connections: 100mbit,50ms[,jitter=5ms]"
+        "", "simulate a slower link for this machine's connections: 100mbit,50ms[,jitter=5ms]"
         "[,loss=0.001]; each direction by itself",
     )  # fmt: skip
 
     def check(self) -> None:
         super().check()
         _check_timeout("peer_timeout", self.peer_timeout)
-        LinkShape.parse(self.link)
+        _ = self.link_shape
         if self.memory_limit:
             parse_bytes(self.memory_limit)
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key: give both, or none")
+
+    @property
+    def link_shape(self) -> LinkShape:
+        """What this machine's connections are like.
+
+        Raises:
+            ConfigError: ``link`` means nothing.
+        """
+        return LinkShape.parse(self.link)
 
 
 @dataclass(frozen=True)
@@ -126,44 +134,44 @@ class ServerNode(PeerNode):
     """The server's machine."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
-    port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and says which")
+    port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
     insecure: bool = option(
-        False, "let whoever reaches the port take part, from other machines too, without a token"
+        False, "let anyone who reaches the port take part without a token, also from other machines"
     )
     tls_client_ca: str = option(
-        "", "certificates (PEM) of whom to trust with clients': only who has one may connect"
+        "", "CA certificates (PEM) that a client's must be signed by; others cannot connect"
     )
     max_samples: int = option(
-        10_000_000, "most samples that a client may report, where the server does not know how many"
-        " the data set has",
+        10_000_000, "most samples that a client may report, if the server does not know the size of"
+        " the data set",
     )  # fmt: skip
     max_pending: int = option(
-        0, "connections that may wait at once until they have shown who they are; 0: 64, and two"
+        0, "most connections at once that are not yet authenticated or registered; 0: 64, and two"
         " for each client",
     )  # fmt: skip
     on_missing: str = option(
-        "wait", "clients that are lost are waited for; or skipped, until they come back",
+        "wait", "lost clients: wait for them, or skip them until they come back",
         ("wait", "skip"),
     )  # fmt: skip
     round_timeout: float = option(
-        600.0, "seconds that a round waits for a client that is lost or silent, with"
-        " --on-missing skip; then it closes without it",
+        600.0, "with --on-missing skip, seconds that a round waits for a lost or silent client"
+        " before it closes without it",
     )  # fmt: skip
     min_clients: int = option(
-        1, "fewest clients that must be there; with fewer, rounds wait for others to come back"
+        1, "fewest clients of a round; with fewer, it waits for others to come back"
     )
     at_once: int = option(
-        0, "clients that train at the same time where each has a copy of the server's model"
-        " (sflv1, sflv3); the others wait and their copies take less memory; 0: all",
+        0, "most clients that train at the same time if each has a copy of the server's model"
+        " (sflv1, sflv3): the copies of those that wait take less memory; 0: all",
     )  # fmt: skip
     role: str = option(
         "all", "main server, fed server, or both in one process", ("all", "main", "fed")
     )
     fed_server: str = option(
-        "", "HOST:PORT of the fed server, for --role main; clients must reach it, too"
+        "", "HOST:PORT of the fed server, for --role main; clients connect to it as well"
     )
     resume: str = option(
-        "", "folder of a run that goes on, with its options; --rounds may be more than it had"
+        "", "folder of a run to resume with its own options; --rounds may be larger"
     )
 
     def check(self) -> None:
@@ -193,7 +201,7 @@ class ServerNode(PeerNode):
 
     @property
     def silence_s(self) -> float:
-        """Seconds of silence that have consequences."""
+        """Seconds of silence after which a peer counts as lost or missing."""
         return min(self.peer_timeout, self.skip_after_s or math.inf)
 
 
@@ -211,19 +219,19 @@ class ClientNode(PeerNode):
         "", "host many clients in this process, one connection each: 0-99, or 0-9,20-29"
     )
     check_: bool = option(
-        False, "try address, token, data, model and disk without taking part, and say what is well"
+        False, "try address, token, data, model and disk without taking part, and print the results"
     )
     connect_timeout: float = option(60.0, "seconds to wait for a server that is not up yet")
     reconnect_timeout: float = option(
-        600.0, "seconds to try to reach a server that was lost; 0: end at once"
+        600.0, "seconds to try to reach a lost server again; 0: end at once"
     )
-    keep_tensors: str = option("none", "as the server's; the server has the same files")
+    keep_tensors: str = option("none", "as the server's option; the server keeps the same files")
     allow_weights: str = option(
         "", "gs://BUCKET/PREFIX that the server may name for weights, or this machine's dir:PATH;"
-        " if given, weights go nowhere else",
+        " if given, any other place is refused",
     )  # fmt: skip
     fed_server: str = option(
-        "", "HOST:PORT of the fed server as this machine reaches it; else where the server says"
+        "", "HOST:PORT at which this machine reaches the fed server; else as the server says"
     )
 
     def check(self) -> None:
@@ -238,14 +246,23 @@ class ClientNode(PeerNode):
         _ = self.hosted
         if self.tls_cert and not self.tls_ca:
             raise ConfigError("--tls-cert: without --tls-ca there is no TLS to show it in")
-        KeepTensors.parse(self.keep_tensors)
+        _ = self.kept_tensors
+
+    @property
+    def kept_tensors(self) -> KeepTensors:
+        """Which rounds' tensors stay on this machine.
+
+        Raises:
+            ConfigError: ``keep_tensors`` names none.
+        """
+        return KeepTensors.parse(self.keep_tensors)
 
     @property
     def hosted(self) -> list[int]:
-        """The clients that this process hosts; none if it is one client.
+        """The ids of the clients that this process hosts; empty if it is a single client.
 
         Raises:
-            ConfigError: ``client_ids`` names none, or one twice.
+            ConfigError: ``client_ids`` is malformed or repeats an id.
         """
         ids: list[int] = []
         for part in self.client_ids.split(",") if self.client_ids else ():
@@ -264,8 +281,8 @@ class SimulationNode(NodeConfig):
     table: ClassVar[str] = "simulation"
 
     away: str = option(
-        "", "comma-separated CLIENT:ROUND[.STEP][-BACK], from 0: a client that is lost in a round,"
-        " before that step, and takes part again in round BACK",
+        "", "comma-separated CLIENT:ROUND[.STEP][-BACK], counted from 0: the client is lost in this"
+        " round, before this step, and takes part again from round BACK on",
     )  # fmt: skip
 
 

@@ -18,6 +18,21 @@ from sfl.own_functions import remembered
 from sfl.registry import near_names, unknown_name
 
 T = TypeVar("T")
+# The groups of --help, in order, with their options; each option stands in one of them.
+GROUPS = {
+    "run": "run resume scheme clients max_clients participation rounds local_epochs server_order"
+    " seed role server fed_server client_id client_ids check_ away",
+    "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
+    "model": "model cut",
+    "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
+    " class_weights fedprox_mu aggregation aggregation_weights",
+    "weights": "weights weights_timeout allow_weights",
+    "security": "token_file tls_cert tls_key tls_ca tls_client_ca insecure allow_import"
+    " memory_limit max_samples max_pending",
+    "failures": "on_missing round_timeout min_clients peer_timeout connect_timeout"
+    " reconnect_timeout on_nonfinite",
+    "this machine": "device threads host port at_once out keep_tensors keep_models profile link",
+}
 
 
 def _value_types(config_class: Any) -> dict[str, tuple[type, ...]]:
@@ -95,11 +110,10 @@ def parse_options(
     Raises:
         ConfigError: a bad option, or a configuration file that cannot be read.
     """
-    parser = Parser(prog=prog, description=about)
+    parser = Parser(prog=prog, description=about, usage=f"{prog} [--OPTION VALUE ...]")
     parser.add_argument("--config", metavar="FILE", help="TOML file, or a recorded config.json")
     tables = {group.table: group for group in groups}
-    for title, group in tables.items():
-        _add_options(parser.add_argument_group(title), group)
+    _add_options(parser, groups)
     typed = vars(parser.parse_args(argv))
     path = typed.pop("config", None)
     values = (_from_file(Path(path), tables) if path else {}) | typed
@@ -111,26 +125,29 @@ def parse_options(
     )
 
 
-def _add_options(group: Any, config_class: Any) -> None:
-    types = _value_types(config_class)
-    for spec in dataclasses.fields(config_class):
-        kind = types[spec.name][0]
-        if kind is bool:
-            group.add_argument(
-                flag(spec.name), dest=spec.name, action="store_true", default=argparse.SUPPRESS,
-                help=spec.metadata["help"],
-            )  # fmt: skip
-            continue
+def _add_options(parser: Parser, config_classes: Sequence[Any]) -> None:
+    """Add the options of these classes, in the groups of ``GROUPS``."""
+    known: dict[str, tuple[Any, type]] = {}
+    for config_class in config_classes:
+        types = _value_types(config_class)
+        known |= {f.name: (f, types[f.name][0]) for f in dataclasses.fields(config_class)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names.split():
+            if name in known:
+                _add_option(group, *known[name])
+
+
+def _add_option(group: Any, spec: Any, kind: type) -> None:
+    how: dict[str, Any] = {"action": "store_true"}
+    choices, shown = spec.metadata["choices"], ""
+    if kind is not bool:
+        how = {"type": kind, "metavar": kind.__name__.upper()}
         shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
-        group.add_argument(
-            flag(spec.name),
-            dest=spec.name,
-            type=kind,
-            choices=spec.metadata["choices"] or None,
-            default=argparse.SUPPRESS,
-            metavar=None if spec.metadata["choices"] else kind.__name__.upper(),
-            help=(spec.metadata["help"] + shown).replace("%", "%%"),
-        )
+    if choices:
+        how |= {"choices": choices, "metavar": None}
+    text = (spec.metadata["help"] + shown).replace("%", "%%")
+    group.add_argument(flag(spec.name), dest=spec.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 _ALL_OPTIONS = frozenset(

@@ -1,8 +1,8 @@
-"""The user's own functions that a command line of this machine has named as model.
+"""The user's own model functions that a command line of this machine has named.
 
-A run's folder may come from somebody else, and what its options name is then not to be imported.
-What the user has started a run with here is: so it goes on, and is replayed, without being asked
-again. Everything else, ``--allow-import`` has to list.
+The options in a run's folder may name a module to import, and the folder may come from somebody
+else. So only functions that the user has started a run with are imported again, for resume and
+replay; any other must be listed by ``--allow-import``.
 """
 
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 from sfl.files.plain import read_plain
 from sfl.nodes import NodeConfig
 
-NAME = "own_functions"  # of a file in the cache's folder: a line for each
+NAME = "own_functions"  # a file in the cache folder, one function a line
 
 
 def _path() -> Path:
-    return NodeConfig().cache_path / NAME  # wherever a program's own --cache-dir is
+    return NodeConfig().cache_path / NAME  # independent of a program's own --cache-dir
 
 
 def remember(names: Iterable[str]) -> None:
-    """Note those of the names that are functions to be imported; do without if it cannot be."""
+    """Note the names that are importable functions; ignore a folder that cannot be written."""
     new = [name for name in names if ":" in name and name not in remembered()]
     try:
         if new:
@@ -28,12 +28,12 @@ def remember(names: Iterable[str]) -> None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             with open(os.open(_path(), flags, 0o600), "w") as file:
                 file.write("".join(f"{name}\n" for name in new))
-    except OSError:  # a home that cannot be written: then --allow-import is asked for
+    except OSError:  # no writable home: --allow-import is then required
         return
 
 
 def remembered() -> frozenset[str]:
-    """Return the functions that have been noted, if nobody else can have noted them."""
+    """Return the noted functions; none if other users can write the file."""
     try:
         if _path().stat().st_mode & 0o022:
             return frozenset()

@@ -9,7 +9,19 @@ from typing import TypeVar
 from sfl.errors import ConfigError, quoted, told
 
 T = TypeVar("T")
+R = TypeVar("R")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # a user's own function
+
+
+def named(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """Return the entry ``name`` of ``known``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return known[name]
 
 
 def look_up(
@@ -29,9 +41,7 @@ def look_up(
         ConfigError: no such entry, not allowed, or not importable.
     """
     if ":" not in name:
-        if name not in known:
-            raise unknown_name(kind, name, known)
-        return known[name]
+        return named(kind, name, known)
     if not OWN.fullmatch(name):
         raise ConfigError(f"the {kind} {quoted(name, 120)} is no package.module:function")
     if allowed is not None and name not in allowed:
@@ -49,9 +59,6 @@ def look_up(
     return wrap(function)
 
 
-R = TypeVar("R")
-
-
 def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) -> Callable[..., R]:
     """Return the function that ``name`` or ``name:option=value,...`` names, with these options.
 
@@ -62,9 +69,7 @@ def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) ->
         ConfigError: no such function, or an option that it does not take.
     """
     name, colon, rest = text.partition(":")
-    if name not in known:
-        raise unknown_name(kind, name, known)
-    function = known[name]
+    function = named(kind, name, known)
     defaults = getattr(function, "__kwdefaults__", None) or {}
     options = {}
     for item in rest.split(",") if colon else []:

@@ -1,26 +1,26 @@
-"""Random draws that depend on what they are for, never on what ran before.
+"""Random draws that depend on their purpose and place, never on what ran before.
 
-Every draw comes from (seed, purpose, round, client, step, ...). So any step can be computed again,
-anywhere, at any time, with the same result; nothing random needs saving.
+Every draw comes from (seed, purpose, round, client, step, ...). So any step can be computed again
+on any machine with the same result, and no generator state needs to be saved.
 """
 
 import hashlib
 
 import torch
 
-# The purposes in use; a new one gets its line, so that no two draws share a stream by accident.
+# The purposes in use. A new one gets its line here, so that no two draws share a stream.
 INITIAL_WEIGHTS = "initial weights"
-PARTITION = "partition"  # which training samples are which client's
-VALIDATION = "validation"  # (client): which of its samples a client holds out
+PARTITION = "partition"  # the training samples of each client
+VALIDATION = "validation"  # (client): the samples that a client holds out
 BATCHES = "batches"  # (round, client, local epoch): the order of a client's samples
-CLIENT_ORDER = "client order"  # (round): who takes part, and in which order
+CLIENT_ORDER = "client order"  # (round): the clients that take part, and their order
 AUGMENTATION = "augmentation"  # (round, client, step, change): a draw for each sample
 BLOCK = "block"  # (round, client, step, block): dropout masks and the like
-OFFLINE = "offline"  # (epoch): the order of recorded steps when a back is trained offline
+OFFLINE = "offline"  # (epoch): the order of recorded steps in offline training of a back
 
 
 def derive(seed: int, purpose: str, *indices: int) -> int:
-    """Return a seed for one draw: 63 bits of the SHA-256 of all that identifies it."""
+    """Return the seed of one draw: 63 bits of the SHA-256 of its identity."""
     text = ":".join([str(seed), purpose, *map(str, indices)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -49,6 +49,9 @@ class KeepTensors:
         return 1 if self.last else -(-rounds // self.period) if self.period else 0
 
 
+KEEP_NOTHING = KeepTensors(0, False)
+
+
 @dataclass(frozen=True)
 class KeepModels:
     """Which rounds' models stay on disk: those that were asked for, and those that are needed.
@@ -62,7 +65,7 @@ class KeepModels:
     behind: int = 0  # how many more rounds others may go back than this folder's checkpoints
 
     @classmethod
-    def parse(cls, text: str, keep_tensors: str = "none", behind: int = 0) -> "KeepModels":
+    def parse(cls, text: str, tensors: KeepTensors = KEEP_NOTHING) -> "KeepModels":
         """Return the policy that ``all``, ``last`` or ``every:N`` names.
 
         Raises:
@@ -71,7 +74,7 @@ class KeepModels:
         try:
             if text == "none":
                 raise ConfigError("what a run goes on from stays")
-            return cls(KeepTensors.parse(text), KeepTensors.parse(keep_tensors), behind)
+            return cls(KeepTensors.parse(text), tensors)
         except ConfigError:
             raise ConfigError(f"--keep-models {text!r}: give all, last or every:N") from None
 

@@ -15,6 +15,7 @@ from sfl.errors import ConfigError, RunError, quoted, shortened
 from sfl.nodes import ClientNode, ServerNode
 from sfl.options import parse_options
 from sfl.runtime.preflight import check_disk
+from sfl.strategy.recipe import Recipe
 from sfl.wire.link import one_line
 
 ROOT = Path(__file__).parent.parent
@@ -122,12 +123,13 @@ def test_disk_advice_names_what_helps_and_was_not_given(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
 
     def advice(tensors: float, models: float, *, may_change: bool = True, **given: str) -> str:
-        def needed(run: RunConfig) -> int:
+        def needed(recipe: Recipe) -> int:
+            run = recipe.run
             of_tensors = {"all": tensors, "last": tensors / 1e6, "none": 0}[run.keep_tensors]
             return int(free * (of_tensors + (models if run.keep_models == "all" else models / 1e6)))
 
         with pytest.raises(RunError) as error:
-            check_disk(tmp_path, RunConfig(**given), needed, may_change=may_change)  # type: ignore[arg-type]
+            check_disk(tmp_path, Recipe.of(RunConfig(**given)), needed, may_change=may_change)  # type: ignore[arg-type]
         return str(error.value).rpartition(" are free: ")[2]
 
     assert advice(3, 0) == "give --keep-tensors last or none, or another --out"
@@ -158,7 +160,7 @@ def test_each_study_says_which_sfl_it_is(program: str) -> None:
 def test_a_support_module_says_that_it_is_no_program() -> None:
     listed = set(re.findall(r"^\| `python -m (\S+)\b", PROGRAMS_PAGE, re.MULTILINE))
     assert listed == {f"experiments.{name}" for name in PROGRAMS}
-    for name in ("recorded", "hostile.attacks"):
+    for name in ("replay.train_back", "support.processes"):
         done = python("-m", f"experiments.{name}")
         assert done.returncode == 1
         assert done.stderr == (

@@ -14,6 +14,7 @@ from sfl.crash import VARIABLE
 from sfl.model.segment import train_step
 from sfl.runtime import simulation as simulate
 from sfl.strategy.order import RoundPlan
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.launch import Launcher
@@ -25,12 +26,13 @@ CLIENTS, ROUNDS = 4, 2
 
 def planned(at_once: int, scheme: str = "sflv1", **options: object) -> RoundPlan:
     run = RunConfig(run="r", scheme=scheme, clients=CLIENTS, **options)  # type: ignore[arg-type]
-    split = SplitModel(run, (1, 28, 28), 10, frozenset())
+    split = SplitModel(Recipe.of(run, frozenset()), (1, 28, 28), 10)
     backs = {k: split.back(torch.device("cpu")) for k in range(CLIENTS if scheme == "sflv1" else 1)}
     for back in backs.values():
         back.start_round(0)
     spool = Spool(None, lambda: None)
-    return RoundPlan(run, 0, dict.fromkeys(range(CLIENTS), 5), backs, spool=spool, at_once=at_once)
+    steps = dict.fromkeys(range(CLIENTS), 5)
+    return RoundPlan(split.recipe, 0, steps, backs, spool=spool, at_once=at_once)
 
 
 def test_who_has_no_room_waits_for_it() -> None:
@@ -67,7 +69,8 @@ def test_without_the_option_there_is_room_for_all() -> None:
 def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     plan = planned(at_once=1, optimizer_state=state)
     back = plan._backs[0]
-    shape = SplitModel(plan._run, (1, 28, 28), 10, frozenset()).features_spec(8).shape
+    recipe = Recipe.of(RunConfig(optimizer_state=state))
+    shape = SplitModel(recipe, (1, 28, 28), 10).features_spec(8).shape
     train_step(back, torch.randn(shape), torch.zeros(8, dtype=torch.int64), Position("r", 0, 0, 0))
     back.update()
     before = weights_of(back.state())

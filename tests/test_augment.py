@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.data.augment import AUGMENTATIONS, augment, check_augmentation
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.values import Position
 from tests.support.launch import Launcher
 from tests.support.made_data import loaded

@@ -9,15 +9,15 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_indices, part_of
 from sfl.data.datasets import DATASETS
 from sfl.errors import ConfigError, ProtocolError
 from sfl.model.class_weights import class_weights
 from sfl.model.zoo import build, model_spec
+from sfl.runtime import replay
 from sfl.runtime.preflight import check_run
+from sfl.runtime.recorded import load
 from tests.support.launch import Launcher
 from tests.support.made_data import loaded
 from tests.support.simulations import simulated

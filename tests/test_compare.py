@@ -19,6 +19,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from tests.support.programs import ROOT, run_program
 
@@ -175,7 +176,7 @@ def test_figures_of_clients_are_weighted_and_counted(tmp_path: Path) -> None:
 def test_pictures_of_few_and_of_many(tmp_path: Path, many: bool) -> None:
     options = {"clients": 12, "participation": 0.3} if many else {"clients": 1}
     study, lines = study_of(tmp_path, scheme="sflv3" if many else "fl", model="mlp", **options)
-    for path in draw_all(study, lines, tmp_path):
+    for path in draw_all(study, lines):
         assert path.stat().st_size > 5000
     assert ("lowest | mean | highest" in markdown(study, lines)) == many
 
@@ -202,7 +203,7 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
 
 def test_central_alone_has_no_clients(tmp_path: Path) -> None:
     study, lines = study_of(tmp_path, scheme="central", model="mlp")
-    assert [path.name for path in draw_all(study, lines, tmp_path)] == ["rounds.png", "final.png"]
+    assert [path.name for path in draw_all(study, lines)] == ["rounds.png", "final.png"]
     assert lines["bytes_up"].isna().all()
     whole = 3202 * (4 * 784 * 128 + 6 * (128 * 64 + 64 * 10)) / 1e9
     assert lines["client_gflops"].tolist() == pytest.approx([whole] * 4)
@@ -261,5 +262,5 @@ def test_names_keep_their_numbers() -> None:
 )
 def test_the_formulas_of_splitfed(scheme: str, smashed: int, weights: int) -> None:
     config = RunConfig(scheme=scheme, model="mlp")
-    split = SplitModel(config, (1, 28, 28), 10)
+    split = SplitModel(Recipe.of(config), (1, 28, 28), 10)
     assert formula_bytes(config, split, samples=70, num_steps=5) == (smashed, weights)

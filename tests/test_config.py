@@ -9,8 +9,8 @@ import pytest
 from sfl.archive.run_folder import options_record, to_json
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.nodes import ClientNode, NodeConfig, ServerNode
-from sfl.options import from_values, parse_options
+from sfl.nodes import ClientNode, NodeConfig, ServerNode, SimulationNode
+from sfl.options import GROUPS, from_values, names_of, parse_options
 from sfl.values import KeepTensors
 
 
@@ -40,6 +40,18 @@ def test_the_fixed_options_exist_and_are_documented(names: list[str], group: typ
     fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(group)}
     assert set(names) <= fields.keys()
     assert all(len(field.metadata["help"]) > 10 for field in fields.values())
+
+
+def test_the_help_shows_each_option_in_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    grouped = " ".join(GROUPS.values()).split()
+    known = {n for g in (RunConfig, ServerNode, ClientNode, SimulationNode) for n in names_of(g)}
+    assert sorted(grouped) == sorted(known)
+    with pytest.raises(SystemExit):
+        server_options("--help")
+    shown = capsys.readouterr().out
+    titles = [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == ["options", *GROUPS]
+    assert shown.index("training:") < shown.index("--lr FLOAT") < shown.index("security:")
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.support.costs import costs_of
 from sfl.config import RunConfig
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from tests.support.programs import run_program
 
@@ -14,7 +15,7 @@ IMAGE = (1, 28, 28)
 
 
 def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
-    front, back = costs_of(SplitModel(RunConfig(model="mlp", cut=3), IMAGE, 10), IMAGE)
+    front, back = costs_of(SplitModel(Recipe.of(RunConfig(model="mlp", cut=3)), IMAGE, 10), IMAGE)
     assert (front.parameters, back.parameters) == (785 * 128, 129 * 64 + 65 * 10)
     assert (front.forward_flops, back.forward_flops) == (2 * 784 * 128, 2 * (128 * 64 + 64 * 10))
     # Backward: of the weights in both halves, of the input in all layers but the first.
@@ -23,9 +24,11 @@ def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
 
 
 def test_both_halves_together_cost_what_the_whole_costs() -> None:
-    whole = SplitModel(RunConfig(model="resnet18", scheme="fl"), (3, 32, 32), 10)
+    whole = SplitModel(Recipe.of(RunConfig(model="resnet18", scheme="fl")), (3, 32, 32), 10)
     (all_of_it,) = costs_of(whole, (3, 32, 32))
-    halves = costs_of(SplitModel(RunConfig(model="resnet18"), (3, 32, 32), 10), (3, 32, 32))
+    halves = costs_of(
+        SplitModel(Recipe.of(RunConfig(model="resnet18")), (3, 32, 32), 10), (3, 32, 32)
+    )
     assert sum(half.parameters for half in halves) == all_of_it.parameters
     assert sum(half.training_flops for half in halves) == all_of_it.training_flops
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
 from sfl.errors import RunError
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.weights.objects import Directory
 from sfl.wire.messages import MessageType

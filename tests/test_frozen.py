@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.config import RunConfig
 from sfl.model.blocks import Entries
 from sfl.model.zoo import build, model_spec
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.merge import Half, merge_fronts
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES
 from tests.support.launch import Launcher
 
@@ -93,7 +94,7 @@ def test_what_is_frozen_stays_under_every_rule(tmp_path: Path, name: str, rule: 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
     """Even if a client were to send two; and nobody moves what is frozen."""
-    run = RunConfig(scheme="fl", model=MODEL, aggregation=rule)
+    run = RunConfig(scheme="fl", model=MODEL, cut=CUT, aggregation=rule)
     start, fronts = dict(START.state_dict()), {}
     for k in range(3):
         drawn = torch.Generator().manual_seed(k)
@@ -103,7 +104,7 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
     for _ in range(2):
         half = Half(start, memory)
         merged = merge_fronts(
-            run, fronts, dict.fromkeys(fronts, 1), start=half, entries=ENTRIES, last=2
+            Recipe.of(run), fronts, dict.fromkeys(fronts, 1), start=half, entries=ENTRIES, last=2
         )
         assert merged is not None
         state, memory = merged.state, merged.memory

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
 from sfl.archive.checkpoint import lying
 from sfl.archive.layout import MODELS
 from sfl.archive.manifest import DROPPED, read_manifest
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import Away, simulate
 from sfl.values import KeepModels
 from tests.support.launch import Launcher, finish

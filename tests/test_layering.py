@@ -59,6 +59,29 @@ MAY_IMPORT = {
 }
 
 
+# What looks a name up or parses an option, and who may: the edge. Everybody else is given the row.
+LOOK_UPS = {
+    "named": {"registry", "model.optimizers", "strategy.recipe"},
+    "with_options": {"data.augment", "model.schedule", "strategy.recipe"},
+    "look_up": {"data.datasets", "model.zoo"},
+    "model_spec": {"strategy.recipe"},
+    "Training.of": {"strategy.recipe"},
+    "optimizer_of": {"model.training"},
+    "learning_rates": {"model.training"},
+    "KeepTensors.parse": {"config", "nodes", "strategy.recipe", "values"},
+    "KeepModels.parse": {"archive.writer", "config", "strategy.recipe"},
+    "LinkShape.parse": {"nodes"},
+    "Recipe.of": {
+        "runtime.client",
+        "runtime.client_check",
+        "runtime.fed_server",
+        "runtime.preflight",
+        "runtime.recorded",
+    },
+}
+REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES"}
+
+
 def room_of(module: str) -> str:
     """Return the room of a module by its name below ``sfl``."""
     first, _, rest = module.partition(".")
@@ -135,6 +158,23 @@ def test_the_page_names_every_module() -> None:
     assert len(rooms) == 1 + len([path for path in PACKAGE.iterdir() if path.name[0] != "_"]) - len(
         list(PACKAGE.glob("[!_]*.py"))
     )
+
+
+def nodes_of(kind: type[ast.AST]) -> Iterable[tuple[str, ast.AST]]:
+    """Yield the syntax nodes of a kind in the package, each with its module."""
+    for module, path in MODULES.items():
+        yield from ((module, n) for n in ast.walk(ast.parse(path.read_text())) if type(n) is kind)
+
+
+@pytest.mark.parametrize("call", LOOK_UPS)
+def test_names_are_looked_up_at_the_edge(call: str) -> None:
+    calls = ((module, ast.unparse(node.func)) for module, node in nodes_of(ast.Call))
+    assert {module for module, called in calls if called == call} == LOOK_UPS[call]
+
+
+def test_nobody_takes_a_row_out_of_a_registry() -> None:
+    taken = ((module, ast.unparse(node.value)) for module, node in nodes_of(ast.Subscript))
+    assert [(module, what) for module, what in taken if what in REGISTRIES] == []
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.hostile.attacks import Claim, Insider, Target
+from experiments.hostile.insiders import Claim, Insider
 from experiments.hostile.memory import (
     CLAIMS,
     GREEDY,
@@ -23,6 +23,7 @@ from experiments.hostile.memory import (
     try_wish,
     zero_gradients,
 )
+from experiments.hostile.target import Target
 from sfl.config import RunConfig
 from sfl.conversation.limits import server_limits
 from sfl.data.client_data import part_of
@@ -33,6 +34,7 @@ from sfl.model.metrics import checked, checked_steps
 from sfl.nodes import parse_bytes
 from sfl.runtime.claims import MOST_STEPS
 from sfl.runtime.memory import machine_bytes, sizes_of
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport import connection as transport
 from sfl.transport.connection import Connection
@@ -260,8 +262,8 @@ def test_figures_of_steps_are_checked_all_at_once() -> None:
 
 def test_as_many_steps_as_may_be_are_a_file_of_16_mib() -> None:
     run = RunConfig(scheme="fl", model="mlp")
-    split = SplitModel(run, (1, 28, 28), 10)
-    limits = server_limits(split, run, MOST_STEPS, Limits().store).payload_bytes
+    split = SplitModel(Recipe.of(run), (1, 28, 28), 10)
+    limits = server_limits(split, MOST_STEPS, Limits().store).payload_bytes
     assert limits[MessageType.TRAINING_FIGURES] < 17 * MIB
 
 
@@ -328,8 +330,8 @@ def test_images_are_resized_when_they_are_drawn() -> None:
 @pytest.mark.parametrize("scheme", ["sflv1", "fl"])
 def test_sizes_are_those_of_the_model_that_is_built(model: str, scheme: str) -> None:
     run = RunConfig(model=model, scheme=scheme, cut=2)
-    split = SplitModel(run, (1, 28, 28), 10)
-    sizes = sizes_of(run, (1, 28, 28), 10)
+    split = SplitModel(Recipe.of(run), (1, 28, 28), 10)
+    sizes = sizes_of(split.recipe, (1, 28, 28), 10)
     front = sum(spec.num_bytes for spec in split.front_spec.values())
     back = sum(spec.num_bytes for spec in split.back_spec.values())
     assert (sizes.front, sizes.whole) == (front, front + back if scheme == "sflv1" else front)

@@ -7,7 +7,9 @@ from torch import nn
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, StepFailed
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.models import bn_dropout
@@ -66,13 +68,13 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
     """The front's gradients are those of the unsplit model, and its weights do change."""
     run = RunConfig(model=BN_DROPOUT, cut=cut, seed=5)
     at = Position("r", 2, 7, 1)
-    cut_model = SplitModel(run, (1, 28, 28), 10)
+    cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
     front, back = cut_model.front(CPU), cut_model.back(CPU)
     z = front.forward(X, at)
     figures, dz = train_step(back, z.detach().clone(), Y, at)
     front.backward(dz)
     whole = Segment(
-        build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, run, CPU, boundary=cut
+        build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, Training.of(run, cut), CPU
     )
     loss = nn.functional.cross_entropy(whole.forward(X, at), Y)
     loss.backward()
@@ -92,7 +94,7 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
 
 def test_training_on_a_detached_copy_would_be_noticed() -> None:
     """The mistake that left the field's first fronts untrained."""
-    front = SplitModel(RunConfig(), (1, 28, 28), 10).front(CPU)
+    front = SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10).front(CPU)
     z = front.forward(X, Position()).detach().requires_grad_()
     z.backward(torch.ones_like(z))
     assert all(parameter.grad is None for parameter in front.blocks.parameters())
@@ -109,7 +111,7 @@ def in_place_behind_a_view(input_shape: tuple[int, ...], num_classes: int) -> nn
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_in_place_modules_behind_a_view_train(cut: int) -> None:
     run = RunConfig(model="tests.test_models:in_place_behind_a_view", cut=cut)
-    cut_model = SplitModel(run, (1, 28, 28), 10)
+    cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
     front, back = cut_model.front(CPU), cut_model.back(CPU)
     _, dz = train_step(back, front.forward(X, Position()).detach(), Y, Position())
     front.backward(dz)
@@ -119,7 +121,7 @@ def test_in_place_modules_behind_a_view_train(cut: int) -> None:
 
 
 def test_a_batch_that_a_block_cannot_train_on_is_one_clear_error() -> None:
-    back = SplitModel(RunConfig(model=BN_DROPOUT, cut=6), (1, 28, 28), 10).back(CPU)
+    back = SplitModel(Recipe.of(RunConfig(model=BN_DROPOUT, cut=6)), (1, 28, 28), 10).back(CPU)
     with pytest.raises(StepFailed, match=r"block 6 \(BatchNorm1d\) cannot train on a batch of 1: "):
         back.forward(torch.zeros(1, 144), Position())
 
@@ -135,7 +137,7 @@ def test_in_place_modules_next_to_a_cut_work_on_a_copy() -> None:
 
 
 def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
-    back = SplitModel(RunConfig(model=BN_DROPOUT, cut=9), (1, 28, 28), 10).back(CPU)
+    back = SplitModel(Recipe.of(RunConfig(model=BN_DROPOUT, cut=9)), (1, 28, 28), 10).back(CPU)
     back.blocks[1] = nn.Identity()  # BatchNorm would move its buffers
     z = torch.randn(6, 32)
     first = back.forward(z, Position("r", 0, 0, 0))
@@ -146,7 +148,7 @@ def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
 
 
 def test_a_frozen_parameter_has_no_optimisers_state() -> None:
-    back = SplitModel(RunConfig(), (1, 28, 28), 10).back(CPU)
+    back = SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10).back(CPU)
     back.blocks[0].requires_grad_(False)
     train_step(back, torch.randn(6, 400), Y, Position())
     back.update()
@@ -156,7 +158,7 @@ def test_a_frozen_parameter_has_no_optimisers_state() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_an_optimisers_state_is_restored_exactly(optimizer: str) -> None:
     run = RunConfig(optimizer=optimizer, momentum=0.9, lr=0.01)
-    cut_model = SplitModel(run, (1, 28, 28), 10)
+    cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
     ours, theirs = cut_model.back(CPU), cut_model.back(CPU)
     z = torch.randn(6, 400)
     for step in range(3):
@@ -202,7 +204,7 @@ def test_a_model_that_cannot_be_run_is_refused(
     options: dict[str, object], shape: tuple[int, ...], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        SplitModel(RunConfig(**options), shape, 10)
+        SplitModel(Recipe.of(RunConfig(**options)), shape, 10)
 
 
 def test_a_server_cannot_choose_a_module_to_import() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sfl.config import RunConfig
 from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.model.zoo import build, model_spec
 from sfl.values import Position
 from tests.support import models
@@ -52,7 +53,7 @@ def plain() -> tuple[nn.Sequential, torch.optim.Optimizer]:
 
 
 def segment(model: nn.Sequential) -> Segment:
-    made = Segment(model, 0, RUN, CPU, boundary=2)
+    made = Segment(model, 0, Training.of(RUN, 2), CPU)
     made.start_round(0)
     return made
 

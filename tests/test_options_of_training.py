@@ -16,12 +16,13 @@ from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError, ProtocolError
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import checked
-from sfl.model.schedule import SCHEDULES, check_schedule, learning_rate
+from sfl.model.schedule import SCHEDULES, learning_rates
 from sfl.model.segment import train_step
 from sfl.model.zoo import build, model_spec
 from sfl.registry import with_options
 from sfl.strategy.merge import check_rule
 from sfl.strategy.order import Turns, interleaved
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.launch import Launcher
@@ -40,7 +41,7 @@ def norm(tensors: list[torch.Tensor]) -> float:
 def step_sizes(scheme: str, clip_norm: float, cut: int = 7) -> dict[str, float]:
     """Return how far one SGD step with learning rate 1 moves each half of LeNet."""
     run = RunConfig(scheme=scheme, cut=cut, optimizer="sgd", lr=1.0, clip_norm=clip_norm)
-    model = SplitModel(run, (1, 28, 28), 10)
+    model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
     front = model.front(CPU)
     segments = [front, model.back(CPU)] if model.cuts else [front]
     before = {name: t for segment in segments for name, t in segment.parameters().items()}
@@ -72,7 +73,7 @@ def test_gradients_are_clipped_by_half(scheme: str) -> None:
 def test_schedules_are_the_formulas() -> None:
     def rates(schedule: str) -> list[float]:
         run = RunConfig(lr=0.8, lr_schedule=schedule, rounds=4)
-        return [learning_rate(run, r) for r in range(4)]
+        return [learning_rates(run)(r) for r in range(4)]
 
     assert rates("constant") == [0.8] * 4
     assert rates("step:every=2,factor=0.5") == [0.8, 0.8, 0.4, 0.4]
@@ -119,7 +120,7 @@ def test_fedprox_adds_its_term_to_the_loss(tmp_path: Path) -> None:
 
 def test_fedprox_pulls_the_client_side_half_alone(tmp_path: Path) -> None:
     run = RunConfig(fedprox_mu=1.0, optimizer="sgd", lr=0.1)
-    model = SplitModel(run, (1, 28, 28), 10)
+    model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
     for segment, pulled in ((model.front(CPU), True), (model.back(CPU), False)):
         segment.start_round(0)
         start = segment.parameters()
@@ -174,18 +175,18 @@ def test_figures_of_a_run_that_diverged_are_figures() -> None:
 )
 def test_a_rule_that_has_nothing_to_do_is_refused(scheme: str, rule: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        check_rule(RunConfig(scheme=scheme, aggregation=rule))
+        check_rule(Recipe.of(RunConfig(scheme=scheme, aggregation=rule)))
 
 
 @pytest.mark.parametrize("name", ["sflv2", "sflv3", "fl"])
 def test_a_rule_that_has_something_to_do_is_taken(name: str) -> None:
-    check_rule(RunConfig(scheme=name, aggregation="trimmed-mean"))
+    check_rule(Recipe.of(RunConfig(scheme=name, aggregation="trimmed-mean")))
 
 
 @pytest.mark.parametrize("schedule", ["step:every=1,factor=1e200", "step:every=1,factor=1e20"])
 def test_a_schedule_that_explodes_is_refused_before_the_start(schedule: str) -> None:
     with pytest.raises(ConfigError, match="--lr-schedule"):
-        check_schedule(RunConfig(lr_schedule=schedule, rounds=10))
+        learning_rates(RunConfig(lr_schedule=schedule, rounds=10))
 
 
 def test_turns_do_not_unfold_what_a_client_claims() -> None:
@@ -235,8 +236,7 @@ def test_all_that_a_peer_sends_is_looked_at(
 
 
 def test_a_fed_server_refuses_nan() -> None:
-    run = RunConfig(model="mlp", run="r")
-    split = SplitModel(run, (1, 28, 28), 10)
+    split = SplitModel(Recipe.of(RunConfig(model="mlp", run="r")), (1, 28, 28), 10)
     state = {name: torch.full_like(t, torch.nan) for name, t in split.front_state().items()}
 
     class Store:
@@ -247,8 +247,8 @@ def test_a_fed_server_refuses_nan() -> None:
     said: list[str] = []
     folder = SimpleNamespace(events=SimpleNamespace(say=said.append))
     for policy, refused in (("reject", True), ("log", False)):
-        its_run = RunConfig(model="mlp", run="r", on_nonfinite=policy)
-        rounds = FedRounds(its_run, None, {0: Store()}, {0: 1}, split, folder, None, {})
+        split.recipe = split.recipe.changed(on_nonfinite=policy)
+        rounds = FedRounds(None, {0: Store()}, {0: 1}, split, folder, None, {})
         turns = SimpleNamespace(of=lambda client: lambda: True, in_order=False)
         with pytest.raises(ProtocolError) if refused else contextlib.nullcontext():
             list(rounds._collect(0, 0, turns, []))

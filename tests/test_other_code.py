@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.hostile.attacks import Target, try_insider
+from experiments.hostile.insiders import try_insider
+from experiments.hostile.target import Target
 from experiments.support.same_run import compare
 from sfl import __version__
 from sfl.config import RunConfig
@@ -21,6 +22,7 @@ from sfl.model.structure import MAX_DIGESTS, describe, difference, digests, weig
 from sfl.nodes import NodeConfig
 from sfl.runtime.same_model import MOST_BUILT, ServersModel
 from sfl.runtime.simulation import simulate
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Absent
@@ -103,28 +105,36 @@ def test_fingerprints_of_before_say_no_version() -> None:
 # Protocol 1
 
 
-def _read_1(sock: socket.socket) -> dict[str, object]:
-    """Read a frame of version 1, as SFL 0.1 does."""
+HEADS = {1: ">4sBBHIQ", 2: ">4sBBHIQII"}  # by the version of the protocol
+
+
+def _read(sock: socket.socket, ours: int) -> dict[str, object]:
+    """Read a frame of an earlier version, as its release does."""
     stream = sock.makefile("rb")
-    magic, version, _, _, json_bytes, payload = struct.unpack(">4sBBHIQ", stream.read(20))
-    assert (magic, version, payload) == (b"SFL\n", 1, 0)
+    head = stream.read(struct.calcsize(HEADS[ours]))
+    magic, version, _, _, json_bytes, payload, *_ = struct.unpack(HEADS[ours], head)
+    assert (magic, version, payload) == (b"SFL\n", ours, 0)
     answer = json.loads(stream.read(json_bytes))
     assert stream.read() == b""
     return answer
 
 
-@pytest.mark.parametrize("first", [MessageType.REGISTER, MessageType.AUTHENTICATE])
+@pytest.mark.parametrize(
+    ("first", "version"),
+    [(MessageType.REGISTER, 1), (MessageType.AUTHENTICATE, 1), (MessageType.REGISTER, 2)],
+)
 def test_an_older_client_reads_which_release_to_install(
-    launcher: Launcher, first: MessageType
+    launcher: Launcher, first: MessageType, version: int
 ) -> None:
     server = launcher.server("--model", "mlp", "--clients", 1, "--run", "r")
     wait_for(server, "listening")
     with socket.create_connection(("127.0.0.1", launcher.port), timeout=20) as sock:
-        sock.sendall(encode_head(Message(first, content={"client_id": 0}), version=1))
-        answer = _read_1(sock)
+        sock.sendall(encode_head(Message(first, content={"client_id": 0}), version=version))
+        answer = _read(sock, version)
     assert answer["type"] == "INVALID_MESSAGE"
-    assert f"you run SFL 0.1 (protocol 1): install SFL {__version__} on your" in answer["content"]
-    wait_for(server, "it runs SFL 0.1 (protocol 1)")
+    release = f"SFL 0.{version} (protocol {version})"
+    assert f"you run {release}: install SFL {__version__} on your" in answer["content"]
+    wait_for(server, f"it runs {release}")
     assert f"install SFL {__version__} there" in server.out
 
 
@@ -186,7 +196,7 @@ def test_a_layer_used_twice_is_another_structure_than_two_layers() -> None:
 
 
 def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> None:
-    server = ServersModel(RunConfig(model="mlp", dataset="own.module:data"))
+    server = ServersModel(Recipe.of(RunConfig(model="mlp", dataset="own.module:data")))
 
     def unlike(*shape: int) -> str:
         counts = {"train": 1, "validation": 0, "test": 0}
@@ -198,7 +208,7 @@ def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> No
         assert "it has 0 blocks instead of 6" in unlike(1, side + 1, 1)
     assert unlike(1, MOST_BUILT + 1, 1) == ""
     assert "it has 0 blocks" in unlike(1, 1, 1)
-    strange = ServersModel(RunConfig(model="lenet5", dataset="own.module:data"))
+    strange = ServersModel(Recipe.of(RunConfig(model="lenet5", dataset="own.module:data")))
     server = strange  # which takes images alone: said when all are there
     assert unlike(5) == ""
 
@@ -224,7 +234,8 @@ def test_what_differs_each_time_a_model_is_built_is_not_seen() -> None:
 def test_the_structure_is_of_the_model_before_it_is_cut() -> None:
     """Cutting lets in-place modules next to the cut work on a copy: that is no other structure."""
     found = {
-        SplitModel(RunConfig(model="alexnet", cut=c), (3, 64, 64), 10).structure for c in (2, 3)
+        SplitModel(Recipe.of(RunConfig(model="alexnet", cut=c)), (3, 64, 64), 10).structure
+        for c in (2, 3)
     }
     assert len(found) == 1
 

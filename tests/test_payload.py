@@ -1,6 +1,5 @@
 """Large payloads go onto disk while they come in: the same bytes, little memory, clear errors."""
 
-import dataclasses
 import importlib
 import os
 import random
@@ -23,6 +22,7 @@ from sfl.files.checksum import checksum
 from sfl.files.torch_file import max_state_bytes
 from sfl.runtime.lobby import Lobby, Patience
 from sfl.runtime.preflight import check_run, disk_bytes
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.dialling import listen
@@ -227,12 +227,13 @@ def test_a_lost_client_leaves_no_half_of_a_file(tmp_path: Path) -> None:
 def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(clients=4, scheme="sflv1", participation=0.5, dataset="mnist", model="mlp")
     split = SplitModel(check_run(run), (1, 28, 28), 10)
-    before = disk_bytes(run, split, [100] * 4)
+    recipe = split.recipe
+    before = disk_bytes(recipe, split, [100] * 4)
     monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**10)
     front = max_state_bytes(split.front_spec)
-    assert disk_bytes(run, split, [100] * 4) == before + 2 * front
+    assert disk_bytes(recipe, split, [100] * 4) == before + 2 * front
     # A batch is no larger than a client's part, however large batches may be.
-    huge = dataclasses.replace(run, batch_size=2**20)
+    huge = recipe.changed(batch_size=2**20)
     parts = [10_000, 100, 100, 100]
     monkeypatch.setattr("sfl.runtime.preflight.LARGE_BYTES", 2**50)
     before = disk_bytes(huge, split, parts)
@@ -245,8 +246,8 @@ def test_a_full_disk_is_no_fault_of_the_client() -> None:
     """Also where the server is not waiting for that client just then."""
     patience = Patience(comes_back=True)
     lobby = Lobby(
-        switchboard=None, run=RunConfig(clients=1), events=None, past=None, goes_on=False,
-        fed="here", patience=patience,
+        switchboard=None, recipe=Recipe.of(RunConfig(clients=1)), events=None, past=None,
+        goes_on=False, fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):
         lobby.lost(0, RunError("cannot write: the disk is full"))

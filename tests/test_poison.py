@@ -16,6 +16,7 @@ from sfl.config import RunConfig
 from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
 from sfl.files.finite import check_finite
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.runtime.access import last_words_of
 from sfl.runtime.simulation import Away
 from sfl.values import Position
@@ -188,7 +189,7 @@ AT = Position("r", 0, 0, 0)
 
 def segment(*blocks: nn.Module) -> Segment:
     run = RunConfig(run="r", optimizer="adam", clip_norm=1.0)
-    made = Segment(nn.Sequential(*blocks), 1, run, torch.device("cpu"), boundary=1)
+    made = Segment(nn.Sequential(*blocks), 1, Training.of(run, 1), torch.device("cpu"))
     made.start_round(0)
     return made
 

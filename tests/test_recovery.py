@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import replay
-from experiments.recorded import load
 from experiments.support.same_run import compare
 from experiments.support.slow_link import SlowLink
 from sfl.archive.checkpoint import lying
@@ -20,6 +18,8 @@ from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
 from sfl.options import from_values
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.runtime.simulation import Away
 from sfl.strategy.order import draw
 from tests.support.launch import Launcher, Program, options_of, send_signal, wait_for, was_killed

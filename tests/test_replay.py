@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import replay
-from experiments.recorded import load
+from experiments.replay import __main__ as program
 from sfl.errors import RunError
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from tests.support.launch import Launcher
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import recorded
@@ -56,7 +58,7 @@ def run_replay(*argv: object) -> tuple[int, list[str]]:
     out = io.StringIO()
     with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["replay", *map(str, argv)])
-        code = replay.main()
+        code = program.main()
     return code, out.getvalue().splitlines()
 
 
@@ -66,6 +68,14 @@ def test_one_client_or_round_is_checked_alone(run: Path) -> None:
     of_client = ["0 models checked, 0 differ", "16 gradients checked, 0 differ"]
     assert run_replay(run, "--client", 1) == (0, of_client)
     assert run_replay(run, "--round", 1, "--client", 0)[1][-1] == "8 gradients checked, 0 differ"
+
+
+def test_the_page_shows_how_to_call_it(run: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/programs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, replay.Report] = {}
+    exec(code.replace("shared_files/server/first", str(run)), names)
+    assert (names["report"].findings, names["report"].checked) == ([], 32)
 
 
 def test_a_selection_that_holds_nothing_is_an_error(run: Path) -> None:
@@ -153,7 +163,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl.conversation.round import step
+    from sfl.conversation import step
 
     honest = step.train_step
 

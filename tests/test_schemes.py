@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import replay
-from experiments.recorded import load
 from sfl import seeds
 from sfl.archive import reader as archive
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError
-from sfl.model.segment import OPTIMIZERS
+from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
+from sfl.runtime import replay
+from sfl.runtime.recorded import load
 from sfl.strategy import schemes
 from sfl.strategy.order import draw, interleaved
 from sfl.strategy.schemes import SCHEMES, Scheme

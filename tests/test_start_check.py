@@ -14,6 +14,7 @@ from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
 from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model, needs_several_samples
 from tests.support import odd_models
@@ -24,7 +25,7 @@ SHAPE, CLASSES = (1, 28, 28), 10
 
 def split_model(name: str, **options: Any) -> SplitModel:
     named = name if name in MODELS else f"tests.support.odd_models:{name}"
-    return SplitModel(RunConfig(model=named, **{"cut": 3} | options), SHAPE, CLASSES)
+    return SplitModel(Recipe.of(RunConfig(model=named, **{"cut": 3} | options)), SHAPE, CLASSES)
 
 
 def tried(name: str, **options: Any) -> SplitModel:

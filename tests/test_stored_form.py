@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.hostile.attacks import BATCH, NUM_CLASSES, SHAPE, Insider, Target
 from experiments.hostile.files import EVIL, changed
+from experiments.hostile.insiders import BATCH, NUM_CLASSES, SHAPE, Insider
+from experiments.hostile.target import Target
 from sfl.errors import PeerFailed
 from sfl.files.checksum import File, checksum
 from sfl.files.torch_file import TensorSpec, decode_file, encode, encode_state
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
 from tests.support.launch import Launcher, wait_for
@@ -79,7 +81,7 @@ def test_what_another_torch_writes_is_recorded_as_ours(
 def test_gradients_of_another_torch_are_recorded_as_ours(
     insider: Insider, launcher: Launcher
 ) -> None:
-    split = SplitModel(insider.welcome.run, SHAPE, NUM_CLASSES)
+    split = SplitModel(Recipe.of(insider.welcome.run), SHAPE, NUM_CLASSES)
     grads = {n: torch.ones(s.shape, dtype=s.dtype) for n, s in split.parameters_spec.items()}
     insider.link.limits = Limits(payload_bytes={MessageType.SEND_AGGREGATED_MODEL: 2**20})
     data, said = as_another_writes(encode_state(grads)), {"loss": 1.0, "correct": 1}

@@ -10,7 +10,9 @@ from sfl import seeds
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.model.segment import Segment, train_step
+from sfl.model.training import Training
 from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 
@@ -81,13 +83,13 @@ def test_a_training_step_at_any_cut_gives_the_weights_of_the_unsplit_model(name:
     run = RunConfig(model=name, optimizer="sgd", lr=0.05, seed=2)
     at, (x, y) = Position("r", 1, 3, 0), batch(name)
     model = build(model_spec(name), SHAPES[name], 10, seed=2)
-    whole = Segment(model, 0, run, CPU, boundary=0)
+    whole = Segment(model, 0, Training.of(run, 0), CPU)
     loss = nn.functional.cross_entropy(whole.forward(x, at), y)
     loss.backward()
     whole.update()
     expected = whole.state()
     for cut in cuts_to_train(name):
-        cut_model = SplitModel(RunConfig(**vars(run) | {"cut": cut}), SHAPES[name], 10)
+        cut_model = SplitModel(Recipe.of(RunConfig(**vars(run) | {"cut": cut})), SHAPES[name], 10)
         front, back = cut_model.front(CPU), cut_model.back(CPU)
         figures, dz = train_step(back, front.forward(x, at), y, at)
         front.backward(dz)
@@ -100,8 +102,8 @@ def test_a_training_step_at_any_cut_gives_the_weights_of_the_unsplit_model(name:
 
 
 def test_resnet18_is_cut_where_splitfed_cuts_it() -> None:
-    split_model = SplitModel(RunConfig(model="resnet18"), (3, 64, 64), 7)
-    assert split_model.cut == 5
+    split_model = SplitModel(Recipe.of(RunConfig(model="resnet18")), (3, 64, 64), 7)
+    assert split_model.cuts == (5,)
     assert split_model.features_spec(8).shape == (8, 64, 16, 16)
     assert not any(name.startswith("layer1_1") for name in split_model.front_spec)
     assert any(name.startswith("layer1_0") for name in split_model.front_spec)
@@ -118,7 +120,7 @@ def test_channels_and_classes_follow_the_data(name: str) -> None:
 @pytest.mark.parametrize("name", marked(["alexnet", "vgg16"]))
 def test_images_too_small_for_a_model_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="does not take samples of shape"):
-        SplitModel(RunConfig(model=name), (1, 28, 28), 10)
+        SplitModel(Recipe.of(RunConfig(model=name)), (1, 28, 28), 10)
 
 
 def test_femnists_and_mnists_cnns_have_the_fields_widths() -> None:

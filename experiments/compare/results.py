@@ -13,7 +13,8 @@ from experiments.support.costs import costs_of, formula_bytes
 from sfl.archive.round_log import DOWN, EVALUATED, FIGURES, TRAFFIC, UP, read_round
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_sizes, num_batches
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import SCHEMES, Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.weights.stores import SOCKET
 from sfl.wire.link import KINDS_DOWN, KINDS_UP
@@ -39,8 +40,8 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
     clients they are sums.
     """
     archive = sfl.archive.open(path)
-    data, pooled = archive.environment()["data"], scheme(run.scheme).pooled
-    split = SplitModel.of_data(run, data)
+    data, recipe = archive.environment()["data"], Recipe.of(run)
+    pooled, split = recipe.scheme.pooled, SplitModel.of_data(recipe, data)
     halves = costs_of(split, tuple(data["input_shape"]))
     flops = sum(half.training_flops for half in (halves if pooled else halves[:1]))
     with open(path / "rounds.csv", newline="") as stream:
@@ -97,11 +98,9 @@ def read_study(study: Study) -> pd.DataFrame:
     return pd.concat([read_run(study.folder(run), run) for run in study.runs], ignore_index=True)
 
 
-def write_results(study: Study) -> list[Path]:
-    """Write a study's tables and figures, and return their paths."""
-    from experiments.compare.figures import draw_all
-
-    out, lines = study.node.out_path, read_study(study)
+def write_tables(study: Study, lines: pd.DataFrame) -> list[Path]:
+    """Write a study's tables, and return their paths."""
+    out = study.node.out_path
     tables = {
         "compare.csv": [*RUN, "round", "client", *COUNTED],
         "times.csv": [*RUN, "round", "client", *TIMES],
@@ -112,7 +111,7 @@ def write_results(study: Study) -> list[Path]:
         lines[columns].to_csv(paths[-1], index=False)
     paths.append(out / "compare.md")
     paths[-1].write_text(markdown(study, lines))
-    return paths + draw_all(study, lines, out)
+    return paths
 
 
 def last_rounds(lines: pd.DataFrame) -> pd.DataFrame:
@@ -205,7 +204,7 @@ def _of_clients(study: Study, lines: pd.DataFrame) -> str:
     clients = sorted(set(last["client"]) - {ALL}, key=int)
     rows = []
     for partition, name in _cells(study):
-        if scheme(name).pooled:
+        if SCHEMES[name].pooled:
             continue
         by_client = of_cell(last, partition, name).pivot(
             index="seed", columns="client", values="test_acc"
@@ -257,7 +256,7 @@ def _bytes(study: Study, lines: pd.DataFrame) -> str:
         return f"Weights went through {study.run.weights}, where they are not counted.\n"
     trained, rows = _trained(lines), []
     for partition, name in _cells(study):
-        if scheme(name).pooled:
+        if SCHEMES[name].pooled:
             continue
         means = of_cell(trained, partition, name).mean(numeric_only=True) / 1e6
         carried = {
@@ -267,7 +266,7 @@ def _bytes(study: Study, lines: pd.DataFrame) -> str:
         measured = sum(carried.values()) - carried["validation"]
         smashed, weights = (means[column] for column in FORMULA)
         as_weights = carried["weights"]
-        if scheme(name).exchange is Exchange.WEIGHT_GRADS:  # whose gradients are the weights'
+        if SCHEMES[name].exchange is Exchange.WEIGHT_GRADS:  # whose gradients are the weights'
             as_weights += carried["gradients"]
         excess = {
             "labels": carried["labels"],

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfl.config import RunConfig
 from sfl.model.segment import Segment
-from sfl.strategy.schemes import Exchange, Fronts, scheme
+from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 
@@ -92,7 +92,7 @@ def formula_bytes(
     samples, ``2|W|`` in FL, ``2(p/K)q + 2 beta |W|`` in SL and both SFL. By the same count SFLV3,
     whose fronts stay, has ``2(p/K)q``, and synchronous SGD ``2|W|`` a step.
     """
-    row = scheme(run.scheme)
+    row = split.recipe.scheme
     if row.pooled or not samples:
         return 0, 0
     named = split.entries.trained | split.entries.frozen

@@ -44,7 +44,7 @@ from sfl.files.torch_file import decode_state, encode_state
 from sfl.options import from_values
 from sfl.strategy.merge import FRONT, Half, averaging_weights, half_files, merge_fronts
 from sfl.strategy.order import Turns, draw
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import (
@@ -145,7 +145,6 @@ def _parse_start(
 class FedRounds:
     """The fed server's part of a run."""
 
-    run: RunConfig
     network: Network
     stores: Mapping[int, WeightStore]  # in the order of the clients
     num_train: Mapping[int, int]
@@ -156,9 +155,13 @@ class FedRounds:
     first_round: int = 0
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
+    @property
+    def run(self) -> RunConfig:
+        return self.split.recipe.run
+
     def run_all(self) -> None:
         """Give the initial weights; then merge what each round brings."""
-        keeps_own = scheme(self.run.scheme).fronts is Fronts.OWN
+        keeps_own = self.split.recipe.scheme.fronts is Fronts.OWN
         if self.first_round == 0:
             self._write_half(-1)
             self._commit(0)
@@ -190,7 +193,7 @@ class FedRounds:
     def _round(self, round_index: int) -> None:
         """Take the fronts of those who train in a round, and give what becomes of them."""
         self.folder.check_there()
-        archive, policy = self.folder.archive, scheme(self.run.scheme).fronts
+        archive, policy = self.folder.archive, self.split.recipe.scheme.fronts
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)
         relay: list[NamedWeights] = []
@@ -202,7 +205,7 @@ class FedRounds:
         weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
         entries = self.split.entries
         merged = merge_fronts(
-            self.run, fronts, weights, start=self.half, entries=entries, last=order[-1]
+            self.split.recipe, fronts, weights, start=self.half, entries=entries, last=order[-1]
         )
         assert merged is not None
         self.half = merged

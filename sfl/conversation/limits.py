@@ -1,35 +1,34 @@
 """What each side accepts from the other: which files, of how many bytes, and where they go."""
 
-from sfl.config import RunConfig
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
 from sfl.wire.payload import MakeStore
 
 
-def client_limits(split: SplitModel, run: RunConfig, store: MakeStore) -> Limits:
+def client_limits(split: SplitModel, store: MakeStore) -> Limits:
     """Return what a client accepts from its server."""
     weights = max_state_bytes(split.front_spec)
     limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
     if split.cuts:
-        largest = split.features_spec(run.batch_size + 1)
+        largest = split.features_spec(split.recipe.run.batch_size + 1)
         limits[MessageType.TRAINING_GRADS] = max_file_bytes([largest])
     return Limits(payload_bytes=limits, store=store)
 
 
-def server_limits(split: SplitModel, run: RunConfig, num_steps: int, store: MakeStore) -> Limits:
+def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits:
     """Return what the server accepts from a client of at most so many steps a round."""
     limits = {MessageType.SEND_MODEL: max_state_bytes(split.front_spec)}
     if split.cuts:
-        step, evaluation = run.batch_size + 1, split.evaluation_batch
+        step, evaluation = split.recipe.run.batch_size + 1, split.evaluation_batch
         limits |= {
             MessageType.TRAINING_LABELS: max_file_bytes([split.labels_spec(step)]),
             MessageType.TRAINING_FEATURES: max_file_bytes([split.features_spec(step)]),
             MessageType.VALIDATION_LABELS: max_file_bytes([split.labels_spec(evaluation)]),
             MessageType.VALIDATION_FEATURES: max_file_bytes([split.features_spec(evaluation)]),
         }
-    elif scheme(run.scheme).exchange is Exchange.WEIGHT_GRADS:
+    elif split.recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         limits[MessageType.TRAINING_GRADS] = max_state_bytes(split.parameters_spec)
     else:
         figures = max_file_bytes([split.figures_spec(num_steps)])

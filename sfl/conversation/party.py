@@ -19,7 +19,7 @@ from sfl.files.torch_file import TensorSpec
 from sfl.files.torch_reader import Buffer
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
-from sfl.strategy.schemes import scheme
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import WeightStore
@@ -49,7 +49,7 @@ class Party:
     """What client and server both have for one client."""
 
     client: int
-    run: RunConfig
+    recipe: Recipe
     link: Link
     weights: WeightStore
     split: SplitModel
@@ -58,6 +58,10 @@ class Party:
     profile: Profile
     clock: Stopwatch = field(default_factory=Stopwatch)
     warned_in: int = -1  # the round in which people were last told of NaN or infinity
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """See that what the peer sent is finite, or warn, once a round.
@@ -177,7 +181,7 @@ class ServerParty(Party):
     @property
     def back_index(self) -> int:
         """Which copy of the back takes this client's steps."""
-        return scheme(self.run.scheme).back_of(self.client)
+        return self.recipe.scheme.back_of(self.client)
 
     @property
     def back(self) -> Segment:

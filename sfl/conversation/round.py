@@ -49,7 +49,7 @@ from sfl.files.torch_file import decode_state, encode_state
 from sfl.model.metrics import Tally
 from sfl.strategy.merge import has_own
 from sfl.strategy.order import RoundPlan
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.schemes import Fronts
 from sfl.values import Position
 from sfl.weights.exchange import (
     AVERAGE,
@@ -105,7 +105,7 @@ def server_evaluate_round(
 
 def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     """Train through a round and give the weights away; faces ``server_train``."""
-    link, at, row = party.link, start.at, scheme(party.run.scheme)
+    link, at, row = party.link, start.at, party.recipe.scheme
     yield from _take_over(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
@@ -127,7 +127,7 @@ def server_train(
     party: ServerParty, plan: RoundPlan, round_index: int
 ) -> Conversation[RoundResult]:
     """Train with one client through a round, when it is its turn, and take its weights."""
-    link, at, row = party.link, party.at(round_index), scheme(party.run.scheme)
+    link, at, row = party.link, party.at(round_index), party.recipe.scheme
     yield plan.turn_of(party.client)
     steps = plan.num_steps_for(party.client)
     yield from _hand_over(
@@ -221,13 +221,13 @@ def _parse_seconds(text: str) -> float:
 
 def _keep(party: ClientParty, round_index: int) -> None:
     """Write down what only this client has, before the server can take the round for done."""
-    if not has_own(party.run):
+    if not has_own(party.recipe):
         return
     files = {}
-    if scheme(party.run.scheme).fronts is Fronts.OWN:
+    if party.recipe.scheme.fronts is Fronts.OWN:
         path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
         files[path] = "one_client_model", encode_state(party.front.state())
-    if party.run.optimizer_state == "keep":
+    if party.recipe.training.keeps_optimizer:
         path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
         files[path] = "client_optimizer", encode_state(party.front.optimizer_state())
     for path, (kind, data) in files.items():

@@ -1,4 +1,4 @@
-"""Who trains on what: data sets, partitions, batches, augmentation."""
+"""Data sets, partitions among clients, batches and augmentation."""
 
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples

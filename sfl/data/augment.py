@@ -1,9 +1,9 @@
-"""Random changes to the images of a training batch, as the field makes them.
+"""Augmentation: random changes to the images of a training batch.
 
-Each sample's draws derive from (seed, client, round, step) and its place in the step, so that a
-step can be made again; they are the same wherever the model is cut, over sockets as in one process.
-Images are (B, C, H, W) float32 in [0, 1], not yet normalised; what comes in from outside an image
-is its data set's background.
+Each sample's draws derive from (seed, client, round, step) and its place in the step. So a step can
+be repeated, and the images do not depend on where the model is cut or on the transport. Images are
+(B, C, H, W) float32 in [0, 1], before normalisation; pixels from outside an image get the data
+set's background.
 """
 
 import math
@@ -53,7 +53,7 @@ def crop(x: Tensor, drawn: Generator, background: float, *, padding: int = 4) ->
 
 
 def rotate(x: Tensor, drawn: Generator, background: float, *, degrees: float = 10.0) -> Tensor:
-    """Turn each image about its centre by up to ``degrees`` each way, bilinearly."""
+    """Rotate each image about its centre by up to ``degrees`` each way, bilinearly."""
     if not 0 < degrees <= 180:
         raise ValueError("degrees must be in (0, 180]")
     angles = (2 * torch.rand(len(x), generator=drawn) - 1) * math.radians(degrees)
@@ -75,10 +75,10 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 @torch.no_grad()
 def augment(x: Tensor, text: str, background: float, *, seed: int, at: Position) -> Tensor:
-    """Return a training batch's images changed at random, as ``hflip+crop:padding=4`` says.
+    """Return a training batch's images with random changes, such as ``hflip+crop:padding=4``.
 
     Raises:
-        ConfigError: the text names no such changes.
+        ConfigError: ``text`` names an unknown change or option.
     """
     for index, change in enumerate(_changes(text)):
         drawn = seeds.generator(seed, seeds.AUGMENTATION, at.round, at.client, at.step, index)
@@ -92,7 +92,7 @@ def _changes(text: str) -> list[Callable[..., Tensor]]:
 
 
 def check_augmentation(text: str) -> None:
-    """Raise ``ConfigError`` if the text names no changes; "" is the data set's own."""
+    """Raise ``ConfigError`` unless ``text`` names augmentations; "" is the data set's default."""
     tiny, drawn = torch.zeros(1, 1, 4, 4), torch.Generator()
     for change in _changes(text or NONE):
         change(tiny, drawn, 0.0)

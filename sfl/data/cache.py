@@ -1,7 +1,7 @@
-"""What takes long to read is read once, and kept as arrays that are mapped into memory.
+"""A cache of decoded data sets: arrays on disk, mapped into memory.
 
-The clients that one user runs on a machine share them. Nothing half-written is ever read: a folder
-of arrays gets its name when it is whole.
+All clients of one user on a machine share it. A folder of arrays is renamed to its final name only
+when it is complete, so no reader sees a partial one.
 """
 
 import contextlib
@@ -19,29 +19,29 @@ from torch import Tensor
 from sfl.errors import DataError
 from sfl.files.atomic import sync
 
-FORMAT = 2  # of what is kept; counts up when something else comes out of the same files
+FORMAT = 2  # version of the cached arrays; count up when the same source files give other arrays
 
 
 @contextlib.contextmanager
 def one_at_a_time(lock_path: Path) -> Iterator[None]:
-    """Let the processes of one machine do something one after another.
+    """Hold a lock file, so that the processes of one machine enter one after another.
 
-    Without POSIX file locks (Windows) they may do it at once.
+    Without POSIX file locks (Windows), several may enter at once.
     """
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     with open(lock_path, "w") as lock:
         if importlib.util.find_spec("fcntl"):
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file closes
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
         yield
 
 
 def signature(paths: Iterable[Path]) -> str:
-    """Return what tells whether files have changed: their names, sizes and times.
+    """Return a text that changes when one of the files changes: their names, sizes and times.
 
     Raises:
-        DataError: one of them cannot be found.
+        DataError: a file cannot be read.
     """
     lines = []
     for path in paths:
@@ -60,14 +60,14 @@ def cached(
     lengths: Mapping[str, int | None],
     make: Callable[[Path], None],
 ) -> Mapping[str, Tensor]:
-    """Return the arrays that ``make`` writes as ``.npy`` files into the folder that it is given.
+    """Return the arrays of ``key``; ``make`` writes them as ``.npy`` files if they are not cached.
 
-    It is called once for a ``key``, which says all that the arrays depend on; ``lengths`` has their
-    names, and how many rows each has, where that is known. Who writes into the tensors writes into
-    a copy of its own.
+    ``make`` gets the folder to write into. ``key`` identifies everything that the arrays depend on.
+    ``lengths`` has the name of each array and its number of rows, if known. The tensors are mapped
+    copy-on-write: writing to them does not change the cache.
 
     Raises:
-        DataError: the folder cannot be written, or a file in it is damaged; or from ``make``.
+        DataError: the folder cannot be written, or a cached file is damaged; also as ``make``.
     """
     digest = hashlib.sha256(f"{FORMAT}\n{key}".encode()).hexdigest()[:16]
     whole = folder / f"{name}-{digest}"
@@ -97,10 +97,10 @@ def _map(path: Path, length: int | None) -> Tensor:
 
 
 def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Create a file for an array of bytes, with the disk that it needs, and map it.
+    """Create a file for an array of bytes, allocate its disk space, and map it.
 
     Raises:
-        OSError: there is no room for it; a sparse file would end the process when it is filled.
+        OSError: the disk is full. Writing to a sparse file would kill the process instead.
     """
     array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     if hasattr(os, "posix_fallocate"):
@@ -111,7 +111,7 @@ def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 def _make(whole: Path, make: Callable[[Path], None]) -> None:
     partial = whole.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir()
     try:
         make(partial)

@@ -1,23 +1,23 @@
-"""Names of classes in messages: those that look alike are shown with their code points."""
+"""Class names in messages; names that look alike are shown with their code points."""
 
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-MOST_SHOWN = 12  # names of a list
-MOST_POINTS = 4  # names of a list that have their code points
+MOST_SHOWN = 12  # names in a list
+MOST_POINTS = 4  # names in a list that are shown with code points
 
 
 def _seen(name: str) -> str:
-    """Return the same text for names that look the same: accents, spaces, what has no width."""
+    """Return a text that is equal for names that look alike (accents, spaces, zero width)."""
     visible = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     return " ".join("".join(visible).split())
 
 
 def listed(names: Sequence[str], others: Collection[str]) -> str:
-    """Return how many names there are and which; of many, those that ``others`` lacks come first.
+    """Return the number of names and the first few; those that ``others`` lacks come first.
 
-    Of these, one that is not ASCII, or looks like one of the others, has its code points.
+    Of these, names that are not ASCII, or look like one of ``others``, have their code points.
     """
     looks = {_seen(name).casefold() for name in others}
     missing = [name for name in names if name not in others]
@@ -29,7 +29,7 @@ def listed(names: Sequence[str], others: Collection[str]) -> str:
 
 
 def with_code_points(name: str) -> str:
-    """Return ``café [U+0065 U+0301]``: of what is not plain ASCII; of all, if that is nothing."""
+    """Return ``café [U+0065 U+0301]``: a name and its non-ASCII code points; all if it has none."""
     after = [*name[1:], ""]
     told = [
         c for c, following in zip(name, after, strict=True)
@@ -39,7 +39,7 @@ def with_code_points(name: str) -> str:
 
 
 def alike_among(names: Sequence[str]) -> list[str]:
-    """Return the names, with their code points, of which another looks the same."""
+    """Return the names that look like another one of them, with their code points."""
     looks = [_seen(name) for name in names]
     num = Counter(looks)
     return [with_code_points(n) for n, seen in zip(names, looks, strict=True) if num[seen] > 1]

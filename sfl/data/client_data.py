@@ -1,7 +1,7 @@
-"""What a client trains, validates and tests on, and the batches that it draws.
+"""A client's training, validation and test data, and the batches drawn from them.
 
-Images stay as they were read (uint8, or float32), perhaps in a file that is mapped into
-memory, and become normalised float32 of the run's size when a batch is drawn.
+Images stay as they were read (uint8 or float32), possibly mapped from a file. They become
+normalised float32 of the run's image size when a batch is drawn.
 """
 
 import contextlib
@@ -23,28 +23,27 @@ from sfl.data.samples import Samples, as_floats
 from sfl.errors import ConfigError, DataError
 from sfl.values import Position
 
-LARGEST_FIGURE = 1e9  # of --normalize, and 1 over it the least deviation: what float32 bears
-VALIDATION_SHARE = 5  # one sample in five of a client's part is held out
+LARGEST_FIGURE = 1e9  # largest mean of --normalize; 1 over it is the smallest std: within float32
+VALIDATION_SHARE = 5  # one in five of a client's training samples is held out
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and how its images are wanted."""
+    """Where a data set is loaded from, and the shape its images should have."""
 
     folder: Path  # --data-dir
-    cache: Path  # --cache-dir: for what takes long to read
-    input_shape: tuple[int, ...]  # of a sample; images of another size are resized when drawn
-    say: Callable[[str], None] = print  # what is going on, for people
+    cache: Path  # --cache-dir: holds decoded images
+    input_shape: tuple[int, ...]  # of a sample; a batch's images are resized to it
+    say: Callable[[str], None] = print  # reports progress to the user
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set: how to load its training and test set, and what its samples are.
+    """A data set: how to load its training and test set, and the kind of its samples.
 
-    ``mean`` and ``std`` are for bytes divided by 255, and floats as they are, which in our own data
-    sets are in [0, 1]; one for all channels or one for each; ``augment`` is what
-    ``--augment`` means if it is not given, ``background`` the grey in [0, 1] that comes in from
-    outside an image.
+    ``mean`` and ``std`` are for pixels in [0, 1] (bytes divided by 255; floats as they are): one
+    value, or one for each channel. ``augment`` is the default of ``--augment``. ``background`` is
+    the grey in [0, 1] of pixels from outside an image.
     """
 
     load: Callable[[Source], tuple[Samples, Samples]]
@@ -55,18 +54,18 @@ class DatasetSpec:
     augment: str = NONE
     background: float = 0.0
     has_writers: bool = False
-    num_samples: int = 0  # of training and test set together, at most; 0: not known
-    decodes: bool = False  # all its images are read at the run's size, and kept so
+    num_samples: int = 0  # of training and test set together, at most; 0: unknown
+    decodes: bool = False  # loads images at the run's size, and caches them so
 
     @property
     def has_images(self) -> bool:
         return len(self.input_shape) == 3
 
     def sized(self, side: int) -> "DatasetSpec":
-        """Return the data set with square images of this side; 0: as it is.
+        """Return the data set with square images of this side length; 0 keeps its own.
 
         Raises:
-            ConfigError: its samples are no images.
+            ConfigError: its samples are not images.
         """
         if not side:
             return self
@@ -79,10 +78,10 @@ class DatasetSpec:
 
 
 def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of ``--normalize``: one for all channels or one for each.
+    """Return mean and standard deviation of ``--normalize``: one value, or one for each channel.
 
     Raises:
-        ConfigError: the text is not ``mean=M,std=S``, or a figure is out of range.
+        ConfigError: the text is not ``mean=M,std=S``, or a value is out of range.
     """
     found = re.fullmatch(r"mean=([^,]+),std=([^,]+)", text)
     mean: tuple[float, ...] = ()
@@ -103,10 +102,10 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def normalised(spec: DatasetSpec, run: RunConfig) -> DatasetSpec:
-    """Return the data set with the mean and deviation that the run gives, if it gives them.
+    """Return the data set with the run's ``--normalize``, if it is given.
 
     Raises:
-        ConfigError: they are not of its channels.
+        ConfigError: the number of values differs from the number of channels.
     """
     if not run.normalize:
         return spec
@@ -123,7 +122,7 @@ def load(spec: DatasetSpec, source: Source) -> tuple[Samples, Samples]:
     """Return a data set's training and test samples.
 
     Raises:
-        DataError: it is not there, damaged, or not what a data set must be.
+        DataError: they are missing, damaged, or do not fit the spec.
     """
     train, test = spec.load(source)
     for part, samples in (("training", train), ("test", test)):
@@ -133,7 +132,7 @@ def load(spec: DatasetSpec, source: Source) -> tuple[Samples, Samples]:
 
 
 def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
-    """Return what keeps samples from being used, if anything does."""
+    """Return why samples cannot be used; "" if they can."""
     if not isinstance(samples, Samples) or not all(
         isinstance(tensor, Tensor) for tensor in (samples.stored, samples.y)
     ):
@@ -159,7 +158,7 @@ def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client trains, validates and tests on."""
+    """One client's training, validation and test samples."""
 
     train: Samples
     validation: Samples
@@ -196,7 +195,7 @@ class ClientData:
         return mean, std
 
     def _normalised(self, x: Tensor) -> Tensor:
-        """Return a batch normalised, in its own memory: it is a copy of what is stored."""
+        """Normalise a batch in place; it is a copy of the stored samples."""
         mean, std = self._mean_and_std
         return x.sub_(mean).div_(std)
 
@@ -204,10 +203,10 @@ class ClientData:
 def part_of(
     spec: DatasetSpec, run: RunConfig, client: int, loaded: tuple[Samples, Samples]
 ) -> ClientData:
-    """Return a client's part of a data set that all machines have: the case in studies.
+    """Return a client's part of a data set that every machine has, as studies do.
 
     Raises:
-        DataError: the client's part is empty, or no draw gives every client its share.
+        DataError: the client's part is empty, or no draw gives every client enough samples.
     """
     train, test = deal(*loaded, run)[client]
     return client_data(spec, run, client, train, test)
@@ -223,13 +222,13 @@ def client_data(
     *,
     validation: Samples | None = None,
 ) -> ClientData:
-    """Return a client's data; if ``validation`` is not given, a fifth of its part is held out.
+    """Return a client's data; without ``validation``, a fifth of ``part`` is held out for it.
 
-    That fifth is drawn from (seed, client).
+    The fifth is drawn from (seed, client).
 
     Raises:
         ConfigError: the samples cannot be augmented, or normalised as the run says.
-        DataError: the part is empty, or its samples are not of the data set's kind.
+        DataError: ``part`` is empty, or its samples do not fit the data set.
     """
     spec = normalised(spec, run)
     if not len(part):
@@ -256,17 +255,17 @@ def client_data(
 
 
 def num_batches(num_samples: int, batch_size: int) -> int:
-    """Return the number of batches of one pass.
+    """Return the number of batches in one pass over the samples.
 
-    The last batch is kept; if it would have one sample, which BatchNorm cannot train on, that
-    sample joins the batch before it.
+    The last, smaller batch is kept. A last batch of one sample, which BatchNorm cannot train on,
+    joins the batch before it.
     """
     whole, rest = divmod(num_samples, batch_size)
     return whole + (rest > 1 or (rest == 1 and whole == 0))
 
 
 def batch_sizes(num_samples: int, batch_size: int) -> Iterator[int]:
-    """Yield the sizes of the batches of one pass."""
+    """Yield the sizes of the batches in one pass over the samples."""
     count = num_batches(num_samples, batch_size)
     for _ in range(count - 1):
         yield batch_size

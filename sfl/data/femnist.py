@@ -5,8 +5,8 @@
     DIR/FEMNIST/data/train/*.json    {"users": [writer, ...], "user_data": {writer: {"x", "y"}}}
     DIR/FEMNIST/data/test/*.json     or .json.gz
 
-Pixels are in [0, 1], dark characters on a white background of 1.0, the reverse of MNIST; they stay
-so.
+Pixels are in [0, 1], with dark characters on a white background of 1.0: the reverse of MNIST. They
+are not inverted.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from sfl.data.samples import Samples
 from sfl.errors import DataError
 
 NUM_CLASSES = 62
-# What reading a damaged file raises, beside our own errors.
+# What reading a damaged file raises, besides our own errors.
 _DAMAGE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
     RecursionError, zlib.error,
@@ -35,10 +35,10 @@ SIDE = 28
 def load_femnist(source: Source) -> tuple[Samples, Samples]:
     """Load LEAF's training and test samples with their writers.
 
-    The files are parsed once, and then read from the cache.
+    The files are parsed once; later loads read the cache.
 
     Raises:
-        DataError: they are not there, damaged, or not LEAF's.
+        DataError: the files are missing, damaged, or not LEAF's.
     """
     folder = source.folder / "FEMNIST" / "data"
     files = {part: _files(folder / part) for part in ("train", "test")}
@@ -62,7 +62,7 @@ def load_femnist(source: Source) -> tuple[Samples, Samples]:
 
 def _files(folder: Path) -> list[Path]:
     found = (*folder.glob("*.json"), *folder.glob("*.json.gz"))
-    paths = sorted(path for path in found if not path.name.startswith("."))  # of another system
+    paths = sorted(path for path in found if not path.name.startswith("."))  # without hidden files
     if not paths:
         raise DataError(
             f"no .json or .json.gz in {folder}: make FEMNIST with LEAF"
@@ -73,7 +73,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _parse(paths: list[Path], writers: dict[str, int]) -> Mapping[str, np.ndarray]:
-    """Return ``x``, ``y`` and ``writers`` of some files; number the writers that are new."""
+    """Return ``x``, ``y`` and ``writers`` of some files, and number the writers that are new."""
     xs, ys, by = [], [], []
     for path in paths:
         for writer, x, y in _read(path):

@@ -6,8 +6,8 @@
                  HAM10000_images_part_1/ISIC_0024306.jpg ...
                  HAM10000_images_part_2/...
 
-Many lesions have several images. All images of a lesion train, or all of them test: otherwise the
-test would ask for what was learnt by heart.
+Many lesions have several images. All images of a lesion are either training or test samples, so
+that no test image shows a lesion that was trained on.
 """
 
 import csv
@@ -28,13 +28,13 @@ CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 METADATA = "HAM10000_metadata.csv"
 PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
 COLUMNS = ("lesion_id", "image_id", "dx")
-TEST_SHARE = 5  # one lesion in five of each class tests
+TEST_SHARE = 5  # one in five lesions of each class is for testing
 
 
 def load_ham10000(source: Source) -> tuple[Samples, Samples]:
-    """Load the images of all lesions; every fifth lesion of a class, by its id, tests.
+    """Load the images of all lesions; every fifth lesion of a class, sorted by id, is for testing.
 
-    Images are decoded and resized once, and then read from the cache.
+    Images are decoded and resized once; later loads read the cache.
 
     Raises:
         DataError: a file, a folder or a column is missing, or an image is damaged.
@@ -111,7 +111,7 @@ def _find_images(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _is_test(rows: Sequence[Mapping[str, str]]) -> Tensor:
-    """Return which images test: (N,) bool."""
+    """Return which images are test samples: (N,) bool."""
     class_of = {row["lesion_id"]: row["dx"] for row in rows}
     tests: set[str] = set()
     for name in CLASSES:

@@ -1,12 +1,12 @@
-"""Folders of images, one for each class: what is read, and what is left out and why.
+"""A client's own images in one folder for each class.
 
 ::
 
     DIR/<class>/*.png ...          no test set; a fifth is held out for validation
 
     DIR/train/<class>/*.png ...
-    DIR/val/<class>/*.png ...      if wanted: the validation part
-    DIR/test/<class>/*.png ...     if wanted: the test set
+    DIR/val/<class>/*.png ...      optional: the validation part
+    DIR/test/<class>/*.png ...     optional: the test set
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ Say = Callable[[str], object]
 PARTS = TRAIN, VALIDATION, TEST = "train", "val", "test"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 _HIDDEN = "hidden or of the system"
-MOST_NAMED = 3  # of what is left out for one reason
-# What other layouts call a part: a folder of such a name that holds folders is no class.
+MOST_NAMED = 3  # names in the list of files left out for one reason
+# Other layouts' names for a part: a folder of such a name that holds folders is not a class.
 _LIKE_PARTS = frozenset({*PARTS, "training", "valid", "validation", "testing"})
-# What systems put beside one's files, apart from what starts with a dot.
+# Files and folders that operating systems create, besides those that start with a dot.
 _OF_SYSTEMS = frozenset(
     {"__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information",
      "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
@@ -40,10 +40,10 @@ LAYOUT = (
 
 
 def read_folders(data_dir: Path, spec: DatasetSpec, say: Say) -> Parts:
-    """Read the images of all classes, and say of each class what was read and what was left out.
+    """Read the images of all classes, and say for each class what was read and what was left out.
 
     Raises:
-        DataError: another layout, a damaged image, or the data set's samples are no images.
+        DataError: the layout is another, an image is damaged, or the data set has no images.
     """
     if not spec.has_images or spec.input_shape[0] not in (1, 3):
         raise DataError(
@@ -65,15 +65,17 @@ def read_folders(data_dir: Path, spec: DatasetSpec, say: Say) -> Parts:
 
 
 def is_of_system(path: Path) -> bool:
-    """Say whether a file or folder is hidden, or what systems make: nobody's data."""
+    """Return whether a file or folder is hidden or made by the operating system."""
     return path.name.startswith(".") or path.name.casefold() in _OF_SYSTEMS
 
 
 def sort_out(folder: Path, why_not: Callable[[Path], str]) -> tuple[list[Path], str]:
-    """Return what is read of a folder, by name, and a text of what is left out and why.
+    """Return the paths of a folder to read, sorted by name, and a text on what is left out and why.
+
+    ``why_not`` returns why a path is left out, or "".
 
     Raises:
-        DataError: it is no folder that can be read.
+        DataError: the folder cannot be read.
     """
     kept: list[Path] = []
     left: dict[str, list[str]] = {}
@@ -100,14 +102,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _why_no_class(path: Path) -> str:
-    """Return why something beside the folders of the classes is not read; "" if it is one."""
+    """Return why a path among the classes' folders is not read; "" if it is a class."""
     if is_of_system(path):
         return _HIDDEN
     return "" if path.is_dir() else "beside the folders of the classes"
 
 
 def _why_no_image(path: Path) -> str:
-    """Return why something in a class's folder is not read; "" if it is an image."""
+    """Return why a path in a class's folder is not read; "" if it is an image."""
     from PIL import Image
 
     suffix = path.suffix.lower()
@@ -125,16 +127,16 @@ def _why_no_image(path: Path) -> str:
 
 
 def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
-    """Return the folders of the parts that there are; "" alone: the classes lie in DIR itself.
+    """Return the names of the parts' folders; ("",) if the classes lie in DIR itself.
 
     Raises:
-        DataError: a folder is meant as a part, and spelt in another way.
+        DataError: a folder seems to be a part but is not named like one.
     """
     folders = {path.name: path for path in sort_out(data_dir, _why_no_class)[0]}
     has_parts = TRAIN in folders and (
         folders.keys() == {TRAIN}
         or not folders.keys().isdisjoint({VALIDATION, TEST})
-        or bool(sort_out(folders[TRAIN], _why_no_class)[0])  # else a class is called so: vehicles
+        or bool(sort_out(folders[TRAIN], _why_no_class)[0])  # else a class has this name: trains
     )
     for name, path in folders.items():
         if name.casefold() not in _LIKE_PARTS or (has_parts and name in PARTS):
@@ -150,12 +152,12 @@ def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
 
 
 def _holds_folders(folder: Path) -> bool:
-    """Say whether there are folders in a folder, and no images."""
+    """Return whether a folder holds folders and no images."""
     return bool(sort_out(folder, _why_no_class)[0]) and not sort_out(folder, _why_no_image)[0]
 
 
 def _classes(folder: Path, say: Say) -> tuple[str, ...]:
-    """Return the names of the classes: of the folders that lie here.
+    """Return the names of the classes: those of their folders.
 
     Raises:
         DataError: there are none.
@@ -170,7 +172,7 @@ def _classes(folder: Path, say: Say) -> tuple[str, ...]:
 
 def _no_class(folder: Path) -> DataError:
     num_images = len(sort_out(folder, _why_no_image)[0])
-    if num_images:  # whose names may be private: the server hears of this
+    if num_images:  # file names may be private: this message reaches the server
         return DataError(
             f"{folder} has {counted(num_images, 'image')}, but no folder says of which class;"
             f" {LAYOUT}"

@@ -1,6 +1,6 @@
-"""Image files: read as they are seen, and brought to one size.
+"""Decoding image files: upright, without transparency, all of one size.
 
-Transparent pixels are put on white, and an image is turned as its EXIF data say. Of a file with
+Transparent pixels are put on white, images are turned as their EXIF data say, and of a file with
 several pages or frames the first is read.
 """
 
@@ -18,33 +18,33 @@ import numpy as np
 from sfl.errors import DataError
 
 Note = Callable[[str], object]
-# What is noted of an image of which something is not as it lies in the file.
+# Notes on images that are not read exactly as stored.
 ON_WHITE = "with transparent pixels: put on white"
 TURNED = "turned as EXIF says"
 DAMAGED_EXIF = "with damaged EXIF data: not turned"
 FIRST_PAGE = "with further pages or frames: only the first is read"
 
-# What Pillow raises for damaged files, beside what it means to.
+# What Pillow raises for damaged files, besides its own errors.
 _DAMAGE = (
     OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError,
     OverflowError, MemoryError, RuntimeError, struct.error,
 )  # fmt: skip
-_ORIENTATION = 0x0112  # the tag in EXIF; below, Image.Transpose that brings its values upright
+_ORIENTATION = 0x0112  # the EXIF tag; below, the Image.Transpose for each of its values
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
     7: "TRANSVERSE", 8: "ROTATE_90",
 }  # fmt: skip
-_BITS_PER_SAMPLE = 0x0102  # the tag in TIFF
+_BITS_PER_SAMPLE = 0x0102  # the TIFF tag
 _GREY_BITS = {"L;2": 2, "L;4": 4}
 
 
 def read_image(path: Path, shape: tuple[int, ...], note: Note = lambda _: None) -> np.ndarray:
-    """Return an image as (C, H, W) uint8, bilinearly resized if its size is another.
+    """Return an image as (C, H, W) uint8, resized bilinearly if it has another size.
 
-    ``note`` is told what is not as it lies in the file.
+    ``note`` is called with each way in which the result differs from what is stored.
 
     Raises:
-        DataError: it cannot be read to its end, or has more than 8 bits for a pixel's channel.
+        DataError: the image cannot be read completely, or has more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -65,7 +65,7 @@ def read_image(path: Path, shape: tuple[int, ...], note: Note = lambda _: None) 
 
 
 def _raw_mode(image: Any) -> str:
-    """Return how the pixels lie in the file, as Pillow calls it: ``RGB;16B``; "" if unknown."""
+    """Return Pillow's name for how the pixels are stored, such as ``RGB;16B``; "" if unknown."""
     args = image.tile[0][3] if image.tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
@@ -79,10 +79,10 @@ def _check_depth(image: Any, path: Path) -> None:
 
 
 def _upright(image: Any, note: Note) -> Any:
-    """Load an image and return it as its EXIF data say that it is seen."""
+    """Load an image and return it turned as its EXIF data say."""
     from PIL import Image
 
-    bits = _GREY_BITS.get(_raw_mode(image))  # known until it is loaded
+    bits = _GREY_BITS.get(_raw_mode(image))  # known only before loading
     try:
         told = image.getexif().get(_ORIENTATION)
     except _DAMAGE:
@@ -91,16 +91,16 @@ def _upright(image: Any, note: Note) -> Any:
         return image
     image.load()
     key = image.info.get("transparency")
-    if bits and type(key) is int and key < 2**bits:  # Pillow scales the pixels to 8 bits, not this
+    if bits and type(key) is int and key < 2**bits:  # Pillow scales the pixels, not this
         image.info["transparency"] = key * (255 // (2**bits - 1))
     if told in _TURNS:
         note(TURNED)
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # loading a TIFF turns it
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))  # read again: loading a TIFF turns it
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
 def _on_white(image: Any, note: Note) -> Any:
-    """Return an image without transparency; one that has none, as it is."""
+    """Return an image with its transparent pixels on white; one without any, unchanged."""
     from PIL import Image
 
     if not image.has_transparency_data:
@@ -115,7 +115,7 @@ def _on_white(image: Any, note: Note) -> Any:
 def read_images(
     paths: Sequence[Path], out: np.ndarray, progress: Callable[[int], object] = lambda _: None
 ) -> Counter[str]:
-    """Read images into ``out``: (N, C, H, W) uint8; return of how many is said what.
+    """Read images into ``out``: (N, C, H, W) uint8; return the number of images for each note.
 
     Raises:
         DataError: as ``read_image``.
@@ -125,7 +125,7 @@ def read_images(
     def read(index: int) -> None:
         out[index] = read_image(paths[index], out.shape[1:], notes.append)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding lets other threads run
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
         try:
             for _ in pool.map(read, range(len(paths))):
                 progress(1)

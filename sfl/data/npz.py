@@ -1,13 +1,13 @@
-"""A client's own arrays in an ``.npz``: what may lie in it, and what does not fit.
+"""A client's own arrays in an ``.npz`` file.
 
 ::
 
     x (N, H, W), (N, C, H, W) or (N, H, W, C)    uint8, or floats
     y (N,)                                       integers, or names of classes
-    x_val, y_val  x_test, y_test                 if wanted, each with the other
-    classes                                      if wanted, names
+    x_val, y_val  x_test, y_test                 optional, each with the other
+    classes                                      optional, names
 
-Where the data set's samples are no images, ``x`` has their shape.
+If the data set's samples are not images, ``x`` has their shape.
 """
 
 import zipfile
@@ -27,7 +27,7 @@ from sfl.errors import DataError
 Arrays = Mapping[str, np.ndarray]
 PARTS = {"train": "", "validation": "_val", "test": "_test"}
 NAMES = ("x", "y", "x_val", "y_val", "x_test", "y_test", "classes")
-# What NumPy raises for files that are damaged or something else.
+# What NumPy raises for files that are damaged or of another kind.
 _DAMAGE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
     NotImplementedError, SyntaxError, zipfile.BadZipFile, zlib.error,
@@ -39,10 +39,10 @@ def read_npz(
 ) -> Parts:
     """Read the arrays, and say how they were read and what was left out.
 
-    Floats outside [0, 1] are taken if ``any_range``: what they are normalised by is then theirs.
+    ``any_range`` accepts floats outside [0, 1]: the mean and std of the run then fit these data.
 
     Raises:
-        DataError: a damaged file, an array that is missing, or samples that do not fit.
+        DataError: the file is damaged, an array is missing, or the samples do not fit.
     """
     arrays = _load(path, say)
     for suffix in PARTS.values():
@@ -85,7 +85,7 @@ def _load(path: Path, say: Callable[[str], object]) -> Arrays:
 
 
 def _texts(path: Path, name: str, array: np.ndarray) -> list[str]:
-    """Return names, given as text, as bytes in UTF-8, or as numbers."""
+    """Return names that are given as text, as bytes in UTF-8, or as numbers."""
     try:
         return [n.decode() if isinstance(n, bytes) else str(n) for n in array.reshape(-1).tolist()]
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def _numbered(path: Path, name: str, names: list[str], classes: tuple[str, ...])
 def _samples(
     path: Path, name: str, arrays: Arrays, spec: DatasetSpec, any_range: bool
 ) -> tuple[np.ndarray, str]:
-    """Return samples, uint8 or float32, images as (N, C, H, W), and how they were read."""
+    """Return samples (uint8 or float32; images as (N, C, H, W)) and how they were read."""
     x, how = _channels_first(path, name, arrays[name], spec)
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x), how
@@ -160,7 +160,7 @@ def _samples(
 def _channels_first(
     path: Path, name: str, x: np.ndarray, spec: DatasetSpec
 ) -> tuple[np.ndarray, str]:
-    """Return samples of the data set's kind, if not yet of its size, and how they were read."""
+    """Return samples with channels first, not yet resized, and how they were read."""
     wanted, found = spec.input_shape, x.shape[1:]
     channels = wanted[0]
     if found == wanted:

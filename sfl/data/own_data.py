@@ -1,7 +1,7 @@
 """A client's own private data (``--partition own``): class folders of images, or an ``.npz``.
 
-Every client must have the same classes, of some of which it may have no samples. What is read, and
-what is left out and why, is said.
+Every client must have the same classes, but may lack samples of some. The user is told what is
+read, and what is left out and why.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from sfl.data.image_folders import IMAGE_SUFFIXES, LAYOUT, is_of_system, read_fo
 from sfl.data.npz import read_npz
 from sfl.errors import DataError
 
-MOST_MEASURED = 256  # samples, whose mean and deviation are said
+MOST_MEASURED = 256  # samples of which mean and deviation are reported
 
 
 def load_own(
@@ -24,15 +24,15 @@ def load_own(
     *,
     say: Callable[[str], object] = print,
 ) -> ClientData:
-    """Return a client's own data; without a validation part, a fifth of it is held out for one.
+    """Return a client's own data; without a validation part, a fifth is held out for it.
 
     Raises:
         ConfigError: the samples cannot be augmented, or normalised as the run says.
-        DataError: nothing there, a damaged file, or samples that do not fit the data set.
+        DataError: there are no data, a file is damaged, or samples do not fit the data set.
     """
     archive = _archive(data_dir, say)
     if archive is not None:
-        # Statistics that somebody gave for these data are for floats as they are.
+        # A mean and std given for these data hold for floats as they are.
         any_range = bool(run.normalize) or ":" in run.dataset or not spec.has_images
         parts = read_npz(archive, spec, say, any_range=any_range)
     elif data_dir.is_dir():
@@ -52,12 +52,12 @@ def load_own(
 
 
 def num_images(data_dir: Path) -> int:
-    """Return how many image files lie in a folder, of whatever class and part."""
+    """Return the number of image files below a folder."""
     return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in data_dir.rglob("*"))
 
 
 def _archive(data_dir: Path, say: Callable[[str], object]) -> Path | None:
-    """Return the ``.npz`` that is given, or lies in the folder; None: there is none."""
+    """Return the ``.npz`` file that ``data_dir`` is or contains; None if there is none."""
     if data_dir.suffix.lower() == ".npz" and not data_dir.is_dir():
         return data_dir
     if not data_dir.is_dir():

@@ -1,6 +1,6 @@
-"""Which client has which training samples.
+"""``PARTITIONS``: how training samples are divided among clients.
 
-A partition is disjoint, covers the data, and depends on the labels and the seed alone.
+A partition is disjoint, covers the data, and depends only on the labels, the writers and the seed.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError, DataError
 from sfl.registry import unknown_name
 
-OWN = "own"  # each client's own data, which nobody deals out
+OWN = "own"  # each client's own data; nothing is divided
 WRITER = "writer"
-MIN_SAMPLES = 10  # that a Dirichlet draw leaves every client, as in Li et al. 2022 (NIID-Bench)
+MIN_SAMPLES = 10  # of every client after a Dirichlet draw, as in Li et al. 2022 (NIID-Bench)
 MAX_DRAWS = 1000
 
 
@@ -28,12 +28,12 @@ def _shuffled(num_samples: int, run: RunConfig) -> Tensor:
 
 
 def _iid(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
-    """Deal out equal parts."""
+    """Deal out parts of equal size."""
     return list(_shuffled(len(samples), run).tensor_split(run.clients))
 
 
 def _sizes(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
-    """Deal out parts of these shares."""
+    """Deal out parts of the given shares."""
     return _cut(_shuffled(len(samples), run), _shares(argument, run.clients))
 
 
@@ -76,7 +76,7 @@ def _dirichlet(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
 
 
 def _dirichlet_size(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
-    """Deal out parts whose sizes are drawn from a Dirichlet distribution, classes alike.
+    """Deal out parts whose sizes are drawn from a Dirichlet distribution; classes are not skewed.
 
     Li et al. 2022 (arXiv 2102.02079), Section 4.3, quantity skew.
     """
@@ -102,7 +102,7 @@ def _alpha(argument: str, name: str) -> float:
 def _draw_until_all_have_some(
     draw: Callable[[np.random.Generator], list[Tensor]], run: RunConfig
 ) -> list[Tensor]:
-    """Draw again until every client has enough samples to train and validate on."""
+    """Draw until every client has enough samples to train and validate on."""
     for attempt in range(MAX_DRAWS):
         seed = seeds.derive(run.seed, seeds.PARTITION, attempt)
         parts = draw(np.random.default_rng(seed))
@@ -140,7 +140,7 @@ def _num_shards(argument: str) -> int:
 
 
 def _writer(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
-    """Deal out writers, as many to each client as to the next.
+    """Deal out whole writers, in equal numbers.
 
     Caldas et al. 2018 (arXiv 1812.01097): with as many clients as writers, one each.
     """
@@ -161,7 +161,7 @@ def _writers(samples: Samples) -> Tensor:
     return samples.writers
 
 
-# (training samples, run, what follows the colon) -> each client's indices
+# (training samples, run, text after the colon) -> each client's indices
 PARTITIONS: dict[str, Callable[[Samples, RunConfig, str], list[Tensor]]] = {
     "iid": _iid,
     "sizes": _sizes,
@@ -173,7 +173,7 @@ PARTITIONS: dict[str, Callable[[Samples, RunConfig, str], list[Tensor]]] = {
 
 
 def check_partition(run: RunConfig) -> None:
-    """Raise ``ConfigError`` for a partition that does not exist or does not fit the run."""
+    """Raise ``ConfigError`` if the partition does not exist or does not fit the run."""
     name, colon, argument = run.partition.partition(":")
     if name not in {OWN, *PARTITIONS}:
         raise unknown_name("partition", run.partition, {OWN, *PARTITIONS})
@@ -191,8 +191,8 @@ def partition(samples: Samples, run: RunConfig) -> list[Tensor]:
     """Return the indices of each client's training samples.
 
     Raises:
-        ConfigError: there is no such partition, or it does not fit the run.
-        DataError: no draw gives every client its share.
+        ConfigError: the partition's argument is wrong.
+        DataError: the data do not allow it, or no draw gives every client enough samples.
     """
     name, _, argument = run.partition.partition(":")
     return PARTITIONS[name](samples, run, argument)
@@ -201,8 +201,8 @@ def partition(samples: Samples, run: RunConfig) -> list[Tensor]:
 def deal(train: Samples, test: Samples, run: RunConfig) -> list[tuple[Samples, Samples]]:
     """Return each client's training and test samples.
 
-    The test set is dealt out in turn, but with ``writer`` to whoever has the writer; writers who
-    have no training samples are dealt out in turn.
+    Test samples are dealt out in turn; with ``writer``, they go to the client that has the writer,
+    and writers without training samples are dealt out in turn.
 
     Raises:
         ConfigError, DataError: as ``partition``.

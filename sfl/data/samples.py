@@ -1,4 +1,4 @@
-"""Some samples of a data set: what partitions deal out and batches are drawn from."""
+"""``Samples``: rows of a stored data set."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sfl.errors import DataError
 
-SHORTEST_SIDE = 4  # of an image that may be resized; what is smaller is a row of numbers
+SHORTEST_SIDE = 4  # of an image that may be resized; smaller ones are taken for rows of numbers
 
 
 def check_resizable(found: Sequence[int], shape: Sequence[int]) -> None:
-    """See that samples are images that can be brought to a shape.
+    """Check that samples are images that can be resized to a shape.
 
     Raises:
-        DataError: they are not; they would become images of nothing.
+        DataError: they are not.
     """
     if not len(found) == len(shape) == 3 or min(found[1:]) < SHORTEST_SIDE:
         raise DataError(
@@ -27,12 +27,13 @@ def check_resizable(found: Sequence[int], shape: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some rows of what is stored, gathered only when their pixels are needed.
+    """Some rows of a stored data set, whose pixels are gathered only when needed.
 
-    ``stored``: (M, C, H, W) uint8 or float32, often shared by the parts of a data set;
-    ``y``: (N,) int64; ``writers``: (N,) int64, who made each sample, where that is known;
-    ``rows``: (N,) int64, which rows of ``stored`` they are: all, in order, if not given.
-    ``shape``: (C, H, W), to which images are brought when they are gathered; (): as stored.
+    stored   (M, C, H, W) uint8 or float32, often shared by the parts of a data set
+    y        (N,) int64, the labels
+    writers  (N,) int64, who made each sample, if known
+    rows     (N,) int64, the rows of ``stored``; None: all, in order
+    shape    (C, H, W), to which images are resized when gathered; (): as stored
     """
 
     stored: Tensor
@@ -46,22 +47,22 @@ class Samples:
 
     @property
     def x(self) -> Tensor:
-        """(N, C, H, W), of the type that is stored; a copy if rows are given."""
-        # Copies row by row; indexing goes pixel by pixel.
+        """The samples: (N, C, H, W) of the stored dtype; a copy if ``rows`` is given."""
+        # index_select copies whole rows; indexing goes pixel by pixel.
         x = self.stored if self.rows is None else self.stored.index_select(0, self.rows)
         return _resized(x, self.shape) if self.shape else x
 
     def take(self, indices: Tensor | slice) -> "Samples":
-        """Return some of these samples; no pixel is copied."""
+        """Return some of these samples, without copying pixels."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         writers = None if self.writers is None else self.writers[indices]
         return Samples(self.stored, self.y[indices], writers, rows[indices], self.shape)
 
     def sized(self, shape: tuple[int, ...]) -> "Samples":
-        """Return the same samples, whose images are brought to this shape; no pixel is copied.
+        """Return the same samples, resized to ``shape`` when gathered; copies no pixels.
 
         Raises:
-            DataError: they are no images, and of another shape.
+            DataError: they have another shape and are not images.
         """
         found = tuple(self.stored.shape[1:])
         if found == shape or not len(self):
@@ -72,28 +73,28 @@ class Samples:
 
 @dataclass(frozen=True)
 class Parts:
-    """A client's own data, as its files divide them."""
+    """A client's own data as its files divide them."""
 
     train: Samples
-    validation: Samples | None  # None: to be held out of ``train``
+    validation: Samples | None  # None: hold it out of ``train``
     test: Samples
     classes: tuple[str, ...]
 
 
 def nothing(shape: tuple[int, ...]) -> Samples:
-    """Return no samples of a shape."""
+    """Return zero samples of a shape."""
     return Samples(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
 
 def join(parts: Iterable[Samples]) -> Samples:
-    """Return the samples of several parts in one."""
+    """Return the samples of several parts as one."""
     xs, ys = zip(*((part.x, part.y) for part in parts), strict=True)
     alike = len({x.dtype for x in xs}) == 1
     return Samples(torch.cat(xs if alike else [as_floats(x) for x in xs]), torch.cat(ys))
 
 
 def _resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return images brought to a shape, bilinearly; each is the same in any company."""
+    """Return images resized bilinearly; the result for one does not depend on the others."""
     from torchvision.transforms.v2 import functional  # takes seconds to import
 
     resized: Tensor = functional.resize(x, list(shape[1:]), antialias=True)

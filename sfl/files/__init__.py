@@ -1,1 +1,1 @@
-"""Values to bytes and back: JSON, torch files, checksums, also of strangers' files."""
+"""Reading and writing files: JSON, torch files and checksums, also from untrusted sources."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and that outlast a loss of power."""
+"""Atomic and durable file writes."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ BINARY: int = getattr(os, "O_BINARY", 0)  # a flag of ``os.open`` on Windows
 def write_file(
     path: Path | str, data: Buffer, *, durable: bool = False, what: str = "file"
 ) -> None:
-    """Write a file under a temporary name and rename it: under its name it is whole.
+    """Write a file whole or not at all: under a temporary name, which is then renamed.
 
-    What is ``durable`` is so after a loss of power, too, and there when this returns. ``what`` is
-    its part in the names of ``sfl.crash``.
+    With ``durable``, the file survives a loss of power once this returns. ``what`` is the prefix of
+    its crash points (``sfl.crash``).
     """
     temporary = f"{path}.tmp"
     try:
@@ -39,14 +39,14 @@ def write_file(
 
 
 def write_all(descriptor: int, data: Buffer) -> None:
-    """Write all bytes to an open file, in as many calls as the system takes."""
+    """Write all bytes to an open file, in as many system calls as needed."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def sync(path: Path) -> None:
-    """Let a file, or what was created and renamed in a folder, outlast a loss of power."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""NaN, infinity and overflow: one of them, averaged or trained on, spoils everything."""
+"""Refusal of NaN, infinity and overflow: one such number ruins every weight that it reaches."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,11 +13,10 @@ REJECT, LOG = "reject", "log"
 def check_finite(
     tensors: Iterable[Tensor], name: str, policy: str, warn: Callable[[str], None]
 ) -> None:
-    """See that tensors which a peer sent, or which follow from them, are finite as
-    ``are_finite`` means it; else refuse them, or warn.
+    """Refuse tensors that are not finite (``are_finite``), or only warn, as ``policy`` says.
 
     Raises:
-        NotFinite: they are not, and the policy is to refuse them.
+        NotFinite: some tensor is not finite, and the policy is ``reject``.
     """
     tensors = list(tensors)
     if are_finite(tensors):

@@ -1,4 +1,4 @@
-"""Files in folders that somebody else may have filled: read as what they claim to be, or not."""
+"""Reading regular files only, from folders whose contents are not trusted."""
 
 import os
 import stat
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def read_plain(path: Path, offset: int = 0, num_bytes: int | None = None) -> bytes:
-    """Return the bytes of a regular file: all, or at most so many from ``offset`` on.
+    """Return the bytes of a regular file: all, or at most ``num_bytes`` from ``offset`` on.
 
-    A pipe or a device under the file's name would wait, or give bytes, without end; a link would
-    give somebody else's.
+    Anything else is refused: reading a pipe or a device may never end, and a link may lead to
+    another user's file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     with open(descriptor, "rb") as file:
@@ -28,19 +28,19 @@ def read_plain(path: Path, offset: int = 0, num_bytes: int | None = None) -> byt
 
 
 def which_file(path: Path) -> tuple[int, int] | None:
-    """Return which file or folder lies under a name, whatever it is called; None if none does."""
+    """Return the device and inode of a file or folder; None if there is none at this path."""
     try:
-        status = os.lstat(path)  # a link to it is another one
+        status = os.lstat(path)  # a link counts as a file of its own
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
 
 
 def check_linkless(folder: Path) -> None:
-    """See that whatever is read from a folder lies in it: that it has no links.
+    """Check that a folder has no symbolic links, so that reads stay inside it.
 
     Raises:
-        OSError: it has one.
+        OSError: the folder has a link.
     """
     waiting = [folder]
     while waiting:
@@ -53,10 +53,10 @@ def check_linkless(folder: Path) -> None:
 
 
 def check_no_links(folder: Path) -> None:
-    """See that whatever is written into a folder from now on stays in it.
+    """Check that a folder holds only folders and unshared files, so that writes stay inside it.
 
     Raises:
-        OSError: it has a link, or a pipe or the like, among its files.
+        OSError: the folder holds a symbolic or hard link, a pipe or a device.
     """
     waiting = [folder]
     while waiting:

@@ -1,7 +1,7 @@
-"""JSON from others, read strictly: shallow, each field once, numbers of a sensible length.
+"""Strict parsing of untrusted JSON: bounded depth, no duplicate fields, bounded integers.
 
-Messages, manifests, checkpoints and recorded options come through here: Python's own reader takes a
-field twice, recurses as deep as it is told to and spends a minute on an integer of many digits.
+Messages, manifests, checkpoints and recorded options are parsed here. Python's ``json`` accepts
+duplicate fields, recurses without a limit, and takes a minute for an integer of very many digits.
 """
 
 import json
@@ -13,7 +13,7 @@ from sfl.errors import shortened
 
 MAX_DEPTH = 16
 MAX_DIGITS = 24  # of an integer
-# A string, to its end or that of the text, or a bracket: each byte is looked at once.
+# A string (to its closing quote or the end of the text) or a bracket; never backtracks.
 _PART = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -21,15 +21,15 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def loads(text: bytes | bytearray) -> Any:
     """Return the value of a JSON text in UTF-8.
 
-    ``NaN`` and ``Infinity`` are values, as Python writes them; ``1e999`` is none.
+    ``NaN`` and ``Infinity`` are accepted, as Python writes them; ``1e999`` is refused.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text is not JSON or exceeds a limit.
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
         _check_depth(text)
     value = _DECODER.decode(text.decode("utf-8"))
-    if _SURROGATE.search(text):  # half a character is one that cannot be written again
+    if _SURROGATE.search(text):  # a lone surrogate cannot be encoded again
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -1,7 +1,7 @@
-"""The container of a ``torch.save`` file: a zip of stored records, and not a byte beside them.
+"""The zip container of a ``torch.save`` file: refuse every byte that torch does not write.
 
-A zip may have much that its readers pass over: bytes in front, gaps, comments. What one of them
-passes over, another reads, as ``torch.load`` does with a pickle in front. So every byte counts.
+Zip readers skip bytes before, between and after the records, and disagree on which: ``torch.load``
+reads a pickle that is placed before the zip. So every byte of the file is accounted for.
 """
 
 import io
@@ -13,7 +13,7 @@ from sfl.errors import IntegrityError, quoted
 
 Buffer = bytes | bytearray | memoryview
 
-# Beside the pickle and the storages: small records about the file, and what they may hold.
+# The small records besides pickle and storages, and their allowed contents.
 _ABOUT = {
     "version": re.compile(rb"\d{1,4}\n"),
     "byteorder": re.compile(rb"little"),
@@ -21,28 +21,29 @@ _ABOUT = {
     ".storage_alignment": re.compile(rb"\d{1,6}"),
     ".data/serialization_id": re.compile(rb"\d{1,64}"),
 }
-# The last 22 bytes of a container; and those before its locator (20 bytes) where it is a large one.
+# The end-of-directory record (22 bytes); its zip64 form, which is followed by a locator of 20
+# bytes; the 32-bit size that refers to the zip64 form.
 _END, _END_64, _LOCATOR_BYTES, _IN_64 = (
     struct.Struct("<4s4H2LH"),
     struct.Struct("<4sQ2H2L4Q"),
     20,
     2**32 - 1,
 )
-# A record's head, which its name and more stand behind; what that may be; what may follow the data.
+# The local header of a record; its two kinds of extra field; the data descriptors after its data.
 _HEAD = struct.Struct("<4s5H3L2H")
-_PADDING, _LARGE = b"FB", b"\1\0"  # bytes up to a boundary; sizes of 4 GiB and more
+_PADDING, _LARGE = b"FB", b"\1\0"  # alignment; zip64 sizes
 _BEHIND_32, _BEHIND_64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
-_HAS_BEHIND = 8  # a flag
-_ENTRY_BYTES = 256  # of the directory for each record; torch takes less than half as much
-# The folder is that of the file's own name.
+_HAS_BEHIND = 8  # the flag of a data descriptor
+_ENTRY_BYTES = 256  # bound on a directory entry; torch's take less than half
+# FOLDER/RECORD; torch names the folder after the file.
 _NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,127})/(.+)")
 _STORAGE = re.compile(r"data/(0|[1-9]\d{0,8})")
 PICKLE = "data.pkl"
 
 
 def _directory_bytes(data: Buffer) -> int:
-    """Return how much of a container its directory is said to be, as ``zipfile`` will read it."""
-    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":  # no comment stands behind it
+    """Return the declared size of the container's directory, as ``zipfile`` will read it."""
+    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\5\6":  # also refuses a zip comment
         raise IntegrityError("no whole torch.save file: its end is not there")
     size = _END.unpack(data[-_END.size :])[5]
     where = len(data) - _END.size - _LOCATOR_BYTES - _END_64.size
@@ -53,11 +54,11 @@ def _directory_bytes(data: Buffer) -> int:
 
 
 def read_records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
-    """Return the records of a container by their names without the folder; checksums are right.
+    """Return the contents of a container's records by name, without the folder; check their CRCs.
 
     Raises:
-        IntegrityError: it has others than ``torch.save`` writes for so many tensors, or more.
-        zipfile.BadZipFile, and what else ``zipfile`` raises for damage.
+        IntegrityError: the container is not what ``torch.save`` writes for ``num_tensors`` tensors.
+        zipfile.BadZipFile, and other errors of ``zipfile``: the container is damaged.
     """
     records: dict[str, bytes] = {}
     if _directory_bytes(data) > _ENTRY_BYTES * (len(_ABOUT) + 1 + num_tensors):
@@ -79,7 +80,7 @@ def read_records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
                 raise IntegrityError(f"has two records {quoted(inner)}")
             if record.filename.partition("/")[0] != listed[0].filename.partition("/")[0]:
                 raise IntegrityError("has records in more than one folder")
-            records[inner] = container.read(record)  # which compares the checksum
+            records[inner] = container.read(record)  # compares the checksum
             if inner in _ABOUT and not _ABOUT[inner].fullmatch(records[inner]):
                 raise IntegrityError(f"has a record {inner!r} of {quoted(records[inner], 40)}")
         _check_layout(data, listed, int(container.start_dir or 0))
@@ -89,10 +90,9 @@ def read_records(data: Buffer, num_tensors: int) -> dict[str, bytes]:
 
 
 def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -> None:
-    """See that records and directory follow one another from the first byte to the last.
+    """Check that records and directory cover the file without a gap.
 
-    What else a container has room for, another program might read: it may be a pickle that runs
-    code, in front of one that does not.
+    A gap might hold a second pickle, which runs code when another program loads the file.
     """
     at = 0
     records = sorted(listed, key=lambda record: record.header_offset)
@@ -116,7 +116,7 @@ def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -
 
 
 def _may_stand_behind(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
-    """Return what a record's data may be followed by: its checksum and sizes, if its head says."""
+    """Return what may follow a record's data: a data descriptor if its flag is set."""
     if not record.flag_bits & _HAS_BEHIND:
         return (b"",)
     sizes = record.CRC, record.file_size, record.file_size
@@ -125,7 +125,7 @@ def _may_stand_behind(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
 
 
 def _is_padding(extra: bytes) -> bool:
-    """Say whether what stands behind a record's name is what ``torch.save`` puts there."""
+    """Return whether a record's extra fields are those that ``torch.save`` writes."""
     while extra:
         kind, size = extra[:2], int.from_bytes(extra[2:4], "little")
         body, extra = extra[4 : 4 + size], extra[4 + size :]

@@ -1,10 +1,10 @@
-"""The files that travel and that are kept: exactly what ``torch.save`` writes.
+"""Encoding and decoding of ``torch.save`` files of a tensor or a state dict.
 
-The one module that calls ``torch.save`` and ``torch.load``. Nothing here trusts what it reads:
-``saved`` takes a file apart before torch sees any of it, what it describes is compared with what
-that point of the conversation expects, then loading is ``weights_only``, from memory, onto the CPU,
-and what comes out is compared once more. A file that is byte for byte what we would have written
-needs none of that: ``template`` finds out in microseconds.
+The only module that calls ``torch.save`` and ``torch.load``. Input is not trusted. A file that
+equals byte for byte what we would write is decoded by ``torch_template``, in microseconds. For any
+other, ``torch_reader`` checks container and pickle, the described tensors are compared with the
+expected ones, torch loads the checked parts (``weights_only``, onto the CPU), and the result is
+compared once more.
 """
 
 import functools
@@ -26,11 +26,11 @@ _DTYPES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
-DTYPES = frozenset(_DTYPES.values())  # that can travel
+DTYPES = frozenset(_DTYPES.values())  # that files may hold
 
-# A torch.save file of n tensors is the tensors' bytes and, for each, a zip record (two heads and
-# up to 64 bytes of alignment) and its line in the pickle. Measured with torch 2.15: 1,400 bytes
-# for one tensor and under 600 for each further one; both are doubled here.
+# Besides its data, each tensor takes a zip record (two headers, up to 64 bytes of alignment) and
+# its entry in the pickle. Measured with torch 2.15: 1,400 bytes for one tensor, under 600 for each
+# further one. Both are doubled here.
 _FILE_OVERHEAD_BYTES = 4096
 _TENSOR_OVERHEAD_BYTES = 1200
 
@@ -47,7 +47,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """Size of the tensor's data in bytes."""
         count = 1
         for size in self.shape:
             count *= size
@@ -61,8 +61,7 @@ class TensorSpec(NamedTuple):
             )
 
     def check(self, tensor: object, name: str) -> Tensor:
-        """Return ``tensor`` if it is a plain, dense tensor of this dtype and shape that owns its
-        storage.
+        """Return ``tensor`` if it has this dtype and shape, is dense, and owns its storage.
 
         A view would carry its whole storage along: other samples of the sender's data.
 
@@ -92,20 +91,20 @@ def state_spec(state: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def owns_storage(tensor: Tensor) -> bool:
-    """Say whether a tensor is contiguous and its storage holds its elements and no others."""
+    """Return whether a tensor is contiguous and its storage holds no other elements."""
     storage_bytes = tensor.untyped_storage().nbytes()
     return tensor.is_contiguous() and bool(storage_bytes == tensor.numel() * tensor.itemsize)
 
 
 def identical(ours: Tensor, theirs: Tensor) -> bool:
-    """Say whether two CPU tensors are the same bit for bit; a NaN is the same as itself."""
+    """Return whether two CPU tensors are equal bit for bit; a NaN equals the same NaN."""
     if TensorSpec.of(ours) != TensorSpec.of(theirs):
         return False
     return _data(ours.contiguous()).tobytes() == _data(theirs.contiguous()).tobytes()
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """Return the tensor detached, on the CPU, contiguous and owner of its storage."""
+    """Return the tensor detached, on the CPU, contiguous and owning its storage."""
     tensor = tensor.detach().cpu()
     return tensor if owns_storage(tensor) else tensor.contiguous().clone()
 
@@ -116,7 +115,7 @@ def encode(tensor: Tensor) -> bytes:
 
 
 def encode_file(tensor: Tensor) -> File:
-    """Return the ``torch.save`` file of one tensor, compacted, with the checksum of the file."""
+    """Return the ``torch.save`` file of one tensor, compacted, with the file's checksum."""
     tensor = tensor.detach().cpu().contiguous()
     if template := _template(TensorSpec.of(tensor)):
         data, crc = template.fill_checked(_data(tensor))
@@ -126,7 +125,7 @@ def encode_file(tensor: Tensor) -> File:
 
 
 def _data(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, in its own memory."""
+    """Return the bytes of a contiguous CPU tensor without copying them."""
     # numpy has no bfloat16
     known = tensor.reshape(-1).view(torch.uint8) if tensor.dtype is torch.bfloat16 else tensor
     return known.numpy().data
@@ -139,14 +138,14 @@ def encode_state(state: Mapping[str, Tensor]) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def _file_sizes(spec: TensorSpec) -> range:
-    """Return how many bytes a file of a spec may have."""
+    """Return the possible sizes in bytes of a file with one tensor of this spec."""
     return range(spec.num_bytes, max_file_bytes([spec]) + 1)
 
 
 @functools.lru_cache(maxsize=256)
 def _template(spec: TensorSpec) -> Template | None:
-    """Return what all files of a spec have in common; None if that is not known."""
-    # Not every byte is a truth value; a dtype that we do not name is not read.
+    """Return the template for files with one tensor of this spec; None if there is none."""
+    # Not every byte is a valid bool; dtypes outside the table are never read.
     if not spec.num_bytes or spec.dtype not in _DTYPES.values() or spec.dtype is torch.bool:
         return None
     count = spec.num_bytes
@@ -165,33 +164,33 @@ def _save(content: Tensor | dict[str, Tensor]) -> bytes:
 
 
 def max_file_bytes(specs: Iterable[TensorSpec]) -> int:
-    """Return a bound on the size of a file that holds tensors of these specs."""
+    """Return an upper bound in bytes on the size of a file that holds tensors of these specs."""
     sizes = [spec.num_bytes + _TENSOR_OVERHEAD_BYTES for spec in specs]
     return _FILE_OVERHEAD_BYTES + sum(sizes)
 
 
 def max_state_bytes(spec: StateSpec) -> int:
-    """Return a bound on the size of a file that holds a dict of tensors of this spec."""
-    # A name stands in the pickle once, in UTF-8.
+    """Return an upper bound in bytes on the size of a file that holds a state dict of this spec."""
+    # The pickle has each name once, in UTF-8.
     return max_file_bytes(spec.values()) + sum(len(name.encode()) for name in spec)
 
 
 def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Tensor:
     """Return the tensor in a ``torch.save`` file: ``spec.shape``, ``spec.dtype``, on the CPU.
 
-    ``name`` says in errors which file it is, ``checksum`` is the file's, if it has been verified.
+    ``name`` is the file's name in errors; ``checksum`` is the file's, if it has been verified.
 
     Raises:
-        IntegrityError: the file is damaged or holds anything but that tensor.
+        IntegrityError: the file is damaged or holds anything else.
     """
     found = _decode_ours(data, spec, checksum)
     return _decode_any(data, spec, name) if found is None else found
 
 
 def decode_file(file: File, spec: TensorSpec, name: str) -> tuple[Tensor, File]:
-    """Return the tensor in a peer's file, and the file as it may be stored.
+    """Return the tensor in a peer's file, and the file to store.
 
-    That is what we write of this tensor: the peer's own bytes if they are the same, else new ones.
+    The file to store is what we write for this tensor: the peer's bytes if they equal it.
 
     Raises:
         IntegrityError: as ``decode``.
@@ -204,8 +203,8 @@ def decode_file(file: File, spec: TensorSpec, name: str) -> tuple[Tensor, File]:
 
 
 def _decode_ours(data: Buffer, spec: TensorSpec, checksum: str) -> Tensor | None:
-    """Return the tensor in a file that is byte for byte what we write; None if it is another."""
-    # A template is made of a tensor as large as the expected one: the file must be as well.
+    """Return the tensor in a file that equals what we write byte for byte; else None."""
+    # Making a template takes memory of the tensor's size, so the file's size is compared first.
     if (
         len(data) in _file_sizes(spec)
         and (template := _template(spec))
@@ -226,10 +225,10 @@ def decode_state(
 ) -> dict[str, Tensor]:
     """Return the dict of tensors in a ``torch.save`` file, in the order of ``spec``.
 
-    ``or_empty`` lets the file hold nothing instead.
+    With ``or_empty``, an empty dict is accepted as well.
 
     Raises:
-        IntegrityError: the file is damaged or holds anything but those tensors.
+        IntegrityError: the file is damaged or holds anything else.
     """
     saved = take_apart(data, name, spec.keys())
     if or_empty and saved.content == {}:
@@ -245,7 +244,7 @@ def decode_state(
 
 
 def _compare(described: object, spec: TensorSpec, name: str) -> None:
-    """Raise ``IntegrityError`` if what a file describes is not one tensor of this spec."""
+    """Raise ``IntegrityError`` unless the file describes one tensor of this spec."""
     if not isinstance(described, Described):
         raise IntegrityError(f"{name}: holds no plain dense tensor, but several by their names")
     spec.compare(TensorSpec(described.shape, _DTYPES[described.storage]), name)
@@ -254,16 +253,16 @@ def _compare(described: object, spec: TensorSpec, name: str) -> None:
 def _load(stream: io.BytesIO, name: str) -> object:
     try:
         return torch.load(stream, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises a dozen kinds
+    except Exception as error:  # torch raises a dozen types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise IntegrityError(f"{name}: torch does not load it: {quoted(reason, 120)}") from error
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Say whether the sum of squares of each tensor is finite in float32.
+    """Return whether the sum of squares of each tensor is finite in float32.
 
-    So none holds NaN or infinity, nor numbers so large that a norm, a variance or Adam's second
-    moment overflows: a plain check lets those pass, and they spoil the weights for good.
+    Stricter than ``isfinite``: it also refuses numbers so large that a norm, a variance or Adam's
+    second moment overflows, which ruins the weights for good.
     """
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
     flat = (t.detach().reshape(-1).float() for t in dense if t.is_floating_point())

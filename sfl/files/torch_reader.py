@@ -1,14 +1,14 @@
-"""What a ``torch.save`` file holds, found out without torch and without running its pickle.
+"""Check what a ``torch.save`` file holds, without torch and without running its pickle.
 
-``torch.load(weights_only=True)`` alone is not enough for a file of an unknown sender: it believes
-what the container and the pickle declare. So a file is taken apart here first::
+``torch.load(weights_only=True)`` alone is not safe for an untrusted file, because it believes the
+sizes that container and pickle declare. So this module checks the file first::
 
-    container   stored records of known names, each once, with their checksums, and nothing else:
-                no byte before, between or behind them
-    pickle      the opcodes of tensors and of dicts of tensors, walked by hand; they name storages
-    tensors     each a storage of its own, of exactly its elements, from the first to the last
+    container   only stored records of known names, each once, with correct checksums, and no byte
+                before, between or after them
+    pickle      only opcodes that tensors and dicts of tensors need; interpreted here, not run
+    tensors     each with its own storage, which holds exactly its elements
 
-and put together again from the records that passed: that is all that torch gets to see.
+Torch then loads a new file that is made of the checked records.
 """
 
 import io
@@ -23,17 +23,18 @@ from sfl.errors import IntegrityError, quoted, shortened
 from sfl.files.torch_container import PICKLE, read_records
 from sfl.files.torch_container import Buffer as Buffer  # others have it from here
 
-# The storages that travel, and the bytes of an element.
+# The storage types that files may hold, and the bytes of an element.
 ITEM_BYTES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1,
     "BoolStorage": 1,
 }  # fmt: skip
-# All else that a pickle of tensors names: what makes a tensor, and its backward hooks, of which
-# there are none.
+# The other names in a pickle of tensors: the function that rebuilds a tensor, and the type of its
+# backward hooks, which are always empty.
 _REBUILD, _HOOKS = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 MAX_DIMENSIONS = 8
-# Torch's pickle takes less than half as much: for itself and for each tensor, beside its name.
+# Bounds on the size of a pickle: in all, and for each tensor besides its name; torch's takes less
+# than half.
 _PICKLE_BYTES, _TENSOR_PICKLE_BYTES = 1024, 400
 _PROTOCOL = 2
 
@@ -49,13 +50,13 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A file whose parts have been checked."""
+    """The checked parts of a file."""
 
     content: Described | Mapping[str, Described]
-    records: Mapping[str, bytes]  # by their names without the folder
+    records: Mapping[str, bytes]  # by name, without the folder
 
     def rebuilt(self) -> io.BytesIO:
-        """Return the same file, put together anew from its records."""
+        """Return a new file made of these records."""
         stream = io.BytesIO()
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as container:
             for name, data in self.records.items():
@@ -67,11 +68,11 @@ class Saved:
 def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
     """Check a file's container, its pickle and the tensors that it describes.
 
-    ``name`` says in errors which file it is; ``keys`` are the names of the tensors that it may
-    hold, which bound what is read of container and pickle, whatever the file's length.
+    ``name`` is the file's name in errors. ``keys`` are the names of the tensors that the file may
+    hold; they bound the sizes of directory and pickle.
 
     Raises:
-        IntegrityError: it is damaged, or no file of a tensor or of a dict of tensors.
+        IntegrityError: the file is damaged, or holds neither a tensor nor a dict of tensors.
     """
     try:
         records = read_records(data, len(keys))
@@ -82,7 +83,7 @@ def take_apart(data: Buffer, name: str, keys: Collection[str] = ("",)) -> Saved:
         _check_storages(content, records)
     except IntegrityError as error:
         raise IntegrityError(f"{name}: {error}") from error
-    except Exception as error:  # what zipfile and pickletools raise for damage is of many kinds
+    except Exception as error:  # zipfile and pickletools raise many types for damage
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise IntegrityError(f"{name}: no whole torch.save file: {quoted(reason, 120)}") from error
     return Saved(content, records)
@@ -104,7 +105,7 @@ _NO_HOOKS = object()
 
 
 class _Walk:
-    """One walk through a pickle: what it would build is written down, nothing is built."""
+    """Interpret a pickle: note what it would build, without building or calling anything."""
 
     def __init__(self, data: bytes) -> None:
         self._stack: list[Any] = []
@@ -117,7 +118,7 @@ class _Walk:
             if (opcode.name == "PROTO") != (place == 0):
                 raise IntegrityError("has a pickle that begins as none of torch's")
             _OPCODES[opcode.name](self, argument)
-            end = int(place or 0) + 1  # behind STOP, which is one byte
+            end = int(place or 0) + 1  # after STOP, which is one byte
         if end != len(data):
             raise IntegrityError("has bytes behind the end of its pickle")
         (content,) = self.take(1)
@@ -129,7 +130,7 @@ class _Walk:
         self._stack.append(value)
 
     def take(self, count: int | None = None) -> tuple[Any, ...]:
-        """Take the topmost values off the stack: so many, or all since the last mark."""
+        """Pop the topmost ``count`` values off the stack, or all since the last mark."""
         start = self._marks.pop() if count is None else len(self._stack) - count
         if start < (self._marks[-1] if self._marks else 0):
             raise IntegrityError("has a pickle that takes more than it has")
@@ -145,7 +146,7 @@ class _Walk:
             raise IntegrityError(f"has a pickle of protocol {version}, not {_PROTOCOL}")
 
     def put(self, index: int) -> None:
-        if index != len(self._memo):  # picklers count; an unpickler makes room for any index
+        if index != len(self._memo):  # picklers count up; a large index would allocate memory
             raise IntegrityError(f"has a pickle that puts {index} where {len(self._memo)} is next")
         self._memo.append(self._stack[-1])
 
@@ -160,7 +161,7 @@ class _Walk:
         self.push(_Global(name))
 
     def storage(self) -> None:
-        """Note a storage: ("storage", its type, its key, "cpu", how many elements it has)."""
+        """Note a storage: ("storage", type, key, "cpu", number of elements)."""
         match self.take(1)[0]:
             case ("storage", _Global(kind), str(key), "cpu", int(count)):
                 self.push(_Storage(kind.removeprefix("torch "), key, count))
@@ -168,7 +169,7 @@ class _Walk:
                 raise IntegrityError("describes a storage that never travels")
 
     def call(self) -> None:
-        """Note what a call would build: a tensor, or its empty dict of hooks."""
+        """Note what a call would build: a tensor or an empty dict of hooks."""
         match self.take(2):
             case (_Global(name), ()) if name == _HOOKS:
                 self.push(_NO_HOOKS)
@@ -219,7 +220,7 @@ _OPCODES: dict[str, Callable[[_Walk, Any], None]] = {
 
 
 def _described(storage: _Storage, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> Described:
-    """Return a tensor whose elements are those of its storage, in their order."""
+    """Return the description of a contiguous tensor that covers its whole storage."""
     if not all(type(n) is int and 0 <= n < 2**63 for n in (storage.count, *shape, *strides)):
         raise IntegrityError("describes a tensor by what are no sizes")
     if len(shape) > MAX_DIMENSIONS or len(strides) != len(shape):
@@ -237,7 +238,7 @@ def _described(storage: _Storage, shape: tuple[Any, ...], strides: tuple[Any, ..
 def _check_storages(
     content: Described | Mapping[str, Described], records: Mapping[str, bytes]
 ) -> None:
-    """See that the container has the storages that the tensors need, of their size, and no more."""
+    """Check that the container has exactly the storages that the tensors need, of their sizes."""
     tensors = [content] if isinstance(content, Described) else content.values()
     by_key: dict[str, Described] = {}
     for tensor in tensors:

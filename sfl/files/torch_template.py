@@ -1,9 +1,9 @@
-"""The bytes of a ``torch.save`` file of one tensor, of which only the tensor's own ever change.
+"""Fast ``torch.save`` files of one tensor, by filling in a template.
 
-All files of one dtype and shape are the same, but for the tensor's data and for what follows from
-them: their checksum, in two places, the file's ``serialization_id``, and its checksum, in two
-places. So a file is written by filling these into one that torch has written, and read by comparing
-all the rest with it: in microseconds, and with the same bytes.
+Files of one dtype and shape differ only in the tensor's data and in what is computed from it: the
+data's CRC (twice), the file's ``serialization_id``, and the id's CRC (twice). So a file is written
+by filling these into a file that torch wrote, and read by comparing everything else with it. This
+takes microseconds and gives the same bytes as ``torch.save``.
 """
 
 import io
@@ -16,7 +16,7 @@ from sfl.files.checksum import crc32
 from sfl.files.torch_reader import Buffer
 
 _CRC = struct.Struct("<I")
-# Half of the id: the first says what the records' names are, the second what their checksums are.
+# Half of the id: its first digits hash the records' names, the second ones their CRCs.
 _ID_DIGITS = 20
 _DATA, _ID = "/data/0", "/.data/serialization_id"
 _64_BITS = 2**64 - 1
@@ -24,24 +24,24 @@ _64_BITS = 2**64 - 1
 
 @dataclass(frozen=True)
 class Template:
-    """A file of one dtype and shape, but for what changes."""
+    """The constant bytes of all files of one dtype and shape."""
 
-    head: bytes  # all that stands before the tensor's data
-    num_bytes: int  # of the data
+    head: bytes  # everything before the tensor's data
+    num_bytes: int  # size of the data
     num_file_bytes: int
-    # What stands behind the data, but for: the data's checksum, the changing half of the id, the
-    # id's checksum, and both checksums again.
+    # The pieces between and around: the data's CRC, the variable half of the id, the id's CRC, and
+    # both CRCs again, in the directory.
     texts: tuple[bytes, ...]
-    id_crc: int  # the checksum of the id's other half, which comes first
-    combined: int  # what the id has of the records before the data
-    crcs: tuple[int, ...]  # of the records behind them
-    head_crc: int  # what the head adds to the checksum of itself and the data
+    id_crc: int  # CRC of the constant first half of the id
+    combined: int  # hash of the CRCs of the records before the data
+    crcs: tuple[int, ...]  # of the records after the data
+    head_crc: int  # the head's contribution to the CRC of head and data
 
     @classmethod
     def of(cls, write: Callable[[int], bytes]) -> "Template | None":
-        """Return the template of the files that ``write`` gives for data of one byte, repeated.
+        """Return the template of ``write``'s files; None if their layout is not the known one.
 
-        None if they are not of the layout that we know.
+        ``write(byte)`` returns the file of a tensor whose data repeat this byte.
         """
         try:
             first, second = write(0), write(1)
@@ -59,7 +59,7 @@ class Template:
             folder = names[0].partition("/")[0]
             data, identity = (
                 records[names.index(folder + name)] for name in (_DATA, _ID)
-            )  # ValueError if one is not there
+            )  # ValueError if one is missing
             num_bytes = len(container.read(data))
             digits = container.read(identity)
         crcs = [r.CRC for r in records if r is not identity]
@@ -89,31 +89,30 @@ class Template:
         )  # fmt: skip
 
     def _tail(self, crc: int) -> bytes:
-        """Return what stands behind data of this checksum."""
+        """Return everything after data of this CRC."""
         a, b, c, d, e, f = self.texts
         digits = _digits(_combine(self.combined, (crc, *self.crcs)))
         of_data, of_id = _CRC.pack(crc), _CRC.pack(crc32(digits, self.id_crc))
         return b"".join((a, of_data, b, digits, c, of_id, d, of_data, e, of_id, f))
 
     def _file_crc(self, data_crc: int, tail: bytes) -> int:
-        """Return the checksum of a file: a CRC is linear, so the data need not be read again."""
+        """Return the CRC of a file; a CRC is linear, so the data are not read again."""
         return crc32(tail, self.head_crc ^ data_crc)
 
     def fill(self, data: Buffer) -> bytes:
-        """Return the file of a tensor whose data these are."""
+        """Return the file of a tensor with these data."""
         return self.fill_checked(data)[0]
 
     def fill_checked(self, data: Buffer) -> tuple[bytes, int]:
-        """Return the file of a tensor whose data these are, and the file's CRC-32."""
+        """Return the file of a tensor with these data, and the file's CRC-32."""
         crc = crc32(data)
         tail = self._tail(crc)
         return b"".join((self.head, data, tail)), self._file_crc(crc, tail)
 
     def data_of(self, file: Buffer, file_crc: int | None = None) -> memoryview | None:
-        """Return the data in a file of this layout, whose checksums are right; else None.
+        """Return the data in a file that fits this template, with correct CRCs; else None.
 
-        ``file_crc`` is the CRC-32 of the file, if somebody has computed it: then the data's follows
-        from it, and is not computed.
+        ``file_crc`` is the file's CRC-32, if known: it saves computing the CRC of the data.
         """
         view, start = memoryview(file), len(self.head)
         end = start + self.num_bytes
@@ -130,14 +129,14 @@ class Template:
 
 
 def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
-    """Return where a record's content begins: behind its head, its name and what else is there."""
+    """Return the offset of a record's content: after its header, name and extra fields."""
     name, extra = struct.unpack_from("<HH", file, record.header_offset + 26)
     return int(record.header_offset + 30 + name + extra)
 
 
 def _places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, int]:
-    """Return where a record's checksum stands: behind it, and in the directory."""
-    behind = _content_at(file, record) + record.file_size + 4  # a signature comes first
+    """Return the offsets of a record's CRC: after its content, and in the directory."""
+    behind = _content_at(file, record) + record.file_size + 4  # skip the signature
     entry = file.index(record.filename.encode(), file.index(b"PK\1\2", data_end)) - 46 + 16
     if any(_CRC.unpack_from(file, at)[0] != record.CRC for at in (behind, entry)):
         raise ValueError("another layout")
@@ -145,13 +144,13 @@ def _places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, i
 
 
 def _combine(combined: int, crcs: Iterable[int]) -> int:
-    """Return what torch makes of the records' checksums, from what it made of those before."""
-    for crc in crcs:  # as boost's hash_combine does
+    """Return torch's hash of the records' CRCs, continued from ``combined``."""
+    for crc in crcs:  # boost's hash_combine
         combined ^= crc + 0x9E3779B9 + (combined << 6 & _64_BITS) + (combined >> 2)
         combined &= _64_BITS
     return combined
 
 
 def _digits(combined: int) -> bytes:
-    """Return what of it stands in the id."""
+    """Return a hash in the format of the id."""
     return b"%020d" % combined

@@ -1,12 +1,13 @@
 """The optimisers of ``--optimizer``."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from sfl.config import RunConfig
-from sfl.registry import unknown_name
+from sfl.registry import named
 
 Parameters = Iterable[nn.Parameter]
 
@@ -22,13 +23,16 @@ def _sgd(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, RunConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": _adam,
     "sgd": _sgd,
 }
 
 
-def check_optimizer(name: str) -> None:
-    """Raise ``ConfigError`` if there is no optimiser of this name."""
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS)
+def optimizer_of(run: RunConfig) -> Callable[[Parameters], torch.optim.Optimizer]:
+    """Return what makes a run's optimiser of some parameters.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return functools.partial(named("optimizer", run.optimizer, OPTIMIZERS), run=run)

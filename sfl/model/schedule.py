@@ -39,18 +39,19 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 
-def learning_rate(run: RunConfig, round_index: int) -> float:
-    """Return the learning rate of a round.
+def learning_rates(run: RunConfig) -> Callable[[int], float]:
+    """Return what gives each round's learning rate.
 
     Raises:
-        ConfigError: there is no such schedule, or an option that it does not take.
+        ConfigError: there is no such schedule, it does not take such an option, or it leaves the
+            range of floats.
     """
     schedule = with_options("lr-schedule", run.lr_schedule, SCHEDULES)
-    return run.lr * schedule(round_index, run.lr_rounds or run.rounds)
 
+    def learning_rate(round_index: int) -> float:
+        return run.lr * schedule(round_index, run.lr_rounds or run.rounds)
 
-def check_schedule(run: RunConfig) -> None:
-    """Raise ``ConfigError`` for a schedule that does not exist or leaves the range of floats."""
-    last = learning_rate(run, run.rounds - 1)
+    last = learning_rate(run.rounds - 1)
     if not (math.isfinite(last) and last < 1e30):
         raise ConfigError(f"--lr-schedule {run.lr_schedule}: ends at a learning rate of {last:g}")
+    return learning_rate

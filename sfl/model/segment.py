@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sfl import seeds
-from sfl.config import RunConfig
 from sfl.errors import SflError, StepFailed, told
 from sfl.files.torch_file import TensorSpec, are_finite, state_spec
 from sfl.model.blocks import titled
 from sfl.model.metrics import StepFigures, Tally, tally
-from sfl.model.optimizers import OPTIMIZERS
-from sfl.model.schedule import learning_rate
+from sfl.model.training import Training
 from sfl.values import Position
 
 # Modules that draw nothing at random. A block of nothing else needs no seed.
@@ -86,25 +84,16 @@ class Segment:
 
     ``first_block`` is the index of its first block in the whole model: dropout masks are drawn from
     (seed, round, client, step, block), so that they do not depend on where the model is cut.
-    ``boundary`` is the block at which the run's model is cut, whether or not this segment ends
-    there: gradients are clipped by half. ``proximal_mu`` is FedProx's.
+    Gradients are clipped apart in front of ``training.cut`` and behind it, whether or not the
+    segment ends there.
     """
 
     def __init__(
-        self,
-        blocks: nn.Sequential,
-        first_block: int,
-        run: RunConfig,
-        device: torch.device,
-        *,
-        boundary: int,
-        proximal_mu: float = 0.0,
-        class_weights: Sequence[float] = (),
+        self, blocks: nn.Sequential, first_block: int, training: Training, device: torch.device
     ) -> None:
         self.blocks = blocks.to(device)
-        for (
-            parameter
-        ) in self.blocks.parameters():  # dimensions of size 1 as well: torch looks there
+        for parameter in self.blocks.parameters():
+            # Dimensions of size 1 as well: torch looks there.
             parameter.data = parameter.data.reshape(-1).view(parameter.shape)
         self.device = device
         self._first_block = first_block
@@ -115,10 +104,8 @@ class Segment:
         self._is_training: bool | None = None  # as its blocks came
         self._kept_in_eval = [module for module in self.blocks.modules() if not module.training]
         self._set_mode(training=True)
-        self._run = run
-        self._boundary = boundary
-        self._proximal_mu = proximal_mu
-        self.weigh_classes(class_weights)
+        self._training = training
+        self.weigh_classes(training.class_weights)
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -134,25 +121,25 @@ class Segment:
 
         The weights of now are those that FedProx pulls towards.
         """
-        if self._run.optimizer_state == "reset":
+        if not self._training.keeps_optimizer:
             self._reset_optimizer()
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate(self._run, round_index)
-        if self._proximal_mu:
+                group["lr"] = self._training.learning_rate(round_index)
+        if self._training.proximal_mu:
             self._anchor = [p.detach().clone() for p in self.blocks.parameters()]
 
     def _reset_optimizer(self) -> None:
         """Begin with a fresh optimiser; blocks without parameters have none."""
         self._parameters = list(self.blocks.parameters())
-        make = OPTIMIZERS[self._run.optimizer]
-        self._optimizer = make(self._parameters, self._run) if self._parameters else None
+        make = self._training.make_optimizer
+        self._optimizer = make(self._parameters) if self._parameters else None
 
     def rest(self) -> None:
         """Give up what only training needs, until ``start_round``."""
         self._input = None
         self._forget_step()
-        if self._run.optimizer_state == "reset":
+        if not self._training.keeps_optimizer:
             self._reset_optimizer()
 
     def forward(self, z: Tensor, at: Position) -> Tensor:
@@ -192,7 +179,7 @@ class Segment:
             self._is_training = training
 
     def _seed_block(self, at: Position, index: int) -> None:
-        seed = seeds.derive(self._run.seed, seeds.BLOCK, at.round, at.client, at.step, index)
+        seed = seeds.derive(self._training.seed, seeds.BLOCK, at.round, at.client, at.step, index)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)  # a user's own block may draw from any of them
         np.random.seed(seed % 2**32)
@@ -247,19 +234,19 @@ class Segment:
 
     def _add_proximal_gradients(self) -> None:
         """Add the gradient of FedProx's ``mu/2 |w - w_t|^2``: Li et al. 2020, Equation 2."""
-        if not self._proximal_mu:
+        if not self._training.proximal_mu:
             return
         for parameter, anchor in zip(self.blocks.parameters(), self._anchor, strict=True):
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal_mu)
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._training.proximal_mu)
 
     def update(self) -> None:
         """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
         if self._optimizer is None:
             return
-        if self._run.clip_norm:
+        if self._training.clip_norm:
             for half in self._halves():
-                nn.utils.clip_grad_norm_(half, self._run.clip_norm)
+                nn.utils.clip_grad_norm_(half, self._training.clip_norm)
         with computing(f"the optimiser's step fails from block {self._first_block} on"):
             _lay_out(self._parameters)
             self._optimizer.step()
@@ -269,7 +256,7 @@ class Segment:
 
         One that lies on both sides, where a scheme has no cut, counts in front.
         """
-        inner = min(max(self._boundary - self._first_block, 0), len(self.blocks))
+        inner = min(max(self._training.cut - self._first_block, 0), len(self.blocks))
         seen: set[nn.Parameter] = set()
         for part in (self.blocks[:inner], self.blocks[inner:]):
             if parameters := [p for p in part.parameters() if p not in seen]:
@@ -368,8 +355,7 @@ class Segment:
     def optimizer_spec(self) -> dict[str, TensorSpec]:
         """Return the spec of ``optimizer_state()`` after a step, found by taking one on a copy."""
         blocks = copy.deepcopy(self.blocks).cpu()
-        cpu = torch.device("cpu")
-        trial = Segment(blocks, self._first_block, self._run, cpu, boundary=self._boundary)
+        trial = Segment(blocks, self._first_block, self._training, torch.device("cpu"))
         for parameter in blocks.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         trial.update()

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfl.config import RunConfig
 from sfl.errors import ConfigError, StepFailed, told
 from sfl.files.checksum import crc32
 from sfl.files.torch_file import DTYPES, TensorSpec, state_spec
 from sfl.model.blocks import check_apart, copied, titled
 from sfl.model.segment import Segment
+from sfl.model.training import Training
 from sfl.values import Position
 
 CPU = torch.device("cpu")
@@ -61,9 +61,9 @@ def _as_received(z: Tensor) -> Tensor:
 class _Watched(Segment):
     """A segment that notes what its blocks make."""
 
-    def __init__(self, *arguments: Any, seams: Collection[int], **more: Any) -> None:
+    def __init__(self, *arguments: Any, seams: Collection[int]) -> None:
         """``seams``: blocks whose input is laid out as if it had travelled."""
-        super().__init__(*arguments, **more)
+        super().__init__(*arguments)
         self._seams = seams
         self.start_pass([])
 
@@ -136,11 +136,10 @@ class Trial:
     def __init__(
         self,
         rows: Sequence[nn.Sequential],
-        run: RunConfig,
+        training: Training,
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
-        class_weights: Sequence[float] = (),
         seams: Collection[int] = (),
         samples: Sequence[TensorSpec] = (),
     ) -> None:
@@ -149,8 +148,7 @@ class Trial:
         self._segments = []
         firsts = itertools.accumulate(map(len, rows), initial=0)
         for first, row in zip(firsts, rows, strict=False):
-            how: dict[str, Any] = {"boundary": first, "class_weights": class_weights}
-            made = _Watched(copied(row, first), first, run, CPU, seams=seams, **how)
+            made = _Watched(copied(row, first), first, training, CPU, seams=seams)
             self._segments.append(made)
 
     def evaluate(self, size: int) -> tuple[list[Tensor], list[Made]]:
@@ -291,7 +289,10 @@ def _backward_fault(segment: _Watched, z: Tensor, *, needs_gradient: bool) -> st
 
 
 def sample_specs(
-    rows: Sequence[nn.Sequential], run: RunConfig, input_shape: tuple[int, ...], num_classes: int
+    rows: Sequence[nn.Sequential],
+    training: Training,
+    input_shape: tuple[int, ...],
+    num_classes: int,
 ) -> list[TensorSpec]:
     """Return the spec of one sample at each cut, and see that every segment takes it.
 
@@ -299,17 +300,20 @@ def sample_specs(
         ConfigError: a segment does not; the message names the block.
     """
     try:
-        outs, _ = Trial(rows, run, input_shape, num_classes).evaluate(1)
+        outs, _ = Trial(rows, training, input_shape, num_classes).evaluate(1)
     except ConfigError as error:
         shown = f"the model does not take samples of shape {list(input_shape)}: "
         why = shown if isinstance(error.__cause__, StepFailed) else ""
-        hint = where_to_cut(rows, run, input_shape, num_classes)
+        hint = where_to_cut(rows, training, input_shape, num_classes)
         raise ConfigError(f"{why}{error}{hint}") from error
     return [TensorSpec(tuple(z.shape[1:]), z.dtype) for z in outs[:-1]]
 
 
 def where_to_cut(
-    rows: Sequence[nn.Sequential], run: RunConfig, input_shape: tuple[int, ...], num_classes: int
+    rows: Sequence[nn.Sequential],
+    training: Training,
+    input_shape: tuple[int, ...],
+    num_classes: int,
 ) -> str:
     """Return the end of a message that says where a model can be cut, if not where it is cut."""
     if len(rows) == 1:
@@ -320,8 +324,9 @@ def where_to_cut(
         halves = [nn.Sequential(OrderedDict(part)) for part in (blocks[:cut], blocks[cut:])]
         try:
             check_apart(halves)
-            _, expected = Trial([whole], run, input_shape, num_classes, seams=[cut]).evaluate(1)
-            _, found = Trial(halves, run, input_shape, num_classes).evaluate(1)
+            uncut = Trial([whole], training, input_shape, num_classes, seams=[cut])
+            _, expected = uncut.evaluate(1)
+            _, found = Trial(halves, training, input_shape, num_classes).evaluate(1)
         except ConfigError:
             continue
         fit += [str(cut)] if found == expected else []

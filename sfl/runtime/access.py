@@ -31,7 +31,6 @@ from sfl.transport.connection import Connection
 from sfl.transport.dialling import connect, parse_address
 from sfl.transport.heartbeat import Heart, interval_s
 from sfl.transport.tokens import FED, Tokens, client_authenticate, tokens_of
-from sfl.values import LinkShape
 from sfl.weights.exchange import SocketWeights, WeightKey, WeightStore
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
@@ -92,7 +91,7 @@ def reach(
         limits=Limits(),
         on_wait=say,
         tls=access.tls,
-        shape=LinkShape.parse(node.link),
+        shape=node.link_shape,
     )
     connection.on_notice = say
     return connection

@@ -20,17 +20,17 @@ from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN
 from sfl.nodes import ServerNode
 from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, too_much
-from sfl.strategy.schemes import Exchange, scheme
-from sfl.values import KeepTensors
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 
 MOST_STEPS = 2**20  # of a client in a round
 MOST_PREDICTION_BYTES = 2**28  # of a client's test set
 
 
-def why_refused(run: RunConfig, node: ServerNode, joined: Joined) -> str:
+def why_refused(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
     """Say why a client's report claims more than it may; "" if it does not."""
     report = joined.data
-    return _too_many(run, node, report) or _too_large(run, node, report)
+    return _too_many(recipe, node, report) or _too_large(recipe, node, report)
 
 
 def _known_total(run: RunConfig) -> int:
@@ -38,9 +38,9 @@ def _known_total(run: RunConfig) -> int:
     return 0 if ":" in run.dataset or run.partition == OWN else dataset_of(run).num_samples
 
 
-def _too_many(run: RunConfig, node: ServerNode, report: DataReport) -> str:
+def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
     """Say what a report has too many of."""
-    counts, classes = report.num_samples, len(report.classes)
+    run, counts, classes = recipe.run, report.num_samples, len(report.classes)
     known = _known_total(run)
     most, total = known or node.max_samples, sum(counts.values())
     if total > most:
@@ -58,7 +58,7 @@ def _too_many(run: RunConfig, node: ServerNode, report: DataReport) -> str:
             f" {counts[TRAIN]:,} training samples"
         )
     predictions = counts[TEST] * (8 + 4 * classes)
-    if scheme(run.scheme).exchange is Exchange.CUT and predictions > MOST_PREDICTION_BYTES:
+    if recipe.scheme.exchange is Exchange.CUT and predictions > MOST_PREDICTION_BYTES:
         return (
             f"reports {counts[TEST]:,} test samples of {classes} classes, whose predictions would"
             f" take {megabytes(predictions)}; at most {megabytes(MOST_PREDICTION_BYTES)} are kept"
@@ -67,22 +67,21 @@ def _too_many(run: RunConfig, node: ServerNode, report: DataReport) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(run: RunConfig, shape: tuple[int, ...], num_classes: int, node: ServerNode) -> Sizes:
-    allowed = node.allowed_imports if node.role == "fed" else None  # a main server's own model
-    return sizes_of(run, shape, num_classes, allowed)
+def _sizes(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> Sizes:
+    return sizes_of(recipe, shape, num_classes)
 
 
-def _too_large(run: RunConfig, node: ServerNode, report: DataReport) -> str:
+def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
     """Say what a report makes too large: the model, or what is recorded of its steps."""
-    sizes = _sizes(run, report.input_shape, len(report.classes), node)
+    run, sizes = recipe.run, _sizes(recipe, report.input_shape, len(report.classes))
     if ":" in run.dataset or run.partition == OWN:  # else shape or classes are the data set's
         named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"
-        needed = server_bytes(run, sizes, run.most_clients)
+        needed = server_bytes(recipe, sizes, run.most_clients)
         if why := too_much(needed, node, f"{named}: {run.model} for them"):
             return why
     # Where the data set says how many samples there are, the run is too large, and not the claim.
     judged = node.role != "fed" and not _known_total(run)
-    recorded = _recorded_bytes(run, sizes, report.num_samples[TRAIN]) if judged else 0
+    recorded = _recorded_bytes(recipe, sizes, report.num_samples[TRAIN]) if judged else 0
     free = shutil.disk_usage(node.out_path).free
     if recorded > free:
         return (
@@ -93,13 +92,13 @@ def _too_large(run: RunConfig, node: ServerNode, report: DataReport) -> str:
     return ""
 
 
-def _recorded_bytes(run: RunConfig, sizes: Sizes, num_train: int) -> int:
+def _recorded_bytes(recipe: Recipe, sizes: Sizes, num_train: int) -> int:
     """Return about how much of the server's disk a client's steps take."""
-    exchange, an_epoch = scheme(run.scheme).exchange, 0
+    run, exchange, an_epoch = recipe.run, recipe.scheme.exchange, 0
     if exchange is Exchange.CUT:
         an_epoch = num_train * (8 + 2 * sizes.at_cut)
     elif exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_batches(num_train, run.batch_size) * sizes.whole
     # A round's answers are kept for whoever redoes it, recorded or not.
-    rounds = max(KeepTensors.parse(run.keep_tensors).num_kept(run.rounds), 1)
+    rounds = max(recipe.keep.tensors.num_kept(run.rounds), 1)
     return round(run.participation * run.local_epochs * an_epoch * rounds)

@@ -37,16 +37,15 @@ from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, hearing_why, open_store, reach
 from sfl.runtime.machine import Machine
-from sfl.runtime.preflight import check_names
 from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.dialling import parse_address
 from sfl.transport.heartbeat import Heart, interval_s
 from sfl.transport.tokens import SERVER
-from sfl.values import KeepModels
 from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
 from sfl.wire.payload import onto
@@ -213,19 +212,20 @@ class _Client:
     def _join(self, connection: Connection, welcome: Welcome) -> None:
         connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
         with Heart(lambda: [connection]):
+            recipe = Recipe.of(welcome.run, self._node.allowed_imports)
             if self._folder is None:
-                self._folder, self._welcome = self._open(welcome), welcome
+                self._folder, self._welcome = self._open(welcome, recipe), welcome
             if self._loaded is None:
-                self._loaded = _Loaded(welcome, self._node, self._machine, self._folder)
-            self._loaded.run_over(connection, welcome, self._instance)
+                self._loaded = _Loaded(welcome, recipe, self._node, self._machine, self._folder)
+            self._loaded.run_over(connection, welcome, recipe, self._instance)
         connection.part()
 
-    def _open(self, welcome: Welcome) -> RunFolder:
+    def _open(self, welcome: Welcome, recipe: Recipe) -> RunFolder:
         """Open the folder of this client in the run, new or not."""
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
         _find_folder(path, welcome)
-        keep = KeepModels.parse(welcome.run.keep_models, node.keep_tensors)
+        keep = dataclasses.replace(recipe.keep, tensors=node.kept_tensors)
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
         folder.events.is_quiet = self._machine.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
@@ -279,32 +279,34 @@ class _Loaded:
     def __init__(
         self,
         welcome: Welcome,
+        recipe: Recipe,
         node: ClientNode,
         machine: Machine,
         folder: RunFolder,
     ) -> None:
-        self._client, self._run = welcome.client, welcome.run
+        self._client, self._recipe = welcome.client, recipe
         self._node, self._access = node, machine.access
         self._folder, self._device = folder, machine.device
-        run, events = self._run, folder.events
-        check_names(run)
-        self._data = machine.load(run, self._client, node, events.say)
+        run, events = recipe.run, folder.events
+        self._data = machine.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
-        self._split = SplitModel(run, shape, num_classes, node.allowed_imports)
+        self._split = SplitModel(recipe, shape, num_classes)
         self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
-        events.say(f"{counts} samples; {run.model} cut at {self._split.cut}, on {self._device}")
+        events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
         self.log = ClientLog(run, folder, num_steps, shows_bar=not machine.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
-    def run_over(self, connection: Connection, welcome: Welcome, instance: str) -> None:
+    def run_over(
+        self, connection: Connection, welcome: Welcome, recipe: Recipe, instance: str
+    ) -> None:
         """Take part in the run over a connection, from where the server says."""
-        self._run = self.log.run = welcome.run  # which may have more rounds than before
-        run, folder, split = self._run, self._folder, self._split
-        connection.limits = client_limits(split, run, onto(folder.path))
+        self._recipe, self.log.run = recipe, recipe.run  # which may have more rounds than before
+        run, folder, split = recipe.run, self._folder, self._split
+        connection.limits = client_limits(split, onto(folder.path))
         report = self._report
-        if has_own(run):
+        if has_own(recipe):
             own = own_checkpoints(folder.path, run)
             report = dataclasses.replace(report, rounds=own)
         most_bytes = max_state_bytes(split.front_spec)
@@ -326,7 +328,7 @@ class _Loaded:
             send_report(connection, report)
             party = ClientParty(
                 client=self._client,
-                run=run,
+                recipe=recipe,
                 link=connection,
                 weights=store,
                 split=split,
@@ -363,6 +365,8 @@ class _Loaded:
             send_report(fed, report)
         self.num_starts += 1
         self._folder.archive.begin_at(round_index)
-        load_own_state(self._folder.path, front, self._run, self._client, own_round)
-        if 0 < round_index < self._run.rounds:
-            self._folder.events.say(f"going on with round {round_index + 1}/{self._run.rounds}")
+        load_own_state(self._folder.path, front, self._recipe, self._client, own_round)
+        if 0 < round_index < self._recipe.run.rounds:
+            self._folder.events.say(
+                f"going on with round {round_index + 1}/{self._recipe.run.rounds}"
+            )

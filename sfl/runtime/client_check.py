@@ -18,14 +18,15 @@ from sfl.conversation.check import Answer, client_check
 from sfl.conversation.join import APART, HERE, DataReport, Welcome
 from sfl.data.client_data import ClientData
 from sfl.environment import fingerprint, set_up_torch
-from sfl.errors import RunError, SflError, reason_of
+from sfl.errors import ConfigError, RunError, SflError, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, allowed_address, reach
 from sfl.runtime.machine import Machine
-from sfl.runtime.preflight import check_disk, check_names, disk_bytes
+from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_checkpoints
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.tokens import SERVER
@@ -109,12 +110,13 @@ class _Check:
 
     def _check_run(self, machine: Machine, welcome: Welcome) -> None:
         """Check what the server's run needs here."""
-        run, split = welcome.run, None
-        data = self._try("data", lambda: self._load(machine, welcome))
-        if data is None:
+        run, split, data = welcome.run, None, None
+        if (recipe := self._recipe(run)) is None:
+            self._say(NOT_CHECKED, "data", "this machine cannot compute the run")
+        elif (data := self._try("data", lambda: self._load(machine, welcome, recipe))) is None:
             self._say(NOT_CHECKED, "model", "it is built for the data")
         else:
-            split = self._try("model", lambda: self._build(machine, welcome, data))
+            split = self._try("model", lambda: self._build(machine, welcome, recipe, data))
         num_train = len(data.train) if data else 0
         self._try(
             "disk", lambda: self._space(_folder(self._node, welcome), welcome, split, num_train)
@@ -165,28 +167,35 @@ class _Check:
             talk = client_check(link, self._wanted(machine), ours, report)
             return run_blocking(talk).problem
 
-    def _load(self, machine: Machine, welcome: Welcome) -> tuple[ClientData, str]:
+    def _recipe(self, run: RunConfig) -> Recipe | None:
+        """Look up what the run names."""
+        try:
+            return Recipe.of(run, self._node.allowed_imports)
+        except ConfigError as error:
+            self._refused("model", error)
+            return None
+
+    def _load(self, machine: Machine, welcome: Welcome, recipe: Recipe) -> tuple[ClientData, str]:
         run, client, node = welcome.run, welcome.client, self._node
-        check_names(run)
-        data = machine.load(run, client, node, lambda line: None)
+        data = machine.load(recipe, client, node, lambda line: None)
         counts = (
             f"{len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
         )
         return data, f"{counts} samples of {run.dataset} for client_{client}"
 
     def _build(
-        self, machine: Machine, welcome: Welcome, data: ClientData
+        self, machine: Machine, welcome: Welcome, recipe: Recipe, data: ClientData
     ) -> tuple[SplitModel, str]:
         """Build the model, and hear what the server says to it and to the data."""
         run = welcome.run
-        split = SplitModel(run, data.input_shape, len(data.classes), self._node.allowed_imports)
+        split = SplitModel(recipe, data.input_shape, len(data.classes))
         report = report_of(data, run, split)
-        if has_own(run):
+        if has_own(recipe):
             own = own_checkpoints(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)
         if problem := self._report(machine, report):
             raise RunError(f"the server would refuse: {problem}")
-        return split, f"{run.model} cut at {split.cut}; the server takes it, and the data"
+        return split, f"{run.model} cut at {recipe.cut}; the server takes it, and the data"
 
     def _space(
         self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int
@@ -197,9 +206,9 @@ class _Check:
         where, text = _writable(folder)
         if split is None:
             return True, f"{text}; how much the run takes is not known"
-        run = dataclasses.replace(welcome.run, keep_tensors=self._node.keep_tensors)
+        recipe = split.recipe.changed(keep_tensors=self._node.keep_tensors)
         takes = check_disk(
-            where, run, lambda run: disk_bytes(run, split, [num_train]), may_change=True
+            where, recipe, lambda recipe: disk_bytes(recipe, split, [num_train]), may_change=True
         )
         return True, f"{text}; {takes}"
 

@@ -1,6 +1,7 @@
 """Running the fed server by itself, and the main server's connection to it."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -44,9 +45,9 @@ from sfl.runtime.claims import why_refused
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
 from sfl.runtime.places import Patience
-from sfl.runtime.preflight import check_names
 from sfl.runtime.resume import Past, open_past, read_halves
 from sfl.strategy.merge import FRONT, Half
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.dialling import connect, listen, parse_address
 from sfl.transport.guard import exposure, guard_of
@@ -54,7 +55,7 @@ from sfl.transport.heartbeat import Heart, interval_s
 from sfl.transport.switchboard import DrainedConnection, Switchboard
 from sfl.transport.tokens import FED
 from sfl.transport.turned_away import TurnedAway
-from sfl.values import KeepModels, LinkShape
+from sfl.values import KEEP_NOTHING, KeepModels
 from sfl.weights.exchange import SocketWeights, WeightStore
 from sfl.weights.shared import Threads
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
@@ -124,7 +125,7 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
 def _serve_connections(node: ServerNode, device: torch.device) -> Path:
     guard = guard_of(node, FED)
     with (
-        listen(node.host, node.port, LinkShape.parse(node.link)) as listener,
+        listen(node.host, node.port, node.link_shape) as listener,
         Switchboard(
             listener,
             timeout_s=node.peer_timeout,
@@ -137,31 +138,32 @@ def _serve_connections(node: ServerNode, device: torch.device) -> Path:
             say(warning)
         say(f"fed server: listening on {listener.address} for the main server")
         welcome, main = _await_main(switchboard)
-        run = welcome.run
+        recipe = Recipe.of(welcome.run, node.allowed_imports)
+        run = recipe.run
         guard.run = run.run
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
-            open_folder(path, LOG, _kept(run)) as folder,
+            open_folder(path, LOG, _kept(recipe)) as folder,
             telling_why(folder, switchboard.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
             lobby = Lobby(
                 switchboard=switchboard,
-                run=run,
+                recipe=recipe,
                 events=folder.events,
                 past=past,
                 goes_on=welcome.goes_on,
                 patience=Patience(comes_back=False),
-                why_refused=functools.partial(why_refused, run, node),
+                why_refused=functools.partial(why_refused, recipe, node),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)
-            split = _model(run, node, data)
+            split = _model(recipe, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
-            rounds = _prepare(run, node, folder, data, split, stores, switchboard, past, device)
+            rounds = _prepare(node, folder, data, split, stores, switchboard, past, device)
             for connection in switchboard.connections:
-                connection.limits = server_limits(rounds.split, rounds.run, 0, onto(folder.path))
+                connection.limits = server_limits(rounds.split, 0, onto(folder.path))
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
             goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
@@ -187,41 +189,41 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     while (found := find_start(place, run.run, done)) is None:
         time.sleep(LOOK_AGAIN_S)
     first_round, their_run, data = found
+    recipe = Recipe.of(their_run, node.allowed_imports)
     _folder(their_run, node, goes_on=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept(their_run)) as folder, telling_why(folder):
+    with open_folder(path, LOG, _kept(recipe)) as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
-        split = _model(their_run, node, data)
+        split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
         stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
-        rounds = _prepare(their_run, node, folder, data, split, stores, network, past, device)
+        rounds = _prepare(node, folder, data, split, stores, network, past, device)
         if past and first_round < done:  # what was published stays; clients start from before
-            start = read_halves(sfl.archive.open(path), their_run, rounds.split, first_round)
+            start = read_halves(sfl.archive.open(path), rounds.split, first_round)
             rounds.give_initial(start[FRONT], first_round)
         rounds.run_all()
         _finish(folder)
     return path
 
 
-def _kept(run: RunConfig) -> KeepModels:
+def _kept(recipe: Recipe) -> KeepModels:
     """Return what stays: a main server may go back a round further than what was averaged."""
-    return KeepModels.parse(run.keep_models, behind=1)
+    return dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING, behind=1)
 
 
-def _model(run: RunConfig, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
+def _model(recipe: Recipe, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
     """Build the model of a run that another machine named: it imports what this one allows."""
-    check_names(run)
+    run = recipe.run
     remember({run.model} & node.allowed_imports)
     shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
-    sizes = sizes_of(run, shape, num_classes, node.allowed_imports)
+    sizes = sizes_of(recipe, shape, num_classes)
     weights = sizes.whole + (2 * len(data["num_samples"]) + TRAINED_COPIES) * sizes.front
     if why := too_much({"weights": weights}, node, f"the main server's --model {run.model}"):
         raise ConfigError(why)
-    return SplitModel(run, shape, num_classes, node.allowed_imports)
+    return SplitModel(recipe, shape, num_classes)
 
 
 def _prepare(
-    run: RunConfig,
     node: ServerNode,
     folder: RunFolder,
     data: Mapping[str, Any],
@@ -232,9 +234,9 @@ def _prepare(
     device: torch.device,
 ) -> FedRounds:
     """Record configuration and machine, and find what the run starts from."""
-    archive = folder.archive
+    run, archive = split.recipe.run, folder.archive
     half = Half(split.front_state(), {})
-    if past and FRONT in (halves := read_halves(past.files, run, split, past.first_round)):
+    if past and FRONT in (halves := read_halves(past.files, split, past.first_round)):
         half = halves[FRONT]
     archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
@@ -244,7 +246,7 @@ def _prepare(
     num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
     folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
     first_round = past.first_round if past else 0
-    return FedRounds(run, network, stores, num_train, split, folder, half, about, first_round)
+    return FedRounds(network, stores, num_train, split, folder, half, about, first_round)
 
 
 def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sfl.archive.run_folder import EventLog
-from sfl.config import RunConfig
 from sfl.conversation.check import server_check
 from sfl.conversation.join import (
     HERE,
@@ -36,6 +35,7 @@ from sfl.errors import (
 from sfl.runtime.places import Patience, Place, check_somebody_may_come, is_refusal
 from sfl.runtime.resume import Past
 from sfl.runtime.same_model import ServersModel
+from sfl.strategy.recipe import Recipe
 from sfl.transport.connection import Connection
 from sfl.transport.switchboard import DrainedConnection, Switchboard
 from sfl.wire.driver import Conversation, Gate, Network
@@ -55,7 +55,7 @@ class Lobby(Network):
     """The clients of a run: who has registered, who is ready, who is away."""
 
     switchboard: Switchboard
-    run: RunConfig
+    recipe: Recipe
     events: EventLog
     past: Past | None = None
     goes_on: bool = False  # clients may have folders of this run already
@@ -72,7 +72,8 @@ class Lobby(Network):
         if self.past:
             self.ids, self.needed = frozenset(self.past.num_samples), self.past.clients
         else:  # more may register until so many are ready
-            self.ids, self.needed = frozenset(range(self.run.most_clients)), self.run.clients
+            run = self.recipe.run
+            self.ids, self.needed = frozenset(range(run.most_clients)), run.clients
         self._joining: dict[DrainedConnection, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._has_begun = self._ends = False
@@ -140,7 +141,7 @@ class Lobby(Network):
     @property
     def full(self) -> str:
         """Say that nobody else can join."""
-        return f"the run {self.run.run} has its {counted(len(self.places), 'client')}"
+        return f"the run {self.recipe.run.run} has its {counted(len(self.places), 'client')}"
 
     @property
     def missing(self) -> str:
@@ -265,7 +266,7 @@ class Lobby(Network):
     def _welcome(self) -> Welcome:
         known = frozenset(k for k, place in self.places.items() if place.instance)
         return Welcome(
-            ANY_ID, self.run, self.past.first_round if self.past else 0,
+            ANY_ID, self.recipe.run, self.past.first_round if self.past else 0,
             goes_on=self.goes_on, fed=self.fed, known=known,
             heartbeat_s=self.switchboard.heartbeat_s,
         )  # fmt: skip
@@ -399,7 +400,7 @@ class Lobby(Network):
         limit = LINGER_S if self._ends else self.patience.skip_after_s
         for client, place in self.places.items():
             link, waits = place.link if place.ready else None, place.link in links
-            step = place.step(self.run, self._round)
+            step = place.step(self.recipe, self._round)
             place.clock.look(link, step, waits=waits, elapsed_s=elapsed_s)
             if limit and waits and place.clock.idle_s > limit:
                 why = f"client_{client} made no progress for {place.clock.idle_s:.0f} seconds"

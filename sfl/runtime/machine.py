@@ -19,6 +19,7 @@ from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
 from sfl.runtime.memory import client_bytes, sizes_of, too_much
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH
 from sfl.transport.connection import Connection
 from sfl.wire.messages import MessageType
@@ -42,15 +43,16 @@ class Machine:
     def hosts_many(self) -> bool:
         return self.num_hosted > 0
 
-    def load(self, run: RunConfig, client: int, node: ClientNode, notify: Notify) -> ClientData:
+    def load(self, recipe: Recipe, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Return what a client trains, validates and tests on.
 
         Raises:
             ConfigError, DataError: the data set is not known, not allowed, or not there.
         """
+        run = recipe.run
         spec = dataset_of(run, node.allowed_imports)
         own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
-        self._check_memory(run, spec, node, own)
+        self._check_memory(recipe, spec, node, own)
         if run.partition == OWN:
             return load_own(spec, run, client, own, say=notify)
         if run not in self._parts:
@@ -58,22 +60,19 @@ class Machine:
             self._parts[run] = deal(*load(spec, source), run)
         return client_data(spec, run, client, *self._parts[run][client])
 
-    def _check_memory(self, run: RunConfig, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
+    def _check_memory(self, recipe: Recipe, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
         """See that what the server names takes no more memory than it may.
 
         Raises:
             ConfigError: it would.
         """
-        shape, hosted = spec.input_shape, max(self.num_hosted, 1)
-        try:
-            sizes = sizes_of(run, shape, len(spec.classes), node.allowed_imports)
-        except ConfigError:  # of a model that is not allowed: said when it is to be built
-            return
+        run, shape, hosted = recipe.run, spec.input_shape, max(self.num_hosted, 1)
+        sizes = sizes_of(recipe, shape, len(spec.classes))
         known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:
             known = decoded = num_images(own)  # none: an .npz
         most = known or max(run.batch_size + 1, MAX_EVALUATION_BATCH)
-        needed = client_bytes(run, sizes, most_samples=most, hosted=hosted)
+        needed = client_bytes(run.batch_size, sizes, most_samples=most, hosted=hosted)
         needed["images"] = decoded * math.prod(shape)
         named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
         if why := too_much(needed, node, f"the server's {named}"):

@@ -7,19 +7,18 @@ other one's memory that may take, ``--memory-limit`` says on each machine.
 import contextlib
 import math
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.model.zoo import made, model_spec
+from sfl.model.zoo import made
 from sfl.nodes import PeerNode, parse_bytes
-from sfl.strategy.schemes import Exchange, scheme
-from sfl.strategy.split_model import MAX_EVALUATION_BATCH, MAX_EVALUATION_BYTES, resolve_cut
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
+from sfl.strategy.split_model import MAX_EVALUATION_BATCH, MAX_EVALUATION_BYTES
 
 UNKNOWN_BYTES = 8 * 10**9  # of a machine that does not say how much memory it has
 # How many times a client has its weights: the whole model once; the front as it trains it, its
@@ -61,31 +60,22 @@ class Sizes:
     all_values: int  # of a sample, in all segments
 
 
-def sizes_of(
-    run: RunConfig,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    allowed: Collection[str] | None = None,
-) -> Sizes:
+def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Sizes:
     """Return the sizes of a run's model, of which no weight is allocated.
 
     What a user's own model does not tell without memory counts as nothing: who allows its import
     knows it.
-
-    Raises:
-        ConfigError: there is no such model.
     """
-    spec, cut = model_spec(run.model, allowed), resolve_cut(run, allowed)
     sample = 4 * math.prod(input_shape)
     try:
         with torch.device("meta"):
-            model = made(spec, input_shape, num_classes, seed=run.seed)
+            model = made(recipe.model, input_shape, num_classes, seed=recipe.run.seed)
     except ConfigError:  # said when it is built; or it is a user's own, and needs its memory
         model = None
     if not isinstance(model, nn.Sequential):
         return Sizes(0, 0, sample, 0, 0, 0)
-    is_cut = scheme(run.scheme).exchange is Exchange.CUT
-    front = nn.Sequential(*list(model)[:cut]) if is_cut else model
+    is_cut = recipe.scheme.exchange is Exchange.CUT
+    front = nn.Sequential(*list(model)[: recipe.cut]) if is_cut else model
     whole, of_front = _weight_bytes(model), _weight_bytes(front)
     values = _values(model, input_shape)
     num_ours = len(list(_leaves(front)))
@@ -135,10 +125,12 @@ def _unwritten(tensor: Tensor, device: str) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def client_bytes(run: RunConfig, sizes: Sizes, *, most_samples: int, hosted: int) -> dict[str, int]:
+def client_bytes(
+    batch_size: int, sizes: Sizes, *, most_samples: int, hosted: int
+) -> dict[str, int]:
     """Return what a run takes at a machine with so many clients, by what it is for."""
     weights = hosted * (sizes.whole + TRAINED_COPIES * sizes.front)
-    batch = min(run.batch_size + 1, most_samples)
+    batch = min(batch_size + 1, most_samples)
     evaluated = min(_evaluation_batch(sizes), most_samples)
     images = IMAGE_COPIES * sizes.sample
     training = batch * (images + 2 * sizes.front_values)
@@ -151,14 +143,14 @@ def _evaluation_batch(sizes: Sizes) -> int:
     return max(1, min(MAX_EVALUATION_BATCH, fit))
 
 
-def server_bytes(run: RunConfig, sizes: Sizes, num_clients: int) -> dict[str, int]:
+def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, int]:
     """Return what a run takes at its server, by what it is for."""
-    copies = num_clients if scheme(run.scheme).copies_back else 1
+    copies = num_clients if recipe.scheme.copies_back else 1
     trained = sizes.whole - sizes.front if sizes.at_cut else sizes.whole
     values = sizes.all_values - sizes.front_values + sizes.at_cut
     fronts = sizes.front * (num_clients + 2)
     weights = sizes.whole + fronts + trained * (copies + TRAINED_COPIES)
-    return {"weights": weights, "batches": 2 * (run.batch_size + 1) * values}
+    return {"weights": weights, "batches": 2 * (recipe.run.batch_size + 1) * values}
 
 
 def too_much(needed: dict[str, int], node: PeerNode, why: str) -> str:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sfl.config import RunConfig
 from sfl.conversation.join import Joined
 from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.client_data import num_batches
 from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
 from sfl.runtime.progress import NO_STEP, Clock, Step
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.transport.allowance import Allowance
 from sfl.transport.switchboard import DrainedConnection
 
@@ -54,12 +54,12 @@ class Place:
         self.refused, self.recurs = not isinstance(error, PASSING), isinstance(error, RECURRING)
         self.link, self.ready, self.why = None, False, str(error)
 
-    def step(self, run: RunConfig, round_index: int) -> Step:
+    def step(self, recipe: Recipe, round_index: int) -> Step:
         """Return the step of a round that the client says it is at; no more steps than it has.
 
         It counts where the client trains alone: with a cut its messages tell.
         """
-        alone = scheme(run.scheme).exchange is Exchange.NOTHING
+        run, alone = recipe.run, recipe.scheme.exchange is Exchange.NOTHING
         if not (alone and self.joined and self.link):
             return NO_STEP
         samples, at = self.joined.data.num_samples, self.link.peer_at

@@ -1,47 +1,35 @@
 """Whether a run can be run at all: said before anything starts."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sfl.config import RunConfig, flag
-from sfl.data.augment import check_augmentation
-from sfl.data.client_data import DatasetSpec, normalised, num_batches, parse_normalize
+from sfl.data.client_data import DatasetSpec, normalised, num_batches
 from sfl.data.datasets import dataset_of
-from sfl.data.partition import OWN, WRITER, check_partition
+from sfl.data.partition import OWN, WRITER
 from sfl.errors import ConfigError, RunError
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
-from sfl.model.class_weights import BALANCED, class_weights, parse
-from sfl.model.optimizers import check_optimizer
-from sfl.model.schedule import check_schedule
-from sfl.strategy.merge import check_rule, models_to_keep
-from sfl.strategy.schemes import Exchange, Fronts, scheme
-from sfl.strategy.split_model import SplitModel, resolve_cut
+from sfl.model.class_weights import BALANCED, class_weights
+from sfl.strategy.merge import check_rule
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange, Fronts
+from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
-from sfl.values import KeepTensors
-from sfl.weights.stores import check_address
 from sfl.wire.payload import LARGE_BYTES
 
 
-def check_run(run: RunConfig, *, imports_data: bool = False) -> RunConfig:
-    """Return the run with its cut and its schedule's length filled in, after checking its names.
+def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
+    """Return a run's recipe, after trying its model where the data's shape and classes are known.
 
-    The model is tried where the data's shape and classes are known. ``imports_data``: a data set
-    that is a user's own function is asked for them, if it can be imported here; a server does
-    without it.
+    ``imports_data``: a data set that is a user's own function is asked for them, if it can be
+    imported here; a server does without it.
 
     Raises:
-        ConfigError: there is no such scheme, model, cut, data set, partition, optimiser, schedule,
-            aggregation rule or store.
+        ConfigError: there is no such data set, or it cannot be used so; as ``Recipe.of``.
     """
-    check_names(run)
-    check_partition(run)
-    check_rule(run)
-    parse(run.class_weights)
-    check_augmentation(run.augment)
-    if run.normalize:
-        parse_normalize(run.normalize)
+    recipe = Recipe.of(run)
+    check_rule(recipe)
     if spec := _data_of(run, imports_data):
         # A user's own function need not say that its samples have writers.
         if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
@@ -49,10 +37,10 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> RunConfig:
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
         normalised(spec, run)
-        check_model(SplitModel(run, spec.input_shape, len(spec.classes)))
+        check_model(SplitModel(recipe, spec.input_shape, len(spec.classes)))
         if run.partition != OWN and run.class_weights != BALANCED:
             class_weights(run.class_weights, len(spec.classes))
-    return dataclasses.replace(run, cut=resolve_cut(run), lr_rounds=run.lr_rounds or run.rounds)
+    return recipe
 
 
 def knows_classes(run: RunConfig) -> bool:
@@ -70,21 +58,9 @@ def _data_of(run: RunConfig, imports: bool) -> DatasetSpec | None:
         return None
 
 
-def check_names(run: RunConfig) -> None:
-    """See that this installation has what the run names, for whoever trains in it.
-
-    Raises:
-        ConfigError: there is no such scheme, optimiser, schedule or store.
-    """
-    scheme(run.scheme)
-    check_optimizer(run.optimizer)
-    check_schedule(run)
-    check_address(run.weights)
-
-
-def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> int:
+def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> int:
     """Return about how many bytes a run will write, from its clients' training samples."""
-    row, clients = scheme(run.scheme), list(num_train)
+    run, row, clients = recipe.run, recipe.scheme, list(num_train)
     front = max_state_bytes(split.front_spec)
     back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
@@ -94,7 +70,7 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
         an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
         an_epoch = num_steps * front
-    keep = KeepTensors.parse(run.keep_tensors)
+    keep = recipe.keep.tensors
     answers = 0.0  # of one round, for whoever redoes it, where they are not recorded anyway
     if row.exchange is Exchange.WEIGHT_GRADS:
         answers = run.local_epochs * num_steps / max(len(clients), 1) * front
@@ -103,18 +79,18 @@ def disk_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> i
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
     tensors = run.participation * run.local_epochs * an_epoch * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
-    num_models = models_to_keep(run).num_kept(run.rounds)
+    num_models = recipe.keep.num_kept(run.rounds)
     models = num_models * (front * num_fronts + back)
-    if run.optimizer_state == "keep":  # up to two more values a parameter, for each copy
+    if recipe.training.keeps_optimizer:  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * min(num_models, run.rounds) * (back or front) * num_backs
-    return round(tensors + models + answers + _coming_bytes(run, split, clients))
+    return round(tensors + models + answers + _coming_bytes(recipe, split, clients))
 
 
-def _coming_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -> float:
+def _coming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> float:
     """Return how much, at most, lies in files without a name while it comes in."""
-    row = scheme(run.scheme)
-    front = 0 if row.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
+    run = recipe.run
+    front = 0 if recipe.scheme.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
     largest = [
         max(front, split.features_spec(min(count, run.batch_size)).num_bytes if split.cuts else 0)
         for count in num_train
@@ -123,7 +99,7 @@ def _coming_bytes(run: RunConfig, split: SplitModel, num_train: Iterable[int]) -
 
 
 def check_disk(
-    folder: Path, run: RunConfig, bytes_of: Callable[[RunConfig], int], *, may_change: bool
+    folder: Path, recipe: Recipe, bytes_of: Callable[[Recipe], int], *, may_change: bool
 ) -> str:
     """Return a line that says how much disk the run takes.
 
@@ -132,10 +108,10 @@ def check_disk(
     Raises:
         RunError: there is less.
     """
-    free, needed = shutil.disk_usage(folder).free, bytes_of(run)
+    free, needed = shutil.disk_usage(folder).free, bytes_of(recipe)
     line = f"the run will take about {_megabytes(needed)} of disk; {_megabytes(free)} are free"
     if needed > free:
-        helps = f"give {_what_helps(run, bytes_of, free)}or another --out" if may_change else ""
+        helps = f"give {_what_helps(recipe, bytes_of, free)}or another --out" if may_change else ""
         raise RunError(f"{line}: {helps or 'make space, then go on'}")
     return line
 
@@ -144,24 +120,20 @@ def check_disk(
 _LESS = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
 
 
-def _what_helps(run: RunConfig, bytes_of: Callable[[RunConfig], int], free: int) -> str:
+def _what_helps(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) -> str:
     """Return the options that would leave less on disk than the run's: one, if that is enough."""
 
-    def below(run: RunConfig, name: str, limit: int) -> list[str]:
-        return [v for v in _LESS[name] if bytes_of(_with(run, name, v)) <= limit]
+    def below(recipe: Recipe, name: str, limit: int) -> list[str]:
+        return [v for v in _LESS[name] if bytes_of(recipe.changed(**{name: v})) <= limit]
 
-    enough = {name: below(run, name, free) for name in _LESS}
+    enough = {name: below(recipe, name, free) for name in _LESS}
     if texts := [f"{flag(n)} {' or '.join(values)}" for n, values in enough.items() if values]:
         return f"{', '.join(texts)}, "
     for name in _LESS:  # one helps where the others have been given
-        if values := below(run, name, bytes_of(run) - 1):
+        if values := below(recipe, name, bytes_of(recipe) - 1):
             texts.append(f"{flag(name)} {' or '.join(values)}")
-            run = _with(run, name, values[-1])
-    return f"{' and '.join(texts)}, " if bytes_of(run) <= free else "fewer --rounds, "
-
-
-def _with(run: RunConfig, name: str, value: str) -> RunConfig:
-    return dataclasses.replace(run, **{name: value})  # type: ignore[arg-type]
+            recipe = recipe.changed(**{name: values[-1]})
+    return f"{' and '.join(texts)}, " if bytes_of(recipe) <= free else "fewer --rounds, "
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -29,7 +29,8 @@ from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
 from sfl.options import check_goes_on
 from sfl.strategy.merge import BACK, FRONT, Half, has_back_files, has_own, memory_spec
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 
 
@@ -46,28 +47,26 @@ class Files(Protocol):
     def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]: ...
 
 
-def read_halves(
-    files: Files, run: RunConfig, split: SplitModel, round_index: int
-) -> dict[str, Half]:
+def read_halves(files: Files, split: SplitModel, round_index: int) -> dict[str, Half]:
     """Return the halves that everyone started a round from, of those that there are.
 
     Raises:
         IntegrityError: a file of theirs is damaged or missing.
     """
-    wanted = {}
+    recipe, wanted = split.recipe, {}
     last = round_index - 1
     # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
     fronts_lie_here = any(files.lists(model_path(CLIENT_MODEL, r)) for r in (-1, last))
-    if fronts_lie_here and (round_index == 0 or scheme(run.scheme).fronts is not Fronts.OWN):
+    if fronts_lie_here and (round_index == 0 or recipe.scheme.fronts is not Fronts.OWN):
         wanted[FRONT] = CLIENT_MODEL, split.front_spec
-    if has_back_files(run) and any(files.lists(model_path(SERVER_MODEL, r)) for r in (-1, last)):
+    if has_back_files(recipe) and any(files.lists(model_path(SERVER_MODEL, r)) for r in (-1, last)):
         wanted[BACK] = SERVER_MODEL, split.back_spec
     halves = {}
     for name, (template, spec) in wanted.items():
         state = files.state(model_path(template, last), spec)
         path, memory = model_path(MEMORY, last, half=name), {}
         if files.lists(path):
-            memory = files.state(path, memory_spec(run, spec, split.entries))
+            memory = files.state(path, memory_spec(recipe, spec, split.entries))
         halves[name] = Half(state, memory)
     return halves
 
@@ -92,19 +91,19 @@ def load_backs(
 
 
 def load_own_state(
-    folder: Path, front: Segment, run: RunConfig, client: int, round_index: int
+    folder: Path, front: Segment, recipe: Recipe, client: int, round_index: int
 ) -> None:
     """Bring a client's front and optimiser to where they were when a round began.
 
     Raises:
         RunError: what only this client had is not there, or damaged.
     """
-    if not has_own(run) or round_index == 0:
+    if not has_own(recipe) or round_index == 0:
         return
     damage: list[str] = []
-    for checkpoint in whole(folder, run, damage):
+    for checkpoint in whole(folder, recipe.run, damage):
         if checkpoint.round == round_index:
-            _load_kept(checkpoint, front, run, client)
+            _load_kept(checkpoint, front, recipe, client)
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
@@ -113,12 +112,12 @@ def load_own_state(
     )
 
 
-def _load_kept(checkpoint: Checkpoint, front: Segment, run: RunConfig, client: int) -> None:
+def _load_kept(checkpoint: Checkpoint, front: Segment, recipe: Recipe, client: int) -> None:
     last = checkpoint.round - 1
-    if scheme(run.scheme).fronts is Fronts.OWN:
+    if recipe.scheme.fronts is Fronts.OWN:
         path = model_path(ONE_CLIENT_MODEL, last, client=client)
         front.load(checkpoint.state(path, front.spec))
-    if run.optimizer_state == "keep":
+    if recipe.training.keeps_optimizer:
         _load_optimizer(checkpoint, front, model_path(CLIENT_OPTIMIZER, last, client=client))
 
 

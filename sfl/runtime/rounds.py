@@ -44,7 +44,8 @@ from sfl.strategy.merge import (
     merge_fronts,
 )
 from sfl.strategy.order import RoundPlan
-from sfl.strategy.schemes import Fronts, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.weights.exchange import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
 from sfl.wire.driver import Conversation, Network, run_together
@@ -59,7 +60,6 @@ T = TypeVar("T")
 class Rounds:
     """The server's part of a run, for all clients."""
 
-    run: RunConfig
     network: Network
     parties: Mapping[int, ServerParty]  # in the order of their clients
     backs: Mapping[int, Segment]
@@ -80,6 +80,14 @@ class Rounds:
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.split.recipe
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
 
     def run_all(self) -> dict[str, float]:
         """Run all rounds that are left and return the figures of the last one."""
@@ -108,7 +116,7 @@ class Rounds:
 
     def limit(self, client: int) -> None:
         """Accept from a client what this run expects of it."""
-        limits = server_limits(self.split, self.run, self.num_steps[client], self.payloads)
+        limits = server_limits(self.split, self.num_steps[client], self.payloads)
         self.parties[client].link.limits = limits
 
     def _items(self) -> ItemsView[int, ServerParty]:
@@ -183,7 +191,7 @@ class Rounds:
         """Bring a client to where a round starts, if it has just come."""
         if self.parties[client].at_start_of == round_index:
             return
-        front, keeps_own = None, scheme(self.run.scheme).fronts is Fronts.OWN
+        front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
             # The one of the round's start, whatever has been made of it; or the fed server's.
             front = NamedWeights(INITIAL, encode_state(self._front.state) if self._front else b"")
@@ -195,10 +203,10 @@ class Rounds:
 
     def _undo(self, round_index: int) -> None:
         """Bring the server back to where a round began, in which all who took part have left."""
-        owner = BACK if has_back_files(self.run) else FRONT
+        owner = BACK if has_back_files(self.recipe) else FRONT
         for b, segment in self.backs.items():
             segment.load(self.halves[owner].state)
-            if self.run.optimizer_state == "keep":
+            if self.recipe.training.keeps_optimizer:
                 segment.restore(self._optimizers[b])
         for k in self.parties:
             self.archive.drop_steps(k, round_index)
@@ -208,12 +216,12 @@ class Rounds:
         """Let the round's clients train; all copies of the back start with the same weights."""
         for b, segment in self.backs.items():
             segment.start_round(round_index)
-            if self.may_skip and self.run.optimizer_state == "keep":
+            if self.may_skip and self.recipe.training.keeps_optimizer:
                 self._optimizers[b] = segment.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
         plan = RoundPlan(
-            self.run, round_index, num_steps, self.backs,
+            self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
         self.log.start_round(round_index, sum(plan.num_steps.values()))
@@ -263,20 +271,21 @@ class Rounds:
         merged = {}
         if FRONT in self.halves:
             merged[FRONT] = merge_fronts(
-                self.run, fronts, weights, start=self.halves[FRONT], entries=entries,
+                self.recipe, fronts, weights, start=self.halves[FRONT], entries=entries,
                 last=plan.order[-1],
             )  # fmt: skip
         crash_point("average.before")
-        if has_back_files(self.run):
+        if has_back_files(self.recipe):
             backs = {b: segment.state() for b, segment in self.backs.items()}
             start = self.halves[BACK]
-            merged[BACK] = merge_backs(self.run, backs, weights, start=start, entries=entries)
+            merged[BACK] = merge_backs(self.recipe, backs, weights, start=start, entries=entries)
         halves = {name: half for name, half in merged.items() if half is not None}
         self._check_finite(halves, round_index)
         self.halves = halves
         crash_point("average.after")
         self._write_halves(round_index)
-        owner = BACK if has_back_files(self.run) else FRONT  # whose weights the server's copies are
+        # Whose weights the server's copies are.
+        owner = BACK if has_back_files(self.recipe) else FRONT
         for segment in self.backs.values():
             segment.load(self.halves[owner].state)
 
@@ -301,7 +310,7 @@ class Rounds:
         files = [
             f for name, half in self.halves.items() for f in half_files(name, half, round_index)
         ]
-        if self.run.optimizer_state == "keep" and round_index >= 0:
+        if self.recipe.training.keeps_optimizer and round_index >= 0:
             for b, segment in self.backs.items():
                 path = model_path(SERVER_OPTIMIZER, round_index, back=b)
                 files.append(("server_optimizer", path, encode_state(segment.optimizer_state())))
@@ -317,7 +326,7 @@ class Rounds:
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
         """Let every client evaluate what the round gave; the last of a relay has its front."""
-        front, policy = None, scheme(self.run.scheme).fronts
+        front, policy = None, self.recipe.scheme.fronts
         if policy is Fronts.RELAYED:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:

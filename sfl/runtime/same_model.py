@@ -11,6 +11,7 @@ from sfl.conversation.party import TRAIN
 from sfl.data.client_data import ClientData
 from sfl.errors import RunError
 from sfl.model.structure import difference, weights_checksum
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import needs_several_samples
 
@@ -32,20 +33,20 @@ def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport
 class ServersModel:
     """The model as the server builds it for data of which clients tell."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self._run = run
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
         self._seen: dict[tuple[tuple[int, ...], int], Seen | None] = {}
 
     def unlike(self, joined: Joined, *, all_are_there: bool = False) -> str:
         """Say in what a client's model is another one; "" if it is not, or this is seen later."""
         seen = self._seen_for(joined.data, limited=not all_are_there)
-        return _unlike(self._run, seen, joined) if seen else ""
+        return _unlike(self._recipe.run, seen, joined) if seen else ""
 
     def unfit(self, data: DataReport) -> str:
         """Say why the model cannot be trained on so few samples; "" if it can."""
         if data.num_samples[TRAIN] > 1 or not self._seen_for(data):
             return ""
-        split = SplitModel(self._run, data.input_shape, len(data.classes))
+        split = SplitModel(self._recipe, data.input_shape, len(data.classes))
         why = needs_several_samples(split)
         return f"it has one training sample, and the model needs more: {why}" if why else ""
 
@@ -56,7 +57,7 @@ class ServersModel:
             if limited and (len(self._seen) >= MOST_BUILT or too_large):
                 return None
             try:
-                split = SplitModel(self._run, *known)
+                split = SplitModel(self._recipe, *known)
                 self._seen[known] = split.structure, split.block_names
             except Exception:  # noqa: BLE001 - by a user's own code; it is said when all are there
                 self._seen[known] = None
@@ -76,7 +77,7 @@ def _unlike(run: RunConfig, seen: Seen, joined: Joined) -> str:
 
 
 def check_same_model(
-    run: RunConfig, split: SplitModel, joined: Mapping[int, Joined], say: Callable[[str], None]
+    split: SplitModel, joined: Mapping[int, Joined], say: Callable[[str], None]
 ) -> None:
     """See that all clients have built the server's model; warn where they draw other weights.
 
@@ -87,7 +88,7 @@ def check_same_model(
     for k, client in joined.items():
         if not client.data.structure:  # it is in this process
             continue
-        if why := _unlike(run, (split.structure, split.block_names), client):
+        if why := _unlike(split.recipe.run, (split.structure, split.block_names), client):
             raise RunError(why)
         if client.data.weights != ours:
             say(

@@ -49,8 +49,9 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel, check_same_model
-from sfl.strategy.merge import BACK, FRONT, Half, has_back_files, models_to_keep
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.strategy.merge import BACK, FRONT, Half, has_back_files
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
 from sfl.transport.dialling import listen
@@ -59,7 +60,6 @@ from sfl.transport.heartbeat import interval_s
 from sfl.transport.switchboard import Switchboard
 from sfl.transport.tokens import SERVER
 from sfl.transport.turned_away import TurnedAway
-from sfl.values import LinkShape
 from sfl.weights.exchange import Elsewhere, WeightStore
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
@@ -77,23 +77,24 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         RunError: port, folder or disk; or a client left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    run = check_run(run, imports_data=not node.resume)  # else the folder may be somebody else's
-    if scheme(run.scheme).pooled:
+    # Of a run that goes on, the folder may be somebody else's.
+    recipe = check_run(run, imports_data=not node.resume)
+    run = recipe.run
+    if recipe.scheme.pooled:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
-    check_role(run, node)
-    _check_together(run, node)
+    check_role(recipe, node)
+    _check_together(recipe, node)
     device = set_up_torch(node)
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
-    shape = LinkShape.parse(node.link)
-    with listen(node.host, node.port, shape) as listener, contextlib.ExitStack() as stack:
-        path, run, is_taken_over = _folder_of(run, node)
+    with listen(node.host, node.port, node.link_shape) as listener, contextlib.ExitStack() as stack:
+        path, recipe, is_taken_over = _folder_of(recipe, node)
+        run = recipe.run
         fed = HERE if node.role == "all" else node.fed_server or APART
-        keep = models_to_keep(run)
         with (
-            open_folder(path, SERVER_LOG, keep) as folder,
+            open_folder(path, SERVER_LOG, recipe.keep) as folder,
             Switchboard(
                 listener,
                 timeout_s=node.peer_timeout,
@@ -121,14 +122,14 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             patience = Patience(fed == HERE, node.skip_after_s, node.min_clients)
             lobby = Lobby(
                 switchboard=switchboard,
-                run=run,
+                recipe=recipe,
                 events=events,
                 past=past,
                 goes_on=bool(node.resume),
                 fed=fed,
                 patience=patience,
-                model=ServersModel(run),
-                why_refused=functools.partial(why_refused, run, node),
+                model=ServersModel(recipe),
+                why_refused=functools.partial(why_refused, recipe, node),
             )
             if past and past.first_round == run.rounds:  # all that is left is to say goodbye
                 lobby.end_soon()
@@ -138,7 +139,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             crash_point("start.ready")
             make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
             rounds = prepare(
-                run, joined, lobby, folder, device=device, node=node, past=past,
+                recipe, joined, lobby, folder, device=device, node=node, past=past,
                 store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),
                 with_fronts=fed == HERE, may_skip=bool(node.skip_after_s), at_once=node.at_once,
             )  # fmt: skip
@@ -152,11 +153,12 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     return path
 
 
-def _check_together(run: RunConfig, node: ServerNode) -> None:
+def _check_together(recipe: Recipe, node: ServerNode) -> None:
     """See that what the server's options say of the clients goes with the run."""
+    run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
-    if node.at_once and not scheme(run.scheme).copies_back:
+    if node.at_once and not recipe.scheme.copies_back:
         raise ConfigError(
             f"--at-once {node.at_once}: with {run.scheme} nobody has a copy to wait for"
         )
@@ -204,7 +206,7 @@ def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
         events.say("all rounds are done")
 
 
-def check_role(run: RunConfig, node: ServerNode) -> None:
+def check_role(recipe: Recipe, node: ServerNode) -> None:
     """See that the servers of a run can be apart as this one is told.
 
     Raises:
@@ -212,7 +214,8 @@ def check_role(run: RunConfig, node: ServerNode) -> None:
     """
     if node.role != "main":
         return
-    if scheme(run.scheme).exchange is Exchange.WEIGHT_GRADS:
+    run = recipe.run
+    if recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         raise ConfigError(
             f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
             " fed server to part from"
@@ -250,25 +253,26 @@ def _check_place(
     return place
 
 
-def _folder_of(run: RunConfig, node: ServerNode) -> tuple[Path, RunConfig, bool]:
+def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
     """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
     that of a start that failed.
 
     The options lie in it before anything else, so that the run can go on whenever it is killed.
     """
     if node.resume:
-        return Path(node.resume), run, False
+        return Path(node.resume), recipe, False
+    run = recipe.run
     parent = node.out_path / "server"
     was_there = bool(run.run) and (parent / run.run).exists()
     path = create_run_folder(parent, run.run)
-    run = dataclasses.replace(run, run=path.name)
-    write_file(path / "config.json", to_json(options_record(run, node)), durable=True)
+    recipe = recipe.changed(run=path.name)
+    write_file(path / "config.json", to_json(options_record(recipe.run, node)), durable=True)
     remember([run.model])
-    return path, run, was_there
+    return path, recipe, was_there
 
 
 def prepare(
-    run: RunConfig,
+    recipe: Recipe,
     joined: Mapping[int, Joined],
     network: Network,
     folder: RunFolder,
@@ -294,10 +298,10 @@ def prepare(
         RunError: the clients' data do not go together, or the disk is too small.
         IntegrityError: a file that the run goes on from is damaged.
     """
-    archive, events = folder.archive, folder.events
+    run, archive, events = recipe.run, folder.archive, folder.events
     data = dict(past.data) if past else describe_data(joined, run)
-    split = SplitModel.of_data(run, data)
-    check_same_model(run, split, joined, events.say)
+    split = SplitModel.of_data(recipe, data)
+    check_same_model(split, joined, events.say)
     _look_at(split, run, events)
     ours = fingerprint(device)
     for k, client in joined.items():
@@ -318,24 +322,25 @@ def prepare(
     archive.write("environment", "environment.json", to_json(environment))
     num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
     num_train = [parts[TRAIN] for parts in num_samples.values()]
-    left = dataclasses.replace(run, rounds=run.rounds - first_round)
+    left = recipe.changed(rounds=run.rounds - first_round)
     events.say(
         check_disk(
-            folder.path, left, lambda run: disk_bytes(run, split, num_train), may_change=not past
+            folder.path, left, lambda recipe: disk_bytes(recipe, split, num_train),
+            may_change=not past,
         )
-    )
-    row = scheme(run.scheme)
+    )  # fmt: skip
+    row = recipe.scheme
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
     backs = {b: split.back(device) for b in indices}
     if past:
-        halves = read_halves(past.files, run, split, first_round)
+        halves = read_halves(past.files, split, first_round)
         load_backs(past.files, run, backs, halves, first_round)
     else:
         halves = {FRONT: Half(split.front_state(), {})} if with_fronts else {}
-        if has_back_files(run):
+        if has_back_files(recipe):
             halves[BACK] = Half(split.back_state(), {})
-    a_round = disk_bytes(dataclasses.replace(run, rounds=1), split, num_train)
+    a_round = disk_bytes(recipe.changed(rounds=1), split, num_train)
     log = RoundLog(folder, run.rounds, first_round)
     most_bytes = max_state_bytes(split.front_spec)
     profile = Profile(folder.path, wanted=node.profile)
@@ -347,7 +352,7 @@ def prepare(
     parties = {
         k: ServerParty(
             client=k,
-            run=run,
+            recipe=recipe,
             link=links[k],
             weights=store_of(links[k]),
             split=split,
@@ -361,7 +366,6 @@ def prepare(
         for k in sorted(num_samples)
     }
     rounds = Rounds(
-        run,
         network,
         parties,
         backs,

@@ -32,9 +32,8 @@ from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.server import finish, prepare
-from sfl.strategy.merge import models_to_keep
-from sfl.strategy.schemes import scheme
-from sfl.values import KeepModels, Position
+from sfl.strategy.recipe import Recipe
+from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
 from sfl.wire.driver import Conversation, Gate, Network
 from sfl.wire.framing import encode_head
@@ -167,17 +166,18 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
     """
-    run = check_run(run, imports_data=True)
+    recipe = check_run(run, imports_data=True)
+    run = recipe.run
     device = set_up_torch(node)
     data = _load_all(run, node)
-    if scheme(run.scheme).pooled:
+    if recipe.scheme.pooled:
         data = {0: _pooled(data, run)}
     path = create_run_folder(node.out_path / "server", run.run)
     remember([run.model])
-    run = dataclasses.replace(run, run=path.name)
-    keep = models_to_keep(run)
+    recipe = recipe.changed(run=path.name)
+    run = recipe.run
     with (
-        open_folder(path, SERVER_LOG, keep) as folder,
+        open_folder(path, SERVER_LOG, recipe.keep) as folder,
         contextlib.ExitStack() as writers,
         telling_why(folder),
     ):
@@ -192,16 +192,16 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
         )
         make = store_maker(options.open_place(), options)
         rounds = prepare(
-            run, joined, network, folder, device=device, node=node, store=make,
+            recipe, joined, network, folder, device=device, node=node, store=make,
             may_skip=bool(away), keeps_answers=False,
         )  # fmt: skip
-        archives = {k: writers.enter_context(_client_archive(run, node, k)) for k in data}
+        archives = {k: writers.enter_context(_client_archive(recipe, node, k)) for k in data}
 
         def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
             front, folder = rounds.split.front(device), _client_folder(run, node, client)
             party = ClientParty(
                 client=client,
-                run=run,
+                recipe=recipe,
                 link=client_end,
                 weights=make(client_end, max_state_bytes(rounds.split.front_spec)),
                 split=rounds.split,
@@ -211,7 +211,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
                 front=front,
                 data=data[client],
                 on_round=lambda round_index, figures: None,
-                on_start=lambda _, own: load_own_state(folder, front, run, client, own),
+                on_start=lambda _, own: load_own_state(folder, front, recipe, client, own),
             )
             network.add(server_end, client_run(party))
 
@@ -227,10 +227,10 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     return path
 
 
-def _client_archive(run: RunConfig, node: NodeConfig, client: int) -> ArchiveWriter:
+def _client_archive(recipe: Recipe, node: NodeConfig, client: int) -> ArchiveWriter:
     """Return the writer of a client's folder; it writes what only the client has."""
-    keep = KeepModels.parse(run.keep_models)
-    return ArchiveWriter(_client_folder(run, node, client), keep.tensors, keep)
+    keep = dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING)
+    return ArchiveWriter(_client_folder(recipe.run, node, client), KEEP_NOTHING, keep)
 
 
 def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:

@@ -14,19 +14,12 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
 from sfl.model.blocks import Entries
-from sfl.registry import with_options
-from sfl.strategy.aggregate import RULES, State, Update
+from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import draw
-from sfl.strategy.schemes import Exchange, Fronts, scheme
-from sfl.values import KeepModels
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange, Fronts
 
 FRONT, BACK = "front", "back"  # the halves
-
-
-def models_to_keep(run: RunConfig) -> KeepModels:
-    """Return which rounds' models stay; without cut-layer tensors none are replayed."""
-    has_tensors = scheme(run.scheme).exchange is not Exchange.NOTHING
-    return KeepModels.parse(run.keep_models, run.keep_tensors if has_tensors else "none")
 
 
 def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
@@ -35,32 +28,30 @@ def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[in
     return {client: 1 if equal else count for client, count in num_samples.items()}
 
 
-def has_back_files(run: RunConfig) -> bool:
+def has_back_files(recipe: Recipe) -> bool:
     """Say whether the server has a model of its own, apart from the clients'."""
-    return scheme(run.scheme).exchange is Exchange.CUT
+    return recipe.scheme.exchange is Exchange.CUT
 
 
-def averages_backs(run: RunConfig) -> bool:
+def averages_backs(recipe: Recipe) -> bool:
     """Say whether the scheme makes copies of the back."""
-    back_of = scheme(run.scheme).back_of
-    return has_back_files(run) and len({back_of(k) for k in range(run.most_clients)}) > 1
+    copies = {recipe.scheme.back_of(k) for k in range(recipe.run.most_clients)}
+    return has_back_files(recipe) and len(copies) > 1
 
 
-def check_rule(run: RunConfig) -> None:
+def check_rule(recipe: Recipe) -> None:
     """Try the run's aggregation rule on as many models as there are of each half in a round.
 
     Raises:
-        ConfigError: there is no such rule, it does not take such options or so few models, or the
-            scheme averages no models.
+        ConfigError: it does not take such values or so few models, or the scheme averages none.
     """
-    row, drawn = scheme(run.scheme), draw(run, range(run.clients), 0)
+    run, row = recipe.run, recipe.scheme
+    drawn = draw(run, range(run.clients), 0)
     counts = [len(drawn)] if row.fronts is Fronts.AVERAGED else []
-    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(run) else []
+    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(recipe) else []
     one = {"w": torch.zeros(1)}
     for count in counts or [3]:
-        with_options("aggregation", run.aggregation, RULES)(
-            Update([one] * count, [1] * count, start=one, trained={"w"})
-        )
+        recipe.rule(Update([one] * count, [1] * count, start=one, trained={"w"}))
     averages_models = counts and row.exchange is not Exchange.WEIGHT_GRADS and not row.pooled
     if run.aggregation != "fedavg" and not averages_models:
         raise ConfigError(
@@ -89,7 +80,7 @@ def half_files(name: str, half: Half, round_index: int) -> Iterator[tuple[str, s
 
 
 def merge_fronts(
-    run: RunConfig,
+    recipe: Recipe,
     fronts: Mapping[int, State],
     weights: Mapping[int, int],
     *,
@@ -101,16 +92,16 @@ def merge_fronts(
 
     ``fronts`` are those of the clients that took part, ``last`` is whose turn was last.
     """
-    policy = scheme(run.scheme).fronts
+    policy = recipe.scheme.fronts
     if policy is Fronts.OWN:
         return None
     if policy is Fronts.RELAYED:
         return Half(fronts[last], {})
-    return _aggregate(run, fronts, weights, start, entries)
+    return _aggregate(recipe, fronts, weights, start, entries)
 
 
 def merge_backs(
-    run: RunConfig,
+    recipe: Recipe,
     backs: Mapping[int, State],
     weights: Mapping[int, int],
     *,
@@ -122,23 +113,22 @@ def merge_backs(
     ``weights`` are those of the clients that took part; each copy weighs as much as the clients
     that it served, and a copy that served none is left out.
     """
-    back_of = scheme(run.scheme).back_of
+    back_of = recipe.scheme.back_of
     served = {b: sum(w for k, w in weights.items() if back_of(k) == b) for b in backs}
     used = {b: backs[b] for b in sorted(backs) if served[b]}
-    if averages_backs(run):
-        return _aggregate(run, used, served, start, entries)
+    if averages_backs(recipe):
+        return _aggregate(recipe, used, served, start, entries)
     (only,) = used.values()
     return Half(only, {})
 
 
 def _aggregate(
-    run: RunConfig,
+    recipe: Recipe,
     states: Mapping[int, State],
     weights: Mapping[int, int],
     start: Half,
     entries: Entries,
 ) -> Half:
-    rule = with_options("aggregation", run.aggregation, RULES)
     chosen = sorted(states)
     merged = [name for name in start.state if name not in entries.frozen]
     update = Update(
@@ -148,7 +138,7 @@ def _aggregate(
         trained=sorted(entries.trained & start.state.keys()),
         memory=start.memory,
     )
-    new, memory = rule(update)
+    new, memory = recipe.rule(update)
     for name in merged:
         theirs = [state[name] for state in update.states]
         if name not in entries.trained and all(torch.equal(t, start.state[name]) for t in theirs):
@@ -157,17 +147,17 @@ def _aggregate(
     return Half({n: state[entries.same.get(n, n)] for n in start.state}, memory)
 
 
-def memory_spec(run: RunConfig, half: StateSpec, entries: Entries) -> StateSpec:
+def memory_spec(recipe: Recipe, half: StateSpec, entries: Entries) -> StateSpec:
     """Return the spec of the memory that the run's rule keeps of a half; empty if it keeps none."""
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in half.items()}
-    count = len(draw(run, range(run.clients), 0))
+    count = len(draw(recipe.run, range(recipe.run.clients), 0))
     merged = _aggregate(
-        run, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Half(state, {}),
+        recipe, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Half(state, {}),
         entries,
     )  # fmt: skip
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}
 
 
-def has_own(run: RunConfig) -> bool:
+def has_own(recipe: Recipe) -> bool:
     """Say whether clients have something that a round starts from and nobody else has."""
-    return scheme(run.scheme).fronts is Fronts.OWN or run.optimizer_state == "keep"
+    return recipe.scheme.fronts is Fronts.OWN or recipe.training.keeps_optimizer

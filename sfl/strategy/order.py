@@ -21,7 +21,8 @@ from sfl import seeds
 from sfl.archive.spool import Spool
 from sfl.config import RunConfig
 from sfl.model.segment import Segment, Snapshot
-from sfl.strategy.schemes import Exchange, Fronts, scheme
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.sync_sgd import GradientPool
 from sfl.weights.exchange import NamedWeights
 from sfl.wire.driver import Gate
@@ -77,7 +78,7 @@ class RoundPlan:
 
     def __init__(
         self,
-        run: RunConfig,
+        recipe: Recipe,
         round_index: int,
         num_steps: Mapping[int, int],
         backs: Mapping[int, Segment],
@@ -91,8 +92,8 @@ class RoundPlan:
         ``may_skip``: a client may be dropped, so that what it did must be undone. ``at_once``: so
         many train at the same time, where each has a copy of the back; 0: all.
         """
-        row = scheme(run.scheme)
-        self._run, self._backs, self._may_skip = run, backs, may_skip
+        run, row = recipe.run, recipe.scheme
+        self._scheme, self._backs, self._may_skip = row, backs, may_skip
         self._training: set[int] = set()  # who has begun, and has neither trained nor left
         self.spool = spool
         self.starts: dict[int, NamedWeights | None] = {}  # of who has begun: whose front it has
@@ -135,7 +136,7 @@ class RoundPlan:
             self.starts[client] = self.relayed
             self._training.add(client)
             if self._may_skip and self.leaves_no_trace(client) and self._backs:
-                back = self._backs[scheme(self._run.scheme).back_of(client)]
+                back = self._backs[self._back_of(client)]
                 self._snapshots[client] = back.snapshot(weights=self.rounds.in_order)
         return self.starts[client]
 
@@ -150,7 +151,7 @@ class RoundPlan:
     def rest(self, client: int) -> None:
         """Let a client that has trained make room for another one, with its copy of the back."""
         self._training.discard(client)
-        if scheme(self._run.scheme).copies_back:
+        if self._scheme.copies_back:
             self._backs[self._back_of(client)].rest()
 
     def drop(self, client: int) -> bool:
@@ -171,7 +172,7 @@ class RoundPlan:
         if not self.leaves_no_trace(client):
             return False
         if snapshot := self._snapshots.pop(client, None):
-            self._backs[scheme(self._run.scheme).back_of(client)].restore(snapshot)
+            self._backs[self._back_of(client)].restore(snapshot)
             self._taken[self._back_of(client)] -= self._taken_of.pop(client, 0)
         return True
 
@@ -183,10 +184,10 @@ class RoundPlan:
         return self._taken[back] - 1
 
     def _back_of(self, client: int) -> int:
-        return scheme(self._run.scheme).back_of(client)
+        return self._scheme.back_of(client)
 
     def leaves_no_trace(self, client: int) -> bool:
         """Say whether nobody else's steps come between those of a client on its back."""
-        back_of = scheme(self._run.scheme).back_of
+        back_of = self._scheme.back_of
         alone = all(back_of(k) != back_of(client) for k in self.order if k != client)
         return self.pool is None and (alone or self.rounds.in_order or not self._backs)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from sfl.registry import unknown_name
-
 
 class Exchange(Enum):
     """What passes in a step; ``sfl.conversation.step`` has both ends of each."""
@@ -90,14 +88,3 @@ SCHEMES: dict[str, Scheme] = {
         pooled=True,
     ),
 }
-
-
-def scheme(name: str) -> Scheme:
-    """Return the scheme of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in SCHEMES:
-        raise unknown_name("scheme", name, SCHEMES)
-    return SCHEMES[name]

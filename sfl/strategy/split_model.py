@@ -2,13 +2,13 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.files.torch_file import (
     StateSpec,
@@ -19,25 +19,15 @@ from sfl.files.torch_file import (
 from sfl.model import structure
 from sfl.model.blocks import Entries, check_apart, copied, names_of
 from sfl.model.segment import Segment
+from sfl.model.training import Training
 from sfl.model.trial import Trial, sample_specs, where_to_cut
-from sfl.model.zoo import build, model_spec, split
-from sfl.strategy.schemes import Exchange, scheme
+from sfl.model.zoo import build, split
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
 
 # Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
 MAX_EVALUATION_BATCH = 256
 MAX_EVALUATION_BYTES = 8 * 2**20
-
-
-def resolve_cut(run: RunConfig, allowed: Collection[str] | None = None) -> int:
-    """Return where the run's model is cut: the user's index, or the model's own.
-
-    Raises:
-        ConfigError: no such model, or a user's own model without ``--cut``.
-    """
-    cut = run.cut if run.cut is not None else model_spec(run.model, allowed).cut
-    if cut is None:
-        raise ConfigError(f"--model {run.model} is your own: say with --cut where to cut it")
-    return cut
 
 
 class SplitModel:
@@ -52,14 +42,15 @@ class SplitModel:
 
     def __init__(
         self,
-        run: RunConfig,
+        recipe: Recipe,
         input_shape: tuple[int, ...],
         num_classes: int,
-        allowed: Collection[str] | None = None,
         class_weights: tuple[float, ...] = (),
     ) -> None:
+        run = recipe.run
+
         def build_it() -> nn.Sequential:
-            return build(model_spec(run.model, allowed), input_shape, num_classes, seed=run.seed)
+            return build(recipe.model, input_shape, num_classes, seed=run.seed)
 
         model = build_it()
         self.block_names = [name for name, _ in model.named_children()]
@@ -67,11 +58,11 @@ class SplitModel:
         self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
             described, lambda: structure.describe(build_it())
         )
-        self.cut = resolve_cut(run, allowed)  # where gradients are clipped apart, in any case
-        self.cuts = (self.cut,) if scheme(run.scheme).exchange is Exchange.CUT else ()
-        if not 0 <= self.cut <= len(model) or {0, len(model)} & set(self.cuts):
+        self.recipe, cut = recipe, recipe.cut
+        self.cuts = (cut,) if recipe.scheme.exchange is Exchange.CUT else ()
+        if not 0 <= cut <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
-                f"--cut {self.cut}: --scheme {run.scheme} needs blocks on both sides;"
+                f"--cut {cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
         self._segments = split(model, *self.cuts)  # these keep the initial weights
@@ -81,58 +72,52 @@ class SplitModel:
         self.entries = Entries.of(self._segments)
         self._first_blocks = (0, *self.cuts)
         self.input_shape, self.num_classes = input_shape, num_classes
-        self.class_weights = class_weights
-        self._run = run
+        self._training = replace(recipe.training, class_weights=class_weights)
         self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
-        self._cut_samples = sample_specs(self._segments, run, input_shape, num_classes)
+        self._cut_samples = sample_specs(self._segments, self._training, input_shape, num_classes)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
 
     @classmethod
-    def of_data(
-        cls, run: RunConfig, data: Mapping[str, Any], allowed: Collection[str] | None = None
-    ) -> "SplitModel":
+    def of_data(cls, recipe: Recipe, data: Mapping[str, Any]) -> "SplitModel":
         """Return a run's model for what is recorded of its clients' data."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
-        return cls(run, shape, len(data["classes"]), allowed, class_weights=weights)
+        return cls(recipe, shape, len(data["classes"]), weights)
 
-    def _segment(self, index: int, device: torch.device, **more: Any) -> Segment:
+    @property
+    def class_weights(self) -> tuple[float, ...]:
+        """The weights of the classes in the training loss; none if it is not weighted."""
+        return self._training.class_weights
+
+    def _segment(self, index: int, device: torch.device, training: Training) -> Segment:
         first_block = self._first_blocks[index]
-        return Segment(
-            copied(self._segments[index], first_block),
-            first_block,
-            self._run,
-            device,
-            boundary=self.cut,
-            class_weights=self.class_weights,
-            **more,
-        )
+        return Segment(copied(self._segments[index], first_block), first_block, training, device)
 
     def trial(self, *, whole: bool = False) -> Trial:
         """Return copies of the segments, or of the model as a ``whole``, to be tried."""
         blocks = OrderedDict(item for row in self._segments for item in row._modules.items())
         return Trial(
             [nn.Sequential(blocks)] if whole else self._segments,
-            self._run,
+            self._training,
             self.input_shape,
             self.num_classes,
-            class_weights=self.class_weights,
             seams=self.cuts if whole else (),
             samples=() if whole else self._cut_samples,
         )
 
     def where_to_cut(self) -> str:
         """Return the end of a message that says where the model can be cut, if not as it is."""
-        return where_to_cut(self._segments, self._run, self.input_shape, self.num_classes)
+        return where_to_cut(self._segments, self._training, self.input_shape, self.num_classes)
 
     def front(self, device: torch.device) -> Segment:
         """Return a client-side model with the initial weights and an optimiser."""
-        return self._segment(0, device, proximal_mu=self._run.fedprox_mu)
+        proximal_mu = self.recipe.run.fedprox_mu
+        return self._segment(0, device, replace(self._training, proximal_mu=proximal_mu))
 
     def back(self, device: torch.device) -> Segment:
         """Return a server-side model with the initial weights and an optimiser."""
-        return self._segment(-1, device)
+        return self._segment(-1, device, self._training)
 
     @functools.cached_property
     def structure(self) -> tuple[str, ...]:

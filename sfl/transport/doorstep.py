@@ -33,7 +33,7 @@ from sfl.transport.stream import RAW_BYTES, Stream, TlsStream, speaks_tls, why
 from sfl.transport.tokens import server_authenticate
 from sfl.transport.turned_away import TurnedAway
 from sfl.wire.driver import Conversation
-from sfl.wire.framing import HEAD, VERSION, Decoder, encode_head
+from sfl.wire.framing import HEAD, RELEASES, VERSION, Decoder, encode_head
 from sfl.wire.link import Link, Peer, last_words_for, one_line
 from sfl.wire.messages import Limits, Message, MessageType
 
@@ -271,7 +271,7 @@ class Doorstep:
         aloud = isinstance(error, AuthError | ProtocolError)
         self._turned_away.add(visitor.address, reason_of(error), aloud=aloud)
         if isinstance(error, OtherVersion):
-            visitor.version = 1 if error.version == 1 else VERSION
+            visitor.version = error.version if error.version in RELEASES else VERSION
             visitor.dismiss(MessageType.INVALID_MESSAGE, error.answer)
         elif isinstance(error, AuthError | ProtocolError | Damaged):
             visitor.dismiss(last_words_for(error), str(error))

@@ -1,1 +1,1 @@
-"""How client-side weights travel: over the connection, through a folder or a bucket."""
+"""Transfer of client-side weights: over the connection, through a folder or a bucket."""

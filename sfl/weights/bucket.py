@@ -1,6 +1,6 @@
-"""Objects in a Google Cloud Storage bucket, through google-cloud-storage.
+"""Objects in a Google Cloud Storage bucket, by google-cloud-storage.
 
-The library is imported when a bucket is first used: a run without one does without it. Credentials
+The library is imported when a bucket is first used, so runs without one do not need it. Credentials
 are found as Google's libraries find them; ``STORAGE_EMULATOR_HOST`` names an emulator.
 """
 
@@ -20,15 +20,15 @@ from sfl.wire.link import one_line
 
 # https://cloud.google.com/storage/docs/buckets#naming
 BUCKET_NAME = re.compile(r"(?!goog)[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-CONNECT_S, ANSWER_S = 10.0, 60.0  # a single try's deadlines; the whole call's is the user's
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # between tries
+CONNECT_S, ANSWER_S = 10.0, 60.0  # deadlines of one attempt; --weights-timeout bounds all
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # between attempts
 
 
 def parse_address(address: str) -> tuple[str, str]:
     """Return bucket and prefix of ``gs://BUCKET/PREFIX``.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: a part of the address is malformed.
     """
     bucket, _, prefix = address.removeprefix("gs://").partition("/")
     if not BUCKET_NAME.fullmatch(bucket):
@@ -45,9 +45,8 @@ def parse_address(address: str) -> tuple[str, str]:
 class Bucket:
     """Objects under a prefix of a bucket.
 
-    ``timeout_s`` bounds every call, tries and pauses together, to within one try; ``say`` hears,
-    once for each time that the bucket stays away, what is being waited for. Downloads go through
-    ``scratch``.
+    ``timeout_s`` bounds each call with all its attempts and pauses, to within one attempt. ``say``
+    reports an outage once. Downloads go through ``scratch``.
     """
 
     def __init__(
@@ -59,7 +58,8 @@ class Bucket:
         self._timeout_s = timeout_s
         self._say = say
         self._waiting = False
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # buckets, each with a connection
+        # idle library buckets, each with its own connection
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def check(self) -> None:
         with self._call("list objects") as (bucket, options):
@@ -86,10 +86,11 @@ class Bucket:
                     **options(),
                 )
             except PreconditionFailed:
-                # Somebody was first: perhaps ourselves, in a try whose answer got lost.
+                # The object exists, perhaps from an earlier attempt of ours whose answer got lost.
                 compare(self, path, data)
             except Forbidden:
-                # Who may not overwrite may hear so before the precondition is looked at.
+                # An account that may not overwrite can get this error before the precondition is
+                # checked.
                 if not is_there(self, path, data):
                     raise
 
@@ -102,14 +103,14 @@ class Bucket:
                 return None
             check_size(f"{self.title}/{path}", blob.size, most_bytes)
             self._scratch.mkdir(parents=True, exist_ok=True)
-            # Without a name: what somebody else wrote never lies in a run's folder.
+            # A file without a name, so that foreign bytes never appear in a run's folder.
             with tempfile.TemporaryFile(dir=self._scratch) as file:
                 try:
                     blob.download_to_file(
                         file, checksum="crc32c", if_generation_match=blob.generation, **options()
                     )
                 except NotFound:
-                    return None  # deleted in between
+                    return None  # deleted since get_blob
                 file.seek(0)
                 data = file.read()
         return data, dict(blob.metadata or {})
@@ -125,9 +126,10 @@ class Bucket:
 
     @contextlib.contextmanager
     def _call(self, what: str) -> Iterator[tuple[Any, Callable[[], dict[str, Any]]]]:
-        """Yield the library's bucket for one call, and what gives each request what time is left.
+        """Yield the library's bucket for one call, and a function that gives a request's options.
 
-        A bucket serves one thread at a time, and the next one afterwards.
+        The options hold the time that is left. A bucket serves one thread at a time and is then
+        reused.
         """
         with self._errors(what):
             try:
@@ -152,7 +154,7 @@ class Bucket:
         return storage.Client(project=None).bucket(self._name)  # objects need no project
 
     def _options(self, left_s: float) -> dict[str, Any]:
-        """Return the library's retry and a try's deadlines, within what time is left."""
+        """Return the library's retry and deadline options, within the time that is left."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         retry = DEFAULT_RETRY.with_timeout(left_s).with_delay(
@@ -175,7 +177,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Turn the library's errors into ours, a line each."""
+        """Translate the library's errors into ours, one line each."""
         from google.api_core import exceptions
         from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
         from google.cloud.storage.exceptions import DataCorruption
@@ -213,5 +215,5 @@ class Bucket:
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error's own words, in one line."""
+    """Return an error's text in one line."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, 160)

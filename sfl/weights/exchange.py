@@ -1,7 +1,8 @@
-"""How client-side weights travel for averaging: one interface; here, straight over a connection.
+"""``WeightStore``: the interface for transferring client-side weights, and its socket version.
 
-A store is one party's end; ``sfl.weights.shared`` has those that several reach,
-``sfl.weights.stores`` chooses. What one end puts under a key, the other end gets::
+A store is one party's end: one end puts weights under a key, the other gets them.
+``sfl.weights.shared`` has the stores that several parties reach; ``sfl.weights.stores`` chooses
+one. Over a connection::
 
     sender                                receiver
     put                                   get
@@ -22,7 +23,7 @@ from sfl.wire.driver import Conversation
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 
-INITIAL, AVERAGE = "init", "client_avg"  # names of weights; client_weights(k) is one client's
+INITIAL, AVERAGE = "init", "client_avg"  # names of weights; client_weights(k) names one client's
 
 
 def client_weights(client: int) -> str:
@@ -31,10 +32,10 @@ def client_weights(client: int) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return the name of weights from which a round can go on, as a server gave it.
+    """Return a name of weights that came from a server, after a check.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: it is not the name of weights that a round starts from.
     """
     if not re.fullmatch(rf"{INITIAL}|{AVERAGE}|client_\d{{1,9}}", name, re.ASCII):
         raise ProtocolError(f"{quoted(name, 40)} is no name of weights")
@@ -43,7 +44,7 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class WeightKey:
-    """Which weights, by name, and of when."""
+    """The identity of weights: their name and their place in the run."""
 
     name: str
     at: Position
@@ -56,31 +57,31 @@ class WeightKey:
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """Weights that are to be put, and the name to put them under."""
+    """Weights to put into a store, and their name."""
 
     name: str
-    data: bytes  # the file of a state
-    samples: int = 0  # that it was trained on
+    data: bytes  # a state's file
+    samples: int = 0  # number of samples that it was trained on
 
 
 class WeightStore(Protocol):
     """One party's access to the weights of a run; ``data`` are the bytes of a state's file."""
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
-        """Make weights, trained on so many samples, available under a key."""
+        """Make weights, trained on ``samples`` samples, available under a key."""
         ...
 
     def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
-        """Let the peer have weights that another one has put."""
+        """Make weights available to the peer that another party has put already."""
         ...
 
     def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
-        """Return what was put under ``key``; ``held`` is what may be that already."""
+        """Return the weights of a key; ``held`` may be the same file, which saves the transfer."""
         ...
 
 
 class SocketWeights:
-    """Weights straight over a connection, which both ends hold."""
+    """Weights over the connection, held in memory at both ends."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -123,7 +124,7 @@ class SocketWeights:
 
 
 class Elsewhere:
-    """The main server's end where the fed server has the weights: none of them passes here."""
+    """The main server's end if a separate fed server has the weights: it transfers none."""
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
         yield from ()

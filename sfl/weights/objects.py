@@ -1,8 +1,8 @@
-"""A place outside the processes that keeps weights: objects by path, each written exactly once.
+"""``ObjectStore``: a shared place that keeps weights as objects, each written exactly once.
 
-``create`` is create-only. Who finds an object there compares: the same content means that an
-earlier try of ours, or of the process that we replace, got through; other content is an error. So a
-retry, a restarted client or two processes with the same id never overwrite a round.
+``create`` never overwrites. If the object exists, contents are compared: equal content counts as
+written, by an earlier attempt or by the process that this one replaces; other content is an error.
+So retries, restarted clients and two processes with one id cannot change a round.
 """
 
 import contextlib
@@ -25,45 +25,45 @@ class ObjectStore(Protocol):
     """Objects by path. Calls block; several threads may use one store.
 
     Raises (from any method):
-        RunError: the place cannot be used, or not within the store's deadline.
+        RunError: the place cannot be used, or does not answer within the store's deadline.
     """
 
-    title: str  # the address, as the user gave it
+    title: str  # the address as the user gave it
 
     def check(self) -> None:
-        """See that the place is there and may be read."""
+        """Check that the place exists and can be read."""
         ...
 
     def create(self, path: str, data: bytes, metadata: Metadata) -> None:
-        """Write an object that is not there yet.
+        """Write a new object.
 
         Raises:
-            RunError: it is there with other content.
+            RunError: it exists with other content.
         """
         ...
 
     def names(self, prefix: str) -> list[str]:
-        """Return the paths of the objects that begin so, sorted."""
+        """Return the sorted paths of the objects that begin with ``prefix``."""
         ...
 
     def read(self, path: str, most_bytes: int | None = None) -> tuple[bytes, Metadata] | None:
-        """Return an object's content and metadata, or None if it is not there.
+        """Return an object's content and metadata, or None if it does not exist.
 
         Raises:
-            IntegrityError: what arrived is not what is stored, or has more than ``most_bytes``.
+            IntegrityError: the content is damaged, or larger than ``most_bytes``.
         """
         ...
 
     def delete(self, path: str) -> None:
-        """Remove an object; it may be gone already."""
+        """Remove an object, if it exists."""
         ...
 
 
 def is_there(store: ObjectStore, path: str, data: bytes) -> bool:
-    """Say whether an object is there with this content.
+    """Return whether an object exists with this content.
 
     Raises:
-        RunError: it is there with other content.
+        RunError: it exists with other content.
     """
     found = store.read(path)
     if found is not None and found[0] != data:
@@ -75,29 +75,29 @@ def is_there(store: ObjectStore, path: str, data: bytes) -> bool:
 
 
 def compare(store: ObjectStore, path: str, data: bytes) -> None:
-    """See that an object that was found to be there is ours.
+    """Check that an existing object has our content.
 
     Raises:
-        RunError: it is another one, or gone again.
+        RunError: it has other content, or has been deleted meanwhile.
     """
     if not is_there(store, path, data):
         raise RunError(f"{store.title}/{path} was there, and is not any more: who deletes it?")
 
 
 def check_size(where: str, size: int, most_bytes: int | None) -> None:
-    """Refuse an object that is larger than what it should be, before it is read.
+    """Refuse an object that is too large, before it is read.
 
     Raises:
-        IntegrityError: it is.
+        IntegrityError: ``size`` exceeds ``most_bytes``.
     """
     if most_bytes is not None and size > most_bytes:
         raise IntegrityError(f"{where}: has {size} bytes, at most {most_bytes} are expected")
 
 
 class Directory:
-    """Objects as files of a folder, on any file system that several machines share.
+    """Objects as files of a folder, on any file system that the machines share.
 
-    Metadata lie beside an object, in ``<name>.about``, which is written first.
+    Metadata are in ``<name>.about`` beside an object, which is written first.
     """
 
     def __init__(self, root: str) -> None:
@@ -118,7 +118,7 @@ class Directory:
             target.parent.mkdir(parents=True, exist_ok=True)
             about = _about(target)
             if not _create_file(about, described) and about.read_bytes() != described:
-                # Somebody else has described it: theirs is the only one that may follow.
+                # Another process wrote the metadata first: only its object may follow.
                 if not is_there(self, path, data):
                     raise RunError(
                         f"{self.title}/{path} is described otherwise already: another process"
@@ -159,7 +159,7 @@ class Directory:
             one.unlink(missing_ok=True)
 
 
-ABOUT, CLAIM, TEMPORARY = ".about", ".claim", ".tmp"  # ends of names that are no objects'
+ABOUT, CLAIM, TEMPORARY = ".about", ".claim", ".tmp"  # suffixes of files that are not objects
 
 
 def _about(path: Path) -> Path:
@@ -167,7 +167,7 @@ def _about(path: Path) -> Path:
 
 
 def _create_file(path: Path, data: bytes) -> bool:
-    """Write a file that is not there, whole or not at all; say whether it was us."""
+    """Create a file atomically; return False if it exists."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(temporary, "wb") as stream:
@@ -175,10 +175,10 @@ def _create_file(path: Path, data: bytes) -> bool:
             stream.flush()
             os.fsync(stream.fileno())
         try:
-            os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+            os.link(temporary, path)  # fails if the name is taken, unlike a rename
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links: claim the name, then rename
+        except OSError:  # without hard links: claim the name, then rename
             path.with_name(path.name + CLAIM).touch(exist_ok=False)
             temporary.rename(path)
     except FileExistsError:

@@ -1,14 +1,14 @@
-"""Weights through a place that all parties reach: a folder or a bucket.
+"""``SharedWeights``: weights through a folder or bucket that all parties reach.
 
 ::
 
-    who puts                              who gets
+    sender                                receiver
     creates the object
-    WEIGHTS_STORED {name, checksum}   ->  reads the object        if there is a link between them
-                                          looks until it is there  if there is none
+    WEIGHTS_STORED {name, checksum}   ->  reads the object          with a link between them
+                                          polls until it exists     without one
 
-An object's path says run, round and name; its metadata say it again, with a checksum, so that what
-was put elsewhere, or altered, is never taken for the round's.
+An object's path names run, round and weights. Its metadata repeat them, with a checksum, so that an
+object that was put elsewhere or altered is refused.
 """
 
 import threading
@@ -28,18 +28,18 @@ from sfl.wire.messages import MessageType
 
 T = TypeVar("T")
 MAX_THREADS = 16
-FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 5.0  # between looks for an object without a notice
+FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 5.0  # between polls for an object without a notice
 SAY_AFTER_S = 10.0
 
 
 def object_path(key: WeightKey) -> str:
-    """Return where the weights of a key lie in the store."""
+    """Return the path of a key's weights in the store."""
     when = "start" if key.at.round < 0 else f"round_{key.at.round:03d}"
     return f"{key.at.run}/{when}/{key.name}.pt"
 
 
 def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
-    """Return an object's metadata: what it is, and its checksum."""
+    """Return an object's metadata: run, round, name, client, samples and checksum."""
     client = key.name.removeprefix("client_")
     return {
         "run": key.at.run,
@@ -52,7 +52,7 @@ def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
 
 
 class _Job(Generic[T]):
-    """A call on a thread of its own."""
+    """A call on its own thread."""
 
     def __init__(
         self, call: Callable[[], T], places: threading.Semaphore, wake: Callable[[], None]
@@ -82,18 +82,18 @@ class _Job(Generic[T]):
 
 
 class Transfers:
-    """Makes a store's calls: on threads, so that those of different clients overlap, or in place.
+    """Run a store's blocking calls: on threads, so that clients' transfers overlap, or in place.
 
-    ``wake`` is told when a thread is done; without one, calls are made in place, inside ``aside``.
+    ``wake`` is called when a thread is done. Without it, calls are made in place, inside ``aside``.
     """
 
     def __init__(self, wake: Callable[[], None] | None = None, aside: Aside = nullcontext) -> None:
         self._wake, self._aside = wake, aside
         self._places = threading.Semaphore(MAX_THREADS)
-        self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
+        self._once: dict[str, _Job[None] | None] = {}  # None: done in place
 
     def run(self, call: Callable[[], T]) -> Conversation[T]:
-        """Make a call; without threads, nothing is yielded."""
+        """Make a call. Without threads, this yields nothing."""
         if self._wake is None:
             yield from ()
             with self._aside():
@@ -103,7 +103,7 @@ class Transfers:
         return job.result()
 
     def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
-        """Make a call that serves all who ask for it under this name."""
+        """Make a call once for all callers with the same name."""
         if self._wake is None:
             if name not in self._once:
                 yield from self.run(call)
@@ -116,7 +116,7 @@ class Transfers:
 
 
 class Threads(Network):
-    """A network without links: what there is to wait for are threads."""
+    """A network without connections, whose gates are opened by threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -132,7 +132,7 @@ class Threads(Network):
 
 
 class SharedWeights:
-    """Weights as objects, for one client or for one client's part of a server."""
+    """Weights as objects, at one client or for one client at a server."""
 
     def __init__(
         self,
@@ -144,9 +144,9 @@ class SharedWeights:
         say: Callable[[str], None],
         most_bytes: int | None = None,
     ) -> None:
-        """``link`` leads to who gets what we put; ``patience_s`` bounds the wait for an object.
+        """``link`` leads to the receiver; ``patience_s`` bounds the wait for an object.
 
-        No object of more than ``most_bytes`` is read.
+        Objects of more than ``most_bytes`` are refused.
         """
         self._most_bytes = most_bytes
         self._objects = objects
@@ -185,13 +185,13 @@ class SharedWeights:
         return data
 
     def _look_for(self, key: WeightKey) -> tuple[bytes, Metadata]:
-        """Read an object, looking again until it is there."""
+        """Read an object, polling until it exists."""
         path, started, pause_s, said = object_path(key), time.monotonic(), FIRST_LOOK_S, False
         while (found := self._objects.read(path, self._most_bytes)) is None:
             waited_s = time.monotonic() - started
             if waited_s > self._patience_s:
                 why = f"{self._objects.title}/{path} did not come within {self._patience_s:g}"
-                if self._link is not None:  # who announced it is to blame
+                if self._link is not None:  # the peer announced it, so it is the peer's fault
                     raise ProtocolError(f"{why} seconds after {self._link.peer_title} stored it")
                 raise RunError(f"{why} seconds")
             if waited_s > SAY_AFTER_S and not said:

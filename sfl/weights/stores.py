@@ -1,4 +1,4 @@
-"""The stores that ``--weights`` names, and opening one."""
+"""``WEIGHT_STORES``: the values of ``--weights``, and how to open each."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ def _bucket(address: str, scratch: Path, timeout_s: float, say: Callable[[str], 
     return Bucket(address, scratch, timeout_s=timeout_s, say=say)
 
 
-# What stands in front of the colon -> how to open such a place; a socket needs none.
+# Prefix of the address -> function that opens such a place; a socket needs none.
 PLACES: dict[str, Callable[[str, Path, float, Callable[[str], None]], ObjectStore]] = {
     "dir": _directory,
     "gs": _bucket,
@@ -35,10 +35,10 @@ WEIGHT_STORES = (SOCKET, *PLACES)
 
 
 def check_address(address: str) -> str:
-    """Return an address of weights after a look at its form.
+    """Return an address of weights after checking its form.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is malformed.
     """
     if address == SOCKET:
         return address
@@ -59,10 +59,10 @@ def open_place(
 ) -> ObjectStore | None:
     """Return the place that an address names; None for a socket.
 
-    ``scratch`` is a folder for downloads, ``timeout_s`` the deadline of every call.
+    ``scratch`` is a folder for downloads, ``timeout_s`` the deadline of each call.
 
     Raises:
-        ConfigError: it is no address.
+        ConfigError: the address is malformed.
     """
     if check_address(address) == SOCKET:
         return None
@@ -71,12 +71,12 @@ def open_place(
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What opening a party's store takes, apart from the link to its peer."""
+    """The options of a party's store, apart from the link to its peer."""
 
     address: str
     scratch: Path  # a folder for downloads
-    timeout_s: float  # of every call
-    patience_s: float  # with an object that nobody announces
+    timeout_s: float  # of each call
+    patience_s: float  # for an object that nobody announces
     say: Callable[[str], None]
 
     def open_place(self) -> ObjectStore | None:
@@ -89,10 +89,10 @@ def store_maker(
     wake: Callable[[], None] | None = None,
     aside: Aside = nullcontext,
 ) -> Callable[[Link | None, int], WeightStore]:
-    """Return what makes a party's store, from its link and how large a file of weights may be.
+    """Return a function that makes a party's store from its link and the size limit of a file.
 
-    All of one process share their transfers; ``wake`` and ``aside`` are as of ``Transfers``.
-    Without a link nobody announces what a place has.
+    The stores of one process share their ``Transfers``, which get ``wake`` and ``aside``. Without a
+    link, objects are found by polling.
     """
     transfers = Transfers(wake, aside)
 

@@ -1,1 +1,1 @@
-"""Messages and how a conversation is held; no input or output of its own."""
+"""Messages and conversations, without I/O."""

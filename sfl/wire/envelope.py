@@ -1,4 +1,4 @@
-"""The JSON of a message: its type, from whom to whom, where in a run it belongs, what it says."""
+"""The JSON of a message: type, sender, receiver, position in the run, content."""
 
 import json
 import re
@@ -7,19 +7,19 @@ from typing import Any, Final, NamedTuple
 from sfl.errors import ProtocolError, quoted
 from sfl.files import strict_json
 
-_MAX_NAME: Final = 128  # of a sender, a receiver, a run
+_MAX_NAME: Final = 128  # characters of a sender, a receiver, a run
 _MAX_INDEX: Final = 2**31
 
 
 class Envelope(NamedTuple):
-    """What a message's JSON says."""
+    """The fields of a message's JSON."""
 
     type: str
     sender: str
     receiver: str
     at: tuple[str, int, int, int, int]  # run, round, step, client, link
     content: Any  # any JSON value
-    checksum: str  # of the payload; "" if there is none
+    checksum: str  # of the payload; "" without one
 
 
 _NAMES: Final = ("type", "sender", "receiver", "run")
@@ -31,10 +31,10 @@ _PLAIN_NAME: Final = re.compile(rf"[A-Za-z0-9._ -]{{0,{_MAX_NAME}}}")
 
 
 def write_envelope(envelope: Envelope) -> bytes:
-    """Return the JSON.
+    """Return the JSON of an envelope.
 
-    Floats are as Python's ``json`` writes them: reading gives the same float, and ``NaN`` and
-    ``Infinity`` (the loss of a run that diverged) stand as such.
+    Floats are written as Python's ``json`` does: they read back as the same float, and ``NaN`` and
+    ``Infinity`` (the loss of a diverged run) stay.
     """
     kind, sender, receiver, at, content, checksum = envelope
     fields = dict(zip(_KINDS, (kind, sender, receiver, *at), strict=True)) | {"content": content}
@@ -44,10 +44,10 @@ def write_envelope(envelope: Envelope) -> bytes:
 
 
 def read_envelope(text: bytes | bytearray, *, has_payload: bool) -> Envelope:
-    """Return what a JSON text says.
+    """Return the envelope in a JSON text.
 
     Raises:
-        ProtocolError: it is no such text; a name is not plain, an index out of range.
+        ProtocolError: the text is malformed, a name is not plain, or an index is out of range.
     """
     try:
         fields = strict_json.loads(text)

@@ -1,10 +1,10 @@
-"""Messages and frames: bytes to messages and back, without any I/O.
+"""Encode messages as frames and decode frames as messages, without I/O.
 
 A frame on the wire (all integers big-endian)::
 
     offset  bytes  what
     0       4      magic  b"SFL\\n"
-    4       1      protocol version (2)
+    4       1      protocol version (3)
     5       1      flags, 0 (a receiver refuses any bit that it does not know)
     6       2      reserved, 0
     8       4      length of the JSON in bytes
@@ -14,12 +14,13 @@ A frame on the wire (all integers big-endian)::
     28      ...    the JSON, UTF-8; if a payload follows, the payload's CRC-32 is in it
     ...     ...    the payload: exactly the bytes of a ``torch.save`` file, or nothing
 
-So every byte is under a checksum, and each part is compared before it is used: the head before its
-lengths are believed, the JSON before it is parsed, the payload before the message is handed on.
-Both lengths are checked against the receiver's limits before anything is allocated. The checksums
-find damage; they are no protection against somebody who alters bytes on purpose.
+A checksum covers every byte, and each part is verified before use: the head before its lengths are
+believed, the JSON before it is parsed, the payload before the message is returned. Both lengths are
+compared with the receiver's limits before anything is allocated. The checksums detect damage, not
+deliberate changes.
 
-Version 1 (SFL 0.1) has a head of 20 bytes, without the two checksums, and the same JSON.
+Version 2 (SFL 0.2) has the same frames. Version 1 (SFL 0.1) has a head of 20 bytes, without the
+two checksums, and the same JSON.
 """
 
 import struct
@@ -34,12 +35,12 @@ from sfl.wire.messages import _TYPES, FILE_TYPES, Limits, Message, MessageType
 from sfl.wire.payload import InMemory, Store
 
 MAGIC: Final = b"SFL\n"
-VERSION: Final = 2
+VERSION: Final = 3
 HEAD: Final = struct.Struct(">4sBBHIQII")
-_CHECKED: Final = struct.Struct(">4sBBHIQI")  # what the head's own checksum covers
+_CHECKED: Final = struct.Struct(">4sBBHIQI")  # the part of the head that its CRC covers
 _HEAD_1: Final = struct.Struct(">4sBBHIQ")
 _START: Final = MAGIC + bytes([VERSION])
-RELEASES: Final = {1: "0.1", 2: "0.2"}  # of SFL, by the version of the protocol that they speak
+RELEASES: Final = {1: "0.1", 2: "0.2", 3: "0.3"}  # of SFL, by the version of the protocol
 # Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
 # buffer, so that at most this much of a payload is copied twice.
 READ_AHEAD_BYTES: Final = 4096
@@ -56,9 +57,9 @@ def pack_head(
 
 
 def encode_head(message: Message, *, version: int = VERSION) -> bytes:
-    """Return head and JSON of a frame; the payload's bytes follow it on the wire unchanged.
+    """Return head and JSON of a frame; the payload follows them unchanged on the wire.
 
-    ``version`` is of a peer that is told in its own version that we speak another.
+    ``version`` is for telling a peer, in its own version, that ours is another.
     """
     assert (message.type in FILE_TYPES) == bool(message.payload), message.type
     checked = message.checksum or checksum(message.payload) if message.payload else ""
@@ -68,7 +69,7 @@ def encode_head(message: Message, *, version: int = VERSION) -> bytes:
 
 
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
-    """Return a message's type, which must be one that carries a payload, or not."""
+    """Return a message's type, which must be one with a payload if it has one, else without."""
     if (message_type := _TYPES.get(envelope.type)) is None:
         raise ProtocolError(f"unknown message type {quoted(envelope.type, 40)}")
     if (message_type in FILE_TYPES) != has_payload:
@@ -81,7 +82,7 @@ _NOTHING: Final = InMemory(0)  # the payload of a message without one
 
 
 class _Head(NamedTuple):
-    """What the head of a frame says."""
+    """The fields of a frame's head."""
 
     json_bytes: int
     payload_bytes: int
@@ -102,31 +103,31 @@ def _other_version(version: int) -> OtherVersion:
 
 
 class Decoder:
-    """Turn a stream of bytes into messages, whatever pieces it arrives in.
+    """Decode a stream of bytes, in pieces of any size, into messages.
 
-    The caller reads into ``get_buffer()``, says with ``advance(n)`` how much came, and takes what
-    is complete with ``next_message()``. Nothing is allocated for a payload before its message type
-    and length have been checked against ``limits``, which may be replaced between messages.
+    The caller reads bytes into ``get_buffer()``, reports their number with ``advance(n)``, and
+    takes complete messages with ``next_message()``. A payload is allocated only after its message
+    type and length have passed ``limits``, which may be replaced between messages.
 
     ``next_message`` raises ``ProtocolError`` for bytes that are no frame or exceed a limit,
-    ``OtherVersion`` for a frame of another version of the protocol, and ``Damaged`` where a
-    checksum differs. The decoder is of no use afterwards.
+    ``OtherVersion`` for a frame of another protocol version, and ``Damaged`` if a checksum differs.
+    The decoder cannot be used afterwards.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._ahead = bytearray(READ_AHEAD_BYTES)
-        self._start = 0  # the unread bytes of the stream are _ahead[_start:_end]
+        self._start = 0  # unread bytes of the stream: _ahead[_start:_end]
         self._end = 0
-        self._head: _Head | None = None  # once it is read
-        self._is_known = False  # the peer has sent a whole message: it speaks as we do
-        self._begun: tuple[MessageType, Envelope] | None = None  # once the JSON is read
+        self._head: _Head | None = None  # set once it is read
+        self._is_known = False  # whether the peer has sent a whole message of our version
+        self._begun: tuple[MessageType, Envelope] | None = None  # set once the JSON is read
         self._payload: Store = _NOTHING
-        self._missing = 0  # bytes of it
+        self._missing = 0  # payload bytes still to come
 
     @property
     def inside(self) -> str:
-        """Which part of a message the stream stands in: "", "head", "JSON" or "payload"."""
+        """The part of a message that the stream stopped in: "", "head", "JSON" or "payload"."""
         if self._begun is not None:
             return "payload"
         if self._head is not None:
@@ -134,10 +135,10 @@ class Decoder:
         return "head" if self._end > self._start else ""
 
     def get_buffer(self) -> memoryview:
-        """Return where the next bytes of the stream go; never empty."""
+        """Return the buffer for the next bytes of the stream; never empty."""
         if self._begun is not None and self._start == self._end:
             return self._payload.get_buffer()
-        if self._start:  # move what is unread to the front: less than one head and JSON
+        if self._start:  # move unread bytes (less than a head and JSON) to the front
             unread = self._ahead[self._start : self._end]
             self._ahead[: len(unread)] = unread
             self._start, self._end = 0, len(unread)
@@ -147,7 +148,7 @@ class Decoder:
         return memoryview(self._ahead)[self._end :]
 
     def advance(self, num_bytes: int) -> None:
-        """Take note that ``num_bytes`` of the stream now lie in the buffer last returned."""
+        """Count ``num_bytes`` that were read into the last returned buffer."""
         if self._begun is not None and self._start == self._end:
             self._note_payload(num_bytes)
         else:
@@ -187,7 +188,7 @@ class Decoder:
         return None if self._missing else self._finish()
 
     def forget(self) -> None:
-        """Let go of a payload that has begun to come; the decoder is of no use afterwards."""
+        """Release a payload that is partly read; the decoder cannot be used afterwards."""
         self._payload = _NOTHING
 
     def _take(self, num_bytes: int) -> bytearray | None:
@@ -218,18 +219,18 @@ class Decoder:
         return _Head(json_bytes, payload_bytes, crc)
 
     def _check_start(self) -> None:
-        """Refuse at once who speaks something else, even if too little for a head comes."""
+        """Refuse a peer of another protocol at once, even if it sends too little for a head."""
         if self._is_known:
             return
         start = self._ahead[self._start : min(self._start + len(MAGIC), self._end)]
-        if sum(a != b for a, b in zip(start, MAGIC, strict=False)) > 1:  # more than a flipped bit
+        if sum(a != b for a, b in zip(start, MAGIC, strict=False)) > 1:  # more than one flipped bit
             raise ProtocolError("the peer does not speak the SFL protocol")
 
     def _check_head(self, head: bytearray) -> None:
-        """See that a head is of our version of the protocol, and as it was sent.
+        """Check that a head is undamaged and of our protocol version.
 
-        A peer that has sent a whole message speaks as we do; before that, a head whose checksum
-        fits our own first bytes is one of ours, whatever its first bytes are now.
+        A peer that has sent a whole message speaks our version. Before that, a head whose CRC fits
+        our own first bytes is ours with damaged first bytes.
         """
         start, rest, crc = head[: len(_START)], head[len(_START) : -4], head[-4:]
         whole = crc32(_START + rest).to_bytes(4, "big") == crc

@@ -1,8 +1,7 @@
-"""Where a message's payload goes while it comes in: into memory, or, if it is large, onto disk.
+"""Buffers for incoming payloads: in memory, or on disk for large ones.
 
-On disk it is a file without a name, which the system removes with the process. What came is written
-from one small buffer; whoever reads the payload then has the file mapped into memory: of a model of
-any size, no more is held than is looked at.
+A large payload goes through a small buffer into a file without a name, which the system removes
+with the process. Reading maps the file, so that memory holds only the pages in use.
 """
 
 import mmap
@@ -16,28 +15,28 @@ from typing import Protocol
 from sfl.errors import RunError
 from sfl.files.checksum import crc32
 
-LARGE_BYTES = 16 * 2**20  # from which on a payload goes onto disk
+LARGE_BYTES = 16 * 2**20  # payloads of at least this size go to disk
 _CHUNK_BYTES = 2**20
 
 
 class Store(Protocol):
-    """What one payload is put into."""
+    """The buffer of one payload."""
 
     def get_buffer(self) -> memoryview:
-        """Return where the next bytes go; never empty while some are missing."""
+        """Return the buffer for the next bytes; not empty while any are missing."""
 
     def advance(self, num_bytes: int) -> None:
-        """Take note that so many have come.
+        """Count ``num_bytes`` that were read into the buffer.
 
         Raises:
             RunError: they cannot be written.
         """
 
     def whole(self) -> tuple[bytearray | memoryview, int]:
-        """Return the payload, once all has come, and its CRC-32."""
+        """Return the complete payload and its CRC-32."""
 
 
-MakeStore = Callable[[int], Store]  # for a payload of so many bytes
+MakeStore = Callable[[int], Store]  # from the payload's size in bytes
 
 
 class InMemory:
@@ -66,7 +65,7 @@ class OnDisk:
         self._folder = folder
         self._missing = num_bytes
         self._chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
-        self._filled = self._crc = 0  # bytes of the chunk; of what has been written
+        self._filled = self._crc = 0  # bytes in the chunk; CRC of what is written
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._descriptor = os.dup(file.fileno())
@@ -104,7 +103,7 @@ class OnDisk:
 
 
 def onto(folder: Path) -> MakeStore:
-    """Return what puts large payloads onto disk, in this folder."""
+    """Return a function that makes buffers: on disk in ``folder`` for large payloads."""
     return lambda num_bytes: (
         OnDisk(num_bytes, folder) if num_bytes >= LARGE_BYTES else InMemory(num_bytes)
     )

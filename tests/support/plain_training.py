@@ -6,7 +6,7 @@ from sfl import seeds
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData, batch_indices, part_of
 from sfl.data.datasets import dataset_spec
-from sfl.model.segment import OPTIMIZERS
+from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec
 from tests.support.made_data import loaded
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from sfl.config import RunConfig
 from sfl.data.client_data import Source, batch_indices, load, part_of
 from sfl.data.datasets import dataset_of
-from sfl.model.zoo import build, model_spec, split
+from sfl.model.zoo import build, split
 from sfl.nodes import NodeConfig
 from sfl.options import parse_options
-from sfl.strategy.split_model import resolve_cut
+from sfl.strategy.recipe import Recipe
 from sfl.values import Position
 
 
@@ -40,9 +40,9 @@ class Task:
 
     def _half(self, index: int) -> Half:
         run, spec = self.run, self._spec
-        model = model_spec(run.model)
-        blocks = build(model, spec.input_shape, len(spec.classes), seed=run.seed)
-        half = split(blocks, resolve_cut(run))[index]
+        recipe = Recipe.of(run)
+        blocks = build(recipe.model, spec.input_shape, len(spec.classes), seed=run.seed)
+        half = split(blocks, recipe.cut)[index]
         return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr, fused=True))
 
     def front(self) -> Half:

@@ -1,0 +1,1 @@
+"""Recompute a recorded run, or train another back on it."""

@@ -1,0 +1,154 @@
+"""A recorded run, opened to compute with it."""
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sfl.archive
+from sfl.archive.layout import CLIENT_MODEL, model_path, round_of_folder
+from sfl.archive.manifest import ROUND_LOG
+from sfl.archive.reader import RunArchive
+from sfl.archive.records import data_of, texts_of
+from sfl.config import RunConfig
+from sfl.conversation.party import TRAIN
+from sfl.environment import differences, fingerprint, set_up_torch
+from sfl.errors import IntegrityError
+from sfl.model.segment import Segment
+from sfl.nodes import NodeConfig
+from sfl.options import from_values, names_of
+from sfl.own_functions import remembered
+from sfl.runtime.resume import load_backs, read_halves
+from sfl.strategy.merge import Half, averaging_weights
+from sfl.strategy.order import draw
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import Exchange
+from sfl.strategy.split_model import SplitModel
+
+MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
+
+
+class RecordedRun:
+    """A run's folder, with what is needed to compute with it.
+
+    ``differences`` are lines that name what of this process may change the last bit.
+
+    Raises:
+        IntegrityError: its configuration is damaged.
+        ConfigError: its model is a user's own that is not ``allowed``, or cannot be imported.
+    """
+
+    def __init__(
+        self,
+        archive: RunArchive,
+        device: torch.device,
+        allowed: Collection[str],
+        differences: Sequence[str] = (),
+    ) -> None:
+        self.archive = archive
+        self.device = device
+        self.allowed = allowed
+        self.differences = differences
+        options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
+        run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        self.recipe = Recipe.of(run, allowed)
+        self.run = self.recipe.run
+        data = _read_environment(archive, "data", data_of)
+        self.split = SplitModel.of_data(self.recipe, data)
+        self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
+        self.scheme = self.recipe.scheme
+        is_fed = archive.config().get("role") == "fed"  # no step passes a fed server
+        self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
+        if self.run.rounds > MAX_ROUNDS:
+            raise IntegrityError(
+                f"{archive.root}: is of {self.run.rounds} rounds; we read {MAX_ROUNDS}"
+            )
+        self._check_clients()
+        # A main server whose fed server is apart has no fronts.
+        self.has_fronts = archive.has_listed(model_path(CLIENT_MODEL, -1))
+
+    def _check_clients(self) -> None:
+        found = {place[0] for f in self.archive.folders() if (place := round_of_folder(f))}
+        found |= {k for entry in self.archive.listed for k in entry.clients}
+        if strangers := found - self.num_train.keys():
+            raise IntegrityError(
+                f"{self.archive.root}: has files of client {min(strangers)}, who is none"
+            )
+
+    @property
+    def clients(self) -> list[int]:
+        return sorted(self.num_train)
+
+    def ended(self, round_index: int) -> bool:
+        """Say whether a round came to its end."""
+        return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
+
+    def has_models(self, round_index: int) -> bool:
+        """Say whether a round's starting weights and its results were kept."""
+        return self.archive.rounds_without_models.isdisjoint((round_index - 1, round_index))
+
+    def order(self, round_index: int) -> list[int]:
+        """Return a round's clients in the round's order; of an unfinished round, those drawn."""
+        for entry in self.archive.listed:
+            if entry.kind == ROUND_LOG and entry.round == round_index:
+                return list(entry.clients)
+        return draw(self.run, self.clients, round_index)
+
+    def weights(self, round_index: int) -> dict[int, int]:
+        """Return the weight in the averages of each client that took part."""
+        took_part = sorted(self.order(round_index))
+        return averaging_weights(self.run, {k: self.num_train[k] for k in took_part})
+
+    def halves_at(self, round_index: int) -> Mapping[str, Half]:
+        """Return the halves that everyone started a round from."""
+        return read_halves(self.archive, self.split, round_index)
+
+    def backs_at(self, round_index: int) -> dict[int, Segment]:
+        """Return the server's copies of its model as they were when a round began."""
+        backs = {b: self.split.back(self.device) for b in map(self.scheme.back_of, self.clients)}
+        load_backs(self.archive, self.run, backs, self.halves_at(round_index), round_index)
+        for back in backs.values():
+            back.start_round(round_index)
+        return backs
+
+
+def _read_environment(
+    archive: RunArchive, name: str, read: Callable[[object], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return one part of environment.json, checked by ``read``."""
+    try:
+        return read(archive.environment().get(name))
+    except ValueError as error:
+        raise IntegrityError(f"{archive.root / 'environment.json'}: {error}") from error
+
+
+def load(
+    run_dir: str | Path,
+    device: str | None = None,
+    threads: int | None = None,
+    allow_import: str = "",
+) -> RecordedRun:
+    """Open a run to compute with it, and set up torch in this process as the run had it.
+
+    The run may be somebody else's: it imports what ``allow_import`` lists, and what a command line
+    of this machine has named before.
+
+    Raises:
+        RunError: there is no run.
+        IntegrityError: its configuration is damaged.
+        ConfigError: the device is not there, or the run's model may not be imported.
+    """
+    archive = sfl.archive.open(run_dir)
+    theirs = _read_environment(archive, "fingerprint", texts_of)
+    of_run = theirs.get("device", "").partition(":")[0]
+    told = theirs.get("threads", "")
+    at_most = os.cpu_count() or 1
+    used = min(int(told), at_most) if re.fullmatch(r"[1-9]\d{0,3}", told) else 1
+    node = NodeConfig(device=device or of_run, threads=threads or used, allow_import=allow_import)
+    node.check()
+    found = set_up_torch(node)
+    different = differences(theirs, fingerprint(found))
+    return RecordedRun(archive, found, node.allowed_imports | remembered(), different)

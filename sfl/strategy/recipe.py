@@ -1,0 +1,71 @@
+"""The recipe of a run: what the strings of ``RunConfig`` name, looked up once, at the edge.
+
+Server, client, simulation, replay and programs make it from the run's configuration. It travels
+from there on: nothing inside a round looks a name up or parses an option.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sfl.config import RunConfig
+from sfl.data.augment import check_augmentation
+from sfl.data.client_data import parse_normalize
+from sfl.data.partition import check_partition
+from sfl.errors import ConfigError
+from sfl.model import class_weights
+from sfl.model.training import Training
+from sfl.model.zoo import ModelSpec, model_spec
+from sfl.registry import named, with_options
+from sfl.strategy.aggregate import RULES, Result
+from sfl.strategy.schemes import SCHEMES, Exchange, Scheme
+from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors
+from sfl.weights.stores import check_address
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A run, with the rows and functions that its options name."""
+
+    run: RunConfig  # its cut and its schedule's length filled in
+    scheme: Scheme
+    model: ModelSpec
+    cut: int  # blocks in front of it; where a scheme has no cut, gradients are clipped apart here
+    training: Training
+    rule: Callable[..., Result]  # of aggregation
+    keep: KeepModels  # of whose files which stay
+
+    @classmethod
+    def of(cls, run: RunConfig, allowed: Collection[str] | None = None) -> "Recipe":
+        """Look up what a run names; ``allowed`` as in ``registry.look_up``.
+
+        Raises:
+            ConfigError: there is no such scheme, model, cut, partition, optimiser, schedule,
+                aggregation rule or store, or an option that it does not take.
+        """
+        row = named("scheme", run.scheme, SCHEMES)
+        check_address(run.weights)
+        check_partition(run)
+        check_augmentation(run.augment)
+        class_weights.parse(run.class_weights)
+        if run.normalize:
+            parse_normalize(run.normalize)
+        rule = with_options("aggregation", run.aggregation, RULES)
+        model = model_spec(run.model, allowed)
+        cut = model.cut if run.cut is None else run.cut
+        if cut is None:
+            raise ConfigError(f"--model {run.model} is your own: say with --cut where to cut it")
+        run = replace(run, cut=cut, lr_rounds=run.lr_rounds or run.rounds)
+        return cls(run, row, model, cut, Training.of(run, cut), rule, _keep(run, row))
+
+    def changed(self, **options: Any) -> "Recipe":
+        """Return the recipe of this run with other values of options that name no row."""
+        run = replace(self.run, **options)
+        return replace(self, run=run, keep=_keep(run, self.scheme))
+
+
+def _keep(run: RunConfig, row: Scheme) -> KeepModels:
+    """Return which rounds' files stay; without recorded tensors, no models to replay them with."""
+    has_tensors = row.exchange is not Exchange.NOTHING
+    tensors = KeepTensors.parse(run.keep_tensors) if has_tensors else KEEP_NOTHING
+    return KeepModels.parse(run.keep_models, tensors)
