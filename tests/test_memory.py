@@ -182,6 +182,7 @@ def test_a_client_that_reads_nothing_is_dropped_while_it_stays(launcher: Launche
         flood.join()
 
 
+@pytest.mark.slow
 @on_linux
 def test_weights_for_one_that_does_not_ask_wait_until_it_reads(launcher: Launcher) -> None:
     """In synchronous SGD who has no batch left is sent the weights of every step."""

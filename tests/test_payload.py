@@ -181,6 +181,7 @@ def test_it_lies_in_the_folder_that_was_given(
     assert folders == [tmp_path]
 
 
+@pytest.mark.slow
 def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:

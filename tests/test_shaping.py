@@ -135,6 +135,7 @@ def test_a_link_that_loses_breaks() -> None:
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_run_over_a_shaped_link_that_breaks_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:

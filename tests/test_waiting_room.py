@@ -29,6 +29,7 @@ from tests.support.simulations import reference
 from tests.support.weights import assert_same
 
 
+@pytest.mark.slow
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_bit_that_is_flipped_before_the_run_begins_makes_a_new_connection(
     assert "arrived damaged: its checksum differs" in client.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [0, 1], ids=["up", "down"])
 def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
     launcher: Launcher, tmp_path: Path, way: int
@@ -156,6 +158,7 @@ def test_a_name_that_never_is_known_is_given_up_in_time(monkeypatch: pytest.Monk
 # Whoever comes too often
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_its_own_place_in_a_loop_is_slowed_down(launcher: Launcher) -> None:
     server = launcher.server(*FAST, "--clients", 2, "--rounds", 1)
     honest = launcher.client("--client-id", 1)
