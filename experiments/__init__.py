@@ -1,6 +1,11 @@
-"""Studies: programs, ``python -m experiments.NAME``, and modules that these share.
+"""Studies: programs, ``python -m experiments.NAME``, and what several of them share (``support``).
 
-docs/programs.md has a table of the programs.
+docs/programs.md has a table of the programs. A program is a module or the ``__main__`` of a
+package: it parses its options, calls the modules that do the work, and prints.
+
+Imports stand at the top of a module. The exception is a program's ``main``: what needs torch or
+another library is imported there, once the options are parsed. So ``--help`` is quick, and
+``sfl.cli.run_program`` says in one line which package is missing.
 """
 
 import re

@@ -5,28 +5,28 @@ python -m experiments.demo [--rounds N] [--out DIR]
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from experiments.support.processes import running
 from sfl.cli import run_program
 from sfl.errors import ConfigError, RunError
+from sfl.options import Parser
 
 NUM_CLIENTS = 3
 OPTIONS = ["--model", "lenet5", "--dataset", "mnist-5k", "--batch-size", "32", "--lr", "0.002"]
 SHOWN = ("round", "train_loss", "val_loss", "val_acc", "test_acc", "bytes_up", "seconds")
 
 
-def run_demo(rounds: int, out: Path) -> Path:
+def run_demo(rounds: int, out: Path, new_bar: Callable[..., Any]) -> Path:
     """Run server and clients, follow them with a bar, and return the run's folder."""
-    from experiments.support.processes import running
-
     print(f"one server and {NUM_CLIENTS} clients on this machine, {rounds} rounds of SplitFed V1")
     options = [*OPTIONS, "--clients", str(NUM_CLIENTS), "--rounds", str(rounds)]
     common = ["--out", str(out)]
     with running([*options, *common]) as processes:
         processes.start_clients([processes.address] * NUM_CLIENTS, common)
-        from tqdm import tqdm
-
-        with tqdm(total=rounds, unit="round", desc="training", disable=None) as bar:
+        with new_bar(total=rounds, unit="round", desc="training", disable=None) as bar:
             for line in processes.lines():
                 if line.startswith("round "):
                     bar.update()
@@ -51,20 +51,20 @@ def print_table(run_dir: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    from sfl.options import Parser
-
     parser = Parser(prog="python -m experiments.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, help="global rounds (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("shared_files"), help="as the programs'")
     options = parser.parse_args()
     if options.rounds < 1:
         raise ConfigError(f"--rounds {options.rounds}: must be at least 1")
-    run_dir = run_demo(options.rounds, options.out.resolve())
-    last = print_table(run_dir)
-    from experiments.curves import draw_curves
+    from tqdm import tqdm
+
+    from experiments.curves.figure import draw_curves
     from sfl.runtime.recorded import load
     from sfl.runtime.replay import check
 
+    run_dir = run_demo(options.rounds, options.out.resolve(), tqdm)
+    last = print_table(run_dir)
     curves = draw_curves(run_dir)
     print("replaying the server's part from its files ...")
     report = check(load(run_dir))

@@ -6,17 +6,17 @@ python -m experiments.simulate [run options]
 import sys
 
 from sfl.cli import run_program
+from sfl.config import RunConfig
+from sfl.nodes import SimulationNode
+from sfl.options import parse_options
 
 
 def main() -> None:
-    from sfl.config import RunConfig
-    from sfl.nodes import SimulationNode
-    from sfl.options import parse_options
-    from sfl.runtime.simulation import Away, simulate
-
     prog = "python -m experiments.simulate"
     about = "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
     run, node = parse_options(None, RunConfig, SimulationNode, prog=prog, about=about)
+    from sfl.runtime.simulation import Away, simulate
+
     simulate(run, node, [Away.parse(text) for text in node.away.split(",") if text])
 
 

@@ -15,18 +15,15 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
 from sfl.errors import ConfigError, IntegrityError, RunError
-
-if TYPE_CHECKING:
-    from sfl.weights.objects import ObjectStore
+from sfl.options import Parser
+from sfl.weights.objects import ObjectStore
+from sfl.weights.stores import open_place
 
 
 def parse() -> Namespace:
-    from sfl.options import Parser
-
     about = __doc__.partition("\n")[0]
     parser = Parser(prog="python -m experiments.weights_store", description=about)
     parser.add_argument("--weights", required=True, help="dir:PATH or gs://BUCKET/PREFIX")
@@ -45,7 +42,7 @@ def timed(what: str, call: Callable[[], object], num_bytes: int = 0) -> object:
     return result
 
 
-def check_place(place: "ObjectStore", num_bytes: int) -> None:
+def check_place(place: ObjectStore, num_bytes: int) -> None:
     """Do with a place what a run does with it.
 
     Raises:
@@ -74,15 +71,12 @@ def check_place(place: "ObjectStore", num_bytes: int) -> None:
 
 
 def main() -> None:
-    from sfl.archive.run_folder import say
-    from sfl.weights.stores import open_place
-
     options = parse()
     if not (0 < options.megabytes <= 10_000 and options.weights_timeout > 0):
         raise ConfigError("--megabytes and --weights-timeout: give numbers above 0")
     with TemporaryDirectory(prefix="sfl-") as folder:
         timeout_s = options.weights_timeout
-        place = open_place(options.weights, Path(folder), timeout_s=timeout_s, say=say)
+        place = open_place(options.weights, Path(folder), timeout_s=timeout_s, say=print)
         if place is None:
             print("socket: weights go over the run's own connections; there is nothing to check")
             return

@@ -17,20 +17,22 @@ from sfl.errors import IntegrityError, RunError
 from sfl.files import atomic as atomic_file
 from sfl.files.atomic import write_file
 from sfl.files.torch_file import TensorSpec, encode_file
-from sfl.values import KeepTensors
+from sfl.values import KeepTensors, Position
 
 ALL = KeepTensors.parse("all")
 
 
-def record(writer: ArchiveWriter, client: int, round_index: int, step: int) -> None:
-    """Record a step whose tensors say where they belong."""
-    where = {"client": client, "round": round_index, "step": step, "order": step}
+def record(
+    writer: ArchiveWriter, client: int, round_index: int, step: int, *, link: int = 0
+) -> None:
+    """Record a step whose tensors say where they belong; labels cross the first cut alone."""
     tensors = {
-        kind: torch.tensor([client, round_index, step, number])
+        kind: torch.tensor([client, round_index, step, number + 10 * link])
         for number, kind in enumerate(TENSOR_KINDS)
+        if not link or kind != LABELS
     }
     files = {kind: (encode_file(t), TensorSpec.of(t)) for kind, t in tensors.items()}
-    writer.record_step(files, where)
+    writer.record_step(files, Position("r", round_index, step, client, link), order=step)
 
 
 def write_run(root: Path, keep: str = "all", rounds: int = 3) -> None:
@@ -64,6 +66,27 @@ def test_the_layout_is_the_fixed_one(tmp_path: Path) -> None:
     names = {f"{kind}_0_{step}.pt" for kind in TENSOR_KINDS for step in range(2)} | {MANIFEST}
     assert {path.name for path in folder.iterdir()} == names
     assert torch.load(folder / "grads_0_1.pt", weights_only=True).tolist() == [1, 0, 1, 2]
+
+
+def test_a_second_cut_has_its_own_files_and_is_read_back_behind_the_first(tmp_path: Path) -> None:
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        for step in range(2):
+            for link in (1, 0):
+                record(writer, 3, 0, step, link=link)
+        writer.end_round(0)
+    folder = tmp_path / "client_files/client_3/round_000"
+    assert {path.name for path in folder.glob("*_1*.pt")} == {
+        "labels_0_1.pt", "split_layer_tensor_0_1.pt", "grads_0_1.pt",  # step 1 at the first cut
+        "split_layer_tensor_0_0_1.pt", "grads_0_0_1.pt",
+        "split_layer_tensor_0_1_1.pt", "grads_0_1_1.pt",
+    }  # fmt: skip
+    steps = list(sfl.archive.open(tmp_path).steps())
+    assert [(s.step, s.link) for s in steps] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for s in steps:
+        assert s.activations.tolist() == [3, 0, s.step, 1 + 10 * s.link]
+        assert s.grads.tolist() == [3, 0, s.step, 2 + 10 * s.link]
+    with pytest.raises(IntegrityError, match="step 1, cut 1: has no labels recorded"):
+        _ = steps[3].labels
 
 
 @pytest.mark.parametrize(

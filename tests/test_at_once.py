@@ -12,6 +12,7 @@ from sfl.archive.spool import Spool
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
 from sfl.model.segment import train_step
+from sfl.model.topology import Holder
 from sfl.runtime import simulation as simulate
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.recipe import Recipe
@@ -27,7 +28,8 @@ CLIENTS, ROUNDS = 4, 2
 def planned(at_once: int, scheme: str = "sflv1", **options: object) -> RoundPlan:
     run = RunConfig(run="r", scheme=scheme, clients=CLIENTS, **options)  # type: ignore[arg-type]
     split = SplitModel(Recipe.of(run, frozenset()), (1, 28, 28), 10)
-    backs = {k: split.back(torch.device("cpu")) for k in range(CLIENTS if scheme == "sflv1" else 1)}
+    count = CLIENTS if scheme == "sflv1" else 1
+    backs = {k: split.segments(Holder.SERVER, torch.device("cpu")) for k in range(count)}
     for back in backs.values():
         back.start_round(0)
     spool = Spool(None, lambda: None)
@@ -68,7 +70,7 @@ def test_without_the_option_there_is_room_for_all() -> None:
 @pytest.mark.parametrize("state", ["reset", "keep"])
 def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     plan = planned(at_once=1, optimizer_state=state)
-    back = plan._backs[0]
+    back = plan._backs[0].last
     recipe = Recipe.of(RunConfig(optimizer_state=state))
     shape = SplitModel(recipe, (1, 28, 28), 10).features_spec(8).shape
     train_step(back, torch.randn(shape), torch.zeros(8, dtype=torch.int64), Position("r", 0, 0, 0))
@@ -90,7 +92,7 @@ def test_in_a_relay_one_trains_at_a_time() -> None:
 def test_a_shared_back_does_not_rest() -> None:
     plan = planned(at_once=0, scheme="sflv2")
     plan.begin(plan.order[0])
-    back = plan._backs[0]
+    back = plan._backs[0].last
     for parameter in back.blocks.parameters():
         parameter.grad = torch.ones_like(parameter)
     back.update()

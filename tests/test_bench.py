@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from experiments.bench import __main__ as bench
-from experiments.bench.contenders import Row, Sample, _span
+from experiments.bench import turns
+from experiments.bench.contenders import Sample, _span
 from experiments.bench.peers.sockets import COUNT
 from experiments.bench.report import Result, phases_table, table, write_all
+from experiments.bench.rows import Row
 from experiments.measure.many_clients import numbers
 from sfl.errors import ConfigError
 from sfl.files.torch_file import encode
@@ -17,7 +19,7 @@ from sfl.values import LinkShape
 
 BARE = "bare TCP, nothing checked"
 ROW = Row("mlp", 128, 1)
-ALONE = Result(ROW, bench.ALONE, [Sample(s, 0.002) for s in (0.002, 0.001, 0.003)], [], 2**20)
+ALONE = Result(ROW, turns.ALONE, [Sample(s, 0.002) for s in (0.002, 0.001, 0.003)], [], 2**20)
 OURS = Result(
     ROW,
     "SFL, archive on",
@@ -41,7 +43,7 @@ def test_the_phases_are_those_of_our_own_runs() -> None:
 
 
 def test_a_link_is_compared_with_what_it_must_take() -> None:
-    model, ours = bench.modelled(ALONE, OURS, LinkShape(bytes_per_s=1e6, delay_s=0.01))
+    model, ours = turns.modelled(ALONE, OURS, LinkShape(bytes_per_s=1e6, delay_s=0.01))
     assert model.ms == pytest.approx(2.0 + 2 * 10 + 1.0)
     assert ours.ratio == pytest.approx(3.0 / 23.0)
 
@@ -71,8 +73,8 @@ def test_a_round_lasts_from_its_first_clients_beginning_to_its_last_ones_end() -
 def test_a_step_is_one_round_trip_and_little_more_than_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peers = {"absent": ("none", "no_such_package"), BARE: bench.PEERS[BARE]}
-    monkeypatch.setattr(bench, "PEERS", peers)
+    peers = {"absent": ("none", "no_such_package"), BARE: turns.PEERS[BARE]}
+    monkeypatch.setattr(turns, "PEERS", peers)
     options = ["--rows", "mlp-128-1", "--blocks", "1", "--steps", "3", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *options])
     bench.main()
@@ -80,11 +82,11 @@ def test_a_step_is_one_round_trip_and_little_more_than_its_files(
         row["contender"]: row
         for row in csv.DictReader((tmp_path / "bench.csv").read_text().splitlines())
     }
-    assert list(rows) == [bench.ALONE, *bench.ARCHIVES, BARE]
+    assert list(rows) == [turns.ALONE, *turns.ARCHIVES, BARE]
     labels, cut = torch.zeros(128, dtype=torch.int64), torch.zeros(128, 128)
     assert float(rows[BARE]["bytes"]) == COUNT.size + labels.nbytes + 2 * cut.nbytes
     files = len(encode(labels)) + 2 * len(encode(cut))
-    for title in bench.ARCHIVES:
+    for title in turns.ARCHIVES:
         assert float(rows[title]["round_trips"]) == 1.0
         assert files < float(rows[title]["bytes"]) <= 1.02 * files
         assert float(rows[title]["ms"]) > 0

@@ -10,12 +10,12 @@ import pytest
 
 from experiments.support.same_run import compare
 from sfl.archive.checkpoint import NUM_KEPT, lying, round_of, whole
-from sfl.archive.spool import Spool
+from sfl.archive.spool import Answer, Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.errors import IntegrityError, RunError
 from sfl.runtime.resume import open_past
-from sfl.values import KeepTensors
+from sfl.values import KeepTensors, Position
 from tests.support.launch import Launcher, options_of, send_signal, wait_for
 from tests.support.runs import ALLOW, OWN_STATE
 from tests.support.simulations import reference
@@ -166,30 +166,31 @@ def test_a_run_that_had_not_begun_begins_where_it_lies(launcher: Launcher) -> No
         program.ended_with(0)
 
 
+def at(step: int, client: int = 0, link: int = 0) -> Position:
+    return Position("r", 0, step, client, link)
+
+
 def test_a_spool_gives_what_it_was_given_until_the_round_is_over(tmp_path: Path) -> None:
     flushed: list[int] = []
     spool = Spool(tmp_path, lambda: flushed.append(1))
     for step in range(3):
-        spool.put(0, step, bytes([step]) * 1000, {"loss": float(step)}, asked=f"crc{step}")
-    spool.put(1, 0, b"other", {})
-    answer = spool.get(0, 1)
-    assert answer is not None
-    assert (answer.data, answer.content, answer.asked) == (b"\1" * 1000, {"loss": 1.0}, "crc1")
-    assert spool.get(0, 3) is None
+        spool.put(at(step), Answer(bytes([step]) * 1000, {"loss": float(step)}, f"crc{step}"))
+    spool.put(at(0, client=1), Answer(b"another client", {}))
+    spool.put(at(0, link=1), Answer(b"another cut", {}))
+    assert spool.get(at(0)) == Answer(b"\0" * 1000, {"loss": 0.0}, "crc0")
+    assert spool.get(at(1)) == Answer(b"\1" * 1000, {"loss": 1.0}, "crc1")
+    assert spool.get(at(0, link=1)) == Answer(b"another cut", {})
+    assert spool.get(at(3)) is None
     assert list(tmp_path.iterdir()) == []  # it has no name, so that nothing is left of it
     (tmp_path / "grads_0_7.pt").write_bytes(b"recorded")
-    spool.put(0, 7, b"", {}, recorded=f"{tmp_path}/grads_0_7.pt")
+    spool.put(at(7), Answer(b"", {}), recorded=f"{tmp_path}/grads_0_7.pt")
     assert not flushed
-    recorded = spool.get(0, 7)
-    assert recorded is not None
-    assert recorded.data == b"recorded"
+    assert spool.get(at(7)) == Answer(b"recorded", {})
     assert flushed
     spool.start_round()
-    assert spool.get(0, 1) is None
-    spool.put(0, 0, b"new", {})
-    again = spool.get(0, 0)
-    assert again is not None
-    assert again.data == b"new"
+    assert spool.get(at(1)) is None
+    spool.put(at(0), Answer(b"new", {}))
+    assert spool.get(at(0)) == Answer(b"new", {})
     spool.close()
 
 

@@ -176,7 +176,7 @@ def test_figures_of_clients_are_weighted_and_counted(tmp_path: Path) -> None:
 def test_pictures_of_few_and_of_many(tmp_path: Path, many: bool) -> None:
     options = {"clients": 12, "participation": 0.3} if many else {"clients": 1}
     study, lines = study_of(tmp_path, scheme="sflv3" if many else "fl", model="mlp", **options)
-    for path in draw_all(study, lines, tmp_path):
+    for path in draw_all(study, lines):
         assert path.stat().st_size > 5000
     assert ("lowest | mean | highest" in markdown(study, lines)) == many
 
@@ -203,7 +203,7 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
 
 def test_central_alone_has_no_clients(tmp_path: Path) -> None:
     study, lines = study_of(tmp_path, scheme="central", model="mlp")
-    assert [path.name for path in draw_all(study, lines, tmp_path)] == ["rounds.png", "final.png"]
+    assert [path.name for path in draw_all(study, lines)] == ["rounds.png", "final.png"]
     assert lines["bytes_up"].isna().all()
     whole = 3202 * (4 * 784 * 128 + 6 * (128 * 64 + 64 * 10)) / 1e9
     assert lines["client_gflops"].tolist() == pytest.approx([whole] * 4)

@@ -14,7 +14,7 @@ from sfl.runtime import replay
 from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
-from sfl.strategy.merge import Half, merge_fronts
+from sfl.strategy.merge import Shared, Trained, merge
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES
 from tests.support.launch import Launcher
@@ -99,11 +99,10 @@ def test_one_tensor_gets_one_value_from_every_rule(rule: str) -> None:
         fronts[k] = {n: (t + noise[n]).to(t.dtype) for n, t in start.items()}
     memory: Mapping[str, torch.Tensor] = {}
     for _ in range(2):
-        half = Half(start, memory)
-        merged = merge_fronts(
-            Recipe.of(run), fronts, dict.fromkeys(fronts, 1), start=half, entries=ENTRIES, last=2
+        trained = Trained(
+            {k: {"front": front} for k, front in fronts.items()}, {}, dict.fromkeys(fronts, 1), 2
         )
-        assert merged is not None
+        merged = merge(Recipe.of(run), {"front": Shared(start, memory)}, trained, ENTRIES)["front"]
         state, memory = merged.state, merged.memory
         assert list(state) == list(start)
         for name, first in ENTRIES.same.items():

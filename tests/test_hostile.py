@@ -11,18 +11,12 @@ import pytest
 import torch
 
 import sfl.archive
-from experiments import fuzz
+from experiments.fuzz import cases, workers
 from experiments.hostile import __main__ as hostile
-from experiments.hostile.attacks import (
-    SLOW_ATTACKS,
-    Insider,
-    Target,
-    insiders,
-    quick_attacks,
-    try_insider,
-    write_bystander,
-)
 from experiments.hostile.files import RunsCode, hostile_files, saved
+from experiments.hostile.insiders import Insider, insiders, try_insider, write_bystander
+from experiments.hostile.strangers import SLOW_ATTACKS, quick_attacks
+from experiments.hostile.target import Target, target_of
 from sfl.archive.checkpoint import lying, path_of, round_of
 from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import manifest_line, read_manifest
@@ -198,7 +192,7 @@ def test_an_archive_runs_nothing(given: Path) -> None:
 def test_replay_and_resume_run_nothing(given: Path, launcher: Launcher) -> None:
     replace(given, "models/client_model_000.pt", EVIL)
     with pytest.raises(IntegrityError, match=r"client_model_000.pt: asks for"):
-        load(given).halves_at(1)
+        load(given).shared_at(1)
     checkpoint = given / path_of(1)
     fields = json.loads(checkpoint.read_text())
     fields["files"]["models/client_model_000.pt"] = [len(EVIL), checksum(EVIL)]
@@ -366,7 +360,7 @@ def test_an_object_of_bad_will_is_refused(launcher: Launcher, tmp_path: Path, wh
 
 def test_a_short_fuzz_finds_only_our_own_errors() -> None:
     counts = {"frames": 10_000, "flips": 5000, "files": 2000, "texts": 1000, "handshakes": 2000}
-    reports = fuzz.fuzz(counts, seed=1, workers=2)
+    reports = workers.fuzz(counts, seed=1, workers=2)
     for kind, report in reports.items():
         assert report.failures == [], kind
         assert report.grown_bytes < 64 * 2**20
@@ -377,8 +371,8 @@ def test_the_fuzzer_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(data: bytes) -> str:
         raise ValueError("not ours")
 
-    monkeypatch.setitem(fuzz.CASES, "frames", (fuzz.frames, broken))
-    report = fuzz.run("frames", 0, 0, 3)
+    monkeypatch.setitem(cases.CASES, "frames", (cases.frames, broken))
+    report = workers.run("frames", 0, 0, 3)
     assert [f.partition(":")[0] for f in report.failures] == ["frames 0", "frames 1", "frames 2"]
 
 
@@ -446,4 +440,4 @@ def test_a_run_that_is_attacked_in_every_way_ends_with_the_same_weights(
 
 def test_only_this_machine_is_attacked() -> None:
     with pytest.raises(ConfigError, match="is not on this machine"):
-        hostile.target_of("192.0.2.1:8765")
+        target_of("192.0.2.1:8765")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.hostile.attacks import Claim, Insider, Target
+from experiments.hostile.insiders import Claim, Insider
 from experiments.hostile.memory import (
     CLAIMS,
     GREEDY,
@@ -23,6 +23,7 @@ from experiments.hostile.memory import (
     try_wish,
     zero_gradients,
 )
+from experiments.hostile.target import Target
 from sfl.config import RunConfig
 from sfl.conversation.limits import server_limits
 from sfl.data.client_data import part_of

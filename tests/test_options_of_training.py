@@ -226,7 +226,7 @@ def test_all_that_a_peer_sends_is_looked_at(
         simulated_bn_dropout(tmp_path / scheme, scheme=scheme, model="mlp", cut=3, rounds=1)
     assert seen >= {
         "the activations of client N",
-        "the gradients of step N",
+        "the gradients of client N",
         "the weights of client N",
         "the weights client_avg",
         "the weights client_N",

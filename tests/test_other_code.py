@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.hostile.attacks import Target, try_insider
+from experiments.hostile.insiders import try_insider
+from experiments.hostile.target import Target
 from experiments.support.same_run import compare
 from sfl import __version__
 from sfl.config import RunConfig

@@ -10,8 +10,15 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-from experiments.measure.client_cost import cost_of_a_pass
-from experiments.predictions import draw_all, read_predictions
+from experiments.measure.pass_cost import cost_of_a_pass
+from experiments.predictions.figures import (
+    ROC,
+    draw_all,
+    draw_confusion,
+    draw_curves,
+    write_classes,
+)
+from experiments.predictions.reading import Predictions, read_predictions
 from sfl.errors import RunError
 from tests.support.programs import run_program
 from tests.support.simulations import simulated
@@ -56,15 +63,14 @@ def test_predictions_of_clients_are_found_or_asked_for(tmp_path: Path) -> None:
 
 
 def test_many_classes_of_which_some_do_not_occur(tmp_path: Path) -> None:
-    from experiments.predictions import _roc, draw_confusion, draw_curves, write_classes
-
     drawn = np.random.default_rng(0)
-    y, p = drawn.integers(0, 50, 300), drawn.dirichlet(np.ones(62), 300)
     names = [f"class {k}" for k in range(62)]
-    write_classes(tmp_path / "c.csv", y, p, names)
+    labels, probabilities = drawn.integers(0, 50, 300), drawn.dirichlet(np.ones(62), 300)
+    predictions = Predictions(labels, probabilities, names)
+    write_classes(tmp_path / "c.csv", predictions)
     assert (tmp_path / "c.csv").read_text().splitlines()[-1] == "class 61,0,0.0,0.0,0.0,,"
-    draw_confusion(tmp_path / "c.png", "many", y, p, names)
-    draw_curves(tmp_path / "r.png", "many", y, p, names, _roc, ("x", "y", "area"))
+    draw_confusion(tmp_path / "c.png", "many", predictions)
+    draw_curves(tmp_path / "r.png", "many", predictions, ROC)
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 import sfl.runtime.lobby
-from experiments.hostile.attacks import Insider, Target, write_bystander
+from experiments.hostile.insiders import Insider, write_bystander
+from experiments.hostile.target import Target
 from sfl.cli import main_server
 from sfl.errors import SflError
 from sfl.files.torch_file import encode

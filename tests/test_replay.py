@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_one_client_or_round_is_checked_alone(run: Path) -> None:
     of_client = ["0 models checked, 0 differ", "16 gradients checked, 0 differ"]
     assert run_replay(run, "--client", 1) == (0, of_client)
     assert run_replay(run, "--round", 1, "--client", 0)[1][-1] == "8 gradients checked, 0 differ"
+
+
+def test_the_page_shows_how_to_call_it(run: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/programs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, replay.Report] = {}
+    exec(code.replace("shared_files/server/first", str(run)), names)
+    assert (names["report"].findings, names["report"].checked) == ([], 32)
 
 
 def test_a_selection_that_holds_nothing_is_an_error(run: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.hostile.attacks import Target
+from experiments.hostile.target import Target
 from sfl.archive.run_folder import has_no_steps
 from sfl.conversation.join import DataReport, client_join, difference, outvoted
 from sfl.errors import SflError

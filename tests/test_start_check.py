@@ -13,6 +13,7 @@ from sfl.config import RunConfig
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
+from sfl.model.topology import Holder, joined
 from sfl.model.zoo import MODELS, build, model_spec, split
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -124,14 +125,14 @@ def test_the_check_leaves_everything_as_it_was() -> None:
         draw(5)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     made = split_model("frozen")
-    before = {n: t.clone() for n, t in (made.front_state() | made.back_state()).items()}
+    before = {n: t.clone() for n, t in joined(made.initial(*Holder)).items()}
     check_model(made)
     assert needs_several_samples(made)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
-    after = made.front_state() | made.back_state()
+    after = joined(made.initial(*Holder))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-    assert not any(p.grad is not None for row in made._segments for p in row.parameters())
+    assert not any(p.grad is not None for row in made._segments.values() for p in row.parameters())
 
 
 def test_who_needs_several_samples_is_known() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.hostile.attacks import BATCH, NUM_CLASSES, SHAPE, Insider, Target
 from experiments.hostile.files import EVIL, changed
+from experiments.hostile.insiders import BATCH, NUM_CLASSES, SHAPE, Insider
+from experiments.hostile.target import Target
 from sfl.errors import PeerFailed
 from sfl.files.checksum import File, checksum
 from sfl.files.torch_file import TensorSpec, decode_file, encode, encode_state

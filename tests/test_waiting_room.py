@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments.hostile.attacks import TIMES, Target, frame, takes_its_own_place
+from experiments.hostile.insiders import TIMES, takes_its_own_place
+from experiments.hostile.target import Target, frame
 from experiments.support.slow_link import SlowLink
 from sfl.auth import main as auth_main
 from sfl.errors import RunError

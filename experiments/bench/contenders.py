@@ -1,54 +1,32 @@
 """Who takes part in ``experiments.bench``: processes that train when it is their turn.
 
-All live at the same time, and rest (SIGSTOP) while it is another's turn. Linux only: what they use
-of processor and memory is read in /proc.
+All live at the same time, and rest (SIGSTOP) while it is another's turn.
 """
 
 import contextlib
 import csv
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
+from experiments.bench.rows import Row
+from experiments.support.process_tree import Tree
 from experiments.support.processes import ROOT, last_line, running
+from sfl.archive.profile import PHASES
 from sfl.errors import RunError
 
 START_S = 120.0  # until all have started; Ray takes long
 END_S = 15.0  # for one that is told to end to do so
 STEP_S = 60.0  # a step that takes longer will not come
 BLOCK_ROUNDS = 2  # of ours that count in a block; one comes before that was stopped half-way
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what is trained, by how many clients."""
-
-    model: str
-    batch_size: int
-    clients: int
-    options: tuple[str, ...] = ()
-    has_peers: bool = True
-    epochs: int = 4  # in a round of ours: the first steps of a round take longer than the others
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}-{self.batch_size}-{self.clients}"
-
-    def run_options(self) -> list[str]:
-        # A round has as many steps, however many clients the data are dealt to.
-        epochs = self.epochs * self.clients
-        options = ["--clients", str(self.clients), "--local-epochs", str(epochs)]
-        options += ["--model", self.model, "--batch-size", str(self.batch_size)]
-        return [*options, *self.options]
 
 
 @dataclass(frozen=True)
@@ -62,73 +40,6 @@ class Sample:
     archive_lag_s: float | None = None  # the longest that a tensor waited to be on disk
     client_s: dict[str, float] = field(default_factory=dict)  # by phase, see sfl.archive.profile
     server_s: dict[str, float] = field(default_factory=dict)
-
-
-class Tree:
-    """A process and all that it has started."""
-
-    def __init__(self, *roots: int) -> None:
-        self._roots = roots
-
-    def pids(self) -> list[int]:
-        found, num_seen = list(self._roots), 0
-        while num_seen < len(found):
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{found[num_seen]}/task").iterdir():
-                    found += map(int, (task / "children").read_text().split())
-            num_seen += 1
-        return found
-
-    def signal(self, number: int) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Let the processes run for a while."""
-        self.signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGSTOP)
-
-    def cpu_s(self) -> float:
-        """Return the processor seconds that they have used."""
-        ticks = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def peak_bytes(self) -> int:
-        """Return the sum of what each of them has had in memory at most, with shared pages."""
-        total = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    total += int(line.split()[1]) * 1024 if line.startswith("VmHWM:") else 0
-        return total
-
-    def end(self) -> None:
-        """End them; what does not end when it is asked to is killed."""
-        pids = self.pids()
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            self.signal(number)
-        deadline = time.monotonic() + 5
-        while any(map(_runs, pids)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for pid in filter(_runs, pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Contender(Protocol):
@@ -296,7 +207,5 @@ def _span(rows: Sequence[dict[str, float]], begins: str, lasts: str) -> float:
 
 def _phases(rows: Sequence[dict[str, float]], num_steps: float) -> dict[str, float]:
     """Return the mean seconds that a client's step spent in each phase."""
-    from sfl.archive.profile import PHASES
-
     total = num_steps * len(rows)
     return {phase: sum(row[f"{phase}_s"] for row in rows) / total for phase in PHASES}

@@ -1,22 +1,16 @@
 """A few digits: a data set for models that take long for each of them."""
 
-from typing import TYPE_CHECKING
+import dataclasses
 
-if TYPE_CHECKING:
-    from sfl.data.client_data import DatasetSpec
+from sfl.data.client_data import DatasetSpec, Source
+from sfl.data.datasets import DATASETS
+from sfl.data.samples import Samples
 
-FEW_DIGITS = "experiments.bench.few_digits:few_digits"
 EVERY = 6  # 667 digits train, of which a client holds out a fifth: 17 steps of 32
 
 
-def few_digits() -> "DatasetSpec":
+def few_digits() -> DatasetSpec:
     """Return every sixth digit of mnist-5k, which has them sorted by class."""
-    import dataclasses
-
-    from sfl.data.client_data import Source
-    from sfl.data.datasets import DATASETS
-    from sfl.data.samples import Samples
-
     whole = DATASETS["mnist-5k"]
 
     def load(source: Source) -> tuple[Samples, Samples]:

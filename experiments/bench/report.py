@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-from experiments.bench.contenders import Row, Sample
+from matplotlib.figure import Figure
+
+from experiments.bench.contenders import Sample
+from experiments.bench.rows import Row
 
 COLUMNS = (
     "row", "contender", "blocks", "ms", "ms_low", "ms_high", "ratio", "overhead_ms", "bytes",
@@ -120,16 +123,10 @@ def write_all(out: Path, rows: Sequence[Sequence[Result]]) -> list[Path]:
 
 def _draw(path: Path, rows: Sequence[Sequence[Result]]) -> None:
     """Draw how many times the arithmetic each contender takes; log scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(len(rows), 3)
     lines = -(-len(rows) // columns)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(4.6 * columns, 0.6 + 2.1 * lines), squeeze=False
-    )
+    figure = Figure(figsize=(4.6 * columns, 0.6 + 2.1 * lines))
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(rows) :]:
         axes.axis("off")
     for axes, results in zip(grid.flat, rows, strict=False):
@@ -148,4 +145,3 @@ def _draw(path: Path, rows: Sequence[Sequence[Result]]) -> None:
     figure.supxlabel("time of a step, in times of the arithmetic alone in one process", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

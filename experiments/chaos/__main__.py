@@ -18,16 +18,17 @@ from argparse import Namespace
 from pathlib import Path
 
 from sfl.cli import run_program
+from sfl.options import Parser
 
 NUM_CLIENTS = 3
 
 
 def main() -> int:
+    options, rest = parse()
     from experiments.chaos.disturbed import Disturbance, Trouble, undisturbed
     from experiments.support.same_run import compare
     from sfl.archive.run_folder import create_run_folder
 
-    options, rest = parse()
     out = create_run_folder(Path(options.out).resolve(), "")
     print(f"everything lies in {out}")
     run_options = ["--scheme", options.scheme, "--rounds", str(options.rounds), *rest]
@@ -65,8 +66,6 @@ def main() -> int:
 
 
 def parse() -> tuple[Namespace, list[str]]:
-    from sfl.options import Parser
-
     parser = Parser(prog="python -m experiments.chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--scheme", default="sflv1", help="of the run (default: sflv1)")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs in all (default: 20)")

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.chaos.small_model import CUT, NAME
 from experiments.support.processes import ROOT, last_line, running
-from experiments.support.slow_link import UNCUT, SlowLink
-from experiments.support.small_model import CUT, NAME
+from experiments.support.slow_link import SlowLink
 from sfl.errors import RunError
+from sfl.values import UNCUT
 
 # Small, with BatchNorm, dropout and Adam; what the caller gives comes later and wins.
 DEFAULTS = ["--model", NAME, "--cut", str(CUT), "--batch-size", "20", "--run", "r"]

@@ -11,19 +11,18 @@ that was going on begins again with its first round. ``--out`` gets
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
+from sfl.config import RunConfig
+from sfl.errors import ConfigError
+from sfl.nodes import NodeConfig
+from sfl.options import Parser, parse_options
 
-if TYPE_CHECKING:
-    from sfl.config import RunConfig
+OVER = ("simulation", "sockets")
 
 
 def parse() -> tuple[Namespace, list[str]]:
     """Return this program's options, and those of the runs."""
-    from experiments.compare.plan import OVER
-    from sfl.options import Parser
-
     parser = Parser(
         prog="python -m experiments.compare",
         description="Run every combination of schemes, partitions and seeds, and compare them.",
@@ -42,22 +41,13 @@ def parse() -> tuple[Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def _refuse_overridden(run: "RunConfig") -> None:
-    from sfl.config import RunConfig
-    from sfl.errors import ConfigError
-
+def _refuse_overridden(run: RunConfig) -> None:
     for name, instead in (("scheme", "--schemes"), ("partition", "--partitions"), ("run", "--out")):
         if getattr(run, name) != getattr(RunConfig, name):
             raise ConfigError(f"--{name}: a comparison has many; give {instead}")
 
 
 def main() -> None:
-    from experiments.compare.plan import Study, carry_out, check_all, is_done, names
-    from sfl.config import RunConfig
-    from sfl.errors import ConfigError
-    from sfl.nodes import NodeConfig
-    from sfl.options import parse_options
-
     own, rest = parse()
     if own.seeds < 1 or own.jobs < 1:
         raise ConfigError("--seeds and --jobs: must be at least 1")
@@ -65,25 +55,26 @@ def main() -> None:
         rest, RunConfig, NodeConfig, prog="python -m experiments.compare", about=""
     )
     _refuse_overridden(run)
-    run = replace(run, keep_tensors=own.keep_tensors)
-    node = replace(
-        node, out=str(node.out_path.resolve()), data_dir=str(node.data_path.resolve())
-    )  # the runs are started in another folder
-    seeds = range(run.seed, run.seed + own.seeds)
+    from tqdm import tqdm
+
+    from experiments.compare.figures import draw_all
+    from experiments.compare.plan import Study, carry_out, check_all, is_done, names
+    from experiments.compare.results import read_study, write_tables
+
+    # The runs are started in another folder.
+    paths = {"out": str(node.out_path.resolve()), "data_dir": str(node.data_path.resolve())}
     study = Study(
-        names("--schemes", own.schemes),
-        names("--partitions", own.partitions),
-        seeds,
-        run,
-        node,
-        own.over,
-        own.jobs,
+        schemes=names("--schemes", own.schemes),
+        partitions=names("--partitions", own.partitions),
+        seeds=range(run.seed, run.seed + own.seeds),
+        run=replace(run, keep_tensors=own.keep_tensors),
+        node=replace(node, **paths),
+        over=own.over,
+        jobs=own.jobs,
     )
     check_all(study)
     total = len(study.runs) * run.rounds
     done = sum(is_done(study, r) for r in study.runs) * run.rounds
-    from tqdm import tqdm
-
     with tqdm(total=total, initial=done, unit="round", desc="all runs", disable=None) as bar:
 
         def on_round(of: RunConfig, line: str) -> None:
@@ -94,9 +85,8 @@ def main() -> None:
                 sys.stdout.flush()
 
         carry_out(study, on_round)
-    from experiments.compare.results import write_results
-
-    for path in write_results(study):
+    lines = read_study(study)
+    for path in write_tables(study, lines) + draw_all(study, lines):
         print(path)
 
 

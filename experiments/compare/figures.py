@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from experiments.compare.plan import Study
 from experiments.compare.results import ALL, of_cell, training_bytes
 from sfl.strategy.schemes import SCHEMES
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from experiments.compare.plan import Study
 
 # Brightness, dashes and markers differ as well as hue; wide lines are drawn first, so that one that
 # coincides with another (sflv1 and fl do) is seen below it.
@@ -29,11 +29,9 @@ ORDER = ("central", "fl", "sl", "sflv1", "sflv2", "sflv3", "sync-sgd")  # of sty
 MOST_CLIENTS = len(STYLES)  # of whom each has its line and its name
 
 
-def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
-    """Draw every figure of a study into a folder, and return their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def draw_all(study: Study, lines: pd.DataFrame) -> list[Path]:
+    """Draw every figure of a study, and return their paths."""
+    out = study.node.out_path
     overall, clients = lines[lines["client"] == ALL], lines[lines["client"] != ALL]
     paths = [
         _grid(out / "rounds.png", study, lambda axes, p: _by_round(axes, study, overall, p), 2),
@@ -43,7 +41,7 @@ def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
         return paths  # no clients
     for cost in ("bytes", "flops"):
 
-        def draw(panels: "Sequence[Axes]", partition: str, cost: str = cost) -> None:
+        def draw(panels: Sequence[Axes], partition: str, cost: str = cost) -> None:
             _against(panels[0], study, clients, overall, partition, cost)
 
         paths.append(_grid(out / f"{cost}.png", study, draw, 1))
@@ -52,7 +50,7 @@ def draw_all(study: "Study", lines: "pd.DataFrame", out: Path) -> list[Path]:
     return paths
 
 
-def _styled(schemes: "Sequence[str]") -> Iterator[tuple[str, int]]:
+def _styled(schemes: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Yield schemes in the order in which they are drawn, with the index of each one's style."""
     others = [name for name in schemes if name not in ORDER]
     for index, name in enumerate((*ORDER, *others)):
@@ -60,23 +58,20 @@ def _styled(schemes: "Sequence[str]") -> Iterator[tuple[str, int]]:
             yield name, index % len(STYLES)
 
 
-def _title(study: "Study", spread: str = "range") -> str:
+def _title(study: Study, spread: str = "range") -> str:
     run, count = study.run, len(study.seeds)
     seeds = f"mean and {spread} of {count} seeds" if count > 1 else f"seed {run.seed}"
     return f"{run.model} on {run.dataset}, {run.clients} clients, {seeds}"
 
 
 def _grid(
-    path: Path, study: "Study", draw: "Callable[[Sequence[Axes], str], None]", columns: int
+    path: Path, study: Study, draw: Callable[[Sequence[Axes], str], None], columns: int
 ) -> Path:
     """Draw a row of panels a partition, with one legend for all."""
-    from matplotlib import pyplot
-
     rows = len(study.partitions)
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(5.2 * columns + 1.6, 3.6 * rows + 0.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = 5.2 * columns + 1.6, 3.6 * rows + 0.4
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
     for axes, partition in zip(panels, study.partitions, strict=True):
         draw(axes, partition)
         axes[0].set_title(partition, loc="left", fontsize=10)
@@ -84,11 +79,10 @@ def _grid(
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(_title(study), fontsize=10)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 
-def _plot(axes: "Axes", x: Any, by_seed: "pd.DataFrame", label: str, style: dict[str, Any]) -> None:
+def _plot(axes: Axes, x: Any, by_seed: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
     """Draw the mean over seeds, and a band from the lowest to the highest."""
     known = by_seed.notna().all(axis=1).to_numpy()  # a client may sit rounds out
     x, by_seed = x[known], by_seed[known]
@@ -100,9 +94,7 @@ def _plot(axes: "Axes", x: Any, by_seed: "pd.DataFrame", label: str, style: dict
         )
 
 
-def _by_round(
-    panels: "Sequence[Axes]", study: "Study", overall: "pd.DataFrame", partition: str
-) -> None:
+def _by_round(panels: Sequence[Axes], study: Study, overall: pd.DataFrame, partition: str) -> None:
     for axes, metric, title in zip(
         panels,
         ("val_acc", "train_loss"),
@@ -119,16 +111,14 @@ def _by_round(
 
 
 def _against(
-    axes: "Axes",
-    study: "Study",
-    clients: "pd.DataFrame",
-    overall: "pd.DataFrame",
+    axes: Axes,
+    study: Study,
+    clients: pd.DataFrame,
+    overall: pd.DataFrame,
     partition: str,
     cost: str,
 ) -> None:
     """Draw validation accuracy against what a client has spent until then, the mean client's."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     for name, style in _styled(study.schemes):
         if SCHEMES[name].pooled:  # which has no clients
             continue
@@ -156,14 +146,11 @@ def _against(
     )
 
 
-def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
+def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     """Draw the last round's test accuracies, and the balanced ones, a group a partition."""
-    from matplotlib import pyplot
-
     last = overall[overall["round"] == overall["round"].max()]
-    figure, panels = pyplot.subplots(
-        1, 2, figsize=(4.5 + 2.2 * len(study.partitions), 4), sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 + 2.2 * len(study.partitions), 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(study.schemes)
     for axes, metric, title in zip(
         panels,
@@ -201,20 +188,15 @@ def _final(path: Path, study: "Study", overall: "pd.DataFrame") -> Path:
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(f"{_title(study, 'standard deviation')}, round {study.run.rounds}", fontsize=10)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 
-def _of_clients(path: Path, study: "Study", clients: "pd.DataFrame", partition: str) -> Path:
+def _of_clients(path: Path, study: Study, clients: pd.DataFrame, partition: str) -> Path:
     """Draw each client's validation accuracy and training loss by round, a column a scheme."""
-    from matplotlib import pyplot
-
     shown = [name for name in study.schemes if not SCHEMES[name].pooled]
     metrics = {"val_acc": "validation accuracy", "train_loss": "training loss (nats)"}
-    figure, panels = pyplot.subplots(
-        2, len(shown), figsize=(3.4 * len(shown) + 1.4, 6), sharex=True, sharey="row",
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    figure = Figure(figsize=(3.4 * len(shown) + 1.4, 6), layout="constrained")
+    panels = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
     for row, (metric, title) in zip(panels, metrics.items(), strict=True):
         for axes, name in zip(row, shown, strict=True):
             own = of_cell(clients, partition, name)
@@ -240,18 +222,15 @@ def _of_clients(path: Path, study: "Study", clients: "pd.DataFrame", partition: 
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(f"{_title(study)}, {partition}", fontsize=10)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 
-def _label(axes: "Axes", x: str, y: str) -> None:
+def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
 
 
-def _count_rounds(axes: "Axes") -> None:
+def _count_rounds(axes: Axes) -> None:
     """Let an axis of rounds have whole numbers alone."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -21,9 +21,9 @@ from sfl.config import RunConfig, flag
 from sfl.data.partition import OWN
 from sfl.errors import ConfigError, RunError
 from sfl.nodes import NodeConfig
+from sfl.runtime.preflight import check_run
 from sfl.weights.stores import SOCKET
 
-OVER = ("simulation", "sockets")
 MOST_SHOWN = 40  # characters of a partition in the name of a run
 LAST_FILE = "server_log.txt"  # what a run writes into its manifest when it is over
 
@@ -85,8 +85,6 @@ def check_all(study: Study) -> None:
     Raises:
         ConfigError: one cannot, or its folder holds a run with other options.
     """
-    from sfl.runtime.preflight import check_run
-
     for run in study.runs:
         node = {name: getattr(study.node, name) for name in ("threads", "device")}
         wanted = asdict(check_run(run).run) | node  # these change the last bit
@@ -97,8 +95,9 @@ def check_all(study: Study) -> None:
         what = next(
             (f"{flag(n)} {recorded.get(n)}" for n, v in wanted.items() if recorded.get(n) != v), ""
         )
-        if not what and ("port" in recorded) != study.over_sockets(run):
-            what = f"--over {OVER['port' in recorded]}"
+        was_over_sockets = "port" in recorded
+        if not what and was_over_sockets != study.over_sockets(run):
+            what = f"--over {'sockets' if was_over_sockets else 'simulation'}"
         if what:
             raise ConfigError(
                 f"{path.parent} holds a run with {what}: give another --out, or remove it"
@@ -107,7 +106,6 @@ def check_all(study: Study) -> None:
 
 def is_done(study: Study, run: RunConfig) -> bool:
     """Say whether a cell's run came to its end."""
-
     path = study.folder(run)
     if not (path / MANIFEST).is_file():  # it was broken off before it began
         return False

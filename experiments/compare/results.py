@@ -98,11 +98,9 @@ def read_study(study: Study) -> pd.DataFrame:
     return pd.concat([read_run(study.folder(run), run) for run in study.runs], ignore_index=True)
 
 
-def write_results(study: Study) -> list[Path]:
-    """Write a study's tables and figures, and return their paths."""
-    from experiments.compare.figures import draw_all
-
-    out, lines = study.node.out_path, read_study(study)
+def write_tables(study: Study, lines: pd.DataFrame) -> list[Path]:
+    """Write a study's tables, and return their paths."""
+    out = study.node.out_path
     tables = {
         "compare.csv": [*RUN, "round", "client", *COUNTED],
         "times.csv": [*RUN, "round", "client", *TIMES],
@@ -113,7 +111,7 @@ def write_results(study: Study) -> list[Path]:
         lines[columns].to_csv(paths[-1], index=False)
     paths.append(out / "compare.md")
     paths[-1].write_text(markdown(study, lines))
-    return paths + draw_all(study, lines, out)
+    return paths
 
 
 def last_rounds(lines: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,8 @@ import torch
 
 from sfl.files.torch_file import encode
 
+# By what is wrong with it: a file, and a pattern of the answer to it.
+Files = dict[str, tuple[bytes, str]]
 Z = torch.arange(12, dtype=torch.float32).reshape(3, 4)
 
 
@@ -142,12 +144,8 @@ _NESTED_KEY = (
 )
 
 
-@functools.cache
-def hostile_files() -> dict[str, tuple[bytes, str]]:
-    """Return by what is wrong with it each file, and a pattern of the answer to it.
-
-    Each stands where ``Z`` is expected.
-    """
+def _containers() -> Files:
+    """Return what is no whole container of the right records."""
     return {
         "nothing": (b"", "no whole"),
         "text": (b"GET / HTTP/1.1\r\n\r\n", "no whole"),
@@ -187,6 +185,12 @@ def hostile_files() -> dict[str, tuple[bytes, str]]:
         "an encrypted record": (patched(8, b"\x01", in_directory=True), "no whole"),
         "a flipped bit in the data": (_flipped(), "no whole"),
         "another checksum": (patched(16, b"\0\0\0\0", in_directory=True), "no whole"),
+    }
+
+
+def _hidden_bytes() -> Files:
+    """Return files with bytes where torch writes none, in the container and in the pickle."""
+    return {
         "a pickle in front": (_in_front(moved=False), "bytes before"),
         "a pickle in front that the offsets count": (_in_front(moved=True), "bytes before"),
         "a pickle between two records": (_rewritten(gap_before="version"), "bytes around"),
@@ -208,6 +212,12 @@ def hostile_files() -> dict[str, tuple[bytes, str]]:
         "a folder .": (_rewritten("."), "no tensor's"),
         "a folder in a folder": (_rewritten("a/b"), "no tensor's"),
         "two folders": (_two_folders(), "more than one folder"),
+    }
+
+
+def _other_contents() -> Files:
+    """Return files of something else than the tensor that is expected."""
+    return {
         "stride 0": (pickled(b"K\x04K\x01\x86", b"K\x00K\x00\x86"), "view"),
         "a view larger than its storage": (pickled(b"K\x03K\x04\x86", b"K\x7fK\x04\x86"), "view"),
         "an offset": (pickled(b"QK\x00K\x03", b"QK\x01K\x03"), "owns its storage"),
@@ -237,3 +247,9 @@ def hostile_files() -> dict[str, tuple[bytes, str]]:
         "another dtype": (saved(Z.double()), "float64"),
         "another shape": (saved(Z[:2].clone()), r"\[2, 4\]"),
     }
+
+
+@functools.cache
+def hostile_files() -> Files:
+    """Return the files of a bad sender; each stands where ``Z`` is expected."""
+    return _containers() | _hidden_bytes() | _other_contents()

@@ -11,33 +11,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments.hostile.attacks import (
+import torch
+
+from experiments.hostile.insiders import (
     FEATURES,
     LABELS,
     NUM_CLASSES,
     SHAPE,
     Claim,
     Insider,
-    Target,
-    heard,
     takes_its_own_place,
 )
+from experiments.hostile.target import Target, heard
 from sfl.config import RunConfig
 from sfl.conversation.join import Welcome, server_join
 from sfl.conversation.party import TEST, VALIDATION
 from sfl.conversation.round import SECONDS_WIDTH, TIMES
 from sfl.errors import ProtocolError, SflError
+from sfl.files.torch_file import encode, encode_state
 from sfl.runtime.claims import MOST_STEPS
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
 from sfl.transport.dialling import Listener
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import Limits, Message, MessageType
-
-if TYPE_CHECKING:
-    from sfl.strategy.split_model import SplitModel
 
 FLOOD_BATCH = 256
 FLOOD_STEPS = 250  # of 0.8 MB each way
@@ -69,10 +70,6 @@ class Greed:
 
 
 def _zeros(*shape: int, integers: bool = False) -> bytes:
-    import torch
-
-    from sfl.files.torch_file import encode
-
     return encode(torch.zeros(shape, dtype=torch.int64 if integers else torch.float32))
 
 
@@ -110,10 +107,7 @@ def flood_steps(insider: Insider) -> str:
     return f"took {_sent_until_blocked(insider, sends)} of {FLOOD_STEPS} steps"
 
 
-def _model(insider: Insider) -> "SplitModel":
-    from sfl.strategy.recipe import Recipe
-    from sfl.strategy.split_model import SplitModel
-
+def _model(insider: Insider) -> SplitModel:
     return SplitModel(Recipe.of(insider.welcome.run), SHAPE, NUM_CLASSES)
 
 
@@ -125,10 +119,6 @@ def send_gradients(insider: Insider, data: bytes, step: int = 0) -> None:
 
 def zero_gradients(insider: Insider) -> bytes:
     """Return a file of gradients of the whole model."""
-    import torch
-
-    from sfl.files.torch_file import encode_state
-
     spec = _model(insider).parameters_spec
     return encode_state({name: torch.zeros(of.shape) for name, of in spec.items()})
 
@@ -157,10 +147,6 @@ def flood_heartbeats(insider: Insider) -> str:
 
 def long_figures(insider: Insider) -> str:
     """Take part in a round of as many steps as a client may have, and in its end."""
-    import torch
-
-    from sfl.files.torch_file import encode, encode_state
-
     link, at = insider.link, insider.at()
     table = encode(torch.zeros(MOST_STEPS, 2, dtype=torch.float64))
     link.send_file(MessageType.TRAINING_FIGURES, table, at=at)

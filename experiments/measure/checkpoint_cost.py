@@ -8,61 +8,25 @@ median seconds of both kinds of rounds, without the first of each block, and the
 """
 
 import contextlib
-import os
+import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from experiments.support.processes import ROOT
 from sfl.cli import run_program
+from sfl.config import RunConfig
 from sfl.errors import RunError
+from sfl.nodes import ServerNode
+from sfl.options import Parser, parse_options
 
 NUM_CLIENTS = 3
-BLOCK = 3  # rounds with, rounds without, ...
-
-
-@contextlib.contextmanager
-def switched_off_in_turn(seconds: dict[bool, list[float]]) -> Iterator[None]:
-    """Let every other block of rounds do without what recovery needs, and time them all."""
-    from unittest.mock import patch
-
-    from sfl.archive.spool import Spool
-    from sfl.archive.writer import ArchiveWriter
-    from sfl.runtime.rounds import Rounds
-
-    is_on = True
-    whole_round, commit, put, fsync = Rounds._round, ArchiveWriter.commit, Spool.put, os.fsync
-
-    def timed_round(rounds: Rounds, round_index: int) -> dict[str, float]:
-        nonlocal is_on
-        is_on = round_index // BLOCK % 2 == 0
-        started = time.perf_counter()
-        figures = whole_round(rounds, round_index)
-        if round_index % BLOCK:  # what the block before left to be written ends in its first round
-            seconds[is_on].append(time.perf_counter() - started)
-        return figures
-
-    def only_if_on(call: Any) -> Any:
-        return lambda *given, **named: call(*given, **named) if is_on else None
-
-    with (
-        patch.object(Rounds, "_round", timed_round),
-        patch.object(ArchiveWriter, "commit", only_if_on(commit)),
-        patch.object(Spool, "put", only_if_on(put)),
-        patch.object(os, "fsync", only_if_on(fsync)),
-    ):
-        yield
 
 
 def parse() -> tuple[Namespace, list[str]]:
-    from sfl.options import Parser
-
     about = __doc__.partition("\n")[0]
     parser = Parser(prog="python -m experiments.measure.checkpoint_cost", description=about)
     parser.add_argument("--rounds", type=int, default=24, help="of both kinds (default: 24)")
@@ -71,12 +35,10 @@ def parse() -> tuple[Namespace, list[str]]:
 
 
 def main() -> None:
-    from sfl.config import RunConfig
-    from sfl.nodes import ServerNode
-    from sfl.options import parse_options
+    options, rest = parse()
+    from experiments.measure.recovery_off import BLOCK, switched_off_in_turn
     from sfl.runtime.server import serve
 
-    options, rest = parse()
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with TemporaryDirectory(prefix="sfl-") as folder, contextlib.ExitStack() as stack:
         common = ["--out", folder, *(["--data-dir", options.data_dir] if options.data_dir else [])]
@@ -117,8 +79,6 @@ def _end(client: "subprocess.Popen[bytes]") -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

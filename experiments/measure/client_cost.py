@@ -13,17 +13,12 @@ the same number.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
 
 from sfl.cli import run_program
-
-if TYPE_CHECKING:
-    from sfl.strategy.split_model import SplitModel
+from sfl.errors import ConfigError
+from sfl.options import Parser
 
 NUM_SAMPLES = 50_000  # training images of CIFAR-10 and CIFAR-100
-SHAPE = (3, 32, 32)
 METHODS = {"sync-sgd": "large-batch SGD", "fl": "federated learning", "sl": "split learning"}
 TERA, GIGA = 1e12, 1e9
 
@@ -47,54 +42,11 @@ Assumed:
 """
 
 
-@dataclass(frozen=True)
-class PassCost:
-    """What one pass over its data costs a client."""
-
-    flops: float
-    num_bytes: float
-
-
-@cache
-def _cut_model(
-    model: str, cut: int | None, num_classes: int, method: str
-) -> "tuple[SplitModel, float, int]":
-    """Return a model, a client's FLOPs of one sample in it, and the bytes of its weights' file."""
-    from experiments.support.costs import costs_of
-    from sfl.config import RunConfig
-    from sfl.files.torch_file import encode_state
-    from sfl.strategy.recipe import Recipe
-    from sfl.strategy.split_model import SplitModel
-
-    recipe = Recipe.of(RunConfig(scheme=method, model=model, cut=cut))
-    split = SplitModel(recipe, SHAPE, num_classes)
-    return split, costs_of(split, SHAPE)[0].training_flops, len(encode_state(split.front_state()))
-
-
-def cost_of_a_pass(
-    model: str, cut: int | None, num_classes: int, method: str, samples: int, batch_size: int
-) -> PassCost:
-    """Count and measure what one pass costs a client that has so many samples."""
-    import torch
-
-    from sfl.data.client_data import batch_sizes
-    from sfl.files.torch_file import encode
-
-    split, flops_of_one, file_bytes = _cut_model(model, cut, num_classes, method)
-    flops, num_bytes = samples * flops_of_one, 2 * file_bytes
-    if split.cuts:
-        for size in batch_sizes(samples, batch_size):
-            spec = split.features_spec(size)
-            features = len(encode(torch.zeros(spec.shape)))
-            num_bytes += 2 * features + len(encode(torch.zeros(size, dtype=torch.int64)))
-    return PassCost(flops, num_bytes)
-
-
 def table(
     title: str,
     unit: float,
-    costs: "dict[tuple[str, int], float]",
-    published: "dict[str, tuple[float, float]]",
+    costs: dict[tuple[str, int], float],
+    published: dict[str, tuple[float, float]],
     clients: Sequence[int],
 ) -> str:
     """Return a Markdown table of one pass's costs beside the published totals."""
@@ -114,8 +66,6 @@ def table(
 
 
 def parse() -> Namespace:
-    from sfl.options import Parser
-
     parser = Parser(
         prog="python -m experiments.measure.client_cost", description=__doc__.partition("\n")[0]
     )
@@ -133,8 +83,6 @@ def counts(text: str) -> list[int]:
     Raises:
         ConfigError: one of them cannot be.
     """
-    from sfl.errors import ConfigError
-
     try:
         found = [int(item) for item in text.split(",")]
     except ValueError:
@@ -144,14 +92,30 @@ def counts(text: str) -> list[int]:
     return found
 
 
-def main() -> None:
-    from sfl.errors import ConfigError
-    from sfl.model.zoo import build, model_spec
+def print_totals(
+    passes: int,
+    flops: dict[tuple[str, int], float],
+    num_bytes: dict[tuple[str, int], float],
+    clients: Sequence[int],
+) -> None:
+    """Print what so many passes cost a client."""
+    print(f"\nTotals of {passes} passes\n")
+    header = ["method", *(f"{what}, {k}" for what in ("TFLOPs", "GB") for k in clients)]
+    print(f"| {' | '.join(header)} |")
+    print("|" + " --- |" * len(header))
+    for method, name in METHODS.items():
+        cells = [f"{passes * flops[method, k] / TERA:.4g}" for k in clients]
+        cells += [f"{passes * num_bytes[method, k] / GIGA:.4g}" for k in clients]
+        print(f"| {' | '.join([name, *cells])} |")
 
+
+def main() -> None:
     options = parse()
     clients = counts(options.clients)
     if options.passes < 1 or options.batch_size < 1:
         raise ConfigError("--passes and --batch-size: must be at least 1")
+    from experiments.measure.pass_cost import cost_of_a_pass, cut_of
+
     chosen = {"vgg16": (options.vgg_cut, 10), "resnet50": (options.resnet_cut, 100)}
     costs = {
         model: {
@@ -165,27 +129,16 @@ def main() -> None:
     }
     flops = {key: cost.flops for key, cost in costs["vgg16"].items()}
     num_bytes = {key: cost.num_bytes for key, cost in costs["resnet50"].items()}
-    of_flops, of_bytes = (
-        "TFLOPs a client, VGG-16 on CIFAR-10",
-        "GB a client, ResNet-50 on CIFAR-100",
-    )
+    of_flops = "TFLOPs a client, VGG-16 on CIFAR-10"
+    of_bytes = "GB a client, ResNet-50 on CIFAR-100"
     print(table(of_flops, TERA, flops, PUBLISHED_TFLOPS, clients))
     print()
     print(table(of_bytes, GIGA, num_bytes, PUBLISHED_GB, clients))
-    print(f"\nTotals of {options.passes} passes\n")
-    header = ["method", *(f"{what}, {k}" for what in ("TFLOPs", "GB") for k in clients)]
-    print(f"| {' | '.join(header)} |")
-    print("|" + " --- |" * len(header))
-    for method, name in METHODS.items():
-        cells = [f"{options.passes * flops[method, k] / TERA:.4g}" for k in clients]
-        cells += [f"{options.passes * num_bytes[method, k] / GIGA:.4g}" for k in clients]
-        print(f"| {' | '.join([name, *cells])} |")
+    print_totals(options.passes, flops, num_bytes, clients)
     named = {}
     for short, model in (("vgg", "vgg16"), ("resnet", "resnet50")):
-        cut, classes = chosen[model]
-        cut = model_spec(model).cut if cut is None else cut
-        blocks = [n for n, _ in build(model_spec(model), SHAPE, classes, seed=0).named_children()]
-        named |= {short: model, f"{short}_cut": cut, f"{short}_block": blocks[(cut or 1) - 1]}
+        cut, block = cut_of(model, *chosen[model])
+        named |= {short: model, f"{short}_cut": cut, f"{short}_block": block}
     print("\n" + ASSUMPTIONS.format(samples=NUM_SAMPLES, batch=options.batch_size, **named), end="")
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 
 from sfl.cli import run_program
 from sfl.files.checksum import checksum
+from sfl.options import Parser
 from sfl.transport.connection import Connection
 from sfl.wire.messages import Limits, MessageType
 from sfl.wire.payload import onto
@@ -120,16 +121,14 @@ def main() -> None:
         print(f"| {name} | {rate:.0f} | {share:.2f} | {grew[0]:.0f} | {grew[1]:.0f} |")
 
 
-def parse(argv: Sequence[str] | None = None) -> Namespace:
-    from sfl.options import Parser
-
+def parse() -> Namespace:
     parser = Parser(
         prog="python -m experiments.measure.large_file", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--megabytes", type=int, default=500, help="of the file (default: 500)")
     parser.add_argument("--times", type=int, default=5, help="each way is tried (default: 5)")
     parser.add_argument("--out", default="", help="folder to copy in (default: the system's)")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from experiments.support.process_tree import Tree
+from experiments.support.processes import running
 from sfl.cli import run_program
 from sfl.errors import ConfigError
+from sfl.options import Parser
 
 COLUMNS = ("clients", "participation", "rounds", "s a round", "ms a client", "MiB at most")
 
@@ -37,9 +40,6 @@ def run_once(
     count: int, share: float, options: Namespace, rest: Sequence[str], out: Path
 ) -> tuple[str, ...]:
     """Run with so many clients; return the cells of its line."""
-    from experiments.bench.contenders import Tree
-    from experiments.support.processes import running
-
     server = ["--clients", str(count), "--participation", str(share), "--run", "many"]
     server += ["--model", "mlp", "--rounds", str(options.rounds), "--out", str(out), *rest]
     with running(server) as processes:
@@ -79,8 +79,6 @@ def numbers(text: str, option: str) -> list[float]:
 
 
 def parse() -> tuple[Namespace, list[str]]:
-    from sfl.options import Parser
-
     about = __doc__.partition("\n")[0]
     parser = Parser(prog="python -m experiments.measure.many_clients", description=about)
     parser.add_argument("--clients", default="50,500", help="default: 50,500")

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.support.processes import running
+from experiments.support.slow_link import slow_link
 from sfl.cli import run_program
 from sfl.errors import ConfigError
+from sfl.options import Parser
 
 COLUMNS = ("delay", "scheme", "seconds a round", "times as fast as the first", "test accuracy")
 
 
 def parse() -> tuple[Namespace, list[str]]:
     """Return this program's options, and those that it passes on to the server."""
-    from sfl.options import Parser
-
     parser = Parser(
         prog="python -m experiments.measure.run_times", description=__doc__.partition("\n")[0]
     )
@@ -54,8 +55,6 @@ def numbers(text: str) -> list[float]:
 @contextlib.contextmanager
 def slowed(address: str, num_clients: int, delay_s: float) -> Iterator[list[str]]:
     """Offer each client an address that leads to the server, over a slow link if it is one."""
-    from experiments.support.slow_link import slow_link
-
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as links:
         if not delay_s:
@@ -69,8 +68,6 @@ def run_once(
     scheme: str, delay_s: float, options: Namespace, run_options: Sequence[str], out: Path
 ) -> dict[str, str]:
     """Run one scheme and return the last line of its ``rounds.csv``."""
-    from experiments.support.processes import running
-
     data = ["--data-dir", options.data_dir] if options.data_dir else []
     server = ["--clients", str(options.clients), "--scheme", scheme, "--out", str(out)]
     server += ["--run", "timed", *run_options]

@@ -21,8 +21,10 @@ from tempfile import TemporaryDirectory
 
 from experiments.support.processes import Processes, running
 from experiments.support.small_ca import SmallCA
+from sfl.auth import main as auth
 from sfl.cli import run_program
 from sfl.errors import RunError
+from sfl.options import Parser
 
 BLOCK = 4  # rounds of one, rounds of the other, ...; the first of each does not count
 DEFAULTS = ["--model", "lenet5", "--batch-size", "128"]
@@ -95,8 +97,6 @@ def start(
     stack: contextlib.ExitStack, out: Path, title: str, options: Namespace, rest: list[str]
 ) -> Contender:
     """Start one of the two runs, and stop it after its first round."""
-    from sfl.auth import main as auth
-
     server = [*DEFAULTS, "--clients", str(options.clients), "--rounds", str(options.rounds + 2)]
     server += ["--run", title, "--out", str(out), "--keep-tensors", "none", *rest]
     client = ["--out", str(out), "--peer-timeout", "600"]
@@ -118,8 +118,6 @@ def start(
 
 
 def parse() -> tuple[Namespace, list[str]]:
-    from sfl.options import Parser
-
     about = __doc__.partition("\n")[0]
     parser = Parser(prog="python -m experiments.measure.tls_cost", description=about)
     parser.add_argument("--rounds", type=int, default=40, help="of each kind (default: 40)")

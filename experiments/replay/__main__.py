@@ -16,11 +16,11 @@ from sfl.options import Parser
 
 
 def main() -> int:
+    options = parse()
     from experiments.replay.train_back import train_back
     from sfl.runtime.recorded import load
     from sfl.runtime.replay import check
 
-    options = parse()
     recorded = load(options.run_dir, options.device, options.threads, options.allow_import)
     for difference in recorded.differences:
         print(f"warning: here {difference} of the run: the last bit may differ", file=sys.stderr)

@@ -1,13 +1,17 @@
 """Whether two runs of one configuration gave the same: weights, recorded steps, figures."""
 
+import io
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sfl.archive.reader import RunArchive
-    from sfl.runtime.recorded import RecordedRun
+from sfl.archive.manifest import read_manifest
+from sfl.archive.reader import RunArchive
+from sfl.archive.round_log import read_round, read_summary
+from sfl.errors import IntegrityError
+from sfl.runtime.recorded import RecordedRun, load
+from sfl.runtime.replay import check
 
 # Of what a round's file says, what depends on neither time nor on what was sent twice.
 FIGURES = ("loss", "acc", "samples", "val_", "test_")
@@ -28,10 +32,6 @@ class Differences:
 
 def compare(whole: Path, other: Path) -> Differences:
     """Compare everything that two runs' servers and clients wrote, and replay the second."""
-    from sfl.errors import IntegrityError
-    from sfl.runtime.recorded import load
-    from sfl.runtime.replay import check
-
     found = Differences()
     ours, theirs = load(whole), load(other)
     _compare_files(whole, other, found)
@@ -63,9 +63,6 @@ def _compare_files(whole: Path, other: Path, found: Differences) -> None:
 
 def _count_tensors(data: bytes) -> int:
     """Return how many tensors a ``torch.save`` file holds: each is a record of its container."""
-    import io
-    import zipfile
-
     if not data:
         return 1
     try:
@@ -75,11 +72,10 @@ def _count_tensors(data: bytes) -> int:
         return 1
 
 
-def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences) -> None:
+def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> None:
     """Compare the recorded tensors of every step, and the order in which they were processed."""
-    from sfl.archive.manifest import read_manifest
 
-    def steps(archive: "RunArchive") -> dict[tuple[int, int, int], object]:
+    def steps(archive: RunArchive) -> dict[tuple[int, int, int], object]:
         table: dict[tuple[int, int, int], object] = {}
         for folder in archive.folders():
             twice = Counter((entry.step, entry.kind) for entry in read_manifest(folder))
@@ -99,10 +95,8 @@ def _compare_steps(ours: "RunArchive", theirs: "RunArchive", found: Differences)
             found.find(f"client {client}, round {round_index}, step {step}: differs, or is missing")
 
 
-def _compare_figures(ours: "RecordedRun", theirs: "RecordedRun", found: Differences) -> None:
+def _compare_figures(ours: RecordedRun, theirs: RecordedRun, found: Differences) -> None:
     """Compare what the rounds' files say, but for times and bytes."""
-    from sfl.archive.round_log import read_round, read_summary
-
     for round_index in range(ours.run.rounds):
         path = f"rounds/round_{round_index:03d}.csv"
         tables = []

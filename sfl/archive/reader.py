@@ -24,7 +24,6 @@ from sfl.archive.layout import (
     LABELS,
     MANIFEST,
     MODELS,
-    TENSOR_KINDS,
     WEIGHT_GRADS,
     round_of_folder,
 )
@@ -39,20 +38,33 @@ MAX_TABLE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Step:
-    """One recorded step of a client; the tensors are read, and checked, when asked for."""
+    """A client's step at one cut; its tensors are read, and checked, when asked for.
+
+    Raises (from any method):
+        IntegrityError: a tensor is damaged, missing, or not recorded at this cut.
+    """
 
     client: int
     round: int
     step: int
+    link: int  # which cut of the model; 0 is the first
     order: int  # how many steps its back had taken before in this round
     folder: Path
     entries: Mapping[str, Entry] = field(repr=False)
 
+    def entry(self, kind: str) -> Entry:
+        """Return what the manifest says of one of its tensors."""
+        if kind not in self.entries:
+            where = f"{self.folder}: step {self.step}, cut {self.link}"
+            raise IntegrityError(f"{where}: has no {kind} recorded")
+        return self.entries[kind]
+
     def path(self, kind: str) -> Path:
-        return self.folder / self.entries[kind].path
+        """Return where one of its tensors lies."""
+        return self.folder / self.entry(kind).path
 
     def _read(self, kind: str) -> Tensor:
-        entry, path = self.entries[kind], self.path(kind)
+        entry, path = self.entry(kind), self.path(kind)
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise IntegrityError(
@@ -79,7 +91,7 @@ class Step:
     def weight_grads(self, spec: StateSpec) -> dict[str, Tensor]:
         """Return the gradients of the whole model that the client sent, by parameter."""
         path = self.path(WEIGHT_GRADS)
-        return decode_state(read_checked(path, self.entries[WEIGHT_GRADS]), spec, str(path))
+        return decode_state(read_checked(path, self.entry(WEIGHT_GRADS)), spec, str(path))
 
     @property
     def num_samples(self) -> int:
@@ -165,26 +177,29 @@ class RunArchive:
         return sorted({int(folder.name[len("round_") :]) for folder in self.folders(client)})
 
     def steps(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
-        """Yield the recorded steps, of one client or round if asked for, in order of processing."""
+        """Yield the recorded steps, of one client or round if asked for, in order of processing.
+
+        Of a model with several cuts each step comes once for each cut, in the order of the cuts.
+        """
         by_round: dict[str, list[Step]] = {}
         for folder in self.folders(client, round):
             by_round.setdefault(folder.name, []).extend(self._steps_in(folder))
         for steps in by_round.values():
-            yield from sorted(steps, key=lambda step: (step.order, step.client))
+            yield from sorted(steps, key=lambda step: (step.order, step.client, step.link))
 
     def _steps_in(self, folder: Path) -> list[Step]:
         name = (folder / MANIFEST).relative_to(self.root).as_posix()
         if name in self._listed:  # of a round that was finished
             self.read(name)
-        files: dict[int, dict[str, Entry]] = {}
+        files: dict[tuple[int, int], dict[str, Entry]] = {}
         for entry in read_manifest(folder):
-            files.setdefault(entry.step, {})[entry.kind] = entry
+            files.setdefault((entry.step, entry.link), {})[entry.kind] = entry
         steps = []
-        for step, entries in sorted(files.items()):
-            # The last step of a run that was killed may lack a file; it has not counted.
-            if entries.keys() in (set(TENSOR_KINDS), {WEIGHT_GRADS}):
-                first = next(iter(entries.values()))
-                steps.append(Step(first.client, first.round, step, first.order, folder, entries))
+        for (step, link), entries in sorted(files.items()):
+            # Gradients are listed last: in a run that was killed the last step may lack them, and
+            # has not counted.
+            if last := entries.get(GRADS) or entries.get(WEIGHT_GRADS):
+                steps.append(Step(last.client, last.round, step, link, last.order, folder, entries))
         return steps
 
 

@@ -4,30 +4,30 @@ What the archive does not record lies in a file without a name, which the system
 process: after a restart of the server everyone redoes the round, and nobody asks for them.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from sfl.errors import RunError
 from sfl.files.torch_reader import Buffer
+from sfl.values import Position
 
 EVERYONE = -1  # instead of a client, for an answer that all are given
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a step was answered with."""
 
-    data: bytes
+    data: Buffer
     content: Mapping[str, float]
-    asked: str  # the checksum of what it answers
+    asked: str = ""  # the checksum of what it answers
 
 
 class Spool:
-    """The answers to the steps of one round, by client and step. Closed by ``close``.
+    """The answers to the steps of one round, by their position. Closed by ``close``.
 
     What the archive records anyway is read there.
 
@@ -41,43 +41,32 @@ class Spool:
         self._flush_archive = flush_archive
         self._file: IO[bytes] | None = None
         self._size = 0
-        self._places: dict[tuple[int, int], Callable[[], Answer]] = {}
+        self._kept: dict[Position, tuple[Callable[[], bytes], Answer]] = {}
 
     def start_round(self) -> None:
         """Forget the answers of the round before; the file keeps its size, and is written anew."""
-        self._places, self._size = {}, 0
+        self._kept, self._size = {}, 0
 
-    def put(
-        self,
-        client: int,
-        step: int,
-        data: Buffer,
-        content: Mapping[str, float],
-        *,
-        asked: str = "",
-        recorded: str = "",
-    ) -> None:
+    def put(self, at: Position, answer: Answer, recorded: str = "") -> None:
         """Keep an answer; ``recorded`` is where the archive has it, if it does."""
         if self._folder is None:
             return
         if recorded:
-
-            def read() -> Answer:
-                self._flush_archive()
-                return Answer(Path(recorded).read_bytes(), content, asked)
-
+            read = functools.partial(self._read_recorded, recorded)
         else:
-            offset, size = self._append(data), len(data)
+            read = functools.partial(self._read, self._append(answer.data), len(answer.data))
+        self._kept[at] = read, answer._replace(data=b"")
 
-            def read() -> Answer:
-                return Answer(self._read(offset, size), content, asked)
-
-        self._places[client, step] = read
-
-    def get(self, client: int, step: int) -> Answer | None:
+    def get(self, at: Position) -> Answer | None:
         """Return the answer to a step; None if it has not been answered."""
-        read = self._places.get((client, step))
-        return read() if read else None
+        if at not in self._kept:
+            return None
+        read, answer = self._kept[at]
+        return answer._replace(data=read())
+
+    def _read_recorded(self, path: str) -> bytes:
+        self._flush_archive()
+        return Path(path).read_bytes()
 
     def _append(self, data: Buffer) -> int:
         """Write an answer behind the others, and return where."""

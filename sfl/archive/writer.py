@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sfl.archive.checkpoint import NUM_KEPT, Checkpoint, lying, path_of
-from sfl.archive.layout import client_folder
+from sfl.archive.layout import client_folder, tensor_name
 from sfl.archive.manifest import Entry
 from sfl.archive.manifests import Manifests
 from sfl.archive.retention import Retention
@@ -21,15 +21,12 @@ from sfl.files.atomic import BINARY, sync, write_file
 from sfl.files.checksum import File, checksum
 from sfl.files.torch_file import TensorSpec
 from sfl.files.torch_reader import Buffer
-from sfl.values import KeepModels, KeepTensors
+from sfl.values import KeepModels, KeepTensors, Position
 
 ALL_MODELS = KeepModels.parse("all")
 # Files that a server writes anew when a run goes on; until then they are in no manifest.
 REWRITTEN = ("config", "environment", "summary", "events")
-
-
-def _name(kind: str, at: Mapping[str, int]) -> str:
-    return f"{kind}_{at['round']}_{at['step']}.pt"
+Tensors = Mapping[str, tuple[File, TensorSpec]]  # of one step at one cut, by kind
 
 
 class ArchiveWriter:
@@ -60,23 +57,20 @@ class ArchiveWriter:
         """Say whether tensors of this round are written."""
         return self._keep.records(round_index)
 
-    def record_step(
-        self, tensors: Mapping[str, tuple[File, TensorSpec]], entry: Mapping[str, int]
-    ) -> None:
-        """Write the tensors of a step, by their kind, if its round's stay.
+    def record_step(self, tensors: Tensors, at: Position, order: int) -> None:
+        """Write the tensors of a step at a cut, if its round's stay.
 
-        ``entry`` gives ``client``, ``round``, ``step`` and ``order``. The files must not change
-        afterwards.
+        ``order``: how many steps its back had taken before. The files must not change afterwards.
         """
-        if self.records(entry["round"]):
+        if self.records(at.round):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
-            self._queue.submit(lambda: self._write_step(tensors, entry), num_bytes)
+            self._queue.submit(lambda: self._write_step(tensors, at, order), num_bytes)
 
-    def place(self, kind: str, at: Mapping[str, int]) -> str:
+    def place(self, kind: str, at: Position) -> str:
         """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
-        if not self.records(at["round"]):
+        if not self.records(at.round):
             return ""
-        return f"{client_folder(self._root, at['client'], at['round'])}/{_name(kind, at)}"
+        return f"{client_folder(self._root, at.client, at.round)}/{tensor_name(kind, at)}"
 
     def write(
         self,
@@ -139,19 +133,17 @@ class ArchiveWriter:
         """Wait until everything that was handed over is on disk."""
         self._queue.wait_done(self._queue.num_handed_over)
 
-    def _write_step(
-        self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Mapping[str, int]
-    ) -> None:
-        folder = client_folder(self._root, at["client"], at["round"])
+    def _write_step(self, tensors: Tensors, at: Position, order: int) -> None:
+        folder = client_folder(self._root, at.client, at.round)
         if not self._manifests.is_open(folder):
             folder.mkdir(parents=True, exist_ok=True)
         entries = []
         for kind, (file, spec) in tensors.items():
-            name, data = _name(kind, at), file.data
+            name, data = tensor_name(kind, at), file.data
             write_file(f"{folder}/{name}", data)
             entries.append(Entry(
-                kind, name, len(data), file.checksum or checksum(data), client=at["client"],
-                round=at["round"], step=at["step"], order=at["order"], shape=spec.shape,
+                kind, name, len(data), file.checksum or checksum(data), at.client, at.round,
+                at.step, at.link, order, shape=spec.shape,
                 dtype=str(spec.dtype).removeprefix("torch."),
             ))  # fmt: skip
         self._manifests.add(folder, *entries)

@@ -14,18 +14,17 @@ Whoever computes the outputs keeps those of the test set.
 """
 
 import dataclasses
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import PREDICTIONS, model_path
+from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
+from sfl.conversation.cut import EVALUATION, Cut
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
-from sfl.conversation.step import decode_features, decode_labels
 from sfl.data.samples import Samples
 from sfl.errors import ProtocolError
-from sfl.files.torch_file import encode, encode_state
+from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked
 from sfl.model.segment import evaluate_step
 from sfl.wire.driver import Conversation
@@ -53,10 +52,9 @@ def _client_split(
         at = party.at(round_index, step)
         start = step * party.split.evaluation_batch
         x, y = party.data.batch(samples, slice(start, start + size))
-        features = encode(party.front.evaluate(x))
-        content = {"part": part}
-        link.send_file(MessageType.VALIDATION_LABELS, encode(y), content=content, at=at)
-        link.send_file(MessageType.VALIDATION_FEATURES, features, at=at)
+        cut = Cut(party, at, size, EVALUATION)
+        cut.send(LABELS, y, content={"part": part})
+        cut.send(ACTIVATIONS, party.front.evaluate(x))
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
         total.add(_tally(party, reply, size))
@@ -67,20 +65,17 @@ def _server_split(party: ServerParty, part: str, round_index: int) -> Conversati
     link, total, kept = party.link, Total(), _Predictions(part)
     for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
-        yield link
-        labels = link.receive_file(MessageType.VALIDATION_LABELS, at=at)
+        cut = Cut(party, at, size, EVALUATION)
+        y, labels = yield from cut.receive(LABELS)
         _check_part(labels, part, party)
-        yield link
-        features = link.receive_file(MessageType.VALIDATION_FEATURES, at=at).file
-        started = time.perf_counter()
-        y, _ = decode_labels(party, labels.file, size)
-        z, _ = decode_features(party, features, size, at)
-        tally, outputs = evaluate_step(party.back, z, y)
-        party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-        kept.add(y, outputs)
-        party.compute_s += time.perf_counter() - started
-        content = _content(party, tally)
-        link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
+        z, _ = yield from cut.receive(ACTIVATIONS)
+        with party.working():
+            tally, outputs = evaluate_step(party.back, z, y)
+            party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
+            kept.add(y, outputs)
+        link.send_message_as_json(
+            MessageType.VALIDATION_RESULT, content=_content(party, tally), at=at
+        )
         total.add(tally)
     kept.write(party, round_index)
     return total.tally
@@ -100,7 +95,7 @@ def _client_alone(
     kept.write(party, round_index)
     whole, at = total.tally, party.at(round_index)
     content = _content(party, whole) | {"part": part}
-    if table := party.recipe.task.table:
+    if table := party.task.table:
         content[table.name] = [] if whole.table is None else whole.table.tolist()
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
     yield from ()
@@ -124,8 +119,8 @@ class _Predictions:
         """Write down what curves are drawn from after the run."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
-            name = party.recipe.task.output_name
-            both = {"labels": torch.cat(self._labels), name: torch.cat(self._outputs)}
+            outputs = torch.cat(self._outputs)
+            both = {"labels": torch.cat(self._labels), party.task.output_name: outputs}
             party.archive.write("predictions", path, encode_state(both), round_index)
 
 
@@ -136,7 +131,7 @@ def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversati
     _check_part(message, part, party)
     heard = _tally(party, message, party.num_samples[part])
     party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
-    if not (heard.samples and (table := party.recipe.task.table)):
+    if not (heard.samples and (table := party.task.table)):
         return heard
     rows, classes = message.get(table.name, list), party.split.num_classes
     counted = table.checked(rows, heard.counts, heard.samples, classes)
@@ -149,7 +144,7 @@ def _check_part(message: Message, part: str, party: ServerParty) -> None:
 
 
 def _content(party: Party, tally: Tally) -> dict[str, Any]:
-    counts = party.recipe.task.named_counts(tally.counts)
+    counts = party.task.named_counts(tally.counts)
     return {"samples": tally.samples, **counts, "loss_sum": tally.loss_sum}
 
 
@@ -157,6 +152,6 @@ def _tally(party: Party, message: Message, size: int) -> Tally:
     """Return what a peer counted over ``size`` samples."""
     if (samples := message.get("samples", int)) != size:
         raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
-    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    counts = [message.get(name, int) for name in party.task.counted]
     loss_sum, counted = checked(message.get("loss_sum", float), counts, size)
     return Tally(size, counted, loss_sum)

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sfl.archive.layout import ONE_CLIENT_MODEL, model_path
+from sfl.archive.layout import ONE_CLIENT_MODEL, segment_path
 from sfl.archive.manifest import ROUND_LOG
 from sfl.archive.records import data_of
 from sfl.archive.round_log import write_table
@@ -41,8 +41,9 @@ from sfl.files import strict_json
 from sfl.files.checksum import checksum
 from sfl.files.finite import check_finite
 from sfl.files.torch_file import decode_state, encode_state
+from sfl.model.topology import States, joined
 from sfl.options import from_values
-from sfl.strategy.merge import FRONT, Half, averaging_weights, half_files, merge_fronts
+from sfl.strategy.merge import Shared, Trained, averaging_weights, merge, shared_files
 from sfl.strategy.order import Turns, draw
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -150,7 +151,7 @@ class FedRounds:
     num_train: Mapping[int, int]
     split: SplitModel
     folder: RunFolder
-    half: Half  # what everyone goes on from
+    shared: dict[str, Shared]  # what everyone goes on from, of the clients' segments
     about: Mapping[str, Any]  # what a checkpoint records beside the weights
     first_round: int = 0
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
@@ -163,10 +164,10 @@ class FedRounds:
         """Give the initial weights; then merge what each round brings."""
         keeps_own = self.split.recipe.scheme.fronts is Fronts.OWN
         if self.first_round == 0:
-            self._write_half(-1)
+            self._write_shared(-1)
             self._commit(0)
         if not (keeps_own and self.first_round):
-            self.give_initial(self.half, self.first_round)
+            self.give_initial(self.shared, self.first_round)
         if keeps_own:
             return
         for round_index in range(self.first_round, self.run.rounds):
@@ -176,13 +177,15 @@ class FedRounds:
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
 
-    def give_initial(self, half: Half, first_round: int) -> None:
+    def give_initial(self, shared: Mapping[str, Shared], first_round: int) -> None:
         """Put what clients start from that begin with this round."""
-        self._give(INITIAL, half, first_round - 1, 0)
+        self._give(INITIAL, shared, first_round - 1, 0)
 
-    def _give(self, name: str, half: Half, round_index: int, samples: int) -> None:
+    def _give(
+        self, name: str, shared: Mapping[str, Shared], round_index: int, samples: int
+    ) -> None:
         """Put weights, trained on so many samples, for everyone."""
-        data = encode_state(half.state)
+        data = encode_state(joined({n: one.state for n, one in shared.items()}))
         keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
         puts = {
             k: functools.partial(store.put, keys[k], data, samples)
@@ -200,23 +203,20 @@ class FedRounds:
         collect = {k: functools.partial(self._collect, k, round_index, turns, relay) for k in order}
         fronts = run_together(self.network, collect)
         for k in sorted(fronts):
-            path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
-            archive.write("one_client_model", path, encode_state(fronts[k]), round_index)
+            for name, state in fronts[k].items():
+                path = segment_path(ONE_CLIENT_MODEL, name, round_index, client=k)
+                archive.write("one_client_model", path, encode_state(state), round_index)
         weights = averaging_weights(self.run, {k: self.num_train[k] for k in sorted(order)})
-        entries = self.split.entries
-        merged = merge_fronts(
-            self.split.recipe, fronts, weights, start=self.half, entries=entries, last=order[-1]
-        )
-        assert merged is not None
-        self.half = merged
-        self._write_half(round_index)
+        trained = Trained(fronts, {}, weights, last=order[-1])
+        self.shared = merge(self.split.recipe, self.shared, trained, self.split.entries)
+        self._write_shared(round_index)
         rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
         path = f"rounds/round_{round_index:03d}.csv"
         archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
         archive.end_round(round_index)
         self._commit(round_index + 1)  # before the main server can take the round for done
         if policy is Fronts.AVERAGED:
-            self._give(AVERAGE, merged, round_index, sum(self.num_train[k] for k in order))
+            self._give(AVERAGE, self.shared, round_index, sum(self.num_train[k] for k in order))
         else:
             self._pass_on(relay[-1], round_index)
         self.folder.events.say(
@@ -224,8 +224,8 @@ class FedRounds:
             f" {policy.name.lower()}"
         )
 
-    def _write_half(self, round_index: int) -> None:
-        files = list(half_files(FRONT, self.half, round_index))
+    def _write_shared(self, round_index: int) -> None:
+        files = [f for item in self.shared.items() for f in shared_files(*item, round_index)]
         for kind, path, data in files:
             self.folder.archive.write(kind, path, data, round_index)
         self._paths = [path for _, path, _ in files]
@@ -236,7 +236,7 @@ class FedRounds:
 
     def _collect(
         self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]
-    ) -> Conversation[Mapping[str, Any]]:
+    ) -> Conversation[States]:
         """Take a client's front; where fronts are relayed, after giving it the one before."""
         store, at, name = self.stores[client], self._at(client, round_index), client_weights(client)
         yield turns.of(client)
@@ -250,7 +250,7 @@ class FedRounds:
         if turns.in_order:
             relay.append(NamedWeights(name, encode_state(state)))
             turns.done()
-        return state
+        return self.split.by_segment(state)
 
     def _pass_on(self, last: NamedWeights, round_index: int) -> None:
         """Give the last front of a relay to everyone else."""

@@ -1,24 +1,24 @@
 """What each side of a conversation has in hand while a run goes on."""
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive.profile import Profile, Stopwatch
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData
 from sfl.errors import NotFinite, StepFailed
-from sfl.files.checksum import File
 from sfl.files.finite import LOG, check_finite
-from sfl.files.torch_file import TensorSpec
-from sfl.files.torch_reader import Buffer
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
+from sfl.model.task import Task
+from sfl.model.topology import Segments, States
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -41,7 +41,7 @@ class ServerWatcher(Watcher, Protocol):
     """Who hears of all clients' steps."""
 
     def steps(self, client: int, table: Tensor) -> None:
-        """Take note of all steps of a client's round: as ``checked_steps``."""
+        """Take note of all steps of a client's round, as ``checked_steps`` gives them."""
 
 
 @dataclass(kw_only=True)
@@ -57,11 +57,16 @@ class Party:
     watcher: Watcher
     profile: Profile
     clock: Stopwatch = field(default_factory=Stopwatch)
+    compute_s: float = 0.0  # this side's work for the client; the server counts it by round
     warned_in: int = -1  # the round in which people were last told of NaN or infinity
 
     @property
     def run(self) -> RunConfig:
         return self.recipe.run
+
+    @property
+    def task(self) -> Task:
+        return self.recipe.task
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """See that what the peer sent is finite, or warn, once a round.
@@ -112,41 +117,32 @@ class Party:
         last = round_index == self.run.rounds - 1
         return (VALIDATION, TEST) if last else (VALIDATION,)
 
-    def record(
-        self, at: Position, order: int, num_samples: int, files: tuple[File, File, File]
-    ) -> None:
-        """Hand the labels, activations and gradients of a step to the archive."""
-        if not self.archive.records(at.round):
-            return
-        cut = self.split.features_spec(num_samples)
-        specs = {LABELS: self.recipe.task.labels_spec(num_samples), ACTIVATIONS: cut, GRADS: cut}
-        of_kinds = zip(specs.items(), files, strict=True)
-        self._record({kind: (file, spec) for (kind, spec), file in of_kinds}, at, order)
+    def end_wait(self) -> None:
+        """Count what has passed as waiting for the peer."""
+        self.clock.lap("wait")
 
-    def record_gradients(self, at: Position, num_samples: int, data: Buffer) -> None:
-        """Hand the gradients of the whole model, of a batch of so many samples, to the archive."""
-        shape = self.recipe.task.labels_spec(num_samples)  # what they were computed from
-        self._record({WEIGHT_GRADS: (File(data), shape)}, at, at.step)
-
-    def where(self, at: Position) -> dict[str, int]:
-        """Return what identifies a step in the archive."""
-        return {"client": at.client, "round": at.round, "step": at.step}
-
-    def _record(
-        self, tensors: Mapping[str, tuple[File, TensorSpec]], at: Position, order: int
-    ) -> None:
-        self.archive.record_step(tensors, self.where(at) | {"order": order})
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count what is computed inside as work for this client."""
+        started = time.perf_counter()
+        yield
+        self.compute_s += time.perf_counter() - started
 
 
 @dataclass(kw_only=True)
 class ClientParty(Party):
     """A client's side."""
 
-    front: Segment
+    segments: Segments  # that it holds
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
     # Told which round it begins with, and of which round's beginning to take its own things.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
+
+    @property
+    def front(self) -> Segment:
+        """Its first segment; where there is no cut, the whole model."""
+        return self.segments.first
 
     def count_batch(self, round_index: int) -> None:
         """Count a batch of an evaluation as a step: heartbeats name it, and nothing else does."""
@@ -159,8 +155,7 @@ class ClientParty(Party):
 class RoundResult:
     """What the server learned of one client in a round."""
 
-    front: dict[str, Tensor]  # its client-side weights; empty where they never travel
-    file: bytes  # of them
+    states: States  # its weights; none where they do not travel to this server
     seconds: Mapping[str, float]  # what the client says that it spent on its steps
 
 
@@ -169,14 +164,13 @@ class ServerParty(Party):
     """The server's side, for one client."""
 
     watcher: ServerWatcher
-    backs: Mapping[int, Segment]  # all copies of the server's model; none if there is none
+    backs: Mapping[int, Segments]  # all copies of the server's segments; none if there are none
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     # What the client at the other end has, since it connected: what this round starts from, and
     # what its own training made of this one. A client that is back has neither.
     at_start_of: int = -1
     has_trained: int = -1
     own_round: int = 0  # of which round's beginning the client's own things are
-    compute_s: float = 0.0  # the server's arithmetic for this client, since the round's start
 
     @property
     def back_index(self) -> int:
@@ -185,4 +179,9 @@ class ServerParty(Party):
 
     @property
     def back(self) -> Segment:
-        return self.backs[self.back_index]
+        """The last of the segments that take this client's steps."""
+        return self.backs[self.back_index].last
+
+    def end_wait(self) -> None:
+        """Count no waiting: the server computes for other clients meanwhile."""
+        self.clock.start()

@@ -37,16 +37,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
-from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, model_path
+from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, segment_path
 from sfl.conversation.evaluate import client_evaluate, server_evaluate
-from sfl.conversation.party import PREFIXES, ClientParty, RoundResult, ServerParty
+from sfl.conversation.party import PREFIXES, ClientParty, Party, RoundResult, ServerParty
 from sfl.conversation.step import STEPS
 from sfl.crash import crash_point
 from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.files.torch_file import decode_state, encode_state
+from sfl.files.torch_reader import Buffer
 from sfl.model.metrics import Tally
+from sfl.model.topology import States, joined
 from sfl.strategy.merge import has_own
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.schemes import Fronts
@@ -84,7 +84,7 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
-        own |= party.recipe.task.figures(tally, PREFIXES[part])
+        own |= party.task.figures(tally, PREFIXES[part])
     yield link
     link.receive_message_as_json(MessageType.VALIDATION_DONE, at=at)
     return own
@@ -109,15 +109,15 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     yield from _take_over(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
-        party.front.start_round(at.round)
-        party.front.weigh_classes(_parse_weights(start, party.split.num_classes))
+        party.segments.start_round(at.round)
+        party.segments.last.weigh_classes(_parse_weights(start, party.split.num_classes))
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
     crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
     if row.fronts is not Fronts.OWN:
         key = WeightKey(client_weights(party.client), at)
-        front = encode_state(party.front.state())
+        front = encode_state(joined(party.segments.states()))
         crash_point("weights.before_put")
         yield from party.weights.put(key, front, len(party.data.train))
         crash_point("weights.after_put")
@@ -142,25 +142,29 @@ def server_train(
         yield from STEPS[row.exchange].server(party, plan, round_index)
     if party.backs and plan.leaves_no_trace(party.client):
         name = f"the server-side weights after client {party.client}'s steps"
-        party.check_state(party.back.state(), name, at)
+        party.check_state(joined(party.backs[party.back_index].states()), name, at)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
     party.has_trained = round_index
     plan.rest(party.client)
     if row.fronts is Fronts.OWN:
-        return RoundResult({}, b"", seconds)
+        return RoundResult({}, seconds)
     name = client_weights(party.client)
     data = yield from party.weights.get(WeightKey(name, at))
-    front: dict[str, Tensor] = {}
+    states: States = {}
     if data:  # else they went to the fed server
-        of_whom = f"the weights of client {party.client}"
-        front = decode_state(data, party.split.front_spec, of_whom)
-        party.check_state(front, of_whom, at)
-    result = RoundResult(front, encode_state(front) if data else b"", seconds)
+        states = _decode_front(party, data, f"the weights of client {party.client}", at)
     # What is passed on is what came: it may be an object, whose checksum others compare.
     plan.end_turn(party.client, NamedWeights(name, bytes(data)))
-    return result
+    return RoundResult(states, seconds)
+
+
+def _decode_front(party: Party, data: Buffer, name: str, at: Position) -> States:
+    """Return the weights of the clients' segments in a file that a peer sent."""
+    front = decode_state(data, party.split.front_spec, name)
+    party.check_state(front, name, at)
+    return party.split.by_segment(front)
 
 
 def _parse_weights(start: Message, num_classes: int) -> list[float]:
@@ -179,9 +183,7 @@ def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conve
     """
     if name := message.get("front", str):
         data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
-        front = decode_state(data, party.split.front_spec, f"the weights {name}")
-        party.check_state(front, f"the weights {name}", message.at)
-        party.front.load(front)
+        party.segments.load(_decode_front(party, data, f"the weights {name}", message.at))
 
 
 def _hand_over(
@@ -224,12 +226,13 @@ def _keep(party: ClientParty, round_index: int) -> None:
     if not has_own(party.recipe):
         return
     files = {}
-    if party.recipe.scheme.fronts is Fronts.OWN:
-        path = model_path(ONE_CLIENT_MODEL, round_index, client=party.client)
-        files[path] = "one_client_model", encode_state(party.front.state())
-    if party.recipe.training.keeps_optimizer:
-        path = model_path(CLIENT_OPTIMIZER, round_index, client=party.client)
-        files[path] = "client_optimizer", encode_state(party.front.optimizer_state())
+    for name, segment in party.segments.items():
+        if party.recipe.scheme.fronts is Fronts.OWN:
+            path = segment_path(ONE_CLIENT_MODEL, name, round_index, client=party.client)
+            files[path] = "one_client_model", encode_state(segment.state())
+        if party.recipe.training.keeps_optimizer:
+            path = segment_path(CLIENT_OPTIMIZER, name, round_index, client=party.client)
+            files[path] = "client_optimizer", encode_state(segment.optimizer_state())
     for path, (kind, data) in files.items():
         party.archive.write(kind, path, data, round_index)
     party.archive.commit(round_index + 1, asdict(party.run), {}, files)
@@ -244,7 +247,7 @@ def client_start(party: ClientParty) -> Conversation[int]:
     if message.at != party.at(first - 1) or first > party.run.rounds:
         raise ProtocolError(f"the server lets us go on after {message.at}")
     party.on_start(first, message.get("own", int))
-    held = encode_state(party.front.state())
+    held = encode_state(joined(party.segments.states()))
     yield from _take_over(party, message, held)
     return first
 

@@ -4,8 +4,8 @@
 
     client                                           server
     CUT: client_cut_steps, client_step               server_cut_steps, server_step
-      z = front(x)
       TRAINING_LABELS    + labels                ->
+      z = front(x)
       TRAINING_FEATURES  + activations z         ->  loss = task.loss(back(z), y)
                                                  <-  TRAINING_GRADS + gradients {loss, correct}
       z.backward(gradients); update the front        update the back
@@ -19,35 +19,28 @@
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import GRADS
+from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
+from sfl.conversation.cut import Cut
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.crash import crash_point
 from sfl.data.client_data import batch_indices, batch_sizes, step_sizes
-from sfl.errors import ProtocolError
 from sfl.files.checksum import File
-from sfl.files.torch_file import (
-    decode,
-    decode_file,
-    decode_state,
-    encode,
-    encode_file,
-    encode_state,
-)
+from sfl.files.torch_file import decode, decode_state, encode, encode_state
+from sfl.files.torch_reader import Buffer
 from sfl.model.metrics import StepFigures, checked, checked_steps
 from sfl.model.segment import Segment, train_step
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.schemes import Exchange
+from sfl.strategy.sync_sgd import GradientPool
 from sfl.values import Position
 from sfl.wire.driver import Conversation, Gate
-from sfl.wire.link import Link
 from sfl.wire.messages import Message, MessageType
 
 
@@ -88,12 +81,13 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
     """Train the back with one client through a round, at each step when it is its turn."""
     turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
-        if answer := plan.spool.get(party.client, at.step):
-            yield from server_step_again(party, plan, answer, at)
+        cut = Cut(party, at, size)
+        if answer := plan.spool.get(at):
+            yield from server_step_again(cut, answer, plan)
         else:
             if turns.in_order:
                 yield turns.of(party.client)
-            yield from server_step(party, plan, size, at)
+            yield from server_step(party, cut, plan)
 
 
 def client_step(
@@ -103,82 +97,66 @@ def client_step(
 
     That one is made while the server works.
     """
-    link, clock, (at, x, y) = party.link, party.clock, batch
-    size = len(y)
-    labels = encode_file(y)
-    clock.lap("serialise")
-    _send_file(link, MessageType.TRAINING_LABELS, labels, at)
-    clock.lap("send")
-    z = party.front.forward(x, at)
+    front, clock, (at, x, y) = party.front, party.clock, batch
+    cut = Cut(party, at, len(y))
+    cut.send(LABELS, y)
+    z = front.forward(x, at)
     clock.lap("forward")
-    features = encode_file(z)
-    clock.lap("serialise")
-    _send_file(link, MessageType.TRAINING_FEATURES, features, at)
-    clock.lap("send")
+    cut.send(ACTIVATIONS, z)
     next_batch = next(following, None)
     clock.lap("batch")
-    yield link
-    reply = link.receive_file(MessageType.TRAINING_GRADS, at=at)
-    clock.lap("wait")
-    spec = party.split.features_spec(size)
-    grads, stored = decode_file(reply.file, spec, f"TRAINING_GRADS of step {at.step}")
-    party.check_finite([grads], f"the gradients of step {at.step}", at)
-    clock.lap("load")
-    party.front.backward(grads)
-    party.check_step(party.front, at)
+    grads, reply = yield from cut.receive(GRADS)
+    front.backward(grads)
+    party.check_step(front, at)
     clock.lap("backward")
     crash_point("front.before_update")
-    party.front.update()
+    front.update()
     crash_point("front.after_update")
     clock.lap("update")
-    party.record(at, at.step, size, (labels, features, stored))
-    party.watcher.step(at, _figures(party, reply, size))
+    cut.record(order=at.step)
+    party.watcher.step(at, _figures(party, reply, len(y)))
     clock.lap("archive")
     return next_batch
 
 
-def server_step(
-    party: ServerParty, plan: RoundPlan, num_samples: int, at: Position
-) -> Conversation[None]:
+def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[None]:
     """Train the back on one batch; faces ``client_step``.
 
     The gradients are on their way before the back's update. Once they are computed the step is
     taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
     """
-    link, back, turns = party.link, party.back, plan.steps[party.back_index]
-    yield link
-    labels, clock = link.receive_file(MessageType.TRAINING_LABELS, at=at).file, party.clock
-    clock.start()
-    y, labels = decode_labels(party, labels, num_samples)  # while the client computes
-    clock.lap("load")
-    yield link
-    features = link.receive_file(MessageType.TRAINING_FEATURES, at=at).file
-    started = time.perf_counter()
-    clock.start()
-    z, stored = decode_features(party, features, num_samples, at)
-    clock.lap("load")
-    figures, dz = _compute(party, back, (z, y), at)
-    clock.lap("forward")
-    assert dz is not None
-    grads, content = encode_file(dz), _content(party, figures)
-    clock.lap("serialise")
+    back, clock, at = party.back, party.clock, cut.at
+    y, _ = yield from cut.receive(LABELS)  # read while the client computes
+    z, asked = yield from cut.receive(ACTIVATIONS)
+    with party.working():
+        figures, dz = _compute(party, back, (z, y), at)
+        clock.lap("forward")
+        assert dz is not None
+        grads = cut.encode(GRADS, dz)
+    answer = Answer(grads.data, _content(party, figures), asked.checksum)
     crash_point("step.before_answer")
     try:
-        _send_file(link, MessageType.TRAINING_GRADS, grads, at, content=content)
+        cut.send_file(GRADS, grads, answer.content)
     finally:
-        clock.lap("send")
         crash_point("step.after_answer")
-        back.update()
+        with party.working():
+            back.update()
         crash_point("step.after_update")
         clock.lap("update")
-        party.compute_s += time.perf_counter() - started
-        party.record(at, plan.take(at.client), num_samples, (labels, stored, grads))
-        recorded = party.archive.place(GRADS, party.where(at))
-        asked = features.checksum
-        plan.spool.put(at.client, at.step, grads.data, content, asked=asked, recorded=recorded)
-        turns.done()
+        cut.record(plan.take(at.client))
+        plan.spool.put(at, answer, recorded=party.archive.place(GRADS, at))
+        plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
         clock.lap("archive")
+
+
+def server_step_again(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
+    """Answer a step that has been taken as it was answered then; faces ``client_step``."""
+    yield from cut.hear(LABELS)
+    asked = yield from cut.hear(ACTIVATIONS)
+    if asked.checksum != answer.asked:
+        plan.unlike.add(cut.at.client)
+    cut.send_file(GRADS, File(answer.data), answer.content)
 
 
 def _compute(
@@ -199,51 +177,14 @@ def _compute(
     return figures, dz
 
 
-def server_step_again(
-    party: ServerParty, plan: RoundPlan, answer: Answer, at: Position
-) -> Conversation[None]:
-    """Answer a step that has been taken as it was answered then; faces ``client_step``."""
-    link = party.link
-    yield link
-    link.receive_file(MessageType.TRAINING_LABELS, at=at)
-    yield link
-    if link.receive_file(MessageType.TRAINING_FEATURES, at=at).checksum != answer.asked:
-        plan.unlike.add(at.client)
-    content = dict(answer.content)
-    link.send_file(MessageType.TRAINING_GRADS, answer.data, content=content, at=at)
-
-
-def _send_file(link: Link, message: MessageType, file: File, at: Position, **more: Any) -> None:
-    link.send_file(message, file.data, at=at, checksum=file.checksum, **more)
-
-
 def _figures(party: Party, message: Message, size: int) -> StepFigures:
     """Return what a peer says of a step over ``size`` samples."""
-    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    counts = [message.get(name, int) for name in party.task.counted]
     return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
 def _content(party: Party, figures: StepFigures) -> dict[str, float]:
-    return {"loss": figures.loss, **party.recipe.task.named_counts(figures.counts)}
-
-
-def decode_labels(party: ServerParty, file: File, num_samples: int) -> tuple[Tensor, File]:
-    """Return the labels of a batch, as the task has them, and their file as it may be stored."""
-    name, task = f"the labels of client {party.client}", party.recipe.task
-    y, stored = decode_file(file, task.labels_spec(num_samples), name)
-    if wrong := task.wrong_labels(y, party.split.num_classes):
-        raise ProtocolError(f"{name} {wrong}")
-    return y, stored
-
-
-def decode_features(
-    party: ServerParty, file: File, num_samples: int, at: Position
-) -> tuple[Tensor, File]:
-    """Return the activations of a batch, and their file as it may be stored."""
-    name = f"the activations of client {party.client}"
-    z, stored = decode_file(file, party.split.features_spec(num_samples), name)
-    party.check_finite([z], name, at)
-    return z, stored
+    return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
 
 
 def client_gradient_steps(
@@ -263,7 +204,7 @@ def client_gradient_steps(
             figures, _ = _compute(party, party.front, (x, y), at)
             grads, content = encode_state(party.front.gradients()), _content(party, figures)
             link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
-            party.record_gradients(at, len(y), grads)
+            _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
         party.clock.start()
         yield link
@@ -279,7 +220,7 @@ def server_gradient_steps(
     party: ServerParty, plan: RoundPlan, round_index: int
 ) -> Conversation[None]:
     """Add a client's gradients to everyone's, and send what the update gave."""
-    link, pool, spec = party.link, plan.pool, party.split.parameters_spec
+    link, pool = party.link, plan.pool
     assert pool is not None
     sizes = _sizes(party, round_index)
     for step in range(plan.num_steps_for(party.client)):
@@ -287,20 +228,34 @@ def server_gradient_steps(
         if own := next(sizes, None):
             yield link
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
-            started = time.perf_counter()
             if step >= pool.num_given(party.client):  # else it redoes what is in the update already
-                name = f"the gradients of {link.peer_title}"
-                grads = decode_state(message.payload, spec, name)
-                party.check_finite(grads.values(), name, at)
-                figures = _figures(party, message, own[1])
-                party.check_loss(figures.loss, link.peer_title, at)
-                pool.add(party.client, grads, own[1])
-                if party.archive.records(at.round):
-                    party.record_gradients(at, own[1], encode_state(grads))
+                with party.working():
+                    figures = _add_gradients(party, pool, message, own[1])
                 party.watcher.step(at, figures)
-            party.compute_s += time.perf_counter() - started
         yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask
         link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.answer(step), at=at)
+
+
+def _add_gradients(
+    party: ServerParty, pool: GradientPool, message: Message, num_samples: int
+) -> StepFigures:
+    """Check and record a client's gradients, and add them to everyone's."""
+    at, title = message.at, party.link.peer_title
+    name = f"the gradients of {title}"
+    grads = decode_state(message.payload, party.split.parameters_spec, name)
+    party.check_finite(grads.values(), name, at)
+    figures = _figures(party, message, num_samples)
+    party.check_loss(figures.loss, title, at)
+    pool.add(party.client, grads, num_samples)
+    if party.archive.records(at.round):
+        _record_gradients(party, at, num_samples, encode_state(grads))
+    return figures
+
+
+def _record_gradients(party: Party, at: Position, num_samples: int, data: Buffer) -> None:
+    """Hand the gradients of the whole model to the archive, with the shape of their labels."""
+    tensors = {WEIGHT_GRADS: (File(data), party.task.labels_spec(num_samples))}
+    party.archive.record_step(tensors, at, order=at.step)
 
 
 def _both(one: Gate, other: Gate) -> Gate:
@@ -325,7 +280,7 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     link = party.link
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
-    spec = party.recipe.task.steps_spec(plan.num_steps[party.client])
+    spec = party.task.steps_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
     sizes = step_sizes(party.num_samples[TRAIN], party.run)
     steps = checked_steps(table, sizes)

@@ -32,8 +32,8 @@ _END, _END_64, _LOCATOR_BYTES, _IN_64 = (
 # The local header of a record; its two kinds of extra field; the data descriptors after its data.
 _HEAD = struct.Struct("<4s5H3L2H")
 _PADDING, _LARGE = b"FB", b"\1\0"  # alignment; zip64 sizes
-_BEHIND_32, _BEHIND_64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
-_HAS_BEHIND = 8  # the flag of a data descriptor
+_DESCRIPTOR_32, _DESCRIPTOR_64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
+_HAS_DESCRIPTOR = 8  # the flag of a data descriptor
 _ENTRY_BYTES = 256  # bound on a directory entry; torch's take less than half
 # FOLDER/RECORD; torch names the folder after the file.
 _NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,127})/(.+)")
@@ -105,23 +105,23 @@ def _check_layout(data: Buffer, listed: list[zipfile.ZipInfo], directory: int) -
         head = _HEAD.unpack(data[record.header_offset : record.header_offset + _HEAD.size])
         start = record.header_offset + _HEAD.size + head[-2]
         extra = bytes(data[start : start + head[-1]])
-        behind = bytes(data[start + head[-1] + record.file_size : end])
-        if not (_is_padding(extra) and behind in _may_stand_behind(record)):
+        after = bytes(data[start + head[-1] + record.file_size : end])
+        if not (_is_padding(extra) and after in _descriptors(record)):
             raise IntegrityError(f"has bytes around its record {quoted(record.filename)}")
         if record.comment or not _is_padding(record.extra):
             raise IntegrityError(f"has bytes beside its record {quoted(record.filename)}")
     rest = len(data) - directory - _directory_bytes(data)
     if rest not in (_END.size, _END.size + _LOCATOR_BYTES + _END_64.size):
-        raise IntegrityError("has bytes behind its directory")
+        raise IntegrityError("has bytes after its directory")
 
 
-def _may_stand_behind(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
+def _descriptors(record: zipfile.ZipInfo) -> tuple[bytes, ...]:
     """Return what may follow a record's data: a data descriptor if its flag is set."""
-    if not record.flag_bits & _HAS_BEHIND:
+    if not record.flag_bits & _HAS_DESCRIPTOR:
         return (b"",)
     sizes = record.CRC, record.file_size, record.file_size
-    small = record.file_size < _IN_64
-    return tuple(kind.pack(b"PK\7\10", *sizes) for kind in (_BEHIND_64, _BEHIND_32)[: 1 + small])
+    kinds = (_DESCRIPTOR_64, _DESCRIPTOR_32)[: 2 if record.file_size < _IN_64 else 1]
+    return tuple(kind.pack(b"PK\7\10", *sizes) for kind in kinds)
 
 
 def _is_padding(extra: bytes) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from sfl.errors import IntegrityError, quoted, shortened
 from sfl.files.torch_container import PICKLE, read_records
-from sfl.files.torch_container import Buffer as Buffer  # others have it from here
+from sfl.files.torch_container import Buffer as Buffer  # re-exported
 
 # The storage types that files may hold, and the bytes of an element.
 ITEM_BYTES = {

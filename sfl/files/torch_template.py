@@ -136,11 +136,11 @@ def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
 
 def _places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, int]:
     """Return the offsets of a record's CRC: after its content, and in the directory."""
-    behind = _content_at(file, record) + record.file_size + 4  # skip the signature
+    after = _content_at(file, record) + record.file_size + 4  # skip the signature
     entry = file.index(record.filename.encode(), file.index(b"PK\1\2", data_end)) - 46 + 16
-    if any(_CRC.unpack_from(file, at)[0] != record.CRC for at in (behind, entry)):
+    if any(_CRC.unpack_from(file, at)[0] != record.CRC for at in (after, entry)):
         raise ValueError("another layout")
-    return behind, entry
+    return after, entry
 
 
 def _combine(combined: int, crcs: Iterable[int]) -> int:

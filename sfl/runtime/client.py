@@ -32,7 +32,7 @@ from sfl.data.client_data import num_batches
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.segment import Segment
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, hearing_why, open_store, reach
@@ -311,7 +311,7 @@ class _Loaded:
             report = dataclasses.replace(report, rounds=own)
         most_bytes = max_state_bytes(split.front_spec)
         ours = fingerprint(self._device)
-        front = split.front(self._device)
+        segments = split.segments(Holder.CLIENT, self._device)
         with open_store(
             connection,
             welcome,
@@ -335,10 +335,10 @@ class _Loaded:
                 archive=folder.archive,
                 watcher=self.log,
                 profile=Profile(folder.path, wanted=self._node.profile),
-                front=front,
+                segments=segments,
                 data=self._data,
                 on_round=self._end_round,
-                on_start=functools.partial(self._start, front, fed, report),
+                on_start=functools.partial(self._start, segments, fed, report),
             )
             self.log.start_over()
             try:
@@ -354,7 +354,7 @@ class _Loaded:
 
     def _start(
         self,
-        front: Segment,
+        segments: Segments,
         fed: Connection | None,
         report: DataReport,
         round_index: int,
@@ -365,8 +365,6 @@ class _Loaded:
             send_report(fed, report)
         self.num_starts += 1
         self._folder.archive.begin_at(round_index)
-        load_own_state(self._folder.path, front, self._recipe, self._client, own_round)
-        if 0 < round_index < self._recipe.run.rounds:
-            self._folder.events.say(
-                f"going on with round {round_index + 1}/{self._recipe.run.rounds}"
-            )
+        load_own_state(self._folder.path, segments, self._recipe, self._client, own_round)
+        if 0 < round_index < (rounds := self._recipe.run.rounds):
+            self._folder.events.say(f"going on with round {round_index + 1}/{rounds}")

@@ -38,6 +38,7 @@ from sfl.conversation.party import TRAIN
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
+from sfl.model.topology import Holder
 from sfl.nodes import ServerNode
 from sfl.own_functions import remember
 from sfl.runtime.access import Access, hearing_why
@@ -45,8 +46,8 @@ from sfl.runtime.claims import why_refused
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
 from sfl.runtime.places import Patience
-from sfl.runtime.resume import Past, open_past, read_halves
-from sfl.strategy.merge import FRONT, Half
+from sfl.runtime.resume import Past, open_past, read_shared
+from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.dialling import connect, listen, parse_address
@@ -199,8 +200,8 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
         rounds = _prepare(node, folder, data, split, stores, network, past, device)
         if past and first_round < done:  # what was published stays; clients start from before
-            start = read_halves(sfl.archive.open(path), rounds.split, first_round)
-            rounds.give_initial(start[FRONT], first_round)
+            start = read_shared(sfl.archive.open(path), rounds.split, first_round)
+            rounds.give_initial(start, first_round)
         rounds.run_all()
         _finish(folder)
     return path
@@ -235,9 +236,8 @@ def _prepare(
 ) -> FedRounds:
     """Record configuration and machine, and find what the run starts from."""
     run, archive = split.recipe.run, folder.archive
-    half = Half(split.front_state(), {})
-    if past and FRONT in (halves := read_halves(past.files, split, past.first_round)):
-        half = halves[FRONT]
+    shared = read_shared(past.files, split, past.first_round) if past else {}
+    shared = shared or {name: Shared(state) for name, state in split.initial(Holder.CLIENT).items()}
     archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
     about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
@@ -246,7 +246,7 @@ def _prepare(
     num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
     folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
     first_round = past.first_round if past else 0
-    return FedRounds(network, stores, num_train, split, folder, half, about, first_round)
+    return FedRounds(network, stores, num_train, split, folder, shared, about, first_round)
 
 
 def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:

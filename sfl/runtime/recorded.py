@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sfl.archive
-from sfl.archive.layout import CLIENT_MODEL, model_path, round_of_folder
+from sfl.archive.layout import ONE_CLIENT_MODEL, SHARED_MODEL, round_of_folder, segment_path
 from sfl.archive.manifest import ROUND_LOG
 from sfl.archive.reader import RunArchive
 from sfl.archive.records import data_of, texts_of
@@ -17,12 +18,12 @@ from sfl.config import RunConfig
 from sfl.conversation.party import TRAIN
 from sfl.environment import differences, fingerprint, set_up_torch
 from sfl.errors import IntegrityError
-from sfl.model.segment import Segment
+from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.nodes import NodeConfig
 from sfl.options import from_values, names_of
 from sfl.own_functions import remembered
-from sfl.runtime.resume import load_backs, read_halves
-from sfl.strategy.merge import Half, averaging_weights
+from sfl.runtime.resume import load_backs, read_shared
+from sfl.strategy.merge import Shared, averaging_weights
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
@@ -54,9 +55,9 @@ class RecordedRun:
         self.differences = differences
         options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
         run = from_values(RunConfig, options, str(archive.root / "config.json"))
+        data = _read_environment(archive, "data", data_of)
         self.recipe = Recipe.of(run, allowed)
         self.run = self.recipe.run
-        data = _read_environment(archive, "data", data_of)
         self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = self.recipe.scheme
@@ -67,8 +68,9 @@ class RecordedRun:
                 f"{archive.root}: is of {self.run.rounds} rounds; we read {MAX_ROUNDS}"
             )
         self._check_clients()
-        # A main server whose fed server is apart has no fronts.
-        self.has_fronts = archive.has_listed(model_path(CLIENT_MODEL, -1))
+        # A main server whose fed server is apart has none of the clients' segments.
+        first = {name: segment_path(SHARED_MODEL, name, -1) for name in self.split.specs}
+        self.segments = [name for name, path in first.items() if archive.has_listed(path)]
 
     def _check_clients(self) -> None:
         found = {place[0] for f in self.archive.folders() if (place := round_of_folder(f))}
@@ -102,14 +104,24 @@ class RecordedRun:
         took_part = sorted(self.order(round_index))
         return averaging_weights(self.run, {k: self.num_train[k] for k in took_part})
 
-    def halves_at(self, round_index: int) -> Mapping[str, Half]:
-        """Return the halves that everyone started a round from."""
-        return read_halves(self.archive, self.split, round_index)
+    def shared_at(self, round_index: int) -> Mapping[str, Shared]:
+        """Return what everyone started a round from, by segment."""
+        return read_shared(self.archive, self.split, round_index)
 
-    def backs_at(self, round_index: int) -> dict[int, Segment]:
-        """Return the server's copies of its model as they were when a round began."""
-        backs = {b: self.split.back(self.device) for b in map(self.scheme.back_of, self.clients)}
-        load_backs(self.archive, self.run, backs, self.halves_at(round_index), round_index)
+    def trained_states(self, round_index: int) -> dict[int, dict[str, dict[str, Tensor]]]:
+        """Return the weights that each client sent at the end of a round, by segment."""
+        ours = [n for n in self.segments if HOLDERS[n] is Holder.CLIENT]
+        states: dict[int, dict[str, dict[str, Tensor]]] = {}
+        for k in self.order(round_index):
+            paths = {n: segment_path(ONE_CLIENT_MODEL, n, round_index, client=k) for n in ours}
+            states[k] = {n: self.archive.state(p, self.split.specs[n]) for n, p in paths.items()}
+        return states
+
+    def backs_at(self, round_index: int) -> dict[int, Segments]:
+        """Return the server's copies of its segments as they were when a round began."""
+        indices = map(self.scheme.back_of, self.clients)
+        backs = {b: self.split.segments(Holder.SERVER, self.device) for b in indices}
+        load_backs(self.archive, self.run, backs, self.shared_at(round_index), round_index)
         for back in backs.values():
             back.start_round(round_index)
         return backs

@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 
 from sfl.archive.checkpoint import whole
 from sfl.archive.layout import (
-    CLIENT_MODEL,
     GRADS,
     LABELS,
     MEMORY,
     ONE_CLIENT_MODEL,
-    SERVER_MODEL,
-    model_path,
+    SHARED_MODEL,
+    segment_path,
 )
 from sfl.archive.reader import Step
 from sfl.archive.round_log import read_round
@@ -34,15 +33,16 @@ from sfl.data.client_data import num_batches
 from sfl.errors import IntegrityError, RunError
 from sfl.files.torch_file import StateSpec, identical, state_spec
 from sfl.model.segment import Segment, train_step
+from sfl.model.topology import HOLDERS, Holder, Segments, States
 from sfl.runtime.recorded import RecordedRun
 from sfl.strategy.aggregate import State
-from sfl.strategy.merge import BACK, FRONT, merge_backs, merge_fronts
+from sfl.strategy.merge import Trained, merge
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.sync_sgd import GradientPool
 from sfl.values import Position
 
 Losses = Mapping[tuple[int, str, str], float]  # by client, file and metric
-Backs = Mapping[int, Segment]
+Backs = Mapping[int, Segments]  # the copies of the server's segments
 
 
 @dataclass
@@ -169,7 +169,7 @@ class _Round:
                 continue
             right = False
             try:
-                right = self._check_step(backs[b], step, losses)
+                right = self._check_step(backs[b].last, step, losses)
             except IntegrityError as error:
                 report.find(error)
                 self._broken.add(b)
@@ -218,7 +218,8 @@ class _Round:
         if not backs:
             report.unchecked += len(steps)
             return
-        pool = GradientPool(run, backs[0], num_steps, Spool(None, lambda: None))
+        ((name, model),) = backs[0].items()
+        pool = GradientPool(run, model, num_steps, Spool(None, lambda: None))
         try:
             for step in steps:
                 grads = step.weight_grads(recorded.split.parameters_spec)
@@ -228,41 +229,33 @@ class _Round:
             report.unchecked += len(steps)
             return
         for k in order:
-            path = model_path(ONE_CLIENT_MODEL, self._round, client=k)
-            self._compare(path, backs[0].parameters(), recorded.split.front_spec)
+            path = segment_path(ONE_CLIENT_MODEL, name, self._round, client=k)
+            self._compare(path, model.parameters(), recorded.split.specs[name])
 
     def _check_outcome(self, backs: Backs) -> None:
-        """Compare the halves that the round gave with what is computed again."""
-        recorded, split = self._recorded, self._recorded.split
-        weights = recorded.weights(self._round)
+        """Compare what the round gave, of each segment, with what is computed again."""
+        recorded = self._recorded
         with self._report.finding():
-            halves = recorded.halves_at(self._round)
             if backs:
-                states = {b: back.state() for b, back in backs.items()}
-                back = merge_backs(
-                    recorded.recipe, states, weights, start=halves[BACK], entries=split.entries
-                )
-                path = model_path(SERVER_MODEL, self._round)
-                self._compare(path, back.state, split.back_spec)
-                self._compare_memory(BACK, back.memory)
-            if recorded.scheme.fronts is Fronts.OWN or not recorded.has_fronts:
-                return
-            order = recorded.order(self._round)
-            paths = {k: model_path(ONE_CLIENT_MODEL, self._round, client=k) for k in order}
-            fronts = {k: recorded.archive.state(p, split.front_spec) for k, p in paths.items()}
-            front = merge_fronts(
-                recorded.recipe, fronts, weights,
-                start=halves[FRONT], entries=split.entries, last=order[-1],
-            )  # fmt: skip
-            assert front is not None
-            path = model_path(CLIENT_MODEL, self._round)
-            self._compare(path, front.state, split.front_spec)
-            self._compare_memory(FRONT, front.memory)
+                by_copy = {b: copy.states() for b, copy in backs.items()}
+                self._check_merged(Holder.SERVER, {}, by_copy)
+            if recorded.scheme.fronts is not Fronts.OWN:
+                self._check_merged(Holder.CLIENT, recorded.trained_states(self._round), {})
 
-    def _compare_memory(self, half: str, memory: State) -> None:
-        """Compare what an aggregation rule keeps of a half for the next round."""
-        if memory:
-            self._compare(model_path(MEMORY, self._round, half=half), memory, state_spec(memory))
+    def _check_merged(
+        self, holder: Holder, by_client: Mapping[int, States], by_copy: Mapping[int, States]
+    ) -> None:
+        recorded, split = self._recorded, self._recorded.split
+        names = [name for name in recorded.segments if HOLDERS[name] is holder]
+        start, last = recorded.shared_at(self._round), recorded.order(self._round)[-1]
+        trained = Trained(by_client, by_copy, recorded.weights(self._round), last)
+        merged = merge(recorded.recipe, {n: start[n] for n in names}, trained, split.entries)
+        for name, shared in merged.items():
+            path = segment_path(SHARED_MODEL, name, self._round)
+            self._compare(path, shared.state, split.specs[name])
+            if shared.memory:
+                path = segment_path(MEMORY, name, self._round)
+                self._compare(path, shared.memory, state_spec(shared.memory))
 
     def _compare(self, path: str, ours: State, spec: StateSpec) -> None:
         """Compare weights computed again, some or all of a file's, with the recorded ones."""

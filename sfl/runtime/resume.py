@@ -13,13 +13,12 @@ from torch import Tensor
 import sfl.archive
 from sfl.archive.checkpoint import Checkpoint, lying, whole
 from sfl.archive.layout import (
-    CLIENT_MODEL,
     CLIENT_OPTIMIZER,
     MEMORY,
     ONE_CLIENT_MODEL,
-    SERVER_MODEL,
     SERVER_OPTIMIZER,
-    model_path,
+    SHARED_MODEL,
+    segment_path,
 )
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, RunError, counted
@@ -27,8 +26,9 @@ from sfl.files import strict_json
 from sfl.files.plain import check_no_links, read_plain
 from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
+from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.options import check_goes_on
-from sfl.strategy.merge import BACK, FRONT, Half, has_back_files, has_own, memory_spec
+from sfl.strategy.merge import Shared, has_own, memory_spec
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -47,35 +47,32 @@ class Files(Protocol):
     def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]: ...
 
 
-def read_halves(files: Files, split: SplitModel, round_index: int) -> dict[str, Half]:
-    """Return the halves that everyone started a round from, of those that there are.
+def read_shared(files: Files, split: SplitModel, round_index: int) -> dict[str, Shared]:
+    """Return what everyone started a round from, of the segments that lie here.
 
     Raises:
         IntegrityError: a file of theirs is damaged or missing.
     """
-    recipe, wanted = split.recipe, {}
-    last = round_index - 1
-    # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
-    fronts_lie_here = any(files.lists(model_path(CLIENT_MODEL, r)) for r in (-1, last))
-    if fronts_lie_here and (round_index == 0 or recipe.scheme.fronts is not Fronts.OWN):
-        wanted[FRONT] = CLIENT_MODEL, split.front_spec
-    if has_back_files(recipe) and any(files.lists(model_path(SERVER_MODEL, r)) for r in (-1, last)):
-        wanted[BACK] = SERVER_MODEL, split.back_spec
-    halves = {}
-    for name, (template, spec) in wanted.items():
-        state = files.state(model_path(template, last), spec)
-        path, memory = model_path(MEMORY, last, half=name), {}
+    shared, last = {}, round_index - 1
+    own = split.recipe.scheme.fronts is Fronts.OWN and round_index > 0
+    for name, spec in split.specs.items():
+        # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
+        lies_here = any(files.lists(segment_path(SHARED_MODEL, name, r)) for r in (-1, last))
+        if not lies_here or (own and HOLDERS[name] is Holder.CLIENT):
+            continue
+        state = files.state(segment_path(SHARED_MODEL, name, last), spec)
+        path, memory = segment_path(MEMORY, name, last), {}
         if files.lists(path):
-            memory = files.state(path, memory_spec(recipe, spec, split.entries))
-        halves[name] = Half(state, memory)
-    return halves
+            memory = files.state(path, memory_spec(split.recipe, spec, split.entries))
+        shared[name] = Shared(state, memory)
+    return shared
 
 
 def load_backs(
     files: Files,
     run: RunConfig,
-    backs: Mapping[int, Segment],
-    halves: Mapping[str, Half],
+    backs: Mapping[int, Segments],
+    shared: Mapping[str, Shared],
     round_index: int,
 ) -> None:
     """Bring the server's copies to where they were when a round began.
@@ -83,17 +80,20 @@ def load_backs(
     Raises:
         IntegrityError: a file of theirs is damaged or missing.
     """
-    start = halves.get(BACK) or halves[FRONT]
-    for b, back in backs.items():
-        back.load(start.state)
-        if run.optimizer_state == "keep" and round_index > 0:
-            _load_optimizer(files, back, model_path(SERVER_OPTIMIZER, round_index - 1, back=b))
+    for b, copy in backs.items():
+        for name, segment in copy.items():
+            if name not in shared:
+                raise IntegrityError(f"{files.root}: has no weights of the {name}")
+            segment.load(shared[name].state)
+            if run.optimizer_state == "keep" and round_index > 0:
+                path = segment_path(SERVER_OPTIMIZER, name, round_index - 1, back=b)
+                _load_optimizer(files, segment, path)
 
 
 def load_own_state(
-    folder: Path, front: Segment, recipe: Recipe, client: int, round_index: int
+    folder: Path, segments: Segments, recipe: Recipe, client: int, round_index: int
 ) -> None:
-    """Bring a client's front and optimiser to where they were when a round began.
+    """Bring a client's segments and optimisers to where they were when a round began.
 
     Raises:
         RunError: what only this client had is not there, or damaged.
@@ -103,7 +103,7 @@ def load_own_state(
     damage: list[str] = []
     for checkpoint in whole(folder, recipe.run, damage):
         if checkpoint.round == round_index:
-            _load_kept(checkpoint, front, recipe, client)
+            _load_kept(checkpoint, segments, recipe, client)
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
@@ -112,13 +112,15 @@ def load_own_state(
     )
 
 
-def _load_kept(checkpoint: Checkpoint, front: Segment, recipe: Recipe, client: int) -> None:
+def _load_kept(checkpoint: Checkpoint, segments: Segments, recipe: Recipe, client: int) -> None:
     last = checkpoint.round - 1
-    if recipe.scheme.fronts is Fronts.OWN:
-        path = model_path(ONE_CLIENT_MODEL, last, client=client)
-        front.load(checkpoint.state(path, front.spec))
-    if recipe.training.keeps_optimizer:
-        _load_optimizer(checkpoint, front, model_path(CLIENT_OPTIMIZER, last, client=client))
+    for name, segment in segments.items():
+        if recipe.scheme.fronts is Fronts.OWN:
+            path = segment_path(ONE_CLIENT_MODEL, name, last, client=client)
+            segment.load(checkpoint.state(path, segment.spec))
+        if recipe.training.keeps_optimizer:
+            path = segment_path(CLIENT_OPTIMIZER, name, last, client=client)
+            _load_optimizer(checkpoint, segment, path)
 
 
 def _load_optimizer(files: Files, segment: Segment, path: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, ItemsView, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, model_path
+from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, segment_path
 from sfl.archive.round_log import DOWN, TRAFFIC, UP, RoundLog
 from sfl.archive.spool import Spool
 from sfl.archive.writer import ArchiveWriter
@@ -32,16 +32,14 @@ from sfl.errors import PEER_ERRORS, RunError
 from sfl.files.finite import REJECT
 from sfl.files.torch_file import are_finite, encode_state
 from sfl.model.metrics import Tally, add_up
-from sfl.model.segment import Segment, Snapshot
+from sfl.model.segment import Snapshot
+from sfl.model.topology import Holder, Segments, States, joined
 from sfl.strategy.merge import (
-    BACK,
-    FRONT,
-    Half,
+    Shared,
+    Trained,
     averaging_weights,
-    half_files,
-    has_back_files,
-    merge_backs,
-    merge_fronts,
+    merge,
+    shared_files,
 )
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.recipe import Recipe
@@ -62,11 +60,11 @@ class Rounds:
 
     network: Network
     parties: Mapping[int, ServerParty]  # in the order of their clients
-    backs: Mapping[int, Segment]
+    backs: Mapping[int, Segments]  # the copies of the server's segments
     split: SplitModel
     archive: ArchiveWriter
     log: RoundLog
-    halves: dict[str, Half]  # the front and the back that everyone goes on from, where there is one
+    shared: dict[str, Shared]  # what everyone goes on from, by segment, of those that lie here
     store: Callable[[Link], WeightStore]  # to a client over its link
     spool: Spool
     payloads: MakeStore  # where those of the clients go
@@ -76,9 +74,9 @@ class Rounds:
     first_round: int = 0
     may_skip: bool = False
     at_once: int = 0  # that train, where each has a copy; 0: all
-    _front: Half | None = None  # that the round started from
+    _began: Mapping[str, Shared] = field(default_factory=dict)  # what the round started from
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
-    _optimizers: dict[int, Snapshot] = field(default_factory=dict)  # of the round's start
+    _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # of its start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
 
     @property
@@ -92,7 +90,7 @@ class Rounds:
     def run_all(self) -> dict[str, float]:
         """Run all rounds that are left and return the figures of the last one."""
         if self.first_round == 0:
-            self._write_halves(-1)
+            self._write_shared(-1)
             self._commit(0)
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
@@ -151,7 +149,7 @@ class Rounds:
         started = time.perf_counter()
         self.network.start_round(round_index)
         self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
-        self._front = self.halves.get(FRONT)
+        self._began = self.shared
         self._together(self._here(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
@@ -195,7 +193,7 @@ class Rounds:
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
             # The one of the round's start, whatever has been made of it; or the fed server's.
-            front = NamedWeights(INITIAL, encode_state(self._front.state) if self._front else b"")
+            front = NamedWeights(INITIAL, self._front_file(self._began))
         yield from server_start(self.parties[client], front, round_index)
 
     def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
@@ -204,21 +202,20 @@ class Rounds:
 
     def _undo(self, round_index: int) -> None:
         """Bring the server back to where a round began, in which all who took part have left."""
-        owner = BACK if has_back_files(self.recipe) else FRONT
-        for b, segment in self.backs.items():
-            segment.load(self.halves[owner].state)
+        for b, copy in self.backs.items():
+            copy.load(self._states())
             if self.recipe.training.keeps_optimizer:
-                segment.restore(self._optimizers[b])
+                copy.restore(self._optimizers[b])
         for k in self.parties:
             self.archive.drop_steps(k, round_index)
             self.log.forget(k)
 
     def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
         """Let the round's clients train; all copies of the back start with the same weights."""
-        for b, segment in self.backs.items():
-            segment.start_round(round_index)
+        for b, copy in self.backs.items():
+            copy.start_round(round_index)
             if self.may_skip and self.recipe.training.keeps_optimizer:
-                self._optimizers[b] = segment.snapshot(weights=False)
+                self._optimizers[b] = copy.snapshot(weights=False)
         self.spool.start_round()
         num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
         plan = RoundPlan(
@@ -261,36 +258,34 @@ class Rounds:
 
     def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
         """Make of what was trained what everyone goes on from, and write it down."""
-        for k, result in sorted(trained.items()):
-            if result.file:
-                path = model_path(ONE_CLIENT_MODEL, round_index, client=k)
-                self.archive.write("one_client_model", path, result.file, round_index)
+        by_client = {k: result.states for k, result in sorted(trained.items())}
+        for k, states in by_client.items():
+            for name, state in states.items():
+                path = segment_path(ONE_CLIENT_MODEL, name, round_index, client=k)
+                self.archive.write("one_client_model", path, encode_state(state), round_index)
         num_train = {k: self.parties[k].num_samples[TRAIN] for k in sorted(plan.order)}
+        by_copy = {b: copy.states() for b, copy in self.backs.items()}
         weights = averaging_weights(self.run, num_train)
-        entries = self.split.entries
-        fronts = {k: result.front for k, result in trained.items()}
-        merged = {}
-        if FRONT in self.halves:
-            merged[FRONT] = merge_fronts(
-                self.recipe, fronts, weights, start=self.halves[FRONT], entries=entries,
-                last=plan.order[-1],
-            )  # fmt: skip
         crash_point("average.before")
-        if has_back_files(self.recipe):
-            backs = {b: segment.state() for b, segment in self.backs.items()}
-            start = self.halves[BACK]
-            merged[BACK] = merge_backs(self.recipe, backs, weights, start=start, entries=entries)
-        halves = {name: half for name, half in merged.items() if half is not None}
-        self._check_finite(halves, round_index)
-        self.halves = halves
+        made = Trained(by_client, by_copy, weights, last=plan.order[-1])
+        shared = merge(self.recipe, self.shared, made, self.split.entries)
+        self._check_finite(shared, round_index)
+        self.shared = shared
         crash_point("average.after")
-        self._write_halves(round_index)
-        # Whose weights the server's copies are.
-        owner = BACK if has_back_files(self.recipe) else FRONT
-        for segment in self.backs.values():
-            segment.load(self.halves[owner].state)
+        self._write_shared(round_index)
+        for copy in self.backs.values():
+            copy.load(self._states())
 
-    def _check_finite(self, halves: Mapping[str, Half], round_index: int) -> None:
+    def _states(self) -> States:
+        return {name: shared.state for name, shared in self.shared.items()}
+
+    def _front_file(self, shared: Mapping[str, Shared]) -> bytes:
+        """Return the file of the clients' weights; b"" where a fed server has them."""
+        names = [name for name in self.split.held_by(Holder.CLIENT) if name in shared]
+        states = {name: shared[name].state for name in names}
+        return encode_state(joined(states)) if states else b""
+
+    def _check_finite(self, made: Mapping[str, Shared], round_index: int) -> None:
         """See that what everyone would go on from is finite, where the run wants that.
 
         Raises:
@@ -299,22 +294,22 @@ class Rounds:
         in_process = any(party.link.in_process for party in self.parties.values())
         if in_process or self.run.on_nonfinite != REJECT:
             return
-        for name, half in halves.items():
-            if not are_finite(self.split.changing(half.state)):
+        for name, shared in made.items():
+            if not are_finite(self.split.changing(shared.state)):
                 raise RunError(
                     f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
                     f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"
                 )
 
-    def _write_halves(self, round_index: int) -> None:
+    def _write_shared(self, round_index: int) -> None:
         """Write down what everyone goes on from, with what else the next round starts from."""
-        files = [
-            f for name, half in self.halves.items() for f in half_files(name, half, round_index)
-        ]
+        files = [f for item in self.shared.items() for f in shared_files(*item, round_index)]
         if self.recipe.training.keeps_optimizer and round_index >= 0:
-            for b, segment in self.backs.items():
-                path = model_path(SERVER_OPTIMIZER, round_index, back=b)
-                files.append(("server_optimizer", path, encode_state(segment.optimizer_state())))
+            for b, copy in self.backs.items():
+                for name, segment in copy.items():
+                    path = segment_path(SERVER_OPTIMIZER, name, round_index, back=b)
+                    state = encode_state(segment.optimizer_state())
+                    files.append(("server_optimizer", path, state))
         for kind, path, data in files:
             self.archive.write(kind, path, data, round_index)
         self._paths = [path for _, path, _ in files]
@@ -331,9 +326,8 @@ class Rounds:
         if policy is Fronts.RELAYED:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:
-            half = self.halves.get(FRONT)  # the fed server's, where that is apart
             samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
-            front = NamedWeights(AVERAGE, encode_state(half.state) if half else b"", samples)
+            front = NamedWeights(AVERAGE, self._front_file(self.shared), samples)
 
         def evaluate(client: int) -> Conversation[dict[str, Tally]]:
             party, has_it = self.parties[client], front and front.name == client_weights(client)

@@ -32,6 +32,7 @@ from sfl.environment import command_line, describe, differences, fingerprint, se
 from sfl.errors import ConfigError, RunError, counted
 from sfl.files.atomic import write_file
 from sfl.files.torch_file import max_state_bytes
+from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig, ServerNode
 from sfl.own_functions import remember
 from sfl.runtime.claims import why_refused
@@ -45,11 +46,11 @@ from sfl.runtime.resume import (
     has_begun,
     load_backs,
     open_past,
-    read_halves,
+    read_shared,
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel, check_same_model
-from sfl.strategy.merge import BACK, FRONT, Half, has_back_files
+from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
@@ -332,14 +333,13 @@ def prepare(
     row = recipe.scheme
     has_backs = row.exchange is not Exchange.NOTHING
     indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
-    backs = {b: split.back(device) for b in indices}
+    backs = {b: split.segments(Holder.SERVER, device) for b in indices}
     if past:
-        halves = read_halves(past.files, split, first_round)
-        load_backs(past.files, run, backs, halves, first_round)
+        shared = read_shared(past.files, split, first_round)
+        load_backs(past.files, run, backs, shared, first_round)
     else:
-        halves = {FRONT: Half(split.front_state(), {})} if with_fronts else {}
-        if has_back_files(recipe):
-            halves[BACK] = Half(split.back_state(), {})
+        holders = tuple(Holder) if with_fronts else (Holder.SERVER,)
+        shared = {name: Shared(state) for name, state in split.initial(*holders).items()}
     a_round = disk_bytes(recipe.changed(rounds=1), split, num_train)
     log = RoundLog(folder, run.rounds, recipe.task, first_round)
     most_bytes = max_state_bytes(split.front_spec)
@@ -372,7 +372,7 @@ def prepare(
         split,
         archive,
         log,
-        halves,
+        shared,
         store=store_of,
         spool=Spool(folder.path if keeps_answers else None, archive.flush),
         payloads=onto(folder.path),

@@ -27,6 +27,7 @@ from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.metrics import StepFigures
+from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
 from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
@@ -198,7 +199,8 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
         archives = {k: writers.enter_context(_client_archive(recipe, node, k)) for k in data}
 
         def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
-            front, folder = rounds.split.front(device), _client_folder(run, node, client)
+            segments = rounds.split.segments(Holder.CLIENT, device)
+            folder = _client_folder(run, node, client)
             party = ClientParty(
                 client=client,
                 recipe=recipe,
@@ -208,10 +210,10 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
                 archive=archives[client],
                 watcher=_Nobody(),
                 profile=Profile(folder, wanted=False),
-                front=front,
+                segments=segments,
                 data=data[client],
                 on_round=lambda round_index, figures: None,
-                on_start=lambda _, own: load_own_state(folder, front, recipe, client, own),
+                on_start=lambda _, own: load_own_state(folder, segments, recipe, client, own),
             )
             network.add(server_end, client_run(party))
 

@@ -1,25 +1,24 @@
-"""What a round's trained halves become, and where they lie in a run's folder.
+"""What a round's trained segments become, and where they lie in a run's folder.
 
-The server's rounds compute it, and replay computes it again. Each half is aggregated on its own: in
-SplitFed the fed server knows the fronts and the main server the backs, and neither the other's.
+The server's rounds compute it, and replay computes it again. Each segment is aggregated on its own:
+in SplitFed the fed server knows the clients' and the main server its own, and neither the other's.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from sfl.archive.layout import CLIENT_MODEL, MEMORY, SERVER_MODEL, model_path
+from sfl.archive.layout import MEMORY, SEGMENT_NAMES, SHARED_MODEL, segment_path
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
 from sfl.model.blocks import Entries
+from sfl.model.topology import HOLDERS, Holder, States
 from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
-
-FRONT, BACK = "front", "back"  # the halves
 
 
 def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
@@ -28,19 +27,15 @@ def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[in
     return {client: 1 if equal else count for client, count in num_samples.items()}
 
 
-def has_back_files(recipe: Recipe) -> bool:
-    """Say whether the server has a model of its own, apart from the clients'."""
-    return recipe.scheme.exchange is Exchange.CUT
-
-
 def averages_backs(recipe: Recipe) -> bool:
     """Say whether the scheme makes copies of the back."""
-    copies = {recipe.scheme.back_of(k) for k in range(recipe.run.most_clients)}
-    return has_back_files(recipe) and len(copies) > 1
+    row = recipe.scheme
+    backs = {row.back_of(k) for k in range(recipe.run.most_clients)}
+    return row.exchange is Exchange.CUT and len(backs) > 1
 
 
 def check_rule(recipe: Recipe) -> None:
-    """Try the run's aggregation rule on as many models as there are of each half in a round.
+    """Try the run's aggregation rule on as many models as there are of each segment in a round.
 
     Raises:
         ConfigError: it does not take such values or so few models, or the scheme averages none.
@@ -60,75 +55,82 @@ def check_rule(recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True)
-class Half:
-    """One half of the model at the end of a round: its weights, and the rule's memory."""
+class Shared:
+    """What everyone goes on from, of one segment: its weights, and the rule's memory."""
 
     state: State
-    memory: State
+    memory: State = field(default_factory=dict)
 
 
-def half_files(name: str, half: Half, round_index: int) -> Iterator[tuple[str, str, bytes]]:
-    """Yield what is written of a half that everyone goes on from: kind, path and content."""
-    kind, template = {
-        FRONT: ("client_model", CLIENT_MODEL),
-        BACK: ("server_model", SERVER_MODEL),
-    }[name]
-    yield kind, model_path(template, round_index), encode_state(half.state)
-    if half.memory:
-        path = model_path(MEMORY, round_index, half=name)
-        yield "aggregation", path, encode_state(half.memory)
+@dataclass(frozen=True)
+class Trained:
+    """What a round trained."""
+
+    by_client: Mapping[int, States]  # of the clients' segments; of those who took part
+    by_copy: Mapping[int, States]  # of the server's, of which there may be several copies
+    weights: Mapping[int, int]  # of the clients in the averages
+    last: int  # whose turn was last
 
 
-def merge_fronts(
-    recipe: Recipe,
-    fronts: Mapping[int, State],
-    weights: Mapping[int, int],
-    *,
-    start: Half,
-    entries: Entries,
-    last: int,
-) -> Half | None:
-    """Return the front from which everyone goes on; None where each client keeps its own.
+def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[str, str, bytes]]:
+    """Yield what is written of a segment that everyone goes on from: kind, path and content."""
+    path = segment_path(SHARED_MODEL, name, round_index)
+    yield SEGMENT_NAMES[name][0], path, encode_state(shared.state)
+    if shared.memory:
+        path = segment_path(MEMORY, name, round_index)
+        yield "aggregation", path, encode_state(shared.memory)
 
-    ``fronts`` are those of the clients that took part, ``last`` is whose turn was last.
-    """
+
+def merge(
+    recipe: Recipe, start: Mapping[str, Shared], trained: Trained, entries: Entries
+) -> dict[str, Shared]:
+    """Return what everyone goes on from, of the segments in ``start``."""
+    merged = {}
+    for name, shared in start.items():
+        theirs, merge_one = {
+            Holder.CLIENT: (trained.by_client, _merge_clients),
+            Holder.SERVER: (trained.by_copy, _merge_copies),
+        }[HOLDERS[name]]
+        states = {k: states[name] for k, states in theirs.items() if name in states}
+        merged[name] = merge_one(recipe, states, trained, shared, entries)
+    return {name: shared for name, shared in merged.items() if shared is not None}
+
+
+def _merge_clients(
+    recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
+) -> Shared | None:
+    """Return what becomes of a segment of the clients; None where each client keeps its own."""
     policy = recipe.scheme.fronts
     if policy is Fronts.OWN:
         return None
     if policy is Fronts.RELAYED:
-        return Half(fronts[last], {})
-    return _aggregate(recipe, fronts, weights, start, entries)
+        return Shared(states[trained.last])
+    return _aggregate(recipe, states, trained.weights, start, entries)
 
 
-def merge_backs(
-    recipe: Recipe,
-    backs: Mapping[int, State],
-    weights: Mapping[int, int],
-    *,
-    start: Half,
-    entries: Entries,
-) -> Half:
-    """Return the back from which all copies go on.
+def _merge_copies(
+    recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
+) -> Shared:
+    """Return what becomes of a segment of the server.
 
-    ``weights`` are those of the clients that took part; each copy weighs as much as the clients
-    that it served, and a copy that served none is left out.
+    Each copy weighs as much as the clients that it served; one that served none is left out.
     """
     back_of = recipe.scheme.back_of
-    served = {b: sum(w for k, w in weights.items() if back_of(k) == b) for b in backs}
-    used = {b: backs[b] for b in sorted(backs) if served[b]}
+    served = {b: sum(w for k, w in trained.weights.items() if back_of(k) == b) for b in states}
+    used = {b: states[b] for b in sorted(states) if served[b]}
     if averages_backs(recipe):
         return _aggregate(recipe, used, served, start, entries)
     (only,) = used.values()
-    return Half(only, {})
+    return Shared(only)
 
 
 def _aggregate(
     recipe: Recipe,
     states: Mapping[int, State],
     weights: Mapping[int, int],
-    start: Half,
+    start: Shared,
     entries: Entries,
-) -> Half:
+) -> Shared:
     chosen = sorted(states)
     merged = [name for name in start.state if name not in entries.frozen]
     update = Update(
@@ -144,15 +146,15 @@ def _aggregate(
         if name not in entries.trained and all(torch.equal(t, start.state[name]) for t in theirs):
             new[name] = start.state[name]
     state = {n: new.get(n, start.state[n]) for n in start.state if n not in entries.same}
-    return Half({n: state[entries.same.get(n, n)] for n in start.state}, memory)
+    return Shared({n: state[entries.same.get(n, n)] for n in start.state}, memory)
 
 
-def memory_spec(recipe: Recipe, half: StateSpec, entries: Entries) -> StateSpec:
-    """Return the spec of the memory that the run's rule keeps of a half; empty if it keeps none."""
-    state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in half.items()}
+def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSpec:
+    """Return the spec of the memory that the run's rule keeps of a segment; empty for most."""
+    state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in weights.items()}
     count = len(draw(recipe.run, range(recipe.run.clients), 0))
     merged = _aggregate(
-        recipe, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Half(state, {}),
+        recipe, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Shared(state),
         entries,
     )  # fmt: skip
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}

@@ -19,7 +19,8 @@ import torch
 from sfl import seeds
 from sfl.archive.spool import Spool
 from sfl.config import RunConfig
-from sfl.model.segment import Segment, Snapshot
+from sfl.model.segment import Snapshot
+from sfl.model.topology import Segments
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.sync_sgd import GradientPool
@@ -80,7 +81,7 @@ class RoundPlan:
         recipe: Recipe,
         round_index: int,
         num_steps: Mapping[int, int],
-        backs: Mapping[int, Segment],
+        backs: Mapping[int, Segments],
         *,
         spool: Spool,
         may_skip: bool = False,
@@ -99,7 +100,7 @@ class RoundPlan:
         self.ended: set[int] = set()
         self.left: set[int] = set()  # who was dropped
         self.unlike: set[int] = set()  # who sent something else when it redid a step
-        self._snapshots: dict[int, Snapshot] = {}
+        self._snapshots: dict[int, Mapping[str, Snapshot]] = {}  # of a client's copy, before it
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
         in_turns = row.fronts is Fronts.RELAYED
@@ -114,7 +115,7 @@ class RoundPlan:
             fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
             self.steps[b] = Turns(interleaved(ours, num_steps) if fixed else None)
         gathers = row.exchange is Exchange.WEIGHT_GRADS
-        self.pool = GradientPool(run, backs[0], self.num_steps, spool) if gathers else None
+        self.pool = GradientPool(run, backs[0].last, self.num_steps, spool) if gathers else None
 
     def num_steps_for(self, client: int) -> int:
         """Return how many answers a client waits for: its own steps, or those of the longest."""

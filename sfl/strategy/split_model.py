@@ -19,6 +19,7 @@ from sfl.files.torch_file import (
 from sfl.model import structure
 from sfl.model.blocks import Entries, check_apart, copied, names_of
 from sfl.model.segment import Segment
+from sfl.model.topology import HOLDERS, Holder, Segments, joined, segment_names
 from sfl.model.training import Training
 from sfl.model.trial import Trial, sample_specs, where_to_cut
 from sfl.model.zoo import build, split
@@ -33,8 +34,8 @@ MAX_EVALUATION_BYTES = 8 * 2**20
 class SplitModel:
     """The model of a run, split into its segments' blocks, with initial weights.
 
-    A client holds the first segment (the front), the server the last (the back); where the scheme
-    has no cut inside the model, one segment is both.
+    ``sfl.model.topology`` says which segment is whose; where the scheme has no cut inside the
+    model, one segment is the whole of it.
 
     Raises:
         ConfigError: the model cannot be built or cut so.
@@ -65,16 +66,19 @@ class SplitModel:
                 f"--cut {cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
-        self._segments = split(model, *self.cuts)  # these keep the initial weights
-        check_apart(self._segments)
-        states = (item for s in self._segments for item in s.state_dict().items())
+        rows, names = split(model, *self.cuts), segment_names(len(self.cuts))
+        check_apart(rows)
+        states = (item for row in rows for item in row.state_dict().items())
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
-        self.entries = Entries.of(self._segments)
-        self._first_blocks = (0, *self.cuts)
+        self.entries = Entries.of(rows)
+        self._segments = dict(zip(names, rows, strict=True))  # these keep the initial weights
+        self._first_blocks = dict(zip(names, (0, *self.cuts), strict=True))
         self.input_shape, self.num_classes = input_shape, num_classes
         self._training = replace(recipe.training, class_weights=class_weights)
-        self.specs: list[StateSpec] = [state_spec(s.state_dict()) for s in self._segments]
-        self._cut_samples = sample_specs(self._segments, self._training, input_shape, num_classes)
+        self.specs: dict[str, StateSpec] = {
+            name: state_spec(s.state_dict()) for name, s in self._segments.items()
+        }
+        self._cut_samples = sample_specs(rows, self._training, input_shape, num_classes)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
@@ -90,15 +94,19 @@ class SplitModel:
         """The weights of the classes in the training loss; none if it is not weighted."""
         return self._training.class_weights
 
-    def _segment(self, index: int, device: torch.device, training: Training) -> Segment:
-        first_block = self._first_blocks[index]
-        return Segment(copied(self._segments[index], first_block), first_block, training, device)
+    @property
+    def _rows(self) -> list[nn.Sequential]:
+        return list(self._segments.values())
+
+    def _segment(self, name: str, device: torch.device, training: Training) -> Segment:
+        first_block = self._first_blocks[name]
+        return Segment(copied(self._segments[name], first_block), first_block, training, device)
 
     def trial(self, *, whole: bool = False) -> Trial:
         """Return copies of the segments, or of the model as a ``whole``, to be tried."""
-        blocks = OrderedDict(item for row in self._segments for item in row._modules.items())
+        blocks = OrderedDict(item for row in self._rows for item in row._modules.items())
         return Trial(
-            [nn.Sequential(blocks)] if whole else self._segments,
+            [nn.Sequential(blocks)] if whole else self._rows,
             self._training,
             self.input_shape,
             self.num_classes,
@@ -108,16 +116,25 @@ class SplitModel:
 
     def where_to_cut(self) -> str:
         """Return the end of a message that says where the model can be cut, if not as it is."""
-        return where_to_cut(self._segments, self._training, self.input_shape, self.num_classes)
+        return where_to_cut(self._rows, self._training, self.input_shape, self.num_classes)
+
+    def held_by(self, holder: Holder) -> list[str]:
+        """Return the segments that a party computes with; without a cut, each has the whole."""
+        return [name for name in self.specs if not self.cuts or HOLDERS[name] is holder]
+
+    def segments(self, holder: Holder, device: torch.device) -> Segments:
+        """Return what a party computes with: initial weights, and optimisers."""
+        mu = self.recipe.run.fedprox_mu if holder is Holder.CLIENT else 0.0
+        training = replace(self._training, proximal_mu=mu)
+        return Segments({n: self._segment(n, device, training) for n in self.held_by(holder)})
 
     def front(self, device: torch.device) -> Segment:
-        """Return a client-side model with the initial weights and an optimiser."""
-        proximal_mu = self.recipe.run.fedprox_mu
-        return self._segment(0, device, replace(self._training, proximal_mu=proximal_mu))
+        """Return the client's first segment."""
+        return self.segments(Holder.CLIENT, device).first
 
     def back(self, device: torch.device) -> Segment:
-        """Return a server-side model with the initial weights and an optimiser."""
-        return self._segment(-1, device, self._training)
+        """Return the server's last segment."""
+        return self.segments(Holder.SERVER, device).last
 
     @functools.cached_property
     def structure(self) -> tuple[str, ...]:
@@ -135,30 +152,42 @@ class SplitModel:
 
     @property
     def front_spec(self) -> StateSpec:
-        return self.specs[0]
+        """The spec of the weights of the client-side model: what travels."""
+        return {
+            n: spec for name in self.held_by(Holder.CLIENT) for n, spec in self.specs[name].items()
+        }
 
     @property
     def back_spec(self) -> StateSpec:
-        return self.specs[-1]
+        """The spec of the weights of the server-side model."""
+        return {
+            n: spec for name in self.held_by(Holder.SERVER) for n, spec in self.specs[name].items()
+        }
+
+    def initial(self, *holders: Holder) -> dict[str, dict[str, Tensor]]:
+        """Return the initial weights of the segments of these parties."""
+        return {n: dict(s.state_dict()) for n, s in self._segments.items() if HOLDERS[n] in holders}
 
     def front_state(self) -> dict[str, Tensor]:
-        """Return the front's initial weights."""
-        return dict(self._segments[0].state_dict())
+        """Return the initial weights of the client-side model."""
+        return joined(self.initial(Holder.CLIENT))
 
-    def back_state(self) -> dict[str, Tensor]:
-        """Return the back's initial weights."""
-        return dict(self._segments[-1].state_dict())
+    def by_segment(self, front: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of the client-side model, which travel together, by segment."""
+        return {
+            name: {n: front[n] for n in self.specs[name]} for name in self.held_by(Holder.CLIENT)
+        }
 
     @property
     def is_in_eval(self) -> bool:
         """Whether all modules came in ``eval()``."""
-        return not any(m.training for row in self._segments for b in row for m in b.modules())
+        return not any(m.training for row in self._rows for b in row for m in b.modules())
 
     @property
     def parameters_spec(self) -> StateSpec:
         """The spec of the whole model's trained parameters, and of their gradients."""
         return {
-            n: spec for row in self.specs for n, spec in row.items() if n in self.entries.trained
+            n: s for row in self.specs.values() for n, s in row.items() if n in self.entries.trained
         }
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sfl.archive.spool import EVERYONE, Spool
+from sfl.archive.spool import EVERYONE, Answer, Spool
 from sfl.config import RunConfig
 from sfl.files.torch_file import encode_state
+from sfl.files.torch_reader import Buffer
 from sfl.model.segment import Segment
 from sfl.strategy.aggregate import fed_avg
+from sfl.values import Position
 from sfl.wire.driver import Gate
 
 
@@ -60,7 +62,7 @@ class GradientPool:
         self._model.set_gradients(fed_avg(states, weights))
         self._model.update()
         self._parameters = encode_state(self._model.parameters())
-        self._spool.put(EVERYONE, self._updates, self._parameters, {})
+        self._spool.put(_of_everyone(self._updates), Answer(self._parameters, {}))
         self._given = {}
         self._updates += 1
 
@@ -68,7 +70,11 @@ class GradientPool:
         """Return what opens when this step's update has been made, or nobody is left to make it."""
         return lambda: self._updates > step or self._num_due() == 0
 
-    def answer(self, step: int) -> bytes:
+    def answer(self, step: int) -> Buffer:
         """Return the file of the parameters after this step's update."""
-        earlier = self._spool.get(EVERYONE, step) if step < self._updates - 1 else None
+        earlier = self._spool.get(_of_everyone(step)) if step < self._updates - 1 else None
         return earlier.data if earlier else self._parameters
+
+
+def _of_everyone(step: int) -> Position:
+    return Position(step=step, client=EVERYONE)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from experiments.support.small_model import bn_dropout
+from experiments.chaos.small_model import bn_dropout
 
 __all__ = ["bn_dropout", "channels_last", "convolutions", "cubing_large", "in_bfloat16",
            "in_float16", "in_float64", "masked", "of_this_machine", "refusing_large", "slow",

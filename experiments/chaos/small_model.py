@@ -1,19 +1,15 @@
 """A small model with every kind of state: BatchNorm and dropout on both sides of its cut."""
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
-NAME = "experiments.support.small_model:bn_dropout"
+NAME = "experiments.chaos.small_model:bn_dropout"
 CUT = 6
 
 
-def bn_dropout(input_shape: tuple[int, ...], num_classes: int) -> "nn.Sequential":
+def bn_dropout(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """A CNN with BatchNorm, dropout and in-place modules on both sides of every cut."""
-    from torch import nn
-
     channels, height, width = input_shape
     features = 4 * ((height - 3) // 4) * ((width - 3) // 4)
     return nn.Sequential(

@@ -1,0 +1,1 @@
+"""What each cut of a model means for client and server."""

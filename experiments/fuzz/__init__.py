@@ -1,0 +1,1 @@
+"""Mutated frames, files, JSON and handshakes."""

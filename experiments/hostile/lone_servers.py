@@ -1,0 +1,123 @@
+"""Servers and clients that are started to be attacked, and run for nothing else."""
+
+import contextlib
+import functools
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from experiments.hostile.attempts import Table, try_each
+from experiments.hostile.insiders import (
+    insiders,
+    takes_its_own_place,
+    try_insider,
+    write_bystander,
+)
+from experiments.hostile.memory import (
+    CLAIMS,
+    CUT,
+    GREEDY,
+    SERVER,
+    WISHES,
+    try_claim,
+    try_greed,
+    try_own_place,
+    try_wish,
+)
+from experiments.hostile.strangers import shows, tls_to_plain_text
+from experiments.hostile.target import Target, target_of
+from experiments.support.processes import ROOT, running
+from experiments.support.small_ca import SmallCA
+from sfl.archive.run_folder import create_run_folder
+from sfl.transport.dialling import listen
+
+REFUSED_BYTES = 32 * 2**20  # by which a server may grow when it refuses a claim
+CLIENT_BYTES = 400 * 2**20  # by which a client may, which imports its libraries meanwhile
+
+
+@contextlib.contextmanager
+def lone_server(
+    out: Path, name: str, options: list[str], own_data: Path | None = None
+) -> Iterator[str]:
+    """Run a server that waits for client 0, and give its address."""
+    run = ["--clients", "1", "--model", "mlp", "--partition", "own", "--batch-size", "4"]
+    with running([*run, "--run", name, "--rounds", "1", "--out", str(out), *options]) as processes:
+        threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
+        if own_data is not None:
+            bystander = ["--client-id", "1", "--data-dir", str(own_data), "--out", str(out)]
+            processes.start_client("client_1", processes.address, bystander)
+        yield processes.address
+
+
+def insider(out: Path) -> Table:
+    """Let one of two clients do harm; each time it registers anew with a server that goes on."""
+    own_data = write_bystander(out / "bystander")
+    with lone_server(out, "insider", ["--clients", "2"], own_data) as address:
+        target = target_of(address, tls=False)
+        attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
+        attempts["its own place, 200 times"] = functools.partial(takes_its_own_place, target)
+        attempts["TLS to a plain port"] = functools.partial(tls_to_plain_text, target)
+        return try_each(attempts)
+
+
+def uninvited(out: Path, ca: SmallCA) -> Table:
+    """Come to a server that wants clients' certificates without one, and with a wrong one."""
+    shown = {
+        "no certificate": [],
+        "an expired certificate": ca.issue("expired", days=0),
+        "a foreign certificate": SmallCA(ca.folder / "foreign").issue("client"),
+    }
+    with lone_server(
+        out, "invited", ["--tls-client-ca", str(ca.cert), *ca.issue("other")]
+    ) as address:
+        target = target_of(address, tls=True)
+        return try_each({n: functools.partial(shows, target, own) for n, own in shown.items()})
+
+
+@contextlib.contextmanager
+def measured_server(out: Path, options: list[str]) -> Iterator[tuple[Target, int]]:
+    """Run a server, and give it as a target, with its process."""
+    folder = create_run_folder(out, "")
+    with running([*options, "--peer-timeout", "20", "--out", str(folder)]) as processes:
+        threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
+        yield target_of(processes.address, tls=False), processes.server.pid
+
+
+def greedy(out: Path) -> int:
+    """Take the memory of servers and of clients; print it, and return how many gave too much."""
+    print(f"\n{'who takes memory':50s} {'grown by':>9s} {'bound':>9s}  the answer", flush=True)
+    num_over = 0
+
+    def row(name: str, bound: int, grown: int, answer: str) -> None:
+        nonlocal num_over
+        num_over += grown > bound
+        sizes = f"{grown / 2**20:5.0f} MiB {bound / 2**20:5.0f} MiB"
+        print(f"{name:50.50s} {sizes}  {answer:.110}", flush=True)
+
+    for name, greed in GREEDY.items():
+        with measured_server(out, greed.server) as (target, process):
+            row(name, greed.bound_bytes, *try_greed(target, process, greed))
+    with measured_server(out, [*SERVER, *CUT]) as (target, process):
+        row("its own place, 200 times", REFUSED_BYTES, *try_own_place(target, process))
+    for name, (options, claim) in CLAIMS.items():
+        with measured_server(out, options) as (target, process):
+            row(name, REFUSED_BYTES, *try_claim(target, claim, process))
+    for name, wish in WISHES.items():
+        row(f"a server: {name}", CLIENT_BYTES, *_greedy_server(out, wish))
+    return num_over
+
+
+def _greedy_server(out: Path, wish: Mapping[str, object]) -> tuple[int, str]:
+    """Let a client come to a server that names too much."""
+    folder = create_run_folder(out, "")
+    with listen("127.0.0.1", 0) as listener:
+        options = ["--server", listener.address, "--out", str(folder), "--memory-limit", "1gb"]
+        command = [sys.executable, "run_client.py", *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, **quiet) as client:
+            try:
+                return try_wish(listener, wish, client.pid)
+            finally:
+                client.kill()

@@ -1,0 +1,153 @@
+"""A run of honest clients, once alone and once attacked, and how the two differ."""
+
+import csv
+import resource
+import statistics
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.hostile.attempts import Table, Watch, attack, print_table
+from experiments.hostile.lone_servers import greedy, insider, uninvited
+from experiments.hostile.target import target_of
+from experiments.support.processes import running
+from experiments.support.same_run import compare
+from experiments.support.small_ca import SmallCA
+from sfl.archive.run_folder import create_run_folder
+from sfl.auth import main as auth
+
+NUM_CLIENTS = 3
+CALM_S = 10.0  # between attacks
+RUN = ["--model", "lenet5", "--batch-size", "128", "--run", "r"]
+
+
+@dataclass
+class Honest:
+    """A run of honest clients, and when each of its rounds ended."""
+
+    folder: Path
+    ended_at: list[float] = field(default_factory=list)
+    over: bool = False
+
+    def seconds(self) -> list[float]:
+        """Return what each round took, by its own clock."""
+        with open(self.folder / "rounds.csv", newline="") as stream:
+            return [float(row["seconds"]) for row in csv.DictReader(stream)]
+
+
+def honest_run(
+    out: Path, server: list[str], clients: list[list[str]], meanwhile: Callable[[str, Honest], None]
+) -> Honest:
+    """Run a server and honest clients to their end, and something else beside them."""
+    with running([*server, "--out", str(out)]) as processes:
+        common = ["--out", str(out)]
+        addresses = [processes.address] * len(clients)
+        processes.start_clients(addresses, common, lambda k: clients[k])
+        run = Honest(out / "server" / processes.run)
+        beside = threading.Thread(target=meanwhile, args=(processes.address, run))
+        for line in processes.lines():
+            if line.startswith("round "):
+                run.ended_at.append(time.monotonic())
+                if not beside.is_alive() and len(run.ended_at) == 1:
+                    beside.start()
+        run.over = True
+        processes.wait()
+        if run.ended_at:
+            beside.join()
+    return run
+
+
+class Attacker:
+    """Attacks an honest run in stretches, and leaves it alone between them."""
+
+    def __init__(self, seconds: float, token_file: str) -> None:
+        self.table: Table = {}
+        self.stretches: list[tuple[float, float]] = []  # when each began and ended
+        self.processor_s = 0.0  # used in the stretches
+        self._seconds, self._token_file = seconds, token_file
+
+    def attack(self, address: str, run: Honest) -> None:
+        """Attack until the run is over or the time is up."""
+        target = target_of(address, self._token_file, tls=True)
+        watch = Watch(target, run.folder)
+        end = time.monotonic() + self._seconds
+        while not run.over and time.monotonic() < end:
+            began, used = time.monotonic(), _processor_s()
+            attack(target, self.table, watch)
+            self.stretches.append((began, time.monotonic()))
+            self.processor_s += _processor_s() - used
+            _wait(run, CALM_S)
+
+    def processors(self) -> float:
+        """Return how many processors it kept busy in the stretches."""
+        return self.processor_s / sum(end - began for began, end in self.stretches)
+
+
+def study(options: Namespace) -> int:
+    """Attack runs that are started here; return how much was disturbed, or differs."""
+    out = create_run_folder(Path(options.out).resolve(), "")
+    print(f"everything lies in {out}", flush=True)
+    ca = SmallCA(out / "certificates")
+    tokens = out / "tokens"
+    auth(["new-token", str(tokens), "--clients", str(NUM_CLIENTS + 1)])
+    server = [*RUN, "--clients", str(NUM_CLIENTS), "--rounds", str(options.rounds)]
+    server += ["--token-file", str(tokens), *ca.issue("server")]
+    mine = [["--tls-ca", str(ca.cert), "--token-file", f"{tokens}.{k}"] for k in range(NUM_CLIENTS)]
+    print(f"undisturbed: {options.rounds} rounds", flush=True)
+    whole = honest_run(out / "undisturbed", server, mine, lambda address, run: None)
+    print(f"attacked: {options.rounds} rounds", flush=True)
+    attacker = Attacker(options.seconds, f"{tokens}.{NUM_CLIENTS}")
+    other = honest_run(out / "attacked", server, mine, attacker.attack)
+    disturbed = print_table("whoever reaches the port; a run with tokens and TLS", attacker.table)
+    disturbed += print_table("whose certificate is not the clients'", uninvited(out, ca))
+    disturbed += print_table("a client of the run; one that means harm", insider(out))
+    disturbed += greedy(out)
+    found = compare(whole.folder, other.folder)
+    print(f"\n{found.tensors} tensors of the two runs compared, {found.count} differ")
+    for line in found.lines[:10]:
+        print(line)
+    print_times(other, attacker)
+    return disturbed + found.count
+
+
+def print_times(run: Honest, attacker: Attacker) -> None:
+    """Print a round's time with and without the attacker."""
+    calm, busy = _by_stretch(run, attacker.stretches)
+    if not (calm and busy):
+        print("too few whole rounds with and without attacks to compare: give more --rounds")
+        return
+    ratio = statistics.median(busy) / statistics.median(calm)
+    print(
+        f"a round took {statistics.median(busy):.3f} s while attacked ({len(busy)} rounds) and"
+        f" {statistics.median(calm):.3f} s while not ({len(calm)}): {ratio:.2f} times;"
+        f" the attacker used {attacker.processors():.2f} of a processor"
+    )
+
+
+def _wait(run: Honest, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not run.over and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _by_stretch(
+    run: Honest, attacked: list[tuple[float, float]]
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of the rounds that were wholly calm, and of those wholly attacked."""
+    calm, busy = [], []
+    for began, ended, seconds in zip(
+        run.ended_at, run.ended_at[1:], run.seconds()[1:], strict=False
+    ):
+        if any(first <= began and ended <= last for first, last in attacked):
+            busy.append(seconds)
+        elif all(ended < first or began > last for first, last in attacked):
+            calm.append(seconds)
+    return calm, busy

@@ -1,0 +1,1 @@
+"""What a run's model takes its test set for."""

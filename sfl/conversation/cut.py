@@ -1,0 +1,111 @@
+"""The tensors of a batch at a cut of the model, the same for both ends, training and evaluation.
+
+::
+
+    sender: Cut.send                                 receiver: Cut.receive
+      tensor -> file                             ->  file -> tensor, checked
+    Cut.record: files to the archive                 Cut.record: files to the archive
+
+A defence changes the tensor at the beginning of ``encode``; a codec replaces ``encode_file`` there
+and ``decode_file`` in ``receive``. Today both are the identity.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS
+from sfl.conversation.party import Party
+from sfl.errors import ProtocolError
+from sfl.files.checksum import File
+from sfl.files.torch_file import decode_file, encode_file
+from sfl.values import Position
+from sfl.wire.driver import Conversation
+from sfl.wire.messages import Message, MessageType
+
+TRAINING = {
+    LABELS: MessageType.TRAINING_LABELS,
+    ACTIVATIONS: MessageType.TRAINING_FEATURES,
+    GRADS: MessageType.TRAINING_GRADS,
+}
+EVALUATION = {
+    LABELS: MessageType.VALIDATION_LABELS,
+    ACTIVATIONS: MessageType.VALIDATION_FEATURES,
+}
+_WORDS = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
+
+
+class Cut:
+    """One end of a cut, for one batch. Tensors are named by their kind in the archive.
+
+    Labels are the task's; activations and their gradients: (B, *cut) float32.
+    """
+
+    def __init__(
+        self,
+        party: Party,
+        at: Position,
+        num_samples: int,
+        messages: Mapping[str, MessageType] = TRAINING,
+    ) -> None:
+        """``at``: the step; its ``link`` is the cut."""
+        self._party, self._messages = party, messages
+        self.at = at
+        z = party.split.features_spec(num_samples, at.link)
+        self._specs = {LABELS: party.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
+        self._files: dict[str, File] = {}  # what has crossed, as it may be stored
+
+    def send(self, kind: str, tensor: Tensor, content: Any = "") -> None:
+        """Send a tensor, and any JSON value with it."""
+        self.send_file(kind, self.encode(kind, tensor), content)
+
+    def encode(self, kind: str, tensor: Tensor) -> File:
+        """Return a tensor as it travels."""
+        file = self._files[kind] = encode_file(tensor)
+        self._party.clock.lap("serialise")
+        return file
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None:
+        """Send an encoded tensor."""
+        self._party.link.send_file(
+            self._messages[kind], file.data, content=content, at=self.at, checksum=file.checksum
+        )
+        self._party.clock.lap("send")
+
+    def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
+        """Return a tensor that the peer sends, and its message.
+
+        Raises:
+            ProtocolError: it belongs to another step, or its values make no sense.
+            IntegrityError: the file holds anything but such a tensor.
+            NotFinite: it holds NaN or infinity, and the run refuses that.
+        """
+        message = yield from self.hear(kind)
+        name = f"the {_WORDS[kind]} of client {self.at.client}"
+        with self._party.working():
+            tensor, file = decode_file(message.file, self._specs[kind], name)
+            self._check(kind, tensor, name)
+        self._files[kind] = file
+        self._party.clock.lap("load")
+        return tensor, message
+
+    def hear(self, kind: str) -> Conversation[Message]:
+        """Return the message of a tensor that the peer sends, unread."""
+        link = self._party.link
+        yield link
+        message = link.receive_file(self._messages[kind], at=self.at)
+        self._party.end_wait()
+        return message
+
+    def _check(self, kind: str, tensor: Tensor, name: str) -> None:
+        if kind != LABELS:
+            self._party.check_finite([tensor], name, self.at)
+            return
+        if wrong := self._party.task.wrong_labels(tensor, self._party.split.num_classes):
+            raise ProtocolError(f"{name} {wrong}")
+
+    def record(self, order: int) -> None:
+        """Hand what has crossed to the archive; ``order`` is how many steps the back had taken."""
+        tensors = {kind: (file, self._specs[kind]) for kind, file in self._files.items()}
+        self._party.archive.record_step(tensors, self.at, order)
