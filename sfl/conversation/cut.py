@@ -53,7 +53,7 @@ class Cut:
         self._party, self._messages = party, messages
         self.at = at
         z = party.split.features_spec(num_samples, at.link)
-        self._specs = {LABELS: party.recipe.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
+        self._specs = {LABELS: party.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
         self._files: dict[str, File] = {}  # what has crossed, as it may be stored
 
     def send(self, kind: str, tensor: Tensor, content: Any = "") -> None:
@@ -102,8 +102,7 @@ class Cut:
         if kind != LABELS:
             self._party.check_finite([tensor], name, self.at)
             return
-        task, num_classes = self._party.recipe.task, self._party.split.num_classes
-        if wrong := task.wrong_labels(tensor, num_classes):
+        if wrong := self._party.task.wrong_labels(tensor, self._party.split.num_classes):
             raise ProtocolError(f"{name} {wrong}")
 
     def record(self, order: int) -> None:

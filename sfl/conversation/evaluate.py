@@ -95,7 +95,7 @@ def _client_alone(
     kept.write(party, round_index)
     whole, at = total.tally, party.at(round_index)
     content = _content(party, whole) | {"part": part}
-    if table := party.recipe.task.table:
+    if table := party.task.table:
         content[table.name] = [] if whole.table is None else whole.table.tolist()
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
     yield from ()
@@ -119,8 +119,8 @@ class _Predictions:
         """Write down what curves are drawn from after the run."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
-            name = party.recipe.task.output_name
-            both = {"labels": torch.cat(self._labels), name: torch.cat(self._outputs)}
+            outputs = torch.cat(self._outputs)
+            both = {"labels": torch.cat(self._labels), party.task.output_name: outputs}
             party.archive.write("predictions", path, encode_state(both), round_index)
 
 
@@ -131,7 +131,7 @@ def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversati
     _check_part(message, part, party)
     heard = _tally(party, message, party.num_samples[part])
     party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
-    if not (heard.samples and (table := party.recipe.task.table)):
+    if not (heard.samples and (table := party.task.table)):
         return heard
     rows, classes = message.get(table.name, list), party.split.num_classes
     counted = table.checked(rows, heard.counts, heard.samples, classes)
@@ -144,7 +144,7 @@ def _check_part(message: Message, part: str, party: ServerParty) -> None:
 
 
 def _content(party: Party, tally: Tally) -> dict[str, Any]:
-    counts = party.recipe.task.named_counts(tally.counts)
+    counts = party.task.named_counts(tally.counts)
     return {"samples": tally.samples, **counts, "loss_sum": tally.loss_sum}
 
 
@@ -152,6 +152,6 @@ def _tally(party: Party, message: Message, size: int) -> Tally:
     """Return what a peer counted over ``size`` samples."""
     if (samples := message.get("samples", int)) != size:
         raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
-    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    counts = [message.get(name, int) for name in party.task.counted]
     loss_sum, counted = checked(message.get("loss_sum", float), counts, size)
     return Tally(size, counted, loss_sum)

@@ -17,6 +17,7 @@ from sfl.errors import NotFinite, StepFailed
 from sfl.files.finite import LOG, check_finite
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
+from sfl.model.task import Task
 from sfl.model.topology import Segments, States
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -40,7 +41,7 @@ class ServerWatcher(Watcher, Protocol):
     """Who hears of all clients' steps."""
 
     def steps(self, client: int, table: Tensor) -> None:
-        """Take note of all steps of a client's round: as ``checked_steps``."""
+        """Take note of all steps of a client's round, as ``checked_steps`` gives them."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +63,10 @@ class Party:
     @property
     def run(self) -> RunConfig:
         return self.recipe.run
+
+    @property
+    def task(self) -> Task:
+        return self.recipe.task
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """See that what the peer sent is finite, or warn, once a round.

@@ -84,7 +84,7 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
-        own |= party.recipe.task.figures(tally, PREFIXES[part])
+        own |= party.task.figures(tally, PREFIXES[part])
     yield link
     link.receive_message_as_json(MessageType.VALIDATION_DONE, at=at)
     return own

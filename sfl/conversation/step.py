@@ -179,12 +179,12 @@ def _compute(
 
 def _figures(party: Party, message: Message, size: int) -> StepFigures:
     """Return what a peer says of a step over ``size`` samples."""
-    counts = [message.get(name, int) for name in party.recipe.task.counted]
+    counts = [message.get(name, int) for name in party.task.counted]
     return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
 def _content(party: Party, figures: StepFigures) -> dict[str, float]:
-    return {"loss": figures.loss, **party.recipe.task.named_counts(figures.counts)}
+    return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
 
 
 def client_gradient_steps(
@@ -202,10 +202,8 @@ def client_gradient_steps(
         if batch := next(batches, None):
             x, y = batch.x, batch.y
             figures, _ = _compute(party, party.front, (x, y), at)
-            grads = encode_state(party.front.gradients())
-            link.send_file(
-                MessageType.TRAINING_GRADS, grads, content=_content(party, figures), at=at
-            )
+            grads, content = encode_state(party.front.gradients()), _content(party, figures)
+            link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
             _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
         party.clock.start()
@@ -256,7 +254,7 @@ def _add_gradients(
 
 def _record_gradients(party: Party, at: Position, num_samples: int, data: Buffer) -> None:
     """Hand the gradients of the whole model to the archive, with the shape of their labels."""
-    tensors = {WEIGHT_GRADS: (File(data), party.recipe.task.labels_spec(num_samples))}
+    tensors = {WEIGHT_GRADS: (File(data), party.task.labels_spec(num_samples))}
     party.archive.record_step(tensors, at, order=at.step)
 
 
@@ -282,7 +280,7 @@ def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) ->
     link = party.link
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))
-    spec = party.recipe.task.steps_spec(plan.num_steps[party.client])
+    spec = party.task.steps_spec(plan.num_steps[party.client])
     table = decode(message.payload, spec, f"the figures of {link.peer_title}", message.checksum)
     sizes = step_sizes(party.num_samples[TRAIN], party.run)
     steps = checked_steps(table, sizes)
