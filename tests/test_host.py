@@ -63,6 +63,30 @@ def test_a_host_that_is_killed_may_come_back(launcher: Launcher, tmp_path: Path)
     assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
 
 
+@pytest.mark.slow
+def test_hosted_clients_come_back_to_a_server_that_goes_on(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ["--model", "mlp", "--rounds", 3, "--batch-size", 64, "--keep-tensors", "none"]
+    crash = {VARIABLE: "step.after_answer:20"}
+    killed = launcher.server("--clients", 3, "--run", "r", *options, env=crash)
+    host = launcher.client("--client-ids", "0-2")
+    assert killed.wait() == -signal.SIGKILL
+    again = launcher.server("--resume", tmp_path / "server" / "r")
+    for program in [again, host]:
+        program.ended_with(0)
+    expected = simulated(tmp_path / "simulated", model="mlp", rounds=3)
+    assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
+
+
+def test_a_hosted_client_that_is_refused_does_not_keep_the_others(launcher: Launcher) -> None:
+    server = launcher.server("--clients", 2, "--run", "r", "--model", "mlp", "--rounds", 1)
+    host = launcher.client("--client-ids", "0-2")
+    assert "--client-id 2: this run has the ids 0 to 1" in host.ended_with(1)
+    server.ended_with(0)
+    assert "client_2: " in host.out
+
+
 def test_a_host_that_is_interrupted_takes_leave_for_all(launcher: Launcher) -> None:
     server = launcher.server("--clients", 3, "--run", "r", "--model", "mlp", "--rounds", 300)
     host = launcher.client("--client-ids", "0-2")

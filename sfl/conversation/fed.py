@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ from sfl.model.topology import States, joined
 from sfl.options import from_values
 from sfl.strategy.merge import Shared, Trained, averaging_weights, merge, shared_files
 from sfl.strategy.order import Turns, draw
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -73,8 +74,14 @@ def main_join(
     link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))
 
 
-def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
-    """Hear from the main server which run it is; what it says is for the clients as well."""
+def fed_join(
+    link: Link, heartbeat_s: float, allowed: Collection[str]
+) -> Conversation[tuple[Welcome, Recipe]]:
+    """Hear from the main server which run it is; what it says is for the clients as well.
+
+    Raises:
+        ConfigError: the run names what this machine, with these ``allowed`` imports, has not.
+    """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
     if not isinstance(hello.content, dict) or hello.content.get("role") != MAIN:
@@ -86,10 +93,11 @@ def fed_join(link: Link, heartbeat_s: float) -> Conversation[Welcome]:
         raise ProtocolError(str(error)) from error
     if not run.run or not 0 <= (first_round := hello.get("round", int)) < run.rounds:
         raise ProtocolError(f"the main server starts no run: {run.run!r}")
+    recipe = Recipe.of(run, allowed)
     link.heartbeat_s = parse_heartbeat(hello)
     link.peer_name = "the main server"
     link.send_message_as_json(MessageType.REGISTERED, content={"heartbeat_s": heartbeat_s})
-    return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool))
+    return Welcome(ANY_ID, run, first_round, hello.get("goes_on", bool)), recipe
 
 
 MOST_CONFIG_BYTES = 2**20

@@ -122,8 +122,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         for warning in exposure(node):
             say(warning)
         say(f"fed server: listening on {listener.address} for the main server")
-        welcome, main = _await_main(network)
-        recipe = Recipe.of(welcome.run, node.allowed_imports)
+        welcome, recipe, main = _await_main(network, node)
         run = recipe.run
         guard.run = run.run
         path = _folder(run, node, goes_on=welcome.goes_on)
@@ -232,21 +231,29 @@ def _prepare(
     return FedRounds(network, stores, num_train, split, folder, shared, about, first_round)
 
 
-def _await_main(network: ServerNetwork) -> tuple[Welcome, Member]:
-    """Wait until the main server has come; whoever else comes before is turned away."""
-    joining: dict[Member, Conversation[Welcome]] = {}
+def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Recipe, Member]:
+    """Wait until the main server has come; whoever else comes before is turned away.
+
+    Raises:
+        ConfigError: this machine cannot build the main server's run.
+    """
+    joining: dict[Member, Conversation[tuple[Welcome, Recipe]]] = {}
     while True:
         for connection in network.until(network.news, 1.0) or []:
             if connection not in joining:
                 connection.name = "the fed server"
-                joining[connection] = fed_join(connection, network.heartbeat_s)
+                joining[connection] = fed_join(
+                    connection, network.heartbeat_s, node.allowed_imports
+                )
                 next(joining[connection])
             try:
                 next(joining[connection])
             except StopIteration as end:
-                return end.value, connection
+                return *end.value, connection
             except SflError as error:
                 network.drop(connection, str(error), last_words_for(error))
+                if isinstance(error, ConfigError):  # of the main server, by our own options
+                    raise
 
 
 def _goodbye(link: Link) -> Conversation[None]:
