@@ -6,7 +6,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.launch import Launcher
+import tests.support.digits  # noqa: F401
+from tests.support.certificates import Certificates
+from tests.support.emulator import Emulator, Gate, emulated
+from tests.support.handshakes import FAST, OTHER, TOKEN, token_file
+from tests.support.launch import Launcher, Program, wait_for
+from tests.support.own_data import Own
 
 # Tests of real data are collected if they are there; all others do without the caller's folder.
 REAL_DATA = Path(os.environ["SFL_DATA_DIR"]).resolve() if os.environ.get("SFL_DATA_DIR") else None
@@ -29,3 +34,38 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path)
     yield launcher
     launcher.end()
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates(tmp_path)
+
+
+@pytest.fixture
+def own() -> Own:
+    return Own()
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Emulator, Gate]]:
+    with emulated(tmp_path_factory.mktemp("cloud")) as both:
+        yield both
+
+
+@pytest.fixture
+def gate(cloud: tuple[Emulator, Gate], monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A bucket that behaves; faults that a test sets end with it."""
+    gate = cloud[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gate.address)
+    gate.log.clear()
+    yield gate
+    gate.faults = lambda request: None
+
+
+@pytest.fixture
+def guarded(launcher: Launcher, tmp_path: Path) -> Program:
+    """A server that waits for one client with a token of its own."""
+    path = token_file(tmp_path, f"0 {TOKEN}", f"1 {OTHER}")
+    server = launcher.server(*FAST, "--clients", 1, "--run", "r", "--token-file", path)
+    wait_for(server, "listening")
+    return server

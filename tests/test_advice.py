@@ -191,8 +191,13 @@ def test_an_older_python_gets_one_line(program: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("package", ["torch", "tqdm"])
-@pytest.mark.parametrize("program", ["run_server.py", "run_client.py", "experiments.simulate"])
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [
+        ("run_server.py", "torch"), ("run_client.py", "torch"), ("experiments.simulate", "torch"),
+        ("experiments.simulate", "tqdm"),
+    ],
+)  # fmt: skip
 def test_a_missing_package_is_one_line(program: str, package: str) -> None:
     missing = f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv = ['x']; "
     run = f"runpy.run_path({program!r}, run_name='__main__')"
@@ -239,6 +244,7 @@ def test_a_program_runs_when_nobody_reads_its_output(tmp_path: Path, unbuffered:
     assert "the run lies in" in (tmp_path / "server/r/server_log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_name_without_a_port_is_a_servers_address() -> None:
     """Nobody listens there: the address is what is said."""
     done = python("run_client.py", "--server", "127.0.0.1", "--connect-timeout", "0.2")

@@ -119,6 +119,7 @@ def run_one_by_one(launcher: Launcher, *options: object, crash: str = "") -> Pat
     return launcher.folder / "server" / "r"
 
 
+@pytest.mark.slow
 def test_one_by_one_they_compute_the_same(launcher: Launcher, tmp_path: Path) -> None:
     run = run_one_by_one(launcher)
     assert_equal(weights(run), weights(simulated(tmp_path / "simulated", clients=CLIENTS)))
@@ -140,7 +141,8 @@ def test_a_run_in_which_few_train_at_once_gives_the_same(
 ) -> None:
     options = {"clients": 3, "rounds": 2, "model": "mlp"}
     expected = weights(simulated(tmp_path / "all", **options))
-    monkeypatch.setattr(simulate, "prepare", functools.partial(simulate.prepare, at_once=1))
+    few = functools.partial(simulate.Allowed, at_once=1)
+    monkeypatch.setattr(simulate, "Allowed", few)
     assert_equal(weights(simulated(tmp_path / "few", **options)), expected)
 
 

@@ -155,6 +155,7 @@ def test_a_run_goes_on_from_the_newest_round_that_all_have(
     assert [line for line in found.lines if first < 3 or not line.endswith(was_last)] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_had_not_begun_begins_where_it_lies(launcher: Launcher) -> None:
     server = launcher.server(*options_of(OWN_STATE))
     client = launcher.client("--client-id", 0, *ALLOW)

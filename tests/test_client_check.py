@@ -40,7 +40,7 @@ def test_all_is_well_before_a_run_and_the_run_does_not_notice(
     server = launcher.server(*FAST, "--rounds", 1, "--clients", 2, "--run", "r")
     wait_for(server, "listening")
     for options in (["--client-id", 1], []):
-        said = lines(launcher.client("--check", *options), 0)
+        said = lines(launcher.client("--check", "--connect-timeout", 0.2, *options), 0)
         assert list(said) == ["device", "address", "token", "run", "data", "model", "disk"]
         assert all(text.startswith("ok:") for text in said.values())
         assert said["token"] == "ok: the server asks for none"

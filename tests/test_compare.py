@@ -209,6 +209,7 @@ def test_central_alone_has_no_clients(tmp_path: Path) -> None:
     assert lines["client_gflops"].tolist() == pytest.approx([whole] * 4)
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_or_that_differ_are_one_line(tmp_path: Path) -> None:
     assert "unknown scheme 'sflv9'" in compare(tmp_path, "--schemes", "sl,sflv9", code=2)
     assert "names 2 shares" in compare(tmp_path, "--partitions", "sizes:0.5,0.5", code=2)
@@ -222,6 +223,7 @@ def test_runs_that_cannot_be_or_that_differ_are_one_line(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.err"))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     cells = ("--schemes", "fl", "--partitions", "shards:1000,iid", "--clients", 5)
     said = compare(tmp_path, *cells, code=1)

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+import pytest
+
 from experiments.support.costs import costs_of
 from sfl.config import RunConfig
 from sfl.strategy.recipe import Recipe
@@ -31,6 +33,7 @@ def test_both_halves_together_cost_what_the_whole_costs() -> None:
     assert sum(half.training_flops for half in halves) == all_of_it.training_flops
 
 
+@pytest.mark.slow
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
     options = ("--scheme", "fl", "--model", "lenet5", "--dataset", "mnist", "--out", tmp_path)
     out = run_program("-m", "experiments.cuts", *options).stdout

@@ -150,6 +150,7 @@ def test_a_data_set_that_is_not_what_it_must_be_is_one_line(name: str) -> None:
         load(spec, Source(Path(), Path(), (1, 28, 28)))
 
 
+@pytest.mark.slow
 def test_clients_wait_for_the_one_that_downloads(tmp_path: Path) -> None:
     """What is there half while another process brings it is not damaged."""
     write_mnist(tmp_path / "whole", "MNIST", (30, 20))

@@ -38,6 +38,7 @@ def test_a_demo_that_cannot_start_says_why(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     ["run_server.py", "run_client.py", "-m experiments.simulate", "-m experiments.replay"],
@@ -49,6 +50,7 @@ def test_help_and_bad_options(command: str) -> None:
     assert "--no-such-option" in done.stderr or "RUN_DIR" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_cannot_be_replayed(tmp_path: Path) -> None:
     done = run_program("-m", "experiments.replay", tmp_path, code=1)
     assert done.stderr == (

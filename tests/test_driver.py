@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator
 import pytest
 
 from sfl.errors import ConnectionLost, RunError, SflError
-from sfl.wire.driver import Conversation, Gate, Network, run_together
+from sfl.wire.driver import AllStay, Conversation, Gate, run_together
 from sfl.wire.link import Absent, Link
 
 
-class Script(Network):
+class Script(AllStay):
     """Does in each wait what the script says next: a link arrives, a client is lost or is back."""
 
     def __init__(self, script: Collection[tuple[str, int]], given_up: Collection[int] = ()) -> None:
@@ -102,7 +102,7 @@ def test_who_is_given_up_has_no_result_and_does_not_come_in_again() -> None:
 def test_where_nobody_comes_back_the_first_loss_ends_all() -> None:
     class Plain(Script):
         def lost(self, client: int, error: SflError) -> None:
-            Network.lost(self, client, error)
+            AllStay.lost(self, client, error)
 
     network = Plain([("arrives", 0)])
     with pytest.raises(ConnectionLost, match="gone"):

@@ -14,6 +14,7 @@ from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 from tests.support.launch import Launcher
 from tests.support.made_data import write_own
+from tests.support.pairwise import pairwise
 from tests.support.plain_training import ordinary_training
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
@@ -24,10 +25,10 @@ SGD = ["--optimizer", "sgd", "--lr", "0.05", "--momentum", "0.9", "--weight-deca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["reset", "keep"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("partition", ["iid", "sizes:0.2,0.2,0.6"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize(
+    ("model", "partition", "optimizer", "state"),
+    pairwise(MODELS, ["iid", "sizes:0.2,0.2,0.6"], ["adam", "sgd"], ["reset", "keep"]),
+)
 def test_a_socket_run_equals_the_simulation(
     launcher: Launcher, tmp_path: Path, model: str, partition: str, optimizer: str, state: str
 ) -> None:
@@ -95,11 +96,19 @@ def test_a_socket_run_started_twice_writes_the_same_files(tmp_path: Path) -> Non
     assert_same_files(*runs)
 
 
+ONE = {"model": BN_DROPOUT, "clients": 1, "optimizer_state": "keep", "batch_size": 400}
+
+
+@pytest.fixture(scope="module")
+def trained_whole() -> dict[str, torch.Tensor]:
+    return ordinary_training(RunConfig(**ONE))
+
+
 @pytest.mark.parametrize("cut", range(1, 12))
-def test_one_client_equals_ordinary_training_whatever_the_cut(tmp_path: Path, cut: int) -> None:
-    options = {"model": BN_DROPOUT, "clients": 1, "optimizer_state": "keep", "batch_size": 400}
-    run = simulated(tmp_path, **options, cut=cut)
-    assert_equal(joined(run), ordinary_training(RunConfig(**options)))
+def test_one_client_equals_ordinary_training_whatever_the_cut(
+    tmp_path: Path, cut: int, trained_whole: dict[str, torch.Tensor]
+) -> None:
+    assert_equal(joined(simulated(tmp_path, **ONE, cut=cut)), trained_whole)
 
 
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])

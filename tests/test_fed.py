@@ -3,8 +3,6 @@
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +20,7 @@ from sfl.runtime.recorded import load
 from sfl.runtime.simulation import simulate
 from sfl.weights.objects import Directory
 from sfl.wire.messages import MessageType
-from tests.support.emulator import BUCKET, Emulator, Gate, emulated
+from tests.support.emulator import BUCKET, Emulator, Gate
 from tests.support.launch import (
     Launcher,
     Program,
@@ -33,19 +31,12 @@ from tests.support.launch import (
     wait_for,
     was_killed,
 )
-from tests.support.programs import ROOT
 from tests.support.proxy import UP, Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, RUN, start_all
 from tests.support.simulations import reference as recovery_reference
 from tests.support.weights import assert_equal, weights
 
 OPTIONS = ["--model", BN_DROPOUT, "--cut", 6, "--batch-size", 100, "--rounds", 2]
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Emulator, Gate]]:
-    with emulated(tmp_path_factory.mktemp("cloud")) as both:
-        yield both
 
 
 @pytest.fixture
@@ -344,6 +335,7 @@ def test_separate_servers_go_on_through_a_store(
     assert_equal(all_weights(launcher.folder), reference("sflv1"))
 
 
+@pytest.mark.slow
 def test_a_fed_server_that_was_killed_takes_its_run_up_again(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -361,6 +353,7 @@ def test_a_fed_server_that_was_killed_takes_its_run_up_again(
     assert_equal(all_weights(launcher.folder), all_weights(tmp_path / "simulated"))
 
 
+@pytest.mark.slow
 def test_a_fed_server_waits_as_long_as_its_peers_are_there(launcher: Launcher) -> None:
     """In sflv3 it hears nothing through the whole run; its --peer-timeout is no limit to that."""
     fed_port = free_port()
@@ -427,6 +420,7 @@ def test_no_permission_ends_before_the_training(launcher: Launcher, gate: Gate) 
     wait_for(servers[0], "client_0 is away: client_0 stopped: no permission to write")
 
 
+@pytest.mark.slow
 def test_a_client_gives_its_weights_to_no_place_that_it_does_not_allow(
     launcher: Launcher, gate: Gate
 ) -> None:
@@ -490,15 +484,3 @@ def test_a_fed_server_that_ends_is_named(launcher: Launcher) -> None:
     fed.process.kill()
     assert "the fed server closed the connection" in client.ended_with(1)
     assert "client_0 stopped: the fed server closed the connection" in server.ended_with(1)
-
-
-def test_a_run_without_a_bucket_does_not_import_the_library() -> None:
-    code = (
-        "import sys, sfl.runtime.server, sfl.runtime.fed_server, sfl.runtime.client;"
-        "import sfl.runtime.simulation;"
-        "print([m for m in sys.modules if m.startswith('google.cloud.storage')])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout == "[]\n"

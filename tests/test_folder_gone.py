@@ -117,6 +117,7 @@ def test_a_server_misses_what_it_appends_to(launcher: Launcher, what: str) -> No
         assert f"{run / what}" in line
 
 
+@pytest.mark.slow
 def test_the_log_is_missed_in_the_last_round_too(launcher: Launcher) -> None:
     """Before the clients are told that all went well."""
     options = [*FAST, "--rounds", 1, "--local-epochs", 40, "--keep-tensors", "none", "--run", "r"]

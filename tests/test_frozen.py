@@ -1,6 +1,7 @@
 """Frozen and tied weights, and frozen BatchNorm, stay what they are in every scheme."""
 
 from collections.abc import Mapping
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,13 @@ def test_the_model_has_something_of_each_kind() -> None:
     assert MODES["8"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"weight_decay": 0.1}, SGD | {"weight_decay": 0.1}, SGD | {"clip_norm": 0.1},
-     {"optimizer_state": "keep", "weight_decay": 0.1}],
-)  # fmt: skip
-@pytest.mark.parametrize("name", list(SCHEMES))
+OPTIONS = [
+    {"weight_decay": 0.1, "clip_norm": 0.1},
+    SGD | {"optimizer_state": "keep", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize(("name", "options"), list(product(SCHEMES, OPTIONS)))
 def test_what_is_frozen_stays_in_every_scheme(
     tmp_path: Path, name: str, options: dict[str, object]
 ) -> None:
@@ -80,8 +82,9 @@ def test_what_is_frozen_stays_in_every_scheme(
     check_fixed(simulate(run, NodeConfig(out=str(tmp_path))))
 
 
-@pytest.mark.parametrize("rule", [*RULES, "fedprox"])
-@pytest.mark.parametrize("name", ["fl", "sflv1"])
+@pytest.mark.parametrize(
+    ("rule", "name"), list(zip([*RULES, "fedprox"], cycle(["fl", "sflv1"]), strict=False))
+)
 def test_what_is_frozen_stays_under_every_rule(tmp_path: Path, name: str, rule: str) -> None:
     options: dict[str, object] = {"aggregation": rule} if rule != "fedprox" else {"fedprox_mu": 0.1}
     run = RunConfig(scheme=name, model=MODEL, cut=CUT, rounds=2, batch_size=700, run="r", **options)
@@ -129,8 +132,10 @@ def test_a_frozen_back_gives_gradients_to_the_front(tmp_path: Path) -> None:
         assert {n for n in moved if n.startswith("3.")} >= {"3.running_mean"}  # it is in train()
 
 
-@pytest.mark.parametrize("cut", [3, 4])  # a front without, and with, something to train
-@pytest.mark.parametrize("name", ["sflv1", "sync-sgd"])
+@pytest.mark.slow
+@pytest.mark.parametrize(  # a front without, and with, something to train
+    ("name", "cut"), [("sflv1", 3), ("sflv1", 4), ("sync-sgd", 4)]
+)
 def test_a_socket_run_of_a_frozen_model_equals_the_simulation(
     launcher: Launcher, tmp_path: Path, name: str, cut: int
 ) -> None:

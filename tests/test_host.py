@@ -8,7 +8,6 @@ import pytest
 from sfl.crash import VARIABLE
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
-from sfl.runtime.turn import Turn
 from tests.support.launch import Launcher
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
@@ -76,11 +75,3 @@ def test_a_host_that_is_interrupted_takes_leave_for_all(launcher: Launcher) -> N
         server.process.join(0.1)
         assert server.process.is_alive()
     assert "left: interrupted" in server.out
-
-
-def test_a_turn_is_given_away_by_who_has_it_alone() -> None:
-    turn = Turn()
-    with turn.aside():  # an interrupt says goodbye while all clients wait
-        pass
-    with turn, turn.aside(), turn:  # another one may have it meanwhile
-        pass

@@ -127,6 +127,7 @@ def test_models_of_before_a_restart_go_too(launcher: Launcher) -> None:
     assert all(e.kind == DROPPED for e in read_manifest(folder)[-4:] if e.path.startswith(MODELS))
 
 
+@pytest.mark.slow
 def test_a_fed_server_keeps_one_round_more(launcher: Launcher) -> None:
     """The main server may go back to the round before its last."""
     options = ["--model", "mlp", "--batch-size", 400, "--rounds", 6, "--keep-models", "last"]

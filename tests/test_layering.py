@@ -39,20 +39,26 @@ ROOMS = {
     " conversation",
     "programs": "ground files options wire transport runtime",
 }
+# What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
+OF_ANY_TRANSPORT = {
+    "addresses", "guard", "heartbeat", "rate_limit", "refusal_log", "tokens", "transports",
+}  # fmt: skip
 MAY_IMPORT = {
     "socket": {
+        "transport.acceptor",
+        "transport.addresses",
+        "transport.connecting",
         "transport.connection",
-        "transport.dialling",
-        "transport.doorstep",
+        "transport.listener",
+        "transport.pending",
         "transport.shaping",
         "transport.stream",
     },
     "ssl": {
-        "runtime.access",
         "transport.certificates",
+        "transport.connecting",
         "transport.connection",
-        "transport.dialling",
-        "transport.doorstep",
+        "transport.pending",
         "transport.stream",
     },
     "pickle": set(),
@@ -130,6 +136,18 @@ def test_no_module_imports_in_a_circle() -> None:
         assert free, f"a circle among {sorted(left)}"
         for module in free:
             del left[module]
+
+
+def test_runtime_knows_no_class_of_one_transport() -> None:
+    of_any = {f"transport.{name}" for name in OF_ANY_TRANSPORT}
+    found = {
+        (module, other)
+        for module, path in MODULES.items()
+        if module.startswith("runtime.")
+        for other in of_the_package(path)
+        if other.startswith("transport.") and other not in of_any
+    }
+    assert found == set()
 
 
 def test_the_rooms_are_few_and_their_modules_short() -> None:

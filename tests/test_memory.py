@@ -37,10 +37,13 @@ from sfl.runtime.memory import machine_bytes, sizes_of
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport import connection as transport
+from sfl.transport.buffered import BufferedConnection
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import connect, listen
-from sfl.transport.switchboard import DrainedConnection, Switchboard
+from sfl.transport.guard import Terms
+from sfl.transport.listener import listen
+from sfl.transport.tcp_server import TcpServer
 from sfl.wire.messages import Limits, MessageType
+from tests.support.dial import dial
 from tests.support.launch import Launcher, Program, wait_for
 from tests.support.made_data import write_ham10000
 
@@ -75,29 +78,27 @@ def test_a_client_that_takes_memory_gets_little(launcher: Launcher, name: str) -
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Switchboard, DrainedConnection, Connection]]:
+def pair() -> Iterator[tuple[TcpServer, BufferedConnection, Connection]]:
     """A server's end of a connection, and the client's."""
     limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**26})
     with (
         listen("127.0.0.1", 0) as listener,
-        Switchboard(listener, timeout_s=1, limits=limits) as board,
-        connect(
-            "127.0.0.1", listener.port, timeout_s=60, connect_timeout_s=5, limits=limits,
-            on_wait=print,
-        ) as client,
+        TcpServer(listener, Terms(1, limits)) as board,
+        dial(f"127.0.0.1:{listener.port}", timeout_s=60, limits=limits,
+            on_wait=print) as client,
     ):  # fmt: skip
         client.send_message_as_json(MessageType.REGISTER)
-        (link,) = board.wait_for_any(timeout_s=5)
+        (link,) = board.until(board.news, 5)
         link.receive_message_as_json(MessageType.REGISTER)
         link.peer_name, link.settled = "client_0", True
         yield board, link, client
 
 
-Pair = tuple[Switchboard, DrainedConnection, Connection]
+Pair = tuple[TcpServer, BufferedConnection, Connection]
 LARGE = bytes(40_000_000)  # far beyond the sockets' buffers
 
 
-def came(board: Switchboard, link: DrainedConnection, number: int = 1) -> None:
+def came(board: TcpServer, link: BufferedConnection, number: int = 1) -> None:
     """Wait until so many messages have been read ahead."""
     assert board.until(lambda: len(link._inbox) >= number, 5)
 
@@ -161,7 +162,7 @@ def test_one_that_takes_a_little_now_and_then_is_lost_as_well(
 
     reader = threading.Thread(target=read_slowly)
     reader.start()
-    assert board.until(lambda: link.failed, 30)
+    assert board.until(lambda: link.ending(), 30)
     ended.set()
     reader.join()
     assert "client_0 takes what it is sent too slowly" in str(link.ending())
@@ -181,6 +182,7 @@ def test_a_client_that_reads_nothing_is_dropped_while_it_stays(launcher: Launche
         flood.join()
 
 
+@pytest.mark.slow
 @on_linux
 def test_weights_for_one_that_does_not_ask_wait_until_it_reads(launcher: Launcher) -> None:
     """In synchronous SGD who has no batch left is sent the weights of every step."""

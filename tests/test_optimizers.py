@@ -157,8 +157,7 @@ def test_adam_is_torchs_with_learning_rate_and_weight_decay(weight_decay: float)
 # Whole runs
 
 
-@pytest.mark.parametrize("state", ["reset", "keep"])
-@pytest.mark.parametrize("scheme", ["sflv1", "sync-sgd"])
+@pytest.mark.parametrize(("scheme", "state"), [("sflv1", "reset"), ("sync-sgd", "keep")])
 def test_a_model_in_another_layout_is_trained_as_in_plain_layout(
     tmp_path: Path, scheme: str, state: str
 ) -> None:
@@ -176,6 +175,7 @@ def test_a_model_in_another_layout_is_trained_as_in_plain_layout(
     assert_equal(ours, theirs, at_least=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["sflv1", "sync-sgd"])
 def test_a_model_in_another_layout_goes_on_as_if_its_run_had_not_ended(
     launcher: Launcher, tmp_path: Path, scheme: str

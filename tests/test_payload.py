@@ -25,8 +25,9 @@ from sfl.runtime.preflight import check_run, disk_bytes
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import listen
-from sfl.transport.switchboard import Switchboard
+from sfl.transport.guard import Terms
+from sfl.transport.listener import listen
+from sfl.transport.tcp_server import TcpServer
 from sfl.wire import payload
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Limits, Message, MessageType
@@ -180,6 +181,7 @@ def test_it_lies_in_the_folder_that_was_given(
     assert folders == [tmp_path]
 
 
+@pytest.mark.slow
 def test_a_run_whose_payloads_all_go_onto_disk_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -208,14 +210,14 @@ def test_a_lost_client_leaves_no_half_of_a_file(tmp_path: Path) -> None:
 
     limits = Limits(payload_bytes={MessageType.SEND_MODEL: SIZE}, store=store)
     listener = listen("127.0.0.1", 0)
-    with Switchboard(listener, timeout_s=5, limits=limits) as board:
+    with TcpServer(listener, Terms(5, limits)) as board:
         with socket.create_connection(("127.0.0.1", listener.port)) as client:
             client.sendall(encode_head(Message(MessageType.REGISTER)))
-            (link,) = board.wait_for_any(5)
+            (link,) = board.until(board.news, 5)
             link.receive_message_as_json(MessageType.REGISTER)
             whole = Message(MessageType.SEND_MODEL, payload=bytes(SIZE))
             client.sendall(encode_head(whole) + bytes(SIZE // 2))
-        assert board.wait_for_any(5) == [link]  # since it is lost
+        assert board.until(board.news, 5) == [link]  # since it is lost
         assert begun[0]() is not None
         link.close()
         assert begun[0]() is None
@@ -245,7 +247,7 @@ def test_a_full_disk_is_no_fault_of_the_client() -> None:
     """Also where the server is not waiting for that client just then."""
     patience = Patience(comes_back=True)
     lobby = Lobby(
-        switchboard=None, recipe=Recipe.of(RunConfig(clients=1)), events=None, past=None,
+        members=None, recipe=Recipe.of(RunConfig(clients=1)), events=None,
         goes_on=False, fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):

@@ -121,6 +121,7 @@ def test_a_loss_of_an_evaluation_that_overflows_ends_its_client(
     assert [0 < float(row["val_loss"]) < 100 for row in rows] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_a_refused_client_that_is_waited_for_may_be_started_anew(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_refused_client_that_is_waited_for_may_be_started_anew(
     assert compare(whole, launcher.folder / "server/r").lines == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "scheme", "count"),
     [("wait", "sflv1", 1), ("wait", "fl", 2), ("skip", "sflv2", 2), ("wait", "sync-sgd", 2)],

@@ -26,6 +26,7 @@ from tests.support.simulations import simulated
 PICTURES = ("confusion.png", "roc.png", "precision_recall.png")
 
 
+@pytest.mark.slow
 def test_the_table_of_classes_is_that_of_the_predictions(tmp_path: Path) -> None:
     run_dir = simulated(tmp_path, model="mlp", partition="dirichlet:0.3")
     names = [path.name for path in draw_all(run_dir)]

@@ -12,7 +12,7 @@ from experiments.hostile.target import Target
 from sfl.cli import main_server
 from sfl.errors import SflError
 from sfl.files.torch_file import encode
-from sfl.transport.heartbeat import Heart
+from sfl.transport.heartbeat import Heartbeat
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
 from tests.support import poison
@@ -44,6 +44,7 @@ def byte_by_byte(insider: Insider) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [only_lives, byte_by_byte])
 def test_a_client_that_makes_no_progress_does_not_hold_the_round(
     launcher: Launcher, harm: Harm
@@ -56,7 +57,9 @@ def test_a_client_that_makes_no_progress_does_not_hold_the_round(
     with Target("127.0.0.1", launcher.port).reach() as stream:
         insider = Insider(stream)
         insider.begin()
-        beats = Heart(lambda: [insider.link]) if harm is only_lives else contextlib.nullcontext()
+        beats = (
+            Heartbeat(lambda: [insider.link]) if harm is only_lives else contextlib.nullcontext()
+        )
         with beats, contextlib.suppress(SflError, OSError):
             insider.link.heartbeat_s = 0.2
             for _ in harm(insider):
@@ -69,6 +72,7 @@ def test_a_client_that_makes_no_progress_does_not_hold_the_round(
         program.ended_with(0)
 
 
+@pytest.mark.slow
 def test_a_client_that_only_comes_back_does_not_hold_the_round(launcher: Launcher) -> None:
     run = ["--model", "mlp", "--partition", "own", "--batch-size", 4, "--clients", 2]
     server = launcher.server(*run, "--rounds", 2, "--run", "r", *SKIP)
@@ -93,6 +97,7 @@ def hurried(argv: Sequence[str] | None = None) -> int:
     return main_server(argv)
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_no_leave_does_not_hold_the_end(launcher: Launcher) -> None:
     run = ["--model", "mlp", "--batch-size", 200, "--clients", 2, "--rounds", 1, "--run", "r"]
     argv = ["--port", launcher.port, "--out", launcher.folder, *run]

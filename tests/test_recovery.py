@@ -192,6 +192,7 @@ def test_connections_that_break_or_bits_that_flip_anywhere_leave_no_trace(
     assert_same(references(run), launcher.folder / "server/r")
 
 
+@pytest.mark.slow
 def test_a_link_that_goes_dark_is_noticed_and_left(
     launcher: Launcher, references: References
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_link_that_goes_dark_is_noticed_and_left(
     assert_same(references(run), launcher.folder / "server/r")
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_busy_is_not_taken_for_dead(launcher: Launcher) -> None:
     """Its data take three times as long to load as anybody may be silent."""
     options = ["--clients", 2, "--model", "mlp", "--rounds", 1, "--batch-size", 500]
@@ -267,6 +269,7 @@ def test_rounds_close_without_a_client_that_is_gone_for_good(
     assert "client_1: client_1 closed the connection" in rows[-1]["missing"]
 
 
+@pytest.mark.slow
 def test_a_client_that_was_stopped_too_long_rejoins_at_the_next_round(launcher: Launcher) -> None:
     run = RUN | {"rounds": 400, "clients": 2, "keep_tensors": "none"}
     server, stays, stopped = start(launcher, run, *SKIP)
@@ -374,6 +377,7 @@ def test_survivors_go_on_with_more_rounds(launcher: Launcher, references: Refere
     assert_same(references(run), launcher.folder / "server/r")
 
 
+@pytest.mark.slow
 def test_a_client_comes_back_to_a_server_that_was_resumed_rounds_ago(
     launcher: Launcher, references: References
 ) -> None:
@@ -428,6 +432,7 @@ def test_weights_through_a_folder_are_not_in_the_way_of_a_round_that_is_redone(
     assert replay.check(load(launcher.folder / "server/r")).findings == []
 
 
+@pytest.mark.slow
 def test_the_place_of_a_client_whose_connection_is_dead_can_be_taken(
     launcher: Launcher, references: References
 ) -> None:

@@ -207,6 +207,7 @@ def test_a_torn_line_of_a_manifest_is_cut_off(launcher: Launcher) -> None:
     assert replay.check(load(run)).findings == []
 
 
+@pytest.mark.slow
 def test_a_recorded_configuration_of_a_run_that_went_on_starts_another(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
     server, client = launcher.server("--resume", run, "--rounds", 2), launcher.client()
@@ -220,6 +221,7 @@ def test_a_recorded_configuration_of_a_run_that_went_on_starts_another(launcher:
     assert len(list((launcher.folder / "server/fresh/rounds").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_client_does_not_write_into_another_run_of_that_name(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
     config = launcher.folder / "client/r/client_0/config.json"
@@ -237,10 +239,11 @@ def test_a_client_does_not_write_into_another_run_of_that_name(launcher: Launche
     assert run.is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_its_first_round_goes_on(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    options = ["--model", "mlp", "--batch-size", 100, "--rounds", 1, "--local-epochs", 60]
+    options = ["--model", "mlp", "--batch-size", 100, "--rounds", 1, "--local-epochs", 15]
     server = launcher.server("--clients", 1, "--run", "r", *options)
     client = launcher.client("--reconnect-timeout", 0)
     run = launcher.folder / "server/r"
@@ -258,6 +261,7 @@ def test_a_run_that_was_killed_in_its_first_round_goes_on(
     assert replay.check(load(run)).findings == []
 
 
+@pytest.mark.slow
 def test_what_can_change_the_last_bit_is_said_when_a_run_goes_on(launcher: Launcher) -> None:
     run = launcher.run(*SMALL, "--rounds", 1, clients=1)
     server = launcher.server("--resume", run, "--rounds", 2, "--threads", 2)

@@ -69,6 +69,7 @@ def test_delays_that_make_no_sense_are_refused() -> None:
             numbers(text)
 
 
+@pytest.mark.slow
 def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
     place = f"dir:{tmp_path / 'shared'}"
     out = run_program(
@@ -87,6 +88,7 @@ def test_a_place_for_weights_is_checked_before_a_run(tmp_path: Path) -> None:
     assert "is no name of a bucket" in done.stderr
 
 
+@pytest.mark.slow
 def test_ways_for_weights_are_timed(tmp_path: Path) -> None:
     ways = f"socket,dir:{tmp_path / 'shared'}"
     options = ["--weights", ways, "--megabytes", 0.5, "--rounds", 2]

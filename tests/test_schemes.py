@@ -21,11 +21,13 @@ from sfl.strategy import schemes
 from sfl.strategy.order import draw, interleaved
 from sfl.strategy.schemes import SCHEMES, Scheme
 from tests.support.launch import Launcher
+from tests.support.pairwise import pairwise
 from tests.support.plain_training import data_of, ordinary_training
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import CUT, DEFAULTS, simulated_bn_dropout
 from tests.support.weights import all_weights, assert_equal, joined
 
+UNEQUAL = {"partition": "sizes:0.2,0.2,0.6"}
 OVER_SOCKETS = [name for name, row in SCHEMES.items() if not row.pooled]
 
 
@@ -40,9 +42,9 @@ def read(table: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["reset", "keep"])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
-@pytest.mark.parametrize("name", OVER_SOCKETS)
+@pytest.mark.parametrize(
+    ("name", "participation", "state"), pairwise(OVER_SOCKETS, [1.0, 0.6], ["reset", "keep"])
+)
 def test_a_socket_run_equals_the_simulation(
     launcher: Launcher, tmp_path: Path, name: str, participation: float, state: str
 ) -> None:
@@ -63,8 +65,7 @@ def test_a_socket_run_equals_the_simulation(
     assert report.checked == (num_steps(run) if over_a_cut else 0)
 
 
-@pytest.mark.parametrize("state", ["reset", "keep"])
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+@pytest.mark.parametrize(("clip_norm", "state"), [(0.0, "reset"), (0.5, "keep")])
 def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_norm: float) -> None:
     options = {"clients": 1, "optimizer_state": state, "batch_size": 400, "clip_norm": clip_norm}
     names = ("sl", "sflv1", "sflv2", "central", "fl")
@@ -80,11 +81,9 @@ def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_no
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"optimizer_state": "keep", "participation": 0.6, "rounds": 3},
-        {"clip_norm": 0.3, "partition": "sizes:0.2,0.2,0.6", "local_epochs": 2},
-        {"aggregation_weights": "equal", "partition": "sizes:0.2,0.2,0.6"},
-        {"aggregation": "fedadam:lr=0.01", "lr_schedule": "cosine"},
+        {"clip_norm": 0.3, "aggregation_weights": "equal", "local_epochs": 2} | UNEQUAL,
+        {"aggregation": "fedadam:lr=0.01", "lr_schedule": "cosine"} | UNEQUAL,
         {"aggregation": "median", "optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
     ],
 )
@@ -97,7 +96,7 @@ def test_sflv1_equals_fl(tmp_path: Path, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
 def test_fl_equals_plain_federated_averaging(tmp_path: Path, state: str) -> None:
-    options = {"partition": "sizes:0.2,0.2,0.6", "optimizer_state": state}
+    options = UNEQUAL | {"optimizer_state": state}
     run = simulated_bn_dropout(tmp_path, scheme="fl", **options)
     assert_equal(joined(run), ordinary_training(RunConfig(**DEFAULTS | options)))
     assert not (run / "client_files").exists()
@@ -341,6 +340,7 @@ def test_who_sits_out_evaluates_all_the_same(tmp_path: Path) -> None:
         assert ours == {f"client_{trained}_{round_index:03d}.pt"}
 
 
+@pytest.mark.slow
 def test_a_scheme_of_groups_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SFLG: clients in two groups, a back for each; groups' backs and all fronts are averaged."""
     row = Scheme(source="SFLG", back_of=lambda client: client % 2)

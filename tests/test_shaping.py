@@ -11,10 +11,11 @@ import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, SflError
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import connect, listen
+from sfl.transport.listener import listen
 from sfl.transport.shaping import Pipe, shaped
 from sfl.values import LinkShape
 from sfl.wire.messages import Limits, MessageType
+from tests.support.dial import dial
 from tests.support.launch import Launcher
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
@@ -62,10 +63,8 @@ def test_a_shaped_link_delays_both_directions_and_carries_every_byte(side: str) 
     with listen("127.0.0.1", 0, theirs) as listener:
         thread = threading.Thread(target=answer)
         thread.start()
-        connection = connect(
-            "127.0.0.1", listener.port, timeout_s=5, connect_timeout_s=5, limits=LIMITS,
-            on_wait=print, shape=ours,
-        )  # fmt: skip
+        connection = dial(f"127.0.0.1:{listener.port}", limits=LIMITS,
+            on_wait=print, shape=ours)  # fmt: skip
         with connection:
             started = time.monotonic()
             connection.send_file(MessageType.SEND_MODEL, data)
@@ -128,16 +127,15 @@ def test_a_link_that_loses_breaks() -> None:
     with listen("127.0.0.1", 0, LinkShape(loss=0.9)) as listener:
         thread = threading.Thread(target=take_all)
         thread.start()
-        connection = connect(
-            "127.0.0.1", listener.port, timeout_s=5, connect_timeout_s=5, limits=LIMITS,
-            on_wait=print,
-        )  # fmt: skip
+        connection = dial(f"127.0.0.1:{listener.port}", limits=LIMITS,
+            on_wait=print)  # fmt: skip
         with connection, pytest.raises(ConnectionLost, match="closed the connection"):
             send_for_ever(connection)
         thread.join(5)
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_run_over_a_shaped_link_that_breaks_gives_the_same_weights(
     launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_client_that_cannot_take_part_ends_alone(launcher: Launcher, what: str
     goes_on(launcher, server, waiting, *right)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_allow_the_model_ends_alone(launcher: Launcher) -> None:
     model = "tests.support.models:bn_dropout"
     server = launcher.server("--clients", 2, "--rounds", 1, "--model", model, "--cut", 4)
@@ -140,6 +141,7 @@ def test_a_client_of_one_sample_is_said_where_the_model_needs_more(launcher: Lau
 # Folders
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_no_step_was_taken_is_taken_over(launcher: Launcher) -> None:
     """The same command works again, on the server and on a client that had come."""
     command = ["--run", "r", "--clients", 2, "--rounds", 1, *FAST]
@@ -159,6 +161,7 @@ def test_a_folder_in_which_no_step_was_taken_is_taken_over(launcher: Launcher) -
     assert log.count("listening on") == 2
 
 
+@pytest.mark.slow
 def test_weights_of_a_finished_run_are_not_taken_over(launcher: Launcher) -> None:
     """Another --out, the same name in the same place, and a start that failed."""
     place = launcher.folder / "shared"

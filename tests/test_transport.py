@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 
 from sfl.errors import ConfigError, ConnectionLost, PeerFailed, ProtocolError, RunError
+from sfl.transport.addresses import parse_address
+from sfl.transport.buffered import READ_AHEAD_MESSAGES, BufferedConnection
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import connect, listen, parse_address
-from sfl.transport.switchboard import READ_AHEAD_MESSAGES, DrainedConnection, Switchboard
+from sfl.transport.guard import Terms
+from sfl.transport.listener import listen
+from sfl.transport.tcp_server import TcpServer
 from sfl.values import Position
 from sfl.wire.framing import HEAD, encode_head
 from sfl.wire.link import one_line
 from sfl.wire.messages import Limits, Message, MessageType
+from tests.support.dial import dial
 
 LIMITS = Limits(payload_bytes={MessageType.SEND_MODEL: 50_000_000})
 AT = Position("run", 3, 4, 1, 0)
@@ -126,9 +130,7 @@ def test_listen_and_connect_over_ipv4_and_ipv6(host: str) -> None:
         targets = {"::": ["127.0.0.1", "::1"]}.get(host, [host])
         for target in targets:
             waits: list[str] = []
-            with connect(
-                target, port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=waits.append
-            ) as one:
+            with dial(f"[{target}]:{port}", limits=LIMITS, on_wait=waits.append) as one:
                 sock = listener.accept()
                 with Connection(sock, timeout_s=5, limits=LIMITS) as other:
                     one.send_message_as_json(MessageType.REGISTER)
@@ -145,10 +147,8 @@ def test_connect_waits_for_a_server_that_is_not_up_yet() -> None:
     connected: list[str] = []
 
     def run() -> None:
-        with connect(
-            "127.0.0.1", port, timeout_s=5, connect_timeout_s=30, limits=LIMITS,
-            on_wait=lambda line: waiting.set(),
-        ) as connection:  # fmt: skip
+        with dial(f"127.0.0.1:{port}", patience_s=30, limits=LIMITS,
+            on_wait=lambda line: waiting.set()) as connection:  # fmt: skip
             connected.append(connection.address)
 
     thread = threading.Thread(target=run)
@@ -164,7 +164,7 @@ def test_connect_gives_up_after_its_deadline() -> None:
     with listen("127.0.0.1", 0) as listener:
         port = listener.port
     with pytest.raises(RunError, match=r"no server at 127.0.0.1:\d+ within 0.3 seconds"):
-        connect("127.0.0.1", port, timeout_s=5, connect_timeout_s=0.3, limits=LIMITS, on_wait=print)
+        dial(f"127.0.0.1:{port}", patience_s=0.3, limits=LIMITS)
 
 
 def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
@@ -197,36 +197,32 @@ def test_a_peers_text_becomes_one_bounded_line() -> None:
     assert one_line("a\nb\x00c" + "d" * 1000) == "a b c" + "d" * 495
 
 
-def switchboard() -> tuple[Switchboard, int]:
+def switchboard() -> tuple[TcpServer, int]:
     listener = listen("127.0.0.1", 0)
-    return Switchboard(listener, timeout_s=5, limits=LIMITS), listener.port
+    return TcpServer(listener, Terms(5, LIMITS)), listener.port
 
 
-def dial(port: int) -> Connection:
-    return connect(
-        "127.0.0.1", port, timeout_s=5, connect_timeout_s=5, limits=LIMITS, on_wait=print
-    )
+def dialled(port: int) -> Connection:
+    return dial(f"127.0.0.1:{port}", limits=LIMITS)
 
 
 def test_the_switchboard_gives_the_message_that_has_waited_longest() -> None:
     board, port = switchboard()
-    with board, dial(port) as one, dial(port) as other:
+    with board, dialled(port) as one, dialled(port) as other:
         for connection, name in ((one, "one"), (other, "other"), (one, "again")):
             connection.send_message_as_json(MessageType.REGISTER, content=name)
-            while sum(len(c._inbox) for c in board.connections) < {"one": 1, "other": 2}.get(
-                name, 3
-            ):
-                board.wait_for_any(timeout_s=0.01)
+            while sum(len(c._inbox) for c in board.members) < {"one": 1, "other": 2}.get(name, 3):
+                board.until(board.news, 0.01)
         got = []
         for _ in range(3):
-            link = board.wait(board.connections)
+            link = board.wait(board.members)
             got.append(link.receive_message_as_json(MessageType.REGISTER).content)
         assert got == ["one", "other", "again"]
 
 
 def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
     board, port = switchboard()
-    with board, dial(port) as one:
+    with board, dialled(port) as one:
         data = bytes(1_000_000)
         connection = register(board, one)
         sent = threading.Thread(
@@ -241,17 +237,17 @@ def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
         sent.join()
 
 
-def register(board: Switchboard, connection: Connection) -> DrainedConnection:
+def register(board: TcpServer, connection: Connection) -> BufferedConnection:
     """Send REGISTER over a connection; return the board's end of it."""
     connection.send_message_as_json(MessageType.REGISTER)
-    (link,) = board.wait_for_any(timeout_s=5)
+    (link,) = board.until(board.news, 5)
     link.receive_message_as_json(MessageType.REGISTER)
     return link
 
 
 def test_a_client_that_does_not_read_holds_up_nobody() -> None:
     board, port = switchboard()
-    with board, dial(port) as slow, dial(port) as quick:
+    with board, dialled(port) as slow, dialled(port) as quick:
         by_name = {"slow": register(board, slow), "quick": register(board, quick)}
         data = bytes(range(256)) * 160_000  # far beyond the sockets' buffers
         started = time.monotonic()
@@ -270,8 +266,8 @@ def test_a_client_that_does_not_read_holds_up_nobody() -> None:
 
 def test_a_client_that_never_reads_is_given_up() -> None:
     with listen("127.0.0.1", 0) as listener:
-        board = Switchboard(listener, timeout_s=0.5, limits=LIMITS)
-        with board, dial(listener.port) as slow:
+        board = TcpServer(listener, Terms(0.5, LIMITS))
+        with board, dialled(listener.port) as slow:
             link = register(board, slow)
             link.send_file(MessageType.SEND_MODEL, bytes(40_000_000))
             with pytest.raises(ConnectionLost, match=r"(took|sent) nothing for 0.5 seconds"):
@@ -280,14 +276,14 @@ def test_a_client_that_never_reads_is_given_up() -> None:
 
 def test_the_reason_comes_behind_the_file_that_is_on_its_way() -> None:
     board, port = switchboard()
-    with board, dial(port) as one:
+    with board, dialled(port) as one:
         one.peer_name = "server"
         link = register(board, one)
         data = bytes(range(256)) * 80_000  # far beyond the sockets' buffers
         link.send_file(MessageType.SEND_MODEL, data)
         one._stream.send([memoryview(b"x" * 100)])  # is no message
-        while not link.failed:
-            board.wait_for_any(timeout_s=0.01)
+        while not link.ending():
+            board.until(board.news, 0.01)
         last = MessageType.INVALID_MESSAGE
         ending = threading.Thread(target=link.end_sending, args=(last, "the reason why"))
         ending.start()
@@ -300,23 +296,23 @@ def test_the_reason_comes_behind_the_file_that_is_on_its_way() -> None:
 def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    start = DrainedConnection.__init__
+    start = BufferedConnection.__init__
 
     def start_and_wait_for_the_message(
-        connection: DrainedConnection, *args: Any, **kw: Any
+        connection: BufferedConnection, *args: Any, **kw: Any
     ) -> None:
         start(connection, *args, **kw)
         with connection._changed:
             assert connection._changed.wait_for(lambda: connection.arrived, 5)
 
-    monkeypatch.setattr(DrainedConnection, "__init__", start_and_wait_for_the_message)
+    monkeypatch.setattr(BufferedConnection, "__init__", start_and_wait_for_the_message)
     board, port = switchboard()
-    with board, dial(port) as one:
+    with board, dialled(port) as one:
         waiting: list[float] = []
 
         def wait() -> None:
             started = time.monotonic()
-            assert board.wait_for_any(timeout_s=5)
+            assert board.until(board.news, 5)
             waiting.append(time.monotonic() - started)
 
         thread = threading.Thread(target=wait)
@@ -328,11 +324,11 @@ def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
 
 def test_only_so_many_may_connect_without_registering() -> None:
     with listen("127.0.0.1", 0) as listener:
-        board = Switchboard(listener, timeout_s=5, limits=LIMITS, max_strangers=2)
-        with board, dial(listener.port) as first, dial(listener.port) as second:
+        board = TcpServer(listener, Terms(5, LIMITS, max_strangers=2))
+        with board, dialled(listener.port) as first, dialled(listener.port) as second:
             for connection in (first, second):
                 register(board, connection)
-            with dial(listener.port) as third:
+            with dialled(listener.port) as third:
                 third.send_message_as_json(MessageType.REGISTER)
                 with pytest.raises(ConnectionLost, match="closed the connection"):
                     third.receive_message_as_json(MessageType.REGISTERED)
@@ -340,10 +336,10 @@ def test_only_so_many_may_connect_without_registering() -> None:
 
 def test_the_end_reaches_a_peer_that_is_sending() -> None:
     board, port = switchboard()
-    with dial(port) as one:
+    with dialled(port) as one:
         one.peer_name = "server"
         one.send_message_as_json(MessageType.REGISTER)
-        assert board.wait_for_any(timeout_s=5)
+        assert board.until(board.news, 5)
         ended = threading.Thread(target=board.end, args=("client_1 was lost",))
         ended.start()
 
@@ -360,7 +356,7 @@ def test_the_end_reaches_a_peer_that_is_sending() -> None:
 
 def test_a_port_can_be_taken_again_at_once() -> None:
     board, port = switchboard()
-    with board, dial(port) as one:
+    with board, dialled(port) as one:
         one.send_message_as_json(MessageType.REGISTER)
-        assert board.wait_for_any(timeout_s=5)
+        assert board.until(board.news, 5)
     listen("127.0.0.1", port).close()

@@ -1,5 +1,7 @@
 """Every model of the field, cut anywhere: the same function, and the same training step."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ BLOCKS = {
     "mlp": 6, "lenet5": 12, "cnn-mnist": 14, "cnn-cifar10": 12, "cnn-femnist": 8, "alexnet": 22,
     "vgg16": 40, "resnet18": 15, "resnet50": 23,
 }  # fmt: skip
+LARGE = ("alexnet", "vgg16")  # 57 and 134 million weights: a second to build one
 TORCHVISION = ("alexnet", "vgg16", "resnet18", "resnet50")
 
 
@@ -36,7 +39,13 @@ def test_every_model_is_here() -> None:
     assert SHAPES.keys() == BLOCKS.keys() == MODELS.keys()
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+def marked(names: Iterable[str]) -> list[object]:
+    """Return names of models as parameters, those of the large ones slow."""
+    slow = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(name, marks=slow[name in LARGE]) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(TORCHVISION))
 def test_the_blocks_are_torchvisions_network(name: str) -> None:
     from torchvision import models
 
@@ -49,7 +58,7 @@ def test_the_blocks_are_torchvisions_network(name: str) -> None:
         assert torch.equal(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", marked(MODELS))
 def test_both_segments_together_are_the_whole_model_at_every_cut(name: str) -> None:
     model = build(model_spec(name), SHAPES[name], 10, seed=1).eval()
     x, _ = batch(name)
@@ -100,7 +109,7 @@ def test_resnet18_is_cut_where_splitfed_cuts_it() -> None:
     assert any(name.startswith("layer1_0") for name in split_model.front_spec)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16", "alexnet"])
+@pytest.mark.parametrize("name", marked(["resnet18", "vgg16", "alexnet"]))
 def test_channels_and_classes_follow_the_data(name: str) -> None:
     shape = (1, 64, 64)
     model = build(model_spec(name), shape, 62, seed=0).eval()
@@ -108,7 +117,7 @@ def test_channels_and_classes_follow_the_data(name: str) -> None:
         assert model(torch.zeros(1, *shape)).shape == (1, 62)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+@pytest.mark.parametrize("name", marked(["alexnet", "vgg16"]))
 def test_images_too_small_for_a_model_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="does not take samples of shape"):
         SplitModel(Recipe.of(RunConfig(model=name)), (1, 28, 28), 10)

@@ -16,18 +16,20 @@ from experiments.support.slow_link import SlowLink
 from sfl.auth import main as auth_main
 from sfl.errors import RunError
 from sfl.runtime.places import TAKEN_OVER
-from sfl.transport.allowance import Allowance
-from sfl.transport.dialling import connect, listen
+from sfl.transport.listener import listen
+from sfl.transport.rate_limit import RateLimit
+from sfl.transport.refusal_log import EVERY_S, SAID_AT_ONCE, RefusalLog
 from sfl.transport.tokens import read_tokens
-from sfl.transport.turned_away import EVERY_S, SAID_AT_ONCE, TurnedAway
 from sfl.wire.messages import Limits, MessageType
 from tests.support.certificates import Certificates
+from tests.support.dial import dial
 from tests.support.launch import Launcher, options_of, send_signal, wait_for
 from tests.support.runs import FAST
 from tests.support.simulations import reference
 from tests.support.weights import assert_same
 
 
+@pytest.mark.slow
 def test_a_client_that_was_suspended_while_it_waited_takes_part(
     launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_bit_that_is_flipped_before_the_run_begins_makes_a_new_connection(
     assert "arrived damaged: its checksum differs" in client.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [0, 1], ids=["up", "down"])
 def test_a_bit_that_is_flipped_under_tls_makes_a_new_connection(
     launcher: Launcher, tmp_path: Path, way: int
@@ -134,10 +137,8 @@ def test_a_name_that_is_not_known_yet_is_tried_again(monkeypatch: pytest.MonkeyP
     said: list[str] = []
     with listen("127.0.0.1", 0) as listener:
         monkeypatch.setattr(socket, "getaddrinfo", resolving(after=2))
-        with connect(
-            "late.example", listener.port, timeout_s=5, connect_timeout_s=20, limits=Limits(),
-            on_wait=said.append,
-        ):  # fmt: skip
+        with dial(f"late.example:{listener.port}", patience_s=20, limits=Limits(),
+            on_wait=said.append):  # fmt: skip
             pass
     assert said == [
         f"waiting for the server at late.example:{listener.port} (unknown host 'late.example':"
@@ -149,16 +150,15 @@ def test_a_name_that_never_is_known_is_given_up_in_time(monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "getaddrinfo", resolving(after=10**6))
     began = time.monotonic()
     with pytest.raises(RunError, match=r"within 0\.5 seconds \(unknown host 'late\.example'"):
-        connect(
-            "late.example", 80, timeout_s=5, connect_timeout_s=0.5, limits=Limits(),
-            on_wait=lambda line: None,
-        )  # fmt: skip
+        dial("late.example:80", patience_s=0.5, limits=Limits(),
+            on_wait=lambda line: None)  # fmt: skip
     assert time.monotonic() - began < 5
 
 
 # Whoever comes too often
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_its_own_place_in_a_loop_is_slowed_down(launcher: Launcher) -> None:
     server = launcher.server(*FAST, "--clients", 2, "--rounds", 1)
     honest = launcher.client("--client-id", 1)
@@ -174,12 +174,12 @@ def test_a_client_that_takes_its_own_place_in_a_loop_is_slowed_down(launcher: La
 
 
 def test_an_allowance_is_regained() -> None:
-    allowance = Allowance(2, 0.05)
+    allowance = RateLimit(2, 0.05)
     assert [allowance.take() for _ in range(3)] == [True, True, False]
     deadline = time.monotonic() + 5
     while not allowance.take():
         assert time.monotonic() < deadline
-    assert Allowance(2, 1e-9).take()
+    assert RateLimit(2, 1e-9).take()
 
 
 # The door
@@ -226,13 +226,13 @@ def test_a_client_with_a_wrong_token_is_a_line_on_the_servers_console(
 def test_the_rest_of_a_crowd_is_counted() -> None:
     said: list[str] = []
     noted: list[str] = []
-    turned_away = TurnedAway(said.append, noted.append)
+    turned_away = RefusalLog(said.append, noted.append)
     for _ in range(100):
         turned_away.add("a", "wrong token")
     turned_away.add("a", "closed the connection", aloud=False)
-    turned_away.look_at_the_time(time.monotonic())
+    turned_away.summarise(time.monotonic())
     assert (len(said), len(noted)) == (10, 50)
-    turned_away.look_at_the_time(time.monotonic() + EVERY_S)
+    turned_away.summarise(time.monotonic() + EVERY_S)
     assert said[10:] == ["turned away 90 more connections in 60 seconds"]
     assert noted[50:] == ["turned away 41 more connections in 60 seconds"]
     turned_away.add("b", "closed\nthe connection", aloud=False)

@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ import pytest
 from sfl.errors import PEER_ERRORS, ConfigError, IntegrityError, ProtocolError, RunError, SflError
 from sfl.files.checksum import checksum
 from sfl.transport.connection import Connection
-from sfl.values import Position
-from sfl.weights.bucket import Bucket, parse_address
 from sfl.weights.exchange import (
     AVERAGE,
     INITIAL,
@@ -26,53 +23,12 @@ from sfl.weights.exchange import (
     client_weights,
 )
 from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights, Transfers, describe, object_path
-from sfl.weights.stores import check_address, open_place
+from sfl.weights.shared import SharedWeights, describe, object_path
+from sfl.wire.calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
-from sfl.wire.messages import Limits, MessageType
-from tests.support.emulator import BUCKET, DROP, STALL, Emulator, Fault, Gate, Request, emulated
-
-LIMITS = Limits(
-    payload_bytes=dict.fromkeys((MessageType.SEND_MODEL, MessageType.SEND_AGGREGATED_MODEL), 10**6)
-)
-PREFIX = f"gs://{BUCKET}/weights"
-DATA = os.urandom(300_000)
-
-
-@pytest.fixture(scope="session")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Emulator, Gate]]:
-    with emulated(tmp_path_factory.mktemp("cloud")) as both:
-        yield both
-
-
-@pytest.fixture
-def gate(cloud: tuple[Emulator, Gate], monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """A bucket that behaves; faults that a test sets end with it."""
-    gate = cloud[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gate.address)
-    gate.log.clear()
-    yield gate
-    gate.faults = lambda request: None
-
-
-@dataclass
-class Said:
-    """What a store said to people."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def __call__(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def bucket(tmp_path: Path, timeout_s: float = 20.0, say: Said | None = None) -> Bucket:
-    address = f"{PREFIX}/{tmp_path.name}"
-    return Bucket(address, tmp_path / "scratch", timeout_s=timeout_s, say=say or Said())
-
-
-def directory(tmp_path: Path) -> Directory:
-    return Directory(str(tmp_path / "shared"))
-
+from sfl.wire.messages import MessageType
+from tests.support.emulator import Gate
+from tests.support.places import DATA, LIMITS, Said, bucket, directory, key
 
 Places = Callable[[Path], ObjectStore]
 
@@ -80,10 +36,6 @@ Places = Callable[[Path], ObjectStore]
 @pytest.fixture(params=["dir", "gs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, gate: Gate) -> ObjectStore:
     return directory(tmp_path) if request.param == "dir" else bucket(tmp_path)
-
-
-def key(name: str = "client_1", round_index: int = 3, run: str = "r") -> WeightKey:
-    return WeightKey(name, Position(run, round_index, -1, 1))
 
 
 @dataclass
@@ -109,7 +61,7 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path, gate: Gate) -> Iterator
             return
         made = directory if request.param == "dir" else bucket
         stores = [
-            SharedWeights(made(tmp_path), link, Transfers(), patience_s=5, say=Said())
+            SharedWeights(made(tmp_path), link, Calls(), patience_s=5, say=Said())
             for link in (ours, theirs)
         ]
         yield Ends(*stores, (ours, theirs))
@@ -231,7 +183,7 @@ def test_of_two_that_race_for_an_object_one_wins(place: ObjectStore, tmp_path: P
 
 
 def shared(place: ObjectStore, patience_s: float = 0.3, say: Said | None = None) -> SharedWeights:
-    return SharedWeights(place, None, Transfers(), patience_s=patience_s, say=say or Said())
+    return SharedWeights(place, None, Calls(), patience_s=patience_s, say=say or Said())
 
 
 def test_weights_that_nobody_announces_are_looked_for(place: ObjectStore) -> None:
@@ -261,7 +213,7 @@ def test_who_announces_what_is_not_there_is_to_blame(tmp_path: Path, is_folder: 
         content = {"name": "client_1", "checksum": checksum(DATA)}
         client.send_message_as_json(MessageType.WEIGHTS_STORED, content=content, at=key().at)
         server.peer_name = "client_1"
-        taken = SharedWeights(place, server, Transfers(), patience_s=0.3, say=Said())
+        taken = SharedWeights(place, server, Calls(), patience_s=0.3, say=Said())
         said = "is a folder" if is_folder else "within 0.3 seconds after client_1 stored it"
         with pytest.raises(PEER_ERRORS, match=said):
             run_blocking(taken.get(key()))
@@ -293,9 +245,7 @@ def test_weights_that_were_altered_are_named(place: ObjectStore, altered: bytes)
 
 def test_weights_larger_than_the_model_are_not_read(place: ObjectStore) -> None:
     run_blocking(shared(place).put(key(), DATA))
-    store = SharedWeights(
-        place, None, Transfers(), patience_s=1, say=Said(), most_bytes=len(DATA) - 1
-    )
+    store = SharedWeights(place, None, Calls(), patience_s=1, say=Said(), most_bytes=len(DATA) - 1)
     with pytest.raises(IntegrityError, match=r"client_1.pt: has 300000 bytes, at most 299999 are"):
         run_blocking(store.get(key()))
 
@@ -377,211 +327,4 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         place.create("r/x.pt", b"", {})
 
 
-# The bucket, and what goes wrong with it.
-
-
-def lost_answers(matching: Callable[[Request], bool], times: int = 1) -> Callable[[Request], Fault]:
-    left = [times]
-
-    def fault(request: Request) -> Fault:
-        if left[0] and matching(request):
-            left[0] -= 1
-            return DROP
-        return None
-
-    return fault
-
-
-@pytest.mark.parametrize("size", [300_000, 9 * 2**20])  # multipart, resumable
-def test_an_upload_whose_answer_got_lost_counts(gate: Gate, tmp_path: Path, size: int) -> None:
-    data = os.urandom(size)
-    place = bucket(tmp_path)
-
-    def last_part(request: Request) -> bool:
-        multipart = bool(request.uploads) and request.query["uploadType"] == ["multipart"]
-        return multipart or request.method == "PUT"
-
-    gate.faults = lost_answers(last_part)
-    place.create("r/round_000/client_0.pt", data, {"a": "b"})
-    assert place.read("r/round_000/client_0.pt") == (data, {"a": "b"})
-    uploads = [line for line in gate.log if "client_0.pt" in line and line.startswith("POST")]
-    assert len(uploads) + sum(line.startswith("PUT") for line in gate.log) >= 2
-
-
-def test_an_upload_whose_answer_got_lost_to_another_one_is_an_error(
-    gate: Gate, tmp_path: Path
-) -> None:
-    place = bucket(tmp_path)
-    place.create("r/x.pt", b"theirs", {})
-    gate.faults = lost_answers(lambda request: bool(request.uploads))
-    with pytest.raises(RunError, match="is there already with other content"):
-        place.create("r/x.pt", b"ours", {})
-
-
-def test_a_deletion_whose_answer_got_lost_counts(gate: Gate, tmp_path: Path) -> None:
-    place = bucket(tmp_path)
-    place.create("r/x.pt", b"x", {})
-    gate.faults = lost_answers(lambda request: request.method == "DELETE")
-    place.delete("r/x.pt")
-    assert place.read("r/x.pt") is None
-    assert sum(line.startswith("DELETE") for line in gate.log) == 2
-
-
-def of_object(request: Request) -> bool:
-    """The library asks for other things, too, on threads of its own."""
-    return "x.pt" in request.path + request.uploads
-
-
-def failing(status: int, times: int) -> Callable[[Request], Fault]:
-    left = [times]
-
-    def fault(request: Request) -> Fault:
-        left[0] -= of_object(request)
-        return (status, "busy") if of_object(request) and left[0] >= 0 else None
-
-    return fault
-
-
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_a_bucket_that_stutters_is_asked_again(gate: Gate, tmp_path: Path, status: int) -> None:
-    said = Said()
-    place = bucket(tmp_path, say=said)
-    gate.faults = failing(status, 2)
-    place.create("r/x.pt", DATA, {})
-    gate.faults = failing(status, 1)
-    assert place.read("r/x.pt") == (DATA, {})
-    assert len(said.lines) == 2  # once for each time that it stayed away
-    assert said.lines[0].startswith(f"{PREFIX}/{tmp_path.name} does not answer (")
-    assert said.lines[0].endswith("trying again for 20 seconds")
-
-
-def test_a_bucket_that_says_nothing_is_asked_again(
-    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sfl.weights.bucket.ANSWER_S", 0.3)
-    said = Said()
-    place = bucket(tmp_path, say=said)
-    for call in (lambda: place.create("r/x.pt", DATA, {}), lambda: place.read("r/x.pt")):
-        left = [1]
-
-        def stall_once(request: Request, left: list[int] = left) -> Fault:
-            return STALL if of_object(request) and left and left.pop() else None
-
-        gate.faults = stall_once
-        call()
-    assert place.read("r/x.pt") == (DATA, {})
-    assert ["timed out" in line for line in said.lines] == [True, True]
-
-
-@pytest.mark.parametrize("how", ["refused", "503", "silent"])
-def test_the_deadline_is_ours(
-    gate: Gate, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sfl.weights.bucket.ANSWER_S", 0.5)
-    place, started = bucket(tmp_path, timeout_s=1.5), time.monotonic()
-    place.check()
-    gate.faults = (lambda request: STALL) if how == "silent" else failing(503, 10**9)
-    if how == "refused":
-        gate.stop()
-    try:
-        for call in (lambda: place.create("r/x.pt", b"x", {}), lambda: place.read("r/x.pt")):
-            with pytest.raises(RunError, match=r"did not answer for 1.5 seconds.*can be resumed"):
-                call()
-    finally:
-        if how == "refused":
-            gate.start()
-    assert time.monotonic() - started < 10
-
-
-def test_no_permission_is_one_line(gate: Gate, tmp_path: Path) -> None:
-    gate.faults = lambda request: (403, "forbidden")
-    for call in (
-        lambda: bucket(tmp_path).check(),
-        lambda: bucket(tmp_path).create("r/x.pt", b"x", {}),
-        lambda: bucket(tmp_path).read("r/x.pt"),
-    ):
-        with pytest.raises(RunError, match=r"no permission to .*Storage Object Creator") as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-def test_no_such_bucket_is_one_line(gate: Gate, tmp_path: Path) -> None:
-    place = Bucket("gs://no-such-bucket/x", tmp_path, timeout_s=5, say=Said())
-    with pytest.raises(RunError, match="there is no bucket 'no-such-bucket'"):
-        place.check()
-
-
-def test_no_credentials_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
-    with pytest.raises(ConfigError, match="no credentials for gs://"):
-        bucket(tmp_path).check()
-
-
-@pytest.mark.parametrize("name", ["", "a", "Upper", "-x-", "sp ace", "goog-x", "x" * 300])
-def test_a_name_that_is_no_buckets_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name of a bucket"):
-        check_address(f"gs://{name}/prefix")
-
-
-@pytest.mark.parametrize(
-    ("address", "wanted"),
-    [
-        ("socke", "did you mean socket"),
-        ("dir:", "give a folder, dir:PATH"),
-        ("gs:bucket", "give gs://BUCKET/PREFIX"),
-        ("s3://bucket", "unknown weight store"),
-        ("gs://bucket/../x", "is no prefix"),
-    ],
-)
-def test_an_address_that_is_none_is_refused(address: str, wanted: str) -> None:
-    with pytest.raises(ConfigError, match=wanted):
-        check_address(address)
-
-
-def test_addresses_are_taken_apart(tmp_path: Path) -> None:
-    assert parse_address("gs://my-bucket") == ("my-bucket", "")
-    assert parse_address("gs://my-bucket/a/b/") == ("my-bucket", "a/b")
-    assert open_place("socket", tmp_path, timeout_s=1, say=Said()) is None
-
-
 # The layer in front of the emulator.
-
-
-def test_the_gate_adds_the_preconditions_that_the_emulator_ignores(
-    cloud: tuple[Emulator, Gate], gate: Gate
-) -> None:
-    from google.api_core.exceptions import PreconditionFailed
-    from google.cloud import storage
-
-    os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{cloud[0].port}"
-    bare = storage.Client().bucket(BUCKET).blob("gate/bare")
-    os.environ["STORAGE_EMULATOR_HOST"] = gate.address
-    guarded = storage.Client().bucket(BUCKET).blob("gate/guarded")
-    for blob in (bare, guarded):
-        blob.upload_from_string(b"first", if_generation_match=0)
-    bare.upload_from_string(b"second", if_generation_match=0)
-    assert bare.download_as_bytes() == b"second"  # why the gate is needed
-    for data in (b"second", b"s" * (9 * 2**20)):
-        with pytest.raises(PreconditionFailed):
-            guarded.upload_from_string(data, if_generation_match=0)
-    assert guarded.download_as_bytes() == b"first"
-    guarded.upload_from_string(b"third")  # without a precondition it overwrites
-    guarded.reload()
-    generation = guarded.generation
-    assert guarded.download_as_bytes(if_generation_match=generation) == b"third"
-    with pytest.raises(PreconditionFailed):
-        guarded.download_as_bytes(if_generation_match=generation - 1)
-
-
-def test_the_emulators_data_survive_a_kill(
-    cloud: tuple[Emulator, Gate], gate: Gate, tmp_path: Path
-) -> None:
-    emulator, _ = cloud
-    place = bucket(tmp_path)
-    place.create("r/x.pt", DATA, {"a": "b"})
-    emulator.kill()
-    with pytest.raises(RunError, match="did not answer"):
-        bucket(tmp_path, timeout_s=1).read("r/x.pt")
-    emulator.start()
-    assert place.read("r/x.pt") == (DATA, {"a": "b"})

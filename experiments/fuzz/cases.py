@@ -12,8 +12,8 @@ from experiments.hostile.files import hostile_files
 from sfl.errors import AuthError, ConnectionLost, Damaged, IntegrityError, ProtocolError
 from sfl.files import strict_json
 from sfl.files.torch_file import TensorSpec, decode, decode_state, encode, encode_state, state_spec
-from sfl.transport.doorstep import Visitor
 from sfl.transport.guard import Guard
+from sfl.transport.pending import PendingConnection
 from sfl.transport.tokens import Tokens
 from sfl.values import Position
 from sfl.wire.framing import Decoder, encode_head
@@ -117,7 +117,7 @@ def shake_hands(data: bytes) -> str:
     """Say bytes at the door of a server that has a token; return what came of it."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        visitor = Visitor(ours, Guard(tokens=Tokens(Path("token"), TOKEN)))
+        visitor = PendingConnection(ours, Guard(tokens=Tokens(Path("token"), TOKEN)))
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         try:

@@ -31,7 +31,7 @@ from experiments.hostile.target import Target, target_of
 from experiments.support.processes import ROOT, running
 from experiments.support.small_ca import SmallCA
 from sfl.archive.run_folder import create_run_folder
-from sfl.transport.dialling import listen
+from sfl.transport.listener import listen
 
 REFUSED_BYTES = 32 * 2**20  # by which a server may grow when it refuses a claim
 CLIENT_BYTES = 400 * 2**20  # by which a client may, which imports its libraries meanwhile

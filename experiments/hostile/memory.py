@@ -35,7 +35,7 @@ from sfl.runtime.claims import MOST_STEPS
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection
-from sfl.transport.dialling import Listener
+from sfl.transport.listener import Listener
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import Limits, Message, MessageType

@@ -11,8 +11,8 @@ from typing import Any
 
 from sfl.errors import ConfigError, SflError
 from sfl.files.checksum import crc32
-from sfl.transport.connection import Connection, is_loopback
-from sfl.transport.dialling import parse_address
+from sfl.transport.addresses import is_loopback, parse_address
+from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream, TlsStream
 from sfl.transport.tokens import Tokens, read_tokens
 from sfl.wire.framing import encode_head, pack_head

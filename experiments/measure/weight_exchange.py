@@ -21,8 +21,11 @@ from sfl.files.torch_file import (
     state_spec,
 )
 from sfl.strategy.aggregate import State, fed_avg
-from sfl.transport.dialling import connect, listen
-from sfl.transport.switchboard import Switchboard
+from sfl.transport.connecting import Dialling
+from sfl.transport.guard import Terms
+from sfl.transport.listener import listen
+from sfl.transport.tcp_client import TcpClient
+from sfl.transport.tcp_server import TcpServer
 from sfl.values import Position
 from sfl.weights.exchange import AVERAGE, WeightKey, WeightStore, client_weights
 from sfl.weights.stores import StoreOptions, store_maker
@@ -36,14 +39,8 @@ def client(k: int, port: int, timing: "Timing") -> None:
     options = timing.options(str(k))
     with (
         timing.failing(),
-        connect(
-            "127.0.0.1",
-            port,
-            timeout_s=120,
-            connect_timeout_s=10,
-            limits=timing.limits,
-            on_wait=say,
-        ) as link,
+        TcpClient(Dialling(120, on_wait=say, limits=timing.limits)) as dialler,
+        dialler.connect(f"127.0.0.1:{port}", 10) as link,
     ):
         link.send_message_as_json(MessageType.REGISTER, content=k)
         store = store_maker(options.open_place(), options)(link, timing.most_bytes)
@@ -95,7 +92,7 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     """Return the seconds that each round's exchange of weights took."""
     with (
         listen("127.0.0.1", 0) as listener,
-        Switchboard(listener, timeout_s=120, limits=timing.limits) as switchboard,
+        TcpServer(listener, Terms(120, timing.limits)) as switchboard,
     ):
         port = int(listener.address.rpartition(":")[2])
         threads = [
@@ -125,11 +122,11 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     return seconds
 
 
-def gather(switchboard: Switchboard, num_clients: int) -> dict[int, Link]:
+def gather(switchboard: TcpServer, num_clients: int) -> dict[int, Link]:
     """Return the clients' links when all are there."""
     links: dict[int, Link] = {}
     while len(links) < num_clients:
-        for link in switchboard.wait_for_any(timeout_s=1.0):
+        for link in switchboard.until(switchboard.news, 1.0):
             if not link.peer_name:
                 k = link.receive_message_as_json(MessageType.REGISTER).content
                 link.peer_name, links[k] = f"client_{k}", link

@@ -3,9 +3,8 @@
 import contextlib
 import json
 import shlex
-import ssl
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from sfl.archive.run_folder import RunFolder, say
 from sfl.config import RunConfig
@@ -26,37 +25,34 @@ from sfl.errors import (
 from sfl.files.checksum import checksum
 from sfl.files.torch_reader import Buffer
 from sfl.nodes import ClientNode, PeerNode
-from sfl.transport.certificates import client_tls
-from sfl.transport.connection import Connection
-from sfl.transport.dialling import connect, parse_address
-from sfl.transport.heartbeat import Heart, interval_s
+from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.weights.exchange import SocketWeights, WeightKey, WeightStore
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
+from sfl.wire.calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
-from sfl.wire.link import CLIENT, Aside, Link, Peer
-from sfl.wire.messages import Limits, MessageType
+from sfl.wire.link import CLIENT, Link, Peer
+from sfl.wire.members import Channel, Dialler
+from sfl.wire.messages import MessageType
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a machine that connects has to show, and whom it trusts."""
+    """What a machine that connects has to show, and how it connects."""
 
-    tokens: Tokens | None = None
-    tls: ssl.SSLContext | None = None
-    # Entered while a client waits, once it is registered, which is to be done in time: others of
-    # the process may compute.
-    aside: Aside = contextlib.nullcontext
+    tokens: Tokens | None
+    dialler: Dialler
+    calls: Calls = field(default_factory=Calls)  # that block, while other clients go on
 
     @classmethod
-    def of(cls, node: PeerNode) -> "Access":
+    def of(cls, node: PeerNode, dialler: Dialler) -> "Access":
         """Return what a node's options name.
 
         Raises:
-            ConfigError: a file of theirs cannot be used.
+            ConfigError: its file of tokens cannot be used.
         """
-        return cls(tokens_of(node), client_tls(node))
+        return cls(tokens_of(node), dialler)
 
     def show(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
         """Show who we are, if we have a token, and see who listens; ``run`` is what it must have.
@@ -68,49 +64,44 @@ class Access:
             talk = client_authenticate(link, self.tokens, peer, listener=listener, run=run)
             link.proved_run = run_blocking(talk)
 
+    def reach(self, address: str, node: ClientNode, again_s: float | None = None) -> Channel:
+        """Connect to a server, with a node's patience; no files are accepted yet.
 
-def reach(
-    address: str, node: ClientNode, access: Access, again_s: float | None = None
-) -> Connection:
-    """Connect to a server, with this node's patience; no files are accepted yet.
+        ``again_s`` is for how long to try, if it was there before.
 
-    ``again_s`` is for how long to try, if it was there before.
+        Raises:
+            ConfigError, RunError, AuthError, ConnectionLost: as ``Dialler.connect``.
+        """
+        patience_s = again_s or node.connect_timeout
+        channel = self.dialler.connect(address, patience_s, again=again_s is not None)
+        channel.on_notice = say
+        return channel
 
-    Raises:
-        ConfigError: it is no address.
-        RunError: nobody is there.
-        AuthError, ConnectionLost: as ``connect``.
-    """
-    host, port = parse_address(address)
-    connection = connect(
-        host,
-        port,
-        timeout_s=node.peer_timeout,
-        connect_timeout_s=again_s or node.connect_timeout,
-        again=again_s is not None,
-        limits=Limits(),
-        on_wait=say,
-        tls=access.tls,
-        shape=node.link_shape,
-    )
-    connection.on_notice = say
-    return connection
+
+@dataclass(frozen=True)
+class Registered:
+    """A client's registration over one channel."""
+
+    link: Channel
+    welcome: Welcome
+    instance: str  # of this process's client
+    fingerprint: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def hearing_why(connection: Connection) -> Iterator[None]:
-    """Tell the server why we end; when it is the one that left, find out why."""
+def hearing_why(channel: Channel) -> Iterator[None]:
+    """On failure tell the server why we end, or find out why it has left; then close."""
     try:
         yield
-    except PeerFailed:
-        raise
-    except ConnectionLost as error:
-        if why := connection.last_words():
-            raise why from error
-        raise
     except BaseException as error:
-        connection.dismiss(last_words_of(error), reason_of(error))
-        raise
+        with channel:
+            if isinstance(error, PeerFailed):
+                raise
+            if not isinstance(error, ConnectionLost):
+                channel.dismiss(last_words_of(error), reason_of(error))
+            elif why := channel.last_words():
+                raise why from error
+            raise
 
 
 def last_words_of(error: BaseException) -> MessageType:
@@ -125,50 +116,79 @@ def last_words_of(error: BaseException) -> MessageType:
     return MessageType.ABORT
 
 
-@contextlib.contextmanager
-def open_store(
-    connection: Connection,
-    welcome: Welcome,
-    node: ClientNode,
-    access: Access,
-    folder: RunFolder,
-    report: DataReport,
-    fingerprint: Mapping[str, str],
-    instance: str,
-    most_bytes: int,
-) -> Iterator[tuple[WeightStore, Connection | None]]:
-    """Open a client's store; also return the connection to a fed server, if there is one.
+@dataclass(frozen=True)
+class StoreAccess:
+    """A client's way to the weights, for one registration."""
 
-    A file of weights has at most ``most_bytes``.
+    node: ClientNode
+    access: Access
+    folder: RunFolder
+    registered: Registered
+    report: DataReport
 
-    Raises:
-        ConfigError: the server names a place that this client does not allow.
-        RunError: the place or the fed server cannot be used.
-    """
-    run = welcome.run
-    if run.weights == SOCKET and node.allow_weights:
-        raise ConfigError(
-            f"--allow-weights {node.allow_weights}: but the server has the weights sent to it"
-        )
-    if run.weights == SOCKET and welcome.fed in (HERE, APART):
+    def open(
+        self, stack: contextlib.ExitStack, most_bytes: int
+    ) -> Conversation[tuple[WeightStore, Channel | None]]:
+        """Open the store; also return the channel to a fed server, if there is one.
+
+        ``stack`` closes it; a file of weights has at most ``most_bytes``.
+
+        Raises:
+            ConfigError: the server names a place that this client does not allow.
+            RunError: the place or the fed server cannot be used.
+        """
+        run, fed, node = self.registered.welcome.run, self.registered.welcome.fed, self.node
+        link = self.registered.link
+        if run.weights != SOCKET:
+            maker = yield from self.access.calls.run(self._open_place)
+            return maker(link if fed == HERE else None, most_bytes), None
+        if node.allow_weights:
+            raise ConfigError(
+                f"--allow-weights {node.allow_weights}: but the server has the weights sent to it"
+            )
+        if fed not in (HERE, APART):
+            channel = yield from self.access.calls.run(self._join_fed)
+            stack.enter_context(channel)
+            stack.enter_context(hearing_why(channel))
+            self.folder.events.say(f"the fed server is at {fed}")
+            return _FromFed(SocketWeights(channel)), channel
         if node.fed_server:
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
-        yield SocketWeights(connection), None
-    elif run.weights == SOCKET:
-        with _fed_connection(welcome, node, access, folder, fingerprint, instance) as fed:
-            yield _FromFed(SocketWeights(fed)), fed
-    else:
-        address = allowed_address(run.weights, node.allow_weights)
-        options = StoreOptions(
-            address, folder.path / "downloads", node.weights_timeout, node.weights_timeout, say
-        )
+        return SocketWeights(link), None
+
+    def _open_place(self) -> Callable[[Link | None, int], WeightStore]:
+        """Open the place that the run's weights go through."""
+        run, timeout_s = self.registered.welcome.run, self.node.weights_timeout
+        address = allowed_address(run.weights, self.node.allow_weights)
+        options = StoreOptions(address, self.folder.path / "downloads", timeout_s, timeout_s, say)
         place = options.open_place()
         assert place is not None
         place.check()
-        _sign_in(place, run, welcome.client, report)
-        folder.events.say(f"weights go through {place.title}")
-        link = connection if welcome.fed == HERE else None
-        yield store_maker(place, options, aside=access.aside)(link, most_bytes), None
+        _sign_in(place, run, self.registered.welcome.client, self.report)
+        self.folder.events.say(f"weights go through {place.title}")
+        return store_maker(place, options, self.access.calls.wake)
+
+    def _join_fed(self) -> Channel:
+        """Register at the fed server.
+
+        Our report is the caller's to send, once the main server has begun the run: it may refuse.
+        """
+        welcome, node, access = self.registered.welcome, self.node, self.access
+        channel = access.reach(node.fed_server or welcome.fed, node)
+        channel.name, channel.peer_name = f"client_{welcome.client}", "the fed server"
+        with hearing_why(channel):
+            access.show(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
+            joining = client_join(
+                channel,
+                welcome.client,
+                self.registered.fingerprint,
+                instance=self.registered.instance,
+                heartbeat_s=interval_s(node.peer_timeout),
+            )
+            theirs = run_blocking(joining)
+            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
+                raise ProtocolError("the fed server runs another run than the main server")
+        return channel
 
 
 def allowed_address(named: str, allowed: str) -> str:
@@ -197,40 +217,6 @@ def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport
     about = {"run": run.run, "client": str(client), "checksum": checksum(content)}
     path = f"{run.run}/clients/client_{client}_{report.digest[:16]}"  # other data, another object
     place.create(path, content, about)
-
-
-@contextlib.contextmanager
-def _fed_connection(
-    welcome: Welcome,
-    node: ClientNode,
-    access: Access,
-    folder: RunFolder,
-    fingerprint: Mapping[str, str],
-    instance: str,
-) -> Iterator[Connection]:
-    """Register at the fed server, and take our leave there at the end.
-
-    Our report is the caller's to send, once the main server has begun the run: it may refuse us.
-    """
-    with contextlib.ExitStack() as stack:
-        with access.aside():  # who connects has to register soon
-            connection = stack.enter_context(reach(node.fed_server or welcome.fed, node, access))
-            connection.name, connection.peer_name = f"client_{welcome.client}", "the fed server"
-            stack.enter_context(hearing_why(connection))
-            access.show(connection, Peer(CLIENT, welcome.client), FED, welcome.run.run)
-            joining = client_join(
-                connection, welcome.client, fingerprint, instance=instance,
-                heartbeat_s=interval_s(node.peer_timeout),
-            )  # fmt: skip
-            theirs = run_blocking(joining)
-        if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
-            raise ProtocolError("the fed server runs another run than the main server")
-        connection.aside = access.aside
-        with Heart(lambda: [connection]):
-            folder.events.say(f"the fed server is at {welcome.fed}")
-            yield connection
-        connection.send_message_as_json(MessageType.UNREGISTER)
-        connection.part()
 
 
 @dataclass(frozen=True)

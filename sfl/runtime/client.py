@@ -6,7 +6,7 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sfl import __version__
@@ -35,23 +35,26 @@ from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
-from sfl.runtime.access import Access, hearing_why, open_store, reach
-from sfl.runtime.machine import Machine
+from sfl.runtime.access import Access, Registered, StoreAccess, hearing_why
+from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.connection import Connection
-from sfl.transport.dialling import parse_address
-from sfl.transport.heartbeat import Heart, interval_s
+from sfl.transport.addresses import parse_address
+from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER
-from sfl.wire.driver import run_blocking
+from sfl.transport.transports import TCP, Transport
+from sfl.weights.exchange import WeightStore
+from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
+from sfl.wire.members import Channel
+from sfl.wire.messages import MessageType
 from sfl.wire.payload import onto
 
 
-def take_part(node: ClientNode) -> None:
+def take_part(node: ClientNode, transport: Transport = TCP) -> None:
     """Take part in one run as a client; if the server is lost, for as long as the node says so.
 
     Raises:
@@ -61,21 +64,20 @@ def take_part(node: ClientNode) -> None:
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
     parse_address(node.server)  # before torch's own start
-    access = Access.of(node)
-    take_part_on(Machine(access, set_up_torch(node)), node)
+    with transport.client(node, say) as dialler:
+        process = ClientProcess(Access.of(node, dialler), set_up_torch(node))
+        run_blocking(take_part_in(process, node))
 
 
-def take_part_on(machine: Machine, node: ClientNode) -> None:
-    """Do as ``take_part``, as one of the clients of a machine."""
+def take_part_in(process: ClientProcess, node: ClientNode) -> Conversation[None]:
+    """Do as ``take_part``, as one of the clients of a process."""
     with contextlib.ExitStack() as stack:
-        client = _Client(node, machine, stack)
-        attempts = _Attempts()
-        client.take_part()
+        client, attempts, calls = _Client(node, process, stack), _Attempts(), process.access.calls
+        yield from client.take_part()
         while client.lost is not None:
-            machine.check_interrupted()
-            with machine.access.aside():
-                attempts.wait(client.lost, client)
-            client.take_part(client.patience_s)
+            pause_s = attempts.pause_s(client.lost, client)
+            yield from calls.run(functools.partial(time.sleep, pause_s))
+            yield from client.take_part(client.patience_s)
 
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -89,8 +91,8 @@ class _Attempts:
         self._pause_s = FIRST_PAUSE_S
         self._since = 0.0
 
-    def wait(self, error: SflError, client: "_Client") -> None:
-        """Wait a little after a loss; what came of the last try, the client tells.
+    def pause_s(self, error: SflError, client: "_Client") -> float:
+        """Return how long to wait after a loss; what came of the last try, the client tells.
 
         Raises:
             SflError: the server has not let us go on for as long as the client's ``patience_s``.
@@ -108,7 +110,7 @@ class _Attempts:
         if now - self._since >= timeout_s:
             raise error
         say(f"{error}; trying for {timeout_s:g} seconds to reach the server again")
-        time.sleep(self._pause_s)
+        return self._pause_s
 
 
 class _Client:
@@ -117,11 +119,11 @@ class _Client:
     def __init__(
         self,
         node: ClientNode,
-        machine: Machine,
+        process: ClientProcess,
         stack: contextlib.ExitStack,
     ) -> None:
-        self._node, self._machine, self._access = node, machine, machine.access
-        self._device = machine.device
+        self._node, self._process, self._access = node, process, process.access
+        self._device = process.device
         self._stack = stack
         self._instance = secrets.token_hex(16)
         self._welcome: Welcome | None = None  # of the first connection
@@ -147,23 +149,19 @@ class _Client:
         """For how long, until now, the last connection has been registered; 0: it never was."""
         return max(time.monotonic() - self._registered_at, 0.0)
 
-    def take_part(self, again_s: float | None = None) -> None:
+    def take_part(self, again_s: float | None = None) -> Conversation[None]:
         """Take part over one connection; ``lost`` says afterwards whether to come back.
 
         ``again_s`` is for how long to try to connect, if it is not the first time.
         """
-        self.lost, node, access = None, self._node, self._access
-        self._registered_at = math.inf
+        self.lost, self._registered_at = None, math.inf
+        calls = self._access.calls
         try:
-            with contextlib.ExitStack() as stack:
-                with self._access.aside():  # who connects has to register soon
-                    link = stack.enter_context(reach(node.server, node, access, again_s))
-                    link.peer_name = "server"
-                    stack.enter_context(self._machine.uses(link))
-                    stack.enter_context(hearing_why(link))
-                    welcome = self._register(link)
-                self._registered_at = time.monotonic()
-                self._join(link, welcome)
+            registered = yield from calls.run(functools.partial(self._connect, again_s))
+            self._registered_at = time.monotonic()
+            with registered.link as link, hearing_why(link):
+                yield from self._join(registered)
+                yield from calls.run(link.part)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
@@ -193,32 +191,37 @@ class _Client:
         told = self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _register(self, connection: Connection) -> Welcome:
+    def _connect(self, again_s: float | None) -> Registered:
+        """Connect and register: who connects has to do so soon, whatever other clients compute."""
+        link = self._access.reach(self._node.server, self._node, again_s)
+        link.peer_name = "server"
+        with hearing_why(link):
+            return self._register(link)
+
+    def _register(self, link: Channel) -> Registered:
         known = self._welcome
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
-        self._access.show(connection, peer, SERVER, known.run.run if known else "")
+        self._access.show(link, peer, SERVER, known.run.run if known else "")
         ours = fingerprint(self._device)
         joining = client_join(
-            connection, wanted, ours, instance=self._instance,
+            link, wanted, ours, instance=self._instance,
             heartbeat_s=interval_s(self._node.peer_timeout),
         )  # fmt: skip
         welcome = run_blocking(joining)
         crash_point("start.registered")
         if known:
             _check_still_that(welcome, known)
-        return welcome
+        return Registered(link, welcome, self._instance, ours)
 
-    def _join(self, connection: Connection, welcome: Welcome) -> None:
-        connection.name, connection.aside = f"client_{welcome.client}", self._access.aside
-        with Heart(lambda: [connection]):
-            recipe = Recipe.of(welcome.run, self._node.allowed_imports)
-            if self._folder is None:
-                self._folder, self._welcome = self._open(welcome, recipe), welcome
-            if self._loaded is None:
-                self._loaded = _Loaded(welcome, recipe, self._node, self._machine, self._folder)
-            self._loaded.run_over(connection, welcome, recipe, self._instance)
-        connection.part()
+    def _join(self, registered: Registered) -> Conversation[None]:
+        welcome, registered.link.name = registered.welcome, f"client_{registered.welcome.client}"
+        recipe = Recipe.of(welcome.run, self._node.allowed_imports)
+        if self._folder is None:
+            self._folder, self._welcome = self._open(welcome, recipe), welcome
+        if self._loaded is None:
+            self._loaded = _Loaded(welcome, recipe, self._node, self._process, self._folder)
+        yield from self._loaded.run_over(registered, recipe)
 
     def _open(self, welcome: Welcome, recipe: Recipe) -> RunFolder:
         """Open the folder of this client in the run, new or not."""
@@ -227,7 +230,7 @@ class _Client:
         _find_folder(path, welcome)
         keep = dataclasses.replace(recipe.keep, tensors=node.kept_tensors)
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
-        folder.events.is_quiet = self._machine.hosts_many
+        folder.events.is_quiet = self._process.hosts_many
         folder.events.say(f"{name} of run {welcome.run.run} at {node.server}")
         if welcome.sfl != __version__:
             folder.events.say(
@@ -281,82 +284,79 @@ class _Loaded:
         welcome: Welcome,
         recipe: Recipe,
         node: ClientNode,
-        machine: Machine,
+        process: ClientProcess,
         folder: RunFolder,
     ) -> None:
         self._client, self._recipe = welcome.client, recipe
-        self._node, self._access = node, machine.access
-        self._folder, self._device = folder, machine.device
+        self._node, self._access = node, process.access
+        self._folder, self._device = folder, process.device
         run, events = recipe.run, folder.events
-        self._data = machine.load(recipe, self._client, node, events.say)
+        self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(recipe, shape, num_classes)
         self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
-        self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not machine.hosts_many)
+        self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
-    def run_over(
-        self, connection: Connection, welcome: Welcome, recipe: Recipe, instance: str
-    ) -> None:
+    def run_over(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
         """Take part in the run over a connection, from where the server says."""
-        self._recipe, self.log.run = recipe, recipe.run  # which may have more rounds than before
-        run, folder, split = recipe.run, self._folder, self._split
-        connection.limits = client_limits(split, onto(folder.path))
+        self._recipe, self.log.run = recipe, recipe.run  # it may have more rounds than before
+        folder, split, link = self._folder, self._split, registered.link
+        link.limits = client_limits(split, onto(folder.path))
         report = self._report
         if has_own(recipe):
-            own = own_checkpoints(folder.path, run)
+            own = own_checkpoints(folder.path, recipe.run)
             report = dataclasses.replace(report, rounds=own)
-        most_bytes = max_state_bytes(split.front_spec)
-        ours = fingerprint(self._device)
-        segments = split.segments(Holder.CLIENT, self._device)
-        with open_store(
-            connection,
-            welcome,
-            self._node,
-            self._access,
-            folder,
-            report,
-            ours,
-            instance,
-            most_bytes,
-        ) as (store, fed):
+        weights = StoreAccess(self._node, self._access, folder, registered, report)
+        with contextlib.ExitStack() as stack:
+            store, fed = yield from weights.open(stack, max_state_bytes(split.front_spec))
             if fed is not None:
-                fed.limits = connection.limits
-            send_report(connection, report)
-            party = ClientParty(
-                client=self._client,
-                recipe=recipe,
-                link=connection,
-                weights=store,
-                split=split,
-                archive=folder.archive,
-                watcher=self.log,
-                profile=Profile(folder.path, wanted=self._node.profile),
-                segments=segments,
-                data=self._data,
-                on_round=self._end_round,
-                on_start=functools.partial(self._start, segments, fed, report),
-            )
+                fed.limits = link.limits
+            send_report(link, report)
+            party = self._party(registered.link, store, functools.partial(self._begin, fed, report))
             self.log.start_over()
             try:
-                run_blocking(client_run(party))
+                yield from client_run(party)
             finally:
                 self.log.progress.close()
             folder.archive.flush()
+            if fed is not None:
+                fed.send_message_as_json(MessageType.UNREGISTER)
+                yield from self._access.calls.run(fed.part)
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _party(
+        self, link: Channel, store: WeightStore, begin: Callable[[Segments, int, int], None]
+    ) -> ClientParty:
+        """Return this client's side of a run; ``begin`` is told of its beginnings."""
+        segments, folder = self._split.segments(Holder.CLIENT, self._device), self._folder
+        return ClientParty(
+            client=self._client,
+            recipe=self._recipe,
+            link=link,
+            weights=store,
+            split=self._split,
+            archive=folder.archive,
+            watcher=self.log,
+            profile=Profile(folder.path, wanted=self._node.profile),
+            segments=segments,
+            data=self._data,
+            on_round=self._end_round,
+            on_start=functools.partial(begin, segments),
+        )
 
     def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.log.end_round(round_index, figures)
         self._folder.check_there()
 
-    def _start(
+    def _begin(
         self,
-        segments: Segments,
-        fed: Connection | None,
+        fed: Channel | None,
         report: DataReport,
+        segments: Segments,
         round_index: int,
         own_round: int,
     ) -> None:

@@ -3,6 +3,7 @@
 No place is taken, nothing is written, and a run that is on does not notice.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -20,39 +21,41 @@ from sfl.data.client_data import ClientData
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError, reason_of
 from sfl.nodes import ClientNode
-from sfl.runtime.access import Access, allowed_address, reach
-from sfl.runtime.machine import Machine
+from sfl.runtime.access import Access, allowed_address
+from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_checkpoints
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.connection import Connection
 from sfl.transport.tokens import SERVER
+from sfl.transport.transports import TCP, Transport
 from sfl.weights.stores import SOCKET, StoreOptions
 from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer, one_line
+from sfl.wire.members import Channel
 
 T = TypeVar("T")
 WELL, NOT_WELL, NOT_CHECKED = "ok", "NOT OK", "not checked"
 
 
-def check(node: ClientNode) -> int:
+def check(node: ClientNode, transport: Transport = TCP) -> int:
     """Check for each client of a node; return 0 if all is well, else 1."""
     ids: list[int | None] = [*node.hosted] or [node.client_id]
-    found = [
-        _Check(dataclasses.replace(node, client_id=k, client_ids="")).run(len(node.hosted))
-        for k in ids
-    ]
+    found = []
+    for k in ids:
+        with contextlib.ExitStack() as stack:
+            own = dataclasses.replace(node, client_id=k, client_ids="")
+            found.append(_Check(own, transport, stack).run(len(node.hosted)))
     return 0 if all(found) else 1
 
 
 class _Check:
     """The check for one client."""
 
-    def __init__(self, node: ClientNode) -> None:
-        self._node = node
+    def __init__(self, node: ClientNode, transport: Transport, stack: contextlib.ExitStack) -> None:
+        self._node, self._transport, self._stack = node, transport, stack
         self._is_well = True
 
     def _say(self, state: str, what: str, text: str) -> None:
@@ -73,27 +76,27 @@ class _Check:
         """Check one thing after the other; return whether all is well."""
         device = self._try("device", self._device)
         access = self._access()
-        machine = Machine(access, device, num_hosted) if device and access else None
-        answer = self._hear(machine) if machine else None
-        if machine is not None and answer is not None:
-            self._check_run(machine, answer.welcome)
+        process = ClientProcess(access, device, num_hosted) if device and access else None
+        answer = self._hear(process) if process else None
+        if process is not None and answer is not None:
+            self._check_run(process, answer.welcome)
             return self._is_well
         for what in ("data", "model"):
             self._say(NOT_CHECKED, what, "which run it is, only the server says")
         self._try("disk", lambda: _writable(self._node.out_path))
         return self._is_well
 
-    def _hear(self, machine: Machine) -> Answer | None:
+    def _hear(self, process: ClientProcess) -> Answer | None:
         """Hear from the server which run it is."""
-        tokens, ours = machine.access.tokens, fingerprint(machine.device)
-        link = self._try("address", lambda: self._reach(machine))
+        tokens, ours = process.access.tokens, fingerprint(process.device)
+        link = self._try("address", lambda: self._reach(process))
         if link is None:
             return None
         with link:
-            if tokens and not self._try("token", lambda: self._show(machine, link)):
+            if tokens and not self._try("token", lambda: self._show(process, link)):
                 return None
             try:
-                answer = run_blocking(client_check(link, self._wanted(machine), ours, None))
+                answer = run_blocking(client_check(link, self._wanted(process), ours, None))
             except SflError as error:
                 self._refused("run", error)
                 return None
@@ -102,21 +105,21 @@ class _Check:
             self._say(WELL, "token", "the server asks for none")
         self._say(WELL, "run", f"{answer.welcome.run.run}, of SFL {answer.welcome.sfl}")
         if answer.welcome.sfl != __version__:
-            text = f"this is {__version__}: better have the same release on every machine"
+            text = f"this is {__version__}: better have the same release on every process"
             self._say(NOT_CHECKED, "version", text)
         if answer.place:
             self._say(NOT_CHECKED, "place", f"{answer.place}, at the moment")
         return answer
 
-    def _check_run(self, machine: Machine, welcome: Welcome) -> None:
+    def _check_run(self, process: ClientProcess, welcome: Welcome) -> None:
         """Check what the server's run needs here."""
         run, split, data = welcome.run, None, None
         if (recipe := self._recipe(run)) is None:
             self._say(NOT_CHECKED, "data", "this machine cannot compute the run")
-        elif (data := self._try("data", lambda: self._load(machine, welcome, recipe))) is None:
+        elif (data := self._try("data", lambda: self._load(process, welcome, recipe))) is None:
             self._say(NOT_CHECKED, "model", "it is built for the data")
         else:
-            split = self._try("model", lambda: self._build(machine, welcome, recipe, data))
+            split = self._try("model", lambda: self._build(process, welcome, recipe, data))
         num_train = len(data.train) if data else 0
         self._try(
             "disk", lambda: self._space(_folder(self._node, welcome), welcome, split, num_train)
@@ -133,7 +136,8 @@ class _Check:
 
     def _access(self) -> Access | None:
         try:
-            return Access.of(self._node)
+            dialler = self._stack.enter_context(self._transport.client(self._node, say))
+            return Access.of(self._node, dialler)
         except SflError as error:
             self._refused("tls", error)
             return None
@@ -142,29 +146,29 @@ class _Check:
         """Say that something is not well: the token, if the reason names it."""
         self._say(NOT_WELL, "token" if "--token-file" in str(error) else what, reason_of(error))
 
-    def _wanted(self, machine: Machine) -> int | None:
-        tokens, told = machine.access.tokens, self._node.client_id
+    def _wanted(self, process: ClientProcess) -> int | None:
+        tokens, told = process.access.tokens, self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _reach(self, machine: Machine) -> tuple[Connection, str]:
-        node, access = self._node, machine.access
-        link = reach(node.server, node, access)
+    def _reach(self, process: ClientProcess) -> tuple[Channel, str]:
+        node, access = self._node, process.access
+        link = access.reach(node.server, node)
         link.peer_name = "server"
-        return link, f"{node.server} answers{', under TLS' if access.tls else ''}"
+        return link, f"{node.server} answers{', under TLS' if link.certificate else ''}"
 
-    def _show(self, machine: Machine, link: Connection) -> tuple[bool, str]:
-        wanted = self._wanted(machine)
-        machine.access.show(link, Peer(CLIENT, ANY_ID if wanted is None else wanted), SERVER)
+    def _show(self, process: ClientProcess, link: Channel) -> tuple[bool, str]:
+        wanted = self._wanted(process)
+        process.access.show(link, Peer(CLIENT, ANY_ID if wanted is None else wanted), SERVER)
         return True, "the server has the same"
 
-    def _report(self, machine: Machine, report: DataReport) -> str:
+    def _report(self, process: ClientProcess, report: DataReport) -> str:
         """Return what the server says to a report, over a connection of its own."""
-        link, _ = self._reach(machine)
+        link, _ = self._reach(process)
         with link:
-            if machine.access.tokens:
-                self._show(machine, link)
-            ours = fingerprint(machine.device)
-            talk = client_check(link, self._wanted(machine), ours, report)
+            if process.access.tokens:
+                self._show(process, link)
+            ours = fingerprint(process.device)
+            talk = client_check(link, self._wanted(process), ours, report)
             return run_blocking(talk).problem
 
     def _recipe(self, run: RunConfig) -> Recipe | None:
@@ -175,16 +179,18 @@ class _Check:
             self._refused("model", error)
             return None
 
-    def _load(self, machine: Machine, welcome: Welcome, recipe: Recipe) -> tuple[ClientData, str]:
+    def _load(
+        self, process: ClientProcess, welcome: Welcome, recipe: Recipe
+    ) -> tuple[ClientData, str]:
         run, client, node = welcome.run, welcome.client, self._node
-        data = machine.load(recipe, client, node, lambda line: None)
+        data = process.load(recipe, client, node, lambda line: None)
         counts = (
             f"{len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
         )
         return data, f"{counts} samples of {run.dataset} for client_{client}"
 
     def _build(
-        self, machine: Machine, welcome: Welcome, recipe: Recipe, data: ClientData
+        self, process: ClientProcess, welcome: Welcome, recipe: Recipe, data: ClientData
     ) -> tuple[SplitModel, str]:
         """Build the model, and hear what the server says to it and to the data."""
         run = welcome.run
@@ -193,7 +199,7 @@ class _Check:
         if has_own(recipe):
             own = own_checkpoints(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)
-        if problem := self._report(machine, report):
+        if problem := self._report(process, report):
             raise RunError(f"the server would refuse: {problem}")
         return split, f"{run.model} cut at {recipe.cut}; the server takes it, and the data"
 

@@ -42,6 +42,7 @@ from sfl.model.topology import Holder
 from sfl.nodes import ServerNode
 from sfl.own_functions import remember
 from sfl.runtime.access import Access, hearing_why
+from sfl.runtime.admission import Admission
 from sfl.runtime.claims import why_refused
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
@@ -50,59 +51,48 @@ from sfl.runtime.resume import Past, open_past, read_shared
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.dialling import connect, listen, parse_address
-from sfl.transport.guard import exposure, guard_of
-from sfl.transport.heartbeat import Heart, interval_s
-from sfl.transport.switchboard import DrainedConnection, Switchboard
+from sfl.transport.guard import Terms, exposure, guard_of
+from sfl.transport.heartbeat import interval_s
+from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import FED
-from sfl.transport.turned_away import TurnedAway
+from sfl.transport.transports import TCP, ServerNetwork, Transport
 from sfl.values import KEEP_NOTHING, KeepModels
 from sfl.weights.exchange import SocketWeights, WeightStore
 from sfl.weights.shared import Threads
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 from sfl.wire.driver import Conversation, Network, run_blocking, run_together
 from sfl.wire.link import MAIN, Link, Peer, last_words_for
-from sfl.wire.messages import Limits, MessageType
+from sfl.wire.members import Member
+from sfl.wire.messages import MessageType
 from sfl.wire.payload import onto
 
 LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
 
 
 @contextlib.contextmanager
-def fed_server(node: ServerNode, run: RunConfig, past: Past | None) -> Iterator[None]:
+def fed_server(
+    node: ServerNode, run: RunConfig, past: Past | None, transport: Transport
+) -> Iterator[None]:
     """Hold the main server's connection to the fed server while a run goes on.
 
     Raises:
         RunError: it is not there, or has failed.
     """
-    host, port = parse_address(node.fed_server)
-    access = Access.of(node)
-    connection = connect(
-        host,
-        port,
-        timeout_s=node.peer_timeout,
-        connect_timeout_s=60.0,
-        limits=Limits(),
-        on_wait=say,
-        tls=access.tls,
-    )
-    with connection:
-        connection.name, connection.peer_name = "the main server", "the fed server"
-        with hearing_why(connection):
-            access.show(connection, Peer(MAIN), FED)
-            first_round = past.first_round if past else 0
-            often = interval_s(node.peer_timeout)
-            goes_on = past is not None
-            run_blocking(
-                main_join(connection, run, first_round, goes_on=goes_on, heartbeat_s=often)
-            )
-            with Heart(lambda: [connection]):
-                yield
-            connection.send_message_as_json(MessageType.UNREGISTER)
-            connection.part()
+    with transport.client(node, say) as dialler, contextlib.ExitStack() as stack:
+        access = Access.of(node, dialler)
+        channel = stack.enter_context(dialler.connect(node.fed_server, patience_s=60.0))
+        channel.name, channel.peer_name = "the main server", "the fed server"
+        stack.enter_context(hearing_why(channel))
+        access.show(channel, Peer(MAIN), FED)
+        first_round, often = past.first_round if past else 0, interval_s(node.peer_timeout)
+        goes_on = past is not None
+        run_blocking(main_join(channel, run, first_round, goes_on=goes_on, heartbeat_s=often))
+        yield
+        channel.send_message_as_json(MessageType.UNREGISTER)
+        channel.part()
 
 
-def serve_fed(run: RunConfig, node: ServerNode) -> Path:
+def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     """Run a fed server from the first connection, or object, to the last; return its folder.
 
     Raises:
@@ -112,7 +102,7 @@ def serve_fed(run: RunConfig, node: ServerNode) -> Path:
     """
     device = set_up_torch(node)
     if run.weights == SOCKET:
-        return _serve_connections(node, device)
+        return _serve_connections(node, device, transport)
     return _serve_store(run, node, device)
 
 
@@ -123,52 +113,45 @@ def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
     return path
 
 
-def _serve_connections(node: ServerNode, device: torch.device) -> Path:
+def _serve_connections(node: ServerNode, device: torch.device, transport: Transport) -> Path:
     guard = guard_of(node, FED)
     with (
-        listen(node.host, node.port, node.link_shape) as listener,
-        Switchboard(
-            listener,
-            timeout_s=node.peer_timeout,
-            limits=Limits(),
-            guard=guard,
-            turned_away=TurnedAway(say),
-        ) as switchboard,
+        transport.listen(node.host, node.port, node.link_shape) as listener,
+        transport.serve(listener, Terms(node.peer_timeout), guard, RefusalLog(say)) as network,
     ):
         for warning in exposure(node):
             say(warning)
         say(f"fed server: listening on {listener.address} for the main server")
-        welcome, main = _await_main(switchboard)
+        welcome, main = _await_main(network)
         recipe = Recipe.of(welcome.run, node.allowed_imports)
         run = recipe.run
         guard.run = run.run
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
             open_folder(path, LOG, _kept(recipe)) as folder,
-            telling_why(folder, switchboard.end),
+            telling_why(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
             lobby = Lobby(
-                switchboard=switchboard,
+                members=network,
                 recipe=recipe,
                 events=folder.events,
-                past=past,
                 goes_on=welcome.goes_on,
                 patience=Patience(comes_back=False),
-                why_refused=functools.partial(why_refused, recipe, node),
+                admission=Admission(past, why_refused=functools.partial(why_refused, recipe, node)),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)
             split = _model(recipe, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
-            rounds = _prepare(node, folder, data, split, stores, switchboard, past, device)
-            for connection in switchboard.connections:
+            rounds = _prepare(node, folder, data, split, stores, network, past, device)
+            for connection in network.members:
                 connection.limits = server_limits(rounds.split, 0, onto(folder.path))
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
             goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
-            run_together(switchboard, goodbyes)
+            run_together(network, goodbyes)
             _finish(folder)
     return path
 
@@ -249,21 +232,21 @@ def _prepare(
     return FedRounds(network, stores, num_train, split, folder, shared, about, first_round)
 
 
-def _await_main(switchboard: Switchboard) -> tuple[Welcome, DrainedConnection]:
+def _await_main(network: ServerNetwork) -> tuple[Welcome, Member]:
     """Wait until the main server has come; whoever else comes before is turned away."""
-    joining: dict[DrainedConnection, Conversation[Welcome]] = {}
+    joining: dict[Member, Conversation[Welcome]] = {}
     while True:
-        for connection in switchboard.wait_for_any(timeout_s=1.0):
+        for connection in network.until(network.news, 1.0) or []:
             if connection not in joining:
                 connection.name = "the fed server"
-                joining[connection] = fed_join(connection, switchboard.heartbeat_s)
+                joining[connection] = fed_join(connection, network.heartbeat_s)
                 next(joining[connection])
             try:
                 next(joining[connection])
             except StopIteration as end:
                 return end.value, connection
             except SflError as error:
-                switchboard.drop(connection, str(error), last_words_for(error))
+                network.drop(connection, str(error), last_words_for(error))
 
 
 def _goodbye(link: Link) -> Conversation[None]:

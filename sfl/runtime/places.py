@@ -10,8 +10,8 @@ from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
 from sfl.runtime.progress import NO_STEP, Clock, Step
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
-from sfl.transport.allowance import Allowance
-from sfl.transport.switchboard import DrainedConnection
+from sfl.transport.rate_limit import RateLimit
+from sfl.wire.members import Member
 
 # How often a place may be taken over from a connection that is open, and how often a free one may
 # be taken: so often at once, then every so many seconds. A flaky link needs far less.
@@ -33,7 +33,7 @@ class Place:
     """One client's place in the run."""
 
     instance: str = ""  # the process that has it
-    link: DrainedConnection | None = None
+    link: Member | None = None
     ready: bool = False  # its data are loaded
     joined: Joined | None = None  # what it was when it was last ready
     clock: Clock = field(default_factory=Clock)
@@ -42,8 +42,8 @@ class Place:
     refused: bool = False  # what it did was wrong: the same again is of no use
     recurs: bool = False  # it has failed in a way in which it would fail again
     out_in: int = -1  # the round that goes on without it, even when it is back
-    taken_over: Allowance = field(default_factory=lambda: Allowance(*TAKEN_OVER))
-    taken: Allowance = field(default_factory=lambda: Allowance(*TAKEN))
+    taken_over: RateLimit = field(default_factory=lambda: RateLimit(*TAKEN_OVER))
+    taken: RateLimit = field(default_factory=lambda: RateLimit(*TAKEN))
 
     @property
     def is_here(self) -> bool:

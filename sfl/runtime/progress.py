@@ -6,7 +6,7 @@ client that trains alone names in its heartbeats. While a client redoes its step
 at ``LEAST_RATE``, in either direction, the clock stands still.
 """
 
-from sfl.transport.connection import Connection
+from sfl.wire.members import Member
 
 LEAST_RATE = 1000.0  # bytes a second: several times less than a modem
 BURST_S = 10.0  # for which a file that came faster may stall
@@ -18,26 +18,24 @@ class Clock:
     """For how long a round has waited for one client, over all its connections."""
 
     def __init__(self) -> None:
-        self._connection: Connection | None = None
+        self._connection: Member | None = None
         self._before = 0  # messages of this connection before the round
         self.start_round(None)
 
-    def start_round(self, connection: Connection | None) -> None:
+    def start_round(self, connection: Member | None) -> None:
         """Begin anew; ``connection`` is the client's, if it is there."""
         self.idle_s = 0.0
         self._furthest = 0  # most messages of one connection in the round
         self._step = NO_STEP
         self._connect(connection, 0 if connection is None else connection.num_came)
 
-    def _connect(self, connection: Connection | None, before: int) -> None:
+    def _connect(self, connection: Member | None, before: int) -> None:
         self._connection, self._before, self._credit_s = connection, before, 0.0
         # To have come, and said what it is, is no going on.
         self._came = 0 if connection is None else connection.num_came - before
         self._moved = 0 if connection is None else connection.bytes_moved
 
-    def look(
-        self, connection: Connection | None, step: Step, *, waits: bool, elapsed_s: float
-    ) -> None:
+    def look(self, connection: Member | None, step: Step, *, waits: bool, elapsed_s: float) -> None:
         """Let time pass for a client that is there, at a step that it names, or is not there.
 
         ``waits``: whether the round waits for its message.

@@ -3,13 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sfl.archive.profile import Profile
-from sfl.archive.round_log import RoundLog
 from sfl.archive.run_folder import (
     SERVER_LOG,
     EventLog,
@@ -21,56 +20,43 @@ from sfl.archive.run_folder import (
     telling_why,
     to_json,
 )
-from sfl.archive.spool import Spool
-from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
 from sfl.conversation.fed import put_start
 from sfl.conversation.join import APART, HERE, Joined, describe_data
-from sfl.conversation.party import TRAIN, ServerParty
 from sfl.crash import crash_point
-from sfl.environment import command_line, describe, differences, fingerprint, set_up_torch
+from sfl.environment import command_line, set_up_torch
 from sfl.errors import ConfigError, RunError, counted
 from sfl.files.atomic import write_file
-from sfl.files.torch_file import max_state_bytes
-from sfl.model.topology import Holder
-from sfl.nodes import NodeConfig, ServerNode
+from sfl.nodes import ServerNode
 from sfl.own_functions import remember
+from sfl.runtime.admission import Admission
 from sfl.runtime.claims import why_refused
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.places import Patience
-from sfl.runtime.preflight import check_disk, check_run, check_space, disk_bytes, knows_classes
+from sfl.runtime.preflight import check_run
+from sfl.runtime.preparation import Allowed, Preparation
 from sfl.runtime.resume import (
     Past,
     check_unfinished,
     has_begun,
-    load_backs,
     open_past,
-    read_shared,
 )
 from sfl.runtime.rounds import Rounds
-from sfl.runtime.same_model import ServersModel, check_same_model
-from sfl.strategy.merge import Shared
+from sfl.runtime.same_model import ServersModel
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
-from sfl.strategy.split_model import SplitModel
-from sfl.strategy.start_check import check_model
-from sfl.transport.dialling import listen
-from sfl.transport.guard import exposure, guard_of
+from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
-from sfl.transport.switchboard import Switchboard
+from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.turned_away import TurnedAway
-from sfl.weights.exchange import Elsewhere, WeightStore
+from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.weights.exchange import Elsewhere
 from sfl.weights.objects import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
-from sfl.wire.driver import Network
-from sfl.wire.link import Absent, Link
-from sfl.wire.messages import Limits
-from sfl.wire.payload import onto
 
 
-def serve(run: RunConfig, node: ServerNode) -> Path:
+def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     """Run a server from the first connection to the last, and return the run's folder.
 
     Raises:
@@ -90,68 +76,112 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     device = set_up_torch(node)
     past = _past(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
-    with listen(node.host, node.port, node.link_shape) as listener, contextlib.ExitStack() as stack:
+    with (
+        transport.listen(node.host, node.port, node.link_shape) as listener,
+        contextlib.ExitStack() as stack,
+    ):
         path, recipe, is_taken_over = _folder_of(recipe, node)
         run = recipe.run
-        fed = HERE if node.role == "all" else node.fed_server or APART
+        guard = dataclasses.replace(guard, run=run.run)
         with (
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
-            Switchboard(
-                listener,
-                timeout_s=node.peer_timeout,
-                limits=Limits(),  # no files from anybody before the model is known
-                max_strangers=2 * run.most_clients + 64,  # all clients at once, and again
-                heartbeat_s=interval_s(node.silence_s),
-                guard=dataclasses.replace(guard, run=run.run),
-                turned_away=TurnedAway(folder.events.say, folder.events.note),
-            ) as switchboard,
-            telling_why(folder, switchboard.end, how_to_go_on(path, run.model)),
+            transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
+            telling_why(folder, network.end, how_to_go_on(path, run.model)),
         ):
-            events = folder.events
-            place = _check_place(run, node, path, events, anew=is_taken_over)
+            place = _check_place(run, node, path, folder.events, anew=is_taken_over)
             if node.fed_server:
-                stack.enter_context(fed_server(node, run, past))
-            events.note(f"command line: {' '.join(command_line())}")
-            needed = past.clients if past else run.clients
-            events.say(
-                f"run {run.run}: listening on {listener.address} for {counted(needed, 'client')}"
-            )
-            if past:
-                _say_how_it_goes_on(past, run, events)
-            for line in exposure(node):
-                events.say(line)
-            patience = Patience(fed == HERE, node.skip_after_s, node.min_clients)
-            lobby = Lobby(
-                switchboard=switchboard,
-                recipe=recipe,
-                events=events,
-                past=past,
-                goes_on=bool(node.resume),
-                fed=fed,
-                patience=patience,
-                model=ServersModel(recipe),
-                why_refused=functools.partial(why_refused, recipe, node),
-            )
-            if past and past.first_round == run.rounds:  # all that is left is to say goodbye
-                lobby.end_soon()
-            joined = lobby.gather()
-            if past:
-                past = _agree(past, joined, fed, events)
-            crash_point("start.ready")
-            make = store_maker(place, _store_options(run, node, path, events), switchboard.wake)
-            rounds = prepare(
-                recipe, joined, lobby, folder, device=device, node=node, past=past,
-                store=make if fed == HERE else lambda link, most_bytes: Elsewhere(),
-                with_fronts=fed == HERE, may_skip=bool(node.skip_after_s), at_once=node.at_once,
-            )  # fmt: skip
+                stack.enter_context(fed_server(node, run, past, transport))
+            server = _Server(recipe, node, device, folder, past, place)
+            server.announce(listener.address)
+            rounds = server.prepare(network)
             stack.callback(rounds.spool.close)
-            lobby.on_return = rounds.come_back
-            if place is not None and fed == APART:
-                put_start(place, run, rounds.first_round, describe_data(joined, run))
-            if place is not None and fed == HERE and node.resume:
+            if place is not None and server.fed == HERE and node.resume:
                 _forget_weights(place, rounds)
             finish(rounds, folder)
     return path
+
+
+def _terms(run: RunConfig, node: ServerNode) -> Terms:
+    strangers = 2 * run.most_clients + 64  # all clients at once, and again
+    return Terms(node.peer_timeout, max_strangers=strangers, heartbeat_s=interval_s(node.silence_s))
+
+
+def _refusals(folder: RunFolder) -> RefusalLog:
+    return RefusalLog(folder.events.say, folder.events.note)
+
+
+@dataclass
+class _Server:
+    """A server whose port, folder and store are open."""
+
+    recipe: Recipe
+    node: ServerNode
+    device: torch.device
+    folder: RunFolder
+    past: Past | None
+    place: ObjectStore | None  # that keeps the weights
+
+    @property
+    def run(self) -> RunConfig:
+        return self.recipe.run
+
+    @property
+    def fed(self) -> str:
+        """Where the fed server is."""
+        return HERE if self.node.role == "all" else self.node.fed_server or APART
+
+    def announce(self, address: str) -> None:
+        """Say what is run, where, and for whom."""
+        events, past = self.folder.events, self.past
+        events.note(f"command line: {' '.join(command_line())}")
+        needed = counted(past.clients if past else self.run.clients, "client")
+        events.say(f"run {self.run.run}: listening on {address} for {needed}")
+        if past:
+            _say_how_it_goes_on(past, self.run, events)
+        for line in exposure(self.node):
+            events.say(line)
+
+    def prepare(self, network: ServerNetwork) -> Rounds:
+        """Gather the clients, and return the rounds with them."""
+        run, node, is_here = self.run, self.node, self.fed == HERE
+        lobby = self._lobby(network)
+        if self.past and self.past.first_round == run.rounds:  # all that is left is a goodbye
+            lobby.end_soon()
+        joined = lobby.gather()
+        if self.past:
+            self.past = _agree(self.past, joined, self.fed, self.folder.events)
+        crash_point("start.ready")
+        options = _store_options(run, node, self.folder.path, self.folder.events)
+        make = store_maker(self.place, options, network.wake)
+        rounds = Preparation(
+            recipe=self.recipe,
+            joined=joined,
+            network=lobby,
+            folder=self.folder,
+            node=node,
+            device=self.device,
+            store=make if is_here else lambda link, most_bytes: Elsewhere(),
+            past=self.past,
+            allowed=Allowed(is_here, bool(node.skip_after_s), node.at_once),
+        ).rounds()
+        lobby.on_return = rounds.come_back
+        if self.place is not None and self.fed == APART:
+            put_start(self.place, run, rounds.first_round, describe_data(joined, run))
+        return rounds
+
+    def _lobby(self, network: ServerNetwork) -> Lobby:
+        recipe, node = self.recipe, self.node
+        return Lobby(
+            members=network,
+            recipe=recipe,
+            events=self.folder.events,
+            goes_on=bool(node.resume),
+            fed=self.fed,
+            patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
+            admission=Admission(
+                self.past, ServersModel(recipe), functools.partial(why_refused, recipe, node)
+            ),
+        )
 
 
 def _check_together(recipe: Recipe, node: ServerNode) -> None:
@@ -270,135 +300,6 @@ def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
     write_file(path / "config.json", to_json(options_record(recipe.run, node)), durable=True)
     remember([run.model])
     return path, recipe, was_there
-
-
-def prepare(
-    recipe: Recipe,
-    joined: Mapping[int, Joined],
-    network: Network,
-    folder: RunFolder,
-    *,
-    device: torch.device,
-    node: NodeConfig,
-    store: Callable[[Link, int], WeightStore],
-    past: Past | None = None,
-    with_fronts: bool = True,
-    may_skip: bool = False,
-    at_once: int = 0,
-    keeps_answers: bool = True,
-) -> Rounds:
-    """Build the model for the clients' data, record configuration and machines, check the disk.
-
-    ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
-    Without ``with_fronts`` another server has the fronts, and none of them lie here. ``may_skip``:
-    rounds may close without a client; ``at_once``: so many train at the same time, see ``Rounds``;
-    ``keeps_answers``: a client may redo its steps.
-
-    Raises:
-        ConfigError: the model does not take such data, or cannot be trained in its segments.
-        RunError: the clients' data do not go together, or the disk is too small.
-        IntegrityError: a file that the run goes on from is damaged.
-    """
-    run, archive, events = recipe.run, folder.archive, folder.events
-    data = dict(past.data) if past else describe_data(joined, run)
-    split = SplitModel.of_data(recipe, data)
-    check_same_model(split, joined, events.say)
-    _look_at(split, run, events)
-    ours = fingerprint(device)
-    for k, client in joined.items():
-        for difference in differences(ours, client.fingerprint):
-            events.say(
-                f"warning: client_{k} has {difference} of the server: the last bit may differ"
-            )
-    if past:
-        for difference in differences(past.fingerprint, ours):
-            events.say(f"warning: {difference} of the run so far: the last bit may differ")
-    first_round = past.first_round if past else 0
-    archive.begin_at(first_round, anew=REWRITTEN)
-    clients = {f"client_{k}": dict(client.fingerprint) for k, client in joined.items()}
-    environment = describe(device, command_line()) | {"clients": clients, "data": data}
-    known = past.client_fingerprints if past else {}
-    fingerprints = dict(known) | {k: dict(client.fingerprint) for k, client in joined.items()}
-    archive.write("config", "config.json", to_json(options_record(run, node)))
-    archive.write("environment", "environment.json", to_json(environment))
-    num_samples = {int(k): parts for k, parts in data["num_samples"].items()}
-    num_train = [parts[TRAIN] for parts in num_samples.values()]
-    left = recipe.changed(rounds=run.rounds - first_round)
-    events.say(
-        check_disk(
-            folder.path, left, lambda recipe: disk_bytes(recipe, split, num_train),
-            may_change=not past,
-        )
-    )  # fmt: skip
-    row = recipe.scheme
-    has_backs = row.exchange is not Exchange.NOTHING
-    indices = sorted({row.back_of(k) for k in num_samples}) if has_backs else []
-    backs = {b: split.segments(Holder.SERVER, device) for b in indices}
-    if past:
-        shared = read_shared(past.files, split, first_round)
-        load_backs(past.files, run, backs, shared, first_round)
-    else:
-        holders = tuple(Holder) if with_fronts else (Holder.SERVER,)
-        shared = {name: Shared(state) for name, state in split.initial(*holders).items()}
-    a_round = disk_bytes(recipe.changed(rounds=1), split, num_train)
-    log = RoundLog(folder, run.rounds, recipe.task, first_round)
-    most_bytes = max_state_bytes(split.front_spec)
-    profile = Profile(folder.path, wanted=node.profile)
-
-    def store_of(link: Link) -> WeightStore:
-        return store(link, most_bytes)
-
-    links = {k: joined[k].link if k in joined else Absent(k) for k in num_samples}
-    parties = {
-        k: ServerParty(
-            client=k,
-            recipe=recipe,
-            link=links[k],
-            weights=store_of(links[k]),
-            split=split,
-            archive=archive,
-            watcher=log,
-            profile=profile,
-            backs=backs,
-            num_samples=num_samples[k],
-            own_round=past.own_rounds.get(k, 0) if past else 0,
-        )
-        for k in sorted(num_samples)
-    }
-    rounds = Rounds(
-        network,
-        parties,
-        backs,
-        split,
-        archive,
-        log,
-        shared,
-        store=store_of,
-        spool=Spool(folder.path if keeps_answers else None, archive.flush),
-        payloads=onto(folder.path),
-        about={"data": data, "fingerprint": ours, "clients": fingerprints},
-        check_there=folder.check_there,
-        check_space=lambda: check_space(folder.path, a_round),
-        first_round=first_round,
-        may_skip=may_skip,
-        at_once=at_once,
-    )
-    for k in parties:
-        rounds.limit(k)
-    return rounds
-
-
-def _look_at(split: SplitModel, run: RunConfig, events: EventLog) -> None:
-    """Try the model if that could not be done before, and say what is unusual about it."""
-    if not knows_classes(run):
-        check_model(split)
-    if split.is_in_eval:
-        events.say(
-            "warning: the model came in eval() and stays in it while it is trained: it has no"
-            " dropout, and BatchNorm keeps its statistics"
-        )
-    if not split.front_spec:
-        events.say("warning: the front has no weights: what clients send are their raw data")
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:

@@ -31,12 +31,13 @@ from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
 from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
+from sfl.runtime.preparation import Allowed, Preparation
 from sfl.runtime.resume import load_own_state
-from sfl.runtime.server import finish, prepare
+from sfl.runtime.server import finish
 from sfl.strategy.recipe import Recipe
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
-from sfl.wire.driver import Conversation, Gate, Network
+from sfl.wire.driver import AllStay, Conversation, Gate
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Link
 from sfl.wire.messages import Message
@@ -103,7 +104,7 @@ class Away:
         return cls(client, first, step or 0, back)
 
 
-class LocalNetwork(Network):
+class LocalNetwork(AllStay):
     """Runs the clients whenever the server waits for them, and loses them when it should."""
 
     def __init__(self, away: Sequence[Away] = ()) -> None:
@@ -192,10 +193,16 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
             run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
         make = store_maker(options.open_place(), options)
-        rounds = prepare(
-            recipe, joined, network, folder, device=device, node=node, store=make,
-            may_skip=bool(away), keeps_answers=False,
-        )  # fmt: skip
+        rounds = Preparation(
+            recipe=recipe,
+            joined=joined,
+            network=network,
+            folder=folder,
+            node=node,
+            device=device,
+            store=make,
+            allowed=Allowed(skips=bool(away), answers=False),
+        ).rounds()
         archives = {k: writers.enter_context(_client_archive(recipe, node, k)) for k in data}
 
         def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:

@@ -7,7 +7,7 @@ busy say so: heartbeats are neither handed on nor counted.
 
 import contextlib
 import errno
-import ipaddress
+import math
 import socket
 import ssl
 import threading
@@ -21,10 +21,11 @@ from sfl.errors import (
     ProtocolError,
     SflError,
 )
+from sfl.transport.addresses import address_of
 from sfl.transport.stream import Stream, is_refusal, why
-from sfl.values import Position
 from sfl.wire.framing import Decoder, encode_head
-from sfl.wire.link import Aside, Link, is_last, one_line
+from sfl.wire.link import is_last, one_line
+from sfl.wire.members import Channel
 from sfl.wire.messages import Limits, Message, MessageType
 
 Socket = socket.socket
@@ -32,8 +33,8 @@ FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last
 SLOWEST_BYTES_PER_S = 1024.0  # that a peer takes of a message, once its deadline has passed
 
 
-class Connection(Link):
-    """One TCP connection, message by message. Closed by ``with`` or ``close()``."""
+class Connection(Channel):
+    """One TCP connection, message by message."""
 
     def __init__(
         self,
@@ -51,21 +52,12 @@ class Connection(Link):
             _keep_alive(self._stream.sock, timeout_s)
         self._stream.set_timeout(timeout_s)
         self.timeout_s = timeout_s
-        self.heartbeat_s = timeout_s  # how often the peer wants to hear from us
+        self.certificate = self._stream.certificate
+        self.heartbeat_s = math.inf  # how often the peer wants to hear from us, once it has said so
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
-        self.bytes_moved = 0  # in both directions, apart from signs of life
-        self.num_came = 0  # messages, where they are read ahead
-        self.peer_at = Position()  # where the peer says that it is in the run
         self._sending = threading.Lock()  # a message is sent whole before the next one
-        self.aside: Aside = contextlib.nullcontext  # entered while we wait for the peer
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
-
-    def __enter__(self) -> "Connection":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def limits(self) -> Limits:
@@ -81,14 +73,13 @@ class Connection(Link):
         parts = [memoryview(encode_head(message)), memoryview(message.payload)]
         num_bytes = sum(map(len, parts))
         self.counters.bytes_sent += num_bytes
-        with self.aside(), self._sending:
+        with self._sending:
             self._transmit(parts)
         self.counters.messages_sent += 1
         self.counters.sending_s += time.perf_counter() - started
         return num_bytes
 
     def beat(self, silent_s: float) -> None:
-        """Say that we are here, if we have said nothing for so long; called from a thread."""
         if time.monotonic() - self.spoke_at < silent_s or not self._sending.acquire(blocking=False):
             return
         try:
@@ -129,7 +120,7 @@ class Connection(Link):
         """Return the error for a connection that broke, or that TLS refused."""
         if isinstance(error, ssl.SSLError) and is_refusal(error):
             return AuthError(f"{self.peer_title} refused us: {why(error)}; see --tls-cert")
-        return ConnectionLost(f"{self.peer_title} {_how(error)}{where}")
+        return ConnectionLost(f"{self.peer_title} {how_it_ended(error)}{where}")
 
     def _next(self) -> Message:
         """Read from the socket until one message is complete, and return it."""
@@ -176,8 +167,7 @@ class Connection(Link):
         with self._decoder.get_buffer() as buffer:
             try:
                 if wait:
-                    with self.aside():
-                        num_bytes = self._stream.receive_into(buffer)
+                    num_bytes = self._stream.receive_into(buffer)
                 else:
                     num_bytes = self._stream.receive_now(buffer)
             except BlockingIOError:
@@ -195,14 +185,14 @@ class Connection(Link):
 
     @property
     def address(self) -> str:
-        """The peer's address, for logs."""
         return address_of(self._stream.sock)
 
-    def last_words(self) -> PeerFailed | None:
-        """Return why the peer ended the run, if its word has already arrived.
+    @property
+    def is_closed(self) -> bool:
+        """Whether we have closed it."""
+        return self._stream.sock.fileno() < 0
 
-        To be asked after a send failed: the peer may have said why before it closed.
-        """
+    def last_words(self) -> PeerFailed | None:
         with contextlib.suppress(OSError, SflError):
             self._stream.set_timeout(FAREWELL_S)
             while True:
@@ -219,31 +209,26 @@ class Connection(Link):
         self._stream.shut_sending()
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
-        """Send a last message and close, leaving the peer the time to read it.
-
-        Closing while the peer's bytes lie unread would reset the connection, and with it the
-        message; so they are read and thrown away until the peer closes or time is up.
-        """
         self.end_sending(message_type, reason)
         self.part()
 
     def part(self) -> None:
-        """Close after our last message: what the peer still sends is read and thrown away."""
+        # Closing while the peer's bytes lie unread would reset the connection, and with it our last
+        # message; so they are read and thrown away until the peer closes or time is up.
         self._stream.shut_sending()
         with contextlib.suppress(OSError):
             self._stream.set_timeout(FAREWELL_S)
         deadline, unread = time.monotonic() + FAREWELL_S, memoryview(bytearray(65536))
-        with contextlib.suppress(OSError), self.aside():
+        with contextlib.suppress(OSError):
             while time.monotonic() < deadline and self._stream.receive_into(unread):
                 pass
         self.close()
 
     def close(self) -> None:
-        """Close the connection; a thread that waits on it wakes with ``ConnectionLost``."""
         self._stream.close()
 
 
-def _how(error: OSError) -> str:
+def how_it_ended(error: OSError) -> str:
     """Say how a connection ended: by the peer's hand, or for another reason."""
     if isinstance(error, ssl.SSLEOFError):
         return "closed the connection"
@@ -266,26 +251,3 @@ def _keep_alive(sock: socket.socket, timeout_s: float) -> None:
     for option, value in (*seconds.items(), ("TCP_USER_TIMEOUT", round(timeout_s * 1000))):
         if hasattr(socket, option):  # macOS lacks some
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def format_address(host: str, port: int) -> str:
-    """Return ``host:port``, with an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def address_of(sock: Socket) -> str:
-    """Return the peer's address, for logs."""
-    try:
-        return format_address(*sock.getpeername()[:2])
-    except (OSError, TypeError, ValueError):
-        return "an unknown address"
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches what listens on a host; an unknown one reaches none."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return bool(host)
-    addresses = (str(address[4][0]).partition("%")[0] for address in found)
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)

@@ -2,16 +2,29 @@
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sfl.errors import ConfigError
 from sfl.nodes import ServerNode
+from sfl.transport.addresses import is_loopback
 from sfl.transport.certificates import ServerTls, server_tls
-from sfl.transport.connection import is_loopback
 from sfl.transport.tokens import SERVER, Tokens, tokens_of
+from sfl.wire.messages import Limits
 
 MOST_CLIENTS_OF_FED = 500
 FILES_WANTED = 8192  # open at once: a connection is one
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a server's connections have in common."""
+
+    timeout_s: float
+    limits: Limits = field(
+        default_factory=Limits
+    )  # no files from anybody before the model is known
+    max_strangers: int = 64  # that may be connected without having registered
+    heartbeat_s: float = 0.0  # how often to hear from who has registered; 0: as timeout_s asks
 
 
 @dataclass

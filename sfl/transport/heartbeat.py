@@ -3,13 +3,13 @@
 A peer that computes for an hour is not dead, and one behind a link that silently drops everything
 is not alive. So both ends of a connection say that they are there, whatever their main thread does,
 and whoever hears nothing for ``--peer-timeout`` takes the connection for lost. When they register
-they tell each other how often they want to hear something.
+they tell each other how often they want to hear something; before that nothing is said.
 """
 
 import threading
 from collections.abc import Callable, Iterable
 
-from sfl.transport.connection import Connection
+from sfl.wire.members import Channel
 
 LONGEST_INTERVAL_S = 10.0
 LONGEST_PAUSE_S = 0.5  # until a new connection is noticed
@@ -21,16 +21,16 @@ def interval_s(timeout_s: float) -> float:
     return min(timeout_s / BEATS_IN_A_TIMEOUT, LONGEST_INTERVAL_S)
 
 
-class Heart:
+class Heartbeat:
     """Speaks over connections on which we have been silent. Closed by ``with``."""
 
-    def __init__(self, connections: Callable[[], Iterable[Connection]]) -> None:
+    def __init__(self, connections: Callable[[], Iterable[Channel]]) -> None:
         self._connections = connections
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "Heartbeat":
         return self
 
     def __exit__(self, *exc: object) -> None:

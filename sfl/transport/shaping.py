@@ -17,6 +17,7 @@ from typing import Protocol
 
 from sfl.values import LinkShape
 
+UNSHAPED = LinkShape()
 CHUNK = 16 * 2**10  # bytes
 MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
 LINGER_S = 10.0  # for which the peer may go on to send when we have sent our last

@@ -14,20 +14,17 @@ object that was put elsewhere or altered is refused.
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
-from typing import Generic, TypeVar
 
 from sfl.errors import IntegrityError, ProtocolError, RunError, quoted
 from sfl.files.checksum import checksum
 from sfl.files.torch_reader import Buffer
 from sfl.weights.exchange import WeightKey
 from sfl.weights.objects import Metadata, ObjectStore
-from sfl.wire.driver import Conversation, Gate, Network
-from sfl.wire.link import Aside, Link
+from sfl.wire.calls import Calls
+from sfl.wire.driver import AllStay, Conversation, Gate
+from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 
-T = TypeVar("T")
-MAX_THREADS = 16
 FIRST_LOOK_S, LONGEST_PAUSE_S = 0.05, 5.0  # between polls for an object without a notice
 SAY_AFTER_S = 10.0
 
@@ -51,71 +48,7 @@ def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
     }
 
 
-class _Job(Generic[T]):
-    """A call on its own thread."""
-
-    def __init__(
-        self, call: Callable[[], T], places: threading.Semaphore, wake: Callable[[], None]
-    ):
-        self.done = False
-        self._result: T | None = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            with places:
-                try:
-                    self._result = call()
-                except BaseException as error:  # noqa: BLE001 - the thread's edge; result raises it
-                    self._error = error
-            self.done = True
-            wake()
-
-        threading.Thread(target=run, name="weights", daemon=True).start()
-
-    def is_done(self) -> bool:
-        return self.done
-
-    def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]
-
-
-class Transfers:
-    """Run a store's blocking calls: on threads, so that clients' transfers overlap, or in place.
-
-    ``wake`` is called when a thread is done. Without it, calls are made in place, inside ``aside``.
-    """
-
-    def __init__(self, wake: Callable[[], None] | None = None, aside: Aside = nullcontext) -> None:
-        self._wake, self._aside = wake, aside
-        self._places = threading.Semaphore(MAX_THREADS)
-        self._once: dict[str, _Job[None] | None] = {}  # None: done in place
-
-    def run(self, call: Callable[[], T]) -> Conversation[T]:
-        """Make a call. Without threads, this yields nothing."""
-        if self._wake is None:
-            yield from ()
-            with self._aside():
-                return call()
-        job = _Job(call, self._places, self._wake)
-        yield job.is_done
-        return job.result()
-
-    def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
-        """Make a call once for all callers with the same name."""
-        if self._wake is None:
-            if name not in self._once:
-                yield from self.run(call)
-                self._once[name] = None
-            return
-        job = self._once.get(name) or _Job(call, self._places, self._wake)
-        self._once[name] = job
-        yield job.is_done
-        job.result()
-
-
-class Threads(Network):
+class Threads(AllStay):
     """A network without connections, whose gates are opened by threads."""
 
     def __init__(self) -> None:
@@ -138,7 +71,7 @@ class SharedWeights:
         self,
         objects: ObjectStore,
         link: Link | None,
-        transfers: Transfers,
+        calls: Calls,
         *,
         patience_s: float,
         say: Callable[[str], None],
@@ -151,13 +84,13 @@ class SharedWeights:
         self._most_bytes = most_bytes
         self._objects = objects
         self._link = link
-        self._transfers = transfers
+        self._calls = calls
         self._patience_s = patience_s
         self._say = say
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
         path, metadata = object_path(key), describe(key, data, samples)
-        yield from self._transfers.run_once(
+        yield from self._calls.run_once(
             f"{path} {metadata['checksum']}", lambda: self._objects.create(path, data, metadata)
         )
         yield from self.pass_on(key, data)
@@ -180,7 +113,7 @@ class SharedWeights:
                 )
             if held and checksum(held) == announced:
                 return held
-        data, metadata = yield from self._transfers.run(lambda: self._look_for(key))
+        data, metadata = yield from self._calls.run(lambda: self._look_for(key))
         self._check(key, data, metadata, announced)
         return data
 

@@ -1,7 +1,6 @@
 """``WEIGHT_STORES``: the values of ``--weights``, and how to open each."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from sfl.registry import unknown_name
 from sfl.weights.bucket import Bucket, parse_address
 from sfl.weights.exchange import SocketWeights, WeightStore
 from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights, Transfers
-from sfl.wire.link import Aside, Link
+from sfl.weights.shared import SharedWeights
+from sfl.wire.calls import Calls
+from sfl.wire.link import Link
 
 SOCKET = "socket"
 
@@ -87,21 +87,20 @@ def store_maker(
     place: ObjectStore | None,
     options: StoreOptions,
     wake: Callable[[], None] | None = None,
-    aside: Aside = nullcontext,
 ) -> Callable[[Link | None, int], WeightStore]:
     """Return a function that makes a party's store from its link and the size limit of a file.
 
-    The stores of one process share their ``Transfers``, which get ``wake`` and ``aside``. Without a
-    link, objects are found by polling.
+    The stores of one process share their ``Calls``, which get ``wake``. Without a link, objects are
+    found by polling.
     """
-    transfers = Transfers(wake, aside)
+    calls = Calls(wake)
 
     def make(link: Link | None, most_bytes: int) -> WeightStore:
         if place is not None:
             return SharedWeights(
                 place,
                 link,
-                transfers,
+                calls,
                 patience_s=options.patience_s,
                 say=options.say,
                 most_bytes=most_bytes,

@@ -9,7 +9,7 @@ find out by itself what has been done already; between two yields it either does
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from sfl.errors import PEER_ERRORS, RunError, SflError
 from sfl.wire.link import Link
@@ -19,11 +19,8 @@ Gate = Callable[[], bool]  # whether it is open
 Conversation = Generator[Link | Gate, None, T]
 
 
-class Network:
-    """Several links, of which one can wait for whichever has a message.
-
-    As it stands here, nobody who is lost comes back: the first loss ends the run.
-    """
+class Network(Protocol):
+    """Who takes part in conversations, and one place to wait for all their messages."""
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
         """Return one of ``links`` that has a message or has failed; block until there is one.
@@ -31,7 +28,6 @@ class Network:
         None if something else happened: a gate has opened, as ``wake`` says; a client was lost that
         is not in ``links``, or is back; or time has passed.
         """
-        raise NotImplementedError
 
     def wake(self) -> None:
         """Look at the gates again; called from other threads."""
@@ -41,11 +37,9 @@ class Network:
 
     def is_here(self, client: int) -> bool:
         """Say whether a client is connected and ready."""
-        return True
 
     def is_out(self, client: int) -> bool:
         """Say whether nobody waits for a client any more."""
-        return False
 
     def lost(self, client: int, error: SflError) -> None:
         """Take note that a client's link, which was being used, is of no more use.
@@ -53,22 +47,18 @@ class Network:
         Raises:
             SflError: nobody comes back here.
         """
-        raise error
 
     def take_changes(self) -> list[tuple[int, bool]]:
         """Return who was lost, or is back (True), since the last call, in that order."""
-        return []
 
     def why_away(self, client: int) -> str:
         """Say why a client is not here."""
-        return ""
 
     def end_soon(self) -> None:
         """Wait only shortly for whoever is away: all that is left is to say goodbye."""
 
     def gives_up(self, client: int) -> bool:
         """Say whether to go on without a client that is away."""
-        return False
 
     def await_anybody(self) -> None:
         """Wait until a client is here.
@@ -76,6 +66,36 @@ class Network:
         Raises:
             RunError: nobody comes.
         """
+
+
+class AllStay:
+    """What a network answers where nobody comes back: the first loss ends the run."""
+
+    def wake(self) -> None: ...
+
+    def start_round(self, round_index: int) -> None: ...
+
+    def is_here(self, client: int) -> bool:
+        return True
+
+    def is_out(self, client: int) -> bool:
+        return False
+
+    def lost(self, client: int, error: SflError) -> None:
+        raise error
+
+    def take_changes(self) -> list[tuple[int, bool]]:
+        return []
+
+    def why_away(self, client: int) -> str:
+        return ""
+
+    def end_soon(self) -> None: ...
+
+    def gives_up(self, client: int) -> bool:
+        return False
+
+    def await_anybody(self) -> None:
         raise RunError("no client is left")
 
 

@@ -12,7 +12,6 @@ the process in ``simulate``.
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -261,6 +260,3 @@ class Absent(Link):
 def one_line(text: object, max_length: int = 500) -> str:
     """Return a peer's text fit for one line of a log: printable, bounded."""
     return "".join(c if c.isprintable() else " " for c in shortened(text, max_length))
-
-
-Aside = Callable[[], AbstractContextManager[None]]

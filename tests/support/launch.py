@@ -25,6 +25,7 @@ _CONTEXT.set_forkserver_preload(
         "sfl.runtime.fed_server",
         "sfl.runtime.client",
         "sfl.data.own_data",
+        "tests.support.digits",
         "torch._dynamo",
     ]
 )

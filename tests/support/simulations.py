@@ -28,7 +28,7 @@ def recorded(out: Path, **options: object) -> Path:
 
 
 CUT = 6  # BatchNorm and dropout on both sides
-DEFAULTS = {"model": BN_DROPOUT, "cut": CUT, "rounds": 2, "batch_size": 100, "run": "r"}
+DEFAULTS = {"model": BN_DROPOUT, "cut": CUT, "rounds": 2, "batch_size": 200, "run": "r"}
 
 
 def simulated_bn_dropout(out: Path, **options: object) -> Path:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 TICK_S = 0.5  # how often to look for who is silent
 
 
-class Drained(Protocol):
+class Readable(Protocol):
     """A connection that is read without waiting."""
 
     def fileno(self) -> int: ...
@@ -24,7 +24,7 @@ class Drained(Protocol):
         """Fail if nothing has come for too long."""
 
 
-class Drain:
+class SocketReader:
     """Reads connections, and lets threads wait for what comes. Closed by ``close``.
 
     ``lock`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
@@ -35,25 +35,25 @@ class Drain:
         self.changed = threading.Condition(self.lock)
         self._reading = threading.Lock()  # held while connections are read; taken before ``lock``
         self._selector = selectors.DefaultSelector()
-        self._members: set[Drained] = set()
-        self._unfinished: set[Drained] = set()  # to be read without waiting for their sockets
-        self._paused: set[Drained] = set()
+        self._members: set[Readable] = set()
+        self._unfinished: set[Readable] = set()  # to be read without waiting for their sockets
+        self._paused: set[Readable] = set()
         self._closed = False
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wakes, False)
         os.set_blocking(self._wake, False)
         self._selector.register(self._wakes, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
 
-    def add(self, connection: Drained) -> None:
+    def add(self, connection: Readable) -> None:
         """Read a connection from now on, beginning with what has come already."""
         with self._reading:
             if not self._closed:
                 self._members.add(connection)
                 self._begin(connection)
 
-    def remove(self, connection: Drained) -> None:
+    def remove(self, connection: Readable) -> None:
         """Read a connection no longer; to be called before it is closed, and as often as you like.
 
         Else its descriptor might already be another one's when it is read.
@@ -63,7 +63,7 @@ class Drain:
             self._members.discard(connection)
             self._paused.discard(connection)
 
-    def pause(self, connection: Drained) -> None:
+    def pause(self, connection: Readable) -> None:
         """Read a connection no longer until ``resume``.
 
         For a connection's own ``read_now`` and ``check_silence``, and for ``remove``.
@@ -73,7 +73,7 @@ class Drain:
             self._paused.add(connection)
         self._unfinished.discard(connection)
 
-    def resume(self, connection: Drained) -> None:
+    def resume(self, connection: Readable) -> None:
         """Read a connection again, beginning with what has come in the meantime."""
         with self._reading:
             if connection in self._paused:
@@ -109,7 +109,7 @@ class Drain:
             os.close(self._wakes)
             os.close(self._wake)
 
-    def _begin(self, connection: Drained) -> None:
+    def _begin(self, connection: Readable) -> None:
         self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
         self._unfinished.add(connection)
         self._wake_up()
@@ -130,7 +130,7 @@ class Drain:
                     for connection in list(self._members):
                         connection.check_silence()
 
-    def _read(self, due: set[Drained | None]) -> None:
+    def _read(self, due: set[Readable | None]) -> None:
         for connection in due:
             if connection is None:
                 os.read(self._wakes, 4096)

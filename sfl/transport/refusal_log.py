@@ -16,7 +16,7 @@ def _nowhere(line: str) -> None:
     return
 
 
-class TurnedAway:
+class RefusalLog:
     """Lines about who is turned away; may be told by several threads."""
 
     def __init__(self, say: Tell = _nowhere, note: Tell = _nowhere) -> None:
@@ -41,7 +41,7 @@ class TurnedAway:
             else:
                 self._untold += 1
 
-    def look_at_the_time(self, now: float) -> None:
+    def summarise(self, now: float) -> None:
         """Count, once in a while, those who had no line of their own."""
         with self._lock:
             if now - self._began_at < EVERY_S:

@@ -1,9 +1,7 @@
-"""What all clients of one process have in common: data, device, and who is told of an interrupt."""
+"""What all clients of one process have in common: data, device, and their way to the server."""
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,23 +19,18 @@ from sfl.runtime.access import Access
 from sfl.runtime.memory import client_bytes, sizes_of, too_much
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH
-from sfl.transport.connection import Connection
-from sfl.wire.messages import MessageType
 
 Notify = Callable[[str], None]
 
 
 @dataclass
-class Machine:
+class ClientProcess:
     """What all clients of one process have in common."""
 
     access: Access
     device: torch.device
     num_hosted: int = 0  # clients, if this process hosts some; else it is one
-    is_interrupted: bool = False
     _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
-    _connections: set[Connection] = field(default_factory=set)
-    _changing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def hosts_many(self) -> bool:
@@ -77,27 +70,3 @@ class Machine:
         named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
         if why := too_much(needed, node, f"the server's {named}"):
             raise ConfigError(why)
-
-    @contextlib.contextmanager
-    def uses(self, connection: Connection) -> Iterator[None]:
-        """Take note of a connection, for ``interrupt``; no more are used after that."""
-        with self._changing:
-            self.check_interrupted()
-            self._connections.add(connection)
-        try:
-            yield
-        finally:
-            with self._changing:
-                self._connections.discard(connection)
-
-    def check_interrupted(self) -> None:
-        if self.is_interrupted:
-            raise KeyboardInterrupt
-
-    def interrupt(self) -> None:
-        """End all clients from another thread; their servers are told that they leave."""
-        with self._changing:
-            self.is_interrupted = True
-            connections = list(self._connections)
-        for connection in connections:
-            connection.end_sending(MessageType.UNREGISTER, "interrupted")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Allowance:
+class RateLimit:
     """So many at once; each is regained after ``every_s`` seconds."""
 
     at_once: int

@@ -1,0 +1,84 @@
+"""The clients of a run: which ids there are, and who of them is there."""
+
+from dataclasses import dataclass, field
+
+from sfl.conversation.join import DataReport
+from sfl.errors import RunError, counted
+from sfl.runtime.places import Place
+from sfl.wire.link import ANY_ID
+from sfl.wire.members import Member
+
+
+@dataclass
+class Roster:
+    """The places of a run's clients, by their ids."""
+
+    run: str  # its name
+    ids: frozenset[int]
+    needed: int  # so many start the run; more may register until they are ready
+    places: dict[int, Place] = field(default_factory=dict)
+    has_begun: bool = False
+
+    def begin(self) -> None:
+        """Let nobody else take part."""
+        self.ids, self.has_begun = frozenset(self.places), True
+
+    def reports(self) -> dict[int, DataReport]:
+        """Return what the clients that are ready have said of their data."""
+        places = sorted(self.places.items())
+        return {k: place.joined.data for k, place in places if place.is_here and place.joined}
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough clients are ready, and nobody who registered is still loading."""
+        return len(self.ready()) >= self.needed and self.ready() == self.taken()
+
+    def ready(self) -> set[int]:
+        return {k for k, place in self.places.items() if place.is_here}
+
+    def taken(self) -> set[int]:
+        return {k for k, place in self.places.items() if place.link}
+
+    @property
+    def full(self) -> str:
+        """Say that nobody else can join."""
+        return f"the run {self.run} has its {counted(len(self.places), 'client')}"
+
+    @property
+    def missing(self) -> str:
+        """Say who is not there yet, or any more."""
+        ready = self.ready()
+        if self.has_begun:
+            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_out}
+            names = ", ".join(
+                f"{'a corrected ' if p.refused else ''}client_{k} ({p.why})"
+                for k, p in sorted(away.items())
+            )
+            return f"waiting for {names}"
+        any_will_do = len(self.ids) > self.needed
+        ids = sorted((self.taken() if any_will_do else self.ids) - ready)
+        count = max(self.needed - len(ready), len(self.taken()) - len(ready))
+        names = f": {', '.join(map(str, ids))}" if ids else ""
+        return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
+
+    def check_id(self, wanted: int) -> None:
+        if wanted not in self.ids:
+            every = sorted(self.ids)
+            in_a_row = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
+            raise RunError(f"--client-id {wanted}: this run has the ids {known}")
+
+    def find(self, wanted: int) -> tuple[int, str]:
+        """Return which client somebody would be that only checks, and why not now.
+
+        Raises:
+            RunError: the run has no such client.
+        """
+        free = sorted(self.ids - self.taken())
+        if wanted == ANY_ID:
+            return (free[0], "") if free else (min(self.ids), self.full)
+        self.check_id(wanted)
+        return wanted, "" if wanted in free else f"client_{wanted} is connected"
+
+    def client_of(self, member: Member) -> int | None:
+        return next((k for k, place in self.places.items() if place.link is member), None)

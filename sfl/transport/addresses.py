@@ -1,0 +1,47 @@
+"""Addresses of machines: HOST:PORT."""
+
+import ipaddress
+import re
+import socket
+
+from sfl.errors import ConfigError, quoted
+from sfl.nodes import DEFAULT_PORT
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; without a port, a server's own.
+
+    Raises:
+        ConfigError: the text is no such address.
+    """
+    found = re.fullmatch(r"(?:\[([^][]+)\]|([^][:\s]+))(?::(\d{1,5}))?", text, re.ASCII)
+    port = int(found[3] or DEFAULT_PORT) if found else 0
+    if not (found and 0 < port < 65536):
+        raise ConfigError(
+            f"{quoted(text)} is no address: give HOST:PORT, or HOST for port {DEFAULT_PORT}, with"
+            " an IPv6 host in brackets: [HOST]:PORT"
+        )
+    return found[1] or found[2], port
+
+
+def format_address(host: str, port: int) -> str:
+    """Return ``host:port``, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_of(sock: socket.socket) -> str:
+    """Return the peer's address, for logs."""
+    try:
+        return format_address(*sock.getpeername()[:2])
+    except (OSError, TypeError, ValueError):
+        return "an unknown address"
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches what listens on a host; an unknown one reaches none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return bool(host)
+    addresses = (str(address[4][0]).partition("%")[0] for address in found)
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)

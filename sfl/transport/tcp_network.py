@@ -1,0 +1,110 @@
+"""Many TCP connections, read by one thread, and one place to wait for them all."""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Self, TypeVar
+
+from sfl.transport.arrivals import Arrivals
+from sfl.transport.buffered import BufferedConnection, Reading
+from sfl.transport.connection import FAREWELL_S
+from sfl.transport.heartbeat import Heartbeat
+from sfl.transport.pending import PendingConnection
+from sfl.transport.socket_reader import SocketReader
+from sfl.transport.stream import Stream
+from sfl.wire.driver import AllStay, Gate
+from sfl.wire.link import Link
+from sfl.wire.members import Member
+from sfl.wire.messages import Limits, MessageType
+
+T = TypeVar("T")
+
+
+class TcpNetwork(AllStay):
+    """Connections, and one place to wait for them all. Closed by ``with``."""
+
+    farewell = "the server has ended", MessageType.ABORT  # to those that are open at the end
+
+    def __init__(self, timeout_s: float, limits: Limits) -> None:
+        self._reader, self._arrivals = SocketReader(), Arrivals[BufferedConnection]()
+        self._reading = Reading(self._reader, self._arrivals, timeout_s, limits)
+        self._lock = self._reader.lock
+        self._connections: list[BufferedConnection] = []
+        self._num_leaving = 0  # connections that are being closed
+        self._closed = False
+        self._heartbeat = Heartbeat(lambda: self.members)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end(*self.farewell)
+
+    @property
+    def members(self) -> list[BufferedConnection]:
+        with self._lock:
+            return [c for c in self._connections if not c.is_closed]
+
+    def _add(self, stream: Stream, let_in: PendingConnection | None = None) -> BufferedConnection:
+        connection = BufferedConnection(stream, self._reading, let_in)
+        with self._lock:
+            self._connections = [*self.members, connection]
+            self._reader.notify()  # its first message may have arrived already
+        return connection
+
+    def until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
+        return self._reader.wait(ready, timeout_s)
+
+    def wake(self) -> None:
+        with self._lock:
+            self._reader.notify()
+
+    def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
+        self._reader.wait(lambda: self.first(links) or any(g() for g in gates))
+        return self.first(links)
+
+    def first(self, links: Collection[Link]) -> BufferedConnection | None:
+        with self._lock:
+            return self._arrivals.first(links)
+
+    def news(self) -> list[BufferedConnection]:
+        with self._lock:
+            return self._arrivals.news()
+
+    def drop(
+        self, member: Member, reason: str, last_words: MessageType = MessageType.INVALID_MESSAGE
+    ) -> None:
+        with self._lock:
+            if member not in self._connections:
+                return
+            assert isinstance(member, BufferedConnection)
+            self._connections.remove(member)
+            self._arrivals.forget(member)
+            self._num_leaving += 1
+        arguments = member, last_words, reason
+        threading.Thread(target=self._dismiss, args=arguments, daemon=True).start()
+
+    def _dismiss(self, member: Member, last_words: MessageType, reason: str) -> None:
+        try:
+            member.dismiss(last_words, reason)
+        finally:
+            with self._lock:
+                self._num_leaving -= 1
+                self._reader.notify()
+
+    def end(self, reason: str, last_words: MessageType = MessageType.ABORT) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._heartbeat.stop()
+        self._stop_adding()
+        deadline = time.monotonic() + FAREWELL_S
+        for connection in self.members:
+            connection.end_sending(last_words, reason)
+        for connection in self.members:
+            connection.join(deadline)
+        self._reader.wait(lambda: not self._num_leaving, FAREWELL_S)
+        self._reader.close()
+
+    def _stop_adding(self) -> None:
+        """Let no new connection in."""

@@ -1,0 +1,55 @@
+"""The ways to travel: for each, what opens a server's network and what connects to it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sfl.nodes import PeerNode
+from sfl.transport.guard import Guard, Terms
+from sfl.transport.listener import listen
+from sfl.transport.refusal_log import RefusalLog
+from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
+from sfl.transport.tcp_server import TcpServer
+from sfl.values import LinkShape
+from sfl.wire.driver import Network
+from sfl.wire.members import Dialler, Members
+from sfl.wire.messages import MessageType
+
+Say = Callable[[str], None]
+
+
+class Listening(Protocol):
+    """What takes what connects until a server's network is open."""
+
+    @property
+    def address(self) -> str: ...
+
+
+class ServerNetwork(Members, Network, Protocol):
+    """The members of a server; it is a network by itself where nobody comes back."""
+
+
+class ClientNetwork(Dialler, Network, Protocol):
+    """The channels that many clients of one process have made."""
+
+    def end(self, reason: str, last_words: MessageType) -> None: ...
+
+
+@dataclass(frozen=True)
+class Transport:
+    """One way to travel."""
+
+    listen: Callable[[str, int, LinkShape], AbstractContextManager[Any]]  # a ``Listening``
+    serve: Callable[[Any, Terms, Guard, RefusalLog], AbstractContextManager[ServerNetwork]]
+    client: Callable[[PeerNode, Say], AbstractContextManager[Dialler]]
+    clients: Callable[[PeerNode, Say], AbstractContextManager[ClientNetwork]]
+
+
+TCP = Transport(
+    listen,
+    TcpServer,
+    lambda node, say: TcpClient(dialling_of(node, say)),
+    lambda node, say: TcpClients(dialling_of(node, say)),
+)
+TRANSPORTS = {"tcp": TCP}
