@@ -29,9 +29,15 @@ REGISTRIES = {
 
 
 def choices_of(option: str) -> list[str]:
-    """Return the names in an option's registry, each with the options that it takes."""
+    """Return the names in an option's registry, each with the options that it takes.
+
+    Without the packages that a registry imports, say where the names are listed.
+    """
     module, _, name = REGISTRIES[option].partition(":")
-    known: Mapping[str, object] = getattr(importlib.import_module(module), name)
+    try:
+        known: Mapping[str, object] = getattr(importlib.import_module(module), name)
+    except ImportError:
+        return ["see docs/options.md"]
     defaults = {n: getattr(row, "__kwdefaults__", None) or {} for n, row in known.items()}
     options = {n: ",".join(f"{o}={v}" for o, v in of.items()) for n, of in defaults.items()}
     return [f"{n}[:{text}]" if text else n for n, text in options.items()]

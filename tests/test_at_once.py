@@ -76,9 +76,9 @@ def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     train_step(back, torch.randn(shape), torch.zeros(8, dtype=torch.int64), Position("r", 0, 0, 0))
     back.update()
     before = weights_of(back.state())
-    assert back.optimizer_state()
+    assert back.optimizer.state()
     plan.rest(0)
-    assert bool(back.optimizer_state()) == (state == "keep")
+    assert bool(back.optimizer.state()) == (state == "keep")
     assert all(p.grad is None for p in back.blocks.parameters())
     assert back._input is None
     assert weights_of(back.state()) == before
@@ -97,7 +97,7 @@ def test_a_shared_back_does_not_rest() -> None:
         parameter.grad = torch.ones_like(parameter)
     back.update()
     plan.rest(plan.order[0])
-    assert back.optimizer_state()
+    assert back.optimizer.state()
 
 
 def weights_of(state: dict[str, torch.Tensor]) -> dict[str, list[float]]:

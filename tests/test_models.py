@@ -152,7 +152,7 @@ def test_a_frozen_parameter_has_no_optimisers_state() -> None:
     back.blocks[0].requires_grad_(False)
     train_step(back, torch.randn(6, 400), Y, Position())
     back.update()
-    assert back.optimizer_spec().keys() == back.optimizer_state().keys()
+    assert back.optimizer.spec().keys() == back.optimizer.state().keys()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -165,11 +165,11 @@ def test_an_optimisers_state_is_restored_exactly(optimizer: str) -> None:
         train_step(ours, z, Y, Position("r", 0, step))
         ours.update()
     theirs.load(ours.state())
-    state = ours.optimizer_state()
+    state = ours.optimizer.state()
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
-        name: (spec.shape, spec.dtype) for name, spec in theirs.optimizer_spec().items()
+        name: (spec.shape, spec.dtype) for name, spec in theirs.optimizer.spec().items()
     }
-    theirs.load_optimizer_state(state)
+    theirs.optimizer.load(state)
     for segment in (ours, theirs):
         train_step(segment, z, Y, Position("r", 0, 3))
         segment.update()

@@ -72,7 +72,7 @@ def assert_the_same(ours: Segment, model: nn.Sequential, adam: torch.optim.Optim
     assert_equal(ours.state(), dict(model.state_dict()), at_least=6)
     states = adam.state_dict()["state"]
     theirs = {f"{i}.{name}": t for i, state in states.items() for name, t in state.items()}
-    assert_equal(ours.optimizer_state(), theirs, at_least=18)
+    assert_equal(ours.optimizer.state(), theirs, at_least=18)
 
 
 def test_parameters_in_another_layout_train_to_the_bits_of_a_plain_loop() -> None:
@@ -116,7 +116,7 @@ def test_loaded_moments_in_another_layout_take_the_same_step(layout: Layout) -> 
     for _ in range(3):
         grads = gradients(model)
         step(model, adam, grads)
-        ours.load_optimizer_state({n: layout(t) for n, t in ours.optimizer_state().items()})
+        ours.optimizer.load({n: layout(t) for n, t in ours.optimizer.state().items()})
         ours.set_gradients(grads)
         ours.update()
         assert_the_same(ours, model, adam)

@@ -69,7 +69,7 @@ def test_frozen_weights_stay_when_gradients_are_set() -> None:
 def test_a_parameter_on_both_sides_of_the_boundary_is_clipped_once() -> None:
     layer = nn.Linear(4, 4)
     ours = segment(layer, nn.ReLU(), layer, first_block=0)
-    assert [len(half) for half in ours._halves()] == [2]
+    assert [len(half) for half in ours.optimizer.sides()] == [2]
 
 
 def test_a_users_modules_stay_what_they_are() -> None:

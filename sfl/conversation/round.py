@@ -232,7 +232,7 @@ def _keep(party: ClientParty, round_index: int) -> None:
             files[path] = "one_client_model", encode_state(segment.state())
         if party.recipe.training.keeps_optimizer:
             path = segment_path(CLIENT_OPTIMIZER, name, round_index, client=party.client)
-            files[path] = "client_optimizer", encode_state(segment.optimizer_state())
+            files[path] = "client_optimizer", encode_state(segment.optimizer.state())
     for path, (kind, data) in files.items():
         party.archive.write(kind, path, data, round_index)
     party.archive.commit(round_index + 1, asdict(party.run), {}, files)

@@ -5,53 +5,21 @@ segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut
 """
 
 import contextlib
-import copy
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfl import seeds
 from sfl.errors import SflError, StepFailed, told
 from sfl.files.torch_file import TensorSpec, are_finite, state_spec
+from sfl.model.block_draws import may_draw, seed_block
 from sfl.model.blocks import titled
 from sfl.model.metrics import StepFigures, Tally
+from sfl.model.segment_optimizer import SegmentOptimizer
 from sfl.model.task import Task
 from sfl.model.training import Training
 from sfl.values import Position
-
-# Modules that draw nothing at random. A block of nothing else needs no seed.
-_DRAWS_NOTHING = frozenset(
-    {
-        nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d,
-        nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm,
-        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
-    }
-)  # fmt: skip
-
-
-def _may_draw(module: nn.Module) -> bool:
-    """Say whether a module may draw at random; what a user hung onto it may."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or type(module) not in _DRAWS_NOTHING
-
-
-def _lay_out(parameters: Iterable[nn.Parameter]) -> None:
-    """Make parameters and their gradients contiguous in memory.
-
-    torch's fused Adam pairs a parameter with its gradient and moments by their order in memory:
-    where one of them has another layout, it silently computes with the wrong elements.
-    """
-    for parameter in parameters:
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad.resolve_neg().contiguous()
 
 
 @contextlib.contextmanager
@@ -83,8 +51,7 @@ class Snapshot:
 class Segment:
     """Consecutive blocks of a model on one party, with their optimiser.
 
-    ``first_block`` is the index of its first block in the whole model: dropout masks are drawn from
-    (seed, round, client, step, block), so that they do not depend on where the model is cut.
+    ``first_block`` is the index of its first block in the whole model: see ``block_draws``.
     Gradients are clipped apart in front of ``training.cut`` and behind it, whether or not the
     segment ends there.
     """
@@ -93,12 +60,10 @@ class Segment:
         self, blocks: nn.Sequential, first_block: int, training: Training, device: torch.device
     ) -> None:
         self.blocks = blocks.to(device)
-        for parameter in self.blocks.parameters():
-            # Dimensions of size 1 as well: torch looks there.
-            parameter.data = parameter.data.reshape(-1).view(parameter.shape)
+        self.optimizer = SegmentOptimizer(self.blocks, first_block, training)
         self.device = device
         self._first_block = first_block
-        self._draws = [any(map(_may_draw, block.modules())) for block in self.blocks]
+        self._draws = [may_draw(block) for block in self.blocks]
         # Buffers that a step may spoil: running statistics, and no mask of -inf.
         self._statistics = {n for n, b in self.blocks.named_buffers() if are_finite([b])}
         self._before: dict[str, Tensor] = {}  # all buffers, before the step that is under way
@@ -110,8 +75,6 @@ class Segment:
         self._anchor: list[Tensor] = []
         self._input: Tensor | None = None
         self._output: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._reset_optimizer()
 
     @property
     def task(self) -> Task:
@@ -122,30 +85,17 @@ class Segment:
         self.class_weights = torch.tensor(weights, device=self.device) if weights else None
 
     def start_round(self, round_index: int) -> None:
-        """Take the round's learning rate; and a fresh optimiser, unless they keep their state.
-
-        The weights of now are those that FedProx pulls towards.
-        """
-        if not self._training.keeps_optimizer:
-            self._reset_optimizer()
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._training.learning_rate(round_index)
+        """Prepare the optimiser; the weights of now are those that FedProx pulls towards."""
+        self.optimizer.start_round(round_index)
         if self._training.proximal_mu:
             self._anchor = [p.detach().clone() for p in self.blocks.parameters()]
-
-    def _reset_optimizer(self) -> None:
-        """Begin with a fresh optimiser; blocks without parameters have none."""
-        self._parameters = list(self.blocks.parameters())
-        make = self._training.make_optimizer
-        self._optimizer = make(self._parameters) if self._parameters else None
 
     def rest(self) -> None:
         """Give up what only training needs, until ``start_round``."""
         self._input = None
         self._forget_step()
         if not self._training.keeps_optimizer:
-            self._reset_optimizer()
+            self.optimizer.reset()
 
     def forward(self, z: Tensor, at: Position) -> Tensor:
         """Return the output for ``z`` in training, keeping the graph for ``backward``.
@@ -164,14 +114,14 @@ class Segment:
             zip(self.blocks, self._draws, strict=True), self._first_block
         ):
             if draws:
-                self._seed_block(at, index)
+                seed_block(self._training.seed, at, index, self.device)
             out = self._run_block(index, block, out, f"train on a batch of {len(z)}")
         self._output = out
         return out
 
-    def _run_block(self, index: int, block: nn.Module, z: Tensor, task: str) -> Tensor:
+    def _run_block(self, index: int, block: nn.Module, z: Tensor, action: str) -> Tensor:
         """Return what a block makes of ``z``; what its code raises names the block."""
-        with computing(f"{titled(index, block)} cannot {task}"):
+        with computing(f"{titled(index, block)} cannot {action}"):
             out: Tensor = block(z)
         return out
 
@@ -182,14 +132,6 @@ class Segment:
             for module in self._kept_in_eval:
                 module.training = False
             self._is_training = training
-
-    def _seed_block(self, at: Position, index: int) -> None:
-        seed = seeds.derive(self._training.seed, seeds.BLOCK, at.round, at.client, at.step, index)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)  # a user's own block may draw from any of them
-        np.random.seed(seed % 2**32)
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
     def backward(self, grad: Tensor) -> Tensor | None:
         """Set the parameters' gradients from that of the last output; return the input's.
@@ -217,7 +159,7 @@ class Segment:
     def _forget_step(self) -> None:
         """Let go of a step's graph, and of the gradients of the step before."""
         self._output = None
-        for parameter in self._parameters:
+        for parameter in self.optimizer.parameters:
             parameter.grad = None
 
     @torch.no_grad()
@@ -229,7 +171,7 @@ class Segment:
 
     def gradients_in_place(self) -> Iterator[Tensor]:
         """Yield the gradients that ``backward`` left."""
-        return (p.grad for p in self._parameters if p.grad is not None)
+        return (p.grad for p in self.optimizer.parameters if p.grad is not None)
 
     def statistics(self) -> Iterator[Tensor]:
         """Yield the buffers that a step changes, running statistics for one."""
@@ -247,40 +189,20 @@ class Segment:
 
     def update(self) -> None:
         """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
-        if self._optimizer is None:
-            return
-        if self._training.clip_norm:
-            for half in self._halves():
-                nn.utils.clip_grad_norm_(half, self._training.clip_norm)
         with computing(f"the optimiser's step fails from block {self._first_block} on"):
-            _lay_out(self._parameters)
-            self._optimizer.step()
-
-    def _halves(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the parameters in front of the run's cut, and those behind it, if any.
-
-        One that lies on both sides, where a scheme has no cut, counts in front.
-        """
-        inner = min(max(self._training.cut - self._first_block, 0), len(self.blocks))
-        seen: set[nn.Parameter] = set()
-        for part in (self.blocks[:inner], self.blocks[inner:]):
-            if parameters := [p for p in part.parameters() if p not in seen]:
-                seen.update(parameters)
-                yield parameters
+            self.optimizer.step()
 
     def snapshot(self, *, weights: bool = True) -> "Snapshot":
         """Return what ``restore`` goes back to; without ``weights`` the optimiser alone."""
-        rates = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
-        return Snapshot(self.state() if weights else {}, self.optimizer_state(), rates)
+        own = self.optimizer
+        return Snapshot(self.state() if weights else {}, own.state(), own.rates)
 
     def restore(self, snapshot: "Snapshot") -> None:
         """Go back to where this segment was."""
         if snapshot.weights:
             self.load(snapshot.weights)
-        self.load_optimizer_state(snapshot.optimizer)
-        groups = self._optimizer.param_groups if self._optimizer else []
-        for group, rate in zip(groups, snapshot.rates, strict=True):
-            group["lr"] = rate
+        self.optimizer.load(snapshot.optimizer)
+        self.optimizer.set_rates(snapshot.rates)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are not frozen; one of several names by its first."""
@@ -333,38 +255,6 @@ class Segment:
         """Take over the parameters that are trained."""
         for name, parameter in self._trained().items():
             parameter.copy_(parameters[name])
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return a copy of the optimiser's tensors, named ``<parameter>.<name>``, on the CPU."""
-        if self._optimizer is None:
-            return {}
-        return {
-            f"{index}.{name}": value.detach().cpu().clone()
-            for index, values in self._optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Begin with a fresh optimiser that has these tensors."""
-        self._reset_optimizer()
-        if self._optimizer is None:
-            return
-        nested: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            index, _, name = key.partition(".")
-            nested.setdefault(int(index), {})[name] = value.contiguous()
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": nested, "param_groups": groups})
-
-    def optimizer_spec(self) -> dict[str, TensorSpec]:
-        """Return the spec of ``optimizer_state()`` after a step, found by taking one on a copy."""
-        blocks = copy.deepcopy(self.blocks).cpu()
-        trial = Segment(blocks, self._first_block, self._training, torch.device("cpu"))
-        for parameter in blocks.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        trial.update()
-        return state_spec(trial.optimizer_state())
 
 
 def train_step(

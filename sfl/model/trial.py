@@ -77,14 +77,14 @@ class _Watched(Segment):
         """The titles of the blocks."""
         return [titled(index, block) for index, block in enumerate(self.blocks, self._first_block)]
 
-    def _run_block(self, index: int, block: nn.Module, z: Tensor, task: str) -> Tensor:
+    def _run_block(self, index: int, block: nn.Module, z: Tensor, action: str) -> Tensor:
         title = titled(index, block)
         if index in self._seams and isinstance(z, Tensor) and z.layout is torch.strided:
             z = _as_received(z)
         try:
-            out = super()._run_block(index, block, z, task)
+            out = super()._run_block(index, block, z, action)
         except OSError as error:  # what a user's own block opens
-            raise StepFailed(f"{title} cannot {task}: {told(error)}") from error
+            raise StepFailed(f"{title} cannot {action}: {told(error)}") from error
         self._made.append(Made(title, _checksum(out)))
         if isinstance(out, Tensor):
             self._check_parameters(title, out)
@@ -96,7 +96,7 @@ class _Watched(Segment):
         Raises:
             ConfigError: it does: a copy of the block would go on with weights that nobody trains.
         """
-        own, todo = set(map(id, self._parameters)), [out.grad_fn]
+        own, todo = set(map(id, self.optimizer.parameters)), [out.grad_fn]
         while todo:
             node = todo.pop()
             if node is None or node in self._nodes:

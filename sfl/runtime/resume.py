@@ -125,9 +125,9 @@ def _load_kept(checkpoint: Checkpoint, segments: Segments, recipe: Recipe, clien
 
 def _load_optimizer(files: Files, segment: Segment, path: str) -> None:
     """Load what was kept of an optimiser; nothing is in it if that had taken no step."""
-    data, spec = files.read(path), segment.optimizer_spec()
+    data, spec = files.read(path), segment.optimizer.spec()
     state = decode_state(data, spec, str(files.root / path), or_empty=True)
-    segment.load_optimizer_state(state)
+    segment.optimizer.load(state)
 
 
 def check_same_run(folder: Path, run: RunConfig) -> None:

@@ -308,7 +308,7 @@ class Rounds:
             for b, copy in self.backs.items():
                 for name, segment in copy.items():
                     path = segment_path(SERVER_OPTIMIZER, name, round_index, back=b)
-                    state = encode_state(segment.optimizer_state())
+                    state = encode_state(segment.optimizer.state())
                     files.append(("server_optimizer", path, state))
         for kind, path, data in files:
             self.archive.write(kind, path, data, round_index)

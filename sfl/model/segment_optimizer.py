@@ -1,0 +1,110 @@
+"""The optimiser of a segment: its learning rate, clipping, and its state as named tensors."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sfl.files.torch_file import TensorSpec, state_spec
+from sfl.model.training import Training
+
+
+class SegmentOptimizer:
+    """The optimiser of consecutive blocks; it does nothing for blocks without parameters.
+
+    torch's fused Adam pairs a parameter with its gradient and moments by their order in memory, and
+    silently computes with the wrong elements where one of them has another layout: parameters,
+    gradients and state are made contiguous.
+    """
+
+    def __init__(self, blocks: nn.Sequential, first_block: int, training: Training) -> None:
+        for parameter in blocks.parameters():
+            # Dimensions of size 1 as well: torch looks there.
+            parameter.data = parameter.data.reshape(-1).view(parameter.shape)
+        self._blocks, self._first_block, self._training = blocks, first_block, training
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with a fresh optimiser."""
+        self.parameters = list(self._blocks.parameters())
+        make = self._training.make_optimizer
+        self._optimizer = make(self.parameters) if self.parameters else None
+
+    @property
+    def _groups(self) -> list[dict[str, float]]:
+        return self._optimizer.param_groups if self._optimizer else []
+
+    @property
+    def rates(self) -> Sequence[float]:
+        """The learning rates of its groups."""
+        return [group["lr"] for group in self._groups]
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Use these learning rates, one a group."""
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
+
+    def start_round(self, round_index: int) -> None:
+        """Take the round's learning rate; and begin afresh, unless the state is kept."""
+        if not self._training.keeps_optimizer:
+            self.reset()
+        self.set_rates([self._training.learning_rate(round_index)] * len(self._groups))
+
+    def step(self) -> None:
+        """Update the parameters by their gradients, which are clipped."""
+        if self._optimizer is None:
+            return
+        if self._training.clip_norm:
+            for side in self.sides():
+                nn.utils.clip_grad_norm_(side, self._training.clip_norm)
+        for parameter in self.parameters:
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.resolve_neg().contiguous()
+        self._optimizer.step()
+
+    def sides(self) -> Iterator[list[nn.Parameter]]:
+        """Yield the parameters in front of the run's cut, and those behind it, if any.
+
+        One that lies on both sides, where a scheme has no cut, counts in front.
+        """
+        inner = min(max(self._training.cut - self._first_block, 0), len(self._blocks))
+        seen: set[nn.Parameter] = set()
+        for part in (self._blocks[:inner], self._blocks[inner:]):
+            if parameters := [p for p in part.parameters() if p not in seen]:
+                seen.update(parameters)
+                yield parameters
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of its tensors, named ``<parameter>.<name>``, on the CPU."""
+        if self._optimizer is None:
+            return {}
+        return {
+            f"{index}.{name}": value.detach().cpu().clone()
+            for index, values in self._optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Begin with a fresh optimiser that has these tensors."""
+        self.reset()
+        if self._optimizer is None:
+            return
+        nested: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            index, _, name = key.partition(".")
+            nested.setdefault(int(index), {})[name] = value.contiguous()
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": nested, "param_groups": groups})
+
+    def spec(self) -> dict[str, TensorSpec]:
+        """Return the spec of ``state()`` after a step, found by taking one on a copy."""
+        blocks = copy.deepcopy(self._blocks).cpu()
+        trial = SegmentOptimizer(blocks, self._first_block, self._training)
+        for parameter in blocks.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        trial.step()
+        return state_spec(trial.state())
