@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,12 +75,12 @@ def main_join(
 
 
 def fed_join(
-    link: Link, heartbeat_s: float, allowed: Collection[str]
+    link: Link, heartbeat_s: float, recipe_of: Callable[[RunConfig], Recipe]
 ) -> Conversation[tuple[Welcome, Recipe]]:
     """Hear from the main server which run it is; what it says is for the clients as well.
 
     Raises:
-        ConfigError: the run names what this machine, with these ``allowed`` imports, has not.
+        ConfigError: ``recipe_of`` does not find on this machine what the run names.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -93,7 +93,7 @@ def fed_join(
         raise ProtocolError(str(error)) from error
     if not run.run or not 0 <= (first_round := hello.get("round", int)) < run.rounds:
         raise ProtocolError(f"the main server starts no run: {run.run!r}")
-    recipe = Recipe.of(run, allowed)
+    recipe = recipe_of(run)
     link.heartbeat_s = parse_heartbeat(hello)
     link.peer_name = "the main server"
     link.send_message_as_json(MessageType.REGISTERED, content={"heartbeat_s": heartbeat_s})

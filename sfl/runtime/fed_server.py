@@ -238,13 +238,15 @@ def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Reci
         ConfigError: this machine cannot build the main server's run.
     """
     joining: dict[Member, Conversation[tuple[Welcome, Recipe]]] = {}
+
+    def recipe_of(run: RunConfig) -> Recipe:
+        return Recipe.of(run, node.allowed_imports)
+
     while True:
         for connection in network.until(network.news, 1.0) or []:
             if connection not in joining:
                 connection.name = "the fed server"
-                joining[connection] = fed_join(
-                    connection, network.heartbeat_s, node.allowed_imports
-                )
+                joining[connection] = fed_join(connection, network.heartbeat_s, recipe_of)
                 next(joining[connection])
             try:
                 next(joining[connection])
