@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfl.config import RunConfig
-from sfl.data.augment import AUGMENTATIONS, augment, check_augmentation
+from sfl.data.augment import augment, check_augmentation
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
@@ -136,13 +136,6 @@ def test_the_data_sets_augmentation_is_taken_unless_another_is_named() -> None:
     both = (Samples(few, torch.arange(40) % 10),) * 2
     taken = [part_of(cifar, RunConfig(augment=a), 0, both).augment for a in ("", "none", "vflip")]
     assert taken == ["hflip+crop:padding=4", "none", "vflip"]
-
-
-def test_every_change_is_in_the_help() -> None:
-    (text,) = (
-        f.metadata["help"] for f in RunConfig.__dataclass_fields__.values() if f.name == "augment"
-    )
-    assert [name for name in AUGMENTATIONS if name not in text] == []
 
 
 def test_what_comes_in_from_outside_is_the_data_sets_background() -> None:
