@@ -218,8 +218,8 @@ def client_data(
     client: int,
     part: Samples,
     test: Samples,
-    classes: tuple[str, ...] | None = None,
     *,
+    classes: tuple[str, ...] | None = None,
     validation: Samples | None = None,
 ) -> ClientData:
     """Return a client's data; without ``validation``, a fifth of ``part`` is held out for it.

@@ -42,8 +42,9 @@ def load_own(
     if not len(parts.train):
         raise DataError(f"{data_dir} holds no training samples; {LAYOUT}")
     data = client_data(
-        spec, run, client, parts.train, parts.test, parts.classes, validation=parts.validation
-    )
+        spec, run, client, parts.train, parts.test,
+        classes=parts.classes, validation=parts.validation,
+    )  # fmt: skip
     if run.normalize:
         x, _ = data.batch(data.train, slice(0, MOST_MEASURED))
         mean, std = float(x.mean()), float(x.std(correction=0))

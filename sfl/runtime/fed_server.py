@@ -144,7 +144,16 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
             data = describe_data(joined, run)
             split = _model(recipe, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
-            rounds = _prepare(node, folder, data, split, stores, network, past, device)
+            rounds = _prepare(
+                split,
+                network,
+                stores,
+                node=node,
+                folder=folder,
+                data=data,
+                past=past,
+                device=device,
+            )
             for connection in network.members:
                 connection.limits = server_limits(rounds.split, 0, onto(folder.path))
             rounds.run_all()
@@ -180,7 +189,9 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
         stores = {int(k): make(None, most_bytes) for k in sorted(data["num_samples"], key=int)}
-        rounds = _prepare(node, folder, data, split, stores, network, past, device)
+        rounds = _prepare(
+            split, network, stores, node=node, folder=folder, data=data, past=past, device=device
+        )
         if past and first_round < done:  # what was published stays; clients start from before
             start = read_shared(sfl.archive.open(path), rounds.split, first_round)
             rounds.give_initial(start, first_round)
@@ -207,12 +218,13 @@ def _model(recipe: Recipe, node: ServerNode, data: Mapping[str, Any]) -> SplitMo
 
 
 def _prepare(
+    split: SplitModel,
+    network: Network,
+    stores: Mapping[int, WeightStore],
+    *,
     node: ServerNode,
     folder: RunFolder,
     data: Mapping[str, Any],
-    split: SplitModel,
-    stores: Mapping[int, WeightStore],
-    network: Network,
     past: Past | None,
     device: torch.device,
 ) -> FedRounds:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sfl.archive.profile import Profile
 from sfl.archive.run_folder import SERVER_LOG, create_run_folder, open_folder, say, telling_why
 from sfl.archive.writer import ArchiveWriter
@@ -25,7 +27,6 @@ from sfl.data.partition import OWN, deal
 from sfl.data.samples import join
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
-from sfl.files.torch_file import max_state_bytes
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
@@ -33,6 +34,7 @@ from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
 from sfl.runtime.preparation import Allowed, Preparation
 from sfl.runtime.resume import load_own_state
+from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
 from sfl.strategy.recipe import Recipe
 from sfl.values import KEEP_NOTHING, Position
@@ -169,71 +171,91 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
         ConfigError, DataError, RunError: as for server and clients.
     """
     recipe = check_run(run, imports_data=True)
-    run = recipe.run
     device = set_up_torch(node)
-    data = _load_all(run, node)
+    data = _load_all(recipe.run, node)
     if recipe.scheme.pooled:
-        data = {0: _pooled(data, run)}
-    path = create_run_folder(node.out_path / "server", run.run)
-    remember([run.model])
+        data = {0: _pooled(data, recipe.run)}
+    path = create_run_folder(node.out_path / "server", recipe.run.run)
+    remember([recipe.run.model])
     recipe = recipe.changed(run=path.name)
-    run = recipe.run
     with (
         open_folder(path, SERVER_LOG, recipe.keep) as folder,
-        contextlib.ExitStack() as writers,
+        contextlib.ExitStack() as archives,
         telling_why(folder),
     ):
-        folder.events.say(f"run {run.run}: {counted(len(data), 'client')} in this process")
-        ours = fingerprint(device)
-        reports = {k: DataReport.of(data[k], run) for k in data}
-        pairs = {k: local_pair(k) for k in data}
-        joined = {k: Joined(k, pairs[k][0], ours, reports[k]) for k in data}
-        network = LocalNetwork(away)
+        folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
+        clients, network = _Clients(recipe, node, device, data), LocalNetwork(away)
         options = StoreOptions(
-            run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
+            recipe.run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
-        make = store_maker(options.open_place(), options)
         rounds = Preparation(
             recipe=recipe,
-            joined=joined,
+            joined={k: clients.joined(k) for k in data},
             network=network,
             folder=folder,
             node=node,
             device=device,
-            store=make,
+            store=store_maker(options.open_place(), options),
             allowed=Allowed(skips=bool(away), answers=False),
         ).rounds()
-        archives = {k: writers.enter_context(_client_archive(recipe, node, k)) for k in data}
-
-        def connect(client: int, server_end: LocalLink, client_end: LocalLink) -> None:
-            segments = rounds.split.segments(Holder.CLIENT, device)
-            folder = _client_folder(run, node, client)
-            party = ClientParty(
-                client=client,
-                recipe=recipe,
-                link=client_end,
-                weights=make(client_end, max_state_bytes(rounds.split.front_spec)),
-                split=rounds.split,
-                archive=archives[client],
-                watcher=_Nobody(),
-                profile=Profile(folder, wanted=False),
-                segments=segments,
-                data=data[client],
-                on_round=lambda round_index, figures: None,
-                on_start=lambda _, own: load_own_state(folder, segments, recipe, client, own),
-            )
-            network.add(server_end, client_run(party))
-
-        def bring_back(client: int) -> None:
-            server_end, client_end = local_pair(client)
-            connect(client, server_end, client_end)
-            rounds.come_back(Joined(client, server_end, ours, reports[client]))
-
-        for k, ends in pairs.items():
-            connect(k, *ends)
-        network.bring_back = bring_back
+        clients.start(rounds, network, archives)
         finish(rounds, folder)
     return path
+
+
+class _Clients:
+    """The clients of a simulation, each a conversation over a link within the process."""
+
+    def __init__(
+        self, recipe: Recipe, node: NodeConfig, device: torch.device, data: Mapping[int, ClientData]
+    ) -> None:
+        self._recipe, self._node, self._device, self._data = recipe, node, device, data
+        self._fingerprint = fingerprint(device)
+        self._reports = {k: DataReport.of(part, recipe.run) for k, part in data.items()}
+        self._ends = {k: local_pair(k) for k in data}  # the server's, the client's
+
+    def joined(self, client: int) -> Joined:
+        """Return what the server knows of a client that has joined."""
+        return Joined(client, self._ends[client][0], self._fingerprint, self._reports[client])
+
+    def start(self, rounds: Rounds, network: LocalNetwork, archives: contextlib.ExitStack) -> None:
+        """Let all clients take part, and those that were away come back."""
+        recipe, node = self._recipe, self._node
+        of_clients = {
+            k: archives.enter_context(_client_archive(recipe, node, k)) for k in self._data
+        }
+
+        def connect(client: int) -> None:
+            party = self._party(client, rounds, of_clients[client])
+            network.add(self._ends[client][0], client_run(party))
+
+        def bring_back(client: int) -> None:
+            self._ends[client] = local_pair(client)
+            connect(client)
+            rounds.come_back(self.joined(client))
+
+        for k in self._data:
+            connect(k)
+        network.bring_back = bring_back
+
+    def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
+        recipe, split, link = self._recipe, rounds.split, self._ends[client][1]
+        segments = split.segments(Holder.CLIENT, self._device)
+        folder = _client_folder(recipe.run, self._node, client)
+        return ClientParty(
+            client=client,
+            recipe=recipe,
+            link=link,
+            weights=rounds.store(link),
+            split=split,
+            archive=archive,
+            watcher=_Nobody(),
+            profile=Profile(folder, wanted=False),
+            segments=segments,
+            data=self._data[client],
+            on_round=lambda round_index, figures: None,
+            on_start=lambda _, own: load_own_state(folder, segments, recipe, client, own),
+        )
 
 
 def _client_archive(recipe: Recipe, node: NodeConfig, client: int) -> ArchiveWriter:
