@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfl.config import RunConfig
-from sfl.data.augment import augment, check_augmentation
+from sfl.data.augment import augment, changes_of
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
@@ -27,7 +27,7 @@ ALL = "hflip+vflip+crop:padding=2+rotate:degrees=20"
 
 
 def changed(text: str, x: Tensor = X, *, seed: int = 0, at: Position = AT) -> Tensor:
-    return augment(x, text, 0.5, seed=seed, at=at)
+    return augment(x, changes_of(text), 0.5, seed=seed, at=at)
 
 
 @pytest.mark.parametrize(("text", "dimension"), [("hflip", 3), ("vflip", 2)])
@@ -109,7 +109,7 @@ def test_draws_depend_on_seed_client_round_step_and_sample_alone() -> None:
 )
 def test_changes_that_make_no_sense_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        check_augmentation(text)
+        changes_of(text)
 
 
 def test_training_batches_are_augmented_and_others_are_not() -> None:
@@ -130,12 +130,12 @@ def test_training_batches_are_augmented_and_others_are_not() -> None:
 
 def test_the_data_sets_augmentation_is_taken_unless_another_is_named() -> None:
     for spec in DATASETS.values():
-        check_augmentation(spec.augment)
+        changes_of(spec.augment)
     cifar, few = DATASETS["cifar10"], torch.zeros(40, 3, 32, 32)
     assert cifar.augment == "hflip+crop:padding=4"
     both = (Samples(few, torch.arange(40) % 10),) * 2
-    taken = [part_of(cifar, RunConfig(augment=a), 0, both).augment for a in ("", "none", "vflip")]
-    assert taken == ["hflip+crop:padding=4", "none", "vflip"]
+    taken = [part_of(cifar, RunConfig(augment=a), 0, both).changes for a in ("", "none", "vflip")]
+    assert [len(changes) for changes in taken] == [2, 0, 1]
 
 
 def test_what_comes_in_from_outside_is_the_data_sets_background() -> None:

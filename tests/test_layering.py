@@ -70,6 +70,7 @@ LOOK_UPS = {
     "named": {"registry", "model.optimizers", "model.training", "strategy.recipe"},
     "with_options": {"data.augment", "model.schedule", "strategy.recipe"},
     "look_up": {"data.datasets", "model.zoo"},
+    "changes_of": {"data.client_data", "strategy.recipe"},
     "model_spec": {"strategy.recipe"},
     "Training.of": {"strategy.recipe"},
     "optimizer_of": {"model.training"},

@@ -7,7 +7,7 @@ set's background.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
@@ -64,8 +64,9 @@ def rotate(x: Tensor, drawn: Generator, background: float, *, degrees: float = 1
     return nn.functional.grid_sample(x - background, grid, align_corners=False) + background
 
 
-# (images, random draws, background) -> images; further options are keyword-only
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
+Change = Callable[..., Tensor]  # (images, random draws, background) -> images
+# Further options are keyword-only.
+AUGMENTATIONS: dict[str, Change] = {
     "hflip": hflip,
     "vflip": vflip,
     "crop": crop,
@@ -74,25 +75,24 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 @torch.no_grad()
-def augment(x: Tensor, text: str, background: float, *, seed: int, at: Position) -> Tensor:
-    """Return a training batch's images with random changes, such as ``hflip+crop:padding=4``.
-
-    Raises:
-        ConfigError: ``text`` names an unknown change or option.
-    """
-    for index, change in enumerate(_changes(text)):
+def augment(
+    x: Tensor, changes: Sequence[Change], background: float, *, seed: int, at: Position
+) -> Tensor:
+    """Return a training batch's images changed at random, by one change after the other."""
+    for index, change in enumerate(changes):
         drawn = seeds.generator(seed, seeds.AUGMENTATION, at.round, at.client, at.step, index)
         x = change(x, drawn, background)
     return x
 
 
-def _changes(text: str) -> list[Callable[..., Tensor]]:
+def changes_of(text: str) -> tuple[Change, ...]:
+    """Return the changes that a text like ``hflip+crop:padding=4`` names.
+
+    Raises:
+        ConfigError: it names none such, or one does not take such a value.
+    """
     names = [] if text == NONE else text.split("+")
-    return [with_options("augment", name, AUGMENTATIONS) for name in names]
-
-
-def check_augmentation(text: str) -> None:
-    """Raise ``ConfigError`` unless ``text`` names augmentations; "" is the data set's default."""
-    tiny, drawn = torch.zeros(1, 1, 4, 4), torch.Generator()
-    for change in _changes(text or NONE):
-        change(tiny, drawn, 0.0)
+    changes = tuple(with_options("augment", name, AUGMENTATIONS) for name in names)
+    for change in changes:
+        change(torch.zeros(1, 1, 4, 4), torch.Generator(), 0.0)
+    return changes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfl import seeds
 from sfl.config import RunConfig
-from sfl.data.augment import NONE, augment, check_augmentation
+from sfl.data.augment import NONE, Change, augment, changes_of
 from sfl.data.partition import deal
 from sfl.data.samples import Samples, as_floats
 from sfl.errors import ConfigError, DataError
@@ -166,7 +166,7 @@ class ClientData:
     spec: DatasetSpec
     classes: tuple[str, ...]
     seed: int = 0
-    augment: str = NONE
+    changes: tuple[Change, ...] = ()  # of training images, at random
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -181,8 +181,7 @@ class ClientData:
         """Return a step's batch, augmented; shapes as of ``batch``."""
         part, background = self.train.take(indices), self.spec.background
         x = as_floats(part.x)
-        if self.augment != NONE:
-            x = augment(x, self.augment, background, seed=self.seed, at=at)
+        x = augment(x, self.changes, background, seed=self.seed, at=at)
         return self._normalised(x), part.y
 
     @functools.cached_property
@@ -233,10 +232,10 @@ def client_data(
     spec = normalised(spec, run)
     if not len(part):
         raise DataError(f"client {client} has no training samples (--partition {run.partition})")
-    changes = run.augment or spec.augment
-    check_augmentation(changes)
-    if changes != NONE and not spec.has_images:
-        raise ConfigError(f"--augment {changes}: the samples of {run.dataset} are no images")
+    named = run.augment or spec.augment
+    changes = changes_of(named)
+    if changes and not spec.has_images:
+        raise ConfigError(f"--augment {named}: the samples of {run.dataset} are no images")
     part, test = part.sized(spec.input_shape), test.sized(spec.input_shape)
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
@@ -250,7 +249,7 @@ def client_data(
         spec=spec,
         classes=classes or spec.classes,
         seed=run.seed,
-        augment=changes,
+        changes=changes,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sfl.config import RunConfig
-from sfl.data.augment import check_augmentation
+from sfl.data.augment import NONE, changes_of
 from sfl.data.client_data import parse_normalize
 from sfl.data.partition import check_partition
 from sfl.errors import ConfigError
@@ -51,7 +51,7 @@ class Recipe:
         row = named("scheme", run.scheme, SCHEMES)
         check_address(run.weights)
         check_partition(run)
-        check_augmentation(run.augment)
+        changes_of(run.augment or NONE)
         class_weights.parse(run.class_weights)
         if run.normalize:
             parse_normalize(run.normalize)
