@@ -139,6 +139,7 @@ def test_one_that_takes_nothing_is_lost_with_what_it_asked_for(pair: Pair) -> No
     for _ in range(3):
         client.send_message_as_json(MessageType.ROUND_TRAINED)
     came(board, link, 3)
+    link.heard_at += 60  # so that it is not lost by its silence first
     with pytest.raises(ConnectionLost, match=r"client_0 (took nothing for 1 s|is out of reach)"):
         board.wait([link]).receive_message_as_json(MessageType.ROUND_TRAINED)
     with pytest.raises(ConnectionLost):
