@@ -140,3 +140,10 @@ def test_the_protocol_page_names_every_message() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+def test_what_examples_import_is_there(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in re.findall(r"^(?:from|import) sfl.*", block, re.M):
+            exec(line, {})

@@ -197,7 +197,7 @@ def test_a_peers_text_becomes_one_bounded_line() -> None:
     assert one_line("a\nb\x00c" + "d" * 1000) == "a b c" + "d" * 495
 
 
-def switchboard() -> tuple[TcpServer, int]:
+def network() -> tuple[TcpServer, int]:
     listener = listen("127.0.0.1", 0)
     return TcpServer(listener, Terms(5, LIMITS)), listener.port
 
@@ -206,8 +206,8 @@ def dialled(port: int) -> Connection:
     return dial(f"127.0.0.1:{port}", limits=LIMITS)
 
 
-def test_the_switchboard_gives_the_message_that_has_waited_longest() -> None:
-    board, port = switchboard()
+def test_the_network_gives_the_message_that_has_waited_longest() -> None:
+    board, port = network()
     with board, dialled(port) as one, dialled(port) as other:
         for connection, name in ((one, "one"), (other, "other"), (one, "again")):
             connection.send_message_as_json(MessageType.REGISTER, content=name)
@@ -221,7 +221,7 @@ def test_the_switchboard_gives_the_message_that_has_waited_longest() -> None:
 
 
 def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
-    board, port = switchboard()
+    board, port = network()
     with board, dialled(port) as one:
         data = bytes(1_000_000)
         connection = register(board, one)
@@ -246,7 +246,7 @@ def register(board: TcpServer, connection: Connection) -> BufferedConnection:
 
 
 def test_a_client_that_does_not_read_holds_up_nobody() -> None:
-    board, port = switchboard()
+    board, port = network()
     with board, dialled(port) as slow, dialled(port) as quick:
         by_name = {"slow": register(board, slow), "quick": register(board, quick)}
         data = bytes(range(256)) * 160_000  # far beyond the sockets' buffers
@@ -275,7 +275,7 @@ def test_a_client_that_never_reads_is_given_up() -> None:
 
 
 def test_the_reason_comes_behind_the_file_that_is_on_its_way() -> None:
-    board, port = switchboard()
+    board, port = network()
     with board, dialled(port) as one:
         one.peer_name = "server"
         link = register(board, one)
@@ -306,7 +306,7 @@ def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
             assert connection._changed.wait_for(lambda: connection.arrived, 5)
 
     monkeypatch.setattr(BufferedConnection, "__init__", start_and_wait_for_the_message)
-    board, port = switchboard()
+    board, port = network()
     with board, dialled(port) as one:
         waiting: list[float] = []
 
@@ -335,7 +335,7 @@ def test_only_so_many_may_connect_without_registering() -> None:
 
 
 def test_the_end_reaches_a_peer_that_is_sending() -> None:
-    board, port = switchboard()
+    board, port = network()
     with dialled(port) as one:
         one.peer_name = "server"
         one.send_message_as_json(MessageType.REGISTER)
@@ -355,7 +355,7 @@ def test_the_end_reaches_a_peer_that_is_sending() -> None:
 
 
 def test_a_port_can_be_taken_again_at_once() -> None:
-    board, port = switchboard()
+    board, port = network()
     with board, dialled(port) as one:
         one.send_message_as_json(MessageType.REGISTER)
         assert board.until(board.news, 5)

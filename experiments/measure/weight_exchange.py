@@ -92,7 +92,7 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     """Return the seconds that each round's exchange of weights took."""
     with (
         listen("127.0.0.1", 0) as listener,
-        TcpServer(listener, Terms(120, timing.limits)) as switchboard,
+        TcpServer(listener, Terms(120, timing.limits)) as network,
     ):
         port = int(listener.address.rpartition(":")[2])
         threads = [
@@ -101,20 +101,20 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
         ]
         for thread in threads:
             thread.start()
-        links = gather(switchboard, num_clients)
+        links = gather(network, num_clients)
         options = timing.options("server")
-        make = store_maker(options.open_place(), options, switchboard.wake)
+        make = store_maker(options.open_place(), options, network.wake)
         stores = {k: make(link, timing.most_bytes) for k, link in sorted(links.items())}
         seconds = []
         for r in range(timing.rounds):
             started = time.perf_counter()
             keys = {k: timing.key(client_weights(k), k, r) for k in stores}
             taking = {k: partial(take, s, keys[k], timing.spec) for k, s in stores.items()}
-            fronts = run_together(switchboard, taking)
+            fronts = run_together(network, taking)
             data = encode_state(fed_avg(list(fronts.values()), [1] * len(fronts)))
             keys = {k: timing.key(AVERAGE, k, r) for k in stores}
             giving = {k: partial(s.put, keys[k], data) for k, s in stores.items()}
-            run_together(switchboard, giving)
+            run_together(network, giving)
             timing.everyone_has_it.wait()
             seconds.append(time.perf_counter() - started)
         for thread in threads:
@@ -122,11 +122,11 @@ def time_rounds(timing: Timing, num_clients: int) -> list[float]:
     return seconds
 
 
-def gather(switchboard: TcpServer, num_clients: int) -> dict[int, Link]:
+def gather(network: TcpServer, num_clients: int) -> dict[int, Link]:
     """Return the clients' links when all are there."""
     links: dict[int, Link] = {}
     while len(links) < num_clients:
-        for link in switchboard.until(switchboard.news, 1.0):
+        for link in network.until(network.news, 1.0):
             if not link.peer_name:
                 k = link.receive_message_as_json(MessageType.REGISTER).content
                 link.peer_name, links[k] = f"client_{k}", link
