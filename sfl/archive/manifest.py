@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sfl.archive.layout import MANIFEST
@@ -88,9 +88,9 @@ def manifest_line(entry: Entry) -> str:
 
     That is of the line as ``json.dumps`` writes it without ``check``.
     """
-    fields = asdict(entry)
-    check = checksum(json.dumps(fields).encode())
-    return json.dumps(fields | {"check": check})
+    line = json.dumps({field.name: getattr(entry, field.name) for field in fields(entry)})
+    check = json.dumps(checksum(line.encode()))
+    return f'{line[:-1]}, "check": {check}}}'
 
 
 def _parse_line(line: bytes) -> Entry:

@@ -22,6 +22,7 @@ from sfl.errors import (
     SflError,
 )
 from sfl.transport.addresses import address_of
+from sfl.transport.polling import poll
 from sfl.transport.stream import Stream, is_refusal, why
 from sfl.wire.framing import Decoder, encode_head
 from sfl.wire.link import is_last, one_line
@@ -166,10 +167,7 @@ class Connection(Channel):
         """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
         with self._decoder.get_buffer() as buffer:
             try:
-                if wait:
-                    num_bytes = self._stream.receive_into(buffer)
-                else:
-                    num_bytes = self._stream.receive_now(buffer)
+                num_bytes = self._receive(buffer) if wait else self._stream.receive_now(buffer)
             except BlockingIOError:
                 raise
             except TimeoutError as error:
@@ -182,6 +180,10 @@ class Connection(Channel):
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes
         self.bytes_moved += num_bytes
+
+    def _receive(self, buffer: memoryview) -> int:
+        num_bytes = poll(lambda: self._stream.receive_now(buffer))
+        return self._stream.receive_into(buffer) if num_bytes is None else num_bytes
 
     @property
     def address(self) -> str:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from sfl.transport.polling import poll
+
 T = TypeVar("T")
 TICK_S = 0.5  # how often to look for who is silent
 
@@ -122,13 +124,21 @@ class SocketReader:
     def _run(self) -> None:
         looked_at = time.monotonic()
         while not self._closed:
-            events = self._selector.select(0 if self._unfinished else TICK_S)
+            events = self._selector.select(0) if self._unfinished else self._select()
             with self._reading:
                 self._read({key.data for key, _ in events} | self._unfinished)
                 if time.monotonic() - looked_at > TICK_S:
                     looked_at = time.monotonic()
                     for connection in list(self._members):
                         connection.check_silence()
+
+    def _select(self) -> list[tuple[selectors.SelectorKey, int]]:
+        return poll(self._select_now) or self._selector.select(TICK_S)
+
+    def _select_now(self) -> list[tuple[selectors.SelectorKey, int]]:
+        if not (events := self._selector.select(0)):
+            raise BlockingIOError
+        return events
 
     def _read(self, due: set[Readable | None]) -> None:
         for connection in due:
