@@ -60,7 +60,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from experiments.curves.figure import draw_curves
-    from sfl.runtime.recorded import load
+    from sfl.runtime.recorded_run import load
     from sfl.runtime.replay import check
 
     run_dir = run_demo(options.rounds, options.out.resolve(), tqdm)

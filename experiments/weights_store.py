@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from sfl.cli import run_program
 from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.options import Parser
-from sfl.weights.objects import ObjectStore
+from sfl.weights.object_store import ObjectStore
 from sfl.weights.stores import open_place
 
 

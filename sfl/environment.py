@@ -17,7 +17,6 @@ from sfl.errors import ConfigError, RunError
 from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
-_BEFORE = {"sfl": "0.1.0"}  # version 0.1.0 did not record its version
 
 
 def set_up_torch(node: NodeConfig) -> torch.device:
@@ -66,8 +65,6 @@ def check_fingerprint(fields: object) -> dict[str, str]:
     Raises:
         ConfigError: fields are missing or not text.
     """
-    if isinstance(fields, dict):
-        fields = _BEFORE | fields
     if not isinstance(fields, dict) or not all(type(fields.get(n)) is str for n in FINGERPRINT):
         raise ConfigError(f"a fingerprint has the fields {', '.join(FINGERPRINT)}")
     return {name: fields[name][:80] for name in FINGERPRINT}
@@ -75,8 +72,8 @@ def check_fingerprint(fields: object) -> dict[str, str]:
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Return a text for each difference between two fingerprints."""
-    one, other = {**_BEFORE, **ours}, {**_BEFORE, **theirs}
-    return [f"{n} {other[n]} against {one[n]}" for n in FINGERPRINT if one[n] != other[n]]
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in FINGERPRINT}
+    return [f"{name} {one} against {other}" for name, (one, other) in pairs.items() if one != other]
 
 
 def describe(device: torch.device, command_line: Sequence[str]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from sfl import __version__
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError, quoted
 from sfl.files import strict_json
-from sfl.files.plain import read_plain
+from sfl.files.regular_files import read_plain
 from sfl.nodes import ClientNode, ServerNode, SimulationNode
-from sfl.own_functions import remembered
 from sfl.registry import NAMES, choices_of, near_names, unknown_name
+from sfl.trusted_imports import remembered
 
 T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.

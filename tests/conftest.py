@@ -11,7 +11,7 @@ from tests.support.certificates import Certificates
 from tests.support.emulator import Emulator, Gate, emulated
 from tests.support.handshakes import FAST, OTHER, TOKEN, token_file
 from tests.support.launch import Launcher, Program, wait_for
-from tests.support.own_data import Own
+from tests.support.private_data import Own
 
 # Tests of real data are collected if they are there; all others do without the caller's folder.
 REAL_DATA = Path(os.environ["SFL_DATA_DIR"]).resolve() if os.environ.get("SFL_DATA_DIR") else None

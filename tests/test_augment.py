@@ -14,7 +14,7 @@ from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.values import Position
 from tests.support.launch import Launcher
 from tests.support.made_data import loaded

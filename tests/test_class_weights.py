@@ -17,7 +17,7 @@ from sfl.model.class_weights import class_weights
 from sfl.model.zoo import build, model_spec
 from sfl.runtime import replay
 from sfl.runtime.preflight import check_run
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from tests.support.launch import Launcher
 from tests.support.made_data import loaded
 from tests.support.simulations import simulated

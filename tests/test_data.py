@@ -23,8 +23,8 @@ from sfl.data.client_data import (
 )
 from sfl.data.datasets import DATASETS, dataset_spec
 from sfl.data.images import read_image
-from sfl.data.own_data import load_own
 from sfl.data.partition import check_partition
+from sfl.data.private_data import load_own
 from sfl.data.samples import Samples, join
 from sfl.errors import ConfigError, DataError, RunError
 from sfl.values import Position

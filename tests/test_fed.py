@@ -16,9 +16,9 @@ from sfl.crash import VARIABLE
 from sfl.errors import RunError
 from sfl.nodes import NodeConfig
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.runtime.simulation import simulate
-from sfl.weights.objects import Directory
+from sfl.weights.object_store import Directory
 from sfl.wire.messages import MessageType
 from tests.support.emulator import BUCKET, Emulator, Gate
 from tests.support.launch import (

@@ -12,7 +12,7 @@ from sfl.model.blocks import Entries
 from sfl.model.zoo import build, model_spec
 from sfl.nodes import NodeConfig
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.runtime.simulation import simulate
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.merge import Shared, Trained, merge

@@ -26,13 +26,13 @@ from sfl.errors import ConfigError, IntegrityError, PeerFailed
 from sfl.files.checksum import checksum
 from sfl.nodes import NodeConfig
 from sfl.options import names_of
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.runtime.resume import open_past
 from sfl.runtime.simulation import simulate
 from sfl.transport.tokens import read_tokens, write_tokens
 from sfl.weights.exchange import WeightKey, client_weights
-from sfl.weights.objects import Directory
-from sfl.weights.shared import describe, object_path
+from sfl.weights.object_store import Directory
+from sfl.weights.stored_weights import describe, object_path
 from sfl.wire.messages import MessageType
 from tests.support.certificates import Certificates
 from tests.support.launch import Launcher, Program, wait_for

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfl.data.images import read_image
 from sfl.errors import DataError
-from tests.support.own_data import RGBA, encoded, pixels, png, two_pixels
+from tests.support.private_data import RGBA, encoded, pixels, png, two_pixels
 
 TRANSPARENT = {
     "RGBA": encoded(RGBA, "PNG"),

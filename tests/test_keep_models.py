@@ -12,7 +12,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.runtime.simulation import Away, simulate
 from sfl.values import KeepModels
 from tests.support.launch import Launcher, finish

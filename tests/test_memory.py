@@ -32,8 +32,8 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError, ConnectionLost, ProtocolError
 from sfl.model.metrics import checked, checked_steps
 from sfl.nodes import parse_bytes
-from sfl.runtime.claims import MOST_STEPS
 from sfl.runtime.memory import machine_bytes, sizes_of
+from sfl.runtime.report_limits import MOST_STEPS
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport import connection as transport

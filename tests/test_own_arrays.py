@@ -14,7 +14,7 @@ from sfl.data.datasets import dataset_of
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError, DataError
 from sfl.runtime.preflight import check_run
-from tests.support.own_data import COLOUR, GREY, NFC, NFD, Own, pixels, save, write_image
+from tests.support.private_data import COLOUR, GREY, NFC, NFD, Own, pixels, save, write_image
 
 LABELS = np.arange(10) % 2
 

@@ -13,7 +13,7 @@ from sfl.errors import DataError, RunError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
 from tests.support.launch import Launcher
-from tests.support.own_data import NFC, NFD, RGBA, Own, save, write_image
+from tests.support.private_data import NFC, NFD, RGBA, Own, save, write_image
 from tests.support.weights import assert_equal, weights
 
 

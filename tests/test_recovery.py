@@ -19,7 +19,7 @@ from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
 from sfl.options import from_values
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.runtime.simulation import Away
 from sfl.strategy.order import draw
 from tests.support.launch import Launcher, Program, options_of, send_signal, wait_for, was_killed

@@ -13,7 +13,7 @@ import torch
 from experiments.replay import __main__ as program
 from sfl.errors import RunError
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from tests.support.launch import Launcher
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import recorded

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from tests.support.launch import Launcher, send_signal, wait_for
 from tests.support.made_data import write_own
 from tests.support.runs import ALLOW, BN_DROPOUT, go_on

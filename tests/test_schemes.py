@@ -16,7 +16,7 @@ from sfl.errors import ConfigError
 from sfl.model.optimizers import OPTIMIZERS
 from sfl.model.zoo import build, model_spec, split
 from sfl.runtime import replay
-from sfl.runtime.recorded import load
+from sfl.runtime.recorded_run import load
 from sfl.strategy import schemes
 from sfl.strategy.order import draw, interleaved
 from sfl.strategy.schemes import SCHEMES, Scheme

@@ -12,6 +12,7 @@ import pytest
 from experiments.hostile.target import Target
 from sfl.archive.run_folder import has_no_steps
 from sfl.conversation.join import DataReport, client_join, difference, outvoted
+from sfl.environment import FINGERPRINT
 from sfl.errors import SflError
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
@@ -208,7 +209,7 @@ def joined(stream: Stream) -> Connection:
     """Register as client 1."""
     link = Connection(stream, timeout_s=15, limits=Limits())
     link.peer_name, link.on_notice = "server", lambda line: None
-    fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+    fingerprint = dict.fromkeys(FINGERPRINT, "x")
     run_blocking(client_join(link, 1, fingerprint, instance="1" * 32, heartbeat_s=10.0))
     return link
 

@@ -15,7 +15,7 @@ from experiments.hostile.target import Target, frame
 from experiments.support.slow_link import SlowLink
 from sfl.auth import main as auth_main
 from sfl.errors import RunError
-from sfl.runtime.places import TAKEN_OVER
+from sfl.runtime.client_places import TAKEN_OVER
 from sfl.transport.listener import listen
 from sfl.transport.rate_limit import RateLimit
 from sfl.transport.refusal_log import EVERY_S, SAID_AT_ONCE, RefusalLog

@@ -22,9 +22,9 @@ from sfl.weights.exchange import (
     WeightStore,
     client_weights,
 )
-from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights, describe, object_path
-from sfl.wire.calls import Calls
+from sfl.weights.object_store import Directory, ObjectStore
+from sfl.weights.stored_weights import SharedWeights, describe, object_path
+from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.messages import MessageType
 from tests.support.emulator import Gate

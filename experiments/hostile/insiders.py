@@ -18,6 +18,7 @@ from experiments.hostile.files import hostile_files, saved
 from experiments.hostile.target import Target, heard, link_over
 from sfl.conversation.join import DataReport, Welcome, client_join, send_report
 from sfl.conversation.round import SECONDS_WIDTH
+from sfl.environment import FINGERPRINT
 from sfl.errors import ConnectionLost, LetGo, SflError
 from sfl.files.checksum import checksum, crc32
 from sfl.files.torch_file import encode, encode_state
@@ -76,7 +77,7 @@ class Insider:
         self.run = self.welcome.run.run
 
     def _join(self, claim: Claim) -> Welcome:
-        fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+        fingerprint = dict.fromkeys(FINGERPRINT, "x")
         instance = secrets.token_hex(16)
         joining = client_join(
             self.link, self.client, fingerprint, instance=instance, heartbeat_s=10.0
@@ -249,7 +250,7 @@ TIMES = 200  # that a client takes its own place over
 
 def takes_its_own_place(target: Target) -> str:
     """Register again and again as the same process, with a new connection each time."""
-    fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+    fingerprint = dict.fromkeys(FINGERPRINT, "x")
     instance, given = secrets.token_hex(16), 0
     client = (target.tokens.only_client or 0) if target.tokens else 0
     with contextlib.ExitStack() as stack:

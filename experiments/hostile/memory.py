@@ -31,7 +31,7 @@ from sfl.conversation.party import TEST, VALIDATION
 from sfl.conversation.round import SECONDS_WIDTH, TIMES
 from sfl.errors import ProtocolError, SflError
 from sfl.files.torch_file import encode, encode_state
-from sfl.runtime.claims import MOST_STEPS
+from sfl.runtime.report_limits import MOST_STEPS
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.connection import Connection

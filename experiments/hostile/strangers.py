@@ -28,6 +28,7 @@ from experiments.hostile.target import (
     raw,
     secured,
 )
+from sfl.environment import FINGERPRINT
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
 from sfl.transport.tokens import SERVER, client_authenticate
@@ -147,7 +148,7 @@ def another_clients_id(target: Target) -> str:
             other = 1 if own == 0 else 0
             peer = Peer(CLIENT, own)
             run_blocking(client_authenticate(link, target.tokens, peer, listener=SERVER))
-        fingerprint = dict.fromkeys(("torch", "capability", "threads", "device"), "x")
+        fingerprint = dict.fromkeys(FINGERPRINT, "x")
         content = {"client_id": other, "instance": secrets.token_hex(16), "heartbeat_s": 1.0}
         link.send_message_as_json(
             MessageType.REGISTER, content=content | {"fingerprint": fingerprint}

@@ -18,7 +18,7 @@ from sfl.options import Parser
 def main() -> int:
     options = parse()
     from experiments.replay.train_back import train_back
-    from sfl.runtime.recorded import load
+    from sfl.runtime.recorded_run import load
     from sfl.runtime.replay import check
 
     recorded = load(options.run_dir, options.device, options.threads, options.allow_import)

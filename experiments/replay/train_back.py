@@ -15,7 +15,7 @@ from sfl.files.atomic import write_file
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import add_up
 from sfl.model.segment import Segment, evaluate_step, train_step
-from sfl.runtime.recorded import RecordedRun
+from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position

@@ -10,7 +10,7 @@ from sfl.archive.manifest import read_manifest
 from sfl.archive.reader import RunArchive
 from sfl.archive.round_log import read_round, read_summary
 from sfl.errors import IntegrityError
-from sfl.runtime.recorded import RecordedRun, load
+from sfl.runtime.recorded_run import RecordedRun, load
 from sfl.runtime.replay import check
 
 # Of what a round's file says, what depends on neither time nor on what was sent twice.

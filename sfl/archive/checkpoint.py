@@ -28,7 +28,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, RunError, quoted
 from sfl.files import strict_json
 from sfl.files.checksum import checksum
-from sfl.files.plain import read_plain
+from sfl.files.regular_files import read_plain
 from sfl.files.torch_file import StateSpec, decode_state
 from sfl.options import check_goes_on
 

@@ -10,7 +10,7 @@ from sfl.archive.layout import MANIFEST
 from sfl.errors import IntegrityError, quoted
 from sfl.files import strict_json
 from sfl.files.checksum import checksum
-from sfl.files.plain import read_plain
+from sfl.files.regular_files import read_plain
 
 DROPPED = "dropped"  # kind of the entry for a manifest, or a model, that was not to stay
 ROUND_LOG = "round_log"  # kind of the entry that says that a round is done

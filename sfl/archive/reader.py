@@ -30,7 +30,7 @@ from sfl.archive.layout import (
 from sfl.archive.manifest import DROPPED, Entry, read_checked, read_manifest
 from sfl.errors import IntegrityError, RunError, quoted
 from sfl.files import strict_json
-from sfl.files.plain import check_linkless
+from sfl.files.regular_files import check_linkless
 from sfl.files.torch_file import StateSpec, TensorSpec, decode, decode_state
 
 MAX_TABLE_BYTES = 64 * 2**20

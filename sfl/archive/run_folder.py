@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sfl.archive.checkpoint import lying
 from sfl.archive.writer import ArchiveWriter
 from sfl.errors import ConfigError, RunError, reason_of
-from sfl.files.plain import which_file
+from sfl.files.regular_files import which_file
 from sfl.values import KeepModels
 from sfl.wire.link import one_line
 from sfl.wire.messages import MessageType

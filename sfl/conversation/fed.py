@@ -39,7 +39,7 @@ from sfl.conversation.join import Welcome, parse_heartbeat
 from sfl.errors import ConfigError, IntegrityError, ProtocolError, counted, quoted
 from sfl.files import strict_json
 from sfl.files.checksum import checksum
-from sfl.files.finite import check_finite
+from sfl.files.finite_check import check_finite
 from sfl.files.torch_file import decode_state, encode_state
 from sfl.model.topology import States, joined
 from sfl.options import from_values
@@ -57,7 +57,7 @@ from sfl.weights.exchange import (
     WeightStore,
     client_weights,
 )
-from sfl.weights.objects import ObjectStore
+from sfl.weights.object_store import ObjectStore
 from sfl.wire.driver import Conversation, Network, run_together
 from sfl.wire.link import ANY_ID, MAIN, Link, Peer
 from sfl.wire.messages import MessageType

@@ -14,7 +14,7 @@ from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData
 from sfl.errors import NotFinite, StepFailed
-from sfl.files.finite import LOG, check_finite
+from sfl.files.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
 from sfl.model.task import Task

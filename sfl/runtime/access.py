@@ -28,9 +28,9 @@ from sfl.nodes import ClientNode, PeerNode
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.weights.exchange import SocketWeights, WeightKey, WeightStore
-from sfl.weights.objects import ObjectStore
+from sfl.weights.object_store import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
-from sfl.wire.calls import Calls
+from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import CLIENT, Link, Peer
 from sfl.wire.members import Channel, Dialler

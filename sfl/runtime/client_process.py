@@ -10,8 +10,8 @@ import torch
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData, DatasetSpec, Source, client_data, load
 from sfl.data.datasets import dataset_of
-from sfl.data.own_data import load_own, num_images
 from sfl.data.partition import OWN, deal
+from sfl.data.private_data import load_own, num_images
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode

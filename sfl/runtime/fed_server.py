@@ -40,13 +40,12 @@ from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder
 from sfl.nodes import ServerNode
-from sfl.own_functions import remember
 from sfl.runtime.access import Access, hearing_why
 from sfl.runtime.admission import Admission
-from sfl.runtime.claims import why_refused
+from sfl.runtime.client_places import Patience
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
-from sfl.runtime.places import Patience
+from sfl.runtime.report_limits import why_refused
 from sfl.runtime.resume import Past, open_past, read_shared
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
@@ -56,9 +55,10 @@ from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import FED
 from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, KeepModels
 from sfl.weights.exchange import SocketWeights, WeightStore
-from sfl.weights.shared import Threads
+from sfl.weights.stored_weights import Threads
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 from sfl.wire.driver import Conversation, Network, run_blocking, run_together
 from sfl.wire.link import MAIN, Link, Peer, last_words_for

@@ -17,7 +17,7 @@ from sfl.runtime.client_process import ClientProcess
 from sfl.transport.guard import most_files
 from sfl.transport.tokens import tokens_of
 from sfl.transport.transports import TCP, Transport
-from sfl.wire.calls import Calls
+from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, run_together
 from sfl.wire.link import one_line
 from sfl.wire.messages import MessageType

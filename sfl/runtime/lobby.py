@@ -31,7 +31,7 @@ from sfl.errors import (
     SflError,
 )
 from sfl.runtime.admission import Admission
-from sfl.runtime.places import Patience, Place, check_somebody_may_come, is_refusal
+from sfl.runtime.client_places import Patience, Place, check_somebody_may_come, is_refusal
 from sfl.runtime.roster import Roster
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation, Gate

@@ -1,6 +1,6 @@
 """Recompute a recorded run from its files, and compare it bit for bit.
 
-    from sfl.runtime.recorded import load
+    from sfl.runtime.recorded_run import load
     from sfl.runtime.replay import check
 
     report = check(load("shared_files/server/first"))
@@ -34,7 +34,7 @@ from sfl.errors import IntegrityError, RunError
 from sfl.files.torch_file import StateSpec, identical, state_spec
 from sfl.model.segment import Segment, train_step
 from sfl.model.topology import HOLDERS, Holder, Segments, States
-from sfl.runtime.recorded import RecordedRun
+from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.aggregate import State
 from sfl.strategy.merge import Trained, merge
 from sfl.strategy.schemes import Exchange, Fronts

@@ -23,7 +23,7 @@ from sfl.archive.layout import (
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, RunError, counted
 from sfl.files import strict_json
-from sfl.files.plain import check_no_links, read_plain
+from sfl.files.regular_files import check_no_links, read_plain
 from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments

@@ -29,7 +29,7 @@ from sfl.conversation.round import (
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
 from sfl.errors import PEER_ERRORS, RunError
-from sfl.files.finite import REJECT
+from sfl.files.finite_check import REJECT
 from sfl.files.torch_file import are_finite, encode_state
 from sfl.model.metrics import Tally, add_up
 from sfl.model.segment import Snapshot

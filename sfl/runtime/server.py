@@ -28,14 +28,13 @@ from sfl.environment import command_line, set_up_torch
 from sfl.errors import ConfigError, RunError, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
-from sfl.own_functions import remember
 from sfl.runtime.admission import Admission
-from sfl.runtime.claims import why_refused
+from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
-from sfl.runtime.places import Patience
 from sfl.runtime.preflight import check_run
 from sfl.runtime.preparation import Allowed, Preparation
+from sfl.runtime.report_limits import why_refused
 from sfl.runtime.resume import (
     Past,
     check_unfinished,
@@ -51,8 +50,9 @@ from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
 from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.trusted_imports import remember
 from sfl.weights.exchange import Elsewhere
-from sfl.weights.objects import ObjectStore
+from sfl.weights.object_store import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 
 

@@ -22,21 +22,21 @@ from sfl.conversation.party import ClientParty
 from sfl.conversation.round import client_run
 from sfl.data.client_data import ClientData, Source, client_data, load
 from sfl.data.datasets import dataset_of
-from sfl.data.own_data import load_own
 from sfl.data.partition import OWN, deal
+from sfl.data.private_data import load_own
 from sfl.data.samples import join
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
-from sfl.own_functions import remember
 from sfl.runtime.preflight import check_run
 from sfl.runtime.preparation import Allowed, Preparation
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
 from sfl.strategy.recipe import Recipe
+from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
 from sfl.wire.driver import AllStay, Conversation, Gate

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfl.errors import ConfigError, IntegrityError, RunError
-from sfl.weights.objects import Metadata, check_size, compare, is_there
+from sfl.weights.object_store import Metadata, check_size, compare, is_there
 from sfl.wire.link import one_line
 
 # https://cloud.google.com/storage/docs/buckets#naming

@@ -1,8 +1,8 @@
 """``WeightStore``: the interface for transferring client-side weights, and its socket version.
 
 A store is one party's end: one end puts weights under a key, the other gets them.
-``sfl.weights.shared`` has the stores that several parties reach; ``sfl.weights.stores`` chooses
-one. Over a connection::
+``sfl.weights.stored_weights`` has the one through a place that all parties reach;
+``sfl.weights.stores`` chooses. Over a connection::
 
     sender                                receiver
     put                                   get

@@ -8,9 +8,9 @@ from sfl.errors import ConfigError
 from sfl.registry import unknown_name
 from sfl.weights.bucket import Bucket, parse_address
 from sfl.weights.exchange import SocketWeights, WeightStore
-from sfl.weights.objects import Directory, ObjectStore
-from sfl.weights.shared import SharedWeights
-from sfl.wire.calls import Calls
+from sfl.weights.object_store import Directory, ObjectStore
+from sfl.weights.stored_weights import SharedWeights
+from sfl.wire.blocking_calls import Calls
 from sfl.wire.link import Link
 
 SOCKET = "socket"

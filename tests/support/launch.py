@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "sfl.runtime.server",
         "sfl.runtime.fed_server",
         "sfl.runtime.client",
-        "sfl.data.own_data",
+        "sfl.data.private_data",
         "tests.support.digits",
         "torch._dynamo",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from sfl.values import Position
 from sfl.weights.bucket import Bucket
 from sfl.weights.exchange import WeightKey
-from sfl.weights.objects import Directory
+from sfl.weights.object_store import Directory
 from sfl.wire.messages import Limits, MessageType
 from tests.support.emulator import BUCKET
 

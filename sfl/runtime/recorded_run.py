@@ -21,13 +21,13 @@ from sfl.errors import IntegrityError
 from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.nodes import NodeConfig
 from sfl.options import from_values, names_of
-from sfl.own_functions import remembered
 from sfl.runtime.resume import load_backs, read_shared
 from sfl.strategy.merge import Shared, averaging_weights
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
+from sfl.trusted_imports import remembered
 
 MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
 

@@ -19,8 +19,8 @@ from sfl.errors import IntegrityError, ProtocolError, RunError, quoted
 from sfl.files.checksum import checksum
 from sfl.files.torch_reader import Buffer
 from sfl.weights.exchange import WeightKey
-from sfl.weights.objects import Metadata, ObjectStore
-from sfl.wire.calls import Calls
+from sfl.weights.object_store import Metadata, ObjectStore
+from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import AllStay, Conversation, Gate
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType

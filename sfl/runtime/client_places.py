@@ -7,7 +7,7 @@ from sfl.conversation.join import Joined
 from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.client_data import num_batches
 from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
-from sfl.runtime.progress import NO_STEP, Clock, Step
+from sfl.runtime.stall_clock import NO_STEP, Clock, Step
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.transport.rate_limit import RateLimit

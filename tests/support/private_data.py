@@ -12,7 +12,7 @@ from PIL import Image
 from sfl.config import RunConfig
 from sfl.data.client_data import ClientData, DatasetSpec
 from sfl.data.datasets import DATASETS
-from sfl.data.own_data import load_own
+from sfl.data.private_data import load_own
 
 GREY, COLOUR = DATASETS["mnist-5k"], DATASETS["cifar10"]
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -16,7 +16,7 @@ from typing import Protocol
 from sfl.errors import IntegrityError, RunError
 from sfl.files import strict_json
 from sfl.files.checksum import checksum
-from sfl.files.plain import read_plain
+from sfl.files.regular_files import read_plain
 
 Metadata = Mapping[str, str]
 

@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sfl.files.plain import read_plain
+from sfl.files.regular_files import read_plain
 from sfl.nodes import NodeConfig
 
-NAME = "own_functions"  # a file in the cache folder, one function a line
+NAME = "trusted_imports"  # a file in the cache folder, one function a line
 
 
 def _path() -> Path:
