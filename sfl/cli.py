@@ -70,14 +70,14 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
     imported shows no traceback.
     """
     _open_streams()
-    told = False
+    is_interrupted = False
 
     def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal told
-        if told:
+        nonlocal is_interrupted
+        if is_interrupted:
             os.write(2, f"{name}: error: interrupted twice\n".encode())
             os._exit(INTERRUPTED)
-        told = True
+        is_interrupted = True
         raise KeyboardInterrupt
 
     # A shell makes programs that it starts in the background ignore Ctrl-C; that stays so.

@@ -27,7 +27,7 @@ from sfl.conversation.join import (
     parse_report,
     parse_welcome,
     send_report,
-    told_to,
+    welcome_content,
 )
 from sfl.errors import ProtocolError
 from sfl.wire.driver import Conversation
@@ -69,7 +69,7 @@ def server_check(
     hello: Message,
     welcome: Welcome,
     find: Callable[[int], tuple[int, str]],
-    refuses: Callable[[Joined], str],
+    why_refused: Callable[[Joined], str],
 ) -> Conversation[None]:
     """Answer a client that checks; ``find`` gives its id and why it cannot be had just now.
 
@@ -78,14 +78,14 @@ def server_check(
     """
     wanted, fingerprint = parse_hello(link, hello)
     client, place = find(wanted)
-    content = told_to(client, welcome) | {"place": place}
+    content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START, MessageType.UNREGISTER)
     if message.type is MessageType.REQUEST_TO_START:
         try:
             report = parse_report(message, client, welcome.run)
-            problem = refuses(Joined(client, link, fingerprint, report))
+            problem = why_refused(Joined(client, link, fingerprint, report))
         except ProtocolError as error:
             problem = str(error)
         link.send_message_as_json(MessageType.CHECKED, content={"problem": problem})

@@ -33,7 +33,7 @@ EVALUATION = {
     LABELS: MessageType.VALIDATION_LABELS,
     ACTIVATIONS: MessageType.VALIDATION_FEATURES,
 }
-_WORDS = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
+_KIND_NAMES = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
 
 
 class Cut:
@@ -81,16 +81,16 @@ class Cut:
             IntegrityError: the file holds anything but such a tensor.
             NotFinite: it holds NaN or infinity, and the run refuses that.
         """
-        message = yield from self.hear(kind)
-        name = f"the {_WORDS[kind]} of client {self.at.client}"
-        with self._party.working():
+        message = yield from self.receive_message(kind)
+        name = f"the {_KIND_NAMES[kind]} of client {self.at.client}"
+        with self._party.measure_compute():
             tensor, file = decode_file(message.file, self._specs[kind], name)
             self._check(kind, tensor, name)
         self._files[kind] = file
         self._party.clock.lap("load")
         return tensor, message
 
-    def hear(self, kind: str) -> Conversation[Message]:
+    def receive_message(self, kind: str) -> Conversation[Message]:
         """Return the message of a tensor that the peer sends, unread."""
         link = self._party.link
         yield link

@@ -64,11 +64,11 @@ from sfl.wire.messages import MessageType
 
 
 def main_join(
-    link: Link, run: RunConfig, first_round: int, *, goes_on: bool, heartbeat_s: float
+    link: Link, run: RunConfig, first_round: int, *, is_resumed: bool, heartbeat_s: float
 ) -> Conversation[None]:
     """Tell the fed server which run it is; faces ``fed_join``."""
     content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
-    content |= {"goes_on": goes_on, "heartbeat_s": heartbeat_s}
+    content |= {"goes_on": is_resumed, "heartbeat_s": heartbeat_s}
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))
@@ -175,7 +175,7 @@ class FedRounds:
             self._write_shared(-1)
             self._commit(0)
         if not (keeps_own and self.first_round):
-            self.give_initial(self.shared, self.first_round)
+            self.publish_initial(self.shared, self.first_round)
         if keeps_own:
             return
         for round_index in range(self.first_round, self.run.rounds):
@@ -185,11 +185,11 @@ class FedRounds:
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
 
-    def give_initial(self, shared: Mapping[str, Shared], first_round: int) -> None:
+    def publish_initial(self, shared: Mapping[str, Shared], first_round: int) -> None:
         """Put what clients start from that begin with this round."""
-        self._give(INITIAL, shared, first_round - 1, 0)
+        self._publish(INITIAL, shared, first_round - 1, 0)
 
-    def _give(
+    def _publish(
         self, name: str, shared: Mapping[str, Shared], round_index: int, samples: int
     ) -> None:
         """Put weights, trained on so many samples, for everyone."""
@@ -224,9 +224,9 @@ class FedRounds:
         archive.end_round(round_index)
         self._commit(round_index + 1)  # before the main server can take the round for done
         if policy is Fronts.AVERAGED:
-            self._give(AVERAGE, self.shared, round_index, sum(self.num_train[k] for k in order))
+            self._publish(AVERAGE, self.shared, round_index, sum(self.num_train[k] for k in order))
         else:
-            self._pass_on(relay[-1], round_index)
+            self._relay_last(relay[-1], round_index)
         self.folder.events.say(
             f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
             f" {policy.name.lower()}"
@@ -251,16 +251,16 @@ class FedRounds:
         if relay:
             yield from store.pass_on(WeightKey(relay[-1].name, at), relay[-1].data)
         data = yield from store.get(WeightKey(name, at))
-        of_whom = f"the weights of client {client}"
-        state = decode_state(data, self.split.front_spec, of_whom)
+        title = f"the weights of client {client}"
+        state = decode_state(data, self.split.front_spec, title)
         changing = self.split.changing(state)
-        check_finite(changing, of_whom, self.run.on_nonfinite, self.folder.events.say)
+        check_finite(changing, title, self.run.on_nonfinite, self.folder.events.say)
         if turns.in_order:
             relay.append(NamedWeights(name, encode_state(state)))
             turns.done()
         return self.split.by_segment(state)
 
-    def _pass_on(self, last: NamedWeights, round_index: int) -> None:
+    def _relay_last(self, last: NamedWeights, round_index: int) -> None:
         """Give the last front of a relay to everyone else."""
         others = {k: s for k, s in self.stores.items() if client_weights(k) != last.name}
         keys = {k: WeightKey(last.name, self._at(k, round_index)) for k in others}

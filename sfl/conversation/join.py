@@ -93,7 +93,7 @@ class Welcome:
     client: int
     run: RunConfig
     first_round: int  # that is not done yet
-    goes_on: bool = False  # it has begun before, and its folders are there
+    is_resumed: bool = False  # it has begun before, and its folders are there
     fed: str = HERE  # APART: it has no port, the weights go through the store
     heartbeat_s: float = 0.0  # how often the server wants to hear from a client
     known: frozenset[int] = frozenset()  # clients that have begun before, in any case
@@ -145,8 +145,12 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
-    goes_on, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
-    return Welcome(client, run, first_round, goes_on, fed, sfl=one_line(version, 40))
+    is_resumed, fed, version = (
+        reply.get("goes_on", bool),
+        reply.get("fed", str),
+        reply.get("sfl", str),
+    )
+    return Welcome(client, run, first_round, is_resumed, fed, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -194,7 +198,7 @@ def server_join(
     link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
-    link.send_message_as_json(MessageType.REGISTERED, content=told_to(client, welcome))
+    link.send_message_as_json(MessageType.REGISTERED, content=welcome_content(client, welcome))
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
     return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
@@ -214,13 +218,13 @@ def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
         raise ProtocolError(str(error)) from error
 
 
-def told_to(client: int, welcome: Welcome) -> dict[str, Any]:
+def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
     """Return the content of a client's welcome."""
     return {
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
-        "goes_on": welcome.goes_on or client in welcome.known,
+        "goes_on": welcome.is_resumed or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
         "sfl": welcome.sfl,
@@ -244,11 +248,11 @@ def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    structure, weights = _parse_built(message, client)
+    structure, weights = _parse_model_report(message, client)
     return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
 
 
-def _parse_built(message: Message, client: int) -> tuple[tuple[str, ...], str]:
+def _parse_model_report(message: Message, client: int) -> tuple[tuple[str, ...], str]:
     """Return what a client reports of the model that it has built."""
     told, weights = message.get("structure", list), message.get("weights", str)
     fine = 0 < len(told) <= MAX_DIGESTS and all(
@@ -311,12 +315,12 @@ def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
     Raises:
         RunError: they differ; the text names the clients and what one has and the other lacks.
     """
-    if odd := outvoted(reports):
+    if odd := disagreeing_clients(reports):
         raise RunError(odd[min(odd)])
     return reports[min(reports)]
 
 
-def outvoted(reports: Mapping[int, DataReport]) -> dict[int, str]:
+def disagreeing_clients(reports: Mapping[int, DataReport]) -> dict[int, str]:
     """Return the clients whose data do not go with those of most, and how they differ.
 
     Those stay who are the largest group that agrees; of equal ones the one with the lowest id.
@@ -325,10 +329,10 @@ def outvoted(reports: Mapping[int, DataReport]) -> dict[int, str]:
     for k, report in sorted(reports.items()):
         groups.setdefault((report.input_shape, report.classes), []).append(k)
     stay = max(groups.values(), key=len)
-    return {k: difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
+    return {k: data_difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
 
 
-def difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
+def data_difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
     """Say how two clients' data differ, if in a way that they cannot train together."""
     ours, theirs = reports[one], reports[other]
     if theirs.input_shape != ours.input_shape:

@@ -58,7 +58,7 @@ class Party:
     profile: Profile
     clock: Stopwatch = field(default_factory=Stopwatch)
     compute_s: float = 0.0  # this side's work for the client; the server counts it by round
-    warned_in: int = -1  # the round in which people were last told of NaN or infinity
+    warned_round: int = -1  # the round in which people were last told of NaN or infinity
 
     @property
     def run(self) -> RunConfig:
@@ -78,9 +78,9 @@ class Party:
         """
 
         def warn(line: str) -> None:
-            if self.warned_in != at.round:
+            if self.warned_round != at.round:
                 self.watcher.say(f"{line} in round {at.round + 1}")
-                self.warned_in = at.round
+                self.warned_round = at.round
 
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
@@ -122,7 +122,7 @@ class Party:
         self.clock.lap("wait")
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def measure_compute(self) -> Iterator[None]:
         """Count what is computed inside as work for this client."""
         started = time.perf_counter()
         yield
@@ -168,8 +168,8 @@ class ServerParty(Party):
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     # What the client at the other end has, since it connected: what this round starts from, and
     # what its own training made of this one. A client that is back has neither.
-    at_start_of: int = -1
-    has_trained: int = -1
+    ready_for_round: int = -1
+    trained_round: int = -1
     own_round: int = 0  # of which round's beginning the client's own things are
 
     @property

@@ -78,9 +78,9 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
         yield from client_train(party, message)
         yield link
         message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
-    yield from _take_over(party, message)
+    yield from _receive_front(party, message)
     crash_point("validation.before")
-    _keep(party, round_index)
+    _save_own_state(party, round_index)
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
@@ -95,18 +95,18 @@ def server_evaluate_round(
 ) -> Conversation[dict[str, Tally]]:
     """Send a client the weights that the round gave, and evaluate what follows from them."""
     at = party.at(round_index)
-    yield from _hand_over(party, MessageType.START_VALIDATION, front, at)
+    yield from _send_front(party, MessageType.START_VALIDATION, front, at)
     tallies = {}
     for part in party.parts(round_index):
         tallies[part] = yield from server_evaluate(party, part, round_index)
-    party.at_start_of = round_index + 1
+    party.ready_for_round = round_index + 1
     return tallies
 
 
 def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     """Train through a round and give the weights away; faces ``server_train``."""
     link, at, row = party.link, start.at, party.recipe.scheme
-    yield from _take_over(party, start)
+    yield from _receive_front(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
         party.segments.start_round(at.round)
@@ -130,7 +130,7 @@ def server_train(
     link, at, row = party.link, party.at(round_index), party.recipe.scheme
     yield plan.turn_of(party.client)
     steps = plan.num_steps_for(party.client)
-    yield from _hand_over(
+    yield from _send_front(
         party,
         MessageType.START_TRAINING,
         plan.begin(party.client),
@@ -146,7 +146,7 @@ def server_train(
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
-    party.has_trained = round_index
+    party.trained_round = round_index
     plan.rest(party.client)
     if row.fronts is Fronts.OWN:
         return RoundResult({}, seconds)
@@ -176,7 +176,7 @@ def _parse_weights(start: Message, num_classes: int) -> list[float]:
     return weights
 
 
-def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
+def _receive_front(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
     """Take over the front that a message names, if any; faces ``_hand_over``.
 
     ``held`` may be that already.
@@ -186,7 +186,7 @@ def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conve
         party.segments.load(_decode_front(party, data, f"the weights {name}", message.at))
 
 
-def _hand_over(
+def _send_front(
     party: ServerParty, message: MessageType, front: NamedWeights | None, at: Position, **more: Any
 ) -> Conversation[None]:
     """Start a client on a front, or on the one that it has."""
@@ -221,7 +221,7 @@ def _parse_seconds(text: str) -> float:
     return float(text)
 
 
-def _keep(party: ClientParty, round_index: int) -> None:
+def _save_own_state(party: ClientParty, round_index: int) -> None:
     """Write down what only this client has, before the server can take the round for done."""
     if not has_own(party.recipe):
         return
@@ -248,7 +248,7 @@ def client_start(party: ClientParty) -> Conversation[int]:
         raise ProtocolError(f"the server lets us go on after {message.at}")
     party.on_start(first, message.get("own", int))
     held = encode_state(joined(party.segments.states()))
-    yield from _take_over(party, message, held)
+    yield from _receive_front(party, message, held)
     return first
 
 
@@ -256,10 +256,10 @@ def server_start(
     party: ServerParty, front: NamedWeights | None, round_index: int
 ) -> Conversation[None]:
     """Bring a client to where a round starts, if it is not there; faces ``client_start``."""
-    if party.at_start_of != round_index:
+    if party.ready_for_round != round_index:
         at, own = party.at(round_index - 1), party.own_round
-        yield from _hand_over(party, MessageType.GO_ON, front, at, own=own)
-        party.at_start_of = round_index
+        yield from _send_front(party, MessageType.GO_ON, front, at, own=own)
+        party.ready_for_round = round_index
 
 
 def client_run(party: ClientParty) -> Conversation[None]:

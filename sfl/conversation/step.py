@@ -83,7 +83,7 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
     for at, size in _sizes(party, round_index):
         cut = Cut(party, at, size)
         if answer := plan.spool.get(at):
-            yield from server_step_again(cut, answer, plan)
+            yield from server_repeat_step(cut, answer, plan)
         else:
             if turns.in_order:
                 yield turns.of(party.client)
@@ -114,7 +114,7 @@ def client_step(
     crash_point("front.after_update")
     clock.lap("update")
     cut.record(order=at.step)
-    party.watcher.step(at, _figures(party, reply, len(y)))
+    party.watcher.step(at, _parse_figures(party, reply, len(y)))
     clock.lap("archive")
     return next_batch
 
@@ -128,18 +128,18 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
     back, clock, at = party.back, party.clock, cut.at
     y, _ = yield from cut.receive(LABELS)  # read while the client computes
     z, asked = yield from cut.receive(ACTIVATIONS)
-    with party.working():
+    with party.measure_compute():
         figures, dz = _compute(party, back, (z, y), at)
         clock.lap("forward")
         assert dz is not None
         grads = cut.encode(GRADS, dz)
-    answer = Answer(grads.data, _content(party, figures), asked.checksum)
+    answer = Answer(grads.data, _figures_content(party, figures), asked.checksum)
     crash_point("step.before_answer")
     try:
         cut.send_file(GRADS, grads, answer.content)
     finally:
         crash_point("step.after_answer")
-        with party.working():
+        with party.measure_compute():
             back.update()
         crash_point("step.after_update")
         clock.lap("update")
@@ -150,10 +150,10 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
         clock.lap("archive")
 
 
-def server_step_again(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
+def server_repeat_step(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
     """Answer a step that has been taken as it was answered then; faces ``client_step``."""
-    yield from cut.hear(LABELS)
-    asked = yield from cut.hear(ACTIVATIONS)
+    yield from cut.receive_message(LABELS)
+    asked = yield from cut.receive_message(ACTIVATIONS)
     if asked.checksum != answer.asked:
         plan.unlike.add(cut.at.client)
     cut.send_file(GRADS, File(answer.data), answer.content)
@@ -177,13 +177,13 @@ def _compute(
     return figures, dz
 
 
-def _figures(party: Party, message: Message, size: int) -> StepFigures:
+def _parse_figures(party: Party, message: Message, size: int) -> StepFigures:
     """Return what a peer says of a step over ``size`` samples."""
     counts = [message.get(name, int) for name in party.task.counted]
     return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
-def _content(party: Party, figures: StepFigures) -> dict[str, float]:
+def _figures_content(party: Party, figures: StepFigures) -> dict[str, float]:
     return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
 
 
@@ -202,7 +202,7 @@ def client_gradient_steps(
         if batch := next(batches, None):
             x, y = batch.x, batch.y
             figures, _ = _compute(party, party.front, (x, y), at)
-            grads, content = encode_state(party.front.gradients()), _content(party, figures)
+            grads, content = encode_state(party.front.gradients()), _figures_content(party, figures)
             link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
             _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
@@ -229,7 +229,7 @@ def server_gradient_steps(
             yield link
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
             if step >= pool.num_given(party.client):  # else it redoes what is in the update already
-                with party.working():
+                with party.measure_compute():
                     figures = _add_gradients(party, pool, message, own[1])
                 party.watcher.step(at, figures)
         yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask
@@ -244,7 +244,7 @@ def _add_gradients(
     name = f"the gradients of {title}"
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
-    figures = _figures(party, message, num_samples)
+    figures = _parse_figures(party, message, num_samples)
     party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):

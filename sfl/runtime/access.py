@@ -54,7 +54,7 @@ class Access:
         """
         return cls(tokens_of(node), dialler)
 
-    def show(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
+    def authenticate(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
         """Show who we are, if we have a token, and see who listens; ``run`` is what it must have.
 
         Raises:
@@ -64,7 +64,7 @@ class Access:
             talk = client_authenticate(link, self.tokens, peer, listener=listener, run=run)
             link.proved_run = run_blocking(talk)
 
-    def reach(self, address: str, node: ClientNode, again_s: float | None = None) -> Channel:
+    def connect(self, address: str, node: ClientNode, reconnect_s: float | None = None) -> Channel:
         """Connect to a server, with a node's patience; no files are accepted yet.
 
         ``again_s`` is for how long to try, if it was there before.
@@ -72,8 +72,8 @@ class Access:
         Raises:
             ConfigError, RunError, AuthError, ConnectionLost: as ``Dialler.connect``.
         """
-        patience_s = again_s or node.connect_timeout
-        channel = self.dialler.connect(address, patience_s, again=again_s is not None)
+        patience_s = reconnect_s or node.connect_timeout
+        channel = self.dialler.connect(address, patience_s, again=reconnect_s is not None)
         channel.on_notice = say
         return channel
 
@@ -89,7 +89,7 @@ class Registered:
 
 
 @contextlib.contextmanager
-def hearing_why(channel: Channel) -> Iterator[None]:
+def closing_with_reason(channel: Channel) -> Iterator[None]:
     """On failure tell the server why we end, or find out why it has left; then close."""
     try:
         yield
@@ -98,20 +98,20 @@ def hearing_why(channel: Channel) -> Iterator[None]:
             if isinstance(error, PeerFailed):
                 raise
             if not isinstance(error, ConnectionLost):
-                channel.dismiss(last_words_of(error), reason_of(error))
+                channel.dismiss(closing_message_type(error), reason_of(error))
             elif why := channel.last_words():
                 raise why from error
             raise
 
 
-def last_words_of(error: BaseException) -> MessageType:
+def closing_message_type(error: BaseException) -> MessageType:
     """Return how a client says why it ends: whether another try may go better."""
     if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
         return MessageType.UNREGISTER
     if isinstance(error, ProtocolError) and not isinstance(error, NotFinite):
         return MessageType.INVALID_MESSAGE
-    its_own_trouble = isinstance(error, SflError | OSError | MemoryError)
-    if isinstance(error, RECURRING) or not its_own_trouble:  # code that fails does so again
+    is_own_failure = isinstance(error, SflError | OSError | MemoryError)
+    if isinstance(error, RECURRING) or not is_own_failure:  # code that fails does so again
         return MessageType.FAILED
     return MessageType.ABORT
 
@@ -149,9 +149,9 @@ class StoreAccess:
         if fed not in (HERE, APART):
             channel = yield from self.access.calls.run(self._join_fed)
             stack.enter_context(channel)
-            stack.enter_context(hearing_why(channel))
+            stack.enter_context(closing_with_reason(channel))
             self.folder.events.say(f"the fed server is at {fed}")
-            return _FromFed(SocketWeights(channel)), channel
+            return _FedServerWeights(SocketWeights(channel)), channel
         if node.fed_server:
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         return SocketWeights(link), None
@@ -164,7 +164,7 @@ class StoreAccess:
         place = options.open_place()
         assert place is not None
         place.check()
-        _sign_in(place, run, self.registered.welcome.client, self.report)
+        _write_registration(place, run, self.registered.welcome.client, self.report)
         self.folder.events.say(f"weights go through {place.title}")
         return store_maker(place, options, self.access.calls.wake)
 
@@ -174,10 +174,10 @@ class StoreAccess:
         Our report is the caller's to send, once the main server has begun the run: it may refuse.
         """
         welcome, node, access = self.registered.welcome, self.node, self.access
-        channel = access.reach(node.fed_server or welcome.fed, node)
+        channel = access.connect(node.fed_server or welcome.fed, node)
         channel.name, channel.peer_name = f"client_{welcome.client}", "the fed server"
-        with hearing_why(channel):
-            access.show(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
+        with closing_with_reason(channel):
+            access.authenticate(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
             joining = client_join(
                 channel,
                 welcome.client,
@@ -211,7 +211,9 @@ def allowed_address(named: str, allowed: str) -> str:
     return named
 
 
-def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport) -> None:
+def _write_registration(
+    place: ObjectStore, run: RunConfig, client: int, report: DataReport
+) -> None:
     """Write a first object: it shows that we may."""
     content = json.dumps({"client": client, "data": report.digest}).encode()
     about = {"run": run.run, "client": str(client), "checksum": checksum(content)}
@@ -220,26 +222,26 @@ def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport
 
 
 @dataclass(frozen=True)
-class _FromFed:
+class _FedServerWeights:
     """A store over the connection to the fed server, which tells the main server when it fails."""
 
     store: WeightStore
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
-        with _failing():
+        with _as_own_failure():
             yield from self.store.put(key, data, samples)
 
     def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
-        with _failing():
+        with _as_own_failure():
             yield from self.store.pass_on(key, data)
 
     def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
-        with _failing():
+        with _as_own_failure():
             return (yield from self.store.get(key, held))
 
 
 @contextlib.contextmanager
-def _failing() -> Iterator[None]:
+def _as_own_failure() -> Iterator[None]:
     """Make of the fed server's failure one of ours, so that the main server hears of it."""
     try:
         yield

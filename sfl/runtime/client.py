@@ -35,9 +35,9 @@ from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
-from sfl.runtime.access import Access, Registered, StoreAccess, hearing_why
+from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
 from sfl.runtime.client_process import ClientProcess
-from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
+from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
 from sfl.strategy.recipe import Recipe
@@ -149,7 +149,7 @@ class _Client:
         """For how long, until now, the last connection has been registered; 0: it never was."""
         return max(time.monotonic() - self._registered_at, 0.0)
 
-    def take_part(self, again_s: float | None = None) -> Conversation[None]:
+    def take_part(self, reconnect_s: float | None = None) -> Conversation[None]:
         """Take part over one connection; ``lost`` says afterwards whether to come back.
 
         ``again_s`` is for how long to try to connect, if it is not the first time.
@@ -157,9 +157,9 @@ class _Client:
         self.lost, self._registered_at = None, math.inf
         calls = self._access.calls
         try:
-            registered = yield from calls.run(functools.partial(self._connect, again_s))
+            registered = yield from calls.run(functools.partial(self._connect, reconnect_s))
             self._registered_at = time.monotonic()
-            with registered.link as link, hearing_why(link):
+            with registered.link as link, closing_with_reason(link):
                 yield from self._join(registered)
                 yield from calls.run(link.part)
         except BaseException as error:
@@ -191,18 +191,18 @@ class _Client:
         told = self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _connect(self, again_s: float | None) -> Registered:
+    def _connect(self, reconnect_s: float | None) -> Registered:
         """Connect and register: who connects has to do so soon, whatever other clients compute."""
-        link = self._access.reach(self._node.server, self._node, again_s)
+        link = self._access.connect(self._node.server, self._node, reconnect_s)
         link.peer_name = "server"
-        with hearing_why(link):
+        with closing_with_reason(link):
             return self._register(link)
 
     def _register(self, link: Channel) -> Registered:
         known = self._welcome
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
-        self._access.show(link, peer, SERVER, known.run.run if known else "")
+        self._access.authenticate(link, peer, SERVER, known.run.run if known else "")
         ours = fingerprint(self._device)
         joining = client_join(
             link, wanted, ours, instance=self._instance,
@@ -211,7 +211,7 @@ class _Client:
         welcome = run_blocking(joining)
         crash_point("start.registered")
         if known:
-            _check_still_that(welcome, known)
+            _check_run_unchanged(welcome, known)
         return Registered(link, welcome, self._instance, ours)
 
     def _join(self, registered: Registered) -> Conversation[None]:
@@ -221,13 +221,13 @@ class _Client:
             self._folder, self._welcome = self._open(welcome, recipe), welcome
         if self._loaded is None:
             self._loaded = _Loaded(welcome, recipe, self._node, self._process, self._folder)
-        yield from self._loaded.run_over(registered, recipe)
+        yield from self._loaded.run_on(registered, recipe)
 
     def _open(self, welcome: Welcome, recipe: Recipe) -> RunFolder:
         """Open the folder of this client in the run, new or not."""
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
-        _find_folder(path, welcome)
+        _check_folder(path, welcome)
         keep = dataclasses.replace(recipe.keep, tensors=node.kept_tensors)
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
         folder.events.is_quiet = self._process.hosts_many
@@ -244,7 +244,7 @@ class _Client:
         return folder
 
 
-def _check_still_that(welcome: Welcome, known: Welcome) -> None:
+def _check_run_unchanged(welcome: Welcome, known: Welcome) -> None:
     """See that a server that we came back to has the run that it had.
 
     Raises:
@@ -256,13 +256,13 @@ def _check_still_that(welcome: Welcome, known: Welcome) -> None:
         raise RunError(f"the server has another run now: {error}") from error
 
 
-def _find_folder(path: Path, welcome: Welcome) -> None:
+def _check_folder(path: Path, welcome: Welcome) -> None:
     """See that a client's folder of a run is there: of before, if it was in the run, or new.
 
     Raises:
         RunError: it is of another run or client, or cannot be written.
     """
-    if welcome.goes_on and path.is_dir() and not path.is_symlink():
+    if welcome.is_resumed and path.is_dir() and not path.is_symlink():
         try:
             check_same_run(path, welcome.run)
             return
@@ -301,14 +301,14 @@ class _Loaded:
         self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has let it go on
 
-    def run_over(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
+    def run_on(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
         """Take part in the run over a connection, from where the server says."""
         self._recipe, self.log.run = recipe, recipe.run  # it may have more rounds than before
         folder, split, link = self._folder, self._split, registered.link
         link.limits = client_limits(split, onto(folder.path))
         report = self._report
         if has_own(recipe):
-            own = own_checkpoints(folder.path, recipe.run)
+            own = own_state_rounds(folder.path, recipe.run)
             report = dataclasses.replace(report, rounds=own)
         weights = StoreAccess(self._node, self._access, folder, registered, report)
         with contextlib.ExitStack() as stack:
@@ -316,7 +316,9 @@ class _Loaded:
             if fed is not None:
                 fed.limits = link.limits
             send_report(link, report)
-            party = self._party(registered.link, store, functools.partial(self._begin, fed, report))
+            party = self._party(
+                registered.link, store, functools.partial(self._start_at_round, fed, report)
+            )
             self.log.start_over()
             try:
                 yield from client_run(party)
@@ -352,7 +354,7 @@ class _Loaded:
         self.log.end_round(round_index, figures)
         self._folder.check_there()
 
-    def _begin(
+    def _start_at_round(
         self,
         fed: Channel | None,
         report: DataReport,

@@ -7,7 +7,7 @@ from sfl.conversation.join import Joined
 from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.client_data import num_batches
 from sfl.errors import PASSING, RECURRING, PeerFailed, RunError, SflError
-from sfl.runtime.stall_clock import NO_STEP, Clock, Step
+from sfl.runtime.stall_clock import NO_STEP, StallClock, Step
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.transport.rate_limit import RateLimit
@@ -16,14 +16,14 @@ from sfl.wire.members import Member
 # How often a place may be taken over from a connection that is open, and how often a free one may
 # be taken: so often at once, then every so many seconds. A flaky link needs far less.
 TAKEN_OVER, TAKEN = (8, 3.0), (200, 0.1)
-LEAST_EVALUATED = 32  # samples of a batch of validation or test: fewer than there are
+LEAST_EVALUATION_BATCH = 32  # samples of a batch of validation or test: fewer than there are
 
 
 @dataclass(frozen=True)
 class Patience:
     """For how long clients that are away are waited for, and whether they may be."""
 
-    comes_back: bool = True  # else the first loss ends the run
+    may_return: bool = True  # else the first loss ends the run
     skip_after_s: float | None = None  # a round closes without who is away for so long
     min_clients: int = 1  # that must be there; else whoever is away is waited for all the same
 
@@ -36,13 +36,13 @@ class Place:
     link: Member | None = None
     ready: bool = False  # its data are loaded
     joined: Joined | None = None  # what it was when it was last ready
-    clock: Clock = field(default_factory=Clock)
+    clock: StallClock = field(default_factory=StallClock)
     why: str = ""  # it is away
-    is_out: bool = False  # the rounds go on without it until it is back
+    is_skipped: bool = False  # the rounds go on without it until it is back
     refused: bool = False  # what it did was wrong: the same again is of no use
-    recurs: bool = False  # it has failed in a way in which it would fail again
-    out_in: int = -1  # the round that goes on without it, even when it is back
-    taken_over: RateLimit = field(default_factory=lambda: RateLimit(*TAKEN_OVER))
+    would_recur: bool = False  # it has failed in a way in which it would fail again
+    skipped_round: int = -1  # the round that goes on without it, even when it is back
+    takeovers: RateLimit = field(default_factory=lambda: RateLimit(*TAKEN_OVER))
     taken: RateLimit = field(default_factory=lambda: RateLimit(*TAKEN))
 
     @property
@@ -51,7 +51,10 @@ class Place:
 
     def free(self, error: SflError) -> None:
         """Take note that the client is lost, has failed, or was refused."""
-        self.refused, self.recurs = not isinstance(error, PASSING), isinstance(error, RECURRING)
+        self.refused, self.would_recur = (
+            not isinstance(error, PASSING),
+            isinstance(error, RECURRING),
+        )
         self.link, self.ready, self.why = None, False, str(error)
 
     def step(self, recipe: Recipe, round_index: int) -> Step:
@@ -64,18 +67,18 @@ class Place:
             return NO_STEP
         samples, at = self.joined.data.num_samples, self.link.peer_at
         most = num_batches(samples[TRAIN], run.batch_size) * run.local_epochs
-        most += sum(samples[part] // LEAST_EVALUATED + 1 for part in (VALIDATION, TEST))
+        most += sum(samples[part] // LEAST_EVALUATION_BATCH + 1 for part in (VALIDATION, TEST))
         return (at.round, at.step) if at.round == round_index and at.step <= most else NO_STEP
 
 
-def check_somebody_may_come(places: Iterable[Place]) -> None:
+def check_any_can_return(places: Iterable[Place]) -> None:
     """See that somebody is here, or may come back.
 
     Raises:
         RunError: each client has failed, in a way in which it would fail again.
     """
     places = list(places)
-    if all(place.recurs and not place.link for place in places):
+    if all(place.would_recur and not place.link for place in places):
         raise RunError(f"no client can go on, each would fail again: {places[0].why}")
 
 

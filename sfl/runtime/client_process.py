@@ -16,7 +16,7 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
-from sfl.runtime.memory import client_bytes, sizes_of, too_much
+from sfl.runtime.memory import client_bytes, sizes_of, why_too_large
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH
 
@@ -68,5 +68,5 @@ class ClientProcess:
         needed = client_bytes(run.batch_size, sizes, most_samples=most, hosted=hosted)
         needed["images"] = decoded * math.prod(shape)
         named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
-        if why := too_much(needed, node, f"the server's {named}"):
+        if why := why_too_large(needed, node, f"the server's {named}"):
             raise ConfigError(why)

@@ -40,12 +40,12 @@ from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder
 from sfl.nodes import ServerNode
-from sfl.runtime.access import Access, hearing_why
+from sfl.runtime.access import Access, closing_with_reason
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.lobby import Lobby
-from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
-from sfl.runtime.report_limits import why_refused
+from sfl.runtime.memory import TRAINED_COPIES, sizes_of, why_too_large
+from sfl.runtime.report_limits import excessive_claim
 from sfl.runtime.resume import Past, open_past, read_shared
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
@@ -82,11 +82,13 @@ def fed_server(
         access = Access.of(node, dialler)
         channel = stack.enter_context(dialler.connect(node.fed_server, patience_s=60.0))
         channel.name, channel.peer_name = "the main server", "the fed server"
-        stack.enter_context(hearing_why(channel))
-        access.show(channel, Peer(MAIN), FED)
-        first_round, often = past.first_round if past else 0, interval_s(node.peer_timeout)
-        goes_on = past is not None
-        run_blocking(main_join(channel, run, first_round, goes_on=goes_on, heartbeat_s=often))
+        stack.enter_context(closing_with_reason(channel))
+        access.authenticate(channel, Peer(MAIN), FED)
+        first_round, heartbeat_s = past.first_round if past else 0, interval_s(node.peer_timeout)
+        is_resumed = past is not None
+        run_blocking(
+            main_join(channel, run, first_round, is_resumed=is_resumed, heartbeat_s=heartbeat_s)
+        )
         yield
         channel.send_message_as_json(MessageType.UNREGISTER)
         channel.part()
@@ -106,9 +108,9 @@ def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> P
     return _serve_store(run, node, device)
 
 
-def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
+def _folder(run: RunConfig, node: ServerNode, *, is_resumed: bool) -> Path:
     path = node.out_path / "fed" / run.run
-    if not (goes_on and path.is_dir()) and not make_folder(path, LOG):
+    if not (is_resumed and path.is_dir()) and not make_folder(path, LOG):
         raise ConfigError(f"a run {run.run} exists in {path.parent}")
     return path
 
@@ -125,20 +127,22 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         welcome, recipe, main = _await_main(network, node)
         run = recipe.run
         guard.run = run.run
-        path = _folder(run, node, goes_on=welcome.goes_on)
+        path = _folder(run, node, is_resumed=welcome.is_resumed)
         with (
             open_folder(path, LOG, _kept(recipe)) as folder,
             telling_why(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
-            past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
+            past = open_past(path, run).at(welcome.first_round) if welcome.is_resumed else None
             lobby = Lobby(
                 members=network,
                 recipe=recipe,
                 events=folder.events,
-                goes_on=welcome.goes_on,
-                patience=Patience(comes_back=False),
-                admission=Admission(past, why_refused=functools.partial(why_refused, recipe, node)),
+                is_resumed=welcome.is_resumed,
+                patience=Patience(may_return=False),
+                admission=Admission(
+                    past, excessive_claim=functools.partial(excessive_claim, recipe, node)
+                ),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)
@@ -182,7 +186,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         time.sleep(LOOK_AGAIN_S)
     first_round, their_run, data = found
     recipe = Recipe.of(their_run, node.allowed_imports)
-    _folder(their_run, node, goes_on=past is not None)
+    _folder(their_run, node, is_resumed=past is not None)
     network = Threads()
     with open_folder(path, LOG, _kept(recipe)) as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
@@ -194,7 +198,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         )
         if past and first_round < done:  # what was published stays; clients start from before
             start = read_shared(sfl.archive.open(path), rounds.split, first_round)
-            rounds.give_initial(start, first_round)
+            rounds.publish_initial(start, first_round)
         rounds.run_all()
         _finish(folder)
     return path
@@ -212,7 +216,7 @@ def _model(recipe: Recipe, node: ServerNode, data: Mapping[str, Any]) -> SplitMo
     shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
     sizes = sizes_of(recipe, shape, num_classes)
     weights = sizes.whole + (2 * len(data["num_samples"]) + TRAINED_COPIES) * sizes.front
-    if why := too_much({"weights": weights}, node, f"the main server's --model {run.model}"):
+    if why := why_too_large({"weights": weights}, node, f"the main server's --model {run.model}"):
         raise ConfigError(why)
     return SplitModel(recipe, shape, num_classes)
 

@@ -32,7 +32,7 @@ _CONTAINERS = (  # limits of a container, in Linux's two versions of control gro
 )
 
 
-def machine_bytes() -> int:
+def machine_memory_bytes() -> int:
     """Return how much memory this machine, or this container, has."""
     found = []
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
@@ -43,9 +43,9 @@ def machine_bytes() -> int:
     return min(found, default=UNKNOWN_BYTES)
 
 
-def limit_of(node: PeerNode) -> int:
+def memory_limit_bytes(node: PeerNode) -> int:
     """Return how much memory another machine's choices may take here."""
-    return parse_bytes(node.memory_limit) if node.memory_limit else machine_bytes() // 2
+    return parse_bytes(node.memory_limit) if node.memory_limit else machine_memory_bytes() // 2
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> 
     front = nn.Sequential(*list(model)[: recipe.cut]) if is_cut else model
     whole, of_front = _weight_bytes(model), _weight_bytes(front)
     values = _values(model, input_shape)
-    num_ours = len(list(_leaves(front)))
-    at_cut = values[num_ours - 1] if is_cut and 0 < num_ours <= len(values) else 0
-    return Sizes(whole, of_front, sample, sum(values[:num_ours]), at_cut, sum(values))
+    num_front_layers = len(list(_leaves(front)))
+    at_cut = values[num_front_layers - 1] if is_cut and 0 < num_front_layers <= len(values) else 0
+    return Sizes(whole, of_front, sample, sum(values[:num_front_layers]), at_cut, sum(values))
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -105,7 +105,7 @@ def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
             if isinstance(z, Tensor):
                 values.append(math.prod(z.shape[1:]) * z.itemsize)
 
-        state = {n: _unwritten(t, device) for n, t in model.state_dict().items()}
+        state = {n: _empty_like(t, device) for n, t in model.state_dict().items()}
         hooks = [leaf.register_forward_hook(note) for leaf in _leaves(model)]
         try:
             model.load_state_dict(state, assign=True)
@@ -120,7 +120,7 @@ def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
     return []
 
 
-def _unwritten(tensor: Tensor, device: str) -> Tensor:
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
     """Return a tensor like this one, of which no page is in memory until somebody writes to it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
@@ -153,12 +153,12 @@ def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, in
     return {"weights": weights, "batches": 2 * (recipe.run.batch_size + 1) * values}
 
 
-def too_much(needed: dict[str, int], node: PeerNode, why: str) -> str:
+def why_too_large(needed: dict[str, int], node: PeerNode, why: str) -> str:
     """Say in one line that something takes more memory than another machine may take; else "".
 
     ``why`` is whose choice it is.
     """
-    total, limit = sum(needed.values()), limit_of(node)
+    total, limit = sum(needed.values()), memory_limit_bytes(node)
     if total <= limit:
         return ""
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in needed.items() if size)

@@ -30,7 +30,7 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
     """
     recipe = Recipe.of(run)
     check_rule(recipe)
-    if spec := _data_of(run, imports_data):
+    if spec := _dataset_spec(run, imports_data):
         # A user's own function need not say that its samples have writers.
         if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
             raise ConfigError(
@@ -48,7 +48,7 @@ def knows_classes(run: RunConfig) -> bool:
     return ":" not in run.dataset and run.partition != OWN
 
 
-def _data_of(run: RunConfig, imports: bool) -> DatasetSpec | None:
+def _dataset_spec(run: RunConfig, imports: bool) -> DatasetSpec | None:
     """Return what is known of a run's data set; None: nothing yet."""
     if ":" not in run.dataset:
         return dataset_of(run)
@@ -64,12 +64,12 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     front = max_state_bytes(split.front_spec)
     back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
-    an_epoch = 0
+    epoch_bytes = 0
     if row.exchange is Exchange.CUT:
-        a_sample = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
-        an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
+        sample_bytes = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
+        epoch_bytes = sample_bytes * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
-        an_epoch = num_steps * front
+        epoch_bytes = num_steps * front
     keep = recipe.keep.tensors
     answers = 0.0  # of one round, for whoever redoes it, where they are not recorded anyway
     if row.exchange is Exchange.WEIGHT_GRADS:
@@ -77,17 +77,17 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     elif row.exchange is Exchange.CUT and not keep.records_all:
         answers = run.local_epochs * sum(clients) * split.features_spec(1).num_bytes
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
-    tensors = run.participation * run.local_epochs * an_epoch * num_kept
+    tensors = run.participation * run.local_epochs * epoch_bytes * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
     num_models = recipe.keep.num_kept(run.rounds)
     models = num_models * (front * num_fronts + back)
     if recipe.training.keeps_optimizer:  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * min(num_models, run.rounds) * (back or front) * num_backs
-    return round(tensors + models + answers + _coming_bytes(recipe, split, clients))
+    return round(tensors + models + answers + _incoming_bytes(recipe, split, clients))
 
 
-def _coming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> float:
+def _incoming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> float:
     """Return how much, at most, lies in files without a name while it comes in."""
     run = recipe.run
     front = 0 if recipe.scheme.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
@@ -111,25 +111,27 @@ def check_disk(
     free, needed = shutil.disk_usage(folder).free, bytes_of(recipe)
     line = f"the run will take about {_megabytes(needed)} of disk; {_megabytes(free)} are free"
     if needed > free:
-        helps = f"give {_what_helps(recipe, bytes_of, free)}or another --out" if may_change else ""
+        helps = (
+            f"give {_suggest_options(recipe, bytes_of, free)}or another --out" if may_change else ""
+        )
         raise RunError(f"{line}: {helps or 'make space, then go on'}")
     return line
 
 
 # Options that leave less on disk, and their values, the least last.
-_LESS = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
+_SMALLER = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
 
 
-def _what_helps(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) -> str:
+def _suggest_options(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) -> str:
     """Return the options that would leave less on disk than the run's: one, if that is enough."""
 
     def below(recipe: Recipe, name: str, limit: int) -> list[str]:
-        return [v for v in _LESS[name] if bytes_of(recipe.changed(**{name: v})) <= limit]
+        return [v for v in _SMALLER[name] if bytes_of(recipe.changed(**{name: v})) <= limit]
 
-    enough = {name: below(recipe, name, free) for name in _LESS}
+    enough = {name: below(recipe, name, free) for name in _SMALLER}
     if texts := [f"{flag(n)} {' or '.join(values)}" for n, values in enough.items() if values]:
         return f"{', '.join(texts)}, "
-    for name in _LESS:  # one helps where the others have been given
+    for name in _SMALLER:  # one helps where the others have been given
         if values := below(recipe, name, bytes_of(recipe) - 1):
             texts.append(f"{flag(name)} {' or '.join(values)}")
             recipe = recipe.changed(**{name: values[-1]})

@@ -35,13 +35,13 @@ from sfl.wire.payload import onto
 
 
 @dataclass(frozen=True)
-class Allowed:
+class RoundOptions:
     """What a run's rounds may do without."""
 
-    fronts: bool = True  # they lie here; else another server has them
-    skips: bool = False  # a round may close without a client
+    has_fronts: bool = True  # they lie here; else another server has them
+    may_skip: bool = False  # a round may close without a client
     at_once: int = 0  # so many train at the same time, see ``Rounds``
-    answers: bool = True  # are kept, so that a client may redo its steps
+    keeps_answers: bool = True  # are kept, so that a client may redo its steps
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class Preparation:
     device: torch.device
     store: Callable[[Link, int], WeightStore]
     past: Past | None = None
-    allowed: Allowed = field(default_factory=Allowed)
+    options: RoundOptions = field(default_factory=RoundOptions)
 
     def __post_init__(self) -> None:
         past = self.past
@@ -83,7 +83,7 @@ class Preparation:
             IntegrityError: a file that the run goes on from is damaged.
         """
         check_same_model(self._split, self.joined, self.folder.events.say)
-        self._look_at(self._split)
+        self._check_model(self._split)
         self._warn_of_differences()
         self._record()
         self._check_disk()
@@ -110,7 +110,7 @@ class Preparation:
     def _store_of(self, link: Link) -> WeightStore:
         return self.store(link, max_state_bytes(self._split.front_spec))
 
-    def _look_at(self, split: SplitModel) -> None:
+    def _check_model(self, split: SplitModel) -> None:
         """Try the model if that could not be done before, and say what is unusual about it."""
         say = self.folder.events.say
         if not knows_classes(self.run):
@@ -145,9 +145,9 @@ class Preparation:
     def _check_disk(self) -> None:
         left = self.recipe.changed(rounds=self.run.rounds - self._first_round)
         path, may_change = self.folder.path, not self.past
-        self.folder.events.say(check_disk(path, left, self._needed, may_change=may_change))
+        self.folder.events.say(check_disk(path, left, self._bytes_needed, may_change=may_change))
 
-    def _needed(self, recipe: Recipe) -> int:
+    def _bytes_needed(self, recipe: Recipe) -> int:
         """Return how much of the disk a run takes."""
         return disk_bytes(recipe, self._split, self._num_train)
 
@@ -158,7 +158,7 @@ class Preparation:
             shared = read_shared(past.files, split, first_round)
             load_backs(past.files, self.run, self._backs, shared, first_round)
             return shared
-        holders = tuple(Holder) if self.allowed.fronts else (Holder.SERVER,)
+        holders = tuple(Holder) if self.options.has_fronts else (Holder.SERVER,)
         return {name: Shared(state) for name, state in split.initial(*holders).items()}
 
     def _parties(self) -> dict[int, ServerParty]:
@@ -186,7 +186,7 @@ class Preparation:
 
     def _rounds(self, parties: Mapping[int, ServerParty], shared: dict[str, Shared]) -> Rounds:
         folder, archive = self.folder, self.folder.archive
-        a_round = self._needed(self.recipe.changed(rounds=1))
+        round_bytes = self._bytes_needed(self.recipe.changed(rounds=1))
         rounds = Rounds(
             network=self.network,
             parties=parties,
@@ -196,17 +196,17 @@ class Preparation:
             log=self._log,
             shared=shared,
             store=self._store_of,
-            spool=Spool(folder.path if self.allowed.answers else None, archive.flush),
+            spool=Spool(folder.path if self.options.keeps_answers else None, archive.flush),
             payloads=onto(folder.path),
             about=self._about(),
             check_there=folder.check_there,
-            check_space=lambda: check_space(folder.path, a_round),
+            check_space=lambda: check_space(folder.path, round_bytes),
             first_round=self._first_round,
-            may_skip=self.allowed.skips,
-            at_once=self.allowed.at_once,
+            may_skip=self.options.may_skip,
+            at_once=self.options.at_once,
         )
         for k in parties:
-            rounds.limit(k)
+            rounds.set_limits(k)
         return rounds
 
     def _about(self) -> dict[str, Any]:

@@ -75,9 +75,9 @@ class RecordedRun:
     def _check_clients(self) -> None:
         found = {place[0] for f in self.archive.folders() if (place := round_of_folder(f))}
         found |= {k for entry in self.archive.listed for k in entry.clients}
-        if strangers := found - self.num_train.keys():
+        if unknown := found - self.num_train.keys():
             raise IntegrityError(
-                f"{self.archive.root}: has files of client {min(strangers)}, who is none"
+                f"{self.archive.root}: has files of client {min(unknown)}, who is none"
             )
 
     @property
@@ -156,9 +156,13 @@ def load(
     archive = sfl.archive.open(run_dir)
     theirs = _read_environment(archive, "fingerprint", texts_of)
     of_run = theirs.get("device", "").partition(":")[0]
-    told = theirs.get("threads", "")
+    recorded_threads = theirs.get("threads", "")
     at_most = os.cpu_count() or 1
-    used = min(int(told), at_most) if re.fullmatch(r"[1-9]\d{0,3}", told) else 1
+    used = (
+        min(int(recorded_threads), at_most)
+        if re.fullmatch(r"[1-9]\d{0,3}", recorded_threads)
+        else 1
+    )
     node = NodeConfig(device=device or of_run, threads=threads or used, allow_import=allow_import)
     node.check()
     found = set_up_torch(node)

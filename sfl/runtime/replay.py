@@ -52,13 +52,13 @@ class Report:
     checked: int = 0  # gradients
     differ: int = 0
     unchecked: int = 0  # gradients that rest on a damaged file
-    unended: int = 0  # gradients of rounds that lack some, so that no update can be made
+    incomplete: int = 0  # gradients of rounds that lack some, so that no update can be made
     dropped: int = 0  # rounds of which neither tensors nor models were kept
     models: int = 0  # weights that were computed again
     models_differ: int = 0
     found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
 
-    def find(self, finding: object) -> None:
+    def add(self, finding: object) -> None:
         self.found[str(finding)] = None
 
     @contextmanager
@@ -67,7 +67,7 @@ class Report:
         try:
             yield
         except error_type as error:
-            self.find(error)
+            self.add(error)
 
     @property
     def findings(self) -> list[str]:
@@ -106,7 +106,7 @@ def _check_listed(recorded: RecordedRun, report: Report) -> None:
     with report.finding(RunError):
         list(whole(recorded.archive.root, recorded.run, damage))
     for line in damage:
-        report.find(line)
+        report.add(line)
 
 
 class _Round:
@@ -145,7 +145,7 @@ class _Round:
             try:
                 steps += recorded.archive.steps(client=k, round=self._round)
             except IntegrityError as error:
-                self._report.find(error)
+                self._report.add(error)
                 self._broken.add(back_of(k))
         return sorted(steps, key=lambda step: (step.order, step.client))
 
@@ -171,7 +171,7 @@ class _Round:
             try:
                 right = self._check_step(backs[b].last, step, losses)
             except IntegrityError as error:
-                report.find(error)
+                report.add(error)
                 self._broken.add(b)
             report.checked += counts
             report.differ += counts and not right
@@ -190,11 +190,11 @@ class _Round:
         loss = losses.get((step.client, labels.name, "loss"), figures.loss)
         same_loss = repr(loss) == repr(figures.loss)  # NaN equals NaN
         if not same_loss:
-            report.find(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
+            report.add(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
         with report.finding():
             same_grads = identical(grads.cpu(), step.grads)
             if not same_grads:
-                report.find(f"{step.path(GRADS)}: differs from the recomputed gradients")
+                report.add(f"{step.path(GRADS)}: differs from the recomputed gradients")
             return same_grads and same_loss
         return False
 
@@ -210,10 +210,10 @@ class _Round:
         """Make the round's updates again, and compare their weights with the clients'."""
         recorded, run, report = self._recorded, self._recorded.run, self._report
         order = recorded.order(self._round)
-        an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
+        steps_per_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
         num_steps = Counter(step.client for step in steps)  # fewer for who left in mid-round
-        if any(num_steps[k] < count * run.local_epochs for k, count in an_epoch.items()):
-            report.unended += len(steps)
+        if any(num_steps[k] < count * run.local_epochs for k, count in steps_per_epoch.items()):
+            report.incomplete += len(steps)
             return
         if not backs:
             report.unchecked += len(steps)
@@ -225,7 +225,7 @@ class _Round:
                 grads = step.weight_grads(recorded.split.parameters_spec)
                 pool.add(step.client, grads, step.num_samples)
         except IntegrityError as error:
-            report.find(error)
+            report.add(error)
             report.unchecked += len(steps)
             return
         for k in order:
@@ -266,5 +266,5 @@ class _Round:
             theirs = archive.state(path, spec)
             same = all(identical(tensor, theirs[name]) for name, tensor in ours.items())
             if not same:
-                report.find(f"{archive.root / path}: differs from what the run's files give")
+                report.add(f"{archive.root / path}: differs from what the run's files give")
         report.models_differ += not same

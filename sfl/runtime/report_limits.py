@@ -20,7 +20,7 @@ from sfl.data.client_data import num_batches
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN
 from sfl.nodes import ServerNode
-from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, too_much
+from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, why_too_large
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 
@@ -28,7 +28,7 @@ MOST_STEPS = 2**20  # of a client in a round
 MOST_PREDICTION_BYTES = 2**28  # of a client's test set
 
 
-def why_refused(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
+def excessive_claim(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
     """Say why a client's report claims more than it may; "" if it does not."""
     report = joined.data
     return _too_many(recipe, node, report) or _too_large(recipe, node, report)
@@ -79,7 +79,7 @@ def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
     if ":" in run.dataset or run.partition == OWN:  # else shape or classes are the data set's
         named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"
         needed = server_bytes(recipe, sizes, run.most_clients)
-        if why := too_much(needed, node, f"{named}: {run.model} for them"):
+        if why := why_too_large(needed, node, f"{named}: {run.model} for them"):
             return why
     # Where the data set says how many samples there are, the run is too large, and not the claim.
     judged = node.role != "fed" and not _known_total(run)
@@ -96,11 +96,11 @@ def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
 
 def _recorded_bytes(recipe: Recipe, sizes: Sizes, num_train: int) -> int:
     """Return about how much of the server's disk a client's steps take."""
-    run, exchange, an_epoch = recipe.run, recipe.scheme.exchange, 0
+    run, exchange, epoch_bytes = recipe.run, recipe.scheme.exchange, 0
     if exchange is Exchange.CUT:
-        an_epoch = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
+        epoch_bytes = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
     elif exchange is Exchange.WEIGHT_GRADS:
-        an_epoch = num_batches(num_train, run.batch_size) * sizes.whole
+        epoch_bytes = num_batches(num_train, run.batch_size) * sizes.whole
     # A round's answers are kept for whoever redoes it, recorded or not.
     rounds = max(recipe.keep.tensors.num_kept(run.rounds), 1)
-    return round(run.participation * run.local_epochs * an_epoch * rounds)
+    return round(run.participation * run.local_epochs * epoch_bytes * rounds)

@@ -191,7 +191,7 @@ class Past:
         """For each client, which round's beginning its own things are of."""
         return own_rounds(self.files)
 
-    def may_have_own(self, client: int, rounds: Collection[int]) -> bool:
+    def matches_own_state(self, client: int, rounds: Collection[int]) -> bool:
         """Say whether a client can go on from any of the checkpoints with what it has."""
         wanted = {own_rounds(checkpoint).get(client, 0) for checkpoint in self.checkpoints}
         return not rounds or not wanted.isdisjoint(rounds)
@@ -214,7 +214,7 @@ class Past:
             )
         return replace(self, checkpoints=left)
 
-    def that_all_have(self, rounds: Mapping[int, Collection[int]]) -> "Past":
+    def common_to_all(self, rounds: Mapping[int, Collection[int]]) -> "Past":
         """Return what goes on with the newest round that all clients can start.
 
         ``rounds``: of which a client has what only it has; none: it needs nothing of its own.
@@ -283,7 +283,7 @@ def check_unfinished(past: Past, run: RunConfig) -> None:
         )
 
 
-def own_checkpoints(folder: Path, run: RunConfig) -> tuple[int, ...]:
+def own_state_rounds(folder: Path, run: RunConfig) -> tuple[int, ...]:
     """Return of which rounds' beginnings a client has whole what only it has; 0 needs nothing.
 
     Raises:

@@ -40,16 +40,16 @@ class Roster:
         return {k for k, place in self.places.items() if place.link}
 
     @property
-    def full(self) -> str:
+    def full_message(self) -> str:
         """Say that nobody else can join."""
         return f"the run {self.run} has its {counted(len(self.places), 'client')}"
 
     @property
-    def missing(self) -> str:
+    def missing_message(self) -> str:
         """Say who is not there yet, or any more."""
         ready = self.ready()
         if self.has_begun:
-            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_out}
+            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_skipped}
             names = ", ".join(
                 f"{'a corrected ' if p.refused else ''}client_{k} ({p.why})"
                 for k, p in sorted(away.items())
@@ -64,8 +64,8 @@ class Roster:
     def check_id(self, wanted: int) -> None:
         if wanted not in self.ids:
             every = sorted(self.ids)
-            in_a_row = every == list(range(len(every)))
-            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
+            is_contiguous = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if is_contiguous else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
 
     def find(self, wanted: int) -> tuple[int, str]:
@@ -76,7 +76,7 @@ class Roster:
         """
         free = sorted(self.ids - self.taken())
         if wanted == ANY_ID:
-            return (free[0], "") if free else (min(self.ids), self.full)
+            return (free[0], "") if free else (min(self.ids), self.full_message)
         self.check_id(wanted)
         return wanted, "" if wanted in free else f"client_{wanted} is connected"
 

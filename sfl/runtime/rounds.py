@@ -74,7 +74,7 @@ class Rounds:
     first_round: int = 0
     may_skip: bool = False
     at_once: int = 0  # that train, where each has a copy; 0: all
-    _began: Mapping[str, Shared] = field(default_factory=dict)  # what the round started from
+    _start_shared: Mapping[str, Shared] = field(default_factory=dict)  # what the round started from
     _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
     _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # of its start
     _paths: list[str] = field(default_factory=list)  # of what the next round starts from
@@ -99,20 +99,20 @@ class Rounds:
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
-        self._together(self._here(), lambda k: self._goodbye(k, figures))
+        self._run_per_client(self._active(), lambda k: self._goodbye(k, figures))
         crash_point("run.after_goodbye")
         return figures
 
-    def come_back(self, joined: Joined) -> None:
+    def reconnect(self, joined: Joined) -> None:
         """Use a client's new connection from now on; its counters go on."""
         party = self.parties[joined.client]
         party.link.counters.add(joined.link.counters)
         joined.link.counters = party.link.counters
         party.link, party.weights = joined.link, self.store(joined.link)
-        party.at_start_of = party.has_trained = -1
-        self.limit(joined.client)
+        party.ready_for_round = party.trained_round = -1
+        self.set_limits(joined.client)
 
-    def limit(self, client: int) -> None:
+    def set_limits(self, client: int) -> None:
         """Accept from a client what this run expects of it."""
         limits = server_limits(self.split, self.num_steps[client], self.payloads)
         self.parties[client].link.limits = limits
@@ -120,11 +120,11 @@ class Rounds:
     def _items(self) -> ItemsView[int, ServerParty]:
         return self.parties.items()
 
-    def _here(self) -> list[int]:
+    def _active(self) -> list[int]:
         """Return the clients that are there, or are waited for."""
         return [k for k in self.parties if not self.network.is_out(k)]
 
-    def _together(
+    def _run_per_client(
         self,
         clients: Iterable[int],
         conversation: Callable[[int], Conversation[T]],
@@ -134,10 +134,10 @@ class Rounds:
     ) -> dict[int, T]:
         """Hold a conversation with each of these clients, at once."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
-        leave = on_leave or self._leave
+        leave = on_leave or self._skip
         return run_together(self.network, beginnings, leave, results_stay=results_stay)
 
-    def _leave(self, client: int) -> None:
+    def _skip(self, client: int) -> None:
         """Go on without a client, in this round and until it is back."""
         self._missing[client] = self.network.why_away(client)
         self.log.say(f"going on without client_{client}: {self._missing[client]}")
@@ -148,14 +148,14 @@ class Rounds:
         self.check_space()
         started = time.perf_counter()
         self.network.start_round(round_index)
-        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
-        self._began = self.shared
-        self._together(self._here(), lambda k: self._start(k, round_index))
+        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._active()}
+        self._start_shared = self.shared
+        self._run_per_client(self._active(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
         while not trained:  # everybody who took part has left: begin again with who is here
             self.network.await_anybody()
-            self._undo(round_index)
+            self._reset_round(round_index)
             plan, trained = self._train(round_index)
         # Nobody gets more than one round ahead of what would be gone on with: clients keep two.
         self.archive.wait_committed()
@@ -188,19 +188,19 @@ class Rounds:
 
     def _start(self, client: int, round_index: int) -> Conversation[None]:
         """Bring a client to where a round starts, if it has just come."""
-        if self.parties[client].at_start_of == round_index:
+        if self.parties[client].ready_for_round == round_index:
             return
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
             # The one of the round's start, whatever has been made of it; or the fed server's.
-            front = NamedWeights(INITIAL, self._front_file(self._began))
+            front = NamedWeights(INITIAL, self._front_file(self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
 
     def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
         yield from self._start(client, self.run.rounds)
         yield from server_goodbye(self.parties[client], figures)
 
-    def _undo(self, round_index: int) -> None:
+    def _reset_round(self, round_index: int) -> None:
         """Bring the server back to where a round began, in which all who took part have left."""
         for b, copy in self.backs.items():
             copy.load(self._states())
@@ -217,7 +217,7 @@ class Rounds:
             if self.may_skip and self.recipe.training.keeps_optimizer:
                 self._optimizers[b] = copy.snapshot(weights=False)
         self.spool.start_round()
-        num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
+        num_steps = {k: n for k, n in self.num_steps.items() if k in self._active()}
         plan = RoundPlan(
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
@@ -227,7 +227,7 @@ class Rounds:
             party.compute_s = 0.0
 
         def leave(client: int) -> None:
-            self._leave(client)
+            self._skip(client)
             if plan.drop(client):
                 self.archive.drop_steps(client, round_index)
                 self.log.forget(client)
@@ -235,7 +235,9 @@ class Rounds:
         drawn = tuple(plan.order)
         for k in drawn:  # it came while the round began
             self._missing.pop(k, None)
-        trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
+        trained = self._run_per_client(
+            drawn, lambda k: self._train_one(k, plan, round_index), leave
+        )
         for k in sorted(plan.unlike):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"
@@ -331,16 +333,16 @@ class Rounds:
 
         def evaluate(client: int) -> Conversation[dict[str, Tally]]:
             party, has_it = self.parties[client], front and front.name == client_weights(client)
-            if client in plan.order and party.has_trained != round_index:
+            if client in plan.order and party.trained_round != round_index:
                 yield from self._train_one(client, plan, round_index)
             else:
                 yield from self._start(client, round_index)
             given = None if has_it else front
             return (yield from server_evaluate_round(party, given, round_index))
 
-        there = [k for k in self._here() if k not in plan.left]
+        there = [k for k in self._active() if k not in plan.left]
         # Who begins again has not written down its own things of the round, or not any more.
-        return self._together(there, evaluate, results_stay=False)
+        return self._run_per_client(there, evaluate, results_stay=False)
 
     def _client_figures(
         self,

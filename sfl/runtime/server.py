@@ -33,8 +33,8 @@ from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.preflight import check_run
-from sfl.runtime.preparation import Allowed, Preparation
-from sfl.runtime.report_limits import why_refused
+from sfl.runtime.preparation import Preparation, RoundOptions
+from sfl.runtime.report_limits import excessive_claim
 from sfl.runtime.resume import (
     Past,
     check_unfinished,
@@ -72,15 +72,15 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
     check_role(recipe, node)
-    _check_together(recipe, node)
+    _check_node_options(recipe, node)
     device = set_up_torch(node)
-    past = _past(run, node)
+    past = _past_of(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
     with (
         transport.listen(node.host, node.port, node.link_shape) as listener,
         contextlib.ExitStack() as stack,
     ):
-        path, recipe, is_taken_over = _folder_of(recipe, node)
+        path, recipe, is_reused = _prepare_folder(recipe, node)
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
@@ -88,7 +88,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             telling_why(folder, network.end, how_to_go_on(path, run.model)),
         ):
-            place = _check_place(run, node, path, folder.events, anew=is_taken_over)
+            place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
             server = _Server(recipe, node, device, folder, past, place)
@@ -96,7 +96,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             rounds = server.prepare(network)
             stack.callback(rounds.spool.close)
             if place is not None and server.fed == HERE and node.resume:
-                _forget_weights(place, rounds)
+                _delete_weights(place, rounds)
             finish(rounds, folder)
     return path
 
@@ -137,7 +137,7 @@ class _Server:
         needed = counted(past.clients if past else self.run.clients, "client")
         events.say(f"run {self.run.run}: listening on {address} for {needed}")
         if past:
-            _say_how_it_goes_on(past, self.run, events)
+            _say_resume_state(past, self.run, events)
         for line in exposure(self.node):
             events.say(line)
 
@@ -149,7 +149,7 @@ class _Server:
             lobby.end_soon()
         joined = lobby.gather()
         if self.past:
-            self.past = _agree(self.past, joined, self.fed, self.folder.events)
+            self.past = _agree_on_round(self.past, joined, self.fed, self.folder.events)
         crash_point("start.ready")
         options = _store_options(run, node, self.folder.path, self.folder.events)
         make = store_maker(self.place, options, network.wake)
@@ -162,9 +162,9 @@ class _Server:
             device=self.device,
             store=make if is_here else lambda link, most_bytes: Elsewhere(),
             past=self.past,
-            allowed=Allowed(is_here, bool(node.skip_after_s), node.at_once),
+            options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
         ).rounds()
-        lobby.on_return = rounds.come_back
+        lobby.on_return = rounds.reconnect
         if self.place is not None and self.fed == APART:
             put_start(self.place, run, rounds.first_round, describe_data(joined, run))
         return rounds
@@ -175,16 +175,16 @@ class _Server:
             members=network,
             recipe=recipe,
             events=self.folder.events,
-            goes_on=bool(node.resume),
+            is_resumed=bool(node.resume),
             fed=self.fed,
             patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
             admission=Admission(
-                self.past, ServersModel(recipe), functools.partial(why_refused, recipe, node)
+                self.past, ServersModel(recipe), functools.partial(excessive_claim, recipe, node)
             ),
         )
 
 
-def _check_together(recipe: Recipe, node: ServerNode) -> None:
+def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
     """See that what the server's options say of the clients goes with the run."""
     run = recipe.run
     if node.min_clients > run.most_clients:
@@ -195,7 +195,7 @@ def _check_together(recipe: Recipe, node: ServerNode) -> None:
         )
 
 
-def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
+def _delete_weights(place: ObjectStore, rounds: Rounds) -> None:
     """Remove the weights of rounds that are done again, if they may become others."""
     if not (rounds.may_skip or rounds.run.server_order == "arrival"):
         return
@@ -204,7 +204,7 @@ def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
             place.delete(path)
 
 
-def _past(run: RunConfig, node: ServerNode) -> Past | None:
+def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
     """Return what a run goes on from; None if it is to begin, where it lies or elsewhere."""
     if not (node.resume and has_begun(Path(node.resume))):
         return None
@@ -213,13 +213,13 @@ def _past(run: RunConfig, node: ServerNode) -> Past | None:
     return past
 
 
-def _agree(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
+def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
     """Return what goes on with the newest round that the server and all clients have.
 
     Raises:
         RunError: there is none.
     """
-    agreed = past.that_all_have({k: client.data.rounds for k, client in joined.items()})
+    agreed = past.common_to_all({k: client.data.rounds for k, client in joined.items()})
     if agreed.first_round != past.first_round:
         why = f"a client has only what round {agreed.first_round} starts from"
         if fed != HERE:
@@ -228,7 +228,7 @@ def _agree(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog)
     return agreed
 
 
-def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
+def _say_resume_state(past: Past, run: RunConfig, events: EventLog) -> None:
     for damage in past.damage:
         events.say(f"warning: cannot go on from the newest checkpoint: {damage}")
     if past.first_round < run.rounds:
@@ -265,8 +265,8 @@ def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLo
     )
 
 
-def _check_place(
-    run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, anew: bool
+def _open_place(
+    run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, removes_leftovers: bool
 ) -> ObjectStore | None:
     """Open the place that keeps the weights, if there is one, and see that it can be used.
 
@@ -276,7 +276,7 @@ def _check_place(
     if place is not None:
         place.check()
         events.say(f"weights go through {place.title}")
-        found = place.names(f"{run.run}/") if anew else []
+        found = place.names(f"{run.run}/") if removes_leftovers else []
         if any(name.startswith(f"{run.run}/round_") for name in found):
             raise ConfigError(f"{place.title} has rounds of a run {run.run}; give another --run")
         for name in found:
@@ -284,7 +284,7 @@ def _check_place(
     return place
 
 
-def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
+def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
     """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
     that of a start that failed.
 

@@ -31,7 +31,7 @@ from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
-from sfl.runtime.preparation import Allowed, Preparation
+from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
@@ -196,7 +196,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
             node=node,
             device=device,
             store=store_maker(options.open_place(), options),
-            allowed=Allowed(skips=bool(away), answers=False),
+            options=RoundOptions(may_skip=bool(away), keeps_answers=False),
         ).rounds()
         clients.start(rounds, network, archives)
         finish(rounds, folder)
@@ -232,7 +232,7 @@ class _Clients:
         def bring_back(client: int) -> None:
             self._ends[client] = local_pair(client)
             connect(client)
-            rounds.come_back(self.joined(client))
+            rounds.reconnect(self.joined(client))
 
         for k in self._data:
             connect(k)
@@ -249,7 +249,7 @@ class _Clients:
             weights=rounds.store(link),
             split=split,
             archive=archive,
-            watcher=_Nobody(),
+            watcher=_NoWatcher(),
             profile=Profile(folder, wanted=False),
             segments=segments,
             data=self._data[client],
@@ -292,7 +292,7 @@ def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
     return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
 
 
-class _Nobody:
+class _NoWatcher:
     def step(self, at: Position, figures: StepFigures) -> None:
         pass
 

@@ -14,7 +14,7 @@ Step = tuple[int, int]  # round, step
 NO_STEP: Step = (-1, -1)
 
 
-class Clock:
+class StallClock:
     """For how long a round has waited for one client, over all its connections."""
 
     def __init__(self) -> None:
@@ -32,10 +32,12 @@ class Clock:
     def _connect(self, connection: Member | None, before: int) -> None:
         self._connection, self._before, self._credit_s = connection, before, 0.0
         # To have come, and said what it is, is no going on.
-        self._came = 0 if connection is None else connection.num_came - before
+        self._num_received = 0 if connection is None else connection.num_came - before
         self._moved = 0 if connection is None else connection.bytes_moved
 
-    def look(self, connection: Member | None, step: Step, *, waits: bool, elapsed_s: float) -> None:
+    def advance(
+        self, connection: Member | None, step: Step, *, waits: bool, elapsed_s: float
+    ) -> None:
         """Let time pass for a client that is there, at a step that it names, or is not there.
 
         ``waits``: whether the round waits for its message.
@@ -45,13 +47,13 @@ class Clock:
             return
         if connection is not self._connection:
             self._connect(connection, 0)
-        came, moved = connection.num_came - self._before, connection.bytes_moved
-        goes_on, grown = came > self._came, moved - self._moved
-        self._came, self._moved = came, moved
-        if came > self._furthest or step > self._step:
+        num_received, moved = connection.num_came - self._before, connection.bytes_moved
+        has_progress, grown = num_received > self._num_received, moved - self._moved
+        self._num_received, self._moved = num_received, moved
+        if num_received > self._furthest or step > self._step:
             self.idle_s, self._credit_s = 0.0, 0.0
-            self._furthest, self._step = max(came, self._furthest), max(step, self._step)
-        elif waits and not goes_on:
+            self._furthest, self._step = max(num_received, self._furthest), max(step, self._step)
+        elif waits and not has_progress:
             self._credit_s = min(self._credit_s + grown / LEAST_RATE, BURST_S) - elapsed_s
             self.idle_s += max(-self._credit_s, 0.0)
             self._credit_s = max(self._credit_s, 0.0)
