@@ -1,4 +1,4 @@
-"""Evaluating what a round gave, on each client's own samples; both ends.
+"""Evaluate a round's model on each client's own samples: both ends.
 
 ::
 
@@ -10,7 +10,7 @@
     a client that holds the whole model:
       VALIDATION_RESULT {part, per_class, ...}   ->
 
-Whoever computes the outputs keeps those of the test set.
+The side that computes the outputs records those of the test set.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversa
 
 
 def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    """Evaluate a client's samples with the back, or hear how the client did."""
+    """Evaluate a client's samples with the back, or receive the client's own result."""
     evaluate = _server_split if party.split.cuts else _server_receive_result
     return evaluate(party, part, round_index)
 
@@ -103,7 +103,7 @@ def _client_whole_model(
 
 
 class _Predictions:
-    """Labels and outputs of the test set, batch by batch; of another part nothing is kept."""
+    """Labels and outputs of the test set, batch by batch; other parts are not kept."""
 
     def __init__(self, part: str) -> None:
         self._is_kept = part == TEST
@@ -116,7 +116,7 @@ class _Predictions:
             self._outputs.append(outputs)
 
     def write(self, party: Party, round_index: int) -> None:
-        """Write down what curves are drawn from after the run."""
+        """Write labels and outputs to the archive, for analyses such as ROC curves."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
             outputs = torch.cat(self._outputs)
@@ -149,7 +149,7 @@ def _tally_content(party: Party, tally: Tally) -> dict[str, Any]:
 
 
 def _parse_tally(party: Party, message: Message, size: int) -> Tally:
-    """Return what a peer counted over ``size`` samples."""
+    """Return the peer's counts and loss over ``size`` samples, checked."""
     if (samples := message.get("samples", int)) != size:
         raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
     counts = [message.get(name, int) for name in party.task.counted]
