@@ -248,7 +248,7 @@ def test_a_full_disk_is_no_fault_of_the_client() -> None:
     patience = Patience(may_return=True)
     lobby = Lobby(
         members=None, recipe=Recipe.of(RunConfig(clients=1)), events=None,
-        is_resumed=False, fed="here", patience=patience,
+        resumed=False, fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):
         lobby.lost(0, RunError("cannot write: the disk is full"))

@@ -65,11 +65,11 @@ from sfl.wire.messages import MessageType
 
 
 def main_join(
-    link: Link, run: RunConfig, first_round: int, *, is_resumed: bool, heartbeat_s: float
+    link: Link, run: RunConfig, first_round: int, *, resumed: bool, heartbeat_s: float
 ) -> Conversation[None]:
     """Send the fed server the run's configuration; faces ``fed_join``."""
     content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
-    content |= {"goes_on": is_resumed, "heartbeat_s": heartbeat_s}
+    content |= {"goes_on": resumed, "heartbeat_s": heartbeat_s}
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))

@@ -91,7 +91,7 @@ class Welcome:
     client: int
     run: RunConfig
     first_round: int  # the first that is not done
-    is_resumed: bool = False  # the run was started before: the client's folder may exist
+    resumed: bool = False  # the run was started before: the client's folder may exist
     fed: str = HERE  # where the fed server is: HERE, APART, or HOST:PORT
     heartbeat_s: float = 0.0  # interval at which the server expects a client's messages
     known: frozenset[int] = frozenset()  # clients that have registered before
@@ -143,12 +143,8 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
-    is_resumed, fed, version = (
-        reply.get("goes_on", bool),
-        reply.get("fed", str),
-        reply.get("sfl", str),
-    )
-    return Welcome(client, run, first_round, is_resumed, fed, sfl=one_line(version, 40))
+    resumed, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
+    return Welcome(client, run, first_round, resumed, fed, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -222,7 +218,7 @@ def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
-        "goes_on": welcome.is_resumed or client in welcome.known,
+        "goes_on": welcome.resumed or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
         "sfl": welcome.sfl,

@@ -1,6 +1,6 @@
-"""``run_client.py --check``: try what a client needs, and say in one line each what is well.
+"""``run_client.py --check``: try what a client needs, and print one line for each result.
 
-No place is taken, nothing is written, and a run that is on does not notice.
+The client is not registered, nothing is written, and a run in progress is not affected.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ OK, NOT_OK, NOT_CHECKED = "ok", "NOT OK", "not checked"
 
 
 def check(node: ClientNode, transport: Transport = TCP) -> int:
-    """Check for each client of a node; return 0 if all is well, else 1."""
+    """Check each client of a node; return 0 if all checks pass, else 1."""
     ids: list[int | None] = [*node.hosted] or [node.client_id]
     found = []
     for k in ids:
@@ -63,17 +63,17 @@ class _Check:
         say(f"{state + ':':13}{what}: {one_line(text, 2000)}")
 
     def _try(self, what: str, attempt: Callable[[], tuple[T, str]]) -> T | None:
-        """Try something that gives a value and a text; say how it went."""
+        """Run an attempt that returns a value and a text; print its result."""
         try:
             value, text = attempt()
-        except Exception as error:  # noqa: BLE001 - may be of a user's own code
+        except Exception as error:  # noqa: BLE001 - may run a user's own code
             self._say(NOT_OK, what, reason_of(error))
             return None
         self._say(OK, what, text)
         return value
 
     def run(self, num_hosted: int) -> bool:
-        """Check one thing after the other; return whether all is well."""
+        """Run all checks; return whether all pass."""
         device = self._try("device", self._device)
         access = self._access()
         process = ClientProcess(access, device, num_hosted) if device and access else None
@@ -87,7 +87,7 @@ class _Check:
         return self._all_ok
 
     def _ask_which_run(self, process: ClientProcess) -> Answer | None:
-        """Hear from the server which run it is."""
+        """Ask the server for the run's configuration."""
         tokens, ours = process.access.tokens, fingerprint(process.device)
         link = self._try("address", lambda: self._connect(process))
         if link is None:
@@ -112,7 +112,7 @@ class _Check:
         return answer
 
     def _check_run(self, process: ClientProcess, welcome: Welcome) -> None:
-        """Check what the server's run needs here."""
+        """Check what the server's run needs on this machine."""
         run, split, data = welcome.run, None, None
         if (recipe := self._recipe(run)) is None:
             self._say(NOT_CHECKED, "data", "this machine cannot compute the run")
@@ -123,10 +123,10 @@ class _Check:
         num_train = len(data.train) if data else 0
         self._try(
             "disk",
-            lambda: self._check_space(_folder(self._node, welcome), welcome, split, num_train),
+            lambda: self._try_disk(_folder(self._node, welcome), welcome, split, num_train),
         )
         if run.weights != SOCKET:
-            self._try("weights", lambda: self._check_store(run))
+            self._try("weights", lambda: self._try_store(run))
         elif welcome.fed not in (HERE, APART):
             where = self._node.fed_server or welcome.fed
             self._say(NOT_CHECKED, "weights", f"the fed server at {where} is tried at the start")
@@ -144,7 +144,7 @@ class _Check:
             return None
 
     def _say_error(self, what: str, error: SflError) -> None:
-        """Say that something is not well: the token, if the reason names it."""
+        """Print a failed check: of the token, if the reason names it."""
         self._say(NOT_OK, "token" if "--token-file" in str(error) else what, reason_of(error))
 
     def _wanted_id(self, process: ClientProcess) -> int | None:
@@ -165,7 +165,7 @@ class _Check:
         return True, "the server has the same"
 
     def _ask_about_report(self, process: ClientProcess, report: DataReport) -> str:
-        """Return what the server says to a report, over a connection of its own."""
+        """Return the server's answer to a report, over a new connection."""
         link, _ = self._connect(process)
         with link:
             if process.access.tokens:
@@ -175,7 +175,7 @@ class _Check:
             return run_blocking(talk).problem
 
     def _recipe(self, run: RunConfig) -> Recipe | None:
-        """Look up what the run names."""
+        """Look up the names in the run's options."""
         try:
             return Recipe.of(run, self._node.allowed_imports)
         except ConfigError as error:
@@ -195,7 +195,7 @@ class _Check:
     def _build(
         self, process: ClientProcess, welcome: Welcome, recipe: Recipe, data: ClientData
     ) -> tuple[SplitModel, str]:
-        """Build the model, and hear what the server says to it and to the data."""
+        """Build the model, and ask the server whether it accepts the model and the data."""
         run = welcome.run
         split = SplitModel(recipe, data.input_shape, len(data.classes))
         report = report_of(data, run, split)
@@ -206,11 +206,11 @@ class _Check:
             raise RunError(f"the server would refuse: {problem}")
         return split, f"{run.model} cut at {recipe.cut}; the server takes it, and the data"
 
-    def _check_space(
+    def _try_disk(
         self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int
     ) -> tuple[bool, str]:
-        """See that the folder can be written, and holds what the run writes."""
-        if folder.exists() and not welcome.is_resumed:
+        """Check that the folder is writable and its disk has space for the run."""
+        if folder.exists() and not welcome.resumed:
             raise RunError(f"{folder} exists: another client of this run wrote there")
         where, text = _writable(folder)
         if split is None:
@@ -221,8 +221,8 @@ class _Check:
         )
         return True, f"{text}; {takes}"
 
-    def _check_store(self, run: RunConfig) -> tuple[bool, str]:
-        """See that the store of weights is one that this client allows, and answers."""
+    def _try_store(self, run: RunConfig) -> tuple[bool, str]:
+        """Check that this client allows the store of weights, and that it can be used."""
         address = allowed_address(run.weights, self._node.allow_weights)
         patience = self._node.connect_timeout
         with tempfile.TemporaryDirectory() as scratch:
@@ -237,10 +237,10 @@ def _folder(node: ClientNode, welcome: Welcome) -> Path:
 
 
 def _writable(folder: Path) -> tuple[Path, str]:
-    """Return the folder, or the nearest above it that exists, after writing into it.
+    """Return the folder, or its nearest existing parent, after a test write.
 
     Raises:
-        RunError: it cannot be written to.
+        RunError: the folder is not writable.
     """
     where = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:

@@ -1,9 +1,9 @@
-"""Who is there: clients register before the start, are lost in mid-run, and come back.
+"""Register clients before the start; track lost and returning clients during the run.
 
-Before the start whoever fails or is refused frees its place, and the others go on waiting. Later a
-client is away from when its connection is lost, or it made no progress for too long, until it has
-registered again and its data are loaded. Who waits for it, and for how long, ``Patience`` says. A
-client that was refused, or has failed, would fail again: only another process is of use.
+Before the start a client that fails or is refused frees its place, and the others keep waiting.
+During the run a client is away from the loss of its connection, or a stall, until it has registered
+again and its data are loaded; ``Patience`` says how long rounds wait for it. A client that was
+refused or has failed needs a corrected process.
 """
 
 import time
@@ -40,25 +40,25 @@ from sfl.wire.members import Member, Members
 from sfl.wire.messages import Message, MessageType
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
-NOTIFY_EVERY_S = 30.0  # to those who wait
-GOODBYE_S = 10.0  # for whoever was lost when the run was over
-LINGER_S = 60.0  # for whoever is there, and does not take its leave
-MISSED_HEARTBEATS = 2  # that a client misses before another process may take its place
-POLL_S = 0.5  # how often to look at the time
+NOTIFY_EVERY_S = 30.0  # interval of messages to waiting clients
+GOODBYE_S = 10.0  # wait after the run for clients that are away
+LINGER_S = 60.0  # wait after the run for connected clients that do not unregister
+MISSED_HEARTBEATS = 2  # after which another process may take a client's place
+POLL_S = 0.5  # interval of checking timeouts
 
 
 @dataclass(kw_only=True)
 class Lobby:
-    """The clients of a run: who has registered, who is ready, who is away."""
+    """The ``Network`` of a server: its clients over all their connections."""
 
     members: Members
     recipe: Recipe
     events: EventLog
-    is_resumed: bool = False  # clients may have folders of this run already
+    resumed: bool = False  # clients may already have folders of this run
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
     admission: Admission = field(default_factory=Admission)
-    # told of a client that is back, and its link is to be used from now on
+    # called with a returned client, whose new link replaces the old one
     on_return: Callable[[Joined], None] = lambda joined: None
 
     def __post_init__(self) -> None:
@@ -77,15 +77,13 @@ class Lobby:
     # Before the start
 
     def gather(self) -> dict[int, Joined]:
-        """Register clients until enough are there with their data: those of the past, if any.
+        """Register clients until enough are ready; in a resumed run, the clients it had.
 
-        Whoever connects and is no client of the run is turned away, now and later, and the run goes
-        on. Of a run that goes on, who does not come is waited for as in a round.
+        Refused connections do not end the run. A resumed run waits for its missing clients as a
+        round does.
         """
         began_at = time.monotonic()
-        while not self._may_begin() and not self._starts_without_absent(
-            time.monotonic() - began_at
-        ):
+        while not self._may_begin() and not self._skips_absent(time.monotonic() - began_at):
             self._wait_and_handle([], [])
         if self.admission.past:
             for k in self.roster.ids - self.roster.ready():
@@ -99,7 +97,7 @@ class Lobby:
         return {k: client for k, client in joined.items() if client}
 
     def _may_begin(self) -> bool:
-        """Say whether enough clients are there whose data go together; refuse those that do not."""
+        """Return whether enough compatible clients are ready; refuse incompatible ones."""
         if not self.roster.complete:
             return False
         for client, why in disagreeing_clients(self.roster.reports()).items():
@@ -111,8 +109,8 @@ class Lobby:
                     self._disconnect(joined.client, ProtocolError(why))
         return self.roster.complete
 
-    def _starts_without_absent(self, waited_s: float) -> bool:
-        """Say whether a run that goes on does so without those who have not come."""
+    def _skips_absent(self, waited_s: float) -> bool:
+        """Return whether a resumed run starts without the clients that have not come back."""
         limit, enough = self.patience.skip_after_s, self.patience.min_clients
         return bool(
             self.admission.past
@@ -124,11 +122,11 @@ class Lobby:
     # Registering, before the start and later
 
     def _take_id(self, wanted: int, instance: str, link: Member) -> int:
-        """Give a connection the id that it wants, or with ``ANY_ID`` the lowest free.
+        """Assign a connection the id that it asks for, or with ``ANY_ID`` the lowest free one.
 
         Raises:
-            RunError: it cannot be had.
-            NotYet: it has been taken too often in a short time.
+            RunError: the id does not exist or is taken.
+            NotYet: it was assigned too often in a short time.
         """
         free = sorted(self.roster.ids - self.roster.taken())
         if wanted == ANY_ID:
@@ -138,8 +136,8 @@ class Lobby:
         self.roster.check_id(wanted)
         place = self.roster.places.setdefault(wanted, Place())
         if place.link:
-            # The same process has noticed before us that its connection is dead; of another one
-            # we see so ourselves, or have heard nothing for too long.
+            # The same process may know before us that its connection is dead. Another process gets
+            # the id only if we have noticed that ourselves, or heartbeats are missing.
             silent = place.link.silent_s() > MISSED_HEARTBEATS * self.members.heartbeat_s
             if not (place.instance == instance or place.link.ending() or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
@@ -156,7 +154,7 @@ class Lobby:
         return self.admission.why_refused(joined, before, has_begun=self.roster.has_begun)
 
     def _answer_check(self, connection: Member, hello: Message) -> Conversation[None]:
-        """Answer a client that checks; it gets no place."""
+        """Answer a client that checks, without registering it."""
         self.events.note(f"{connection.address} checks whether it could take part")
 
         def why_refused(joined: Joined) -> str:
@@ -166,8 +164,8 @@ class Lobby:
         return server_check(connection, hello, self._welcome(), self.roster.find, why_refused)
 
     def _register(self, connection: Member) -> None:
-        """Let one connection's registration go on with the message that has arrived."""
-        if connection.ending() and not connection.peer_name:  # it is gone already
+        """Continue one connection's registration with the message that has arrived."""
+        if connection.ending() and not connection.peer_name:  # closed before it registered
             self._joining.pop(connection, None)
             why = connection.ending() or ConnectionLost("it is gone")
             self.members.turned_away(connection.address, str(why), aloud=False)
@@ -205,7 +203,7 @@ class Lobby:
         known = frozenset(k for k, place in self.roster.places.items() if place.instance)
         return Welcome(
             ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
-            is_resumed=self.is_resumed, fed=self.fed, known=known,
+            resumed=self.resumed, fed=self.fed, known=known,
             heartbeat_s=self.members.heartbeat_s,
         )  # fmt: skip
 
@@ -223,7 +221,7 @@ class Lobby:
                 " may differ"
             )
         place.joined, place.ready, place.is_skipped = joined, True, False
-        place.refused = place.would_recur = False
+        place.refused = place.recurring = False
         connection.settled = True
         if self.roster.has_begun:
             self.events.say(f"client_{joined.client} is back")
@@ -238,7 +236,7 @@ class Lobby:
             self._notify()
 
     def _warn_of_difference(self, joined: Joined) -> None:
-        """Warn if a client's data do not go with another one's; who is wrong is seen later."""
+        """Warn if a client's data are incompatible with another's; the majority decides later."""
         reports = self.roster.reports()
         for other in reports:
             if why := data_difference(other, joined.client, reports):
@@ -246,7 +244,7 @@ class Lobby:
                 return
 
     def _free_place(self, connection: Member, error: SflError) -> None:
-        """Free the place of a client that could not be made ready."""
+        """Drop a connection that failed before it was ready, and free its place."""
         client = self.roster.client_of(connection)
         if client is not None:
             self._disconnect(client, error)
@@ -262,7 +260,7 @@ class Lobby:
         return self._wait_and_handle(links, gates)
 
     def _wait_and_handle(self, links: Collection[Link], gates: Collection[Gate]) -> Member | None:
-        """Wait until something happens, and see to whoever is not in ``links``."""
+        """Return one of ``links`` with a message, or None; handle all other connections."""
         members = self.members
         found: Member | None = None
         others: list[Member] = []
@@ -276,7 +274,7 @@ class Lobby:
         members.until(ready, POLL_S)
         for connection in others:
             if connection not in members.members:
-                continue  # seen to with one before it
+                continue  # dropped together with an earlier one
             client, why = self.roster.client_of(connection), connection.ending()
             if client is None or not self.roster.places[client].ready or why is None:
                 self._register(connection)
@@ -290,7 +288,7 @@ class Lobby:
         return None if self._changes else found
 
     def _check_timeouts(self, links: Collection[Link]) -> None:
-        """Turn away who does not register, drop who holds the round, say who is missing."""
+        """Drop connections that do not register and stalled clients; report missing ones."""
         now = time.monotonic()
         elapsed_s, self._checked_at = now - self._checked_at, now
         for connection in self.members.members:
@@ -300,7 +298,7 @@ class Lobby:
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.members.drop(connection, reason, MessageType.TRY_AGAIN)
         if self.roster.has_begun:
-            # Only time in which we wait counts: not that of our own arithmetic.
+            # The server's own computing between two calls does not count as waiting.
             self._drop_stalled(links, min(elapsed_s, 2 * POLL_S))
             if not self._is_ending:
                 check_any_can_return(self.roster.places.values())
@@ -313,12 +311,12 @@ class Lobby:
             self._notified_at = time.monotonic()
 
     def _drop_stalled(self, links: Collection[Link], elapsed_s: float) -> None:
-        """Drop clients of whom the round waits for a message, and that make no progress."""
+        """Drop clients that the round waits for and that make no progress."""
         limit = LINGER_S if self._is_ending else self.patience.skip_after_s
         for client, place in self.roster.places.items():
             link, waits = place.link if place.ready else None, place.link in links
             step = place.step(self.recipe, self._round)
-            place.clock.advance(link, step, waits=waits, elapsed_s=elapsed_s)
+            place.clock.tick(link, step, waits=waits, elapsed_s=elapsed_s)
             if limit and waits and place.clock.idle_s > limit:
                 why = f"client_{client} made no progress for {place.clock.idle_s:.0f} seconds"
                 self.lost(client, ConnectionLost(why))
@@ -338,11 +336,11 @@ class Lobby:
 
     def lost(self, client: int, error: SflError) -> None:
         if not (self.patience.may_return and isinstance(error, PEER_ERRORS)):
-            raise error  # a full disk, say, is no fault of the client's
+            raise error  # not the client's fault: a full disk, for example
         self._disconnect(client, error)
 
     def _disconnect(self, client: int, error: SflError) -> None:
-        """Let go of a client's connection, and tell the others whom we wait for."""
+        """Drop a client's connection, and tell the others whom they wait for."""
         place, refused = self.roster.places[client], is_refusal(error)
         if place.link:
             self._joining.pop(place.link, None)
@@ -382,7 +380,7 @@ class Lobby:
             place.skipped_round = -2
 
     def _notify(self) -> None:
-        """Tell those who wait for whom they do; who is gone is noticed elsewhere."""
+        """Tell the ready clients which ones are missing; ``_wait_and_handle`` notices lost ones."""
         for place in self.roster.places.values():
             if place.is_here and place.link:
                 try:

@@ -1,4 +1,4 @@
-"""The server: listen, gather the clients, run the rounds, say goodbye."""
+"""Run the server: listen, register the clients, run the rounds, end the run."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.preflight import check_run
 from sfl.runtime.preparation import Preparation, RoundOptions
-from sfl.runtime.report_limits import excessive_claim
+from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import (
     Past,
     check_unfinished,
@@ -57,14 +57,14 @@ from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 
 
 def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
-    """Run a server from the first connection to the last, and return the run's folder.
+    """Run a server for one run; return the run's folder.
 
     Raises:
-        ConfigError: the run cannot be run as it was configured.
-        RunError: port, folder or disk; or a client left.
+        ConfigError: the options cannot be used together, or on this machine.
+        RunError: the port, the folder or the disk cannot be used; or a client has left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    # Of a run that goes on, the folder may be somebody else's.
+    # A resumed folder may come from another machine: do not import what it names.
     recipe = check_run(run, imports_data=not node.resume)
     run = recipe.run
     if recipe.scheme.pooled:
@@ -102,7 +102,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
 
 
 def _terms(run: RunConfig, node: ServerNode) -> Terms:
-    strangers = 2 * run.most_clients + 64  # all clients at once, and again
+    strangers = 2 * run.most_clients + 64  # all clients may connect and reconnect at once
     return Terms(node.peer_timeout, max_strangers=strangers, heartbeat_s=interval_s(node.silence_s))
 
 
@@ -112,14 +112,14 @@ def _refusals(folder: RunFolder) -> RefusalLog:
 
 @dataclass
 class _Server:
-    """A server whose port, folder and store are open."""
+    """A server with open port, folder and store."""
 
     recipe: Recipe
     node: ServerNode
     device: torch.device
     folder: RunFolder
     past: Past | None
-    place: ObjectStore | None  # that keeps the weights
+    place: ObjectStore | None  # the store of weights
 
     @property
     def run(self) -> RunConfig:
@@ -127,11 +127,11 @@ class _Server:
 
     @property
     def fed(self) -> str:
-        """Where the fed server is."""
+        """Where the fed server is: HERE, APART, or HOST:PORT."""
         return HERE if self.node.role == "all" else self.node.fed_server or APART
 
     def announce(self, address: str) -> None:
-        """Say what is run, where, and for whom."""
+        """Log the run, the address and the number of clients."""
         events, past = self.folder.events, self.past
         events.note(f"command line: {' '.join(command_line())}")
         needed = counted(past.clients if past else self.run.clients, "client")
@@ -142,10 +142,10 @@ class _Server:
             events.say(line)
 
     def prepare(self, network: ServerNetwork) -> Rounds:
-        """Gather the clients, and return the rounds with them."""
+        """Register the clients, and return the rounds with them."""
         run, node, is_here = self.run, self.node, self.fed == HERE
         lobby = self._lobby(network)
-        if self.past and self.past.first_round == run.rounds:  # all that is left is a goodbye
+        if self.past and self.past.first_round == run.rounds:  # only the end is left to be sent
             lobby.end_soon()
         joined = lobby.gather()
         if self.past:
@@ -175,17 +175,21 @@ class _Server:
             members=network,
             recipe=recipe,
             events=self.folder.events,
-            is_resumed=bool(node.resume),
+            resumed=bool(node.resume),
             fed=self.fed,
             patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
             admission=Admission(
-                self.past, ServersModel(recipe), functools.partial(excessive_claim, recipe, node)
+                self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)
             ),
         )
 
 
 def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
-    """See that what the server's options say of the clients goes with the run."""
+    """Check the server's options about clients against the run's.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
@@ -196,7 +200,7 @@ def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
 
 
 def _delete_weights(place: ObjectStore, rounds: Rounds) -> None:
-    """Remove the weights of rounds that are done again, if they may become others."""
+    """Delete stored weights of rounds that are repeated, if they may come out different."""
     if not (rounds.may_skip or rounds.run.server_order == "arrival"):
         return
     for path in place.names(f"{rounds.run.run}/round_"):
@@ -205,7 +209,7 @@ def _delete_weights(place: ObjectStore, rounds: Rounds) -> None:
 
 
 def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
-    """Return what a run goes on from; None if it is to begin, where it lies or elsewhere."""
+    """Return the state that a run resumes from; None if it starts from the beginning."""
     if not (node.resume and has_begun(Path(node.resume))):
         return None
     past = open_past(Path(node.resume), run)
@@ -214,10 +218,10 @@ def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
 
 
 def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
-    """Return what goes on with the newest round that the server and all clients have.
+    """Return the past that resumes with the newest round that server and clients all have.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such round.
     """
     agreed = past.common_to_all({k: client.data.rounds for k, client in joined.items()})
     if agreed.first_round != past.first_round:
@@ -238,10 +242,10 @@ def _say_resume_state(past: Past, run: RunConfig, events: EventLog) -> None:
 
 
 def check_role(recipe: Recipe, node: ServerNode) -> None:
-    """See that the servers of a run can be apart as this one is told.
+    """Check that the run can have a separate fed server, if ``--role main`` asks for one.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: it cannot, or the fed server's place is not given.
     """
     if node.role != "main":
         return
@@ -268,9 +272,9 @@ def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLo
 def _open_place(
     run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, removes_leftovers: bool
 ) -> ObjectStore | None:
-    """Open the place that keeps the weights, if there is one, and see that it can be used.
+    """Open and check the store of weights, if the run has one.
 
-    ``anew``: what a start of this run that failed has left there is removed.
+    ``removes_leftovers``: delete the objects of an earlier, failed start of this run.
     """
     place = _store_options(run, node, path, events).open_place()
     if place is not None:
@@ -285,10 +289,9 @@ def _open_place(
 
 
 def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
-    """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
-    that of a start that failed.
+    """Return the run's folder, its recipe by that name, and whether a failed start left the folder.
 
-    The options lie in it before anything else, so that the run can go on whenever it is killed.
+    The options are written first, so that the run can be resumed whenever it is killed.
     """
     if node.resume:
         return Path(node.resume), recipe, False
@@ -303,7 +306,7 @@ def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, boo
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
-    """Run all rounds, and say how the run ended and where it lies."""
+    """Run all rounds; log the result and the run's folder."""
     try:
         figures = rounds.run_all()
     finally:
