@@ -65,10 +65,10 @@ class DataReport:
             for rows in torch.split(torch.arange(len(samples)), at_once):
                 digest.update(samples.take(rows).x.numpy().tobytes())
             digest.update(samples.y.numpy().tobytes())
-        told: list[int] = []
+        class_counts: list[int] = []
         if run.class_weights == BALANCED:
-            told = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
-        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(told))
+            class_counts = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(class_counts))
 
 
 @dataclass(frozen=True)
@@ -234,27 +234,29 @@ def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     except ValueError as error:
         raise ProtocolError(f"client_{client} reports {error}") from error
     _check_fits(run, client, shape, classes)
-    told = message.get("class_counts", list)
+    counts = message.get("class_counts", list)
     wanted = len(classes) if run.class_weights == BALANCED else 0
-    if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
+    if len(counts) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in counts):
         raise ProtocolError(f"client_{client} reports no samples of each class")
     rounds = message.get("rounds", list)
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
     structure, weights = _parse_model_report(message, client)
-    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
+    return DataReport(
+        samples, names, shape, digest, tuple(counts), tuple(rounds), structure, weights
+    )
 
 
 def _parse_model_report(message: Message, client: int) -> tuple[tuple[str, ...], str]:
     """Return the structure and the weights' checksum that a client reports of its model."""
-    told, weights = message.get("structure", list), message.get("weights", str)
-    fine = 0 < len(told) <= MAX_DIGESTS and all(
-        type(d) is str and DIGEST.fullmatch(d) for d in told
+    digests, weights = message.get("structure", list), message.get("weights", str)
+    valid = 0 < len(digests) <= MAX_DIGESTS and all(
+        type(d) is str and DIGEST.fullmatch(d) for d in digests
     )
-    if not fine or not CHECKSUM.fullmatch(weights):
+    if not valid or not CHECKSUM.fullmatch(weights):
         raise ProtocolError(f"client_{client} does not report which model it has built")
-    return tuple(told), weights
+    return tuple(digests), weights
 
 
 def _check_fits(

@@ -169,8 +169,8 @@ def _decode_front(party: Party, data: Buffer, name: str, at: Position) -> States
 def _parse_weights(start: Message, num_classes: int) -> list[float]:
     """Return the class weights of the loss, for a client that computes it."""
     weights = start.get("class_weights", list)
-    fine = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
-    if not fine or len(weights) not in (0, num_classes):
+    valid = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    if not valid or len(weights) not in (0, num_classes):
         raise ProtocolError(f"{len(weights)} weights of {num_classes} classes make no sense")
     return weights
 

@@ -62,7 +62,7 @@ class Report:
         self.found[str(finding)] = None
 
     @contextmanager
-    def finding(self, error_type: type[Exception] = IntegrityError) -> Iterator[None]:
+    def reporting(self, error_type: type[Exception] = IntegrityError) -> Iterator[None]:
         """Report an error raised in the ``with`` block, and continue after it."""
         try:
             yield
@@ -100,10 +100,10 @@ def check(recorded: RecordedRun, client: int | None = None, round: int | None = 
 def _check_listed(recorded: RecordedRun, report: Report) -> None:
     """Check the bytes of every model, log, manifest and checkpoint of the run."""
     for entry in recorded.archive.listed:
-        with report.finding():
+        with report.reporting():
             recorded.archive.read(entry.path)
     damage: list[str] = []
-    with report.finding(RunError):
+    with report.reporting(RunError):
         list(whole(recorded.archive.root, recorded.run, damage))
     for line in damage:
         report.add(line)
@@ -153,7 +153,7 @@ class _Round:
         """Return the backs at the round's start; none without a server's model or if damaged."""
         recorded = self._recorded
         if recorded.exchange is not Exchange.NOTHING:
-            with self._report.finding():
+            with self._report.reporting():
                 return recorded.backs_at(self._round)
             self._broken |= {recorded.scheme.back_of(k) for k in recorded.clients}
         return {}
@@ -191,7 +191,7 @@ class _Round:
         same_loss = repr(loss) == repr(figures.loss)  # NaN equals NaN
         if not same_loss:
             report.add(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
-        with report.finding():
+        with report.reporting():
             same_grads = identical(grads.cpu(), step.grads)
             if not same_grads:
                 report.add(f"{step.path(GRADS)}: differs from the recomputed gradients")
@@ -235,7 +235,7 @@ class _Round:
     def _check_outcome(self, backs: Backs) -> None:
         """Recompute the round's resulting weights of each segment, and compare them."""
         recorded = self._recorded
-        with self._report.finding():
+        with self._report.reporting():
             if backs:
                 by_copy = {b: copy.states() for b, copy in backs.items()}
                 self._check_merged(Holder.SERVER, {}, by_copy)
@@ -262,7 +262,7 @@ class _Round:
         archive, report = self._recorded.archive, self._report
         report.models += 1
         same = False
-        with report.finding():
+        with report.reporting():
             theirs = archive.state(path, spec)
             same = all(identical(tensor, theirs[name]) for name, tensor in ours.items())
             if not same:
