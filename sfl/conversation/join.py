@@ -44,7 +44,7 @@ HASHED_BYTES = 2**26  # most bytes of samples in memory at once while they are h
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that the server learns of a client's data."""
+    """What a client reports of its data and its model."""
 
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     classes: tuple[str, ...]

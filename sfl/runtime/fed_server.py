@@ -201,7 +201,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
 
 
 def _kept(recipe: Recipe) -> KeepModels:
-    """Return which models are kept: one round more, as the main server may resume one earlier."""
+    """Return which models are kept: one more, as the main server may resume a round earlier."""
     return dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING, behind=1)
 
 

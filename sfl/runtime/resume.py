@@ -198,7 +198,7 @@ class Past:
         return len(self.num_samples)
 
     def at(self, round_index: int) -> "Past":
-        """Return the past that resumes with this round.
+        """Keep only this round's checkpoint.
 
         Raises:
             RunError: there is no checkpoint of it.
@@ -212,7 +212,7 @@ class Past:
         return replace(self, checkpoints=left)
 
     def common_to_all(self, rounds: Mapping[int, Collection[int]]) -> "Past":
-        """Return the past that resumes with the newest round that all clients can start.
+        """Keep only the checkpoint of the newest round that all clients can start.
 
         ``rounds``: the rounds whose own state each client has; empty: it needs none.
 

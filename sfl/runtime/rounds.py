@@ -192,8 +192,7 @@ class Rounds:
             return
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
-            # Always those of the round's start, even if it has been merged since; empty: the fed
-            # server has them.
+            # Those of the round's start, even after its merge; empty if a fed server has them.
             front = NamedWeights(INITIAL, self._front_file(self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
 

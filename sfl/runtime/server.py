@@ -145,7 +145,7 @@ class _Server:
         """Register the clients, and return the rounds with them."""
         run, node, is_here = self.run, self.node, self.fed == HERE
         lobby = self._lobby(network)
-        if self.past and self.past.first_round == run.rounds:  # only the end is left to be sent
+        if self.past and self.past.first_round == run.rounds:  # only TRAINING_DONE is left to send
             lobby.end_soon()
         joined = lobby.gather()
         if self.past:
@@ -218,7 +218,7 @@ def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
 
 
 def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
-    """Return the past that resumes with the newest round that server and clients all have.
+    """Keep only the checkpoint of the newest round that the server and all clients have.
 
     Raises:
         RunError: there is no such round.
