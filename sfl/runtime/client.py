@@ -163,7 +163,7 @@ class _Client:
                 yield from self._join(registered)
                 yield from calls.run(link.part)
         except BaseException as error:
-            if isinstance(error, PASSING) and self._may_come_back(error):
+            if isinstance(error, PASSING) and self._may_reconnect(error):
                 self.lost = error
             elif self._folder:
                 with telling_why(self._folder):
@@ -171,7 +171,7 @@ class _Client:
             else:
                 raise
 
-    def _may_come_back(self, error: SflError) -> bool:
+    def _may_reconnect(self, error: SflError) -> bool:
         """Return whether a new connection may help.
 
         Not with a separate fed server, nor if the server said that it ends before the run began.

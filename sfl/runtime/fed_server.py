@@ -127,7 +127,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         guard.run = run.run
         path = _folder(run, node, resumed=welcome.resumed)
         with (
-            open_folder(path, LOG, _kept(recipe)) as folder,
+            open_folder(path, LOG, _kept_models(recipe)) as folder,
             telling_why(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
@@ -184,7 +184,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     recipe = Recipe.of(their_run, node.allowed_imports)
     _folder(their_run, node, resumed=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept(recipe)) as folder, telling_why(folder):
+    with open_folder(path, LOG, _kept_models(recipe)) as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
@@ -200,7 +200,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     return path
 
 
-def _kept(recipe: Recipe) -> KeepModels:
+def _kept_models(recipe: Recipe) -> KeepModels:
     """Return which models are kept: one more, as the main server may resume a round earlier."""
     return dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING, behind=1)
 

@@ -32,7 +32,7 @@ def host(node: ClientNode, transport: Transport = TCP) -> None:
     most_files()  # raises the process's limit of open files
     hosted, failures = node.hosted, dict[int, Exception]()
 
-    def alone(client: int) -> Conversation[None]:
+    def one_client(client: int) -> Conversation[None]:
         try:
             own = dataclasses.replace(node, client_id=client, client_ids="")
             yield from take_part_in(process, own)
@@ -43,7 +43,7 @@ def host(node: ClientNode, transport: Transport = TCP) -> None:
     with transport.clients(node, say) as network:
         access = Access(tokens_of(node), network, Calls(network.wake, len(hosted)))
         process = ClientProcess(access, set_up_torch(node), num_hosted=len(hosted))
-        clients = {k: alone(k) for k in hosted}
+        clients = {k: one_client(k) for k in hosted}
         say(f"{counted(len(hosted), 'client')} in this process: {node.client_ids}")
         try:
             run_together(network, {k: clients[k].__iter__ for k in hosted})

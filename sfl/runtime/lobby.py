@@ -177,7 +177,7 @@ class Lobby:
             self._joining[connection] = server_join(
                 connection,
                 welcome,
-                lambda wanted, who: self._take_id(wanted, who, connection),
+                lambda wanted, instance: self._take_id(wanted, instance, connection),
                 lambda hello: self._answer_check(connection, hello),
             )
             next(self._joining[connection])
