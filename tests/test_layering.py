@@ -83,7 +83,7 @@ LOOK_UPS = {
         "runtime.client_check",
         "runtime.fed_server",
         "runtime.preflight",
-        "runtime.recorded",
+        "runtime.recorded_run",
     },
 }
 REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES", "TASKS"}
