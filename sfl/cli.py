@@ -1,7 +1,7 @@
-"""The two programs, and how every program of the project ends.
+"""The programs ``run_server.py`` and ``run_client.py``; exit codes and errors of all programs.
 
-Exit codes: 0 done; 1 the run failed; 2 bad options; 3 told to stop, by Ctrl-C or SIGTERM: the run
-can be resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
+Exit codes: 0 done; 1 the run failed; 2 bad options; 3 stopped by Ctrl-C or SIGTERM, the run can be
+resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
 """
 
 import errno
@@ -65,22 +65,22 @@ def main_client(argv: Sequence[str] | None = None) -> int:
 def run_program(name: str, program: Callable[[], int | None]) -> int:
     """Run a program and return its exit code, with one line on standard error if it fails.
 
-    SIGTERM ends it as Ctrl-C does: peers are told, and pending files are written. A second signal
-    ends it at once. ``program`` imports its modules itself, so that an interrupt while torch is
+    SIGTERM acts like Ctrl-C: peers are told, and pending files are written. A second signal ends
+    the process at once. ``program`` imports its modules itself, so that an interrupt while torch is
     imported shows no traceback.
     """
     _open_streams()
-    told = False
+    is_interrupted = False
 
     def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal told
-        if told:
+        nonlocal is_interrupted
+        if is_interrupted:
             os.write(2, f"{name}: error: interrupted twice\n".encode())
             os._exit(INTERRUPTED)
-        told = True
+        is_interrupted = True
         raise KeyboardInterrupt
 
-    # A shell makes programs that it starts in the background ignore Ctrl-C; that stays so.
+    # A program that a shell starts in the background ignores Ctrl-C: keep that.
     numbers = (signal.SIGINT, signal.SIGTERM)
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     for number in caught:
@@ -112,13 +112,13 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
 
 
 class _Lenient(io.FileIO):
-    """A standard stream that drops what is written after its reader has gone."""
+    """A standard stream that discards output after its reader has closed the pipe."""
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or the terminal is gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # no reader or no terminal
                 raise
             return len(data)
 
@@ -126,7 +126,7 @@ class _Lenient(io.FileIO):
 def _open_streams() -> None:
     """Make a program work without standard input, output or error, as some services start it.
 
-    An open file could otherwise get the number of a closed stream, and what libraries write to it.
+    Otherwise a file could be opened under a closed stream's number, and get libraries' output.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -135,20 +135,20 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
         elif mode == "w" and stream is getattr(sys, f"__{name}__") and _is_plain(stream, number):
             setattr(sys, name, _lenient(stream, number))
 
 
 def _is_plain(stream: Any, number: int) -> bool:
-    """Return whether a stream is Python's own for a descriptor, not yet replaced by ours."""
+    """Return whether a stream is Python's own for a descriptor, not one replaced by us."""
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
     return type(raw) is io.FileIO and raw.fileno() == number
 
 
 def _lenient(stream: Any, number: int) -> io.TextIOWrapper:
-    """Return a stream for a descriptor that drops what is written after its reader has gone."""
+    """Return a stream for a descriptor that discards output after its reader has gone."""
     stream.flush()
     raw, unbuffered = _Lenient(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
     return io.TextIOWrapper(

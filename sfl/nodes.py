@@ -1,4 +1,4 @@
-"""The options of one machine (server, client or simulation); they are never sent."""
+"""Options of one machine (server, client or simulation); they are never sent."""
 
 import math
 import os
@@ -18,7 +18,7 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def parse_bytes(text: str) -> int:
-    """Return the number of bytes in a size such as ``500mb`` or ``1.5gb``.
+    """Parse a size such as ``500mb`` or ``1.5gb`` into bytes.
 
     Raises:
         ConfigError: the text is not a size.
@@ -32,9 +32,9 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """The options that every machine has."""
+    """Options of every machine."""
 
-    table: ClassVar[str] = "server"  # of a configuration file, besides [run]
+    table: ClassVar[str] = "server"  # of a TOML configuration file, beside [run]
 
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: cuda if there is one")
     threads: int = option(1, "threads that torch computes with; part of what makes a run exact")
@@ -84,7 +84,7 @@ class NodeConfig:
 
 @dataclass(frozen=True)
 class PeerNode(NodeConfig):
-    """A machine that communicates with others."""
+    """Options of a machine that communicates with others."""
 
     peer_timeout: float = option(
         60.0, "seconds without any message from a peer until it counts as lost"
@@ -121,17 +121,17 @@ class PeerNode(NodeConfig):
 
     @property
     def link_shape(self) -> LinkShape:
-        """What this machine's connections are like.
+        """The simulated link of this machine's connections.
 
         Raises:
-            ConfigError: ``link`` means nothing.
+            ConfigError: ``link`` is malformed.
         """
         return LinkShape.parse(self.link)
 
 
 @dataclass(frozen=True)
 class ServerNode(PeerNode):
-    """The server's machine."""
+    """Options of a server's machine."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
@@ -179,8 +179,8 @@ class ServerNode(PeerNode):
         require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
         _check_timeout("round_timeout", self.round_timeout)
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
-        fine = 1 <= self.max_samples <= _MOST_SAMPLES
-        require(fine, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
+        valid = 1 <= self.max_samples <= _MOST_SAMPLES
+        require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
         if self.tls_ca and self.role != "main":
@@ -196,7 +196,7 @@ class ServerNode(PeerNode):
 
     @property
     def skip_after_s(self) -> float | None:
-        """Seconds after which a round goes on without a client; None: it waits."""
+        """Seconds after which a round closes without an absent client; None: it waits."""
         return self.round_timeout if self.on_missing == "skip" else None
 
     @property
@@ -207,7 +207,7 @@ class ServerNode(PeerNode):
 
 @dataclass(frozen=True)
 class ClientNode(PeerNode):
-    """A client's machine."""
+    """Options of a client's machine."""
 
     table: ClassVar[str] = "client"
 
@@ -239,8 +239,8 @@ class ClientNode(PeerNode):
         require((self.client_id or 0) >= 0, "client_id", self.client_id, "0 or more")
         _check_timeout("connect_timeout", self.connect_timeout)
         patience = self.reconnect_timeout
-        fine = math.isfinite(patience) and patience >= 0
-        require(fine, "reconnect_timeout", patience, "0 or more")
+        valid = math.isfinite(patience) and patience >= 0
+        require(valid, "reconnect_timeout", patience, "0 or more")
         if self.client_ids and self.client_id is not None:
             raise ConfigError("--client-id and --client-ids: give one of them")
         _ = self.hosted
@@ -253,13 +253,13 @@ class ClientNode(PeerNode):
         """Which rounds' tensors stay on this machine.
 
         Raises:
-            ConfigError: ``keep_tensors`` names none.
+            ConfigError: ``keep_tensors`` is malformed.
         """
         return KeepTensors.parse(self.keep_tensors)
 
     @property
     def hosted(self) -> list[int]:
-        """The ids of the clients that this process hosts; empty if it is a single client.
+        """The ids of the clients that this process hosts; empty for a single client.
 
         Raises:
             ConfigError: ``client_ids`` is malformed or repeats an id.
@@ -276,7 +276,7 @@ class ClientNode(PeerNode):
 
 @dataclass(frozen=True)
 class SimulationNode(NodeConfig):
-    """The machine of a simulation."""
+    """Options of a simulation's machine."""
 
     table: ClassVar[str] = "simulation"
 

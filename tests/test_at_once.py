@@ -141,8 +141,8 @@ def test_a_run_in_which_few_train_at_once_gives_the_same(
 ) -> None:
     options = {"clients": 3, "rounds": 2, "model": "mlp"}
     expected = weights(simulated(tmp_path / "all", **options))
-    few = functools.partial(simulate.Allowed, at_once=1)
-    monkeypatch.setattr(simulate, "Allowed", few)
+    few = functools.partial(simulate.RoundOptions, at_once=1)
+    monkeypatch.setattr(simulate, "RoundOptions", few)
     assert_equal(weights(simulated(tmp_path / "few", **options)), expected)
 
 

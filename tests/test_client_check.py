@@ -8,7 +8,7 @@ from experiments.support.same_run import compare
 from sfl.auth import main as auth_main
 from sfl.config import RunConfig
 from sfl.nodes import NodeConfig
-from sfl.runtime.client_check import NOT_CHECKED, NOT_WELL, WELL
+from sfl.runtime.client_check import NOT_CHECKED, NOT_OK, OK
 from sfl.runtime.simulation import simulate
 from tests.support.certificates import Certificates
 from tests.support.launch import Launcher, Program, wait_for
@@ -23,7 +23,7 @@ def lines(program: Program, code: int) -> dict[str, str]:
     said = {}
     for line in program.out.splitlines():
         state, _, rest = line.partition(":")
-        if state in (WELL, NOT_WELL, NOT_CHECKED):
+        if state in (OK, NOT_OK, NOT_CHECKED):
             what, _, text = rest.partition(":")
             said[what.strip()] = f"{state}:{text}"
     return said

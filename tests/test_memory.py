@@ -32,7 +32,7 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError, ConnectionLost, ProtocolError
 from sfl.model.metrics import checked, checked_steps
 from sfl.nodes import parse_bytes
-from sfl.runtime.memory import machine_bytes, sizes_of
+from sfl.runtime.memory import machine_memory_bytes, sizes_of
 from sfl.runtime.report_limits import MOST_STEPS
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -350,4 +350,4 @@ def test_sizes_are_written_with_their_unit(text: str, count: int) -> None:
     for wrong in ("", "5", "0mb", "-1gb", "mb", "1gib", "1e9mb", "nan gb"):
         with pytest.raises(ConfigError, match=r"--memory-limit .*give a size as 500mb or 4gb"):
             parse_bytes(wrong)
-    assert machine_bytes() > 10**8
+    assert machine_memory_bytes() > 10**8

@@ -190,19 +190,19 @@ def test_a_layer_used_twice_is_another_structure_than_two_layers() -> None:
 def test_of_clients_word_few_models_are_built_and_none_for_large_samples() -> None:
     server = ServersModel(Recipe.of(RunConfig(model="mlp", dataset="own.module:data")))
 
-    def unlike(*shape: int) -> str:
+    def why_different(*shape: int) -> str:
         counts = {"train": 1, "validation": 0, "test": 0}
         report = DataReport(counts, ("a", "b"), shape, "0" * 64, structure=("0" * 16,))
-        return server.unlike(Joined(0, Absent(0), {"sfl": "0.2.0"}, report))
+        return server.why_different(Joined(0, Absent(0), {"sfl": "0.2.0"}, report))
 
-    assert unlike(3, 1024, 1024) == ""
+    assert why_different(3, 1024, 1024) == ""
     for side in range(MOST_BUILT):
-        assert "it has 0 blocks instead of 6" in unlike(1, side + 1, 1)
-    assert unlike(1, MOST_BUILT + 1, 1) == ""
-    assert "it has 0 blocks" in unlike(1, 1, 1)
+        assert "it has 0 blocks instead of 6" in why_different(1, side + 1, 1)
+    assert why_different(1, MOST_BUILT + 1, 1) == ""
+    assert "it has 0 blocks" in why_different(1, 1, 1)
     strange = ServersModel(Recipe.of(RunConfig(model="lenet5", dataset="own.module:data")))
     server = strange  # which takes images alone: said when all are there
-    assert unlike(5) == ""
+    assert why_different(5) == ""
 
 
 class Sub(nn.Sequential):

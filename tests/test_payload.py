@@ -245,10 +245,10 @@ def test_what_comes_in_at_a_time_counts_as_disk(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_full_disk_is_no_fault_of_the_client() -> None:
     """Also where the server is not waiting for that client just then."""
-    patience = Patience(comes_back=True)
+    patience = Patience(may_return=True)
     lobby = Lobby(
         members=None, recipe=Recipe.of(RunConfig(clients=1)), events=None,
-        goes_on=False, fed="here", patience=patience,
+        resumed=False, fed="here", patience=patience,
     )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(RunError, match="disk"):
         lobby.lost(0, RunError("cannot write: the disk is full"))

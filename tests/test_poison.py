@@ -17,7 +17,7 @@ from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
 from sfl.files.finite_check import check_finite
 from sfl.model.segment import Segment, train_step
 from sfl.model.training import Training
-from sfl.runtime.access import last_words_of
+from sfl.runtime.access import closing_message_type
 from sfl.runtime.simulation import Away
 from sfl.values import Position
 from sfl.wire.messages import MessageType
@@ -256,4 +256,4 @@ def test_a_mask_of_infinity_is_no_statistic() -> None:
 )  # fmt: skip
 def test_a_client_tells_whether_it_would_fail_again(error: BaseException, kind: str) -> None:
     """``FAILED`` says so: a server does not wait for a client that does what it did again."""
-    assert last_words_of(error) is MessageType(kind)
+    assert closing_message_type(error) is MessageType(kind)

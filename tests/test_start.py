@@ -11,7 +11,7 @@ import pytest
 
 from experiments.hostile.target import Target
 from sfl.archive.run_folder import has_no_steps
-from sfl.conversation.join import DataReport, client_join, difference, outvoted
+from sfl.conversation.join import DataReport, client_join, data_difference, disagreeing_clients
 from sfl.environment import FINGERPRINT
 from sfl.errors import SflError
 from sfl.transport.connection import Connection
@@ -105,11 +105,11 @@ def report(*classes: str, shape: tuple[int, ...] = (1, 28, 28)) -> DataReport:
 
 def test_the_largest_group_stays_and_of_equal_ones_that_of_the_lowest_id() -> None:
     ab, ac, small = report("a", "b"), report("a", "c"), report("a", "b", shape=(1, 8, 8))
-    assert outvoted({0: ab, 1: ab}) == {}
-    assert outvoted({0: ac, 1: ab, 2: ab}).keys() == {0}
-    assert outvoted({3: ab, 1: ac}).keys() == {3}
-    assert outvoted({0: small, 1: ab, 2: ac, 3: ac}).keys() == {0, 1}
-    assert "shape [1, 8, 8], client_1 [1, 28, 28]" in difference(1, 0, {0: small, 1: ab})
+    assert disagreeing_clients({0: ab, 1: ab}) == {}
+    assert disagreeing_clients({0: ac, 1: ab, 2: ab}).keys() == {0}
+    assert disagreeing_clients({3: ab, 1: ac}).keys() == {3}
+    assert disagreeing_clients({0: small, 1: ab, 2: ac, 3: ac}).keys() == {0, 1}
+    assert "shape [1, 8, 8], client_1 [1, 28, 28]" in data_difference(1, 0, {0: small, 1: ab})
 
 
 def test_corrected_data_replace_those_of_before_the_start(launcher: Launcher) -> None:

@@ -32,8 +32,8 @@ def main() -> int:
         print(finding)
     if report.unchecked:
         print(f"{report.unchecked} gradients rest on a damaged file and were not checked")
-    if report.unended:
-        print(f"{report.unended} gradients are of rounds of which not all are recorded")
+    if report.incomplete:
+        print(f"{report.incomplete} gradients are of rounds of which not all are recorded")
     if report.dropped:
         print(f"{counted(report.dropped, 'round')} left nothing to check, as --keep-models has it")
     print(f"{report.models} models checked, {report.models_differ} differ")

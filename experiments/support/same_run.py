@@ -25,7 +25,7 @@ class Differences:
     count: int = 0  # of tensors, steps and figures that differ, or are there once
     lines: list[str] = field(default_factory=list)
 
-    def find(self, line: str, count: int = 1) -> None:
+    def add(self, line: str, count: int = 1) -> None:
         self.count += count
         self.lines.append(line)
 
@@ -40,9 +40,9 @@ def compare(whole: Path, other: Path) -> Differences:
         _compare_steps(ours.archive, theirs.archive, found)
         _compare_figures(ours, theirs, found)
     except IntegrityError as error:
-        found.find(str(error))
+        found.add(str(error))
     for finding in check(theirs).findings:
-        found.find(f"replay: {finding}")
+        found.add(f"replay: {finding}")
     return found
 
 
@@ -58,7 +58,7 @@ def _compare_files(whole: Path, other: Path, found: Differences) -> None:
         count = max(map(_count_tensors, data))
         found.tensors += count
         if data[0] != data[1]:
-            found.find(f"{other / name}: differs", count)
+            found.add(f"{other / name}: differs", count)
 
 
 def _count_tensors(data: bytes) -> int:
@@ -80,7 +80,7 @@ def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> 
         for folder in archive.folders():
             twice = Counter((entry.step, entry.kind) for entry in read_manifest(folder))
             if twice and max(twice.values()) > 1:
-                found.find(f"{folder}: has a step twice")
+                found.add(f"{folder}: has a step twice")
         for step in archive.steps():
             key = step.client, step.round, step.step
             files = {kind: entry.checksum for kind, entry in step.entries.items()}
@@ -92,7 +92,7 @@ def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> 
     for key in sorted(whole.keys() | other.keys()):
         if whole.get(key) != other.get(key):
             client, round_index, step = key
-            found.find(f"client {client}, round {round_index}, step {step}: differs, or is missing")
+            found.add(f"client {client}, round {round_index}, step {step}: differs, or is missing")
 
 
 def _compare_figures(ours: RecordedRun, theirs: RecordedRun, found: Differences) -> None:
@@ -105,11 +105,11 @@ def _compare_figures(ours: RecordedRun, theirs: RecordedRun, found: Differences)
             rows = read_round(recorded.archive.read(path)) if lies_there else {}
             tables.append({k: repr(v) for k, v in rows.items() if k[2].startswith(FIGURES)})
         if tables[0] != tables[1]:
-            found.find(f"{theirs.archive.root / path}: differs")
+            found.add(f"{theirs.archive.root / path}: differs")
     summaries = []
     for recorded in (ours, theirs):
         rows = read_summary((recorded.archive.root / "rounds.csv").read_bytes())
         names = ("round", "took_part", "train_loss", "val_loss", "test_loss")
         summaries.append([[row[name] for name in names] for row in rows])
     if summaries[0] != summaries[1]:
-        found.find(f"{theirs.archive.root / 'rounds.csv'}: differs")
+        found.add(f"{theirs.archive.root / 'rounds.csv'}: differs")

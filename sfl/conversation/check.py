@@ -1,4 +1,4 @@
-"""How a client asks whether it could take part, without a place, before a run or in its midst.
+"""Check whether a client could take part, before or during a run, without registering it.
 
 ::
 
@@ -11,9 +11,9 @@
     UNREGISTER                                   ->
                                                  <-  UNREGISTER
 
-A client does so twice: to hear which run it is, and, over a new connection, when its data are
-loaded. ``place`` says why the place could not be had just now, ``problem`` what is wrong with the
-report; "" where all is well.
+A client checks twice: first to learn the run's configuration, then, over a new connection, with its
+data loaded. ``place`` says why its id is not free now, ``problem`` why the server would refuse its
+report; "" if it would not.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from sfl.conversation.join import (
     parse_report,
     parse_welcome,
     send_report,
-    told_to,
+    welcome_content,
 )
 from sfl.errors import ProtocolError
 from sfl.wire.driver import Conversation
@@ -37,17 +37,17 @@ from sfl.wire.messages import Message, MessageType
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server says to a client that checks."""
+    """The server's answer to a check."""
 
     welcome: Welcome
-    place: str  # why its place cannot be had just now
-    problem: str = ""  # with its report
+    place: str  # why the client's id is not free now, or ""
+    problem: str = ""  # why the server would refuse the report
 
 
 def client_check(
     link: Link, wanted: int | None, fingerprint: Mapping[str, str], report: DataReport | None
 ) -> Conversation[Answer]:
-    """Ask what would come of a registration, and of a report if there is one."""
+    """Ask whether the server would accept a registration, and a report if one is given."""
     wanted = ANY_ID if wanted is None else wanted
     content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
     link.send_message_as_json(MessageType.CHECK, content=content)
@@ -69,23 +69,23 @@ def server_check(
     hello: Message,
     welcome: Welcome,
     find: Callable[[int], tuple[int, str]],
-    refuses: Callable[[Joined], str],
+    why_refused: Callable[[Joined], str],
 ) -> Conversation[None]:
-    """Answer a client that checks; ``find`` gives its id and why it cannot be had just now.
+    """Answer a check; ``find`` returns the client's id and why it is not free now, or "".
 
     Raises:
         RunError: ``find`` knows no such client.
     """
     wanted, fingerprint = parse_hello(link, hello)
     client, place = find(wanted)
-    content = told_to(client, welcome) | {"place": place}
+    content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START, MessageType.UNREGISTER)
     if message.type is MessageType.REQUEST_TO_START:
         try:
             report = parse_report(message, client, welcome.run)
-            problem = refuses(Joined(client, link, fingerprint, report))
+            problem = why_refused(Joined(client, link, fingerprint, report))
         except ProtocolError as error:
             problem = str(error)
         link.send_message_as_json(MessageType.CHECKED, content={"problem": problem})

@@ -1,4 +1,4 @@
-"""The tensors of a batch at a cut of the model, the same for both ends, training and evaluation.
+"""Send, receive, check and record a batch's tensors at a cut, in training and evaluation.
 
 ::
 
@@ -6,8 +6,8 @@
       tensor -> file                             ->  file -> tensor, checked
     Cut.record: files to the archive                 Cut.record: files to the archive
 
-A defence changes the tensor at the beginning of ``encode``; a codec replaces ``encode_file`` there
-and ``decode_file`` in ``receive``. Today both are the identity.
+Extension points: a defence changes the tensor at the start of ``encode``; a codec replaces
+``encode_file`` there and ``decode_file`` in ``receive``. Neither exists yet.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ EVALUATION = {
     LABELS: MessageType.VALIDATION_LABELS,
     ACTIVATIONS: MessageType.VALIDATION_FEATURES,
 }
-_WORDS = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
+_KIND_NAMES = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
 
 
 class Cut:
@@ -54,14 +54,14 @@ class Cut:
         self.at = at
         z = party.split.features_spec(num_samples, at.link)
         self._specs = {LABELS: party.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
-        self._files: dict[str, File] = {}  # what has crossed, as it may be stored
+        self._files: dict[str, File] = {}  # sent and received tensors, to be recorded
 
     def send(self, kind: str, tensor: Tensor, content: Any = "") -> None:
-        """Send a tensor, and any JSON value with it."""
+        """Send a tensor, with an optional JSON value."""
         self.send_file(kind, self.encode(kind, tensor), content)
 
     def encode(self, kind: str, tensor: Tensor) -> File:
-        """Return a tensor as it travels."""
+        """Encode a tensor as the file that is sent and recorded."""
         file = self._files[kind] = encode_file(tensor)
         self._party.clock.lap("serialise")
         return file
@@ -74,24 +74,24 @@ class Cut:
         self._party.clock.lap("send")
 
     def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
-        """Return a tensor that the peer sends, and its message.
+        """Receive a tensor; return it with its message.
 
         Raises:
-            ProtocolError: it belongs to another step, or its values make no sense.
-            IntegrityError: the file holds anything but such a tensor.
-            NotFinite: it holds NaN or infinity, and the run refuses that.
+            ProtocolError: it belongs to another step, or its labels are out of range.
+            IntegrityError: the file holds no tensor of the expected shape and dtype.
+            NotFinite: it holds NaN or infinity, and the run's policy is to reject them.
         """
-        message = yield from self.hear(kind)
-        name = f"the {_WORDS[kind]} of client {self.at.client}"
-        with self._party.working():
+        message = yield from self.receive_message(kind)
+        name = f"the {_KIND_NAMES[kind]} of client {self.at.client}"
+        with self._party.measure_compute():
             tensor, file = decode_file(message.file, self._specs[kind], name)
             self._check(kind, tensor, name)
         self._files[kind] = file
         self._party.clock.lap("load")
         return tensor, message
 
-    def hear(self, kind: str) -> Conversation[Message]:
-        """Return the message of a tensor that the peer sends, unread."""
+    def receive_message(self, kind: str) -> Conversation[Message]:
+        """Receive a tensor's message without decoding it."""
         link = self._party.link
         yield link
         message = link.receive_file(self._messages[kind], at=self.at)
@@ -106,6 +106,6 @@ class Cut:
             raise ProtocolError(f"{name} {wrong}")
 
     def record(self, order: int) -> None:
-        """Hand what has crossed to the archive; ``order`` is how many steps the back had taken."""
+        """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
         tensors = {kind: (file, self._specs[kind]) for kind, file in self._files.items()}
         self._party.archive.record_step(tensors, self.at, order)

@@ -1,4 +1,4 @@
-"""Evaluating what a round gave, on each client's own samples; both ends.
+"""Evaluate a round's model on each client's own samples: both ends.
 
 ::
 
@@ -10,7 +10,7 @@
     a client that holds the whole model:
       VALIDATION_RESULT {part, per_class, ...}   ->
 
-Whoever computes the outputs keeps those of the test set.
+The side that computes the outputs records those of the test set.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from sfl.wire.messages import Message, MessageType
 def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
     """Evaluate a part of the client's samples; faces ``server_evaluate``."""
     samples = party.data.validation if part == VALIDATION else party.data.test
-    evaluate = _client_split if party.split.cuts else _client_alone
+    evaluate = _client_split if party.split.cuts else _client_whole_model
     return evaluate(party, part, samples, round_index)
 
 
 def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    """Evaluate a client's samples with the back, or hear how the client did."""
-    evaluate = _server_split if party.split.cuts else _server_hears
+    """Evaluate a client's samples with the back, or receive the client's own result."""
+    evaluate = _server_split if party.split.cuts else _server_receive_result
     return evaluate(party, part, round_index)
 
 
@@ -57,44 +57,44 @@ def _client_split(
         cut.send(ACTIVATIONS, party.front.evaluate(x))
         yield link
         reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
-        total.add(_tally(party, reply, size))
+        total.add(_parse_tally(party, reply, size))
     return total.tally
 
 
 def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    link, total, kept = party.link, Total(), _Predictions(part)
+    link, total, predictions = party.link, Total(), _Predictions(part)
     for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
         at = party.at(round_index, step)
         cut = Cut(party, at, size, EVALUATION)
         y, labels = yield from cut.receive(LABELS)
         _check_part(labels, part, party)
         z, _ = yield from cut.receive(ACTIVATIONS)
-        with party.working():
+        with party.measure_compute():
             tally, outputs = evaluate_step(party.back, z, y)
             party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-            kept.add(y, outputs)
+            predictions.add(y, outputs)
         link.send_message_as_json(
-            MessageType.VALIDATION_RESULT, content=_content(party, tally), at=at
+            MessageType.VALIDATION_RESULT, content=_tally_content(party, tally), at=at
         )
         total.add(tally)
-    kept.write(party, round_index)
+    predictions.write(party, round_index)
     return total.tally
 
 
-def _client_alone(
+def _client_whole_model(
     party: ClientParty, part: str, samples: Samples, round_index: int
 ) -> Conversation[Tally]:
-    total, kept, start = Total(), _Predictions(part), 0
+    total, predictions, start = Total(), _Predictions(part), 0
     for size in party.split.evaluation_sizes(len(samples)):
         party.count_batch(round_index)
         x, y = party.data.batch(samples, slice(start, start + size))
         tally, outputs = evaluate_step(party.front, x, y)
-        kept.add(y, outputs)
+        predictions.add(y, outputs)
         total.add(tally)
         start += size
-    kept.write(party, round_index)
+    predictions.write(party, round_index)
     whole, at = total.tally, party.at(round_index)
-    content = _content(party, whole) | {"part": part}
+    content = _tally_content(party, whole) | {"part": part}
     if table := party.task.table:
         content[table.name] = [] if whole.table is None else whole.table.tolist()
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
@@ -103,7 +103,7 @@ def _client_alone(
 
 
 class _Predictions:
-    """Labels and outputs of the test set, batch by batch; of another part nothing is kept."""
+    """Labels and outputs of the test set, batch by batch; other parts are not kept."""
 
     def __init__(self, part: str) -> None:
         self._is_kept = part == TEST
@@ -116,7 +116,7 @@ class _Predictions:
             self._outputs.append(outputs)
 
     def write(self, party: Party, round_index: int) -> None:
-        """Write down what curves are drawn from after the run."""
+        """Write labels and outputs to the archive, for analyses such as ROC curves."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
             outputs = torch.cat(self._outputs)
@@ -124,18 +124,18 @@ class _Predictions:
             party.archive.write("predictions", path, encode_state(both), round_index)
 
 
-def _server_hears(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+def _server_receive_result(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
     yield party.link
     at = party.at(round_index)
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
-    heard = _tally(party, message, party.num_samples[part])
-    party.check_loss(heard.loss_sum, f"client {party.client}'s evaluation", at)
-    if not (heard.samples and (table := party.task.table)):
-        return heard
+    tally = _parse_tally(party, message, party.num_samples[part])
+    party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
+    if not (tally.samples and (table := party.task.table)):
+        return tally
     rows, classes = message.get(table.name, list), party.split.num_classes
-    counted = table.checked(rows, heard.counts, heard.samples, classes)
-    return dataclasses.replace(heard, table=counted)
+    counted = table.checked(rows, tally.counts, tally.samples, classes)
+    return dataclasses.replace(tally, table=counted)
 
 
 def _check_part(message: Message, part: str, party: ServerParty) -> None:
@@ -143,13 +143,13 @@ def _check_part(message: Message, part: str, party: ServerParty) -> None:
         raise ProtocolError(f"client {party.client} evaluates another part than {part}")
 
 
-def _content(party: Party, tally: Tally) -> dict[str, Any]:
+def _tally_content(party: Party, tally: Tally) -> dict[str, Any]:
     counts = party.task.named_counts(tally.counts)
     return {"samples": tally.samples, **counts, "loss_sum": tally.loss_sum}
 
 
-def _tally(party: Party, message: Message, size: int) -> Tally:
-    """Return what a peer counted over ``size`` samples."""
+def _parse_tally(party: Party, message: Message, size: int) -> Tally:
+    """Return the peer's counts and loss over ``size`` samples, checked."""
     if (samples := message.get("samples", int)) != size:
         raise ProtocolError(f"{samples} samples were evaluated, of which there are {size}")
     counts = [message.get(name, int) for name in party.task.counted]

@@ -1,24 +1,25 @@
-"""The fed server by itself: it has the clients' fronts, and nothing of what the main server has.
+"""The fed server as its own process: it averages the clients' fronts and never sees the back.
 
-Over TCP the main server tells it the run, and clients hold a second connection, to it::
+Over TCP the main server sends it the run's configuration, and each client opens a second
+connection, to the fed server::
 
     main server (main_join)                          fed server (fed_join)
     REGISTER {config, round, goes_on}            ->
                                                  <-  REGISTERED {heartbeat_s}
-    (then tells its clients where the fed server is)
+    (then sends its clients the fed server's address)
     UNREGISTER                                   ->  when the run is over; ABORT if it fails
 
     client                                           fed server
     REGISTER, REQUEST_TO_START as for the main server
                                                  <-  initial weights
-    a round, if it takes part in it:
+    in each round that the client takes part in:
     the client's weights                         ->
                                                      merge
                                                  <-  the averaged weights
     UNREGISTER                                   ->
 
-Through a folder or a bucket it needs no port: it finds the run's configuration as an object there,
-and looks for the clients' weights until they come.
+With a folder or a bucket the fed server needs no port: it reads the run's configuration from an
+object there, and polls for the clients' weights.
 """
 
 import dataclasses
@@ -64,11 +65,11 @@ from sfl.wire.messages import MessageType
 
 
 def main_join(
-    link: Link, run: RunConfig, first_round: int, *, goes_on: bool, heartbeat_s: float
+    link: Link, run: RunConfig, first_round: int, *, resumed: bool, heartbeat_s: float
 ) -> Conversation[None]:
-    """Tell the fed server which run it is; faces ``fed_join``."""
+    """Send the fed server the run's configuration; faces ``fed_join``."""
     content = {"role": MAIN, "config": dataclasses.asdict(run), "round": first_round}
-    content |= {"goes_on": goes_on, "heartbeat_s": heartbeat_s}
+    content |= {"goes_on": resumed, "heartbeat_s": heartbeat_s}
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
     link.heartbeat_s = parse_heartbeat(link.receive_message_as_json(MessageType.REGISTERED))
@@ -77,10 +78,13 @@ def main_join(
 def fed_join(
     link: Link, heartbeat_s: float, recipe_of: Callable[[RunConfig], Recipe]
 ) -> Conversation[tuple[Welcome, Recipe]]:
-    """Hear from the main server which run it is; what it says is for the clients as well.
+    """Receive the run's configuration from the main server; faces ``main_join``.
+
+    The returned ``Welcome`` is what the fed server's clients are told.
 
     Raises:
-        ConfigError: ``recipe_of`` does not find on this machine what the run names.
+        ProtocolError: the peer is not the main server, or its message is invalid.
+        ConfigError: ``recipe_of`` cannot build the run on this machine.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
@@ -106,9 +110,9 @@ MOST_CONFIG_BYTES = 2**20
 def put_start(
     place: ObjectStore, run: RunConfig, first_round: int, data: Mapping[str, Any]
 ) -> None:
-    """Put a run's configuration and what is known of its clients' data into a store.
+    """Write the run's configuration and the description of its clients' data to a store.
 
-    Each start of the main server has an object of its own, named by its first round and its rounds.
+    Each start of the main server writes one object, named by its first round and number of rounds.
     """
     content = json.dumps({"config": dataclasses.asdict(run), "data": data}, sort_keys=True).encode()
     path = f"{run.run}/starts/{first_round:06d}_{run.rounds:06d}"
@@ -118,12 +122,12 @@ def put_start(
 def find_start(
     place: ObjectStore, run: str, done: int
 ) -> tuple[int, RunConfig, dict[str, Any]] | None:
-    """Return the last start of a run that leaves something to do after so many rounds, if any.
+    """Find the main server's last start that has rounds left after ``done`` rounds, if any.
 
-    Its first round, its configuration and the description of its clients' data.
+    Returns its first round, its configuration and the description of its clients' data.
 
     Raises:
-        IntegrityError: it is damaged, or of another run.
+        IntegrityError: the object is damaged, or belongs to another run.
     """
     for path in reversed(place.names(f"{run}/starts/")):
         numbers = re.fullmatch(r"(\d{6,9})_(\d{6,9})", path.rpartition("/")[2], re.ASCII)
@@ -159,23 +163,23 @@ class FedRounds:
     num_train: Mapping[int, int]
     split: SplitModel
     folder: RunFolder
-    shared: dict[str, Shared]  # what everyone goes on from, of the clients' segments
-    about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    shared: dict[str, Shared]  # the clients' segments at the start of the next round
+    about: Mapping[str, Any]  # further content of a checkpoint
     first_round: int = 0
-    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+    _paths: list[str] = field(default_factory=list)  # files of ``shared``
 
     @property
     def run(self) -> RunConfig:
         return self.split.recipe.run
 
     def run_all(self) -> None:
-        """Give the initial weights; then merge what each round brings."""
+        """Publish the initial weights, then average the clients' fronts round by round."""
         keeps_own = self.split.recipe.scheme.fronts is Fronts.OWN
         if self.first_round == 0:
             self._write_shared(-1)
             self._commit(0)
         if not (keeps_own and self.first_round):
-            self.give_initial(self.shared, self.first_round)
+            self.publish_initial(self.shared, self.first_round)
         if keeps_own:
             return
         for round_index in range(self.first_round, self.run.rounds):
@@ -185,14 +189,14 @@ class FedRounds:
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
 
-    def give_initial(self, shared: Mapping[str, Shared], first_round: int) -> None:
-        """Put what clients start from that begin with this round."""
-        self._give(INITIAL, shared, first_round - 1, 0)
+    def publish_initial(self, shared: Mapping[str, Shared], first_round: int) -> None:
+        """Publish the weights with which clients start their first round."""
+        self._publish(INITIAL, shared, first_round - 1, 0)
 
-    def _give(
+    def _publish(
         self, name: str, shared: Mapping[str, Shared], round_index: int, samples: int
     ) -> None:
-        """Put weights, trained on so many samples, for everyone."""
+        """Publish weights, trained on ``samples`` samples, to all clients."""
         data = encode_state(joined({n: one.state for n, one in shared.items()}))
         keys = {k: WeightKey(name, self._at(k, round_index)) for k in self.stores}
         puts = {
@@ -202,7 +206,7 @@ class FedRounds:
         run_together(self.network, puts)
 
     def _round(self, round_index: int) -> None:
-        """Take the fronts of those who train in a round, and give what becomes of them."""
+        """Collect the fronts of the round's clients, merge them and publish the result."""
         self.folder.check_there()
         archive, policy = self.folder.archive, self.split.recipe.scheme.fronts
         order = draw(self.run, list(self.stores), round_index)
@@ -222,11 +226,11 @@ class FedRounds:
         path = f"rounds/round_{round_index:03d}.csv"
         archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
         archive.end_round(round_index)
-        self._commit(round_index + 1)  # before the main server can take the round for done
+        self._commit(round_index + 1)  # before the main server can commit the round
         if policy is Fronts.AVERAGED:
-            self._give(AVERAGE, self.shared, round_index, sum(self.num_train[k] for k in order))
+            self._publish(AVERAGE, self.shared, round_index, sum(self.num_train[k] for k in order))
         else:
-            self._pass_on(relay[-1], round_index)
+            self._relay_last(relay[-1], round_index)
         self.folder.events.say(
             f"round {round_index + 1}/{self.run.rounds}: {counted(len(fronts), 'front')}"
             f" {policy.name.lower()}"
@@ -245,23 +249,23 @@ class FedRounds:
     def _collect(
         self, client: int, round_index: int, turns: Turns, relay: list[NamedWeights]
     ) -> Conversation[States]:
-        """Take a client's front; where fronts are relayed, after giving it the one before."""
+        """Collect a client's front; in a relay, first pass the preceding client's front to it."""
         store, at, name = self.stores[client], self._at(client, round_index), client_weights(client)
         yield turns.of(client)
         if relay:
             yield from store.pass_on(WeightKey(relay[-1].name, at), relay[-1].data)
         data = yield from store.get(WeightKey(name, at))
-        of_whom = f"the weights of client {client}"
-        state = decode_state(data, self.split.front_spec, of_whom)
+        title = f"the weights of client {client}"
+        state = decode_state(data, self.split.front_spec, title)
         changing = self.split.changing(state)
-        check_finite(changing, of_whom, self.run.on_nonfinite, self.folder.events.say)
+        check_finite(changing, title, self.run.on_nonfinite, self.folder.events.say)
         if turns.in_order:
             relay.append(NamedWeights(name, encode_state(state)))
             turns.done()
         return self.split.by_segment(state)
 
-    def _pass_on(self, last: NamedWeights, round_index: int) -> None:
-        """Give the last front of a relay to everyone else."""
+    def _relay_last(self, last: NamedWeights, round_index: int) -> None:
+        """Pass the last front of a relay to all other clients."""
         others = {k: s for k, s in self.stores.items() if client_weights(k) != last.name}
         keys = {k: WeightKey(last.name, self._at(k, round_index)) for k in others}
         passing = {

@@ -1,4 +1,4 @@
-"""How a client joins a run.
+"""Register a client and report its data: both ends.
 
 ::
 
@@ -6,8 +6,8 @@
     REGISTER {client_id, instance, fingerprint}  ->
                                                  <-  REGISTERED {client_id, config, round, ...}
                                                  or  INVALID_MESSAGE: why not
-    REQUEST_TO_START {samples, classes, ...}     ->  its data are loaded
-                                                 <-  MESSAGE: who is still missing
+    REQUEST_TO_START {samples, classes, ...}     ->  once its data are loaded
+                                                 <-  MESSAGE: which clients are still missing
 """
 
 import dataclasses
@@ -39,23 +39,21 @@ from sfl.wire.messages import Message, MessageType
 
 MAX_ROUNDS_KEPT = 16
 SHORTEST_HEARTBEAT_S = 0.01
-HASHED_BYTES = 2**26  # of samples, of which about no more than these are in memory
+HASHED_BYTES = 2**26  # most bytes of samples in memory at once while they are hashed
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What the server has to know of a client's data; it never sees more of them."""
+    """What a client reports of its data and its model."""
 
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
-    digest: str  # of the samples and the run's name: whether they are the same when it goes on
-    class_counts: tuple[int, ...] = ()  # of the training samples, if the run weighs by them
-    rounds: tuple[int, ...] = ()  # of which it has what only it has; none: it has nothing such
-    structure: tuple[
-        str, ...
-    ] = ()  # of the model that it built for them, see ``sfl.model.structure``
-    weights: str = ""  # checksum of the front's initial ones, as it draws them
+    digest: str  # of the run's name and the samples: detects other data after a restart
+    class_counts: tuple[int, ...] = ()  # of the training samples, with --class-weights balanced
+    rounds: tuple[int, ...] = ()  # whose own state the client has on disk; empty: it needs none
+    structure: tuple[str, ...] = ()  # digests of the model it built, see ``sfl.model.structure``
+    weights: str = ""  # checksum of the front's initial weights, as drawn at the client
 
     @classmethod
     def of(cls, data: ClientData, run: RunConfig) -> "DataReport":
@@ -67,10 +65,10 @@ class DataReport:
             for rows in torch.split(torch.arange(len(samples)), at_once):
                 digest.update(samples.take(rows).x.numpy().tobytes())
             digest.update(samples.y.numpy().tobytes())
-        told: list[int] = []
+        class_counts: list[int] = []
         if run.class_weights == BALANCED:
-            told = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
-        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(told))
+            class_counts = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
+        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(class_counts))
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,21 @@ class Joined:
     data: DataReport
 
 
-HERE, APART = "here", "apart"  # where the fed server is; or its HOST:PORT
+HERE, APART = "here", "apart"  # the fed server: in the main server's process, or behind a store
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a server says to a client that it registers."""
+    """The server's answer to a registration."""
 
     client: int
     run: RunConfig
-    first_round: int  # that is not done yet
-    goes_on: bool = False  # it has begun before, and its folders are there
-    fed: str = HERE  # APART: it has no port, the weights go through the store
-    heartbeat_s: float = 0.0  # how often the server wants to hear from a client
-    known: frozenset[int] = frozenset()  # clients that have begun before, in any case
-    sfl: str = __version__  # its version
+    first_round: int  # the first that is not done
+    resumed: bool = False  # the run was started before: the client's folder may exist
+    fed: str = HERE  # where the fed server is: HERE, APART, or HOST:PORT
+    heartbeat_s: float = 0.0  # interval at which the server expects a client's messages
+    known: frozenset[int] = frozenset()  # clients that have registered before
+    sfl: str = __version__  # the server's version
 
 
 def client_join(
@@ -108,10 +106,10 @@ def client_join(
     instance: str,
     heartbeat_s: float,
 ) -> Conversation[Welcome]:
-    """Register, and return what the server says.
+    """Register, and return the server's answer.
 
-    ``instance`` is this process's alone: who connects anew with it is no other client. We want to
-    hear from the server every ``heartbeat_s``.
+    ``instance`` is a random id of this process: a reconnect with it is the same client. The server
+    is asked to send a message every ``heartbeat_s``.
     """
     wanted = ANY_ID if wanted_id is None else wanted_id
     content = {
@@ -126,10 +124,10 @@ def client_join(
 
 
 def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
-    """Return what a server says to a client that wants to be client ``wanted``, or ``ANY_ID``.
+    """Parse the answer to a client that asked for the id ``wanted``, or ``ANY_ID``.
 
     Raises:
-        ProtocolError: it makes no sense.
+        ProtocolError: the answer is invalid.
     """
     try:
         run = from_values(RunConfig, reply.get("config", dict), "the server's configuration")
@@ -145,15 +143,15 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
         raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
-    goes_on, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
-    return Welcome(client, run, first_round, goes_on, fed, sfl=one_line(version, 40))
+    resumed, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
+    return Welcome(client, run, first_round, resumed, fed, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
-    """Return how often a peer wants to hear from us.
+    """Return the heartbeat interval in seconds that a peer asks for.
 
     Raises:
-        ProtocolError: it is no sensible number of seconds.
+        ProtocolError: it is out of range.
     """
     if not SHORTEST_HEARTBEAT_S <= (seconds := message.get("heartbeat_s", float)) < math.inf:
         raise ProtocolError(f"a heartbeat every {seconds} seconds makes no sense")
@@ -161,10 +159,10 @@ def parse_heartbeat(message: Message) -> float:
 
 
 def send_report(link: Link, report: DataReport) -> None:
-    """Say that the data are loaded, and what they are.
+    """Send the report of the loaded data.
 
     Raises:
-        DataError: there are more classes than one message holds.
+        DataError: there are more classes than a report may have.
     """
     if len(report.classes) > MAX_CLASSES:
         raise DataError(f"{len(report.classes)} classes; at most {MAX_CLASSES} can be reported")
@@ -178,10 +176,10 @@ def server_join(
     take_id: Callable[[int, str], int],
     answer_check: Callable[[Message], Conversation[None]],
 ) -> Conversation[Joined | None]:
-    """Register one client and wait until its data are loaded; None: it only checked.
+    """Register one client and wait until its data are loaded; return None if it only checked.
 
-    ``welcome`` is for every client, apart from its id, which ``take_id`` gives for the id that it
-    wants and its instance; it raises ``RunError`` to turn the client away.
+    ``take_id`` assigns an id, given the wanted one and the client's instance, or raises
+    ``RunError`` to refuse the client. The rest of ``welcome`` is the same for all clients.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
@@ -194,17 +192,17 @@ def server_join(
     link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
-    link.send_message_as_json(MessageType.REGISTERED, content=told_to(client, welcome))
+    link.send_message_as_json(MessageType.REGISTERED, content=welcome_content(client, welcome))
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
     return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
 
 
 def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
-    """Return the id that a client wants, and what it computes with.
+    """Return the id that a client asks for, and its fingerprint.
 
     Raises:
-        ProtocolError: it has proved to be somebody else, or does not say so.
+        ProtocolError: its token belongs to another client, or the message is invalid.
     """
     wanted = hello.get("client_id", int)
     link.check_proved(Peer(CLIENT, wanted))
@@ -214,13 +212,13 @@ def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
         raise ProtocolError(str(error)) from error
 
 
-def told_to(client: int, welcome: Welcome) -> dict[str, Any]:
+def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
     """Return the content of a client's welcome."""
     return {
         "client_id": client,
         "config": dataclasses.asdict(welcome.run),
         "round": welcome.first_round,
-        "goes_on": welcome.goes_on or client in welcome.known,
+        "goes_on": welcome.resumed or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
         "sfl": welcome.sfl,
@@ -236,38 +234,40 @@ def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
     except ValueError as error:
         raise ProtocolError(f"client_{client} reports {error}") from error
     _check_fits(run, client, shape, classes)
-    told = message.get("class_counts", list)
+    counts = message.get("class_counts", list)
     wanted = len(classes) if run.class_weights == BALANCED else 0
-    if len(told) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in told):
+    if len(counts) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in counts):
         raise ProtocolError(f"client_{client} reports no samples of each class")
     rounds = message.get("rounds", list)
     if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
-    structure, weights = _parse_built(message, client)
-    return DataReport(samples, names, shape, digest, tuple(told), tuple(rounds), structure, weights)
-
-
-def _parse_built(message: Message, client: int) -> tuple[tuple[str, ...], str]:
-    """Return what a client reports of the model that it has built."""
-    told, weights = message.get("structure", list), message.get("weights", str)
-    fine = 0 < len(told) <= MAX_DIGESTS and all(
-        type(d) is str and DIGEST.fullmatch(d) for d in told
+    structure, weights = _parse_model_report(message, client)
+    return DataReport(
+        samples, names, shape, digest, tuple(counts), tuple(rounds), structure, weights
     )
-    if not fine or not CHECKSUM.fullmatch(weights):
+
+
+def _parse_model_report(message: Message, client: int) -> tuple[tuple[str, ...], str]:
+    """Return the structure and the weights' checksum that a client reports of its model."""
+    digests, weights = message.get("structure", list), message.get("weights", str)
+    valid = 0 < len(digests) <= MAX_DIGESTS and all(
+        type(d) is str and DIGEST.fullmatch(d) for d in digests
+    )
+    if not valid or not CHECKSUM.fullmatch(weights):
         raise ProtocolError(f"client_{client} does not report which model it has built")
-    return tuple(told), weights
+    return tuple(digests), weights
 
 
 def _check_fits(
     run: RunConfig, client: int, shape: tuple[int, ...], classes: tuple[str, ...]
 ) -> None:
-    """See that data are those of the run's data set, where this machine knows it.
+    """Check shape and number of classes against the run's data set, if this machine knows it.
 
-    The model is built for them: a shape of a client's own would say how large it is.
+    The server builds the model for them: an invented shape would decide the model's size.
 
     Raises:
-        ProtocolError: they are not.
+        ProtocolError: they differ.
     """
     if ":" in run.dataset:
         return
@@ -284,11 +284,11 @@ def _check_fits(
 
 
 def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:
-    """Return what is recorded of the clients' data, after seeing that they go together.
+    """Return the record of the clients' data, after checking that they are compatible.
 
     Raises:
-        RunError: they do not.
-        ConfigError: the run's class weights are not those of their classes.
+        RunError: they are not.
+        ConfigError: the run's class weights do not match their classes.
     """
     report = check_agreement({k: client.data for k, client in joined.items()})
     counts = [client.data.class_counts for client in joined.values()]
@@ -300,36 +300,36 @@ def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any
         "digests": {str(k): client.data.digest for k, client in joined.items()},
     }
     try:
-        return data_of(described)  # what is recorded is what can be read
+        return data_of(described)  # the check that is made when the record is read
     except ValueError as error:
         raise RunError(f"the clients' data cannot be recorded: {error}") from error
 
 
 def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
-    """Return one client's report after seeing that all have the same classes and shape.
+    """Return one client's report after checking that all have the same classes and shape.
 
     Raises:
-        RunError: they differ; the text names the clients and what one has and the other lacks.
+        RunError: they differ; the message names two clients and the difference.
     """
-    if odd := outvoted(reports):
+    if odd := disagreeing_clients(reports):
         raise RunError(odd[min(odd)])
     return reports[min(reports)]
 
 
-def outvoted(reports: Mapping[int, DataReport]) -> dict[int, str]:
-    """Return the clients whose data do not go with those of most, and how they differ.
+def disagreeing_clients(reports: Mapping[int, DataReport]) -> dict[int, str]:
+    """Return the clients whose data are incompatible with the majority's, and the difference.
 
-    Those stay who are the largest group that agrees; of equal ones the one with the lowest id.
+    The largest group of clients that agree stays; of equally large ones, that with the lowest id.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for k, report in sorted(reports.items()):
         groups.setdefault((report.input_shape, report.classes), []).append(k)
     stay = max(groups.values(), key=len)
-    return {k: difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
+    return {k: data_difference(stay[0], k, reports) for k in sorted(reports.keys() - set(stay))}
 
 
-def difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
-    """Say how two clients' data differ, if in a way that they cannot train together."""
+def data_difference(one: int, other: int, reports: Mapping[int, DataReport]) -> str:
+    """Describe why two clients cannot train together; "" if they can."""
     ours, theirs = reports[one], reports[other]
     if theirs.input_shape != ours.input_shape:
         return (

@@ -1,4 +1,4 @@
-"""What each side accepts from the other: which files, of how many bytes, and where they go."""
+"""Limits on what each side accepts from the other: files, their sizes and where they are stored."""
 
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
 from sfl.strategy.schemes import Exchange
@@ -8,7 +8,7 @@ from sfl.wire.payload import MakeStore
 
 
 def client_limits(split: SplitModel, store: MakeStore) -> Limits:
-    """Return what a client accepts from its server."""
+    """Return the limits of a client for its server's messages."""
     weights = max_state_bytes(split.front_spec)
     limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
     if split.cuts:
@@ -18,7 +18,7 @@ def client_limits(split: SplitModel, store: MakeStore) -> Limits:
 
 
 def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits:
-    """Return what the server accepts from a client of at most so many steps a round."""
+    """Return the server's limits for a client of at most ``num_steps`` steps a round."""
     limits = {MessageType.SEND_MODEL: max_state_bytes(split.front_spec)}
     task = split.recipe.task
     if split.cuts:

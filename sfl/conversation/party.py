@@ -1,4 +1,4 @@
-"""What each side of a conversation has in hand while a run goes on."""
+"""The state of each side of a conversation during a run."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,11 +26,11 @@ from sfl.weights.exchange import WeightStore
 from sfl.wire.link import Link
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data
-PREFIXES = {VALIDATION: "val", TEST: "test"}  # of the metrics of each evaluated part
+PREFIXES = {VALIDATION: "val", TEST: "test"}  # of an evaluated part's metrics
 
 
 class Watcher(Protocol):
-    """Who hears how the training gets on: progress bars and logs."""
+    """Receives training progress, for progress bars and logs."""
 
     def step(self, at: Position, figures: StepFigures) -> None: ...
 
@@ -38,15 +38,15 @@ class Watcher(Protocol):
 
 
 class ServerWatcher(Watcher, Protocol):
-    """Who hears of all clients' steps."""
+    """Receives the progress of all clients."""
 
     def steps(self, client: int, table: Tensor) -> None:
-        """Take note of all steps of a client's round, as ``checked_steps`` gives them."""
+        """Log all steps of a client's round, as ``checked_steps`` returns them."""
 
 
 @dataclass(kw_only=True)
 class Party:
-    """What client and server both have for one client."""
+    """State that client and server both have for one client."""
 
     client: int
     recipe: Recipe
@@ -57,8 +57,8 @@ class Party:
     watcher: Watcher
     profile: Profile
     clock: Stopwatch = field(default_factory=Stopwatch)
-    compute_s: float = 0.0  # this side's work for the client; the server counts it by round
-    warned_in: int = -1  # the round in which people were last told of NaN or infinity
+    compute_s: float = 0.0  # this side's computing for the client; the server resets it each round
+    warned_round: int = -1  # the last round with a warning about NaN or infinity
 
     @property
     def run(self) -> RunConfig:
@@ -69,37 +69,37 @@ class Party:
         return self.recipe.task
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
-        """See that what the peer sent is finite, or warn, once a round.
+        """Check that the peer's tensors are finite; warn at most once a round.
 
-        Within one process nobody means harm, and a run that diverges may go on.
+        In a simulation there is no untrusted peer: a diverging run only logs a warning.
 
         Raises:
-            NotFinite: it is not, and the run refuses that.
+            NotFinite: they are not, and the run's policy is to reject them.
         """
 
         def warn(line: str) -> None:
-            if self.warned_in != at.round:
+            if self.warned_round != at.round:
                 self.watcher.say(f"{line} in round {at.round + 1}")
-                self.warned_in = at.round
+                self.warned_round = at.round
 
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
 
     def check_state(self, state: Mapping[str, Tensor], name: str, at: Position) -> None:
-        """Do as ``check_finite``, for weights."""
+        """Apply ``check_finite`` to weights."""
         self.check_finite(self.split.changing(state), name, at)
 
     def check_loss(self, losses: float | Tensor, of_what: str, at: Position) -> None:
-        """Do as ``check_finite``, for a loss, or several: (N,), that a peer tells or makes."""
+        """Apply ``check_finite`` to a loss, or losses (N,), that a peer reports or causes."""
         self.check_finite([torch.as_tensor(losses)], f"the losses of {of_what}", at)
 
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
-        """See before its update that all that a step gave a segment is finite, or warn.
+        """Apply ``check_finite`` to a step's results before the segment is updated.
 
-        ``computed``: what it gave beside gradients and buffers.
+        Checked are the segment's gradients and buffers, and ``computed``.
 
         Raises:
-            StepFailed: it is not, and the run refuses that.
+            StepFailed: they are not finite, and the run's policy is to reject them.
         """
         given = (*computed, *segment.gradients_in_place(), *segment.statistics())
         name = f"the results of step {at.step} of client {at.client}"
@@ -109,21 +109,21 @@ class Party:
             raise StepFailed(str(error)) from error
 
     def at(self, round_index: int, step: int = -1) -> Position:
-        """Return a position of this client's in the run."""
+        """Return this client's position in the run."""
         return Position(self.run.run, round_index, step, self.client)
 
     def parts(self, round_index: int) -> tuple[str, ...]:
-        """Return what is evaluated after a round."""
+        """Return the parts of the data that are evaluated after a round."""
         last = round_index == self.run.rounds - 1
         return (VALIDATION, TEST) if last else (VALIDATION,)
 
     def end_wait(self) -> None:
-        """Count what has passed as waiting for the peer."""
+        """Count the time since the last lap as waiting for the peer."""
         self.clock.lap("wait")
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Count what is computed inside as work for this client."""
+    def measure_compute(self) -> Iterator[None]:
+        """Add the time of the ``with`` block to ``compute_s``."""
         started = time.perf_counter()
         yield
         self.compute_s += time.perf_counter() - started
@@ -133,19 +133,20 @@ class Party:
 class ClientParty(Party):
     """A client's side."""
 
-    segments: Segments  # that it holds
+    segments: Segments  # the client's
     data: ClientData
-    on_round: Callable[[int, Mapping[str, float]], None]  # round and its figures of this client
-    # Told which round it begins with, and of which round's beginning to take its own things.
+    on_round: Callable[[int, Mapping[str, float]], None]  # given a round and this client's metrics
+    # Given the first round to run, and the round whose start its own state is to be loaded from.
+    # Own state exists at this client only: an optimiser's state, a front that is not shared.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
 
     @property
     def front(self) -> Segment:
-        """Its first segment; where there is no cut, the whole model."""
+        """The client's first segment; without a cut, the whole model."""
         return self.segments.first
 
     def count_batch(self, round_index: int) -> None:
-        """Count a batch of an evaluation as a step: heartbeats name it, and nothing else does."""
+        """Count an evaluation batch as a step, so that heartbeats show progress."""
         now = self.link.at
         step = now.step + 1 if now.round == round_index else 0
         self.link.at = self.at(round_index, step)
@@ -153,10 +154,10 @@ class ClientParty(Party):
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What the server learned of one client in a round."""
+    """What the server received of one client in a round."""
 
-    states: States  # its weights; none where they do not travel to this server
-    seconds: Mapping[str, float]  # what the client says that it spent on its steps
+    states: States  # the client's weights; empty if they are not sent to this server
+    seconds: Mapping[str, float]  # the client's own times of its steps, by ``TIMES``
 
 
 @dataclass(kw_only=True)
@@ -164,24 +165,23 @@ class ServerParty(Party):
     """The server's side, for one client."""
 
     watcher: ServerWatcher
-    backs: Mapping[int, Segments]  # all copies of the server's segments; none if there are none
+    backs: Mapping[int, Segments]  # copies of the server's segments; empty if clients train alone
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
-    # What the client at the other end has, since it connected: what this round starts from, and
-    # what its own training made of this one. A client that is back has neither.
-    at_start_of: int = -1
-    has_trained: int = -1
-    own_round: int = 0  # of which round's beginning the client's own things are
+    # Over the current connection; a client that reconnects starts at -1 again.
+    ready_for_round: int = -1  # the round whose starting weights the client holds
+    trained_round: int = -1  # the last round that the client has trained
+    own_round: int = 0  # the round whose start the client's own state belongs to
 
     @property
     def back_index(self) -> int:
-        """Which copy of the back takes this client's steps."""
+        """The index of the back's copy that takes this client's steps."""
         return self.recipe.scheme.back_of(self.client)
 
     @property
     def back(self) -> Segment:
-        """The last of the segments that take this client's steps."""
+        """The last of the server's segments that take this client's steps."""
         return self.backs[self.back_index].last
 
     def end_wait(self) -> None:
-        """Count no waiting: the server computes for other clients meanwhile."""
+        """Do not count waiting: the server computes for other clients meanwhile."""
         self.clock.start()

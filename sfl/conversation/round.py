@@ -1,32 +1,31 @@
-"""What client and server say to each other in a round and a run.
+"""Run the rounds between a client and the server: both ends.
 
-Both ends stand here, facing each other; ``step`` has a round's steps, ``evaluation`` what follows
-them, ``weights`` the exchange of weights::
+``step`` has a round's steps, ``evaluate`` the evaluation, ``sfl.weights`` the exchange of weights::
 
     client                                           server
     client_run                                       rounds.run_all
       client_start                                   server_start
                                                 <-   GO_ON {front, own}
-                                                <-   the weights that its first round starts from
+                                                <-   the weights at the start of its first round
       client_round
         if it takes part in the round: client_train  server_train
                                                 <-   START_TRAINING {front, steps}
-                                                <-   the front of the client before, if relayed
+                                                <-   the preceding client's front, if relayed
           step: the round's steps                     step
           ROUND_TRAINED {compute_s, ...}        ->
           the client's weights                  ->
                                                      server_evaluate_round
                                                 <-   START_VALIDATION {front}
                                                 <-   the averaged weights
-        evaluation: what it has of each part         evaluation
-                                                <-   VALIDATION_DONE {figures of the round}
-                                                <-   TRAINING_DONE {figures of the run}
+        evaluate: each part of its data              evaluate
+                                                <-   VALIDATION_DONE {metrics of the round}
+                                                <-   TRAINING_DONE {metrics of the run}
       UNREGISTER                                ->
 
-``front`` is the name of the weights that the client takes over first; "" lets it keep what it has.
+``front`` names the weights that the client loads first; "" means that it keeps its own.
 
-A client that was lost and is back begins with ``client_start`` again, and redoes its part of the
-round that is going on; what of it has been done, the server knows, and does not do again.
+A client that reconnects begins at ``client_start`` again and repeats its part of the current round.
+The server knows which of its steps are done, and answers them without computing them again.
 """
 
 import contextlib
@@ -68,7 +67,7 @@ TIMES = ("compute_s", "wait_s", "transfer_s")
 
 
 def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str, float]]:
-    """Train if drawn, evaluate; return the client's own figures."""
+    """Train if the client is drawn, then evaluate; return the client's metrics."""
     link, at = party.link, party.at(round_index)
     yield link
     message = link.receive_message_as_json(
@@ -78,9 +77,9 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
         yield from client_train(party, message)
         yield link
         message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
-    yield from _take_over(party, message)
+    yield from _receive_front(party, message)
     crash_point("validation.before")
-    _keep(party, round_index)
+    _save_own_state(party, round_index)
     own: dict[str, float] = {}
     for part in party.parts(round_index):
         tally = yield from client_evaluate(party, part, round_index)
@@ -93,20 +92,20 @@ def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str,
 def server_evaluate_round(
     party: ServerParty, front: NamedWeights | None, round_index: int
 ) -> Conversation[dict[str, Tally]]:
-    """Send a client the weights that the round gave, and evaluate what follows from them."""
+    """Send a client the round's resulting weights and evaluate them on its samples."""
     at = party.at(round_index)
-    yield from _hand_over(party, MessageType.START_VALIDATION, front, at)
+    yield from _send_front(party, MessageType.START_VALIDATION, front, at)
     tallies = {}
     for part in party.parts(round_index):
         tallies[part] = yield from server_evaluate(party, part, round_index)
-    party.at_start_of = round_index + 1
+    party.ready_for_round = round_index + 1
     return tallies
 
 
 def client_train(party: ClientParty, start: Message) -> Conversation[None]:
-    """Train through a round and give the weights away; faces ``server_train``."""
+    """Train for a round and send the resulting weights; faces ``server_train``."""
     link, at, row = party.link, start.at, party.recipe.scheme
-    yield from _take_over(party, start)
+    yield from _receive_front(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
         party.segments.start_round(at.round)
@@ -126,11 +125,11 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
 def server_train(
     party: ServerParty, plan: RoundPlan, round_index: int
 ) -> Conversation[RoundResult]:
-    """Train with one client through a round, when it is its turn, and take its weights."""
+    """Train with one client for a round, when it is its turn, and receive its weights."""
     link, at, row = party.link, party.at(round_index), party.recipe.scheme
     yield plan.turn_of(party.client)
     steps = plan.num_steps_for(party.client)
-    yield from _hand_over(
+    yield from _send_front(
         party,
         MessageType.START_TRAINING,
         plan.begin(party.client),
@@ -146,50 +145,50 @@ def server_train(
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
-    party.has_trained = round_index
+    party.trained_round = round_index
     plan.rest(party.client)
     if row.fronts is Fronts.OWN:
         return RoundResult({}, seconds)
     name = client_weights(party.client)
     data = yield from party.weights.get(WeightKey(name, at))
     states: States = {}
-    if data:  # else they went to the fed server
+    if data:  # else the client sends them to the fed server
         states = _decode_front(party, data, f"the weights of client {party.client}", at)
-    # What is passed on is what came: it may be an object, whose checksum others compare.
+    # A relay forwards the received bytes unchanged: a store compares an object's checksum.
     plan.end_turn(party.client, NamedWeights(name, bytes(data)))
     return RoundResult(states, seconds)
 
 
 def _decode_front(party: Party, data: Buffer, name: str, at: Position) -> States:
-    """Return the weights of the clients' segments in a file that a peer sent."""
+    """Decode and check a peer's file of the clients' segments."""
     front = decode_state(data, party.split.front_spec, name)
     party.check_state(front, name, at)
     return party.split.by_segment(front)
 
 
 def _parse_weights(start: Message, num_classes: int) -> list[float]:
-    """Return the weights of the classes in the loss, for a client that computes it."""
+    """Return the class weights of the loss, for a client that computes it."""
     weights = start.get("class_weights", list)
-    fine = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
-    if not fine or len(weights) not in (0, num_classes):
+    valid = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
+    if not valid or len(weights) not in (0, num_classes):
         raise ProtocolError(f"{len(weights)} weights of {num_classes} classes make no sense")
     return weights
 
 
-def _take_over(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
-    """Take over the front that a message names, if any; faces ``_hand_over``.
+def _receive_front(party: ClientParty, message: Message, held: bytes = b"") -> Conversation[None]:
+    """Load the front that a message names, if any; faces ``_send_front``.
 
-    ``held`` may be that already.
+    ``held``: the file of the current weights; if it is the same file, nothing is transferred.
     """
     if name := message.get("front", str):
         data = yield from party.weights.get(WeightKey(check_name(name), message.at), held)
         party.segments.load(_decode_front(party, data, f"the weights {name}", message.at))
 
 
-def _hand_over(
+def _send_front(
     party: ServerParty, message: MessageType, front: NamedWeights | None, at: Position, **more: Any
 ) -> Conversation[None]:
-    """Start a client on a front, or on the one that it has."""
+    """Send a message, and the front that the client is to load; None: it keeps its own."""
     content = {"front": front.name if front else "", **more}
     party.link.send_message_as_json(message, content=content, at=at)
     if front:
@@ -201,9 +200,9 @@ def _hand_over(
 
 
 def _seconds_spent(party: ClientParty, total_s: float, before: Counters) -> dict[str, str]:
-    """Return where the time of a round's steps went, as text of one width.
+    """Return the times of a round's steps in seconds, as text of fixed width.
 
-    So that the number of bytes on the wire does not depend on how long something took.
+    The width makes the number of bytes on the wire independent of the measured times.
     """
     now = party.link.counters
     sending_s, receiving_s = now.sending_s - before.sending_s, now.receiving_s - before.receiving_s
@@ -221,8 +220,8 @@ def _parse_seconds(text: str) -> float:
     return float(text)
 
 
-def _keep(party: ClientParty, round_index: int) -> None:
-    """Write down what only this client has, before the server can take the round for done."""
+def _save_own_state(party: ClientParty, round_index: int) -> None:
+    """Write the client's own state to disk before the server can commit the round."""
     if not has_own(party.recipe):
         return
     files = {}
@@ -240,7 +239,7 @@ def _keep(party: ClientParty, round_index: int) -> None:
 
 
 def client_start(party: ClientParty) -> Conversation[int]:
-    """Take over what the next round starts from; return which round that is."""
+    """Load the weights at the start of the first round to run; return that round."""
     yield party.link
     message = party.link.receive_message_as_json(MessageType.GO_ON)
     first = message.at.round + 1
@@ -248,22 +247,22 @@ def client_start(party: ClientParty) -> Conversation[int]:
         raise ProtocolError(f"the server lets us go on after {message.at}")
     party.on_start(first, message.get("own", int))
     held = encode_state(joined(party.segments.states()))
-    yield from _take_over(party, message, held)
+    yield from _receive_front(party, message, held)
     return first
 
 
 def server_start(
     party: ServerParty, front: NamedWeights | None, round_index: int
 ) -> Conversation[None]:
-    """Bring a client to where a round starts, if it is not there; faces ``client_start``."""
-    if party.at_start_of != round_index:
+    """Send a client the weights at a round's start, unless it has them; faces ``client_start``."""
+    if party.ready_for_round != round_index:
         at, own = party.at(round_index - 1), party.own_round
-        yield from _hand_over(party, MessageType.GO_ON, front, at, own=own)
-        party.at_start_of = round_index
+        yield from _send_front(party, MessageType.GO_ON, front, at, own=own)
+        party.ready_for_round = round_index
 
 
 def client_run(party: ClientParty) -> Conversation[None]:
-    """Take part in all rounds of a run, or in those that are left; faces ``rounds.run_all``."""
+    """Take part in the run's remaining rounds; faces ``Rounds.run_all``."""
     first = yield from client_start(party)
     for round_index in range(first, party.run.rounds):
         own = yield from client_round(party, round_index)
@@ -272,12 +271,12 @@ def client_run(party: ClientParty) -> Conversation[None]:
     yield party.link
     party.link.receive_message_as_json(MessageType.TRAINING_DONE)
     crash_point("run.before_goodbye")
-    with contextlib.suppress(ConnectionLost):  # all is done, whether the server hears it or not
+    with contextlib.suppress(ConnectionLost):  # the run is done, even if the message is lost
         party.link.send_message_as_json(MessageType.UNREGISTER)
 
 
 def server_goodbye(party: ServerParty, figures: Mapping[str, float]) -> Conversation[None]:
-    """Say that the run is over, and wait until a client has taken its leave."""
+    """Send the end of the run, and wait until the client unregisters."""
     party.link.send_message_as_json(MessageType.TRAINING_DONE, content=dict(figures))
     yield party.link
     party.link.receive_message_as_json(MessageType.UNREGISTER)

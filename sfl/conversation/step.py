@@ -1,4 +1,4 @@
-"""A round's steps, as pairs of ends that face each other: one pair for each ``Exchange``.
+"""Run a round's steps: one pair of client's and server's end for each ``Exchange``.
 
 ::
 
@@ -14,7 +14,7 @@
       TRAINING_GRADS {loss, correct}             ->  average over the clients; update
                                                  <-  SEND_AGGREGATED_MODEL + the parameters
     NOTHING: client_local_steps                      server_local_steps
-      every step alone
+      every step without the server
       TRAINING_FIGURES   + loss, correct         ->
 """
 
@@ -45,7 +45,7 @@ from sfl.wire.messages import Message, MessageType
 
 
 class Batch(NamedTuple):
-    """What a client takes a step on. x: (B, C, H, W) float32, y: (B,) int64."""
+    """The input of a step. x: (B, C, H, W) float32, y: (B,) int64."""
 
     at: Position
     x: Tensor
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
-    """Yield the batches of a client's own steps, each made when it is asked for."""
+    """Yield the batches of a client's steps, each built on demand."""
     count = len(party.data.train)
     drawn = batch_indices(count, party.run, round_index=round_index, client=party.client)
     for step, indices in enumerate(drawn):
@@ -62,7 +62,7 @@ def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
 
 
 def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int]]:
-    """Yield where each of a client's own steps stands, and its number of samples."""
+    """Yield the position and the number of samples of each of a client's steps."""
     count, run = party.num_samples[TRAIN], party.run
     epochs = (batch_sizes(count, run.batch_size) for _ in range(run.local_epochs))
     for step, size in enumerate(itertools.chain.from_iterable(epochs)):
@@ -70,7 +70,7 @@ def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int
 
 
 def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
-    """Train the front through a round; faces ``server_cut_steps``."""
+    """Train the front for a round; faces ``server_cut_steps``."""
     batches = _batches(party, round_index)
     batch = next(batches, None)
     while batch is not None:
@@ -78,12 +78,12 @@ def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Co
 
 
 def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
-    """Train the back with one client through a round, at each step when it is its turn."""
+    """Train the back with one client for a round, waiting for its turn before each step."""
     turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
         cut = Cut(party, at, size)
         if answer := plan.spool.get(at):
-            yield from server_step_again(cut, answer, plan)
+            yield from server_repeat_step(cut, answer, plan)
         else:
             if turns.in_order:
                 yield turns.of(party.client)
@@ -93,9 +93,9 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
 def client_step(
     party: ClientParty, batch: Batch, following: Iterator[Batch]
 ) -> Conversation[Batch | None]:
-    """Train the front on one batch; faces ``server_step``. Return the batch that follows.
+    """Train the front on one batch; faces ``server_step``. Return the next batch.
 
-    That one is made while the server works.
+    It is built while the server computes.
     """
     front, clock, (at, x, y) = party.front, party.clock, batch
     cut = Cut(party, at, len(y))
@@ -114,7 +114,7 @@ def client_step(
     crash_point("front.after_update")
     clock.lap("update")
     cut.record(order=at.step)
-    party.watcher.step(at, _figures(party, reply, len(y)))
+    party.watcher.step(at, _parse_figures(party, reply, len(y)))
     clock.lap("archive")
     return next_batch
 
@@ -122,24 +122,24 @@ def client_step(
 def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[None]:
     """Train the back on one batch; faces ``client_step``.
 
-    The gradients are on their way before the back's update. Once they are computed the step is
-    taken, whether they arrive or not: a client that is lost asks again, ``server_step_again``.
+    The gradients are sent before the back is updated. The step counts as done even if sending
+    fails: a client that reconnects gets the stored answer, see ``server_repeat_step``.
     """
     back, clock, at = party.back, party.clock, cut.at
-    y, _ = yield from cut.receive(LABELS)  # read while the client computes
+    y, _ = yield from cut.receive(LABELS)  # decoded while the client computes
     z, asked = yield from cut.receive(ACTIVATIONS)
-    with party.working():
+    with party.measure_compute():
         figures, dz = _compute(party, back, (z, y), at)
         clock.lap("forward")
         assert dz is not None
         grads = cut.encode(GRADS, dz)
-    answer = Answer(grads.data, _content(party, figures), asked.checksum)
+    answer = Answer(grads.data, _figures_content(party, figures), asked.checksum)
     crash_point("step.before_answer")
     try:
         cut.send_file(GRADS, grads, answer.content)
     finally:
         crash_point("step.after_answer")
-        with party.working():
+        with party.measure_compute():
             back.update()
         crash_point("step.after_update")
         clock.lap("update")
@@ -150,10 +150,10 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
         clock.lap("archive")
 
 
-def server_step_again(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
-    """Answer a step that has been taken as it was answered then; faces ``client_step``."""
-    yield from cut.hear(LABELS)
-    asked = yield from cut.hear(ACTIVATIONS)
+def server_repeat_step(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
+    """Send the stored answer of a step that is already done; faces ``client_step``."""
+    yield from cut.receive_message(LABELS)
+    asked = yield from cut.receive_message(ACTIVATIONS)
     if asked.checksum != answer.asked:
         plan.unlike.add(cut.at.client)
     cut.send_file(GRADS, File(answer.data), answer.content)
@@ -162,10 +162,10 @@ def server_step_again(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation
 def _compute(
     party: Party, last: Segment, batch: tuple[Tensor, Tensor], at: Position
 ) -> tuple[StepFigures, Tensor | None]:
-    """Compute a step of the model's last segment, which stays as it was if it is refused.
+    """Compute a step of the model's last segment; undo it on failure.
 
     Raises:
-        StepFailed: it cannot be computed, or what it gives is not finite.
+        StepFailed: it cannot be computed, or its results are not finite.
     """
     try:
         figures, dz = train_step(last, *batch, at)
@@ -177,23 +177,23 @@ def _compute(
     return figures, dz
 
 
-def _figures(party: Party, message: Message, size: int) -> StepFigures:
-    """Return what a peer says of a step over ``size`` samples."""
+def _parse_figures(party: Party, message: Message, size: int) -> StepFigures:
+    """Return the peer's figures of a step over ``size`` samples, checked."""
     counts = [message.get(name, int) for name in party.task.counted]
     return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
-def _content(party: Party, figures: StepFigures) -> dict[str, float]:
+def _figures_content(party: Party, figures: StepFigures) -> dict[str, float]:
     return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
 
 
 def client_gradient_steps(
     party: ClientParty, round_index: int, num_steps: int
 ) -> Conversation[None]:
-    """Compute gradients of the whole model, and take over what the server makes of everyone's.
+    """Send gradients of the whole model and load the updated weights, step by step.
 
-    A client that has no batch left takes over the weights all the same: ``num_steps`` counts those
-    of the client that has most.
+    ``num_steps`` is that of the client with the most batches: a client without a batch left still
+    loads the weights.
     """
     link, spec = party.link, party.split.parameters_spec
     batches = _batches(party, round_index)
@@ -202,7 +202,7 @@ def client_gradient_steps(
         if batch := next(batches, None):
             x, y = batch.x, batch.y
             figures, _ = _compute(party, party.front, (x, y), at)
-            grads, content = encode_state(party.front.gradients()), _content(party, figures)
+            grads, content = encode_state(party.front.gradients()), _figures_content(party, figures)
             link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
             _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
@@ -219,7 +219,7 @@ def client_gradient_steps(
 def server_gradient_steps(
     party: ServerParty, plan: RoundPlan, round_index: int
 ) -> Conversation[None]:
-    """Add a client's gradients to everyone's, and send what the update gave."""
+    """Add a client's gradients to the pool, and send the updated weights, step by step."""
     link, pool = party.link, plan.pool
     assert pool is not None
     sizes = _sizes(party, round_index)
@@ -228,23 +228,24 @@ def server_gradient_steps(
         if own := next(sizes, None):
             yield link
             message = link.receive_file(MessageType.TRAINING_GRADS, at=at)
-            if step >= pool.num_given(party.client):  # else it redoes what is in the update already
-                with party.working():
+            if step >= pool.num_given(party.client):  # else a repeated step, already in the pool
+                with party.measure_compute():
                     figures = _add_gradients(party, pool, message, own[1])
                 party.watcher.step(at, figures)
-        yield _both(pool.has_updated(step), link.has_sent)  # who has no batch left does not ask
+        # A client without a batch left sends nothing that would pace this loop.
+        yield _both(pool.has_updated(step), link.has_sent)
         link.send_file(MessageType.SEND_AGGREGATED_MODEL, pool.answer(step), at=at)
 
 
 def _add_gradients(
     party: ServerParty, pool: GradientPool, message: Message, num_samples: int
 ) -> StepFigures:
-    """Check and record a client's gradients, and add them to everyone's."""
+    """Check and record a client's gradients, and add them to the pool."""
     at, title = message.at, party.link.peer_title
     name = f"the gradients of {title}"
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
-    figures = _figures(party, message, num_samples)
+    figures = _parse_figures(party, message, num_samples)
     party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):
@@ -253,7 +254,7 @@ def _add_gradients(
 
 
 def _record_gradients(party: Party, at: Position, num_samples: int, data: Buffer) -> None:
-    """Hand the gradients of the whole model to the archive, with the shape of their labels."""
+    """Record the gradients of the whole model, with the spec of their labels."""
     tensors = {WEIGHT_GRADS: (File(data), party.task.labels_spec(num_samples))}
     party.archive.record_step(tensors, at, order=at.step)
 
@@ -263,7 +264,7 @@ def _both(one: Gate, other: Gate) -> Gate:
 
 
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
-    """Train the whole model through a round, alone; faces ``server_local_steps``."""
+    """Train the whole model for a round without the server; faces ``server_local_steps``."""
     rows = []
     for at, x, y in _batches(party, round_index):
         figures, _ = _compute(party, party.front, (x, y), at)
@@ -276,7 +277,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
 
 
 def server_local_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
-    """Hear how a client's steps went; faces ``client_local_steps``."""
+    """Receive and check the figures of a client's steps; faces ``client_local_steps``."""
     link = party.link
     yield link
     message = link.receive_file(MessageType.TRAINING_FIGURES, at=party.at(round_index))

@@ -1,4 +1,4 @@
-"""A client's way to the weights: over its connection, to a fed server, or through a store."""
+"""A client's connection and authentication, and its store of weights."""
 
 import contextlib
 import json
@@ -39,23 +39,23 @@ from sfl.wire.messages import MessageType
 
 @dataclass(frozen=True)
 class Access:
-    """What a machine that connects has to show, and how it connects."""
+    """Connects and authenticates to servers, with this machine's tokens."""
 
     tokens: Tokens | None
     dialler: Dialler
-    calls: Calls = field(default_factory=Calls)  # that block, while other clients go on
+    calls: Calls = field(default_factory=Calls)  # runs blocking calls beside hosted clients
 
     @classmethod
     def of(cls, node: PeerNode, dialler: Dialler) -> "Access":
-        """Return what a node's options name.
+        """Read the token file that a node's options name.
 
         Raises:
-            ConfigError: its file of tokens cannot be used.
+            ConfigError: the file cannot be used.
         """
         return cls(tokens_of(node), dialler)
 
-    def show(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
-        """Show who we are, if we have a token, and see who listens; ``run`` is what it must have.
+    def authenticate(self, link: Link, peer: Peer, listener: str, run: str = "") -> None:
+        """Authenticate both sides, if this machine has a token; ``run`` is the server's run.
 
         Raises:
             ConfigError, AuthError: as ``client_authenticate``.
@@ -64,16 +64,16 @@ class Access:
             talk = client_authenticate(link, self.tokens, peer, listener=listener, run=run)
             link.proved_run = run_blocking(talk)
 
-    def reach(self, address: str, node: ClientNode, again_s: float | None = None) -> Channel:
-        """Connect to a server, with a node's patience; no files are accepted yet.
+    def connect(self, address: str, node: ClientNode, reconnect_s: float | None = None) -> Channel:
+        """Connect to a server; files are refused until the caller sets limits.
 
-        ``again_s`` is for how long to try, if it was there before.
+        ``reconnect_s``: the timeout if the server was reached before; else ``connect_timeout``.
 
         Raises:
             ConfigError, RunError, AuthError, ConnectionLost: as ``Dialler.connect``.
         """
-        patience_s = again_s or node.connect_timeout
-        channel = self.dialler.connect(address, patience_s, again=again_s is not None)
+        patience_s = reconnect_s or node.connect_timeout
+        channel = self.dialler.connect(address, patience_s, again=reconnect_s is not None)
         channel.on_notice = say
         return channel
 
@@ -84,13 +84,13 @@ class Registered:
 
     link: Channel
     welcome: Welcome
-    instance: str  # of this process's client
+    instance: str  # the client's random id
     fingerprint: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def hearing_why(channel: Channel) -> Iterator[None]:
-    """On failure tell the server why we end, or find out why it has left; then close."""
+def closing_with_reason(channel: Channel) -> Iterator[None]:
+    """On failure send the server our reason, or raise the reason it sent; then close."""
     try:
         yield
     except BaseException as error:
@@ -98,27 +98,27 @@ def hearing_why(channel: Channel) -> Iterator[None]:
             if isinstance(error, PeerFailed):
                 raise
             if not isinstance(error, ConnectionLost):
-                channel.dismiss(last_words_of(error), reason_of(error))
+                channel.dismiss(closing_message_type(error), reason_of(error))
             elif why := channel.last_words():
                 raise why from error
             raise
 
 
-def last_words_of(error: BaseException) -> MessageType:
-    """Return how a client says why it ends: whether another try may go better."""
-    if isinstance(error, KeyboardInterrupt | Damaged):  # it may come back
+def closing_message_type(error: BaseException) -> MessageType:
+    """Return the type of a client's closing message, by whether another attempt may succeed."""
+    if isinstance(error, KeyboardInterrupt | Damaged):  # the client may return
         return MessageType.UNREGISTER
     if isinstance(error, ProtocolError) and not isinstance(error, NotFinite):
         return MessageType.INVALID_MESSAGE
-    its_own_trouble = isinstance(error, SflError | OSError | MemoryError)
-    if isinstance(error, RECURRING) or not its_own_trouble:  # code that fails does so again
+    is_own_failure = isinstance(error, SflError | OSError | MemoryError)
+    if isinstance(error, RECURRING) or not is_own_failure:  # faulty code fails again
         return MessageType.FAILED
     return MessageType.ABORT
 
 
 @dataclass(frozen=True)
 class StoreAccess:
-    """A client's way to the weights, for one registration."""
+    """Opens the store of weights of one registration."""
 
     node: ClientNode
     access: Access
@@ -131,11 +131,11 @@ class StoreAccess:
     ) -> Conversation[tuple[WeightStore, Channel | None]]:
         """Open the store; also return the channel to a fed server, if there is one.
 
-        ``stack`` closes it; a file of weights has at most ``most_bytes``.
+        ``stack`` closes the channel; a file of weights has at most ``most_bytes``.
 
         Raises:
-            ConfigError: the server names a place that this client does not allow.
-            RunError: the place or the fed server cannot be used.
+            ConfigError: the server names a store that this client does not allow.
+            RunError: the store or the fed server cannot be used.
         """
         run, fed, node = self.registered.welcome.run, self.registered.welcome.fed, self.node
         link = self.registered.link
@@ -149,35 +149,35 @@ class StoreAccess:
         if fed not in (HERE, APART):
             channel = yield from self.access.calls.run(self._join_fed)
             stack.enter_context(channel)
-            stack.enter_context(hearing_why(channel))
+            stack.enter_context(closing_with_reason(channel))
             self.folder.events.say(f"the fed server is at {fed}")
-            return _FromFed(SocketWeights(channel)), channel
+            return _FedServerWeights(SocketWeights(channel)), channel
         if node.fed_server:
             raise ConfigError(f"--fed-server {node.fed_server}: but the server is that as well")
         return SocketWeights(link), None
 
     def _open_place(self) -> Callable[[Link | None, int], WeightStore]:
-        """Open the place that the run's weights go through."""
+        """Open the folder or bucket that the run's weights go through."""
         run, timeout_s = self.registered.welcome.run, self.node.weights_timeout
         address = allowed_address(run.weights, self.node.allow_weights)
         options = StoreOptions(address, self.folder.path / "downloads", timeout_s, timeout_s, say)
         place = options.open_place()
         assert place is not None
         place.check()
-        _sign_in(place, run, self.registered.welcome.client, self.report)
+        _write_probe(place, run, self.registered.welcome.client, self.report)
         self.folder.events.say(f"weights go through {place.title}")
         return store_maker(place, options, self.access.calls.wake)
 
     def _join_fed(self) -> Channel:
         """Register at the fed server.
 
-        Our report is the caller's to send, once the main server has begun the run: it may refuse.
+        The caller sends the report when the main server has started the run, and so accepted it.
         """
         welcome, node, access = self.registered.welcome, self.node, self.access
-        channel = access.reach(node.fed_server or welcome.fed, node)
+        channel = access.connect(node.fed_server or welcome.fed, node)
         channel.name, channel.peer_name = f"client_{welcome.client}", "the fed server"
-        with hearing_why(channel):
-            access.show(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
+        with closing_with_reason(channel):
+            access.authenticate(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
             joining = client_join(
                 channel,
                 welcome.client,
@@ -192,16 +192,15 @@ class StoreAccess:
 
 
 def allowed_address(named: str, allowed: str) -> str:
-    """Return the address of a store that a server names, as this client knows it.
+    """Return this client's address of the store that a server names.
 
-    A server chooses neither a path nor whom a client's weights are given to: the client's own
-    command line does.
+    Paths and recipients of a client's weights are chosen by its command line, not by the server.
 
     Raises:
-        ConfigError: the client does not allow it.
+        ConfigError: the client's command line does not allow the store.
     """
     if named.startswith("dir:") and allowed.startswith("dir:"):
-        return allowed  # where this machine has that folder
+        return allowed  # this machine's path of the shared folder
     inside = allowed and f"{named.rstrip('/')}/".startswith(f"{allowed.rstrip('/')}/")
     if not inside:
         raise ConfigError(
@@ -211,8 +210,8 @@ def allowed_address(named: str, allowed: str) -> str:
     return named
 
 
-def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport) -> None:
-    """Write a first object: it shows that we may."""
+def _write_probe(place: ObjectStore, run: RunConfig, client: int, report: DataReport) -> None:
+    """Write an object, which shows that this client has write access."""
     content = json.dumps({"client": client, "data": report.digest}).encode()
     about = {"run": run.run, "client": str(client), "checksum": checksum(content)}
     path = f"{run.run}/clients/client_{client}_{report.digest[:16]}"  # other data, another object
@@ -220,27 +219,27 @@ def _sign_in(place: ObjectStore, run: RunConfig, client: int, report: DataReport
 
 
 @dataclass(frozen=True)
-class _FromFed:
-    """A store over the connection to the fed server, which tells the main server when it fails."""
+class _FedServerWeights:
+    """Weights over the fed server's connection; its failures are reported to the main server."""
 
     store: WeightStore
 
     def put(self, key: WeightKey, data: bytes, samples: int = 0) -> Conversation[None]:
-        with _failing():
+        with _as_own_failure():
             yield from self.store.put(key, data, samples)
 
     def pass_on(self, key: WeightKey, data: bytes) -> Conversation[None]:
-        with _failing():
+        with _as_own_failure():
             yield from self.store.pass_on(key, data)
 
     def get(self, key: WeightKey, held: bytes = b"") -> Conversation[Buffer]:
-        with _failing():
+        with _as_own_failure():
             return (yield from self.store.get(key, held))
 
 
 @contextlib.contextmanager
-def _failing() -> Iterator[None]:
-    """Make of the fed server's failure one of ours, so that the main server hears of it."""
+def _as_own_failure() -> Iterator[None]:
+    """Raise the fed server's failure as ``RunError``, which the main server is told."""
     try:
         yield
     except (ConnectionLost, PeerFailed) as error:

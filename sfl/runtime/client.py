@@ -1,4 +1,4 @@
-"""A client: connect, register, load the data, take part in the rounds."""
+"""Run a client: connect, register, load the data, take part in the rounds."""
 
 import contextlib
 import dataclasses
@@ -35,9 +35,9 @@ from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
-from sfl.runtime.access import Access, Registered, StoreAccess, hearing_why
+from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
 from sfl.runtime.client_process import ClientProcess
-from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
+from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
 from sfl.strategy.recipe import Recipe
@@ -55,22 +55,22 @@ from sfl.wire.payload import onto
 
 
 def take_part(node: ClientNode, transport: Transport = TCP) -> None:
-    """Take part in one run as a client; if the server is lost, for as long as the node says so.
+    """Take part in one run as a client; reconnect to a lost server until the node's timeout.
 
     Raises:
-        ConfigError, DataError: the run's configuration or data cannot be had here.
-        RunError: no server, or a folder that cannot be written.
-        PeerFailed: the server turned us away or ended the run, and says why.
+        ConfigError, DataError: this machine cannot use the run's configuration or data.
+        RunError: the server cannot be reached, or the folder cannot be written.
+        PeerFailed: the server refused this client or ended the run, and gave a reason.
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
-    parse_address(node.server)  # before torch's own start
+    parse_address(node.server)  # a bad address fails before torch starts
     with transport.client(node, say) as dialler:
         process = ClientProcess(Access.of(node, dialler), set_up_torch(node))
         run_blocking(take_part_in(process, node))
 
 
 def take_part_in(process: ClientProcess, node: ClientNode) -> Conversation[None]:
-    """Do as ``take_part``, as one of the clients of a process."""
+    """Take part as one of the process's clients, see ``take_part``."""
     with contextlib.ExitStack() as stack:
         client, attempts, calls = _Client(node, process, stack), _Attempts(), process.access.calls
         yield from client.take_part()
@@ -84,7 +84,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 
 
 class _Attempts:
-    """How often a server that was lost is tried again: ever less, while nothing comes of it."""
+    """Retries of a lost server: the pauses grow while the run makes no progress."""
 
     def __init__(self) -> None:
         self._num_starts = self._num_steps = -1
@@ -92,15 +92,15 @@ class _Attempts:
         self._since = 0.0
 
     def pause_s(self, error: SflError, client: "_Client") -> float:
-        """Return how long to wait after a loss; what came of the last try, the client tells.
+        """Return how long to pause before the next attempt.
 
         Raises:
-            SflError: the server has not let us go on for as long as the client's ``patience_s``.
+            SflError: ``error``, when the server has not resumed this client within ``patience_s``.
         """
         now, timeout_s, (num_starts, num_steps) = (
             time.monotonic(), client.patience_s, client.progress,
         )  # fmt: skip
-        held = client.registered_s > LONGEST_PAUSE_S  # in the waiting room, for one
+        held = client.registered_s > LONGEST_PAUSE_S  # for example, waiting for other clients
         if num_starts != self._num_starts or held:
             self._num_starts, self._since = num_starts, now
         if num_steps != self._num_steps or held:
@@ -114,7 +114,7 @@ class _Attempts:
 
 
 class _Client:
-    """One client through all its connections: what it keeps when one is lost."""
+    """One client, over all its connections."""
 
     def __init__(
         self,
@@ -129,41 +129,41 @@ class _Client:
         self._welcome: Welcome | None = None  # of the first connection
         self._folder: RunFolder | None = None
         self._loaded: _Loaded | None = None
-        self.lost: SflError | None = None  # why the last connection ended, if we may come back
-        self._registered_at = math.inf  # over the last connection
+        self.lost: SflError | None = None  # why the last connection ended, if we may reconnect
+        self._registered_at = math.inf  # when the last connection was registered
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How often the server has let this process go on, and how many steps it has taken."""
+        """How often the server has started this client, and how many steps it has done."""
         loaded = self._loaded
         return (loaded.num_starts, loaded.log.num_steps) if loaded else (0, 0)
 
     @property
     def patience_s(self) -> float:
-        """For how long to try to reach the server."""
+        """How long to try to reach the server, in seconds."""
         node = self._node
         return node.reconnect_timeout if self._welcome else node.connect_timeout
 
     @property
     def registered_s(self) -> float:
-        """For how long, until now, the last connection has been registered; 0: it never was."""
+        """Seconds since the last connection was registered; 0 if it never was."""
         return max(time.monotonic() - self._registered_at, 0.0)
 
-    def take_part(self, again_s: float | None = None) -> Conversation[None]:
-        """Take part over one connection; ``lost`` says afterwards whether to come back.
+    def take_part(self, reconnect_s: float | None = None) -> Conversation[None]:
+        """Take part over one connection; afterwards ``lost`` is set if a reconnect may help.
 
-        ``again_s`` is for how long to try to connect, if it is not the first time.
+        ``reconnect_s``: the timeout to connect again; None on the first connection.
         """
         self.lost, self._registered_at = None, math.inf
         calls = self._access.calls
         try:
-            registered = yield from calls.run(functools.partial(self._connect, again_s))
+            registered = yield from calls.run(functools.partial(self._connect, reconnect_s))
             self._registered_at = time.monotonic()
-            with registered.link as link, hearing_why(link):
+            with registered.link as link, closing_with_reason(link):
                 yield from self._join(registered)
                 yield from calls.run(link.part)
         except BaseException as error:
-            if isinstance(error, PASSING) and self._may_come_back(error):
+            if isinstance(error, PASSING) and self._may_reconnect(error):
                 self.lost = error
             elif self._folder:
                 with telling_why(self._folder):
@@ -171,12 +171,12 @@ class _Client:
             else:
                 raise
 
-    def _may_come_back(self, error: SflError) -> bool:
-        """Say whether a new connection may mend an error.
+    def _may_reconnect(self, error: SflError) -> bool:
+        """Return whether a new connection may help.
 
-        Not if the server is one of two; nor if it said that it ends before the run had begun.
+        Not with a separate fed server, nor if the server said that it ends before the run began.
         """
-        if self._welcome is None:  # the server did not get to answer
+        if self._welcome is None:  # the connection was lost before the server's answer
             return True
         if self._welcome.fed != HERE:
             return False
@@ -186,23 +186,23 @@ class _Client:
 
     @property
     def _wanted_id(self) -> int | None:
-        """The client that this is to be: as told, or as the one token says that it has."""
+        """The wanted client id: the option's, or that of the token file's only token."""
         tokens = self._access.tokens
         told = self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _connect(self, again_s: float | None) -> Registered:
-        """Connect and register: who connects has to do so soon, whatever other clients compute."""
-        link = self._access.reach(self._node.server, self._node, again_s)
+    def _connect(self, reconnect_s: float | None) -> Registered:
+        """Connect and register in one call: servers drop connections that register late."""
+        link = self._access.connect(self._node.server, self._node, reconnect_s)
         link.peer_name = "server"
-        with hearing_why(link):
+        with closing_with_reason(link):
             return self._register(link)
 
     def _register(self, link: Channel) -> Registered:
         known = self._welcome
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
-        self._access.show(link, peer, SERVER, known.run.run if known else "")
+        self._access.authenticate(link, peer, SERVER, known.run.run if known else "")
         ours = fingerprint(self._device)
         joining = client_join(
             link, wanted, ours, instance=self._instance,
@@ -211,7 +211,7 @@ class _Client:
         welcome = run_blocking(joining)
         crash_point("start.registered")
         if known:
-            _check_still_that(welcome, known)
+            _check_run_unchanged(welcome, known)
         return Registered(link, welcome, self._instance, ours)
 
     def _join(self, registered: Registered) -> Conversation[None]:
@@ -221,13 +221,13 @@ class _Client:
             self._folder, self._welcome = self._open(welcome, recipe), welcome
         if self._loaded is None:
             self._loaded = _Loaded(welcome, recipe, self._node, self._process, self._folder)
-        yield from self._loaded.run_over(registered, recipe)
+        yield from self._loaded.run_on(registered, recipe)
 
     def _open(self, welcome: Welcome, recipe: Recipe) -> RunFolder:
-        """Open the folder of this client in the run, new or not."""
+        """Open this client's folder of the run, new or existing, and record its options."""
         node, name = self._node, f"client_{welcome.client}"
         path = node.out_path / "client" / welcome.run.run / name
-        _find_folder(path, welcome)
+        _check_folder(path, welcome)
         keep = dataclasses.replace(recipe.keep, tensors=node.kept_tensors)
         folder = self._stack.enter_context(open_folder(path, CLIENT_LOG, keep))
         folder.events.is_quiet = self._process.hosts_many
@@ -244,11 +244,11 @@ class _Client:
         return folder
 
 
-def _check_still_that(welcome: Welcome, known: Welcome) -> None:
-    """See that a server that we came back to has the run that it had.
+def _check_run_unchanged(welcome: Welcome, known: Welcome) -> None:
+    """Check that the server still has the same run after a reconnect.
 
     Raises:
-        RunError: it has another one.
+        RunError: it has another run.
     """
     try:
         check_goes_on(dataclasses.asdict(known.run), dataclasses.asdict(welcome.run))
@@ -256,13 +256,13 @@ def _check_still_that(welcome: Welcome, known: Welcome) -> None:
         raise RunError(f"the server has another run now: {error}") from error
 
 
-def _find_folder(path: Path, welcome: Welcome) -> None:
-    """See that a client's folder of a run is there: of before, if it was in the run, or new.
+def _check_folder(path: Path, welcome: Welcome) -> None:
+    """Create a client's folder of a run, or check the existing one of a resumed run.
 
     Raises:
-        RunError: it is of another run or client, or cannot be written.
+        RunError: it belongs to another run or client, or cannot be written.
     """
-    if welcome.goes_on and path.is_dir() and not path.is_symlink():
+    if welcome.resumed and path.is_dir() and not path.is_symlink():
         try:
             check_same_run(path, welcome.run)
             return
@@ -277,7 +277,7 @@ def _find_folder(path: Path, welcome: Welcome) -> None:
 
 
 class _Loaded:
-    """A client that has its data and its model."""
+    """A client's data and model, once loaded."""
 
     def __init__(
         self,
@@ -299,16 +299,16 @@ class _Loaded:
         events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
         self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not process.hosts_many)
-        self.num_starts = 0  # how often the server has let it go on
+        self.num_starts = 0  # how often the server has started this client
 
-    def run_over(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
-        """Take part in the run over a connection, from where the server says."""
-        self._recipe, self.log.run = recipe, recipe.run  # it may have more rounds than before
+    def run_on(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
+        """Take part in the run over a connection, from the round that the server names."""
+        self._recipe, self.log.run = recipe, recipe.run  # a resumed run may have more rounds
         folder, split, link = self._folder, self._split, registered.link
         link.limits = client_limits(split, onto(folder.path))
         report = self._report
         if has_own(recipe):
-            own = own_checkpoints(folder.path, recipe.run)
+            own = own_state_rounds(folder.path, recipe.run)
             report = dataclasses.replace(report, rounds=own)
         weights = StoreAccess(self._node, self._access, folder, registered, report)
         with contextlib.ExitStack() as stack:
@@ -316,7 +316,7 @@ class _Loaded:
             if fed is not None:
                 fed.limits = link.limits
             send_report(link, report)
-            party = self._party(registered.link, store, functools.partial(self._begin, fed, report))
+            party = self._party(registered.link, store, functools.partial(self._start, fed, report))
             self.log.start_over()
             try:
                 yield from client_run(party)
@@ -331,7 +331,7 @@ class _Loaded:
     def _party(
         self, link: Channel, store: WeightStore, begin: Callable[[Segments, int, int], None]
     ) -> ClientParty:
-        """Return this client's side of a run; ``begin`` is told of its beginnings."""
+        """Return this client's side of a run; ``begin`` is called at each start."""
         segments, folder = self._split.segments(Holder.CLIENT, self._device), self._folder
         return ClientParty(
             client=self._client,
@@ -352,7 +352,7 @@ class _Loaded:
         self.log.end_round(round_index, figures)
         self._folder.check_there()
 
-    def _begin(
+    def _start(
         self,
         fed: Channel | None,
         report: DataReport,
@@ -360,7 +360,7 @@ class _Loaded:
         round_index: int,
         own_round: int,
     ) -> None:
-        """Bring the client to where it was when a round began; tell a fed server that it begins."""
+        """Load the client's own state at a round's start; send a fed server the report."""
         if fed is not None:
             send_report(fed, report)
         self.num_starts += 1

@@ -1,6 +1,6 @@
-"""``run_client.py --check``: try what a client needs, and say in one line each what is well.
+"""``run_client.py --check``: try what a client needs, and print one line for each result.
 
-No place is taken, nothing is written, and a run that is on does not notice.
+The client is not registered, nothing is written, and a run in progress is not affected.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, allowed_address
 from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.preflight import check_disk, disk_bytes
-from sfl.runtime.resume import own_checkpoints
+from sfl.runtime.resume import own_state_rounds
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_own
 from sfl.strategy.recipe import Recipe
@@ -37,11 +37,11 @@ from sfl.wire.link import ANY_ID, CLIENT, Peer, one_line
 from sfl.wire.members import Channel
 
 T = TypeVar("T")
-WELL, NOT_WELL, NOT_CHECKED = "ok", "NOT OK", "not checked"
+OK, NOT_OK, NOT_CHECKED = "ok", "NOT OK", "not checked"
 
 
 def check(node: ClientNode, transport: Transport = TCP) -> int:
-    """Check for each client of a node; return 0 if all is well, else 1."""
+    """Check each client of a node; return 0 if all checks pass, else 1."""
     ids: list[int | None] = [*node.hosted] or [node.client_id]
     found = []
     for k in ids:
@@ -56,54 +56,54 @@ class _Check:
 
     def __init__(self, node: ClientNode, transport: Transport, stack: contextlib.ExitStack) -> None:
         self._node, self._transport, self._stack = node, transport, stack
-        self._is_well = True
+        self._all_ok = True
 
     def _say(self, state: str, what: str, text: str) -> None:
-        self._is_well &= state != NOT_WELL
+        self._all_ok &= state != NOT_OK
         say(f"{state + ':':13}{what}: {one_line(text, 2000)}")
 
     def _try(self, what: str, attempt: Callable[[], tuple[T, str]]) -> T | None:
-        """Try something that gives a value and a text; say how it went."""
+        """Run an attempt that returns a value and a text; print its result."""
         try:
             value, text = attempt()
-        except Exception as error:  # noqa: BLE001 - may be of a user's own code
-            self._say(NOT_WELL, what, reason_of(error))
+        except Exception as error:  # noqa: BLE001 - may run a user's own code
+            self._say(NOT_OK, what, reason_of(error))
             return None
-        self._say(WELL, what, text)
+        self._say(OK, what, text)
         return value
 
     def run(self, num_hosted: int) -> bool:
-        """Check one thing after the other; return whether all is well."""
+        """Run all checks; return whether all pass."""
         device = self._try("device", self._device)
         access = self._access()
         process = ClientProcess(access, device, num_hosted) if device and access else None
-        answer = self._hear(process) if process else None
+        answer = self._ask_which_run(process) if process else None
         if process is not None and answer is not None:
             self._check_run(process, answer.welcome)
-            return self._is_well
+            return self._all_ok
         for what in ("data", "model"):
             self._say(NOT_CHECKED, what, "which run it is, only the server says")
         self._try("disk", lambda: _writable(self._node.out_path))
-        return self._is_well
+        return self._all_ok
 
-    def _hear(self, process: ClientProcess) -> Answer | None:
-        """Hear from the server which run it is."""
+    def _ask_which_run(self, process: ClientProcess) -> Answer | None:
+        """Ask the server for the run's configuration."""
         tokens, ours = process.access.tokens, fingerprint(process.device)
-        link = self._try("address", lambda: self._reach(process))
+        link = self._try("address", lambda: self._connect(process))
         if link is None:
             return None
         with link:
-            if tokens and not self._try("token", lambda: self._show(process, link)):
+            if tokens and not self._try("token", lambda: self._authenticate(process, link)):
                 return None
             try:
-                answer = run_blocking(client_check(link, self._wanted(process), ours, None))
+                answer = run_blocking(client_check(link, self._wanted_id(process), ours, None))
             except SflError as error:
-                self._refused("run", error)
+                self._say_error("run", error)
                 return None
         self._node = dataclasses.replace(self._node, client_id=answer.welcome.client)
         if not tokens:
-            self._say(WELL, "token", "the server asks for none")
-        self._say(WELL, "run", f"{answer.welcome.run.run}, of SFL {answer.welcome.sfl}")
+            self._say(OK, "token", "the server asks for none")
+        self._say(OK, "run", f"{answer.welcome.run.run}, of SFL {answer.welcome.sfl}")
         if answer.welcome.sfl != __version__:
             text = f"this is {__version__}: better have the same release on every process"
             self._say(NOT_CHECKED, "version", text)
@@ -112,7 +112,7 @@ class _Check:
         return answer
 
     def _check_run(self, process: ClientProcess, welcome: Welcome) -> None:
-        """Check what the server's run needs here."""
+        """Check what the server's run needs on this machine."""
         run, split, data = welcome.run, None, None
         if (recipe := self._recipe(run)) is None:
             self._say(NOT_CHECKED, "data", "this machine cannot compute the run")
@@ -122,10 +122,11 @@ class _Check:
             split = self._try("model", lambda: self._build(process, welcome, recipe, data))
         num_train = len(data.train) if data else 0
         self._try(
-            "disk", lambda: self._space(_folder(self._node, welcome), welcome, split, num_train)
+            "disk",
+            lambda: self._try_disk(_folder(self._node, welcome), welcome, split, num_train),
         )
         if run.weights != SOCKET:
-            self._try("weights", lambda: self._place(run))
+            self._try("weights", lambda: self._try_store(run))
         elif welcome.fed not in (HERE, APART):
             where = self._node.fed_server or welcome.fed
             self._say(NOT_CHECKED, "weights", f"the fed server at {where} is tried at the start")
@@ -139,44 +140,46 @@ class _Check:
             dialler = self._stack.enter_context(self._transport.client(self._node, say))
             return Access.of(self._node, dialler)
         except SflError as error:
-            self._refused("tls", error)
+            self._say_error("tls", error)
             return None
 
-    def _refused(self, what: str, error: SflError) -> None:
-        """Say that something is not well: the token, if the reason names it."""
-        self._say(NOT_WELL, "token" if "--token-file" in str(error) else what, reason_of(error))
+    def _say_error(self, what: str, error: SflError) -> None:
+        """Print a failed check: of the token, if the reason names it."""
+        self._say(NOT_OK, "token" if "--token-file" in str(error) else what, reason_of(error))
 
-    def _wanted(self, process: ClientProcess) -> int | None:
+    def _wanted_id(self, process: ClientProcess) -> int | None:
         tokens, told = process.access.tokens, self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _reach(self, process: ClientProcess) -> tuple[Channel, str]:
+    def _connect(self, process: ClientProcess) -> tuple[Channel, str]:
         node, access = self._node, process.access
-        link = access.reach(node.server, node)
+        link = access.connect(node.server, node)
         link.peer_name = "server"
         return link, f"{node.server} answers{', under TLS' if link.certificate else ''}"
 
-    def _show(self, process: ClientProcess, link: Channel) -> tuple[bool, str]:
-        wanted = self._wanted(process)
-        process.access.show(link, Peer(CLIENT, ANY_ID if wanted is None else wanted), SERVER)
+    def _authenticate(self, process: ClientProcess, link: Channel) -> tuple[bool, str]:
+        wanted = self._wanted_id(process)
+        process.access.authenticate(
+            link, Peer(CLIENT, ANY_ID if wanted is None else wanted), SERVER
+        )
         return True, "the server has the same"
 
-    def _report(self, process: ClientProcess, report: DataReport) -> str:
-        """Return what the server says to a report, over a connection of its own."""
-        link, _ = self._reach(process)
+    def _ask_about_report(self, process: ClientProcess, report: DataReport) -> str:
+        """Return the server's answer to a report, over a new connection."""
+        link, _ = self._connect(process)
         with link:
             if process.access.tokens:
-                self._show(process, link)
+                self._authenticate(process, link)
             ours = fingerprint(process.device)
-            talk = client_check(link, self._wanted(process), ours, report)
+            talk = client_check(link, self._wanted_id(process), ours, report)
             return run_blocking(talk).problem
 
     def _recipe(self, run: RunConfig) -> Recipe | None:
-        """Look up what the run names."""
+        """Look up the names in the run's options."""
         try:
             return Recipe.of(run, self._node.allowed_imports)
         except ConfigError as error:
-            self._refused("model", error)
+            self._say_error("model", error)
             return None
 
     def _load(
@@ -192,22 +195,22 @@ class _Check:
     def _build(
         self, process: ClientProcess, welcome: Welcome, recipe: Recipe, data: ClientData
     ) -> tuple[SplitModel, str]:
-        """Build the model, and hear what the server says to it and to the data."""
+        """Build the model, and ask the server whether it accepts the model and the data."""
         run = welcome.run
         split = SplitModel(recipe, data.input_shape, len(data.classes))
         report = report_of(data, run, split)
         if has_own(recipe):
-            own = own_checkpoints(_folder(self._node, welcome), run)
+            own = own_state_rounds(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)
-        if problem := self._report(process, report):
+        if problem := self._ask_about_report(process, report):
             raise RunError(f"the server would refuse: {problem}")
         return split, f"{run.model} cut at {recipe.cut}; the server takes it, and the data"
 
-    def _space(
+    def _try_disk(
         self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int
     ) -> tuple[bool, str]:
-        """See that the folder can be written, and holds what the run writes."""
-        if folder.exists() and not welcome.goes_on:
+        """Check that the folder is writable and its disk has space for the run."""
+        if folder.exists() and not welcome.resumed:
             raise RunError(f"{folder} exists: another client of this run wrote there")
         where, text = _writable(folder)
         if split is None:
@@ -218,8 +221,8 @@ class _Check:
         )
         return True, f"{text}; {takes}"
 
-    def _place(self, run: RunConfig) -> tuple[bool, str]:
-        """See that the store of weights is one that this client allows, and answers."""
+    def _try_store(self, run: RunConfig) -> tuple[bool, str]:
+        """Check that this client allows the store of weights, and that it can be used."""
         address = allowed_address(run.weights, self._node.allow_weights)
         patience = self._node.connect_timeout
         with tempfile.TemporaryDirectory() as scratch:
@@ -234,10 +237,10 @@ def _folder(node: ClientNode, welcome: Welcome) -> Path:
 
 
 def _writable(folder: Path) -> tuple[Path, str]:
-    """Return the folder, or the nearest above it that exists, after writing into it.
+    """Return the folder, or its nearest existing parent, after a test write.
 
     Raises:
-        RunError: it cannot be written to.
+        RunError: the folder is not writable.
     """
     where = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:

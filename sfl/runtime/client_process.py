@@ -1,4 +1,4 @@
-"""What all clients of one process have in common: data, device, and their way to the server."""
+"""What the clients of one process share: data, device, and access to the server."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
-from sfl.runtime.memory import client_bytes, sizes_of, too_much
+from sfl.runtime.memory import client_bytes, sizes_of, why_too_large
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH
 
@@ -25,11 +25,11 @@ Notify = Callable[[str], None]
 
 @dataclass
 class ClientProcess:
-    """What all clients of one process have in common."""
+    """What the clients of one process share."""
 
     access: Access
     device: torch.device
-    num_hosted: int = 0  # clients, if this process hosts some; else it is one
+    num_hosted: int = 0  # clients, with --client-ids; 0: the process is one client
     _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
 
     @property
@@ -37,10 +37,10 @@ class ClientProcess:
         return self.num_hosted > 0
 
     def load(self, recipe: Recipe, client: int, node: ClientNode, notify: Notify) -> ClientData:
-        """Return what a client trains, validates and tests on.
+        """Load a client's training, validation and test samples.
 
         Raises:
-            ConfigError, DataError: the data set is not known, not allowed, or not there.
+            ConfigError, DataError: the data set is unknown, not allowed, or missing.
         """
         run = recipe.run
         spec = dataset_of(run, node.allowed_imports)
@@ -54,19 +54,19 @@ class ClientProcess:
         return client_data(spec, run, client, *self._parts[run][client])
 
     def _check_memory(self, recipe: Recipe, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
-        """See that what the server names takes no more memory than it may.
+        """Check the memory that the server's options would take against ``--memory-limit``.
 
         Raises:
-            ConfigError: it would.
+            ConfigError: it is more.
         """
         run, shape, hosted = recipe.run, spec.input_shape, max(self.num_hosted, 1)
         sizes = sizes_of(recipe, shape, len(spec.classes))
         known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:
-            known = decoded = num_images(own)  # none: an .npz
+            known = decoded = num_images(own)  # 0 for an .npz
         most = known or max(run.batch_size + 1, MAX_EVALUATION_BATCH)
         needed = client_bytes(run.batch_size, sizes, most_samples=most, hosted=hosted)
         needed["images"] = decoded * math.prod(shape)
         named = f"--model {run.model}, --image-size {run.image_size}, --batch-size {run.batch_size}"
-        if why := too_much(needed, node, f"the server's {named}"):
+        if why := why_too_large(needed, node, f"the server's {named}"):
             raise ConfigError(why)

@@ -1,4 +1,4 @@
-"""Running the fed server by itself, and the main server's connection to it."""
+"""Run the fed server as its own process; connect the main server to it."""
 
 import contextlib
 import dataclasses
@@ -40,12 +40,12 @@ from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder
 from sfl.nodes import ServerNode
-from sfl.runtime.access import Access, hearing_why
+from sfl.runtime.access import Access, closing_with_reason
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.lobby import Lobby
-from sfl.runtime.memory import TRAINED_COPIES, sizes_of, too_much
-from sfl.runtime.report_limits import why_refused
+from sfl.runtime.memory import TRAINED_COPIES, sizes_of, why_too_large
+from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import Past, open_past, read_shared
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
@@ -66,38 +66,38 @@ from sfl.wire.members import Member
 from sfl.wire.messages import MessageType
 from sfl.wire.payload import onto
 
-LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
+LOOK_AGAIN_S = 1.0  # interval of polling a store for the main server's start
 
 
 @contextlib.contextmanager
 def fed_server(
     node: ServerNode, run: RunConfig, past: Past | None, transport: Transport
 ) -> Iterator[None]:
-    """Hold the main server's connection to the fed server while a run goes on.
+    """Hold the main server's connection to the fed server during a run.
 
     Raises:
-        RunError: it is not there, or has failed.
+        RunError: the fed server cannot be reached, or has failed.
     """
     with transport.client(node, say) as dialler, contextlib.ExitStack() as stack:
         access = Access.of(node, dialler)
         channel = stack.enter_context(dialler.connect(node.fed_server, patience_s=60.0))
         channel.name, channel.peer_name = "the main server", "the fed server"
-        stack.enter_context(hearing_why(channel))
-        access.show(channel, Peer(MAIN), FED)
-        first_round, often = past.first_round if past else 0, interval_s(node.peer_timeout)
-        goes_on = past is not None
-        run_blocking(main_join(channel, run, first_round, goes_on=goes_on, heartbeat_s=often))
+        stack.enter_context(closing_with_reason(channel))
+        access.authenticate(channel, Peer(MAIN), FED)
+        first_round, heartbeat_s = past.first_round if past else 0, interval_s(node.peer_timeout)
+        resumed = past is not None
+        run_blocking(main_join(channel, run, first_round, resumed=resumed, heartbeat_s=heartbeat_s))
         yield
         channel.send_message_as_json(MessageType.UNREGISTER)
         channel.part()
 
 
 def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
-    """Run a fed server from the first connection, or object, to the last; return its folder.
+    """Run a fed server for one run; return its folder.
 
     Raises:
-        ConfigError: it cannot be run as it was configured.
-        RunError: port, folder, store; or somebody left.
+        ConfigError: the options cannot be used together, or on this machine.
+        RunError: the port, the folder or the store cannot be used.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from main server and clients.
     """
     device = set_up_torch(node)
@@ -106,9 +106,9 @@ def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> P
     return _serve_store(run, node, device)
 
 
-def _folder(run: RunConfig, node: ServerNode, *, goes_on: bool) -> Path:
+def _folder(run: RunConfig, node: ServerNode, *, resumed: bool) -> Path:
     path = node.out_path / "fed" / run.run
-    if not (goes_on and path.is_dir()) and not make_folder(path, LOG):
+    if not (resumed and path.is_dir()) and not make_folder(path, LOG):
         raise ConfigError(f"a run {run.run} exists in {path.parent}")
     return path
 
@@ -125,20 +125,20 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         welcome, recipe, main = _await_main(network, node)
         run = recipe.run
         guard.run = run.run
-        path = _folder(run, node, goes_on=welcome.goes_on)
+        path = _folder(run, node, resumed=welcome.resumed)
         with (
-            open_folder(path, LOG, _kept(recipe)) as folder,
+            open_folder(path, LOG, _kept_models(recipe)) as folder,
             telling_why(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
-            past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
+            past = open_past(path, run).at(welcome.first_round) if welcome.resumed else None
             lobby = Lobby(
                 members=network,
                 recipe=recipe,
                 events=folder.events,
-                goes_on=welcome.goes_on,
-                patience=Patience(comes_back=False),
-                admission=Admission(past, why_refused=functools.partial(why_refused, recipe, node)),
+                resumed=welcome.resumed,
+                patience=Patience(may_return=False),
+                admission=Admission(past, claim_error=functools.partial(claim_error, recipe, node)),
             )
             joined = lobby.gather()
             data = describe_data(joined, run)
@@ -168,7 +168,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     if not run.run:
         raise ConfigError("--role fed: say with --run which run of the store it is")
     path = node.out_path / "fed" / run.run
-    scratch = path.parent / f".{run.run}.downloads"  # the run's folder is not there yet
+    scratch = path.parent / f".{run.run}.downloads"  # the run's folder does not exist yet
     options = StoreOptions(run.weights, scratch, node.weights_timeout, math.inf, say)
     place = options.open_place()
     assert place is not None
@@ -182,9 +182,9 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         time.sleep(LOOK_AGAIN_S)
     first_round, their_run, data = found
     recipe = Recipe.of(their_run, node.allowed_imports)
-    _folder(their_run, node, goes_on=past is not None)
+    _folder(their_run, node, resumed=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept(recipe)) as folder, telling_why(folder):
+    with open_folder(path, LOG, _kept_models(recipe)) as folder, telling_why(folder):
         make = store_maker(place, options, network.wake)
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
@@ -192,27 +192,27 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
         rounds = _prepare(
             split, network, stores, node=node, folder=folder, data=data, past=past, device=device
         )
-        if past and first_round < done:  # what was published stays; clients start from before
+        if past and first_round < done:  # the main server resumes from an earlier round
             start = read_shared(sfl.archive.open(path), rounds.split, first_round)
-            rounds.give_initial(start, first_round)
+            rounds.publish_initial(start, first_round)
         rounds.run_all()
         _finish(folder)
     return path
 
 
-def _kept(recipe: Recipe) -> KeepModels:
-    """Return what stays: a main server may go back a round further than what was averaged."""
+def _kept_models(recipe: Recipe) -> KeepModels:
+    """Return which models are kept: one more, as the main server may resume a round earlier."""
     return dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING, behind=1)
 
 
 def _model(recipe: Recipe, node: ServerNode, data: Mapping[str, Any]) -> SplitModel:
-    """Build the model of a run that another machine named: it imports what this one allows."""
+    """Build the model that the main server's run names, within this machine's limits."""
     run = recipe.run
     remember({run.model} & node.allowed_imports)
     shape, num_classes = tuple(data["input_shape"]), len(data["classes"])
     sizes = sizes_of(recipe, shape, num_classes)
     weights = sizes.whole + (2 * len(data["num_samples"]) + TRAINED_COPIES) * sizes.front
-    if why := too_much({"weights": weights}, node, f"the main server's --model {run.model}"):
+    if why := why_too_large({"weights": weights}, node, f"the main server's --model {run.model}"):
         raise ConfigError(why)
     return SplitModel(recipe, shape, num_classes)
 
@@ -228,7 +228,7 @@ def _prepare(
     past: Past | None,
     device: torch.device,
 ) -> FedRounds:
-    """Record configuration and machine, and find what the run starts from."""
+    """Record configuration and environment, and load the weights that the run starts from."""
     run, archive = split.recipe.run, folder.archive
     shared = read_shared(past.files, split, past.first_round) if past else {}
     shared = shared or {name: Shared(state) for name, state in split.initial(Holder.CLIENT).items()}
@@ -244,7 +244,7 @@ def _prepare(
 
 
 def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Recipe, Member]:
-    """Wait until the main server has come; whoever else comes before is turned away.
+    """Wait until the main server has connected; refuse all others until then.
 
     Raises:
         ConfigError: this machine cannot build the main server's run.
@@ -266,7 +266,7 @@ def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Reci
                 return *end.value, connection
             except SflError as error:
                 network.drop(connection, str(error), last_words_for(error))
-                if isinstance(error, ConfigError):  # of the main server, by our own options
+                if isinstance(error, ConfigError):  # our own options do not fit the run
                     raise
 
 
@@ -276,7 +276,7 @@ def _goodbye(link: Link) -> Conversation[None]:
 
 
 def _finish(folder: RunFolder) -> None:
-    """Say where the run lies, and list the log."""
+    """Log the run's folder, and list the log in the manifest."""
     folder.events.say(f"the fronts lie in {folder.path}")
     folder.archive.write("events", LOG, (folder.path / LOG).read_bytes())
     folder.archive.flush()

@@ -1,7 +1,7 @@
-"""Many clients in one process, one connection each: ``run_client.py --client-ids 0-99``.
+"""Host many clients in one process, one connection each: ``run_client.py --client-ids 0-99``.
 
-Their conversations run in one thread, each as its messages arrive, and share the data set in
-memory; other threads connect and move bytes. Each client has its own folder and log.
+Their conversations run in one thread, each as its messages arrive; other threads connect and move
+bytes. The clients share the data set in memory; each has its own folder and log.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from sfl.wire.messages import MessageType
 
 
 def host(node: ClientNode, transport: Transport = TCP) -> None:
-    """Take part in one run as several clients; who fails does not keep the others from going on.
+    """Take part in one run as several clients; a failed client does not stop the others.
 
     Raises:
-        What the first client that failed has met; as ``client.take_part``.
+        The error of the failed client with the lowest id, as ``client.take_part``.
     """
-    most_files()  # asks for more than few
+    most_files()  # raises the process's limit of open files
     hosted, failures = node.hosted, dict[int, Exception]()
 
-    def alone(client: int) -> Conversation[None]:
+    def one_client(client: int) -> Conversation[None]:
         try:
             own = dataclasses.replace(node, client_id=client, client_ids="")
             yield from take_part_in(process, own)
-        except Exception as error:  # noqa: BLE001 - a client's edge; raised below
+        except Exception as error:  # noqa: BLE001 - the edge of one client; raised below
             failures[client] = error
             say(f"client_{client}: {one_line(reason_of(error))}")
 
     with transport.clients(node, say) as network:
         access = Access(tokens_of(node), network, Calls(network.wake, len(hosted)))
         process = ClientProcess(access, set_up_torch(node), num_hosted=len(hosted))
-        clients = {k: alone(k) for k in hosted}
+        clients = {k: one_client(k) for k in hosted}
         say(f"{counted(len(hosted), 'client')} in this process: {node.client_ids}")
         try:
             run_together(network, {k: clients[k].__iter__ for k in hosted})

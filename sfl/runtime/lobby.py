@@ -1,9 +1,9 @@
-"""Who is there: clients register before the start, are lost in mid-run, and come back.
+"""Register clients before the start; track lost and returning clients during the run.
 
-Before the start whoever fails or is refused frees its place, and the others go on waiting. Later a
-client is away from when its connection is lost, or it made no progress for too long, until it has
-registered again and its data are loaded. Who waits for it, and for how long, ``Patience`` says. A
-client that was refused, or has failed, would fail again: only another process is of use.
+Before the start a client that fails or is refused frees its place, and the others keep waiting.
+During the run a client is away from the loss of its connection, or a stall, until it has registered
+again and its data are loaded; ``Patience`` says how long rounds wait for it. A client that was
+refused or has failed needs a corrected process.
 """
 
 import time
@@ -16,8 +16,8 @@ from sfl.conversation.join import (
     HERE,
     Joined,
     Welcome,
-    difference,
-    outvoted,
+    data_difference,
+    disagreeing_clients,
     server_join,
 )
 from sfl.environment import differences
@@ -31,7 +31,7 @@ from sfl.errors import (
     SflError,
 )
 from sfl.runtime.admission import Admission
-from sfl.runtime.client_places import Patience, Place, check_somebody_may_come, is_refusal
+from sfl.runtime.client_places import Patience, Place, check_any_can_return, is_refusal
 from sfl.runtime.roster import Roster
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation, Gate
@@ -40,25 +40,25 @@ from sfl.wire.members import Member, Members
 from sfl.wire.messages import Message, MessageType
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
-NOTICE_EVERY_S = 30.0  # to those who wait
-GOODBYE_S = 10.0  # for whoever was lost when the run was over
-LINGER_S = 60.0  # for whoever is there, and does not take its leave
-SILENT_BEATS = 2  # that a client misses before another process may take its place
-TICK_S = 0.5  # how often to look at the time
+NOTIFY_EVERY_S = 30.0  # interval of messages to waiting clients
+GOODBYE_S = 10.0  # wait after the run for clients that are away
+LINGER_S = 60.0  # wait after the run for connected clients that do not unregister
+MISSED_HEARTBEATS = 2  # after which another process may take a client's place
+POLL_S = 0.5  # interval of checking timeouts
 
 
 @dataclass(kw_only=True)
 class Lobby:
-    """The clients of a run: who has registered, who is ready, who is away."""
+    """The ``Network`` of a server: its clients over all their connections."""
 
     members: Members
     recipe: Recipe
     events: EventLog
-    goes_on: bool = False  # clients may have folders of this run already
+    resumed: bool = False  # clients may already have folders of this run
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
     admission: Admission = field(default_factory=Admission)
-    # told of a client that is back, and its link is to be used from now on
+    # called with a returned client, whose new link replaces the old one
     on_return: Callable[[Joined], None] = lambda joined: None
 
     def __post_init__(self) -> None:
@@ -69,26 +69,26 @@ class Lobby:
             self.roster = Roster(run.run, frozenset(range(run.most_clients)), run.clients)
         self._joining: dict[Member, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
-        self._ends = False
+        self._is_ending = False
         self._round = -1
-        self._looked_at = 0.0
-        self._noticed_at = time.monotonic()
+        self._checked_at = 0.0
+        self._notified_at = time.monotonic()
 
     # Before the start
 
     def gather(self) -> dict[int, Joined]:
-        """Register clients until enough are there with their data: those of the past, if any.
+        """Register clients until enough are ready; in a resumed run, the clients it had.
 
-        Whoever connects and is no client of the run is turned away, now and later, and the run goes
-        on. Of a run that goes on, who does not come is waited for as in a round.
+        Refused connections do not end the run. A resumed run waits for its missing clients as a
+        round does.
         """
         began_at = time.monotonic()
-        while not self._agreed() and not self._goes_without(time.monotonic() - began_at):
-            self._attend([], [])
+        while not self._may_begin() and not self._skips_absent(time.monotonic() - began_at):
+            self._wait_and_handle([], [])
         if self.admission.past:
             for k in self.roster.ids - self.roster.ready():
                 place = self.roster.places.setdefault(k, Place(why="it did not come"))
-                place.is_out = True
+                place.is_skipped = True
         else:
             self.roster.places = {k: p for k, p in self.roster.places.items() if p.is_here}
         self.roster.begin()
@@ -96,21 +96,21 @@ class Lobby:
         joined = {k: place.joined for k, place in sorted(self.roster.places.items())}
         return {k: client for k, client in joined.items() if client}
 
-    def _agreed(self) -> bool:
-        """Say whether enough clients are there whose data go together; refuse those that do not."""
+    def _may_begin(self) -> bool:
+        """Return whether enough compatible clients are ready; refuse incompatible ones."""
         if not self.roster.complete:
             return False
-        for client, why in outvoted(self.roster.reports()).items():
-            self._lose(client, ProtocolError(why))
+        for client, why in disagreeing_clients(self.roster.reports()).items():
+            self._disconnect(client, ProtocolError(why))
         model, places = self.admission.model, list(self.roster.places.values())
         if model is not None and self.roster.complete:
             for joined in [p.joined for p in places if p.is_here and p.joined]:
-                if why := model.unlike(joined, all_are_there=True):
-                    self._lose(joined.client, ProtocolError(why))
+                if why := model.why_different(joined, all_are_there=True):
+                    self._disconnect(joined.client, ProtocolError(why))
         return self.roster.complete
 
-    def _goes_without(self, waited_s: float) -> bool:
-        """Say whether a run that goes on does so without those who have not come."""
+    def _skips_absent(self, waited_s: float) -> bool:
+        """Return whether a resumed run starts without the clients that have not come back."""
         limit, enough = self.patience.skip_after_s, self.patience.min_clients
         return bool(
             self.admission.past
@@ -122,50 +122,50 @@ class Lobby:
     # Registering, before the start and later
 
     def _take_id(self, wanted: int, instance: str, link: Member) -> int:
-        """Give a connection the id that it wants, or with ``ANY_ID`` the lowest free.
+        """Assign a connection the id that it asks for, or with ``ANY_ID`` the lowest free one.
 
         Raises:
-            RunError: it cannot be had.
-            NotYet: it has been taken too often in a short time.
+            RunError: the id does not exist or is taken.
+            NotYet: it was assigned too often in a short time.
         """
         free = sorted(self.roster.ids - self.roster.taken())
         if wanted == ANY_ID:
             if not free:
-                raise RunError(self.roster.full)
+                raise RunError(self.roster.full_message)
             wanted = free[0]
         self.roster.check_id(wanted)
         place = self.roster.places.setdefault(wanted, Place())
         if place.link:
-            # The same process has noticed before us that its connection is dead; of another one
-            # we see so ourselves, or have heard nothing for too long.
-            silent = place.link.silent_s() > SILENT_BEATS * self.members.heartbeat_s
+            # The same process may know before us that its connection is dead. Another process gets
+            # the id only if we have noticed that ourselves, or heartbeats are missing.
+            silent = place.link.silent_s() > MISSED_HEARTBEATS * self.members.heartbeat_s
             if not (place.instance == instance or place.link.ending() or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
-        if not (place.taken_over if place.link else place.taken).take():
+        if not (place.takeovers if place.link else place.taken).take():
             raise NotYet(f"client_{wanted} has connected anew too often: wait some seconds")
         if place.link:
-            self._lose(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
+            self._disconnect(wanted, ConnectionLost(f"client_{wanted} has connected anew"))
             self._changes.append((wanted, False))
         place.link, place.instance, place.ready = link, instance, False
         return wanted
 
-    def _refuses(self, joined: Joined, place: Place | None) -> str:
+    def _why_refused(self, joined: Joined, place: Place | None) -> str:
         before = place.joined if place else None
-        return self.admission.refuses(joined, before, has_begun=self.roster.has_begun)
+        return self.admission.why_refused(joined, before, has_begun=self.roster.has_begun)
 
     def _answer_check(self, connection: Member, hello: Message) -> Conversation[None]:
-        """Answer a client that checks; it gets no place."""
+        """Answer a client that checks, without registering it."""
         self.events.note(f"{connection.address} checks whether it could take part")
 
-        def refuses(joined: Joined) -> str:
+        def why_refused(joined: Joined) -> str:
             place = self.roster.places.get(joined.client)
-            return self._refuses(joined, place)
+            return self._why_refused(joined, place)
 
-        return server_check(connection, hello, self._welcome(), self.roster.find, refuses)
+        return server_check(connection, hello, self._welcome(), self.roster.find, why_refused)
 
     def _register(self, connection: Member) -> None:
-        """Let one connection's registration go on with the message that has arrived."""
-        if connection.ending() and not connection.peer_name:  # it is gone already
+        """Continue one connection's registration with the message that has arrived."""
+        if connection.ending() and not connection.peer_name:  # closed before it registered
             self._joining.pop(connection, None)
             why = connection.ending() or ConnectionLost("it is gone")
             self.members.turned_away(connection.address, str(why), aloud=False)
@@ -177,7 +177,7 @@ class Lobby:
             self._joining[connection] = server_join(
                 connection,
                 welcome,
-                lambda wanted, who: self._take_id(wanted, who, connection),
+                lambda wanted, instance: self._take_id(wanted, instance, connection),
                 lambda hello: self._answer_check(connection, hello),
             )
             next(self._joining[connection])
@@ -190,11 +190,11 @@ class Lobby:
             if end.value is None:
                 self.members.drop(connection, "", MessageType.UNREGISTER)
             else:
-                self._is_ready(end.value, connection)
+                self._set_ready(end.value, connection)
         except SflError as error:
             del self._joining[connection]
             if connection.peer_name:
-                self._left(connection, error)
+                self._free_place(connection, error)
             else:
                 self.members.turned_away(connection.address, str(error))
                 self.members.drop(connection, str(error), last_words_for(error))
@@ -203,14 +203,14 @@ class Lobby:
         known = frozenset(k for k, place in self.roster.places.items() if place.instance)
         return Welcome(
             ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
-            goes_on=self.goes_on, fed=self.fed, known=known,
+            resumed=self.resumed, fed=self.fed, known=known,
             heartbeat_s=self.members.heartbeat_s,
         )  # fmt: skip
 
-    def _is_ready(self, joined: Joined, connection: Member) -> None:
+    def _set_ready(self, joined: Joined, connection: Member) -> None:
         place = self.roster.places[joined.client]
-        if why := self._refuses(joined, place):
-            self._lose(joined.client, ProtocolError(why))
+        if why := self._why_refused(joined, place):
+            self._disconnect(joined.client, ProtocolError(why))
             return
         before = (
             place.joined.fingerprint if place.joined else self.admission.past_fingerprint(joined)
@@ -220,8 +220,8 @@ class Lobby:
                 f"warning: client_{joined.client} comes back with {changed} before: the last bit"
                 " may differ"
             )
-        place.joined, place.ready, place.is_out = joined, True, False
-        place.refused = place.recurs = False
+        place.joined, place.ready, place.is_skipped = joined, True, False
+        place.refused = place.recurring = False
         connection.settled = True
         if self.roster.has_begun:
             self.events.say(f"client_{joined.client} is back")
@@ -230,24 +230,24 @@ class Lobby:
             return
         shown = ", ".join(f"{count} {part}" for part, count in joined.data.num_samples.items())
         self.events.say(f"client_{joined.client} is ready: {shown} samples")
-        self._compare(joined)
+        self._warn_of_difference(joined)
         if not self.roster.complete:
-            self.events.say(self.roster.missing)
+            self.events.say(self.roster.missing_message)
             self._notify()
 
-    def _compare(self, joined: Joined) -> None:
-        """Warn if a client's data do not go with another one's; who is wrong is seen later."""
+    def _warn_of_difference(self, joined: Joined) -> None:
+        """Warn if a client's data are incompatible with another's; the majority decides later."""
         reports = self.roster.reports()
         for other in reports:
-            if why := difference(other, joined.client, reports):
+            if why := data_difference(other, joined.client, reports):
                 self.events.say(f"warning: {why}; when all are there, most decide")
                 return
 
-    def _left(self, connection: Member, error: SflError) -> None:
-        """Free the place of a client that could not be made ready."""
+    def _free_place(self, connection: Member, error: SflError) -> None:
+        """Drop a connection that failed before it was ready, and free its place."""
         client = self.roster.client_of(connection)
         if client is not None:
-            self._lose(client, error)
+            self._disconnect(client, error)
         else:
             self.members.drop(connection, str(error))
 
@@ -257,24 +257,24 @@ class Lobby:
         self.members.wake()
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        return self._attend(links, gates)
+        return self._wait_and_handle(links, gates)
 
-    def _attend(self, links: Collection[Link], gates: Collection[Gate]) -> Member | None:
-        """Wait until something happens, and see to whoever is not in ``links``."""
-        board = self.members
+    def _wait_and_handle(self, links: Collection[Link], gates: Collection[Gate]) -> Member | None:
+        """Return one of ``links`` with a message, or None; handle all other connections."""
+        members = self.members
         found: Member | None = None
         others: list[Member] = []
 
         def ready() -> bool:
             nonlocal found, others
-            found = board.first(links)
-            others = [c for c in board.news() if c not in links]
+            found = members.first(links)
+            others = [c for c in members.news() if c not in links]
             return bool(found or others or any(g() for g in gates))
 
-        board.until(ready, TICK_S)
+        members.until(ready, POLL_S)
         for connection in others:
-            if connection not in board.members:
-                continue  # seen to with one before it
+            if connection not in members.members:
+                continue  # dropped together with an earlier one
             client, why = self.roster.client_of(connection), connection.ending()
             if client is None or not self.roster.places[client].ready or why is None:
                 self._register(connection)
@@ -282,15 +282,15 @@ class Lobby:
                 self.lost(client, why)
                 self._changes.append((client, False))
             else:
-                self._left(connection, why)
-        if time.monotonic() - self._looked_at > TICK_S:
-            self._look_at_the_time(links)
+                self._free_place(connection, why)
+        if time.monotonic() - self._checked_at > POLL_S:
+            self._check_timeouts(links)
         return None if self._changes else found
 
-    def _look_at_the_time(self, links: Collection[Link]) -> None:
-        """Turn away who does not register, drop who holds the round, say who is missing."""
+    def _check_timeouts(self, links: Collection[Link]) -> None:
+        """Drop connections that do not register and stalled clients; report missing ones."""
         now = time.monotonic()
-        elapsed_s, self._looked_at = now - self._looked_at, now
+        elapsed_s, self._checked_at = now - self._checked_at, now
         for connection in self.members.members:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
@@ -298,25 +298,25 @@ class Lobby:
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.members.drop(connection, reason, MessageType.TRY_AGAIN)
         if self.roster.has_begun:
-            # Only time in which we wait counts: not that of our own arithmetic.
-            self._see_who_holds_the_round(links, min(elapsed_s, 2 * TICK_S))
-            if not self._ends:
-                check_somebody_may_come(self.roster.places.values())
-        if time.monotonic() - self._noticed_at > NOTICE_EVERY_S:
-            waits = any(not p.is_here and not p.is_out for p in self.roster.places.values())
+            # The server's own computing between two calls does not count as waiting.
+            self._drop_stalled(links, min(elapsed_s, 2 * POLL_S))
+            if not self._is_ending:
+                check_any_can_return(self.roster.places.values())
+        if time.monotonic() - self._notified_at > NOTIFY_EVERY_S:
+            waits = any(not p.is_here and not p.is_skipped for p in self.roster.places.values())
             if waits or not self.roster.has_begun:
                 if self.roster.has_begun:
-                    self.events.say(self.roster.missing)
+                    self.events.say(self.roster.missing_message)
                 self._notify()
-            self._noticed_at = time.monotonic()
+            self._notified_at = time.monotonic()
 
-    def _see_who_holds_the_round(self, links: Collection[Link], elapsed_s: float) -> None:
-        """Drop clients of whom the round waits for a message, and that make no progress."""
-        limit = LINGER_S if self._ends else self.patience.skip_after_s
+    def _drop_stalled(self, links: Collection[Link], elapsed_s: float) -> None:
+        """Drop clients that the round waits for and that make no progress."""
+        limit = LINGER_S if self._is_ending else self.patience.skip_after_s
         for client, place in self.roster.places.items():
             link, waits = place.link if place.ready else None, place.link in links
             step = place.step(self.recipe, self._round)
-            place.clock.look(link, step, waits=waits, elapsed_s=elapsed_s)
+            place.clock.tick(link, step, waits=waits, elapsed_s=elapsed_s)
             if limit and waits and place.clock.idle_s > limit:
                 why = f"client_{client} made no progress for {place.clock.idle_s:.0f} seconds"
                 self.lost(client, ConnectionLost(why))
@@ -332,15 +332,15 @@ class Lobby:
 
     def is_out(self, client: int) -> bool:
         place = self.roster.places[client]
-        return place.is_out or place.out_in == self._round
+        return place.is_skipped or place.skipped_round == self._round
 
     def lost(self, client: int, error: SflError) -> None:
-        if not (self.patience.comes_back and isinstance(error, PEER_ERRORS)):
-            raise error  # a full disk, say, is no fault of the client's
-        self._lose(client, error)
+        if not (self.patience.may_return and isinstance(error, PEER_ERRORS)):
+            raise error  # not the client's fault: a full disk, for example
+        self._disconnect(client, error)
 
-    def _lose(self, client: int, error: SflError) -> None:
-        """Let go of a client's connection, and tell the others whom we wait for."""
+    def _disconnect(self, client: int, error: SflError) -> None:
+        """Drop a client's connection, and tell the others whom they wait for."""
         place, refused = self.roster.places[client], is_refusal(error)
         if place.link:
             self._joining.pop(place.link, None)
@@ -348,8 +348,8 @@ class Lobby:
         place.free(error)
         free = "" if self.roster.has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")
-        if not place.is_out:
-            self._noticed_at = time.monotonic()
+        if not place.is_skipped:
+            self._notified_at = time.monotonic()
             self._notify()
 
     def take_changes(self) -> list[tuple[int, bool]]:
@@ -361,31 +361,31 @@ class Lobby:
         waits = not place.refused and limit and place.clock.idle_s < limit
         if place.is_here or not limit or waits:
             return False
-        place.is_out = len(self.roster.ready()) >= self.patience.min_clients
-        if place.is_out and place.refused:
-            place.out_in = self._round
-        return place.is_out
+        place.is_skipped = len(self.roster.ready()) >= self.patience.min_clients
+        if place.is_skipped and place.refused:
+            place.skipped_round = self._round
+        return place.is_skipped
 
     def await_anybody(self) -> None:
         while not self.roster.ready():
-            self._attend([], [])
+            self._wait_and_handle([], [])
 
     def why_away(self, client: int) -> str:
         return self.roster.places[client].why
 
     def end_soon(self) -> None:
-        self.patience = Patience(self.patience.comes_back, GOODBYE_S, 0)
-        self._ends, self._round = True, -1
+        self.patience = Patience(self.patience.may_return, GOODBYE_S, 0)
+        self._is_ending, self._round = True, -1
         for place in self.roster.places.values():
-            place.out_in = -2
+            place.skipped_round = -2
 
     def _notify(self) -> None:
-        """Tell those who wait for whom they do; who is gone is noticed elsewhere."""
+        """Tell the ready clients which ones are missing; ``_wait_and_handle`` notices lost ones."""
         for place in self.roster.places.values():
             if place.is_here and place.link:
                 try:
                     place.link.send_message_as_json(
-                        MessageType.MESSAGE, content=self.roster.missing
+                        MessageType.MESSAGE, content=self.roster.missing_message
                     )
                 except (ConnectionLost, PeerFailed):
                     continue

@@ -1,7 +1,7 @@
-"""What a run takes of a machine's memory: estimated before anything of it is allocated.
+"""Estimate the memory that a run takes on a machine, before any of it is allocated.
 
-A server names model, image size and batch size, a client the shape of its samples. How much of the
-other one's memory that may take, ``--memory-limit`` says on each machine.
+A server chooses model, image size and batch size, a client the shape of its samples;
+``--memory-limit`` bounds on each machine what the other's choices may take.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH, MAX_EVALUATION_BYTES
 
-UNKNOWN_BYTES = 8 * 10**9  # of a machine that does not say how much memory it has
-# How many times a client has its weights: the whole model once; the front as it trains it, its
-# gradients, two values of Adam for each, and three copies while a file of them is made or read.
+UNKNOWN_BYTES = 8 * 10**9  # assumed if the system does not report its memory
+# Copies of trained weights: the weights, their gradients, two values of Adam for each, and three
+# copies while a file of them is written or read.
 TRAINED_COPIES = 7
-# How many times it has a batch's images: the batch, the next one, and what it is made from.
+# Copies of a batch's images: the batch, the next one, and the samples that they are built from.
 IMAGE_COPIES = 4
-_CONTAINERS = (  # limits of a container, in Linux's two versions of control groups
+_CONTAINERS = (  # memory limits of a container: cgroup v2, v1
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
 
-def machine_bytes() -> int:
-    """Return how much memory this machine, or this container, has."""
+def machine_memory_bytes() -> int:
+    """Return the memory of this machine, or of this container, in bytes."""
     found = []
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -43,34 +43,33 @@ def machine_bytes() -> int:
     return min(found, default=UNKNOWN_BYTES)
 
 
-def limit_of(node: PeerNode) -> int:
-    """Return how much memory another machine's choices may take here."""
-    return parse_bytes(node.memory_limit) if node.memory_limit else machine_bytes() // 2
+def memory_limit_bytes(node: PeerNode) -> int:
+    """Return how many bytes of memory another machine's choices may take here."""
+    return parse_bytes(node.memory_limit) if node.memory_limit else machine_memory_bytes() // 2
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts; those of a sample count every layer's output, float32."""
+    """Bytes of a model's weights, and of one sample's activations in it."""
 
     whole: int  # weights of all segments
     front: int  # weights of the client's segment
-    sample: int  # an input
-    front_values: int  # of a sample, in the client's segment
-    at_cut: int  # of a sample; 0: there is no cut
-    all_values: int  # of a sample, in all segments
+    sample: int  # one input, float32
+    front_values: int  # outputs of all layers of the client's segment
+    at_cut: int  # activations at the cut; 0: there is no cut
+    all_values: int  # outputs of all layers of the model
 
 
 def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Sizes:
-    """Return the sizes of a run's model, of which no weight is allocated.
+    """Return the sizes of a run's model without allocating its weights.
 
-    What a user's own model does not tell without memory counts as nothing: who allows its import
-    knows it.
+    A user's own model that cannot be built so counts as 0 bytes: its import was allowed knowingly.
     """
     sample = 4 * math.prod(input_shape)
     try:
         with torch.device("meta"):
             model = made(recipe.model, input_shape, num_classes, seed=recipe.run.seed)
-    except ConfigError:  # said when it is built; or it is a user's own, and needs its memory
+    except ConfigError:  # reported when the model is built; or a user's own needs real memory
         model = None
     if not isinstance(model, nn.Sequential):
         return Sizes(0, 0, sample, 0, 0, 0)
@@ -78,9 +77,9 @@ def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> 
     front = nn.Sequential(*list(model)[: recipe.cut]) if is_cut else model
     whole, of_front = _weight_bytes(model), _weight_bytes(front)
     values = _values(model, input_shape)
-    num_ours = len(list(_leaves(front)))
-    at_cut = values[num_ours - 1] if is_cut and 0 < num_ours <= len(values) else 0
-    return Sizes(whole, of_front, sample, sum(values[:num_ours]), at_cut, sum(values))
+    num_front_layers = len(list(_leaves(front)))
+    at_cut = values[num_front_layers - 1] if is_cut and 0 < num_front_layers <= len(values) else 0
+    return Sizes(whole, of_front, sample, sum(values[:num_front_layers]), at_cut, sum(values))
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -94,8 +93,8 @@ def _leaves(model: nn.Module) -> list[nn.Module]:
 def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
     """Return the bytes of each layer's output for one sample, in the order of the layers.
 
-    A batch of no samples takes no memory; a layer that does not take one is asked without memory,
-    which is slower to begin with.
+    An empty batch takes no memory. If a layer refuses it, the meta device is used, whose first use
+    is slower.
     """
     model.eval()
     for device, count in (("cpu", 0), ("meta", 1)):
@@ -105,14 +104,14 @@ def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
             if isinstance(z, Tensor):
                 values.append(math.prod(z.shape[1:]) * z.itemsize)
 
-        state = {n: _unwritten(t, device) for n, t in model.state_dict().items()}
+        state = {n: _empty_like(t, device) for n, t in model.state_dict().items()}
         hooks = [leaf.register_forward_hook(note) for leaf in _leaves(model)]
         try:
             model.load_state_dict(state, assign=True)
             with torch.no_grad():
                 model(torch.empty(count, *input_shape, device=device))
             return values
-        except Exception:  # noqa: BLE001 - a user's own code; when it is built it is told
+        except Exception:  # noqa: BLE001 - a user's own code; reported when the model is built
             continue
         finally:
             for hook in hooks:
@@ -120,15 +119,15 @@ def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
     return []
 
 
-def _unwritten(tensor: Tensor, device: str) -> Tensor:
-    """Return a tensor like this one, of which no page is in memory until somebody writes to it."""
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    """Return an uninitialised tensor of the same shape; its pages take no memory until written."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def client_bytes(
     batch_size: int, sizes: Sizes, *, most_samples: int, hosted: int
 ) -> dict[str, int]:
-    """Return what a run takes at a machine with so many clients, by what it is for."""
+    """Return the bytes that a run takes in a process of ``hosted`` clients, by purpose."""
     weights = hosted * (sizes.whole + TRAINED_COPIES * sizes.front)
     batch = min(batch_size + 1, most_samples)
     evaluated = min(_evaluation_batch(sizes), most_samples)
@@ -144,7 +143,7 @@ def _evaluation_batch(sizes: Sizes) -> int:
 
 
 def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, int]:
-    """Return what a run takes at its server, by what it is for."""
+    """Return the bytes that a run takes at its server, by purpose."""
     copies = num_clients if recipe.scheme.copies_back else 1
     trained = sizes.whole - sizes.front if sizes.at_cut else sizes.whole
     values = sizes.all_values - sizes.front_values + sizes.at_cut
@@ -153,12 +152,12 @@ def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, in
     return {"weights": weights, "batches": 2 * (recipe.run.batch_size + 1) * values}
 
 
-def too_much(needed: dict[str, int], node: PeerNode, why: str) -> str:
-    """Say in one line that something takes more memory than another machine may take; else "".
+def why_too_large(needed: dict[str, int], node: PeerNode, why: str) -> str:
+    """Return one line that says that ``needed`` exceeds ``--memory-limit``; "" if it does not.
 
-    ``why`` is whose choice it is.
+    ``why`` names the choice that needs the memory, and whose it is.
     """
-    total, limit = sum(needed.values()), limit_of(node)
+    total, limit = sum(needed.values()), memory_limit_bytes(node)
     if total <= limit:
         return ""
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in needed.items() if size)

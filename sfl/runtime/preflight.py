@@ -1,4 +1,4 @@
-"""Whether a run can be run at all: said before anything starts."""
+"""Check that a run can be run, before anything starts."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,18 +20,18 @@ from sfl.wire.payload import LARGE_BYTES
 
 
 def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
-    """Return a run's recipe, after trying its model where the data's shape and classes are known.
+    """Return a run's recipe, after trying its model if the data's shape and classes are known.
 
-    ``imports_data``: a data set that is a user's own function is asked for them, if it can be
-    imported here; a server does without it.
+    ``imports_data``: import a user's own data set for them, if that is possible here; a server does
+    not need it.
 
     Raises:
-        ConfigError: there is no such data set, or it cannot be used so; as ``Recipe.of``.
+        ConfigError: the data set is unknown or does not fit the options; as ``Recipe.of``.
     """
     recipe = Recipe.of(run)
     check_rule(recipe)
-    if spec := _data_of(run, imports_data):
-        # A user's own function need not say that its samples have writers.
+    if spec := _dataset_spec(run, imports_data):
+        # A user's own function need not declare that its samples have writers.
         if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
             raise ConfigError(
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
@@ -44,51 +44,51 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
 
 
 def knows_classes(run: RunConfig) -> bool:
-    """Say whether the classes are known before the clients have reported theirs."""
+    """Return whether the classes are known before the clients report theirs."""
     return ":" not in run.dataset and run.partition != OWN
 
 
-def _data_of(run: RunConfig, imports: bool) -> DatasetSpec | None:
-    """Return what is known of a run's data set; None: nothing yet."""
+def _dataset_spec(run: RunConfig, imports: bool) -> DatasetSpec | None:
+    """Return the spec of a run's data set; None: not known yet."""
     if ":" not in run.dataset:
         return dataset_of(run)
     try:
         return dataset_of(run) if imports else None
-    except Exception:  # noqa: BLE001 - a user's own; whoever loads the data says what is wrong
+    except Exception:  # noqa: BLE001 - a user's own code; reported when the data are loaded
         return None
 
 
 def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> int:
-    """Return about how many bytes a run will write, from its clients' training samples."""
+    """Estimate how many bytes a run writes, from its clients' numbers of training samples."""
     run, row, clients = recipe.run, recipe.scheme, list(num_train)
     front = max_state_bytes(split.front_spec)
     back = max_state_bytes(split.back_spec) if split.cuts else 0
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
-    an_epoch = 0
+    epoch_bytes = 0
     if row.exchange is Exchange.CUT:
-        a_sample = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
-        an_epoch = a_sample * sum(clients) + 3 * num_steps * max_file_bytes([])
+        sample_bytes = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
+        epoch_bytes = sample_bytes * sum(clients) + 3 * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
-        an_epoch = num_steps * front
+        epoch_bytes = num_steps * front
     keep = recipe.keep.tensors
-    answers = 0.0  # of one round, for whoever redoes it, where they are not recorded anyway
+    answers = 0.0  # one round's, kept for repeated steps, if they are not recorded anyway
     if row.exchange is Exchange.WEIGHT_GRADS:
         answers = run.local_epochs * num_steps / max(len(clients), 1) * front
     elif row.exchange is Exchange.CUT and not keep.records_all:
         answers = run.local_epochs * sum(clients) * split.features_spec(1).num_bytes
-    num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" drops one late
-    tensors = run.participation * run.local_epochs * an_epoch * num_kept
+    num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" keeps two for a time
+    tensors = run.participation * run.local_epochs * epoch_bytes * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
     num_models = recipe.keep.num_kept(run.rounds)
     models = num_models * (front * num_fronts + back)
     if recipe.training.keeps_optimizer:  # up to two more values a parameter, for each copy
         num_backs = len({row.back_of(k) for k in range(len(clients))})
         models += 2 * min(num_models, run.rounds) * (back or front) * num_backs
-    return round(tensors + models + answers + _coming_bytes(recipe, split, clients))
+    return round(tensors + models + answers + _incoming_bytes(recipe, split, clients))
 
 
-def _coming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> float:
-    """Return how much, at most, lies in files without a name while it comes in."""
+def _incoming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> float:
+    """Return the most bytes that large incoming payloads take in unnamed temporary files."""
     run = recipe.run
     front = 0 if recipe.scheme.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
     largest = [
@@ -103,33 +103,33 @@ def check_disk(
 ) -> str:
     """Return a line that says how much disk the run takes.
 
-    ``may_change``: whether it may be given other options, which a run that goes on may not.
+    ``may_change``: whether the error may suggest other options; a resumed run cannot change them.
 
     Raises:
-        RunError: there is less.
+        RunError: the disk has less space.
     """
     free, needed = shutil.disk_usage(folder).free, bytes_of(recipe)
     line = f"the run will take about {_megabytes(needed)} of disk; {_megabytes(free)} are free"
     if needed > free:
-        helps = f"give {_what_helps(recipe, bytes_of, free)}or another --out" if may_change else ""
+        helps = f"give {_suggestion(recipe, bytes_of, free)}or another --out" if may_change else ""
         raise RunError(f"{line}: {helps or 'make space, then go on'}")
     return line
 
 
-# Options that leave less on disk, and their values, the least last.
-_LESS = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
+# Options that reduce what is kept on disk, and their values, the smallest last.
+_SMALLER = {"keep_tensors": ("last", "none"), "keep_models": ("last",)}
 
 
-def _what_helps(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) -> str:
-    """Return the options that would leave less on disk than the run's: one, if that is enough."""
+def _suggestion(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) -> str:
+    """Return options with which the run fits the disk: a single one, if that is enough."""
 
     def below(recipe: Recipe, name: str, limit: int) -> list[str]:
-        return [v for v in _LESS[name] if bytes_of(recipe.changed(**{name: v})) <= limit]
+        return [v for v in _SMALLER[name] if bytes_of(recipe.changed(**{name: v})) <= limit]
 
-    enough = {name: below(recipe, name, free) for name in _LESS}
+    enough = {name: below(recipe, name, free) for name in _SMALLER}
     if texts := [f"{flag(n)} {' or '.join(values)}" for n, values in enough.items() if values]:
         return f"{', '.join(texts)}, "
-    for name in _LESS:  # one helps where the others have been given
+    for name in _SMALLER:  # no option is enough alone: add them up
         if values := below(recipe, name, bytes_of(recipe) - 1):
             texts.append(f"{flag(name)} {' or '.join(values)}")
             recipe = recipe.changed(**{name: values[-1]})
@@ -137,10 +137,10 @@ def _what_helps(recipe: Recipe, bytes_of: Callable[[Recipe], int], free: int) ->
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """See that the disk holds another round.
+    """Check that the disk has space for another round.
 
     Raises:
-        RunError: it does not.
+        RunError: it has not.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:

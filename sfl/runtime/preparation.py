@@ -1,4 +1,4 @@
-"""What a run is made of before its first round: model, records, checks, and each client's party."""
+"""Prepare a run before its first round: model, records, checks, and each client's party."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,20 +35,20 @@ from sfl.wire.payload import onto
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What a run's rounds may do without."""
+class RoundOptions:
+    """How a server's rounds are run."""
 
-    fronts: bool = True  # they lie here; else another server has them
-    skips: bool = False  # a round may close without a client
-    at_once: int = 0  # so many train at the same time, see ``Rounds``
-    answers: bool = True  # are kept, so that a client may redo its steps
+    has_fronts: bool = True  # this server has the fronts; else a separate fed server
+    may_skip: bool = False  # a round may close without a client
+    at_once: int = 0  # most clients that train at the same time, see ``Rounds``
+    keeps_answers: bool = True  # so that a client may repeat its steps
 
 
 @dataclass(kw_only=True)
 class Preparation:
-    """The steps from the clients that have joined to the rounds.
+    """Builds ``Rounds`` for the clients that have joined.
 
-    ``store`` makes the store of weights for a client's link, with files of at most so many bytes.
+    ``store`` makes the store of weights for a client's link and a largest file's bytes.
     """
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class Preparation:
     device: torch.device
     store: Callable[[Link, int], WeightStore]
     past: Past | None = None
-    allowed: Allowed = field(default_factory=Allowed)
+    options: RoundOptions = field(default_factory=RoundOptions)
 
     def __post_init__(self) -> None:
         past = self.past
@@ -75,15 +75,15 @@ class Preparation:
         return self.recipe.run
 
     def rounds(self) -> Rounds:
-        """Build the model for the clients' data, record what is run, and check the disk.
+        """Build the model for the clients' data, record the configuration, and check the disk.
 
         Raises:
-            ConfigError: the model does not take such data, or cannot be trained in its segments.
-            RunError: the clients' data do not go together, or the disk is too small.
-            IntegrityError: a file that the run goes on from is damaged.
+            ConfigError: the model does not fit the data, or cannot be trained in its segments.
+            RunError: a client built another model, or the disk is too small.
+            IntegrityError: a file that the run resumes from is damaged.
         """
         check_same_model(self._split, self.joined, self.folder.events.say)
-        self._look_at(self._split)
+        self._check_model(self._split)
         self._warn_of_differences()
         self._record()
         self._check_disk()
@@ -100,7 +100,7 @@ class Preparation:
 
     @cached_property
     def _backs(self) -> dict[int, Segments]:
-        """All copies of the server's model; none where nothing is exchanged in a round."""
+        """All copies of the server's segments; none if clients train alone."""
         row = self.recipe.scheme
         if row.exchange is Exchange.NOTHING:
             return {}
@@ -110,8 +110,8 @@ class Preparation:
     def _store_of(self, link: Link) -> WeightStore:
         return self.store(link, max_state_bytes(self._split.front_spec))
 
-    def _look_at(self, split: SplitModel) -> None:
-        """Try the model if that could not be done before, and say what is unusual about it."""
+    def _check_model(self, split: SplitModel) -> None:
+        """Try the model if the classes were unknown before; warn of unusual properties."""
         say = self.folder.events.say
         if not knows_classes(self.run):
             check_model(split)
@@ -124,7 +124,7 @@ class Preparation:
             say("warning: the front has no weights: what clients send are their raw data")
 
     def _warn_of_differences(self) -> None:
-        """Say what may change the last bit: between machines, and to the run so far."""
+        """Warn of differences in environment that may change the last bit of results."""
         ours, say = self._fingerprint, self.folder.events.say
         for k, client in self.joined.items():
             for found in differences(ours, client.fingerprint):
@@ -133,7 +133,7 @@ class Preparation:
             say(f"warning: {found} of the run so far: the last bit may differ")
 
     def _record(self) -> None:
-        """Write down configuration and machines."""
+        """Write the configuration and the environment."""
         archive = self.folder.archive
         archive.begin_at(self._first_round, anew=REWRITTEN)
         clients = {f"client_{k}": dict(client.fingerprint) for k, client in self.joined.items()}
@@ -145,20 +145,20 @@ class Preparation:
     def _check_disk(self) -> None:
         left = self.recipe.changed(rounds=self.run.rounds - self._first_round)
         path, may_change = self.folder.path, not self.past
-        self.folder.events.say(check_disk(path, left, self._needed, may_change=may_change))
+        self.folder.events.say(check_disk(path, left, self._bytes_needed, may_change=may_change))
 
-    def _needed(self, recipe: Recipe) -> int:
-        """Return how much of the disk a run takes."""
+    def _bytes_needed(self, recipe: Recipe) -> int:
+        """Return about how many bytes a run writes."""
         return disk_bytes(recipe, self._split, self._num_train)
 
     def _shared(self) -> dict[str, Shared]:
-        """Return what the first round starts from, and load the backs of a run that goes on."""
+        """Return the weights that the first round starts from; load the backs of a resumed run."""
         past, split, first_round = self.past, self._split, self._first_round
         if past:
             shared = read_shared(past.files, split, first_round)
             load_backs(past.files, self.run, self._backs, shared, first_round)
             return shared
-        holders = tuple(Holder) if self.allowed.fronts else (Holder.SERVER,)
+        holders = tuple(Holder) if self.options.has_fronts else (Holder.SERVER,)
         return {name: Shared(state) for name, state in split.initial(*holders).items()}
 
     def _parties(self) -> dict[int, ServerParty]:
@@ -186,7 +186,7 @@ class Preparation:
 
     def _rounds(self, parties: Mapping[int, ServerParty], shared: dict[str, Shared]) -> Rounds:
         folder, archive = self.folder, self.folder.archive
-        a_round = self._needed(self.recipe.changed(rounds=1))
+        round_bytes = self._bytes_needed(self.recipe.changed(rounds=1))
         rounds = Rounds(
             network=self.network,
             parties=parties,
@@ -196,21 +196,21 @@ class Preparation:
             log=self._log,
             shared=shared,
             store=self._store_of,
-            spool=Spool(folder.path if self.allowed.answers else None, archive.flush),
+            spool=Spool(folder.path if self.options.keeps_answers else None, archive.flush),
             payloads=onto(folder.path),
             about=self._about(),
             check_there=folder.check_there,
-            check_space=lambda: check_space(folder.path, a_round),
+            check_space=lambda: check_space(folder.path, round_bytes),
             first_round=self._first_round,
-            may_skip=self.allowed.skips,
-            at_once=self.allowed.at_once,
+            may_skip=self.options.may_skip,
+            at_once=self.options.at_once,
         )
         for k in parties:
-            rounds.limit(k)
+            rounds.set_limits(k)
         return rounds
 
     def _about(self) -> dict[str, Any]:
-        """Return what a checkpoint records beside the weights."""
+        """Return the further content of a checkpoint."""
         known = dict(self.past.client_fingerprints) if self.past else {}
         clients = known | {k: dict(client.fingerprint) for k, client in self.joined.items()}
         return {"data": self._data, "fingerprint": self._fingerprint, "clients": clients}

@@ -1,4 +1,4 @@
-"""A recorded run, opened to compute with it."""
+"""Open a recorded run to compute with its model and tensors."""
 
 import os
 import re
@@ -29,17 +29,17 @@ from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.trusted_imports import remembered
 
-MAX_ROUNDS = 1_000_000  # of a run, each of which is looked for
+MAX_ROUNDS = 1_000_000  # bounds the loops over a recorded run's rounds
 
 
 class RecordedRun:
-    """A run's folder, with what is needed to compute with it.
+    """A run's folder with its recipe, model and data description.
 
-    ``differences`` are lines that name what of this process may change the last bit.
+    ``differences``: lines that name what in this process may change the last bit of results.
 
     Raises:
-        IntegrityError: its configuration is damaged.
-        ConfigError: its model is a user's own that is not ``allowed``, or cannot be imported.
+        IntegrityError: the configuration is damaged.
+        ConfigError: the model is a user's own that is not ``allowed``, or cannot be imported.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class RecordedRun:
         self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.scheme = self.recipe.scheme
-        is_fed = archive.config().get("role") == "fed"  # no step passes a fed server
+        is_fed = archive.config().get("role") == "fed"  # a fed server sees no steps
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:
             raise IntegrityError(
                 f"{archive.root}: is of {self.run.rounds} rounds; we read {MAX_ROUNDS}"
             )
         self._check_clients()
-        # A main server whose fed server is apart has none of the clients' segments.
+        # A main server with a separate fed server has none of the clients' segments.
         first = {name: segment_path(SHARED_MODEL, name, -1) for name in self.split.specs}
         self.segments = [name for name, path in first.items() if archive.has_listed(path)]
 
     def _check_clients(self) -> None:
         found = {place[0] for f in self.archive.folders() if (place := round_of_folder(f))}
         found |= {k for entry in self.archive.listed for k in entry.clients}
-        if strangers := found - self.num_train.keys():
+        if unknown := found - self.num_train.keys():
             raise IntegrityError(
-                f"{self.archive.root}: has files of client {min(strangers)}, who is none"
+                f"{self.archive.root}: has files of client {min(unknown)}, who is none"
             )
 
     @property
@@ -85,27 +85,27 @@ class RecordedRun:
         return sorted(self.num_train)
 
     def ended(self, round_index: int) -> bool:
-        """Say whether a round came to its end."""
+        """Return whether a round was completed."""
         return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
 
     def has_models(self, round_index: int) -> bool:
-        """Say whether a round's starting weights and its results were kept."""
+        """Return whether the weights at a round's start and end were kept."""
         return self.archive.rounds_without_models.isdisjoint((round_index - 1, round_index))
 
     def order(self, round_index: int) -> list[int]:
-        """Return a round's clients in the round's order; of an unfinished round, those drawn."""
+        """Return a round's clients in training order; of an unfinished round, those drawn."""
         for entry in self.archive.listed:
             if entry.kind == ROUND_LOG and entry.round == round_index:
                 return list(entry.clients)
         return draw(self.run, self.clients, round_index)
 
     def weights(self, round_index: int) -> dict[int, int]:
-        """Return the weight in the averages of each client that took part."""
+        """Return each participating client's weight in the averages."""
         took_part = sorted(self.order(round_index))
         return averaging_weights(self.run, {k: self.num_train[k] for k in took_part})
 
     def shared_at(self, round_index: int) -> Mapping[str, Shared]:
-        """Return what everyone started a round from, by segment."""
+        """Return the shared weights at a round's start, by segment."""
         return read_shared(self.archive, self.split, round_index)
 
     def trained_states(self, round_index: int) -> dict[int, dict[str, dict[str, Tensor]]]:
@@ -118,7 +118,7 @@ class RecordedRun:
         return states
 
     def backs_at(self, round_index: int) -> dict[int, Segments]:
-        """Return the server's copies of its segments as they were when a round began."""
+        """Return the server's copies of its segments as at a round's start."""
         indices = map(self.scheme.back_of, self.clients)
         backs = {b: self.split.segments(Holder.SERVER, self.device) for b in indices}
         load_backs(self.archive, self.run, backs, self.shared_at(round_index), round_index)
@@ -143,22 +143,22 @@ def load(
     threads: int | None = None,
     allow_import: str = "",
 ) -> RecordedRun:
-    """Open a run to compute with it, and set up torch in this process as the run had it.
+    """Open a run to compute with it, and set up torch in this process as the run did.
 
-    The run may be somebody else's: it imports what ``allow_import`` lists, and what a command line
-    of this machine has named before.
+    The run may come from another machine: its own model is imported only if ``allow_import`` lists
+    it, or a command line of this machine has named it before.
 
     Raises:
         RunError: there is no run.
         IntegrityError: its configuration is damaged.
-        ConfigError: the device is not there, or the run's model may not be imported.
+        ConfigError: the device is not available, or the run's model may not be imported.
     """
     archive = sfl.archive.open(run_dir)
     theirs = _read_environment(archive, "fingerprint", texts_of)
     of_run = theirs.get("device", "").partition(":")[0]
-    told = theirs.get("threads", "")
+    threads_text = theirs.get("threads", "")
     at_most = os.cpu_count() or 1
-    used = min(int(told), at_most) if re.fullmatch(r"[1-9]\d{0,3}", told) else 1
+    used = min(int(threads_text), at_most) if re.fullmatch(r"[1-9]\d{0,3}", threads_text) else 1
     node = NodeConfig(device=device or of_run, threads=threads or used, allow_import=allow_import)
     node.check()
     found = set_up_torch(node)

@@ -7,9 +7,9 @@
     print(*report.findings, report.summary, sep="\\n")  # ..., N gradients checked, 0 differ
 
 A step of the back follows from the round's starting weights, the recorded labels and activations,
-and random draws that derive from the seed: its gradients and its loss are computed again and
-compared with the recorded ones. So are the models at the end of each round; of schemes without a
-cut, whose steps leave no cut-layer tensors, these alone.
+and random draws that derive from the seed: its gradients and loss are recomputed and compared with
+the recorded ones, and so are the models at the end of each round. Steps of schemes without a cut
+leave no cut-layer tensors: only their models are compared.
 """
 
 from collections import Counter
@@ -47,27 +47,27 @@ Backs = Mapping[int, Segments]  # the copies of the server's segments
 
 @dataclass
 class Report:
-    """What a replay found."""
+    """The result of a replay."""
 
     checked: int = 0  # gradients
     differ: int = 0
-    unchecked: int = 0  # gradients that rest on a damaged file
-    unended: int = 0  # gradients of rounds that lack some, so that no update can be made
+    unchecked: int = 0  # gradients that depend on a damaged file
+    incomplete: int = 0  # gradients of rounds that lack some, so that the update is unknown
     dropped: int = 0  # rounds of which neither tensors nor models were kept
-    models: int = 0  # weights that were computed again
+    models: int = 0  # files of weights that were recomputed
     models_differ: int = 0
-    found: dict[str, None] = field(default_factory=dict)  # a line for each file that is not right
+    found: dict[str, None] = field(default_factory=dict)  # one line for each damaged or wrong file
 
-    def find(self, finding: object) -> None:
+    def add(self, finding: object) -> None:
         self.found[str(finding)] = None
 
     @contextmanager
-    def finding(self, error_type: type[Exception] = IntegrityError) -> Iterator[None]:
-        """Report an error of what is done meanwhile, and go on."""
+    def reporting(self, error_type: type[Exception] = IntegrityError) -> Iterator[None]:
+        """Report an error raised in the ``with`` block, and continue after it."""
         try:
             yield
         except error_type as error:
-            self.find(error)
+            self.add(error)
 
     @property
     def findings(self) -> list[str]:
@@ -79,15 +79,15 @@ class Report:
 
 
 def check(recorded: RecordedRun, client: int | None = None, round: int | None = None) -> Report:
-    """Recompute what was recorded, of one client or round if asked for, and compare.
+    """Recompute and compare a recorded run, or one client or round of it.
 
     Raises:
-        RunError: nothing is recorded there.
+        RunError: nothing is recorded of that client and round.
     """
     archive, report = recorded.archive, Report()
     _check_listed(recorded, report)
     rounds = set(archive.rounds(client))
-    if client is None:  # a round's results are recorded even if its tensors are not
+    if client is None:  # the models of a round may be recorded without its tensors
         rounds |= {r for r in range(recorded.run.rounds) if recorded.ended(r)}
     rounds = rounds if round is None else rounds & {round}
     if not rounds:
@@ -100,24 +100,24 @@ def check(recorded: RecordedRun, client: int | None = None, round: int | None = 
 def _check_listed(recorded: RecordedRun, report: Report) -> None:
     """Check the bytes of every model, log, manifest and checkpoint of the run."""
     for entry in recorded.archive.listed:
-        with report.finding():
+        with report.reporting():
             recorded.archive.read(entry.path)
     damage: list[str] = []
-    with report.finding(RunError):
+    with report.reporting(RunError):
         list(whole(recorded.archive.root, recorded.run, damage))
     for line in damage:
-        report.find(line)
+        report.add(line)
 
 
 class _Round:
-    """One round: its steps, and what follows from them, from the round's starting weights."""
+    """Replays one round: its steps and its resulting models, from its starting weights."""
 
     def __init__(
         self, recorded: RecordedRun, round_index: int, client: int | None, report: Report
     ) -> None:
         self._recorded, self._round, self._client = recorded, round_index, client
         self._report = report
-        self._broken: set[int] = set()  # backs whose further steps cannot be computed
+        self._broken: set[int] = set()  # backs whose remaining steps cannot be recomputed
 
     def check(self) -> None:
         recorded = self._recorded
@@ -131,12 +131,12 @@ class _Round:
         else:
             self._check_steps(backs, steps)
         if self._client is None and not self._broken and recorded.ended(self._round):
-            # Without its steps, and where updates are pooled, no back's result is recomputed.
+            # Without recorded steps, or with pooled gradients, the backs are not recomputed here.
             has_results = steps and recorded.exchange is not Exchange.WEIGHT_GRADS
             self._check_outcome(backs if has_results else {})
 
     def _read_steps(self) -> list[Step]:
-        """Return the steps that the chosen client's back took, in order of processing."""
+        """Return the steps of the chosen client's back, in the order in which it took them."""
         recorded, back_of = self._recorded, self._recorded.scheme.back_of
         steps: list[Step] = []
         for k in recorded.clients:
@@ -145,21 +145,21 @@ class _Round:
             try:
                 steps += recorded.archive.steps(client=k, round=self._round)
             except IntegrityError as error:
-                self._report.find(error)
+                self._report.add(error)
                 self._broken.add(back_of(k))
         return sorted(steps, key=lambda step: (step.order, step.client))
 
     def _starting_backs(self) -> Backs:
-        """Return the backs at the round's start; none if there are none or they are damaged."""
+        """Return the backs at the round's start; none without a server's model or if damaged."""
         recorded = self._recorded
         if recorded.exchange is not Exchange.NOTHING:
-            with self._report.finding():
+            with self._report.reporting():
                 return recorded.backs_at(self._round)
             self._broken |= {recorded.scheme.back_of(k) for k in recorded.clients}
         return {}
 
     def _check_steps(self, backs: Backs, steps: list[Step]) -> None:
-        """Recompute the steps over a cut."""
+        """Recompute all steps of a scheme with a cut."""
         losses, report = self._recorded_losses(), self._report
         for step in steps:
             b = self._recorded.scheme.back_of(step.client)
@@ -171,16 +171,16 @@ class _Round:
             try:
                 right = self._check_step(backs[b].last, step, losses)
             except IntegrityError as error:
-                report.find(error)
+                report.add(error)
                 self._broken.add(b)
             report.checked += counts
             report.differ += counts and not right
 
     def _check_step(self, back: Segment, step: Step, losses: Losses) -> bool:
-        """Recompute one step; say whether gradients and loss are the recorded ones.
+        """Recompute one step; return whether gradients and loss equal the recorded ones.
 
         Raises:
-            IntegrityError: its labels or activations are damaged; later steps cannot be computed.
+            IntegrityError: its labels or activations are damaged, so that later steps are unknown.
         """
         report, labels = self._report, step.path(LABELS)
         at = Position(self._recorded.run.run, step.round, step.step, step.client)
@@ -190,30 +190,30 @@ class _Round:
         loss = losses.get((step.client, labels.name, "loss"), figures.loss)
         same_loss = repr(loss) == repr(figures.loss)  # NaN equals NaN
         if not same_loss:
-            report.find(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
-        with report.finding():
+            report.add(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
+        with report.reporting():
             same_grads = identical(grads.cpu(), step.grads)
             if not same_grads:
-                report.find(f"{step.path(GRADS)}: differs from the recomputed gradients")
+                report.add(f"{step.path(GRADS)}: differs from the recomputed gradients")
             return same_grads and same_loss
         return False
 
     def _recorded_losses(self) -> Losses:
-        """Return the figures of the round's log; none if it did not end or the log is damaged."""
+        """Return the round's log; empty if the round was not completed or the log is damaged."""
         try:
             log = self._recorded.archive.read(f"rounds/round_{self._round:03d}.csv")
             return read_round(log)
-        except (IntegrityError, ValueError, KeyError):  # _check_listed names it
+        except (IntegrityError, ValueError, KeyError):  # reported by _check_listed
             return {}
 
     def _check_updates(self, backs: Backs, steps: list[Step]) -> None:
-        """Make the round's updates again, and compare their weights with the clients'."""
+        """Recompute the round's pooled updates, and compare the weights with the clients'."""
         recorded, run, report = self._recorded, self._recorded.run, self._report
         order = recorded.order(self._round)
-        an_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
-        num_steps = Counter(step.client for step in steps)  # fewer for who left in mid-round
-        if any(num_steps[k] < count * run.local_epochs for k, count in an_epoch.items()):
-            report.unended += len(steps)
+        steps_per_epoch = {k: num_batches(recorded.num_train[k], run.batch_size) for k in order}
+        num_steps = Counter(step.client for step in steps)  # fewer for a client lost in the round
+        if any(num_steps[k] < count * run.local_epochs for k, count in steps_per_epoch.items()):
+            report.incomplete += len(steps)
             return
         if not backs:
             report.unchecked += len(steps)
@@ -225,7 +225,7 @@ class _Round:
                 grads = step.weight_grads(recorded.split.parameters_spec)
                 pool.add(step.client, grads, step.num_samples)
         except IntegrityError as error:
-            report.find(error)
+            report.add(error)
             report.unchecked += len(steps)
             return
         for k in order:
@@ -233,9 +233,9 @@ class _Round:
             self._compare(path, model.parameters(), recorded.split.specs[name])
 
     def _check_outcome(self, backs: Backs) -> None:
-        """Compare what the round gave, of each segment, with what is computed again."""
+        """Recompute the round's resulting weights of each segment, and compare them."""
         recorded = self._recorded
-        with self._report.finding():
+        with self._report.reporting():
             if backs:
                 by_copy = {b: copy.states() for b, copy in backs.items()}
                 self._check_merged(Holder.SERVER, {}, by_copy)
@@ -258,13 +258,13 @@ class _Round:
                 self._compare(path, shared.memory, state_spec(shared.memory))
 
     def _compare(self, path: str, ours: State, spec: StateSpec) -> None:
-        """Compare weights computed again, some or all of a file's, with the recorded ones."""
+        """Compare recomputed weights, all of a file's or some, with the recorded ones."""
         archive, report = self._recorded.archive, self._report
         report.models += 1
         same = False
-        with report.finding():
+        with report.reporting():
             theirs = archive.state(path, spec)
             same = all(identical(tensor, theirs[name]) for name, tensor in ours.items())
             if not same:
-                report.find(f"{archive.root / path}: differs from what the run's files give")
+                report.add(f"{archive.root / path}: differs from what the run's files give")
         report.models_differ += not same

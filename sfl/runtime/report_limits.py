@@ -1,12 +1,12 @@
-"""What a client's report may claim: counts and shapes size what the server holds for it.
+"""Limits on a client's report: its counts and shapes decide how much the server stores for it.
 
 ::
 
-    samples              the data set's own number, or --max-samples
-    steps of a round     MOST_STEPS: figures, answers and lines of the round's log, one a step
-    predictions          MOST_PREDICTION_BYTES: labels and outputs of its test set
+    samples              the data set's number, or --max-samples
+    steps of a round     MOST_STEPS: metrics, answers and log lines of each step
+    predictions          MOST_PREDICTION_BYTES: labels and outputs of the test set
     tensors, answers     the free disk
-    shape, classes       --memory-limit, where no data set says them
+    shape, classes       --memory-limit, if no data set defines them
 """
 
 import functools
@@ -20,7 +20,7 @@ from sfl.data.client_data import num_batches
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN
 from sfl.nodes import ServerNode
-from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, too_much
+from sfl.runtime.memory import Sizes, megabytes, server_bytes, sizes_of, why_too_large
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 
@@ -28,19 +28,19 @@ MOST_STEPS = 2**20  # of a client in a round
 MOST_PREDICTION_BYTES = 2**28  # of a client's test set
 
 
-def why_refused(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
-    """Say why a client's report claims more than it may; "" if it does not."""
+def claim_error(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
+    """Return why a client's report exceeds a limit; "" if it does not."""
     report = joined.data
     return _too_many(recipe, node, report) or _too_large(recipe, node, report)
 
 
 def _known_total(run: RunConfig) -> int:
-    """Return how many samples the run's data set has, if the server knows it; else 0."""
+    """Return the number of samples in the run's data set; 0 if the server does not know it."""
     return 0 if ":" in run.dataset or run.partition == OWN else dataset_of(run).num_samples
 
 
 def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
-    """Say what a report has too many of."""
+    """Return which count in a report is too large; "" if none is."""
     run, counts, classes = recipe.run, report.num_samples, len(report.classes)
     known = _known_total(run)
     most, total = known or node.max_samples, sum(counts.values())
@@ -74,14 +74,14 @@ def _sizes(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> Sizes:
 
 
 def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
-    """Say what a report makes too large: the model, or what is recorded of its steps."""
+    """Return what a report makes too large: the model or the recorded steps; "" if neither."""
     run, sizes = recipe.run, _sizes(recipe, report.input_shape, len(report.classes))
-    if ":" in run.dataset or run.partition == OWN:  # else shape or classes are the data set's
+    if ":" in run.dataset or run.partition == OWN:  # else the data set defines shape and classes
         named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"
         needed = server_bytes(recipe, sizes, run.most_clients)
-        if why := too_much(needed, node, f"{named}: {run.model} for them"):
+        if why := why_too_large(needed, node, f"{named}: {run.model} for them"):
             return why
-    # Where the data set says how many samples there are, the run is too large, and not the claim.
+    # If the data set defines the number of samples, the run is too large and not the report.
     judged = node.role != "fed" and not _known_total(run)
     recorded = _recorded_bytes(recipe, sizes, report.num_samples[TRAIN]) if judged else 0
     free = shutil.disk_usage(node.out_path).free
@@ -95,12 +95,12 @@ def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
 
 
 def _recorded_bytes(recipe: Recipe, sizes: Sizes, num_train: int) -> int:
-    """Return about how much of the server's disk a client's steps take."""
-    run, exchange, an_epoch = recipe.run, recipe.scheme.exchange, 0
+    """Estimate how many bytes of the server's disk a client's steps take."""
+    run, exchange, epoch_bytes = recipe.run, recipe.scheme.exchange, 0
     if exchange is Exchange.CUT:
-        an_epoch = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
+        epoch_bytes = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
     elif exchange is Exchange.WEIGHT_GRADS:
-        an_epoch = num_batches(num_train, run.batch_size) * sizes.whole
-    # A round's answers are kept for whoever redoes it, recorded or not.
+        epoch_bytes = num_batches(num_train, run.batch_size) * sizes.whole
+    # One round's answers are stored for repeated steps, even if tensors are not recorded.
     rounds = max(recipe.keep.tensors.num_kept(run.rounds), 1)
-    return round(run.participation * run.local_epochs * an_epoch * rounds)
+    return round(run.participation * run.local_epochs * epoch_bytes * rounds)

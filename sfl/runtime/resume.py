@@ -1,7 +1,4 @@
-"""Going on with a run that lies on disk: what a round starts from, read back.
-
-Resuming and replay both begin a round with what the one before wrote down.
-"""
+"""Load the state at a round's start from a run's folder, to resume the run or to replay it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +32,7 @@ from sfl.strategy.split_model import SplitModel
 
 
 class Files(Protocol):
-    """Checked files of a run's folder: all that are recorded, or those of a checkpoint."""
+    """Checked files of a run's folder: all recorded ones, or those of a checkpoint."""
 
     @property
     def root(self) -> Path: ...
@@ -48,15 +45,15 @@ class Files(Protocol):
 
 
 def read_shared(files: Files, split: SplitModel, round_index: int) -> dict[str, Shared]:
-    """Return what everyone started a round from, of the segments that lie here.
+    """Return the shared weights at a round's start, of the segments stored in this folder.
 
     Raises:
-        IntegrityError: a file of theirs is damaged or missing.
+        IntegrityError: one of the files is damaged or missing.
     """
     shared, last = {}, round_index - 1
     own = split.recipe.scheme.fronts is Fronts.OWN and round_index > 0
     for name, spec in split.specs.items():
-        # What was recorded once is there, or damaged; a checkpoint has what its round starts from.
+        # A run's folder lists its first weights (-1), a checkpoint only those of its own round.
         lies_here = any(files.lists(segment_path(SHARED_MODEL, name, r)) for r in (-1, last))
         if not lies_here or (own and HOLDERS[name] is Holder.CLIENT):
             continue
@@ -75,10 +72,10 @@ def load_backs(
     shared: Mapping[str, Shared],
     round_index: int,
 ) -> None:
-    """Bring the server's copies to where they were when a round began.
+    """Load the server's copies of its segments as at a round's start.
 
     Raises:
-        IntegrityError: a file of theirs is damaged or missing.
+        IntegrityError: one of the files is damaged or missing.
     """
     for b, copy in backs.items():
         for name, segment in copy.items():
@@ -93,10 +90,10 @@ def load_backs(
 def load_own_state(
     folder: Path, segments: Segments, recipe: Recipe, client: int, round_index: int
 ) -> None:
-    """Bring a client's segments and optimisers to where they were when a round began.
+    """Load a client's own state, fronts and optimisers, as at a round's start.
 
     Raises:
-        RunError: what only this client had is not there, or damaged.
+        RunError: its checkpoint is missing or damaged.
     """
     if not has_own(recipe) or round_index == 0:
         return
@@ -124,22 +121,22 @@ def _load_kept(checkpoint: Checkpoint, segments: Segments, recipe: Recipe, clien
 
 
 def _load_optimizer(files: Files, segment: Segment, path: str) -> None:
-    """Load what was kept of an optimiser; nothing is in it if that had taken no step."""
+    """Load an optimiser's saved state, which is empty before its first step."""
     data, spec = files.read(path), segment.optimizer.spec()
     state = decode_state(data, spec, str(files.root / path), or_empty=True)
     segment.optimizer.load(state)
 
 
 def check_same_run(folder: Path, run: RunConfig) -> None:
-    """See that a client's folder, if anything lies in it, is of the run that a server goes on with.
+    """Check that a client's folder, unless empty, belongs to the run that the server resumes.
 
     Raises:
-        RunError: it is of another run of that name.
+        RunError: it belongs to another run of that name.
     """
     try:
         recorded = strict_json.loads(read_plain(folder / "config.json"))
         check_goes_on(recorded, asdict(run) | {"keep_tensors": recorded["keep_tensors"]})
-    except FileNotFoundError:  # it was killed before it wrote any
+    except FileNotFoundError:  # the client was killed before it wrote its options
         return
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is of another run: {error}") from error
@@ -147,14 +144,14 @@ def check_same_run(folder: Path, run: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Past:
-    """What a run did before it goes on."""
+    """The recorded state of a run that is resumed."""
 
-    checkpoints: Sequence[Checkpoint]  # that it may go on from, the newest first
-    damage: Sequence[str]  # why it does not go on from newer ones
+    checkpoints: Sequence[Checkpoint]  # usable ones, the newest first
+    damage: Sequence[str]  # why newer ones cannot be used
 
     @property
     def first_round(self) -> int:
-        """The round that it goes on with."""
+        """The round that the run resumes with."""
         return self.checkpoints[0].round
 
     @property
@@ -163,7 +160,7 @@ class Past:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What is recorded of the clients' data."""
+        """The record of the clients' data."""
         described: Mapping[str, Any] = self.files.about["data"]
         return described
 
@@ -177,22 +174,22 @@ class Past:
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        """What it ran on."""
+        """The server's fingerprint."""
         theirs: Mapping[str, str] = self.files.about["fingerprint"]
         return theirs
 
     @property
     def client_fingerprints(self) -> Mapping[int, Mapping[str, str]]:
-        """What each client ran on."""
+        """The clients' fingerprints."""
         return {int(k): theirs for k, theirs in self.files.about.get("clients", {}).items()}
 
     @property
     def own_rounds(self) -> Mapping[int, int]:
-        """For each client, which round's beginning its own things are of."""
+        """For each client, the round whose start its own state belongs to."""
         return own_rounds(self.files)
 
-    def may_have_own(self, client: int, rounds: Collection[int]) -> bool:
-        """Say whether a client can go on from any of the checkpoints with what it has."""
+    def matches_own_state(self, client: int, rounds: Collection[int]) -> bool:
+        """Return whether a client's own state, kept for ``rounds``, fits any of the checkpoints."""
         wanted = {own_rounds(checkpoint).get(client, 0) for checkpoint in self.checkpoints}
         return not rounds or not wanted.isdisjoint(rounds)
 
@@ -201,10 +198,10 @@ class Past:
         return len(self.num_samples)
 
     def at(self, round_index: int) -> "Past":
-        """Return what goes on with this round, if there is a checkpoint of it.
+        """Keep only this round's checkpoint.
 
         Raises:
-            RunError: there is none.
+            RunError: there is no checkpoint of it.
         """
         left = [c for c in self.checkpoints if c.round == round_index]
         if not left:
@@ -214,10 +211,10 @@ class Past:
             )
         return replace(self, checkpoints=left)
 
-    def that_all_have(self, rounds: Mapping[int, Collection[int]]) -> "Past":
-        """Return what goes on with the newest round that all clients can start.
+    def common_to_all(self, rounds: Mapping[int, Collection[int]]) -> "Past":
+        """Keep only the checkpoint of the newest round that all clients can start.
 
-        ``rounds``: of which a client has what only it has; none: it needs nothing of its own.
+        ``rounds``: the rounds whose own state each client has; empty: it needs none.
 
         Raises:
             RunError: there is no such round.
@@ -234,21 +231,21 @@ class Past:
 
 
 def own_rounds(checkpoint: Checkpoint) -> Mapping[int, int]:
-    """Return for each client which round's beginning its own things are of, by the server."""
+    """Return for each client the round whose start its own state belongs to, as recorded."""
     return {int(k): r for k, r in checkpoint.about.get("own", {}).items()}
 
 
 def has_begun(folder: Path) -> bool:
-    """Say whether a run has come so far that there is something to go on from."""
+    """Return whether a run has written a checkpoint."""
     return bool(lying(folder))
 
 
 def open_past(folder: Path, run: RunConfig) -> Past:
-    """Return how far a run got.
+    """Read the checkpoints of a run that is to be resumed.
 
     Raises:
-        RunError: it has not begun, or is of another configuration.
-        IntegrityError: no checkpoint of it is whole.
+        RunError: the run has not begun, or has another configuration.
+        IntegrityError: no checkpoint is complete and undamaged.
     """
     try:
         check_no_links(folder)
@@ -269,10 +266,10 @@ def open_past(folder: Path, run: RunConfig) -> Past:
 
 
 def check_unfinished(past: Past, run: RunConfig) -> None:
-    """See that a run has something left to do, if only to tell its clients that it is over.
+    """Check that a run has rounds left, or has not yet told its clients that it is over.
 
     Raises:
-        ConfigError: there is nothing.
+        ConfigError: it is finished.
     """
     folder, done = past.files.root, past.first_round
     finished = any(entry.kind == "summary" for entry in sfl.archive.open(folder).listed)
@@ -283,10 +280,10 @@ def check_unfinished(past: Past, run: RunConfig) -> None:
         )
 
 
-def own_checkpoints(folder: Path, run: RunConfig) -> tuple[int, ...]:
-    """Return of which rounds' beginnings a client has whole what only it has; 0 needs nothing.
+def own_state_rounds(folder: Path, run: RunConfig) -> tuple[int, ...]:
+    """Return the rounds whose own state a client has complete on disk; always 0, which needs none.
 
     Raises:
-        RunError: something is of another run of that name.
+        RunError: a checkpoint belongs to another run of that name.
     """
     return *(checkpoint.round for checkpoint in whole(folder, run, [])), 0

@@ -1,4 +1,4 @@
-"""The clients of a run: which ids there are, and who of them is there."""
+"""The ids of a run's clients, and which of them are registered and ready."""
 
 from dataclasses import dataclass, field
 
@@ -15,22 +15,22 @@ class Roster:
 
     run: str  # its name
     ids: frozenset[int]
-    needed: int  # so many start the run; more may register until they are ready
+    needed: int  # ready clients that start the run; more may register before that
     places: dict[int, Place] = field(default_factory=dict)
     has_begun: bool = False
 
     def begin(self) -> None:
-        """Let nobody else take part."""
+        """Begin the run: no other ids can register from now on."""
         self.ids, self.has_begun = frozenset(self.places), True
 
     def reports(self) -> dict[int, DataReport]:
-        """Return what the clients that are ready have said of their data."""
+        """Return the data reports of the ready clients."""
         places = sorted(self.places.items())
         return {k: place.joined.data for k, place in places if place.is_here and place.joined}
 
     @property
     def complete(self) -> bool:
-        """Whether enough clients are ready, and nobody who registered is still loading."""
+        """Whether enough clients are ready, and no registered one is still loading its data."""
         return len(self.ready()) >= self.needed and self.ready() == self.taken()
 
     def ready(self) -> set[int]:
@@ -40,16 +40,16 @@ class Roster:
         return {k for k, place in self.places.items() if place.link}
 
     @property
-    def full(self) -> str:
-        """Say that nobody else can join."""
+    def full_message(self) -> str:
+        """A line that says that no other client can join."""
         return f"the run {self.run} has its {counted(len(self.places), 'client')}"
 
     @property
-    def missing(self) -> str:
-        """Say who is not there yet, or any more."""
+    def missing_message(self) -> str:
+        """A line that names the clients that are not ready."""
         ready = self.ready()
         if self.has_begun:
-            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_out}
+            away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_skipped}
             names = ", ".join(
                 f"{'a corrected ' if p.refused else ''}client_{k} ({p.why})"
                 for k, p in sorted(away.items())
@@ -64,19 +64,19 @@ class Roster:
     def check_id(self, wanted: int) -> None:
         if wanted not in self.ids:
             every = sorted(self.ids)
-            in_a_row = every == list(range(len(every)))
-            known = f"0 to {every[-1]}" if in_a_row else ", ".join(map(str, every))
+            is_contiguous = every == list(range(len(every)))
+            known = f"0 to {every[-1]}" if is_contiguous else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
 
     def find(self, wanted: int) -> tuple[int, str]:
-        """Return which client somebody would be that only checks, and why not now.
+        """Return the id that a checking client would get, and why it is not free now, or "".
 
         Raises:
             RunError: the run has no such client.
         """
         free = sorted(self.ids - self.taken())
         if wanted == ANY_ID:
-            return (free[0], "") if free else (min(self.ids), self.full)
+            return (free[0], "") if free else (min(self.ids), self.full_message)
         self.check_id(wanted)
         return wanted, "" if wanted in free else f"client_{wanted} is connected"
 

@@ -1,7 +1,7 @@
-"""The rounds of a run as the server sees them: train, merge, evaluate, write down.
+"""Run the server's side of all rounds: train, merge, evaluate, record.
 
-Faces ``conversation.client_run``. The same code serves sockets and simulation; only the network and
-the links differ.
+Faces ``conversation.round.client_run``. The same code serves sockets and simulation; only the
+network and the links differ.
 """
 
 import contextlib
@@ -64,20 +64,20 @@ class Rounds:
     split: SplitModel
     archive: ArchiveWriter
     log: RoundLog
-    shared: dict[str, Shared]  # what everyone goes on from, by segment, of those that lie here
-    store: Callable[[Link], WeightStore]  # to a client over its link
+    shared: dict[str, Shared]  # weights at the start of the next round, of this server's segments
+    store: Callable[[Link], WeightStore]  # makes a client's store for its link
     spool: Spool
-    payloads: MakeStore  # where those of the clients go
-    about: Mapping[str, Any]  # what a checkpoint records beside the weights
+    payloads: MakeStore  # makes the store of clients' incoming payloads
+    about: Mapping[str, Any]  # further content of a checkpoint
     check_there: Callable[[], None]  # raises RunError if the run's folder is gone
-    check_space: Callable[[], None]  # raises RunError if the disk does not hold another round
+    check_space: Callable[[], None]  # raises RunError if the disk has no space for another round
     first_round: int = 0
     may_skip: bool = False
-    at_once: int = 0  # that train, where each has a copy; 0: all
-    _began: Mapping[str, Shared] = field(default_factory=dict)  # what the round started from
-    _missing: dict[int, str] = field(default_factory=dict)  # from the round, and why
-    _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # of its start
-    _paths: list[str] = field(default_factory=list)  # of what the next round starts from
+    at_once: int = 0  # most clients that train at the same time, each with a copy; 0: all
+    _start_shared: Mapping[str, Shared] = field(default_factory=dict)  # at this round's start
+    _missing: dict[int, str] = field(default_factory=dict)  # clients absent in the round, and why
+    _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # at its start
+    _paths: list[str] = field(default_factory=list)  # files that the next round starts from
 
     @property
     def recipe(self) -> Recipe:
@@ -88,7 +88,7 @@ class Rounds:
         return self.recipe.run
 
     def run_all(self) -> dict[str, float]:
-        """Run all rounds that are left and return the figures of the last one."""
+        """Run all remaining rounds; return the metrics of the last one."""
         if self.first_round == 0:
             self._write_shared(-1)
             self._commit(0)
@@ -99,32 +99,32 @@ class Rounds:
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
-        self._together(self._here(), lambda k: self._goodbye(k, figures))
+        self._run_clients(self._active(), lambda k: self._goodbye(k, figures))
         crash_point("run.after_goodbye")
         return figures
 
-    def come_back(self, joined: Joined) -> None:
-        """Use a client's new connection from now on; its counters go on."""
+    def reconnect(self, joined: Joined) -> None:
+        """Use a client's new connection from now on, with the counters of the old one."""
         party = self.parties[joined.client]
         party.link.counters.add(joined.link.counters)
         joined.link.counters = party.link.counters
         party.link, party.weights = joined.link, self.store(joined.link)
-        party.at_start_of = party.has_trained = -1
-        self.limit(joined.client)
+        party.ready_for_round = party.trained_round = -1
+        self.set_limits(joined.client)
 
-    def limit(self, client: int) -> None:
-        """Accept from a client what this run expects of it."""
+    def set_limits(self, client: int) -> None:
+        """Set the limits of a client's connection for this run."""
         limits = server_limits(self.split, self.num_steps[client], self.payloads)
         self.parties[client].link.limits = limits
 
     def _items(self) -> ItemsView[int, ServerParty]:
         return self.parties.items()
 
-    def _here(self) -> list[int]:
-        """Return the clients that are there, or are waited for."""
+    def _active(self) -> list[int]:
+        """Return the clients that are connected or waited for."""
         return [k for k in self.parties if not self.network.is_out(k)]
 
-    def _together(
+    def _run_clients(
         self,
         clients: Iterable[int],
         conversation: Callable[[int], Conversation[T]],
@@ -132,32 +132,32 @@ class Rounds:
         *,
         results_stay: bool = True,
     ) -> dict[int, T]:
-        """Hold a conversation with each of these clients, at once."""
+        """Run one conversation per client, concurrently."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
-        leave = on_leave or self._leave
+        leave = on_leave or self._skip
         return run_together(self.network, beginnings, leave, results_stay=results_stay)
 
-    def _leave(self, client: int) -> None:
-        """Go on without a client, in this round and until it is back."""
+    def _skip(self, client: int) -> None:
+        """Continue without a client, in this round and until it returns."""
         self._missing[client] = self.network.why_away(client)
         self.log.say(f"going on without client_{client}: {self._missing[client]}")
 
     def _round(self, round_index: int) -> dict[str, float]:
-        """Run one round and return its figures."""
+        """Run one round and return its metrics."""
         self.check_there()
         self.check_space()
         started = time.perf_counter()
         self.network.start_round(round_index)
-        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._here()}
-        self._began = self.shared
-        self._together(self._here(), lambda k: self._start(k, round_index))
+        self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._active()}
+        self._start_shared = self.shared
+        self._run_clients(self._active(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
-        while not trained:  # everybody who took part has left: begin again with who is here
+        while not trained:  # all participants have left: restart the round with those present
             self.network.await_anybody()
-            self._undo(round_index)
+            self._reset_round(round_index)
             plan, trained = self._train(round_index)
-        # Nobody gets more than one round ahead of what would be gone on with: clients keep two.
+        # Stay at most one round ahead of the last commit: clients keep two rounds' own state.
         self.archive.wait_committed()
         self._merge(round_index, plan, trained)
         tallies = self._evaluate(round_index, plan)
@@ -168,7 +168,7 @@ class Rounds:
             overall |= self.recipe.task.figures(total, prefix)
         for k in tallies:
             at = self.parties[k].at(round_index)
-            with contextlib.suppress(*PEER_ERRORS):  # who is gone is noticed in the next round
+            with contextlib.suppress(*PEER_ERRORS):  # a lost client is noticed in the next round
                 self.parties[k].link.send_message_as_json(
                     MessageType.VALIDATION_DONE, content=overall, at=at
                 )
@@ -177,7 +177,7 @@ class Rounds:
             k: self._client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
             for k, party in self._items()
         }
-        for k in tallies:  # it has written down what it has of its own
+        for k in tallies:  # a client that has evaluated has saved its own state
             self.parties[k].own_round = round_index + 1
         overall |= _sums(clients)
         overall["seconds"] = time.perf_counter() - started
@@ -187,21 +187,21 @@ class Rounds:
         return overall
 
     def _start(self, client: int, round_index: int) -> Conversation[None]:
-        """Bring a client to where a round starts, if it has just come."""
-        if self.parties[client].at_start_of == round_index:
+        """Send a client the weights at the round's start, unless it has them."""
+        if self.parties[client].ready_for_round == round_index:
             return
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         if round_index < self.run.rounds and not (keeps_own and round_index > 0):
-            # The one of the round's start, whatever has been made of it; or the fed server's.
-            front = NamedWeights(INITIAL, self._front_file(self._began))
+            # Those of the round's start, even after its merge; empty if a fed server has them.
+            front = NamedWeights(INITIAL, self._front_file(self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
 
     def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
         yield from self._start(client, self.run.rounds)
         yield from server_goodbye(self.parties[client], figures)
 
-    def _undo(self, round_index: int) -> None:
-        """Bring the server back to where a round began, in which all who took part have left."""
+    def _reset_round(self, round_index: int) -> None:
+        """Restore the server's state at the round's start, after all participants have left."""
         for b, copy in self.backs.items():
             copy.load(self._states())
             if self.recipe.training.keeps_optimizer:
@@ -211,13 +211,13 @@ class Rounds:
             self.log.forget(k)
 
     def _train(self, round_index: int) -> tuple[RoundPlan, dict[int, RoundResult]]:
-        """Let the round's clients train; all copies of the back start with the same weights."""
+        """Train with the round's clients; all copies of the back start with the same weights."""
         for b, copy in self.backs.items():
             copy.start_round(round_index)
             if self.may_skip and self.recipe.training.keeps_optimizer:
                 self._optimizers[b] = copy.snapshot(weights=False)
         self.spool.start_round()
-        num_steps = {k: n for k, n in self.num_steps.items() if k in self._here()}
+        num_steps = {k: n for k, n in self.num_steps.items() if k in self._active()}
         plan = RoundPlan(
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
@@ -227,15 +227,15 @@ class Rounds:
             party.compute_s = 0.0
 
         def leave(client: int) -> None:
-            self._leave(client)
+            self._skip(client)
             if plan.drop(client):
                 self.archive.drop_steps(client, round_index)
                 self.log.forget(client)
 
         drawn = tuple(plan.order)
-        for k in drawn:  # it came while the round began
+        for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
-        trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
+        trained = self._run_clients(drawn, lambda k: self._train_one(k, plan, round_index), leave)
         for k in sorted(plan.unlike):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"
@@ -257,7 +257,7 @@ class Rounds:
         return {k: num_batches(n, run.batch_size) * run.local_epochs for k, n in counts.items()}
 
     def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
-        """Make of what was trained what everyone goes on from, and write it down."""
+        """Merge the round's trained weights into the shared ones, and record both."""
         by_client = {k: result.states for k, result in sorted(trained.items())}
         for k, states in by_client.items():
             for name, state in states.items():
@@ -280,16 +280,16 @@ class Rounds:
         return {name: shared.state for name, shared in self.shared.items()}
 
     def _front_file(self, shared: Mapping[str, Shared]) -> bytes:
-        """Return the file of the clients' weights; b"" where a fed server has them."""
+        """Return the file of the clients' weights; b"" if a separate fed server has them."""
         names = [name for name in self.split.held_by(Holder.CLIENT) if name in shared]
         states = {name: shared[name].state for name in names}
         return encode_state(joined(states)) if states else b""
 
     def _check_finite(self, made: Mapping[str, Shared], round_index: int) -> None:
-        """See that what everyone would go on from is finite, where the run wants that.
+        """Check that the merged weights are finite, if the run's policy is to reject others.
 
         Raises:
-            RunError: it is not, and no single client is to blame.
+            RunError: they are not, and no single client caused it.
         """
         in_process = any(party.link.in_process for party in self.parties.values())
         if in_process or self.run.on_nonfinite != REJECT:
@@ -302,7 +302,7 @@ class Rounds:
                 )
 
     def _write_shared(self, round_index: int) -> None:
-        """Write down what everyone goes on from, with what else the next round starts from."""
+        """Record the shared weights and the server's optimisers for the next round's start."""
         files = [f for item in self.shared.items() for f in shared_files(*item, round_index)]
         if self.recipe.training.keeps_optimizer and round_index >= 0:
             for b, copy in self.backs.items():
@@ -315,13 +315,13 @@ class Rounds:
         self._paths = [path for _, path, _ in files]
 
     def _commit(self, round_index: int) -> None:
-        """Let the rounds before this one count as done, when all is on disk; do not wait."""
+        """Queue the checkpoint of a round's start, written when its files are on disk."""
         own = {str(k): party.own_round for k, party in self._items()}
         about = {**self.about, "own": own}
         self.archive.commit(round_index, asdict(self.run), about, self._paths)
 
     def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
-        """Let every client evaluate what the round gave; the last of a relay has its front."""
+        """Evaluate the round's weights at all clients; a relay's last client has its front."""
         front, policy = None, self.recipe.scheme.fronts
         if policy is Fronts.RELAYED:
             front = plan.relayed
@@ -331,16 +331,16 @@ class Rounds:
 
         def evaluate(client: int) -> Conversation[dict[str, Tally]]:
             party, has_it = self.parties[client], front and front.name == client_weights(client)
-            if client in plan.order and party.has_trained != round_index:
+            if client in plan.order and party.trained_round != round_index:
                 yield from self._train_one(client, plan, round_index)
             else:
                 yield from self._start(client, round_index)
             given = None if has_it else front
             return (yield from server_evaluate_round(party, given, round_index))
 
-        there = [k for k in self._here() if k not in plan.left]
-        # Who begins again has not written down its own things of the round, or not any more.
-        return self._together(there, evaluate, results_stay=False)
+        there = [k for k in self._active() if k not in plan.left]
+        # A client that starts again may not have its own state of this round on disk.
+        return self._run_clients(there, evaluate, results_stay=False)
 
     def _client_figures(
         self,
@@ -349,7 +349,7 @@ class Rounds:
         trained: RoundResult | None,
         tallies: Mapping[str, Tally],
     ) -> dict[str, float]:
-        """Return one client's figures of a round, in the order of the round's file."""
+        """Return one client's metrics of a round, in the order of the round's file."""
         now = party.link.counters
         figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
         for part, prefix in PREFIXES.items():

@@ -1,4 +1,4 @@
-"""Whether a client has built the model that the server has: the same code, on its machine."""
+"""Check that a client has built the same model as the server, from its own code."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import needs_several_samples
 
-# Models are built while clients register, of clients' word alone: few, and none for large samples;
-# the others are compared when all are there.
+# Limits on models that the server builds from unconfirmed reports while clients register: how many,
+# and for how large samples. Other models are compared when all clients are ready.
 MOST_BUILT, MOST_ELEMENTS = 4, 2**18
-Seen = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
+BuiltModel = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
 
 
 def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport:
-    """Return what a client reports of its data and of the model that it has built for them."""
+    """Return a client's report of its data and of the model that it has built for them."""
     return dataclasses.replace(
         DataReport.of(data, run),
         structure=split.structure,
@@ -31,41 +31,41 @@ def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport
 
 
 class ServersModel:
-    """The model as the server builds it for data of which clients tell."""
+    """The server's models, built for the shapes and classes that clients report."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._seen: dict[tuple[tuple[int, ...], int], Seen | None] = {}
+        self._built: dict[tuple[tuple[int, ...], int], BuiltModel | None] = {}
 
-    def unlike(self, joined: Joined, *, all_are_there: bool = False) -> str:
-        """Say in what a client's model is another one; "" if it is not, or this is seen later."""
-        seen = self._seen_for(joined.data, limited=not all_are_there)
-        return _unlike(self._recipe.run, seen, joined) if seen else ""
+    def why_different(self, joined: Joined, *, all_are_there: bool = False) -> str:
+        """Return how a client's model differs; "" if it does not, or cannot be checked yet."""
+        built = self._built_for(joined.data, limited=not all_are_there)
+        return _why_different(self._recipe.run, built, joined) if built else ""
 
-    def unfit(self, data: DataReport) -> str:
-        """Say why the model cannot be trained on so few samples; "" if it can."""
-        if data.num_samples[TRAIN] > 1 or not self._seen_for(data):
+    def why_too_few_samples(self, data: DataReport) -> str:
+        """Return why the model cannot be trained on a single sample; "" if it can."""
+        if data.num_samples[TRAIN] > 1 or not self._built_for(data):
             return ""
         split = SplitModel(self._recipe, data.input_shape, len(data.classes))
         why = needs_several_samples(split)
         return f"it has one training sample, and the model needs more: {why}" if why else ""
 
-    def _seen_for(self, data: DataReport, *, limited: bool = True) -> Seen | None:
+    def _built_for(self, data: DataReport, *, limited: bool = True) -> BuiltModel | None:
         known = data.input_shape, len(data.classes)
-        if known not in self._seen:
+        if known not in self._built:
             too_large = math.prod(data.input_shape) > MOST_ELEMENTS
-            if limited and (len(self._seen) >= MOST_BUILT or too_large):
+            if limited and (len(self._built) >= MOST_BUILT or too_large):
                 return None
             try:
                 split = SplitModel(self._recipe, *known)
-                self._seen[known] = split.structure, split.block_names
-            except Exception:  # noqa: BLE001 - by a user's own code; it is said when all are there
-                self._seen[known] = None
-        return self._seen[known]
+                self._built[known] = split.structure, split.block_names
+            except Exception:  # noqa: BLE001 - a user's own code; reported when all are ready
+                self._built[known] = None
+        return self._built[known]
 
 
-def _unlike(run: RunConfig, seen: Seen, joined: Joined) -> str:
-    structure, names = seen
+def _why_different(run: RunConfig, built: BuiltModel, joined: Joined) -> str:
+    structure, names = built
     found = difference(structure, joined.data.structure, names)
     if not found:
         return ""
@@ -79,16 +79,16 @@ def _unlike(run: RunConfig, seen: Seen, joined: Joined) -> str:
 def check_same_model(
     split: SplitModel, joined: Mapping[int, Joined], say: Callable[[str], None]
 ) -> None:
-    """See that all clients have built the server's model; warn where they draw other weights.
+    """Check that all clients have built the server's model; warn if initial weights differ.
 
     Raises:
-        RunError: one has built another.
+        RunError: a client has built another model.
     """
     ours = weights_checksum(split.front_state())
     for k, client in joined.items():
-        if not client.data.structure:  # it is in this process
+        if not client.data.structure:  # a client of a simulation
             continue
-        if why := _unlike(split.recipe.run, (split.structure, split.block_names), client):
+        if why := _why_different(split.recipe.run, (split.structure, split.block_names), client):
             raise RunError(why)
         if client.data.weights != ours:
             say(

@@ -1,4 +1,4 @@
-"""The server: listen, gather the clients, run the rounds, say goodbye."""
+"""Run the server: listen, register the clients, run the rounds, end the run."""
 
 import contextlib
 import dataclasses
@@ -33,8 +33,8 @@ from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.preflight import check_run
-from sfl.runtime.preparation import Allowed, Preparation
-from sfl.runtime.report_limits import why_refused
+from sfl.runtime.preparation import Preparation, RoundOptions
+from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import (
     Past,
     check_unfinished,
@@ -57,14 +57,14 @@ from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 
 
 def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
-    """Run a server from the first connection to the last, and return the run's folder.
+    """Run a server for one run; return the run's folder.
 
     Raises:
-        ConfigError: the run cannot be run as it was configured.
-        RunError: port, folder or disk; or a client left.
+        ConfigError: the options cannot be used together, or on this machine.
+        RunError: the port, the folder or the disk cannot be used; or a client has left.
         ProtocolError, IntegrityError, ConnectionLost, PeerFailed: from the clients.
     """
-    # Of a run that goes on, the folder may be somebody else's.
+    # A resumed folder may come from another machine: do not import what it names.
     recipe = check_run(run, imports_data=not node.resume)
     run = recipe.run
     if recipe.scheme.pooled:
@@ -72,15 +72,15 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
         )
     check_role(recipe, node)
-    _check_together(recipe, node)
+    _check_node_options(recipe, node)
     device = set_up_torch(node)
-    past = _past(run, node)
+    past = _past_of(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
     with (
         transport.listen(node.host, node.port, node.link_shape) as listener,
         contextlib.ExitStack() as stack,
     ):
-        path, recipe, is_taken_over = _folder_of(recipe, node)
+        path, recipe, is_reused = _prepare_folder(recipe, node)
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
@@ -88,7 +88,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             telling_why(folder, network.end, how_to_go_on(path, run.model)),
         ):
-            place = _check_place(run, node, path, folder.events, anew=is_taken_over)
+            place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
             server = _Server(recipe, node, device, folder, past, place)
@@ -96,13 +96,13 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             rounds = server.prepare(network)
             stack.callback(rounds.spool.close)
             if place is not None and server.fed == HERE and node.resume:
-                _forget_weights(place, rounds)
+                _delete_weights(place, rounds)
             finish(rounds, folder)
     return path
 
 
 def _terms(run: RunConfig, node: ServerNode) -> Terms:
-    strangers = 2 * run.most_clients + 64  # all clients at once, and again
+    strangers = 2 * run.most_clients + 64  # all clients may connect and reconnect at once
     return Terms(node.peer_timeout, max_strangers=strangers, heartbeat_s=interval_s(node.silence_s))
 
 
@@ -112,14 +112,14 @@ def _refusals(folder: RunFolder) -> RefusalLog:
 
 @dataclass
 class _Server:
-    """A server whose port, folder and store are open."""
+    """A server with open port, folder and store."""
 
     recipe: Recipe
     node: ServerNode
     device: torch.device
     folder: RunFolder
     past: Past | None
-    place: ObjectStore | None  # that keeps the weights
+    place: ObjectStore | None  # the store of weights
 
     @property
     def run(self) -> RunConfig:
@@ -127,29 +127,29 @@ class _Server:
 
     @property
     def fed(self) -> str:
-        """Where the fed server is."""
+        """Where the fed server is: HERE, APART, or HOST:PORT."""
         return HERE if self.node.role == "all" else self.node.fed_server or APART
 
     def announce(self, address: str) -> None:
-        """Say what is run, where, and for whom."""
+        """Log the run, the address and the number of clients."""
         events, past = self.folder.events, self.past
         events.note(f"command line: {' '.join(command_line())}")
         needed = counted(past.clients if past else self.run.clients, "client")
         events.say(f"run {self.run.run}: listening on {address} for {needed}")
         if past:
-            _say_how_it_goes_on(past, self.run, events)
+            _say_resume_state(past, self.run, events)
         for line in exposure(self.node):
             events.say(line)
 
     def prepare(self, network: ServerNetwork) -> Rounds:
-        """Gather the clients, and return the rounds with them."""
+        """Register the clients, and return the rounds with them."""
         run, node, is_here = self.run, self.node, self.fed == HERE
         lobby = self._lobby(network)
-        if self.past and self.past.first_round == run.rounds:  # all that is left is a goodbye
+        if self.past and self.past.first_round == run.rounds:  # only TRAINING_DONE is left to send
             lobby.end_soon()
         joined = lobby.gather()
         if self.past:
-            self.past = _agree(self.past, joined, self.fed, self.folder.events)
+            self.past = _agree_on_round(self.past, joined, self.fed, self.folder.events)
         crash_point("start.ready")
         options = _store_options(run, node, self.folder.path, self.folder.events)
         make = store_maker(self.place, options, network.wake)
@@ -162,9 +162,9 @@ class _Server:
             device=self.device,
             store=make if is_here else lambda link, most_bytes: Elsewhere(),
             past=self.past,
-            allowed=Allowed(is_here, bool(node.skip_after_s), node.at_once),
+            options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
         ).rounds()
-        lobby.on_return = rounds.come_back
+        lobby.on_return = rounds.reconnect
         if self.place is not None and self.fed == APART:
             put_start(self.place, run, rounds.first_round, describe_data(joined, run))
         return rounds
@@ -175,17 +175,21 @@ class _Server:
             members=network,
             recipe=recipe,
             events=self.folder.events,
-            goes_on=bool(node.resume),
+            resumed=bool(node.resume),
             fed=self.fed,
             patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
             admission=Admission(
-                self.past, ServersModel(recipe), functools.partial(why_refused, recipe, node)
+                self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)
             ),
         )
 
 
-def _check_together(recipe: Recipe, node: ServerNode) -> None:
-    """See that what the server's options say of the clients goes with the run."""
+def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
+    """Check the server's options about clients against the run's.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
@@ -195,8 +199,8 @@ def _check_together(recipe: Recipe, node: ServerNode) -> None:
         )
 
 
-def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
-    """Remove the weights of rounds that are done again, if they may become others."""
+def _delete_weights(place: ObjectStore, rounds: Rounds) -> None:
+    """Delete stored weights of rounds that are repeated, if they may come out different."""
     if not (rounds.may_skip or rounds.run.server_order == "arrival"):
         return
     for path in place.names(f"{rounds.run.run}/round_"):
@@ -204,8 +208,8 @@ def _forget_weights(place: ObjectStore, rounds: Rounds) -> None:
             place.delete(path)
 
 
-def _past(run: RunConfig, node: ServerNode) -> Past | None:
-    """Return what a run goes on from; None if it is to begin, where it lies or elsewhere."""
+def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
+    """Return the state that a run resumes from; None if it starts from the beginning."""
     if not (node.resume and has_begun(Path(node.resume))):
         return None
     past = open_past(Path(node.resume), run)
@@ -213,13 +217,13 @@ def _past(run: RunConfig, node: ServerNode) -> Past | None:
     return past
 
 
-def _agree(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
-    """Return what goes on with the newest round that the server and all clients have.
+def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
+    """Keep only the checkpoint of the newest round that the server and all clients have.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such round.
     """
-    agreed = past.that_all_have({k: client.data.rounds for k, client in joined.items()})
+    agreed = past.common_to_all({k: client.data.rounds for k, client in joined.items()})
     if agreed.first_round != past.first_round:
         why = f"a client has only what round {agreed.first_round} starts from"
         if fed != HERE:
@@ -228,7 +232,7 @@ def _agree(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog)
     return agreed
 
 
-def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
+def _say_resume_state(past: Past, run: RunConfig, events: EventLog) -> None:
     for damage in past.damage:
         events.say(f"warning: cannot go on from the newest checkpoint: {damage}")
     if past.first_round < run.rounds:
@@ -238,10 +242,10 @@ def _say_how_it_goes_on(past: Past, run: RunConfig, events: EventLog) -> None:
 
 
 def check_role(recipe: Recipe, node: ServerNode) -> None:
-    """See that the servers of a run can be apart as this one is told.
+    """Check that the run can have a separate fed server, if ``--role main`` asks for one.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: it cannot, or the fed server's place is not given.
     """
     if node.role != "main":
         return
@@ -265,18 +269,18 @@ def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLo
     )
 
 
-def _check_place(
-    run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, anew: bool
+def _open_place(
+    run: RunConfig, node: ServerNode, path: Path, events: EventLog, *, removes_leftovers: bool
 ) -> ObjectStore | None:
-    """Open the place that keeps the weights, if there is one, and see that it can be used.
+    """Open and check the store of weights, if the run has one.
 
-    ``anew``: what a start of this run that failed has left there is removed.
+    ``removes_leftovers``: delete the objects of an earlier, failed start of this run.
     """
     place = _store_options(run, node, path, events).open_place()
     if place is not None:
         place.check()
         events.say(f"weights go through {place.title}")
-        found = place.names(f"{run.run}/") if anew else []
+        found = place.names(f"{run.run}/") if removes_leftovers else []
         if any(name.startswith(f"{run.run}/round_") for name in found):
             raise ConfigError(f"{place.title} has rounds of a run {run.run}; give another --run")
         for name in found:
@@ -284,11 +288,10 @@ def _check_place(
     return place
 
 
-def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
-    """Return the folder of the run, new or resumed, the run by its name, and whether the folder is
-    that of a start that failed.
+def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
+    """Return the run's folder, its recipe by that name, and whether a failed start left the folder.
 
-    The options lie in it before anything else, so that the run can go on whenever it is killed.
+    The options are written first, so that the run can be resumed whenever it is killed.
     """
     if node.resume:
         return Path(node.resume), recipe, False
@@ -303,7 +306,7 @@ def _folder_of(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
 
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
-    """Run all rounds, and say how the run ended and where it lies."""
+    """Run all rounds; log the result and the run's folder."""
     try:
         figures = rounds.run_all()
     finally:

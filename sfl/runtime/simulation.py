@@ -1,6 +1,6 @@
-"""The same run in one process, without sockets: the reference that socket runs must equal.
+"""Run server and clients in one process without sockets: the reference for socket runs.
 
-Both ends of the conversations run as they are; a message goes from one end's hand to the other's.
+Both ends of the conversations are the same code; only the links are queues in memory.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
-from sfl.runtime.preparation import Allowed, Preparation
+from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
@@ -46,7 +46,7 @@ from sfl.wire.messages import Message
 
 
 class LocalLink(Link):
-    """One end of a link within a process; counts bytes as a socket would carry them."""
+    """One end of a link within a process; counts the bytes that a socket would carry."""
 
     in_process = True
 
@@ -81,19 +81,19 @@ def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
 
 @dataclass(frozen=True)
 class Away:
-    """A client that is lost in mid-run: as ``--on-missing skip`` has it, without the wait."""
+    """A client's absence, as with ``--on-missing skip`` but without the wait."""
 
     client: int
-    round: int  # in which it is lost
-    step: int = 0  # before this one of its steps
-    back: int | None = None  # the round that it takes part in again; None: none
+    round: int  # in which the client is lost
+    step: int = 0  # before which the client is lost
+    back: int | None = None  # the round in which it returns; None: never
 
     @classmethod
     def parse(cls, text: str) -> "Away":
-        """Return what ``CLIENT:ROUND``, ``CLIENT:ROUND.STEP`` or ``CLIENT:ROUND-BACK`` means.
+        """Parse ``CLIENT:ROUND[.STEP][-BACK]``.
 
         Raises:
-            ConfigError: the text is none of them.
+            ConfigError: the text has another form.
         """
         found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
         if not found:
@@ -107,7 +107,7 @@ class Away:
 
 
 class LocalNetwork(AllStay):
-    """Runs the clients whenever the server waits for them, and loses them when it should."""
+    """Runs the clients whenever the server waits for them; simulates absences."""
 
     def __init__(self, away: Sequence[Away] = ()) -> None:
         self._away = list(away)
@@ -121,7 +121,7 @@ class LocalNetwork(AllStay):
     def start_round(self, round_index: int) -> None:
         for away in tuple(self._away):
             if away.back == round_index and away.client in self._out:
-                self._away.remove(away)  # it is over
+                self._away.remove(away)
                 self._out.remove(away.client)
                 self.bring_back(away.client)
 
@@ -143,12 +143,12 @@ class LocalNetwork(AllStay):
         return "away"
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        """Return a link that has a message for the server, after letting its client run."""
+        """Run the first link's client until it has sent a message; return the link."""
         for link in links:
             assert isinstance(link, LocalLink)
             while not link.inbox:
                 try:
-                    next(self._clients[link])  # up to the client's own next wait
+                    next(self._clients[link])  # up to the client's next receive
                 except StopIteration:
                     assert link.inbox, "the server waits for a client that has ended"
             at = link.inbox[0].at
@@ -162,10 +162,9 @@ class LocalNetwork(AllStay):
 
 
 def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Path:
-    """Run a configuration in this process, and return its folder, which has the same files.
+    """Simulate a run in this process; return its folder, which has the same files.
 
-    With ``--partition own``, client k's data are looked for in ``<data-dir>/client_k``. Clients may
-    be ``away`` for some rounds.
+    With ``--partition own``, client k's data are read from ``<data-dir>/client_k``.
 
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
@@ -196,7 +195,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
             node=node,
             device=device,
             store=store_maker(options.open_place(), options),
-            allowed=Allowed(skips=bool(away), answers=False),
+            options=RoundOptions(may_skip=bool(away), keeps_answers=False),
         ).rounds()
         clients.start(rounds, network, archives)
         finish(rounds, folder)
@@ -215,11 +214,11 @@ class _Clients:
         self._ends = {k: local_pair(k) for k in data}  # the server's, the client's
 
     def joined(self, client: int) -> Joined:
-        """Return what the server knows of a client that has joined."""
+        """Return a client's registration, as the server would receive it."""
         return Joined(client, self._ends[client][0], self._fingerprint, self._reports[client])
 
     def start(self, rounds: Rounds, network: LocalNetwork, archives: contextlib.ExitStack) -> None:
-        """Let all clients take part, and those that were away come back."""
+        """Start all clients' conversations, and set how absent ones return."""
         recipe, node = self._recipe, self._node
         of_clients = {
             k: archives.enter_context(_client_archive(recipe, node, k)) for k in self._data
@@ -232,7 +231,7 @@ class _Clients:
         def bring_back(client: int) -> None:
             self._ends[client] = local_pair(client)
             connect(client)
-            rounds.come_back(self.joined(client))
+            rounds.reconnect(self.joined(client))
 
         for k in self._data:
             connect(k)
@@ -249,7 +248,7 @@ class _Clients:
             weights=rounds.store(link),
             split=split,
             archive=archive,
-            watcher=_Nobody(),
+            watcher=_NoWatcher(),
             profile=Profile(folder, wanted=False),
             segments=segments,
             data=self._data[client],
@@ -259,7 +258,7 @@ class _Clients:
 
 
 def _client_archive(recipe: Recipe, node: NodeConfig, client: int) -> ArchiveWriter:
-    """Return the writer of a client's folder; it writes what only the client has."""
+    """Return the writer of a client's folder, which records only its own state."""
     keep = dataclasses.replace(recipe.keep, tensors=KEEP_NOTHING)
     return ArchiveWriter(_client_folder(recipe.run, node, client), KEEP_NOTHING, keep)
 
@@ -269,10 +268,10 @@ def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:
 
 
 def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
-    """Return the union of what the clients have, as one client's.
+    """Return the union of the clients' data, as one client's.
 
     Raises:
-        RunError: their data do not go together.
+        RunError: their shapes or classes differ.
     """
     check_agreement({k: DataReport.of(part, run) for k, part in data.items()})
     parts = list(data.values())
@@ -292,7 +291,7 @@ def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
     return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
 
 
-class _Nobody:
+class _NoWatcher:
     def step(self, at: Position, figures: StepFigures) -> None:
         pass
 
