@@ -78,7 +78,9 @@ def test_nobody_is_there(launcher: Launcher) -> None:
     assert said["disk"].startswith("ok:")
 
 
-@pytest.mark.parametrize("options", [["--server", "nowhere"], ["--client-id", -1]])
+@pytest.mark.parametrize(
+    "options", [["--server", "nowhere", "--connect-timeout", 1], ["--client-id", -1]]
+)
 def test_bad_options_are_bad_options_or_not_well(launcher: Launcher, options: list[object]) -> None:
     program = launcher.client("--check", *options)
     assert program.wait() in (1, 2)

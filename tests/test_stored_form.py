@@ -98,5 +98,5 @@ def test_a_pickle_in_front_of_the_right_labels_is_refused(
     insider.send(MessageType.TRAINING_LABELS, EVIL + encode(Y))
     with pytest.raises(PeerFailed, match="the labels of client 0: has bytes before its record"):
         insider.link.receive_file(MessageType.TRAINING_GRADS)
-    wait_for(launcher.programs[0], "waiting for a corrected client_0")
+    wait_for(launcher.programs[0], "has bytes before its record")
     assert not list(stop(launcher).parent.rglob("*.pt"))
