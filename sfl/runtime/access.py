@@ -73,7 +73,7 @@ class Access:
             ConfigError, RunError, AuthError, ConnectionLost: as ``Dialler.connect``.
         """
         patience_s = again_s or node.connect_timeout
-        channel = self.dialler.connect(address, patience_s, again=again_s is not None)
+        channel = self.dialler.connect(address, patience_s, is_reconnect=again_s is not None)
         channel.on_notice = say
         return channel
 

@@ -51,7 +51,7 @@ from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
 from sfl.wire.members import Channel
 from sfl.wire.messages import MessageType
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 
 def take_part(node: ClientNode, transport: Transport = TCP) -> None:
@@ -161,7 +161,7 @@ class _Client:
             self._registered_at = time.monotonic()
             with registered.link as link, hearing_why(link):
                 yield from self._join(registered)
-                yield from calls.run(link.part)
+                yield from calls.run(link.close_gracefully)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
@@ -305,7 +305,7 @@ class _Loaded:
         """Take part in the run over a connection, from where the server says."""
         self._recipe, self.log.run = recipe, recipe.run  # it may have more rounds than before
         folder, split, link = self._folder, self._split, registered.link
-        link.limits = client_limits(split, onto(folder.path))
+        link.limits = client_limits(split, payload_store_in(folder.path))
         report = self._report
         if has_own(recipe):
             own = own_checkpoints(folder.path, recipe.run)
@@ -325,7 +325,7 @@ class _Loaded:
             folder.archive.flush()
             if fed is not None:
                 fed.send_message_as_json(MessageType.UNREGISTER)
-                yield from self._access.calls.run(fed.part)
+                yield from self._access.calls.run(fed.close_gracefully)
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
     def _party(

@@ -64,7 +64,7 @@ from sfl.wire.driver import Conversation, Network, run_blocking, run_together
 from sfl.wire.link import MAIN, Link, Peer, last_words_for
 from sfl.wire.members import Member
 from sfl.wire.messages import MessageType
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 LOOK_AGAIN_S = 1.0  # for a run that a main server has not started yet
 
@@ -89,7 +89,7 @@ def fed_server(
         run_blocking(main_join(channel, run, first_round, goes_on=goes_on, heartbeat_s=often))
         yield
         channel.send_message_as_json(MessageType.UNREGISTER)
-        channel.part()
+        channel.close_gracefully()
 
 
 def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
@@ -155,7 +155,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
                 device=device,
             )
             for connection in network.members:
-                connection.limits = server_limits(rounds.split, 0, onto(folder.path))
+                connection.limits = server_limits(rounds.split, 0, payload_store_in(folder.path))
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
             goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
@@ -255,7 +255,7 @@ def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Reci
         return Recipe.of(run, node.allowed_imports)
 
     while True:
-        for connection in network.until(network.news, 1.0) or []:
+        for connection in network.wait_until(network.ready_members, 1.0) or []:
             if connection not in joining:
                 connection.name = "the fed server"
                 joining[connection] = fed_join(connection, network.heartbeat_s, recipe_of)

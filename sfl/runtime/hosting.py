@@ -14,7 +14,7 @@ from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
 from sfl.runtime.client import take_part_in
 from sfl.runtime.client_process import ClientProcess
-from sfl.transport.guard import most_files
+from sfl.transport.guard import max_open_files
 from sfl.transport.tokens import tokens_of
 from sfl.transport.transports import TCP, Transport
 from sfl.wire.blocking_calls import Calls
@@ -29,7 +29,7 @@ def host(node: ClientNode, transport: Transport = TCP) -> None:
     Raises:
         What the first client that failed has met; as ``client.take_part``.
     """
-    most_files()  # asks for more than few
+    max_open_files()  # asks for more than few
     hosted, failures = node.hosted, dict[int, Exception]()
 
     def alone(client: int) -> Conversation[None]:

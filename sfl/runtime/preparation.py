@@ -31,7 +31,7 @@ from sfl.strategy.start_check import check_model
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Network
 from sfl.wire.link import Absent, Link
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Preparation:
             shared=shared,
             store=self._store_of,
             spool=Spool(folder.path if self.allowed.answers else None, archive.flush),
-            payloads=onto(folder.path),
+            payloads=payload_store_in(folder.path),
             about=self._about(),
             check_there=folder.check_there,
             check_space=lambda: check_space(folder.path, a_round),

@@ -122,7 +122,7 @@ class Rounds:
 
     def _here(self) -> list[int]:
         """Return the clients that are there, or are waited for."""
-        return [k for k in self.parties if not self.network.is_out(k)]
+        return [k for k in self.parties if not self.network.is_skipped(k)]
 
     def _together(
         self,
@@ -130,12 +130,12 @@ class Rounds:
         conversation: Callable[[int], Conversation[T]],
         on_leave: Callable[[int], None] | None = None,
         *,
-        results_stay: bool = True,
+        keep_results: bool = True,
     ) -> dict[int, T]:
         """Hold a conversation with each of these clients, at once."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
         leave = on_leave or self._leave
-        return run_together(self.network, beginnings, leave, results_stay=results_stay)
+        return run_together(self.network, beginnings, leave, keep_results=keep_results)
 
     def _leave(self, client: int) -> None:
         """Go on without a client, in this round and until it is back."""
@@ -154,7 +154,7 @@ class Rounds:
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
         while not trained:  # everybody who took part has left: begin again with who is here
-            self.network.await_anybody()
+            self.network.wait_for_client()
             self._undo(round_index)
             plan, trained = self._train(round_index)
         # Nobody gets more than one round ahead of what would be gone on with: clients keep two.
@@ -340,7 +340,7 @@ class Rounds:
 
         there = [k for k in self._here() if k not in plan.left]
         # Who begins again has not written down its own things of the round, or not any more.
-        return self._together(there, evaluate, results_stay=False)
+        return self._together(there, evaluate, keep_results=False)
 
     def _client_figures(
         self,

@@ -103,7 +103,9 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
 
 def _terms(run: RunConfig, node: ServerNode) -> Terms:
     strangers = 2 * run.most_clients + 64  # all clients at once, and again
-    return Terms(node.peer_timeout, max_strangers=strangers, heartbeat_s=interval_s(node.silence_s))
+    return Terms(
+        node.peer_timeout, max_unregistered=strangers, heartbeat_s=interval_s(node.silence_s)
+    )
 
 
 def _refusals(folder: RunFolder) -> RefusalLog:

@@ -39,7 +39,7 @@ from sfl.strategy.recipe import Recipe
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
-from sfl.wire.driver import AllStay, Conversation, Gate
+from sfl.wire.driver import Conversation, Gate, NoReconnects
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Link
 from sfl.wire.messages import Message
@@ -106,7 +106,7 @@ class Away:
         return cls(client, first, step or 0, back)
 
 
-class LocalNetwork(AllStay):
+class LocalNetwork(NoReconnects):
     """Runs the clients whenever the server waits for them, and loses them when it should."""
 
     def __init__(self, away: Sequence[Away] = ()) -> None:
@@ -128,7 +128,7 @@ class LocalNetwork(AllStay):
     def is_here(self, client: int) -> bool:
         return client not in self._out
 
-    def is_out(self, client: int) -> bool:
+    def is_skipped(self, client: int) -> bool:
         return client in self._out
 
     def lost(self, client: int, error: SflError) -> None:
@@ -136,7 +136,7 @@ class LocalNetwork(AllStay):
             raise error
         self._out.add(client)
 
-    def gives_up(self, client: int) -> bool:
+    def decide_skip(self, client: int) -> bool:
         return True
 
     def why_away(self, client: int) -> str:

@@ -27,12 +27,12 @@ class Clock:
         self.idle_s = 0.0
         self._furthest = 0  # most messages of one connection in the round
         self._step = NO_STEP
-        self._connect(connection, 0 if connection is None else connection.num_came)
+        self._connect(connection, 0 if connection is None else connection.num_received)
 
     def _connect(self, connection: Member | None, before: int) -> None:
         self._connection, self._before, self._credit_s = connection, before, 0.0
         # To have come, and said what it is, is no going on.
-        self._came = 0 if connection is None else connection.num_came - before
+        self._came = 0 if connection is None else connection.num_received - before
         self._moved = 0 if connection is None else connection.bytes_moved
 
     def look(self, connection: Member | None, step: Step, *, waits: bool, elapsed_s: float) -> None:
@@ -45,7 +45,7 @@ class Clock:
             return
         if connection is not self._connection:
             self._connect(connection, 0)
-        came, moved = connection.num_came - self._before, connection.bytes_moved
+        came, moved = connection.num_received - self._before, connection.bytes_moved
         goes_on, grown = came > self._came, moved - self._moved
         self._came, self._moved = came, moved
         if came > self._furthest or step > self._step:
