@@ -1,6 +1,6 @@
-"""What is said of clients' data and machines, by a client or by a record: it may be anybody's.
+"""Checks of untrusted values about clients' data and machines, from a client or a file.
 
-Every function returns what it was given, of the types that it must have, or raises ``ValueError``.
+Every ``*_of`` function returns its value with the right types, or raises ``ValueError``.
 """
 
 import math
@@ -39,7 +39,7 @@ def classes_of(value: object) -> tuple[str, ...]:
 
 
 def samples_of(value: object) -> dict[str, int]:
-    """Return how many samples each part of a client's data has; some are for training."""
+    """Return the number of samples of each part of a client's data; "train" is not empty."""
     if not isinstance(value, dict) or value.keys() != set(PARTS):
         raise ValueError("no numbers of samples")
     if not all(map(is_count, value.values())):
@@ -50,7 +50,7 @@ def samples_of(value: object) -> dict[str, int]:
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value counts something."""
+    """Return whether a value is a count: an int from 0 to ``MAX_COUNT - 1``."""
     return type(value) is int and 0 <= value < MAX_COUNT
 
 
@@ -62,21 +62,21 @@ def digest_of(value: object) -> str:
 
 
 def texts_of(value: object) -> dict[str, str]:
-    """Return a table of texts: what a machine computes with."""
+    """Return a table of texts, such as a machine's fingerprint."""
     if not isinstance(value, dict) or not all(type(v) is str for v in value.values()):
         raise ValueError("no table of texts")
     return value
 
 
 def by_client(value: object, one: Callable[[object], T]) -> dict[str, T]:
-    """Return a table of clients, of which each has what ``one`` returns."""
+    """Return a table by client, each value checked by ``one``."""
     if not isinstance(value, dict) or not all(map(_CLIENT.fullmatch, value)):
         raise ValueError("no table of clients")
     return {client: one(what) for client, what in value.items()}
 
 
 def count_of(value: object) -> int:
-    """Return what counts something."""
+    """Return a count."""
     if not is_count(value):
         raise ValueError("no number")
     assert isinstance(value, int)
@@ -91,7 +91,7 @@ def size_of(value: object) -> int:
 
 
 def data_of(value: object) -> dict[str, Any]:
-    """Return what a run records of its clients' data."""
+    """Return a run's record of its clients' data."""
     if not isinstance(value, dict):
         raise ValueError("no record of the clients' data")
     weights = value.get("class_weights", [])
@@ -112,7 +112,7 @@ def data_of(value: object) -> dict[str, Any]:
 
 
 def about_of(value: object) -> dict[str, Any]:
-    """Return what a checkpoint records beside its files; a client's records nothing."""
+    """Return the ``about`` of a checkpoint; a client's is empty. Unknown names are dropped."""
     if not isinstance(value, dict):
         raise ValueError("no record of what it is about")
     readers: Mapping[str, Callable[[object], Any]] = {

@@ -180,7 +180,7 @@ class FedRounds:
             return
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
-        self.folder.check_there()
+        self.folder.check_exists()
 
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
@@ -203,7 +203,7 @@ class FedRounds:
 
     def _round(self, round_index: int) -> None:
         """Take the fronts of those who train in a round, and give what becomes of them."""
-        self.folder.check_there()
+        self.folder.check_exists()
         archive, policy = self.folder.archive, self.split.recipe.scheme.fronts
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)

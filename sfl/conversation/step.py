@@ -144,7 +144,7 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
         crash_point("step.after_update")
         clock.lap("update")
         cut.record(plan.take(at.client))
-        plan.spool.put(at, answer, recorded=party.archive.place(GRADS, at))
+        plan.spool.put(at, answer, recorded=party.archive.tensor_path(GRADS, at))
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
         clock.lap("archive")

@@ -19,8 +19,8 @@ from sfl.archive.run_folder import (
     make_folder,
     open_folder,
     options_record,
+    reporting_failure,
     say,
-    telling_why,
     to_json,
 )
 from sfl.conversation.join import HERE, DataReport, Welcome, client_join, send_report
@@ -166,7 +166,7 @@ class _Client:
             if isinstance(error, PASSING) and self._may_come_back(error):
                 self.lost = error
             elif self._folder:
-                with telling_why(self._folder):
+                with reporting_failure(self._folder):
                     raise
             else:
                 raise
@@ -350,7 +350,7 @@ class _Loaded:
 
     def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.log.end_round(round_index, figures)
-        self._folder.check_there()
+        self._folder.check_exists()
 
     def _begin(
         self,
@@ -364,7 +364,7 @@ class _Loaded:
         if fed is not None:
             send_report(fed, report)
         self.num_starts += 1
-        self._folder.archive.begin_at(round_index)
+        self._folder.archive.discard_from(round_index)
         load_own_state(self._folder.path, segments, self._recipe, self._client, own_round)
         if 0 < round_index < (rounds := self._recipe.run.rounds):
             self._folder.events.say(f"going on with round {round_index + 1}/{rounds}")

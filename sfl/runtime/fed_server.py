@@ -20,8 +20,8 @@ from sfl.archive.run_folder import (
     make_folder,
     open_folder,
     options_record,
+    reporting_failure,
     say,
-    telling_why,
     to_json,
 )
 from sfl.archive.writer import REWRITTEN
@@ -128,7 +128,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         path = _folder(run, node, goes_on=welcome.goes_on)
         with (
             open_folder(path, LOG, _kept(recipe)) as folder,
-            telling_why(folder, network.end),
+            reporting_failure(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.goes_on else None
@@ -184,7 +184,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     recipe = Recipe.of(their_run, node.allowed_imports)
     _folder(their_run, node, goes_on=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept(recipe)) as folder, telling_why(folder):
+    with open_folder(path, LOG, _kept(recipe)) as folder, reporting_failure(folder):
         make = store_maker(place, options, network.wake)
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
@@ -232,7 +232,7 @@ def _prepare(
     run, archive = split.recipe.run, folder.archive
     shared = read_shared(past.files, split, past.first_round) if past else {}
     shared = shared or {name: Shared(state) for name, state in split.initial(Holder.CLIENT).items()}
-    archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
+    archive.discard_from(past.first_round if past else 0, rewritten=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
     about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
     archive.write("config", "config.json", to_json(options_record(run, node)))

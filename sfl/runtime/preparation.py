@@ -135,7 +135,7 @@ class Preparation:
     def _record(self) -> None:
         """Write down configuration and machines."""
         archive = self.folder.archive
-        archive.begin_at(self._first_round, anew=REWRITTEN)
+        archive.discard_from(self._first_round, rewritten=REWRITTEN)
         clients = {f"client_{k}": dict(client.fingerprint) for k, client in self.joined.items()}
         environment = describe(self.device, command_line())
         environment |= {"clients": clients, "data": self._data}
@@ -199,7 +199,7 @@ class Preparation:
             spool=Spool(folder.path if self.allowed.answers else None, archive.flush),
             payloads=payload_store_in(folder.path),
             about=self._about(),
-            check_there=folder.check_there,
+            check_there=folder.check_exists,
             check_space=lambda: check_space(folder.path, a_round),
             first_round=self._first_round,
             may_skip=self.allowed.skips,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 import sfl.archive
-from sfl.archive.checkpoint import Checkpoint, lying, whole
+from sfl.archive.checkpoint import Checkpoint, checkpoint_paths, valid_checkpoints
 from sfl.archive.layout import (
     CLIENT_OPTIMIZER,
     MEMORY,
@@ -101,7 +101,7 @@ def load_own_state(
     if not has_own(recipe) or round_index == 0:
         return
     damage: list[str] = []
-    for checkpoint in whole(folder, recipe.run, damage):
+    for checkpoint in valid_checkpoints(folder, recipe.run, damage):
         if checkpoint.round == round_index:
             _load_kept(checkpoint, segments, recipe, client)
             return
@@ -240,7 +240,7 @@ def own_rounds(checkpoint: Checkpoint) -> Mapping[int, int]:
 
 def has_begun(folder: Path) -> bool:
     """Say whether a run has come so far that there is something to go on from."""
-    return bool(lying(folder))
+    return bool(checkpoint_paths(folder))
 
 
 def open_past(folder: Path, run: RunConfig) -> Past:
@@ -254,11 +254,11 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         check_no_links(folder)
     except OSError as error:
         raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
-    if not lying(folder):
+    if not checkpoint_paths(folder):
         raise RunError(f"the run in {folder} has not begun")
     damage: list[str] = []
     checkpoints = []
-    for checkpoint in whole(folder, run, damage):
+    for checkpoint in valid_checkpoints(folder, run, damage):
         if {"data", "fingerprint"} <= checkpoint.about.keys():
             checkpoints.append(checkpoint)
         else:
@@ -289,4 +289,4 @@ def own_checkpoints(folder: Path, run: RunConfig) -> tuple[int, ...]:
     Raises:
         RunError: something is of another run of that name.
     """
-    return *(checkpoint.round for checkpoint in whole(folder, run, [])), 0
+    return *(checkpoint.round for checkpoint in valid_checkpoints(folder, run, [])), 0

@@ -14,10 +14,10 @@ from sfl.archive.run_folder import (
     EventLog,
     RunFolder,
     create_run_folder,
-    how_to_go_on,
     open_folder,
     options_record,
-    telling_why,
+    reporting_failure,
+    resume_hint,
     to_json,
 )
 from sfl.config import RunConfig
@@ -86,7 +86,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         with (
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
-            telling_why(folder, network.end, how_to_go_on(path, run.model)),
+            reporting_failure(folder, network.end, resume_hint(path, run.model)),
         ):
             place = _check_place(run, node, path, folder.events, anew=is_taken_over)
             if node.fed_server:

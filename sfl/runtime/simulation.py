@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 
 from sfl.archive.profile import Profile
-from sfl.archive.run_folder import SERVER_LOG, create_run_folder, open_folder, say, telling_why
+from sfl.archive.run_folder import (
+    SERVER_LOG,
+    create_run_folder,
+    open_folder,
+    reporting_failure,
+    say,
+)
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.conversation.join import DataReport, Joined, check_agreement
@@ -181,7 +187,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     with (
         open_folder(path, SERVER_LOG, recipe.keep) as folder,
         contextlib.ExitStack() as archives,
-        telling_why(folder),
+        reporting_failure(folder),
     ):
         folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
         clients, network = _Clients(recipe, node, device, data), LocalNetwork(away)

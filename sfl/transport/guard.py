@@ -47,7 +47,7 @@ def guard_of(node: ServerNode, listener: str, most_clients: int = 0) -> Guard:
     if tokens is None and not node.insecure and not is_loopback(node.host):
         raise ConfigError(
             f"--host {node.host}: whoever reaches the port could take part: give --token-file (make"
-            " one: python -m sfl.auth new-token FILE), or --insecure if only trusted machines reach it"
+            " one: python -m sfl.auth new-token FILE), or --insecure if only trusted peers reach it"
         )
     # Twice the number of clients, for reconnects; a fed server does not know it yet.
     crowd = node.max_pending or 64 + 2 * (most_clients or MOST_CLIENTS_OF_FED)
