@@ -155,7 +155,7 @@ def server_step_again(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation
     yield from cut.hear(LABELS)
     asked = yield from cut.hear(ACTIVATIONS)
     if asked.checksum != answer.asked:
-        plan.unlike.add(cut.at.client)
+        plan.mismatched.add(cut.at.client)
     cut.send_file(GRADS, File(answer.data), answer.content)
 
 

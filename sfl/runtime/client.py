@@ -39,7 +39,7 @@ from sfl.runtime.access import Access, Registered, StoreAccess, hearing_why
 from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.resume import check_same_run, load_own_state, own_checkpoints
 from sfl.runtime.same_model import report_of
-from sfl.strategy.merge import has_own
+from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.addresses import parse_address
@@ -307,7 +307,7 @@ class _Loaded:
         folder, split, link = self._folder, self._split, registered.link
         link.limits = client_limits(split, payload_store_in(folder.path))
         report = self._report
-        if has_own(recipe):
+        if has_client_state(recipe):
             own = own_checkpoints(folder.path, recipe.run)
             report = dataclasses.replace(report, rounds=own)
         weights = StoreAccess(self._node, self._access, folder, registered, report)

@@ -28,7 +28,7 @@ from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.options import check_goes_on
-from sfl.strategy.merge import Shared, has_own, memory_spec
+from sfl.strategy.merge import Shared, has_client_state, memory_spec
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -98,7 +98,7 @@ def load_own_state(
     Raises:
         RunError: what only this client had is not there, or damaged.
     """
-    if not has_own(recipe) or round_index == 0:
+    if not has_client_state(recipe) or round_index == 0:
         return
     damage: list[str] = []
     for checkpoint in valid_checkpoints(folder, recipe.run, damage):

@@ -236,7 +236,7 @@ class Rounds:
         for k in drawn:  # it came while the round began
             self._missing.pop(k, None)
         trained = self._together(drawn, lambda k: self._train_one(k, plan, round_index), leave)
-        for k in sorted(plan.unlike):
+        for k in sorted(plan.mismatched):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"
                 " steps: it computes other last bits now, or has other data"
@@ -338,7 +338,7 @@ class Rounds:
             given = None if has_it else front
             return (yield from server_evaluate_round(party, given, round_index))
 
-        there = [k for k in self._here() if k not in plan.left]
+        there = [k for k in self._here() if k not in plan.dropped]
         # Who begins again has not written down its own things of the round, or not any more.
         return self._together(there, evaluate, keep_results=False)
 
