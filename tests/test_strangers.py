@@ -82,7 +82,7 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
     with ours, theirs:
         visitor = PendingConnection(ours, Guard())
         visitor.counters.bytes_received = MAX_BYTES
-        with pytest.raises(ProtocolError, match="at most 4096 bytes may come"):
+        with pytest.raises(ProtocolError, match="at most 4096 bytes are accepted"):
             visitor.process()
         visitor = PendingConnection(ours, Guard())
         visitor.stream.raw_bytes_received = MAX_RAW_BYTES

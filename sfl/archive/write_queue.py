@@ -16,7 +16,7 @@ MAX_PENDING_BYTES = 256 * 2**20
 class _Job(NamedTuple):
     run: Callable[[], None]
     num_bytes: int
-    handed_over_at: float
+    submitted_at: float
 
 
 class WriteQueue:
@@ -34,7 +34,7 @@ class WriteQueue:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._num_done = 0
-        self.num_handed_over = 0  # jobs, done or not
+        self.num_submitted = 0  # jobs, done or not
         self.pending_bytes = 0  # of jobs that are not done
         self._longest_lag_s = 0.0
         self._failure: Exception | None = None
@@ -58,12 +58,12 @@ class WriteQueue:
             self._check()
             self.pending_bytes += num_bytes
             self._jobs.append(_Job(run, num_bytes, time.monotonic()))
-            self.num_handed_over += 1
+            self.num_submitted += 1
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
                 self._thread.start()
-            return self.num_handed_over
+            return self.num_submitted
 
     def wait_done(self, number: int) -> None:
         """Wait until the job with this number, and all before it, are done."""
@@ -103,7 +103,7 @@ class WriteQueue:
         with self._changed:
             self._num_done += 1
             self.pending_bytes -= job.num_bytes
-            lag_s = time.monotonic() - job.handed_over_at
+            lag_s = time.monotonic() - job.submitted_at
             self._longest_lag_s = max(self._longest_lag_s, lag_s)
             self._changed.notify_all()
         return True

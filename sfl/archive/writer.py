@@ -123,7 +123,7 @@ class ArchiveWriter:
 
     def end_round(self, round_index: int) -> None:
         """List the round's manifests when all is on disk, and remove tensors that are not kept."""
-        if self._queue.num_handed_over:
+        if self._queue.num_submitted:
             self._queue.submit(lambda: self._retention.close_round(round_index))
 
     def take_lag_s(self) -> float:
@@ -132,7 +132,7 @@ class ArchiveWriter:
 
     def flush(self) -> None:
         """Wait until everything submitted is on disk."""
-        self._queue.wait_done(self._queue.num_handed_over)
+        self._queue.wait_done(self._queue.num_submitted)
 
     def _write_step(self, tensors: Tensors, at: Position, order: int) -> None:
         folder = client_folder(self._root, at.client, at.round)

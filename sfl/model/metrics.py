@@ -39,7 +39,7 @@ class Tally:
 
 
 class Total:
-    """The sum of tallies in any order; it keeps only their losses, for ``math.fsum``."""
+    """The sum of tallies, equal in any order: ``math.fsum`` adds their losses at the end."""
 
     def __init__(self) -> None:
         self._sum = Tally()

@@ -36,7 +36,7 @@ class Task:
     made_up_labels: Callable[[int, int], Tensor]  # (samples, classes) -> labels, to try a model
     output_shape: Callable[[int], tuple[int, ...]]  # classes -> shape of one sample's output
     output_name: str  # in the file of predictions, and in messages
-    # Counts of a batch: name on the wire -> the metric, which is the count over the samples.
+    # Counts of a batch: name on the wire -> name of the metric, count / samples.
     counted: Mapping[str, str]
     count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
     table: Table | None = None

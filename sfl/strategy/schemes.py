@@ -23,9 +23,9 @@ class Exchange(Enum):
 class Fronts(Enum):
     """What happens to the clients' fronts after a round, in ``sfl.strategy.merge``."""
 
-    AVERAGED = "averaged by the aggregation rule; everyone goes on from the average"
+    AVERAGED = "averaged by the aggregation rule; all clients start from the average"
     RELAYED = "clients train one after another, each from the front of the one before"
-    OWN = "each client keeps its own; fronts never travel"
+    OWN = "each client keeps its own; fronts are not sent"
 
 
 def shared(client: int) -> int:

@@ -65,8 +65,8 @@ class Acceptor:
                         self._process(key.data)
                 self._check_deadlines()
         finally:
-            for one in list(self._pending):
-                self._close_one(one)
+            for pending in list(self._pending):
+                self._close_one(pending)
             self._listener.close()
             self._selector.close()
             self._closed.close()
@@ -87,57 +87,57 @@ class Acceptor:
         while len(self._pending) >= self._guard.max_pending:
             self._make_room()
         try:
-            one = PendingConnection(sock, self._guard)
-            self._selector.register(sock, selectors.EVENT_READ, one)
+            pending = PendingConnection(sock, self._guard)
+            self._selector.register(sock, selectors.EVENT_READ, pending)
         except OSError:
             sock.close()
             raise
-        self._pending.add(one)
+        self._pending.add(pending)
 
     def _make_room(self) -> None:
-        leaving = [one for one in self._pending if one.is_dismissed]
-        one = random.choice(leaving or list(self._pending))
-        self._refusals.add(one.address, "made room for others", on_console=False)
-        self._close_one(one)
+        leaving = [pending for pending in self._pending if pending.is_dismissed]
+        pending = random.choice(leaving or list(self._pending))
+        self._refusals.add(pending.address, "made room for others", on_console=False)
+        self._close_one(pending)
 
-    def _process(self, one: PendingConnection) -> None:
+    def _process(self, pending: PendingConnection) -> None:
         """Process a connection's new bytes; its errors affect no other connection."""
         try:
-            if one.is_dismissed:
-                if one.has_closed():
-                    self._close_one(one)
-            elif one.process():
-                self._admit_one(one)
+            if pending.is_dismissed:
+                if pending.has_closed():
+                    self._close_one(pending)
+            elif pending.process():
+                self._admit_one(pending)
         except Exception as error:  # noqa: BLE001 - the edge of one connection
-            self._refuse(one, error)
+            self._refuse(pending, error)
 
-    def _refuse(self, one: PendingConnection, error: Exception) -> None:
-        if one.is_dismissed:
-            self._close_one(one)
+    def _refuse(self, pending: PendingConnection, error: Exception) -> None:
+        if pending.is_dismissed:
+            self._close_one(pending)
             return
         on_console = isinstance(error, AuthError | ProtocolError)
-        self._refusals.add(one.address, reason_of(error), on_console=on_console)
+        self._refusals.add(pending.address, reason_of(error), on_console=on_console)
         if isinstance(error, OtherVersion):
-            one.version = error.version if error.version in RELEASES else VERSION
-            one.dismiss(MessageType.INVALID_MESSAGE, error.answer)
+            pending.version = error.version if error.version in RELEASES else VERSION
+            pending.dismiss(MessageType.INVALID_MESSAGE, error.answer)
         elif isinstance(error, AuthError | ProtocolError | Damaged):
-            one.dismiss(last_words_for(error), str(error))
+            pending.dismiss(last_words_for(error), str(error))
         else:
-            self._close_one(one)
+            self._close_one(pending)
 
-    def _admit_one(self, one: PendingConnection) -> None:
-        self._pending.discard(one)
-        self._selector.unregister(one.stream.sock)
+    def _admit_one(self, pending: PendingConnection) -> None:
+        self._pending.discard(pending)
+        self._selector.unregister(pending.stream.sock)
         try:
-            self._admit(one)
+            self._admit(pending)
         except (OSError, RuntimeError):  # it has disconnected, or no thread can be started
-            one.stream.close()
+            pending.stream.close()
 
-    def _close_one(self, one: PendingConnection) -> None:
-        self._pending.discard(one)
+    def _close_one(self, pending: PendingConnection) -> None:
+        self._pending.discard(pending)
         with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(one.stream.sock)
-        one.stream.close()
+            self._selector.unregister(pending.stream.sock)
+        pending.stream.close()
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -146,8 +146,8 @@ class Acceptor:
         if now - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = now
-        for one in [p for p in self._pending if now > p.deadline]:
-            self._refuse(one, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
+        for pending in [p for p in self._pending if now > p.deadline]:
+            self._refuse(pending, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
         self._refusals.summarise(now)
 
     @property

@@ -97,31 +97,31 @@ class BufferedConnection(Connection, Member):
             super().send_heartbeat(silent_s)
 
     def read_now(self) -> bool:
-        came: list[Message] = []
+        received: list[Message] = []
         try:
-            return self._read_some(came)
+            return self._read_some(received)
         except BlockingIOError:
             return False
         except Exception as error:  # noqa: BLE001 - _next raises it
             self._reader.pause(self)
-            self._deliver(came)
+            self._deliver(received)
             self._fail(error)
             return False
         finally:
-            self._deliver(came)
+            self._deliver(received)
 
-    def _read_some(self, came: list[Message]) -> bool:
-        """Read messages into ``came``; return whether to read on (False: the inbox is full)."""
+    def _read_some(self, received: list[Message]) -> bool:
+        """Read messages into ``received``; return False when the inbox is full, else True."""
         num_seen = 0
         for _ in range(READS_AT_ONCE):
-            while not self._is_full(len(came)):
+            while not self._is_full(len(received)):
                 if (message := self._decoded()) is None:
                     break
                 num_seen += 1
                 if message.type is not MessageType.HEARTBEAT:
-                    came.append(message)
+                    received.append(message)
             else:
-                if self._deliver(came):
+                if self._deliver(received):
                     return False
                 continue  # a thread has taken some in the meantime
             if num_seen > MESSAGES_AT_ONCE:
@@ -129,17 +129,17 @@ class BufferedConnection(Connection, Member):
             self._read(wait=False)
         return True
 
-    def _deliver(self, came: list[Message]) -> bool:
+    def _deliver(self, received: list[Message]) -> bool:
         """Move messages to the inbox; return whether it is full, which pauses reading."""
-        self.counters.messages_received += len(came)
-        self.num_received += len(came)
+        self.counters.messages_received += len(received)
+        self.num_received += len(received)
         with self._lock:
-            if came and not self._discards:
+            if received and not self._discards:
                 now = time.monotonic_ns()
-                self._inbox.extend((now, message) for message in came)
+                self._inbox.extend((now, message) for message in received)
                 self._arrivals.add(self)
                 self._reader.notify()
-            came.clear()
+            received.clear()
             if is_full := self._is_full():
                 self._reader.pause(self)
             return is_full
@@ -213,10 +213,10 @@ class BufferedConnection(Connection, Member):
         return None if self._unregistered else self._failure
 
     def _next(self) -> Message:
-        def came() -> bool:
+        def is_ready() -> bool:
             return bool(self._inbox) or self._failure is not None
 
-        if not (came() or self._reader.wait(came, self.timeout_s)):
+        if not (is_ready() or self._reader.wait(is_ready, self.timeout_s)):
             raise self._silent()
         with self._lock:
             if not self._inbox:

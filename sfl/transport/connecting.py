@@ -55,7 +55,7 @@ def open_stream(
     """
     host, port = parse_address(address)
     deadline = time.monotonic() + patience_s
-    pause_s, told = 0.1, False
+    pause_s, has_reported = 0.1, False
     while isinstance(reached := _try(host, port, dialling, deadline), str):
         where = f"at {format_address(host, port)}"
         if deadline - time.monotonic() <= pause_s:
@@ -63,10 +63,10 @@ def open_stream(
                 f"no server {where} within {patience_s:g} seconds ({reached});"
                 f" see --server and --{'re' if is_reconnect else ''}connect-timeout"
             )
-        if not told:
+        if not has_reported:
             patience = f"trying for {patience_s:g} seconds"
             dialling.on_wait(f"waiting for the server {where} ({reached}); {patience}")
-            told = True
+            has_reported = True
         time.sleep(pause_s)  # there is no event to wait for between tries
         pause_s = min(pause_s * 2, _MAX_BACKOFF_S)
     return reached

@@ -109,19 +109,19 @@ class TlsStream(Stream):
         return bool(len(self._unsent) or self._outgoing.pending)
 
     def receive_into(self, buffer: memoryview) -> int:
-        while (num_bytes := self._decipher(buffer)) is None:
+        while (num_bytes := self._decrypt(buffer)) is None:
             self._feed(self.sock.recv(RAW_BYTES))
         return num_bytes
 
     def receive_now(self, buffer: memoryview) -> int:
-        if (num_bytes := self._decipher(buffer)) is None:
+        if (num_bytes := self._decrypt(buffer)) is None:
             self._feed(_receive_now(self.sock))
-            num_bytes = self._decipher(buffer)
+            num_bytes = self._decrypt(buffer)
         if num_bytes is None:
             raise BlockingIOError
         return num_bytes
 
-    def _decipher(self, buffer: memoryview) -> int | None:
+    def _decrypt(self, buffer: memoryview) -> int | None:
         """Read decrypted bytes; return 0 at the end of the stream, None if more input is needed."""
         with self._tls_lock:
             try:
@@ -142,13 +142,13 @@ class TlsStream(Stream):
                 self._incoming.write_eof()
 
     def send(self, parts: Sequence[memoryview]) -> int:
-        taken = self._encipher(parts)
+        taken = self._encrypt(parts)
         if len(self._unsent):
             self._unsent = self._unsent[self.sock.send(self._unsent) :]
         return taken
 
     def send_now(self, parts: Sequence[memoryview]) -> int:
-        taken = self._encipher(parts)
+        taken = self._encrypt(parts)
         try:
             if len(self._unsent):
                 self._unsent = self._unsent[os.write(self.sock.fileno(), self._unsent) :]
@@ -157,7 +157,7 @@ class TlsStream(Stream):
                 raise
         return taken
 
-    def _encipher(self, parts: Sequence[memoryview]) -> int:
+    def _encrypt(self, parts: Sequence[memoryview]) -> int:
         """Encrypt some bytes if all earlier ones are sent; return how many."""
         if len(self._unsent):
             return 0

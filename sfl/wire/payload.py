@@ -50,8 +50,8 @@ class InMemory:
         return memoryview(self._data)[self._filled :]
 
     def advance(self, num_bytes: int) -> None:
-        came = memoryview(self._data)[self._filled : self._filled + num_bytes]
-        self._crc = crc32(came, self._crc)
+        received = memoryview(self._data)[self._filled : self._filled + num_bytes]
+        self._crc = crc32(received, self._crc)
         self._filled += num_bytes
 
     def finish(self) -> tuple[bytearray, int]:
