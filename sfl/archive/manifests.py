@@ -32,7 +32,6 @@ class Manifests:
         return bool(self._files.keys() - {self._root})
 
     def add(self, folder: Path, *entries: Entry) -> None:
-        """Append entries to a folder's manifest."""
         if folder not in self._files:
             path = folder / MANIFEST
             _cut_torn_line(path)
@@ -62,7 +61,6 @@ class Manifests:
                 raise RunError(f"{self._root / MANIFEST} is gone: it was removed")
 
     def close(self, folder: Path) -> None:
-        """Close the manifest of a folder, if it is open."""
         if manifest := self._files.pop(folder, None):
             manifest.close()
 

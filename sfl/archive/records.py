@@ -19,7 +19,6 @@ _CLIENT = re.compile(r"0|[1-9]\d{0,8}")
 
 
 def shape_of(value: object) -> tuple[int, ...]:
-    """Return the shape of a sample."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_DIMENSIONS:
         raise ValueError("no shape of samples")
     if not all(type(n) is int and n > 0 for n in value):
@@ -30,7 +29,6 @@ def shape_of(value: object) -> tuple[int, ...]:
 
 
 def classes_of(value: object) -> tuple[str, ...]:
-    """Return the names of classes."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_CLASSES:
         raise ValueError(f"no list of up to {MAX_CLASSES} classes")
     if not all(type(name) is str for name in value):
@@ -55,7 +53,6 @@ def is_count(value: object) -> bool:
 
 
 def digest_of(value: object) -> str:
-    """Return the digest of a client's data."""
     if type(value) is not str or not _DIGEST.fullmatch(value):
         raise ValueError("no digest of data")
     return value
@@ -76,7 +73,6 @@ def by_client(value: object, one: Callable[[object], T]) -> dict[str, T]:
 
 
 def count_of(value: object) -> int:
-    """Return a count."""
     if not is_count(value):
         raise ValueError("no number")
     assert isinstance(value, int)
@@ -84,7 +80,6 @@ def count_of(value: object) -> int:
 
 
 def size_of(value: object) -> int:
-    """Return a number of bytes."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("no number of bytes")
     return value

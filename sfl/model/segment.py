@@ -197,7 +197,6 @@ class Segment:
         return Snapshot(self.state() if weights else {}, own.state(), own.rates)
 
     def restore(self, snapshot: "Snapshot") -> None:
-        """Return to the state of a snapshot."""
         if snapshot.weights:
             self.load(snapshot.weights)
         self.optimizer.load(snapshot.optimizer)
@@ -214,7 +213,6 @@ class Segment:
         return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
 
     def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
-        """Replace the gradients."""
         for name, parameter in self._trained().items():
             parameter.grad = grads[name].to(self.device)
 
@@ -251,7 +249,6 @@ class Segment:
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Load the trained parameters."""
         for name, parameter in self._trained().items():
             parameter.copy_(parameters[name])
 

@@ -36,11 +36,9 @@ class SegmentOptimizer:
 
     @property
     def rates(self) -> Sequence[float]:
-        """The learning rates of the optimiser's groups."""
         return [group["lr"] for group in self._groups]
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Set the learning rates, one per group."""
         for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
 

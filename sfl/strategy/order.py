@@ -60,7 +60,6 @@ class Turns:
         return lambda: self._left is None or self._next == client
 
     def done(self) -> None:
-        """End the current turn."""
         if self._left is not None:
             self._next = next(self._left, None)
 

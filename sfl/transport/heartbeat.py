@@ -37,7 +37,6 @@ class Heartbeat:
         self.stop()
 
     def stop(self) -> None:
-        """Stop sending."""
         self._ended.set()
         self._thread.join(
             LONGEST_PAUSE_S

@@ -117,7 +117,6 @@ class SocketReader:
         self._wake_up()
 
     def _wake_up(self) -> None:
-        """Wake the reading thread."""
         with contextlib.suppress(BlockingIOError):  # the pipe is full: it will wake anyway
             os.write(self._wake_writer, b"x")
 

@@ -32,8 +32,7 @@ class Network(Protocol):
     def wake(self) -> None:
         """Make ``wait`` check the gates again; called from other threads."""
 
-    def start_round(self, round_index: int) -> None:
-        """Start a round."""
+    def start_round(self, round_index: int) -> None: ...
 
     def is_here(self, client: int) -> bool:
         """Return whether a client is connected and ready."""

@@ -89,7 +89,6 @@ class Message:
 
     @property
     def file(self) -> File:
-        """The payload as a file."""
         return File(self.payload, self.checksum)
 
     def get(self, name: str, kind: builtins.type[T]) -> T:
