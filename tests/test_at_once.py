@@ -45,7 +45,7 @@ def test_who_has_no_room_waits_for_it() -> None:
         plan.begin(client)
     assert not plan.turn_of(third)()
     assert plan.turn_of(first)()  # it was lost, and redoes its steps
-    plan.rest(first)
+    plan.release(first)
     assert plan.turn_of(third)()
     plan.begin(third)
     assert not plan.turn_of(fourth)()
@@ -77,7 +77,7 @@ def test_a_copy_that_rests_has_no_more_than_it_must_keep(state: str) -> None:
     back.update()
     before = weights_of(back.state())
     assert back.optimizer.state()
-    plan.rest(0)
+    plan.release(0)
     assert bool(back.optimizer.state()) == (state == "keep")
     assert all(p.grad is None for p in back.blocks.parameters())
     assert back._input is None
@@ -96,7 +96,7 @@ def test_a_shared_back_does_not_rest() -> None:
     for parameter in back.blocks.parameters():
         parameter.grad = torch.ones_like(parameter)
     back.update()
-    plan.rest(plan.order[0])
+    plan.release(plan.order[0])
     assert back.optimizer.state()
 
 

@@ -15,7 +15,7 @@ from sfl.auth import main as auth_main
 from sfl.errors import ConfigError, PeerFailed
 from sfl.transport.addresses import parse_address
 from sfl.transport.connection import Connection
-from sfl.transport.tokens import FED, SERVER, _agreed, _proof, read_tokens
+from sfl.transport.tokens import FED, SERVER, _proof, _proof_fields, read_tokens
 from sfl.wire.link import ANY_ID, CLIENT, MAIN, Peer
 from sfl.wire.messages import Limits, MessageType
 from tests.support.certificates import Certificates
@@ -83,21 +83,21 @@ def test_comments_and_tokens_for_each(tmp_path: Path) -> None:
 # The handshake
 
 
-AGREED = _agreed(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "1" * 64, b"hash")
+AGREED = _proof_fields(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "1" * 64, b"hash")
 
 
 def test_a_proof_is_bound_to_all_that_was_agreed() -> None:
     proof = _proof(b"k", "caller", AGREED)
     others = [
-        _agreed(Peer(CLIENT, 2), SERVER, "r", "0" * 64, "1" * 64, b"hash"),
-        _agreed(Peer(MAIN, 1), SERVER, "r", "0" * 64, "1" * 64, b"hash"),
-        _agreed(Peer(CLIENT, 1), FED, "r", "0" * 64, "1" * 64, b"hash"),
-        _agreed(Peer(CLIENT, 1), SERVER, "s", "0" * 64, "1" * 64, b"hash"),
-        _agreed(Peer(CLIENT, 1), SERVER, "r", "2" * 64, "1" * 64, b"hash"),
-        _agreed(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "2" * 64, b"hash"),
-        _agreed(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "1" * 64, b""),
+        _proof_fields(Peer(CLIENT, 2), SERVER, "r", "0" * 64, "1" * 64, b"hash"),
+        _proof_fields(Peer(MAIN, 1), SERVER, "r", "0" * 64, "1" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), FED, "r", "0" * 64, "1" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), SERVER, "s", "0" * 64, "1" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), SERVER, "r", "2" * 64, "1" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "2" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), SERVER, "r", "0" * 64, "1" * 64, b""),
         # Fields stand behind their lengths: what moves from one to the next is something else.
-        _agreed(Peer(CLIENT, 1), SERVER, "r0", "0" * 63, "1" * 64, b"hash"),
+        _proof_fields(Peer(CLIENT, 1), SERVER, "r0", "0" * 63, "1" * 64, b"hash"),
     ]
     assert proof not in {_proof(b"k", "caller", other) for other in others}
     assert proof != _proof(b"k", "listener", AGREED)
@@ -149,7 +149,7 @@ def test_a_recorded_handshake_is_of_no_use_again(launcher: Launcher, guarded: Pr
         hello = frame(MessageType.AUTHENTICATE, HELLO)
         connection.send_message_as_json(MessageType.AUTHENTICATE, content=HELLO)
         challenge = connection.receive_message_as_json(MessageType.CHALLENGE).content
-        agreed = _agreed(Peer(CLIENT, 0), SERVER, "r", "0" * 64, challenge["nonce"], b"")
+        agreed = _proof_fields(Peer(CLIENT, 0), SERVER, "r", "0" * 64, challenge["nonce"], b"")
         assert challenge["proof"] == _proof(TOKEN.encode(), "listener", agreed)
         content = {"proof": _proof(TOKEN.encode(), "caller", agreed)}
         connection.send_message_as_json(MessageType.PROOF, content=content)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.support.same_run import compare
-from sfl.archive.checkpoint import NUM_KEPT, lying, round_of, whole
+from sfl.archive.checkpoint import NUM_KEPT, checkpoint_paths, round_of, valid_checkpoints
 from sfl.archive.spool import Answer, Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
@@ -38,19 +38,19 @@ def written(root: Path, rounds: int = 3) -> Path:
 
 def rounds_of(root: Path) -> tuple[list[int], list[str]]:
     damage: list[str] = []
-    return [checkpoint.round for checkpoint in whole(root, CONFIG, damage)], damage
+    return [checkpoint.round for checkpoint in valid_checkpoints(root, CONFIG, damage)], damage
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     written(tmp_path, rounds=4)
-    assert [round_of(path) for path in lying(tmp_path)] == [4, 3]
+    assert [round_of(path) for path in checkpoint_paths(tmp_path)] == [4, 3]
     assert NUM_KEPT == 2
     assert rounds_of(tmp_path) == ([4, 3], [])
 
 
 def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(tmp_path: Path) -> None:
     written(tmp_path)
-    path = lying(tmp_path)[0]
+    path = checkpoint_paths(tmp_path)[0]
     good = path.read_bytes()
     for place in range(0, len(good), 7):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_version_or_configuration_is_refused(tmp_path: P
     written(tmp_path)
     with pytest.raises(RunError, match=r"of another configuration: --lr 0.5: the run has 0.001"):
         open_past(tmp_path, RunConfig(run="r", lr=0.5))
-    path = lying(tmp_path)[0]
+    path = checkpoint_paths(tmp_path)[0]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
     with pytest.raises(RunError, match="is of version 2; we read 1"):
         open_past(tmp_path, CONFIG)
@@ -93,7 +93,7 @@ def test_what_a_file_names_lies_in_the_folder(tmp_path: Path) -> None:
     """A run's folder may come from somebody else."""
     (tmp_path / "secret").write_bytes(WEIGHTS)
     root = written(tmp_path / "run")
-    path = lying(root)[0]
+    path = checkpoint_paths(root)[0]
     fields = json.loads(path.read_text())
     fields["files"] = {"../secret": fields["files"].popitem()[1]}
     del fields["check"]
@@ -104,7 +104,7 @@ def test_what_a_file_names_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 def cut(folder: Path) -> None:
-    newest = lying(folder / "server/r")[0]
+    newest = checkpoint_paths(folder / "server/r")[0]
     newest.write_bytes(newest.read_bytes()[:-20])
 
 

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator
 import pytest
 
 from sfl.errors import ConnectionLost, RunError, SflError
-from sfl.wire.driver import AllStay, Conversation, Gate, run_together
+from sfl.wire.driver import Conversation, Gate, NoReconnects, run_together
 from sfl.wire.link import Absent, Link
 
 
-class Script(AllStay):
+class Script(NoReconnects):
     """Does in each wait what the script says next: a link arrives, a client is lost or is back."""
 
     def __init__(self, script: Collection[tuple[str, int]], given_up: Collection[int] = ()) -> None:
@@ -40,7 +40,7 @@ class Script(AllStay):
         self.lost_clients.append(client)
         self._here.discard(client)
 
-    def gives_up(self, client: int) -> bool:
+    def decide_skip(self, client: int) -> bool:
         return client in self._given_up and client not in self._here
 
 
@@ -85,7 +85,7 @@ def test_a_result_stays_or_not_when_its_client_begins_again(stay: bool) -> None:
     done = [("arrives", 0), ("arrives", 0), ("lost", 0), ("back", 0), ("arrives", 0), ("lost", 0)]
     script = [*done, ("arrives", 1), ("arrives", 1), ("back", 0), ("arrives", 0), ("arrives", 0)]
     network = Script(script)
-    results = run_together(network, Talk(network).of(0, 1), results_stay=stay)
+    results = run_together(network, Talk(network).of(0, 1), keep_results=stay)
     assert results == {0: "0, the 1." if stay else "0, the 3.", 1: "1, the 1."}
 
 
@@ -102,10 +102,10 @@ def test_who_is_given_up_has_no_result_and_does_not_come_in_again() -> None:
 def test_where_nobody_comes_back_the_first_loss_ends_all() -> None:
     class Plain(Script):
         def lost(self, client: int, error: SflError) -> None:
-            AllStay.lost(self, client, error)
+            NoReconnects.lost(self, client, error)
 
     network = Plain([("arrives", 0)])
     with pytest.raises(ConnectionLost, match="gone"):
         run_together(network, Talk(network, fails={0}).of(0))
     with pytest.raises(RunError, match="no client is left"):
-        network.await_anybody()
+        network.wait_for_client()

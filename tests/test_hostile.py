@@ -17,7 +17,7 @@ from experiments.hostile.files import RunsCode, hostile_files, saved
 from experiments.hostile.insiders import Insider, insiders, try_insider, write_bystander
 from experiments.hostile.strangers import SLOW_ATTACKS, quick_attacks
 from experiments.hostile.target import Target, target_of
-from sfl.archive.checkpoint import lying, path_of, round_of
+from sfl.archive.checkpoint import checkpoint_paths, path_of, round_of
 from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import manifest_line, read_manifest
 from sfl.auth import main as auth_main
@@ -427,7 +427,8 @@ def test_a_run_that_is_attacked_in_every_way_ends_with_the_same_weights(
     assert answers["1,000 idle connections"].endswith("closed all")
     for name in ("half a frame, and silence", "a byte every 5 seconds"):
         assert answers[name].startswith(("closed the connection", "INVALID_MESSAGE: register"))
-    while not any(round_of(path) >= 40 for path in lying(folder)):  # what it names lies there
+    # A checkpoint's files are on disk before it is.
+    while not any(round_of(path) >= 40 for path in checkpoint_paths(folder)):
         server.process.join(0.02)
         assert server.process.is_alive(), server.err
     server.process.kill()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sfl.archive.checkpoint import lying
+from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.layout import MODELS
 from sfl.archive.manifest import DROPPED, read_manifest
 from sfl.config import RunConfig
@@ -96,7 +96,7 @@ def test_a_client_that_was_away_keeps_what_its_checkpoints_name(tmp_path: Path) 
     options = {"scheme": "sflv3", "keep_tensors": "none", "keep_models": "last"}
     run(tmp_path, away="1:2-5", **options)
     own = tmp_path / "client/r/client_1"
-    assert [path.name for path in lying(own)] == ["round_006.json", "round_002.json"]
+    assert [path.name for path in checkpoint_paths(own)] == ["round_006.json", "round_002.json"]
     assert rounds_of(own) == [1, 5]
 
 

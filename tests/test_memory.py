@@ -88,9 +88,9 @@ def pair() -> Iterator[tuple[TcpServer, BufferedConnection, Connection]]:
             on_wait=print) as client,
     ):  # fmt: skip
         client.send_message_as_json(MessageType.REGISTER)
-        (link,) = board.until(board.news, 5)
+        (link,) = board.wait_until(board.ready_members, 5)
         link.receive_message_as_json(MessageType.REGISTER)
-        link.peer_name, link.settled = "client_0", True
+        link.peer_name, link.is_assigned = "client_0", True
         yield board, link, client
 
 
@@ -100,7 +100,7 @@ LARGE = bytes(40_000_000)  # far beyond the sockets' buffers
 
 def came(board: TcpServer, link: BufferedConnection, number: int = 1) -> None:
     """Wait until so many messages have been read ahead."""
-    assert board.until(lambda: len(link._inbox) >= number, 5)
+    assert board.wait_until(lambda: len(link._inbox) >= number, 5)
 
 
 def test_no_message_is_taken_while_the_answer_to_another_is_unsent(pair: Pair) -> None:
@@ -108,7 +108,7 @@ def test_no_message_is_taken_while_the_answer_to_another_is_unsent(pair: Pair) -
     link.send_file(MessageType.SEND_MODEL, LARGE)
     client.send_message_as_json(MessageType.ROUND_TRAINED)
     came(board, link)
-    assert board.first([link]) is None
+    assert board.first_arrived([link]) is None
     assert not link.has_sent()
     client.receive_file(MessageType.SEND_MODEL)
     assert board.wait([link]) is link
@@ -121,10 +121,10 @@ def test_notices_to_one_that_does_not_keep_up_are_left_out(pair: Pair) -> None:
     link.send_file(MessageType.SEND_MODEL, LARGE)
     for _ in range(1000):
         link.send_message_as_json(MessageType.MESSAGE, content="waiting for client_1")
-        link.beat(0.0)
+        link.send_heartbeat(0.0)
     assert len(link._outbox) == 1
     client.receive_file(MessageType.SEND_MODEL)
-    board.until(link.has_sent, 5)
+    board.wait_until(link.has_sent, 5)
     link.send_message_as_json(MessageType.MESSAGE, content="heard again")
     heard: list[str] = []
     client.on_notice = heard.append
@@ -159,14 +159,14 @@ def test_one_that_takes_a_little_now_and_then_is_lost_as_well(
     def read_slowly() -> None:
         with contextlib.suppress(OSError):  # at the end
             while not ended.wait(0.01) and client._stream.receive_into(buffer):
-                client.beat(0.1)
+                client.send_heartbeat(0.1)
 
     reader = threading.Thread(target=read_slowly)
     reader.start()
-    assert board.until(lambda: link.ending(), 30)
+    assert board.wait_until(lambda: link.end_reason(), 30)
     ended.set()
     reader.join()
-    assert "client_0 takes what it is sent too slowly" in str(link.ending())
+    assert "client_0 takes what it is sent too slowly" in str(link.end_reason())
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from sfl.transport.tcp_server import TcpServer
 from sfl.wire import payload
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Limits, Message, MessageType
-from sfl.wire.payload import InMemory, MakeStore, OnDisk, Store, onto
+from sfl.wire.payload import InMemory, MakeStore, OnDisk, Store, payload_store_in
 from tests.support.launch import Launcher
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
@@ -63,7 +63,7 @@ def test_what_came_is_there(data: bytes, tmp_path: Path, most: int, on_disk: boo
     fill(store, data[:-10], most)
     assert len(store.get_buffer()) == 10  # what follows is of another message
     fill(store, data[-10:], most)
-    found, crc = store.whole()
+    found, crc = store.finish()
     assert found == data
     assert crc == zlib.crc32(data)
     assert list(tmp_path.iterdir()) == []  # the file has no name
@@ -76,19 +76,19 @@ def test_a_disk_that_takes_little_at_a_time_gets_all(
     monkeypatch.setattr(payload.os, "write", lambda to, part: write(to, part[:99_999]))
     store = OnDisk(SIZE, tmp_path)
     fill(store, data, SIZE)
-    assert store.whole()[0] == data
+    assert store.finish()[0] == data
 
 
 def test_a_payload_that_is_whole_holds_nothing_but_its_mapping(data: bytes, tmp_path: Path) -> None:
     store = OnDisk(SIZE, tmp_path)
     fill(store, data, SIZE)
     assert store._close.alive
-    store.whole()
+    store.finish()
     assert not store._close.alive
 
 
 def test_only_large_payloads_go_onto_disk(tmp_path: Path) -> None:
-    make = onto(tmp_path)
+    make = payload_store_in(tmp_path)
     assert isinstance(make(payload.LARGE_BYTES - 1), InMemory)
     assert isinstance(make(payload.LARGE_BYTES), OnDisk)
 
@@ -159,7 +159,7 @@ def test_what_is_received_takes_no_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     for _ in range(200):
         fill(store, data, SIZE)
-    found, _ = store.whole()
+    found, _ = store.finish()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found) == size
@@ -177,7 +177,7 @@ def test_it_lies_in_the_folder_that_was_given(
         return real(dir=dir)
 
     monkeypatch.setattr(payload.tempfile, "TemporaryFile", note)
-    onto(tmp_path)(payload.LARGE_BYTES)
+    payload_store_in(tmp_path)(payload.LARGE_BYTES)
     assert folders == [tmp_path]
 
 
@@ -213,11 +213,11 @@ def test_a_lost_client_leaves_no_half_of_a_file(tmp_path: Path) -> None:
     with TcpServer(listener, Terms(5, limits)) as board:
         with socket.create_connection(("127.0.0.1", listener.port)) as client:
             client.sendall(encode_head(Message(MessageType.REGISTER)))
-            (link,) = board.until(board.news, 5)
+            (link,) = board.wait_until(board.ready_members, 5)
             link.receive_message_as_json(MessageType.REGISTER)
             whole = Message(MessageType.SEND_MODEL, payload=bytes(SIZE))
             client.sendall(encode_head(whole) + bytes(SIZE // 2))
-        assert board.until(board.news, 5) == [link]  # since it is lost
+        assert board.wait_until(board.ready_members, 5) == [link]  # since it is lost
         assert begun[0]() is not None
         link.close()
         assert begun[0]() is None

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.support.same_run import compare
 from experiments.support.slow_link import SlowLink
-from sfl.archive.checkpoint import lying
+from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
@@ -320,7 +320,7 @@ def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: 
     )
     was_killed(dies)
     folder = launcher.folder / "client/r/client_1"
-    newest, before = lying(folder)
+    newest, before = checkpoint_paths(folder)
     newest.rename(launcher.folder / "hidden")  # the one before is whole, and must not be used
     assert before.exists()
     line = launcher.client("--client-id", 1, *ALLOW).ended_with(1)

@@ -57,7 +57,7 @@ def test_a_shaped_link_delays_both_directions_and_carries_every_byte(side: str) 
         assert sock is not None
         with Connection(sock, timeout_s=5, limits=LIMITS) as one:
             one.send_file(MessageType.SEND_MODEL, one.receive_file(MessageType.SEND_MODEL).payload)
-            one.part()
+            one.close_gracefully()
 
     ours, theirs = (shape, LinkShape()) if side == "client" else (LinkShape(), shape)
     with listen("127.0.0.1", 0, theirs) as listener:

@@ -82,13 +82,13 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
     with ours, theirs:
         visitor = PendingConnection(ours, Guard())
         visitor.counters.bytes_received = MAX_BYTES
-        with pytest.raises(ProtocolError, match="at most 4096 bytes may come"):
-            visitor.go_on()
+        with pytest.raises(ProtocolError, match="at most 4096 bytes are accepted"):
+            visitor.process()
         visitor = PendingConnection(ours, Guard())
-        visitor.stream.raw_received = MAX_RAW_BYTES
+        visitor.stream.raw_bytes_received = MAX_RAW_BYTES
         theirs.sendall(b"x")
         with pytest.raises(ConnectionLost, match="bytes of TLS"):
-            visitor.go_on()
+            visitor.process()
 
 
 def test_a_talk_that_failed_lets_nobody_in() -> None:
@@ -101,12 +101,12 @@ def test_a_talk_that_failed_lets_nobody_in() -> None:
             ours.send(bytes(65536))
     theirs.sendall(frame(MessageType.AUTHENTICATE, HELLO))
     with pytest.raises(ConnectionLost, match="takes nothing"):
-        visitor.go_on()
+        visitor.process()
     while len(theirs.recv(2**20)) == 2**20:
         pass
     theirs.sendall(frame(MessageType.PROOF, {"proof": "0" * 64}))
     with pytest.raises(AuthError, match="has not proved who it is"):
-        visitor.go_on()
+        visitor.process()
     link = DrainedLink()
     with pytest.raises(ProtocolError, match="has proved to be None"):
         link.check_proved(Peer(CLIENT, 0))

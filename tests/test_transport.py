@@ -40,7 +40,7 @@ def test_taking_leave_of_a_peer_that_stays_takes_no_longer_than_a_farewell(
 ) -> None:
     monkeypatch.setattr("sfl.transport.connection.FAREWELL_S", 0.05)
     began_at = time.monotonic()
-    pair[0].part()
+    pair[0].close_gracefully()
     assert time.monotonic() - began_at < 4  # seconds; a peer that is silent is waited for for five
 
 
@@ -212,7 +212,7 @@ def test_the_network_gives_the_message_that_has_waited_longest() -> None:
         for connection, name in ((one, "one"), (other, "other"), (one, "again")):
             connection.send_message_as_json(MessageType.REGISTER, content=name)
             while sum(len(c._inbox) for c in board.members) < {"one": 1, "other": 2}.get(name, 3):
-                board.until(board.news, 0.01)
+                board.wait_until(board.ready_members, 0.01)
         got = []
         for _ in range(3):
             link = board.wait(board.members)
@@ -240,7 +240,7 @@ def test_a_connection_whose_messages_nobody_takes_is_no_longer_read() -> None:
 def register(board: TcpServer, connection: Connection) -> BufferedConnection:
     """Send REGISTER over a connection; return the board's end of it."""
     connection.send_message_as_json(MessageType.REGISTER)
-    (link,) = board.until(board.news, 5)
+    (link,) = board.wait_until(board.ready_members, 5)
     link.receive_message_as_json(MessageType.REGISTER)
     return link
 
@@ -282,8 +282,8 @@ def test_the_reason_comes_behind_the_file_that_is_on_its_way() -> None:
         data = bytes(range(256)) * 80_000  # far beyond the sockets' buffers
         link.send_file(MessageType.SEND_MODEL, data)
         one._stream.send([memoryview(b"x" * 100)])  # is no message
-        while not link.ending():
-            board.until(board.news, 0.01)
+        while not link.end_reason():
+            board.wait_until(board.ready_members, 0.01)
         last = MessageType.INVALID_MESSAGE
         ending = threading.Thread(target=link.end_sending, args=(last, "the reason why"))
         ending.start()
@@ -312,7 +312,7 @@ def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
 
         def wait() -> None:
             started = time.monotonic()
-            assert board.until(board.news, 5)
+            assert board.wait_until(board.ready_members, 5)
             waiting.append(time.monotonic() - started)
 
         thread = threading.Thread(target=wait)
@@ -324,7 +324,7 @@ def test_a_message_that_comes_before_its_connection_is_listed_is_seen(
 
 def test_only_so_many_may_connect_without_registering() -> None:
     with listen("127.0.0.1", 0) as listener:
-        board = TcpServer(listener, Terms(5, LIMITS, max_strangers=2))
+        board = TcpServer(listener, Terms(5, LIMITS, max_unregistered=2))
         with board, dialled(listener.port) as first, dialled(listener.port) as second:
             for connection in (first, second):
                 register(board, connection)
@@ -339,7 +339,7 @@ def test_the_end_reaches_a_peer_that_is_sending() -> None:
     with dialled(port) as one:
         one.peer_name = "server"
         one.send_message_as_json(MessageType.REGISTER)
-        assert board.until(board.news, 5)
+        assert board.wait_until(board.ready_members, 5)
         ended = threading.Thread(target=board.end, args=("client_1 was lost",))
         ended.start()
 
@@ -358,5 +358,5 @@ def test_a_port_can_be_taken_again_at_once() -> None:
     board, port = network()
     with board, dialled(port) as one:
         one.send_message_as_json(MessageType.REGISTER)
-        assert board.until(board.news, 5)
+        assert board.wait_until(board.ready_members, 5)
     listen("127.0.0.1", port).close()

@@ -18,7 +18,7 @@ from sfl.errors import RunError
 from sfl.runtime.client_places import TAKEN_OVER
 from sfl.transport.listener import listen
 from sfl.transport.rate_limit import RateLimit
-from sfl.transport.refusal_log import EVERY_S, SAID_AT_ONCE, RefusalLog
+from sfl.transport.refusal_log import EVERY_S, MAX_CONSOLE_LINES, RefusalLog
 from sfl.transport.tokens import read_tokens
 from sfl.wire.messages import Limits, MessageType
 from tests.support.certificates import Certificates
@@ -199,12 +199,12 @@ def test_who_is_turned_away_is_a_line_on_the_servers_console(
     server = launcher.server(*FAST, "--clients", 1, "--token-file", tmp_path / "token")
     wait_for(server, "listening")
     target = Target("127.0.0.1", launcher.port)
-    for _ in range(3 * SAID_AT_ONCE):
+    for _ in range(3 * MAX_CONSOLE_LINES):
         assert target.ask(sent).startswith(MessageType.INVALID_MESSAGE)
     log = next(launcher.folder.glob("server/*/server_log.txt"))
-    assert server.out.count("turned away 127.0.0.1:") == SAID_AT_ONCE
-    assert server.out.count(line) == SAID_AT_ONCE
-    assert log.read_text().count(line) == 3 * SAID_AT_ONCE
+    assert server.out.count("turned away 127.0.0.1:") == MAX_CONSOLE_LINES
+    assert server.out.count(line) == MAX_CONSOLE_LINES
+    assert log.read_text().count(line) == 3 * MAX_CONSOLE_LINES
 
 
 def test_a_client_with_a_wrong_token_is_a_line_on_the_servers_console(
@@ -229,12 +229,12 @@ def test_the_rest_of_a_crowd_is_counted() -> None:
     turned_away = RefusalLog(said.append, noted.append)
     for _ in range(100):
         turned_away.add("a", "wrong token")
-    turned_away.add("a", "closed the connection", aloud=False)
+    turned_away.add("a", "closed the connection", on_console=False)
     turned_away.summarise(time.monotonic())
     assert (len(said), len(noted)) == (10, 50)
     turned_away.summarise(time.monotonic() + EVERY_S)
     assert said[10:] == ["turned away 90 more connections in 60 seconds"]
     assert noted[50:] == ["turned away 41 more connections in 60 seconds"]
-    turned_away.add("b", "closed\nthe connection", aloud=False)
+    turned_away.add("b", "closed\nthe connection", on_console=False)
     assert noted[51:] == ["turned away b: closed the connection"]
     assert len(said) == 11

@@ -121,7 +121,7 @@ def shake_hands(data: bytes) -> str:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         try:
-            let_in = visitor.go_on()
+            let_in = visitor.process()
         except (AuthError, ConnectionLost) as error:
             raise ProtocolError(str(error)) from error
     if let_in:

@@ -140,7 +140,7 @@ def flood_heartbeats(insider: Insider) -> str:
     """Send signs of life for some seconds, as fast as they go."""
     count, until = 0, time.monotonic() + BLOCKED_S
     while time.monotonic() < until:
-        insider.link.beat(0.0)
+        insider.link.send_heartbeat(0.0)
         count += 1
     return f"took {count // 1000 * 1000:,} heartbeats"
 

@@ -25,7 +25,7 @@ from sfl.files.checksum import checksum
 from sfl.options import Parser
 from sfl.transport.connection import Connection
 from sfl.wire.messages import Limits, MessageType
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 PIECE_BYTES = 2**18
 TIMEOUT_S = 60.0
@@ -56,7 +56,7 @@ def send(sock: socket.socket, path: Path) -> None:
 
 
 def receive(sock: socket.socket, folder: Path) -> None:
-    limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**40}, store=onto(folder))
+    limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**40}, store=payload_store_in(folder))
     connection = Connection(sock, timeout_s=TIMEOUT_S, limits=limits)
     connection.receive_file(MessageType.SEND_MODEL)
 

@@ -126,7 +126,7 @@ def gather(network: TcpServer, num_clients: int) -> dict[int, Link]:
     """Return the clients' links when all are there."""
     links: dict[int, Link] = {}
     while len(links) < num_clients:
-        for link in network.until(network.news, 1.0):
+        for link in network.wait_until(network.ready_members, 1.0):
             if not link.peer_name:
                 k = link.receive_message_as_json(MessageType.REGISTER).content
                 link.peer_name, links[k] = f"client_{k}", link

@@ -1,4 +1,4 @@
-"""A run on disk: written off the critical path, read back, gone on from."""
+"""A run on disk: written in the background, read back, resumed from."""
 
 from sfl.archive.reader import RunArchive, Step, open
 

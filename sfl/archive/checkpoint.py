@@ -1,16 +1,16 @@
-"""What a party goes on from: a record of the files that a round starts with.
+"""Checkpoints: each lists the files that a round starts from.
 
-``checkpoints/round_004.json`` says that the rounds before the fourth (from 0) are done, and names
-each file that this round starts from, with its checksum. It is written last, under a temporary
-name, synced and renamed: a round counts as done once its successor's checkpoint is there. The one
-before stays until then, and after; so there is always one that is whole::
+``checkpoints/round_004.json`` states that rounds 0 to 3 are done, and lists each file that round 4
+starts from, with its checksum. It is written last, under a temporary name, synced and renamed: a
+round is done once the next round's checkpoint exists. The two newest checkpoints are kept, so that
+one is always complete::
 
-    models/..._003.pt, ...       each synced, before the checkpoint names them
+    models/..._003.pt, ...       each synced, before the checkpoint lists them
     rounds/round_003.csv, rounds.csv
     checkpoints/round_004.json   renamed: round 3 is done
     checkpoints/round_002.json   removed
 
-Nothing random is saved: every draw derives from (seed, purpose, round, client, step).
+No generator states are saved: every draw derives from (seed, purpose, round, client, step).
 """
 
 import json
@@ -35,12 +35,12 @@ from sfl.options import check_goes_on
 VERSION = 1
 FOLDER = "checkpoints"
 NUM_KEPT = 2
-MAX_BYTES = 64 * 2**20  # of one that is read; what says so much about 100,000 clients is smaller
+MAX_BYTES = 64 * 2**20  # of a checkpoint; one of a run with 100,000 clients is smaller
 _NAME = re.compile(r"round_(\d{3,9})\.json")
 
 
 def path_of(round_index: int) -> str:
-    """Return where the checkpoint lies that a round starts from, in a run's folder."""
+    """Return the path, in a run's folder, of the checkpoint that a round starts from."""
     return f"{FOLDER}/round_{round_index:03d}.json"
 
 
@@ -48,14 +48,14 @@ def path_of(round_index: int) -> str:
 class Checkpoint:
     """What one round starts from."""
 
-    root: Path  # of the run's folder
-    round: int  # that starts from it; those before are done
+    root: Path  # the run's folder
+    round: int  # the round that starts from it
     config: Mapping[str, Any]  # of the run
-    about: Mapping[str, Any]  # what else its writer has to know when it goes on
-    files: Mapping[str, tuple[int, str]]  # path in the folder -> bytes and checksum
+    about: Mapping[str, Any]  # what else its writer needs to resume
+    files: Mapping[str, tuple[int, str]]  # path in the folder -> size in bytes, checksum
 
     def encode(self) -> bytes:
-        """Return the content of its file, which ends in its own checksum."""
+        """Return the content of the checkpoint's file, including its own checksum."""
         fields = {
             "version": VERSION,
             "round": self.round,
@@ -67,11 +67,11 @@ class Checkpoint:
         return (json.dumps(fields) + "\n").encode()
 
     def lists(self, path: str) -> bool:
-        """Say whether a file is part of it."""
+        """Return whether the checkpoint lists a file."""
         return path in self.files
 
     def read(self, path: str) -> bytes:
-        """Return the checked bytes of a file, by its path in the folder.
+        """Return the bytes of a listed file, verified, by its path in the folder.
 
         Raises:
             IntegrityError: it is damaged or missing.
@@ -82,15 +82,15 @@ class Checkpoint:
         return read_checked(self.root / path, Entry("", path, num_bytes, check))
 
     def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]:
-        """Return the weights in a file.
+        """Return the weights in a listed file.
 
         Raises:
-            IntegrityError: as ``read``.
+            IntegrityError: as in ``read``.
         """
         return decode_state(self.read(path), spec, str(self.root / path))
 
     def verify(self) -> None:
-        """See that all its files are there and whole.
+        """Check that all listed files are present and undamaged.
 
         Raises:
             IntegrityError: one is not.
@@ -124,26 +124,26 @@ def _parse(root: Path, path: Path) -> Checkpoint:
 
 
 def round_of(path: Path) -> int:
-    """Return the round that starts from a checkpoint, by its name; -1 if it is none."""
+    """Return the round that starts from a checkpoint, by its file name; -1 for another file."""
     name = _NAME.fullmatch(path.name)
     return int(name[1]) if name else -1
 
 
-def lying(root: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, the newest first, whatever their state."""
+def checkpoint_paths(root: Path) -> list[Path]:
+    """Return the paths of the checkpoints in a run's folder, newest first; some may be damaged."""
     found = [p for p in (root / FOLDER).glob("round_*.json") if round_of(p) >= 0]
     return sorted(found, key=round_of, reverse=True)
 
 
-def whole(root: Path, run: RunConfig, damage: list[str]) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a run that are whole, the newest first.
+def valid_checkpoints(root: Path, run: RunConfig, damage: list[str]) -> Iterator[Checkpoint]:
+    """Yield the undamaged checkpoints of a run, newest first.
 
-    What is wrong with the others goes to ``damage``.
+    A line about each damaged one is appended to ``damage``.
 
     Raises:
-        RunError: one is of another run, configuration or version: nothing goes on from it.
+        RunError: one has another configuration or version.
     """
-    for path in lying(root):
+    for path in checkpoint_paths(root):
         try:
             checkpoint = _parse(root, path)
             _check_config(path, checkpoint, run)

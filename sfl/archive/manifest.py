@@ -1,4 +1,4 @@
-"""The manifests: a line a file, each with its own checksum."""
+"""Manifests: one line per file, with the file's checksum and the line's own."""
 
 import contextlib
 import json
@@ -12,15 +12,15 @@ from sfl.files import strict_json
 from sfl.files.checksum import checksum
 from sfl.files.regular_files import read_plain
 
-DROPPED = "dropped"  # kind of the entry for a manifest, or a model, that was not to stay
-ROUND_LOG = "round_log"  # kind of the entry that says that a round is done
-MAX_LINE_BYTES = 2**20  # of a manifest: a round's log names those who took part
+DROPPED = "dropped"  # entry kind: a manifest or model that was removed, as the options ask
+ROUND_LOG = "round_log"  # entry kind: a round is done
+MAX_LINE_BYTES = 2**20  # of a manifest: a round log's entry lists the round's clients
 _INSIDE = re.compile(r"[A-Za-z0-9._-][A-Za-z0-9._/-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a manifest: what a file is, where it lies, and its checksum."""
+    """One line of a manifest: a file's kind, path and checksum."""
 
     kind: str
     path: str  # relative to the manifest's folder
@@ -29,19 +29,19 @@ class Entry:
     client: int = -1
     round: int = -1
     step: int = -1
-    link: int = 0  # which cut
-    order: int = -1  # how many steps its back had taken before in this round
+    link: int = 0  # index of the cut
+    order: int = -1  # number of steps that its back had taken before in this round
     offset: int = 0
-    shape: tuple[int, ...] = ()  # of weight_grads: that of the labels they come from, (B,)
+    shape: tuple[int, ...] = ()  # for weight_grads: shape of the batch's labels, (B,)
     dtype: str = ""
-    clients: tuple[int, ...] = ()  # of a round's log: who took part, in the round's order
+    clients: tuple[int, ...] = ()  # for a round's log: the round's clients, in its order
 
 
 def read_checked(path: Path, entry: Entry) -> bytes:
     """Return the bytes of a recorded file.
 
     Raises:
-        IntegrityError: it is missing, or its bytes are not those that were written.
+        IntegrityError: it is missing or damaged.
     """
     try:
         data = read_plain(path, entry.offset, entry.bytes)
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> list[Entry]:
         raise IntegrityError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path}: is damaged: {error}") from error
-    # What has no end of line was being written when the run was killed; it has not counted.
+    # An incomplete last line was being written when the run was killed; it does not count.
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         _parse_line(rest[:-1])
         raise IntegrityError(f"{path}: is damaged: its last line does not end")
@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> list[Entry]:
 
 
 def check_inside(path: str) -> None:
-    """See that a file named by a record lies inside the record's own folder.
+    """Check that a path in a record stays inside the record's folder.
 
     Raises:
         ValueError: it does not.
@@ -84,9 +84,9 @@ def check_inside(path: str) -> None:
 
 
 def manifest_line(entry: Entry) -> str:
-    """Return an entry as its line of a manifest, which ends in the line's own checksum.
+    """Return an entry's line of a manifest.
 
-    That is of the line as ``json.dumps`` writes it without ``check``.
+    Its last field, ``check``, is the checksum of the line that ``json.dumps`` writes without it.
     """
     line = json.dumps({field.name: getattr(entry, field.name) for field in fields(entry)})
     check = json.dumps(checksum(line.encode()))
@@ -100,7 +100,7 @@ def _parse_line(line: bytes) -> Entry:
     values.pop("check", None)
     tuples = {name: tuple(values[name]) for name in ("shape", "clients")}
     entry = Entry(**values | tuples)
-    # A manifest may come from somebody else.
+    # A manifest may come from another machine: trust no type or range.
     texts = entry.kind, entry.path, entry.checksum, entry.dtype
     counts = entry.bytes, entry.offset
     indices = entry.client, entry.round, entry.step, entry.link, entry.order

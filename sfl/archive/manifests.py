@@ -1,4 +1,4 @@
-"""The manifests of a run's folder, as they are written: a line for each file that is whole."""
+"""Writing the manifests of a run's folder: one line per complete file."""
 
 import contextlib
 import os
@@ -14,25 +14,24 @@ from sfl.files.checksum import checksum
 
 
 class Manifests:
-    """The manifest of a run's folder, and those of its folders of tensors, open for appending.
+    """The manifests of a run's folder and of its folders of tensors, open for appending.
 
-    For one thread at a time.
+    Not thread-safe.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._files: dict[Path, FileIO] = {}  # by their folder
+        self._files: dict[Path, FileIO] = {}  # by folder
 
     def is_open(self, folder: Path) -> bool:
-        """Say whether something was listed there since it was opened."""
+        """Return whether a folder's manifest is open."""
         return folder in self._files
 
     def has_unfinished(self) -> bool:
-        """Say whether a folder of tensors is open."""
+        """Return whether the manifest of a folder of tensors is open."""
         return bool(self._files.keys() - {self._root})
 
     def add(self, folder: Path, *entries: Entry) -> None:
-        """List files in the manifest of their folder."""
         if folder not in self._files:
             path = folder / MANIFEST
             _cut_torn_line(path)
@@ -42,7 +41,7 @@ class Manifests:
         crash_point("manifest.after_lines")
 
     def finish_round(self, round_index: int) -> None:
-        """Close the manifests of all folders of tensors, and list them in the run's own."""
+        """Close the manifests of all folders of tensors, and list them in the run's manifest."""
         for folder in [folder for folder in self._files if folder != self._root]:
             self.close(folder)
             data = (folder / MANIFEST).read_bytes()
@@ -51,10 +50,10 @@ class Manifests:
             self.add(self._root, entry)
 
     def sync(self) -> None:
-        """Let the run's own manifest outlast a loss of power.
+        """Sync the run's manifest to disk.
 
         Raises:
-            RunError: it was removed.
+            RunError: the manifest was removed.
         """
         if manifest := self._files.get(self._root):
             os.fsync(manifest.fileno())
@@ -62,18 +61,17 @@ class Manifests:
                 raise RunError(f"{self._root / MANIFEST} is gone: it was removed")
 
     def close(self, folder: Path) -> None:
-        """Close the manifest of a folder, if it is open."""
         if manifest := self._files.pop(folder, None):
             manifest.close()
 
     def close_all(self) -> None:
-        """Close all, also on a disk that fails."""
+        """Close all manifests; ignore errors of the disk."""
         for manifest in self._files.values():
-            with contextlib.suppress(OSError):  # what it could not write has been said already
+            with contextlib.suppress(OSError):  # reported before, by the failed write
                 manifest.close()
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was being written when a run was killed."""
+    """Remove an incomplete last line, left by a run that was killed."""
     with contextlib.suppress(FileNotFoundError):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

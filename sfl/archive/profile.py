@@ -1,6 +1,6 @@
-"""Where the time of a round's steps goes: ``--profile`` writes it down, a line a client and round.
+"""``--profile``: the time of each phase of a round's steps, one line per client and round.
 
-Each side has its own ``profile.csv``. A phase ends where the next begins:
+Each side writes its own ``profile.csv``. A phase ends where the next begins:
 
 ========= ======================================== ================================
 phase     client                                   server
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 class Stopwatch:
-    """Seconds spent in each phase since ``clear``."""
+    """Measures the seconds spent in each phase since ``clear``."""
 
     def __init__(self) -> None:
         self._since = 0.0
@@ -49,18 +49,18 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
-        """Begin to count; what was spent since the last lap is nobody's."""
+        """Start measuring; the time since the last ``lap`` counts for no phase."""
         self._since = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """End a phase, and begin the next."""
+        """End a phase; the next one starts."""
         now = time.perf_counter()
         self.spent[phase] += now - self._since
         self._since = now
 
 
 class Profile:
-    """Writes ``profile.csv`` into a run's folder, if it is asked to."""
+    """Writes ``profile.csv`` into a run's folder, if ``wanted``."""
 
     def __init__(self, folder: Path, *, wanted: bool) -> None:
         self._path = folder / "profile.csv" if wanted else None
@@ -69,11 +69,11 @@ class Profile:
     def round(
         self, at: Position, num_steps: int, clock: Stopwatch, link: Link, archive: ArchiveWriter
     ) -> Iterator[None]:
-        """Measure the steps that a client takes in a round.
+        """Measure a client's steps in a round, and write a line.
 
-        ``started_at`` is the time of day, ``cpu_at`` the processor time of the whole process until
-        then; ``cpu_s`` is its, too, ``bytes_sent`` and ``round_trips`` the link's;
-        ``archive_lag_s`` is the longest that something has waited to be on disk.
+        ``started_at``: time of day; ``cpu_at``, ``cpu_s``: processor time of the whole process
+        until then, and since; ``bytes_sent``, ``bytes_received``, ``round_trips``: of the link;
+        ``archive_lag_s``: longest time from handing a file to the archive until it is written.
         """
         clock.clear()
         if self._path is None:

@@ -1,12 +1,12 @@
-"""The recorded tensors, read back: the one public reader of a run's folder.
+"""Reading a recorded run: the public interface to a run's folder.
 
 ::
 
     for step in sfl.archive.open("shared_files/server/my-run").steps(client=0, round=3):
         step.labels, step.activations, step.grads
 
-Each folder of tensors has a ``manifest.jsonl``, its only index: one line a file, written when the
-file lies there whole. The run's own ``manifest.jsonl`` lists models, logs and finished manifests.
+Each folder of tensors has a ``manifest.jsonl``, its only index: one line per file, written when the
+file is complete. The run's own ``manifest.jsonl`` lists models, logs and finished manifests.
 """
 
 import os
@@ -38,7 +38,7 @@ MAX_TABLE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Step:
-    """A client's step at one cut; its tensors are read, and checked, when asked for.
+    """A client's step at one cut; its tensors are read and verified on access.
 
     Raises (from any method):
         IntegrityError: a tensor is damaged, missing, or not recorded at this cut.
@@ -47,20 +47,20 @@ class Step:
     client: int
     round: int
     step: int
-    link: int  # which cut of the model; 0 is the first
-    order: int  # how many steps its back had taken before in this round
+    link: int  # index of the cut; 0 is the first
+    order: int  # number of steps that its back had taken before in this round
     folder: Path
     entries: Mapping[str, Entry] = field(repr=False)
 
     def entry(self, kind: str) -> Entry:
-        """Return what the manifest says of one of its tensors."""
+        """Return the manifest's entry of one of its tensors."""
         if kind not in self.entries:
             where = f"{self.folder}: step {self.step}, cut {self.link}"
             raise IntegrityError(f"{where}: has no {kind} recorded")
         return self.entries[kind]
 
     def path(self, kind: str) -> Path:
-        """Return where one of its tensors lies."""
+        """Return the path of one of its tensors."""
         return self.folder / self.entry(kind).path
 
     def _read(self, kind: str) -> Tensor:
@@ -85,22 +85,22 @@ class Step:
 
     @property
     def grads(self) -> Tensor:
-        """(B, *cut) float32: the loss's gradient at the cut, as the server sent it."""
+        """(B, *cut) float32: the gradient of the loss at the cut, as the server sent it."""
         return self._read(GRADS)
 
     def weight_grads(self, spec: StateSpec) -> dict[str, Tensor]:
-        """Return the gradients of the whole model that the client sent, by parameter."""
+        """Return the gradients of all parameters that the client sent, by name."""
         path = self.path(WEIGHT_GRADS)
         return decode_state(read_checked(path, self.entry(WEIGHT_GRADS)), spec, str(path))
 
     @property
     def num_samples(self) -> int:
-        """How many samples its batch had."""
+        """Number of samples in its batch."""
         return next(iter(self.entries.values())).shape[0]
 
 
 class RunArchive:
-    """A recorded run, as it lies on disk.
+    """A recorded run on disk.
 
     Raises (from any method):
         IntegrityError: a file that the run's manifests list is damaged or missing.
@@ -113,25 +113,25 @@ class RunArchive:
         newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
         self._dropped = newest.keys() - self._listed.keys()
-        self.rounds_without_models = frozenset(  # those that were not to stay
+        self.rounds_without_models = frozenset(  # removed, as --keep-models asks
             newest[p].round for p in self._dropped if p.startswith(MODELS)
         )
 
     @property
     def listed(self) -> list[Entry]:
-        """Everything that the run's own manifest lists: models, logs, finished manifests."""
+        """The entries of the run's own manifest: models, logs, finished manifests."""
         return list(self._listed.values())
 
     def lists(self, path: str) -> bool:
-        """Say whether the run's own manifest lists a file."""
+        """Return whether the run's own manifest lists a file."""
         return path in self._listed
 
-    def has_listed(self, path: str) -> bool:
-        """Say whether it lists a file, or did until that was not to stay any more."""
+    def was_listed(self, path: str) -> bool:
+        """Return whether the manifest lists a file, or did before the file was removed."""
         return path in self._listed or path in self._dropped
 
     def read(self, path: str) -> bytes:
-        """Return the checked bytes of a listed file, by its path in the run's folder."""
+        """Return the bytes of a listed file, verified, by its path in the run's folder."""
         if path not in self._listed:
             raise IntegrityError(f"{self.root / path}: is not in the run's manifest")
         return read_checked(self.root / path, self._listed[path])
@@ -145,7 +145,7 @@ class RunArchive:
         return self._table("config.json")
 
     def environment(self) -> dict[str, Any]:
-        """Return what the run ran on: versions, threads, devices."""
+        """Return the run's environment: versions, threads, devices."""
         return self._table("environment.json")
 
     def _table(self, path: str) -> dict[str, Any]:
@@ -158,28 +158,28 @@ class RunArchive:
         return values
 
     def folders(self, client: int | None = None, round: int | None = None) -> list[Path]:
-        """Return the folders of recorded tensors, by round and client.
+        """Return the folders of recorded tensors, sorted by round and client.
 
-        Those that the run's manifest lists, whether they are there or not, and those of a round
-        that did not end.
+        These are the folders that the run's manifest lists, present or not, and those of an
+        unfinished round.
         """
         listed = {self.root / e.path for e in self.listed if e.kind == "manifest"}
-        lying = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
+        present = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
         found = []
-        for folder in {path.parent for path in listed | lying}:
+        for folder in {path.parent for path in listed | present}:
             place = round_of_folder(folder)
             if place and client in (None, place[0]) and round in (None, place[1]):
                 found.append((place[1], place[0], folder))
         return [folder for _, _, folder in sorted(found)]
 
     def rounds(self, client: int | None = None) -> list[int]:
-        """Return the rounds of which tensors are recorded."""
+        """Return the rounds with recorded tensors."""
         return sorted({int(folder.name[len("round_") :]) for folder in self.folders(client)})
 
     def steps(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
-        """Yield the recorded steps, of one client or round if asked for, in order of processing.
+        """Yield the recorded steps in order of processing, of one client or round if given.
 
-        Of a model with several cuts each step comes once for each cut, in the order of the cuts.
+        With several cuts, each step comes once per cut, in their order.
         """
         by_round: dict[str, list[Step]] = {}
         for folder in self.folders(client, round):
@@ -189,15 +189,14 @@ class RunArchive:
 
     def _steps_in(self, folder: Path) -> list[Step]:
         name = (folder / MANIFEST).relative_to(self.root).as_posix()
-        if name in self._listed:  # of a round that was finished
+        if name in self._listed:  # its round was finished
             self.read(name)
         files: dict[tuple[int, int], dict[str, Entry]] = {}
         for entry in read_manifest(folder):
             files.setdefault((entry.step, entry.link), {})[entry.kind] = entry
         steps = []
         for (step, link), entries in sorted(files.items()):
-            # Gradients are listed last: in a run that was killed the last step may lack them, and
-            # has not counted.
+            # Gradients are listed last: a step without them was interrupted and does not count.
             if last := entries.get(GRADS) or entries.get(WEIGHT_GRADS):
                 steps.append(Step(last.client, last.round, step, link, last.order, folder, entries))
         return steps
@@ -207,7 +206,7 @@ def open(path: str | os.PathLike[str]) -> RunArchive:
     """Open a recorded run by its folder.
 
     Raises:
-        RunError: the folder is none of a run, or there is a link in it.
+        RunError: the folder is not a run's, or contains a link.
         IntegrityError: its manifest is damaged.
     """
     root = Path(path)

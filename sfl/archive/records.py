@@ -1,6 +1,6 @@
-"""What is said of clients' data and machines, by a client or by a record: it may be anybody's.
+"""Checks of untrusted values about clients' data and machines, from a client or a file.
 
-Every function returns what it was given, of the types that it must have, or raises ``ValueError``.
+Every ``*_of`` function returns its value with the right types, or raises ``ValueError``.
 """
 
 import math
@@ -19,7 +19,6 @@ _CLIENT = re.compile(r"0|[1-9]\d{0,8}")
 
 
 def shape_of(value: object) -> tuple[int, ...]:
-    """Return the shape of a sample."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_DIMENSIONS:
         raise ValueError("no shape of samples")
     if not all(type(n) is int and n > 0 for n in value):
@@ -30,7 +29,6 @@ def shape_of(value: object) -> tuple[int, ...]:
 
 
 def classes_of(value: object) -> tuple[str, ...]:
-    """Return the names of classes."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_CLASSES:
         raise ValueError(f"no list of up to {MAX_CLASSES} classes")
     if not all(type(name) is str for name in value):
@@ -39,7 +37,7 @@ def classes_of(value: object) -> tuple[str, ...]:
 
 
 def samples_of(value: object) -> dict[str, int]:
-    """Return how many samples each part of a client's data has; some are for training."""
+    """Return the number of samples of each part of a client's data; "train" is not empty."""
     if not isinstance(value, dict) or value.keys() != set(PARTS):
         raise ValueError("no numbers of samples")
     if not all(map(is_count, value.values())):
@@ -50,33 +48,31 @@ def samples_of(value: object) -> dict[str, int]:
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value counts something."""
+    """Return whether a value is a count: an int from 0 to ``MAX_COUNT - 1``."""
     return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def digest_of(value: object) -> str:
-    """Return the digest of a client's data."""
     if type(value) is not str or not _DIGEST.fullmatch(value):
         raise ValueError("no digest of data")
     return value
 
 
 def texts_of(value: object) -> dict[str, str]:
-    """Return a table of texts: what a machine computes with."""
+    """Return a table of texts, such as a machine's fingerprint."""
     if not isinstance(value, dict) or not all(type(v) is str for v in value.values()):
         raise ValueError("no table of texts")
     return value
 
 
 def by_client(value: object, one: Callable[[object], T]) -> dict[str, T]:
-    """Return a table of clients, of which each has what ``one`` returns."""
+    """Return a table by client, each value checked by ``one``."""
     if not isinstance(value, dict) or not all(map(_CLIENT.fullmatch, value)):
         raise ValueError("no table of clients")
     return {client: one(what) for client, what in value.items()}
 
 
 def count_of(value: object) -> int:
-    """Return what counts something."""
     if not is_count(value):
         raise ValueError("no number")
     assert isinstance(value, int)
@@ -84,14 +80,13 @@ def count_of(value: object) -> int:
 
 
 def size_of(value: object) -> int:
-    """Return a number of bytes."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("no number of bytes")
     return value
 
 
 def data_of(value: object) -> dict[str, Any]:
-    """Return what a run records of its clients' data."""
+    """Return a run's record of its clients' data."""
     if not isinstance(value, dict):
         raise ValueError("no record of the clients' data")
     weights = value.get("class_weights", [])
@@ -112,7 +107,7 @@ def data_of(value: object) -> dict[str, Any]:
 
 
 def about_of(value: object) -> dict[str, Any]:
-    """Return what a checkpoint records beside its files; a client's records nothing."""
+    """Return the ``about`` of a checkpoint; a client's is empty. Unknown names are dropped."""
     if not isinstance(value, dict):
         raise ValueError("no record of what it is about")
     readers: Mapping[str, Callable[[object], Any]] = {

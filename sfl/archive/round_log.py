@@ -1,4 +1,4 @@
-"""The figures of a run: a file a round, a line a round, a progress bar.
+"""A run's metrics: a file per round, a line per round in ``rounds.csv``, a progress bar.
 
 Every metric is defined in docs/metrics.md.
 """
@@ -23,7 +23,7 @@ from sfl.model.task import Task
 from sfl.values import Position
 from sfl.wire.link import KINDS_DOWN, KINDS_UP
 
-UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # and what was carried
+UP, DOWN = "bytes_up_{}", "bytes_down_{}"  # by kind, see link.KINDS
 TRAFFIC = (
     "bytes_up", "bytes_down", "messages_up", "messages_down", "round_trips",
     *map(UP.format, KINDS_UP), *map(DOWN.format, KINDS_DOWN),
@@ -34,7 +34,7 @@ TIMES = (
 
 
 def round_figures(task: Task) -> tuple[str, ...]:
-    """Return the figures of a round, in their order in ``rounds.csv``."""
+    """Return the names of a round's figures, in the order of ``rounds.csv``."""
     trained = (f"train_{name}" for name in task.trained)
     evaluated = (f"{part}_{name}" for part in ("val", "test") for name in task.evaluated)
     return *trained, *evaluated, *TRAFFIC, *TIMES
@@ -66,10 +66,10 @@ class Progress:
 
 
 class RoundLog:
-    """The server's figures: collects those of a round and writes them when it ends."""
+    """The server's figures: collects those of a round, and writes them at its end."""
 
     def __init__(self, folder: RunFolder, rounds: int, task: Task, first_round: int = 0) -> None:
-        """A run that goes on keeps the lines of the rounds before ``first_round``."""
+        """``first_round``: where a run is resumed; lines of earlier rounds are kept."""
         self._folder = folder
         self._rounds = rounds
         self._has_begun = False
@@ -91,13 +91,13 @@ class RoundLog:
         self._steps = {}
         self.progress.start(round_index, num_steps)
 
-    def _begin(self) -> None:
+    def _note_first_step(self) -> None:
         if not self._has_begun:
             self._folder.events.note(FIRST_STEP)
             self._has_begun = True
 
     def step(self, at: Position, figures: StepFigures) -> None:
-        self._begin()
+        self._note_first_step()
         row = (figures.loss, *figures.counts, figures.samples)
         own, start = self._steps.setdefault(at.client, array("d")), len(row) * at.step
         assert len(own) >= start, "a step was left out"
@@ -105,7 +105,7 @@ class RoundLog:
         self.progress.step(figures.loss)
 
     def steps(self, client: int, table: Tensor) -> None:
-        self._begin()
+        self._note_first_step()
         self._steps[client] = array("d", table.numpy().tobytes())
         self.progress.step(float(table[-1, 0]), len(table))
 
@@ -118,11 +118,11 @@ class RoundLog:
         return itertools.chain.from_iterable(map(self._rows, self._steps))
 
     def forget(self, client: int) -> None:
-        """Leave out the steps of a client that left the round without a trace."""
+        """Remove the steps of a client whose part of the round is undone."""
         self._steps.pop(client, None)
 
     def say(self, line: str) -> None:
-        """Tell people something about the round."""
+        """Write a line to the terminal and the log."""
         self._folder.events.say(line)
 
     def train_figures(self) -> dict[str, float]:
@@ -143,7 +143,7 @@ class RoundLog:
     ) -> None:
         """Write the round's file and its line of ``rounds.csv``.
 
-        ``took_part``: in the round's order; ``missing``: who was away, and why.
+        ``took_part``: clients in the round's order; ``missing``: absent clients, and why.
         """
         self.progress.close()
         path = f"rounds/round_{round_index:03d}.csv"
@@ -180,7 +180,7 @@ class RoundLog:
 
 
 class ClientLog:
-    """A client's progress bar and its line a round."""
+    """A client's progress bar, and its line of figures per round."""
 
     def __init__(
         self, task: Task, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool
@@ -192,14 +192,14 @@ class ClientLog:
         self._loss_sum = 0.0
         self._samples = 0
         self.progress = Progress(run.rounds, shown=shows_bar)
-        self.num_steps = 0  # that were taken, those that were redone included
+        self.num_steps = 0  # taken so far, including repeated ones
 
     def say(self, line: str) -> None:
-        """Tell people something about the round."""
+        """Write a line to the terminal and the log."""
         self._events.say(line)
 
     def start_over(self) -> None:
-        """Forget the figures of a round that is begun again."""
+        """Discard the figures of a round that is started again."""
         self._loss_sum, self._samples = 0.0, 0
 
     def step(self, at: Position, figures: StepFigures) -> None:
@@ -227,7 +227,7 @@ class ClientLog:
 
 
 def _csv(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV; floats as ``repr`` gives them, which reads back as the same float."""
+    """Return rows as CSV; floats read back as the same float."""
     data = io.BytesIO()
     with io.TextIOWrapper(data, "utf-8", newline="") as text:
         csv.writer(text, lineterminator="\n").writerows(rows)
@@ -236,7 +236,7 @@ def _csv(rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def write_table(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return a round's file: what it says of each client and file."""
+    """Return the content of a round's file; rows: client, file, metric, value."""
     return _csv(itertools.chain([("client", "file", "metric", "value")], rows))
 
 
@@ -247,6 +247,6 @@ def read_round(data: bytes) -> dict[tuple[int, str, str], float]:
 
 
 def read_summary(data: bytes) -> list[dict[str, str]]:
-    """Return the whole lines of ``rounds.csv``, in order of their rounds."""
+    """Return the complete lines of ``rounds.csv``."""
     whole = data[: data.rfind(b"\n") + 1]
     return list(csv.DictReader(io.StringIO(whole.decode())))

@@ -1,4 +1,4 @@
-"""The folder of a run, on server or client: its event log and the archive in it."""
+"""The folder of a run, on server or client: creating it, its event log and its archive."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sfl.archive.checkpoint import lying
+from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.writer import ArchiveWriter
 from sfl.errors import ConfigError, RunError, reason_of
 from sfl.files.regular_files import which_file
@@ -29,18 +29,18 @@ MAX_LINE = 10_000  # characters of a log
 
 
 def new_run_name() -> str:
-    """Return the name of a run that the user did not name: the time it started.
+    """Return the default name of a run: the time, in microseconds.
 
-    To the microsecond, since clients put runs of different servers side by side.
+    Microseconds keep runs of different servers apart in one client's folder.
     """
     now = datetime.datetime.now()
     return now.strftime("%Y-%m-%d_%H-%M-%S.%f")
 
 
 def create_run_folder(parent: Path, name: str) -> Path:
-    """Create the folder of a new run; without a name, under the start time.
+    """Create the folder of a new run; without a name, it is the start time.
 
-    One of that name in which no step was taken, as of a start that failed, is taken over.
+    An existing folder without a training step, left by a failed start, is reused.
 
     Raises:
         ConfigError: a run of this name exists.
@@ -55,10 +55,10 @@ def create_run_folder(parent: Path, name: str) -> Path:
     return path
 
 
-WATCHED = ("models", "client_files", "checkpoints", "rounds")  # beside the folder and its log
+WATCHED = ("models", "client_files", "checkpoints", "rounds")  # besides the folder and its log
 SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
-FIRST_STEP = "training begins: the first step is taken"  # in either
-# What lies in a run's folder, on server or client, before the first step is taken.
+FIRST_STEP = "training begins: the first step is taken"  # line of either log
+# Files that a run's folder, on server or client, may contain before the first step.
 _BEFORE_STEPS = re.compile(
     r"(server|client)_log\.txt|(config|environment)\.json|manifest\.jsonl|(rounds|profile)\.csv"
     r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*"
@@ -66,9 +66,9 @@ _BEFORE_STEPS = re.compile(
 
 
 def make_folder(path: Path, log_name: str) -> bool:
-    """Create a run's folder, or take over one in which no step was taken; its log is kept.
+    """Create a run's folder, or reuse one without a training step, keeping its log.
 
-    Return whether it can be written into: else a run lies in it, or another process has it.
+    Return whether that succeeded; if not, the folder has a run or another process uses it.
 
     Raises:
         RunError: the folder cannot be written.
@@ -81,7 +81,7 @@ def make_folder(path: Path, log_name: str) -> bool:
             return False
         try:
             log = EventLog(path / log_name)
-        except RunError:  # another process has it
+        except RunError:  # another process uses it
             return False
         with log:
             for inside in path.iterdir():
@@ -96,9 +96,9 @@ def make_folder(path: Path, log_name: str) -> bool:
 
 
 def has_no_steps(path: Path) -> bool:
-    """Say whether nothing lies in a run's folder but what lies there before its first step.
+    """Return whether a run's folder has only files from before its first step.
 
-    Where no tensors are kept, the log alone tells that steps were taken.
+    Where no tensors are kept, only the log shows that steps were taken.
     """
     for log in (path / SERVER_LOG, path / CLIENT_LOG):
         if log.exists() and FIRST_STEP.encode() in log.read_bytes():
@@ -115,27 +115,30 @@ def has_no_steps(path: Path) -> bool:
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
-    """Return a record as it lies on disk."""
+    """Return a record as the bytes of its file."""
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def options_record(*configs: Any) -> dict[str, Any]:
-    """Return every option of these configurations, flat, as ``--config`` reads them."""
+    """Return all options of these configurations in one table, as ``--config`` reads them."""
     return {n: v for config in configs for n, v in dataclasses.asdict(config).items()}
 
 
 class EventLog:
-    """Lines for people: on the terminal, and with the time in a file. Closed by ``with``."""
+    """Lines for the user: on the terminal, and with the time in a file. Closed by ``with``.
+
+    Raises:
+        RunError: another process is writing it; a run has one writer at a time.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises ``RunError`` if another process writes it: a run has one writer at a time."""
-        self.is_quiet = False  # whether nothing goes to the terminal
+        self.is_quiet = False  # whether lines go to the file alone
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - see close
         if importlib.util.find_spec("fcntl"):  # not on Windows
             import fcntl
 
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by closing
             except OSError as error:
                 self._file.close()
                 raise RunError(f"another process is writing {path.parent}") from error
@@ -144,11 +147,11 @@ class EventLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take
+        with contextlib.suppress(OSError):  # unwritten lines on a full disk
             self._file.close()
 
     def say(self, line: str) -> None:
-        """Write one line to both."""
+        """Write one line to terminal and file."""
         self.note(line)
         if not self.is_quiet:
             say(one_line(line, MAX_LINE))
@@ -160,7 +163,7 @@ class EventLog:
 
 
 def is_being_written(log: Path) -> bool:
-    """Say whether a process is writing the run of this log."""
+    """Return whether a process is writing the run of this log."""
     try:
         with EventLog(log):
             return False
@@ -173,71 +176,71 @@ def is_being_written(log: Path) -> bool:
 def say(line: str) -> None:
     """Write one line to the terminal, above a progress bar if there is one."""
     tqdm.write(line)
-    sys.stdout.flush()  # who reads through a pipe sees it now
+    sys.stdout.flush()  # for readers of a pipe
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run writes into."""
+    """A run's folder, open for writing."""
 
     path: Path
     archive: ArchiveWriter
     events: EventLog
-    known: dict[Path, object]  # what a run cannot do without, and which file each was
+    identities: dict[Path, object]  # watched paths -> identity of the file when first seen
 
-    def gone(self) -> str:
-        """Say what has been removed or renamed since the folder was opened; "" if nothing was.
+    def why_missing(self) -> str:
+        """Return a message if a watched path was removed or renamed since it was opened, else "".
 
-        A file that is open takes what is written, whether somebody can still find it or not.
+        Writing to an open file succeeds even after its removal.
         """
-        for name in WATCHED:  # which are made while the run goes on
+        for name in WATCHED:  # created during the run
             if (which := which_file(self.path / name)) is not None:
-                self.known.setdefault(self.path / name, which)
-        missing = [path for path, which in self.known.items() if which != which_file(path)]
+                self.identities.setdefault(self.path / name, which)
+        missing = [path for path, which in self.identities.items() if which != which_file(path)]
         if not missing:
             return ""
         return f"{missing[0]} is gone: it was removed or renamed while the run went on"
 
-    def check_there(self) -> None:
-        """See that what is written can still be found.
+    def check_exists(self) -> None:
+        """Check that the folder and its watched paths are still in place.
 
         Raises:
-            RunError: it cannot.
+            RunError: one was removed or renamed.
         """
-        if why := self.gone():
+        if why := self.why_missing():
             raise RunError(why)
 
 
 @contextlib.contextmanager
 def open_folder(path: Path, log_name: str, keep: KeepModels) -> Iterator[RunFolder]:
-    """Open the log and the archive of a folder that exists; both are closed at the end."""
+    """Open the log and the archive of an existing folder; both are closed at the end."""
     with EventLog(path / log_name) as events, ArchiveWriter(path, keep.tensors, keep) as archive:
-        known: dict[Path, object] = {p: which_file(p) for p in (path, path / log_name)}
-        yield RunFolder(path, archive, events, known)
+        identities: dict[Path, object] = {p: which_file(p) for p in (path, path / log_name)}
+        yield RunFolder(path, archive, events, identities)
 
 
 @contextlib.contextmanager
-def telling_why(
+def reporting_failure(
     folder: RunFolder,
     tell: Callable[[str, MessageType], None] | None = None,
-    how_to_go_on: Callable[[], str] = lambda: "",
+    resume_hint: Callable[[], str] = lambda: "",
 ) -> Iterator[None]:
-    """When a party fails, write why into its log, tell its peers, and say how to go on.
+    """On an error, log it, ``tell`` the peers, and show how to resume; then raise it again.
 
     Raises:
-        RunError: instead of what the party failed with, if its folder is gone.
+        RunError: instead of the error, if the run's folder was removed.
     """
     events = folder.events
     try:
         yield
     except BaseException as error:
-        gone = folder.gone()
+        gone = folder.why_missing()
         reason = gone or reason_of(error)
         if tell is not None:
             tell(reason, MessageType.END_RUN if gone else MessageType.ABORT)
-        with contextlib.suppress(OSError):  # a full disk is no reason to lose the reason
+        with contextlib.suppress(OSError):  # on a full disk, still raise the error itself
             events.note(f"the run failed: {reason}")
-        if hint := how_to_go_on():
+        if hint := resume_hint():
             with contextlib.suppress(OSError):
                 events.note(hint)
             say(hint)
@@ -246,11 +249,11 @@ def telling_why(
         raise
 
 
-def how_to_go_on(path: Path, model: str) -> Callable[[], str]:
-    """Return what says how to go on with a run, if it has begun."""
+def resume_hint(path: Path, model: str) -> Callable[[], str]:
+    """Return a function that gives the command for resuming a run; "" without a checkpoint."""
     allow = f" --allow-import {model}" if ":" in model else ""
 
     def hint() -> str:
-        return f"go on with: run_server.py --resume {path}{allow}" if lying(path) else ""
+        return f"go on with: run_server.py --resume {path}{allow}" if checkpoint_paths(path) else ""
 
     return hint

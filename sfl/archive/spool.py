@@ -1,7 +1,7 @@
-"""The answers of a round, kept until it is over: whoever redoes a step is given the same again.
+"""The replies of a round, kept so that a repeated step gets the identical reply.
 
-What the archive does not record lies in a file without a name, which the system removes with the
-process: after a restart of the server everyone redoes the round, and nobody asks for them.
+Replies that the archive does not record are kept in an unnamed temporary file, which the system
+removes when the process ends: after a restart of the server, the round is repeated from its start.
 """
 
 import functools
@@ -15,28 +15,28 @@ from sfl.errors import RunError
 from sfl.files.torch_reader import Buffer
 from sfl.values import Position
 
-EVERYONE = -1  # instead of a client, for an answer that all are given
+EVERYONE = -1  # client of a reply that goes to all clients
 
 
 class Answer(NamedTuple):
-    """What a step was answered with."""
+    """The reply to a step."""
 
     data: Buffer
     content: Mapping[str, float]
-    asked: str = ""  # the checksum of what it answers
+    asked: str = ""  # checksum of the request
 
 
 class Spool:
-    """The answers to the steps of one round, by their position. Closed by ``close``.
+    """The replies to the steps of one round, by position. Closed by ``close``.
 
-    What the archive records anyway is read there.
+    Replies that the archive records are read from there.
 
     Raises (from any method):
-        RunError: the disk is full, or the archive's has failed.
+        RunError: the disk is full, or the archive cannot write.
     """
 
     def __init__(self, folder: Path | None, flush_archive: Callable[[], None]) -> None:
-        """Without a folder nothing is kept: nobody redoes anything."""
+        """``folder``: for the temporary file; None: keep no replies, since no step is repeated."""
         self._folder = folder
         self._flush_archive = flush_archive
         self._file: IO[bytes] | None = None
@@ -44,11 +44,11 @@ class Spool:
         self._kept: dict[Position, tuple[Callable[[], bytes], Answer]] = {}
 
     def start_round(self) -> None:
-        """Forget the answers of the round before; the file keeps its size, and is written anew."""
+        """Discard the replies of the previous round; the file is overwritten from its start."""
         self._kept, self._size = {}, 0
 
     def put(self, at: Position, answer: Answer, recorded: str = "") -> None:
-        """Keep an answer; ``recorded`` is where the archive has it, if it does."""
+        """Keep a reply; ``recorded``: its path in the archive, if it is recorded there."""
         if self._folder is None:
             return
         if recorded:
@@ -58,7 +58,7 @@ class Spool:
         self._kept[at] = read, answer._replace(data=b"")
 
     def get(self, at: Position) -> Answer | None:
-        """Return the answer to a step; None if it has not been answered."""
+        """Return the reply to a step; None if there is none yet."""
         if at not in self._kept:
             return None
         read, answer = self._kept[at]
@@ -69,7 +69,7 @@ class Spool:
         return Path(path).read_bytes()
 
     def _append(self, data: Buffer) -> int:
-        """Write an answer behind the others, and return where."""
+        """Append a reply to the file; return its offset."""
         offset = self._size
         try:
             if self._file is None:

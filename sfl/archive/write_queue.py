@@ -1,4 +1,4 @@
-"""What is to be written, and the one background thread that writes it in order."""
+"""A queue of jobs that one background thread runs in order."""
 
 import threading
 import time
@@ -9,22 +9,22 @@ from typing import NamedTuple
 
 from sfl.errors import RunError, reason_of
 
-# Of what waits to be written; whoever hands over more waits for the disk.
+# Of unwritten data: beyond it, submit() blocks until the disk catches up.
 MAX_PENDING_BYTES = 256 * 2**20
 
 
 class _Job(NamedTuple):
     run: Callable[[], None]
     num_bytes: int
-    handed_over_at: float
+    submitted_at: float
 
 
 class WriteQueue:
-    """Run jobs that write into a folder on a background thread. Closed by ``close``.
+    """Runs jobs that write into a folder, on a background thread. Closed by ``close``.
 
-    After the first job that fails no other is run.
+    After the first failed job, no further ones run.
 
-    Raises (from any method, once it was met):
+    Raises (from any method but ``close``, after a job failed):
         RunError: the disk is full, or the folder cannot be written.
     """
 
@@ -34,15 +34,15 @@ class WriteQueue:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._num_done = 0
-        self.num_handed_over = 0  # jobs, done or not
-        self.pending_bytes = 0  # of the jobs that are not done
+        self.num_submitted = 0  # jobs, done or not
+        self.pending_bytes = 0  # of jobs that are not done
         self._longest_lag_s = 0.0
         self._failure: Exception | None = None
         self._is_closed = False
         self._thread: threading.Thread | None = None  # started by the first job
 
     def close(self) -> None:
-        """Wait until all jobs are done, and end the thread; raises nothing."""
+        """Wait until all jobs are done, and end the thread; raise nothing."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -50,7 +50,7 @@ class WriteQueue:
             self._thread.join()
 
     def submit(self, run: Callable[[], None], num_bytes: int = 0) -> int:
-        """Hand over a job once there is room for its bytes; return which job of all it is."""
+        """Queue a job, after waiting for room for its bytes; return its number, from 1."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self.pending_bytes <= MAX_PENDING_BYTES or self._failure is not None
@@ -58,21 +58,21 @@ class WriteQueue:
             self._check()
             self.pending_bytes += num_bytes
             self._jobs.append(_Job(run, num_bytes, time.monotonic()))
-            self.num_handed_over += 1
+            self.num_submitted += 1
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
                 self._thread.start()
-            return self.num_handed_over
+            return self.num_submitted
 
     def wait_done(self, number: int) -> None:
-        """Wait until so many jobs are done."""
+        """Wait until the job with this number, and all before it, are done."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_done >= number or self._failure is not None)
         self._check()
 
     def take_lag_s(self) -> float:
-        """Return how long, at most, a job took from its handing over, since the last call."""
+        """Return the longest time from submitting a job to its end, since the last call."""
         with self._changed:
             lag_s, self._longest_lag_s = self._longest_lag_s, 0.0
         return lag_s
@@ -89,7 +89,7 @@ class WriteQueue:
             pass
 
     def _do_next(self) -> bool:
-        """Wait for a job and do it; False: there will be none."""
+        """Wait for a job and run it; return False when the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closed)
             if not self._jobs:
@@ -103,7 +103,7 @@ class WriteQueue:
         with self._changed:
             self._num_done += 1
             self.pending_bytes -= job.num_bytes
-            lag_s = time.monotonic() - job.handed_over_at
+            lag_s = time.monotonic() - job.submitted_at
             self._longest_lag_s = max(self._longest_lag_s, lag_s)
             self._changed.notify_all()
         return True

@@ -1,7 +1,7 @@
-"""Writing a run's folder: off the critical path, each file atomically, with its manifest line.
+"""Writing a run's folder: a background thread writes each file atomically, then its manifest line.
 
-A background thread writes. What a round starts from is synced before the round's checkpoint names
-it; see ``sfl.archive.checkpoint``.
+Files that a round starts from are synced before the round's checkpoint lists them; see
+``sfl.archive.checkpoint``.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfl.archive.checkpoint import NUM_KEPT, Checkpoint, lying, path_of
+from sfl.archive.checkpoint import NUM_KEPT, Checkpoint, checkpoint_paths, path_of
 from sfl.archive.layout import client_folder, tensor_name
 from sfl.archive.manifest import Entry
 from sfl.archive.manifests import Manifests
@@ -24,15 +24,15 @@ from sfl.files.torch_reader import Buffer
 from sfl.values import KeepModels, KeepTensors, Position
 
 ALL_MODELS = KeepModels.parse("all")
-# Files that a server writes anew when a run goes on; until then they are in no manifest.
+# Kinds of files that a server writes again when a run is resumed.
 REWRITTEN = ("config", "environment", "summary", "events")
 Tensors = Mapping[str, tuple[File, TensorSpec]]  # of one step at one cut, by kind
 
 
 class ArchiveWriter:
-    """Write tensors and their manifests off the critical path. Closed by ``with``.
+    """Writes a run's files and manifests on a background thread. Closed by ``with``.
 
-    Raises (from any method, once it was met):
+    Raises (from any method, after a write failed):
         RunError: the disk is full, or the folder cannot be written.
     """
 
@@ -40,11 +40,11 @@ class ArchiveWriter:
         self._root = root
         self._keep = keep
         self._queue = WriteQueue(root)
-        self._last_commit = 0  # which of the queue's jobs it was
+        self._last_commit = 0  # number of its job in the queue
         # Used by the queue's thread alone.
         self._manifests = Manifests(root)
         self._retention = Retention(root, self._manifests, keep, models)
-        self._written: dict[str, tuple[int, str]] = {}  # what the next checkpoint may name
+        self._written: dict[str, tuple[int, str]] = {}  # files that the next checkpoint may list
 
     def __enter__(self) -> "ArchiveWriter":
         return self
@@ -54,20 +54,21 @@ class ArchiveWriter:
         self._manifests.close_all()
 
     def records(self, round_index: int) -> bool:
-        """Say whether tensors of this round are written."""
+        """Return whether tensors of this round are written."""
         return self._keep.records(round_index)
 
     def record_step(self, tensors: Tensors, at: Position, order: int) -> None:
-        """Write the tensors of a step at a cut, if its round's stay.
+        """Write the tensors of a step at a cut, if those of its round are kept.
 
-        ``order``: how many steps its back had taken before. The files must not change afterwards.
+        ``order``: number of steps that its back had taken before. The buffers must not change
+        afterwards.
         """
         if self.records(at.round):
             num_bytes = sum(len(file.data) for file, _ in tensors.values())
             self._queue.submit(lambda: self._write_step(tensors, at, order), num_bytes)
 
-    def place(self, kind: str, at: Position) -> str:
-        """Return where ``record_step`` writes a tensor; "" if those of its round do not stay."""
+    def tensor_path(self, kind: str, at: Position) -> str:
+        """Return where ``record_step`` writes a tensor; "" if those of its round are not kept."""
         if not self.records(at.round):
             return ""
         return f"{client_folder(self._root, at.client, at.round)}/{tensor_name(kind, at)}"
@@ -82,7 +83,7 @@ class ArchiveWriter:
     ) -> None:
         """Write and list a file of the run itself (a model, a log), by its path in the folder.
 
-        ``clients``: whom a round's log is of.
+        ``clients``: the clients of a round, for the round's log.
         """
         self._queue.submit(
             lambda: self._write_listed(kind, path, data, round_index, clients), len(data)
@@ -99,39 +100,39 @@ class ArchiveWriter:
         about: Mapping[str, Any],
         paths: Collection[str],
     ) -> None:
-        """Write the checkpoint that a round starts from, of files that were handed over before."""
+        """Write the checkpoint that a round starts from; its files were submitted before."""
         checkpoint = Checkpoint(self._root, round_index, config, about, {})
         self._last_commit = self._queue.submit(lambda: self._commit(checkpoint, paths))
 
     def wait_committed(self) -> None:
-        """Wait until all checkpoints that were handed over are on disk."""
+        """Wait until all submitted checkpoints are on disk."""
         self._queue.wait_done(self._last_commit)
 
-    def begin_at(self, round_index: int, anew: Collection[str] = ()) -> None:
-        """Forget what was written of this round and later ones: they are done again.
+    def discard_from(self, round_index: int, rewritten: Collection[str] = ()) -> None:
+        """Remove files of this round and later ones, which are repeated.
 
-        Also files of the kinds that are written ``anew``.
+        Files of the kinds in ``rewritten`` are only removed from the manifest.
         """
-        self._queue.submit(lambda: self._retention.forget(round_index, anew))
+        self._queue.submit(lambda: self._retention.discard_from(round_index, rewritten))
 
     def drop_steps(self, client: int, round_index: int) -> None:
-        """Remove the tensors of a client that left a round without a trace."""
+        """Remove the tensors of a client whose part of a round is undone."""
         self._queue.submit(
             lambda: self._retention.remove(client_folder(self._root, client, round_index))
         )
 
     def end_round(self, round_index: int) -> None:
-        """List the round's manifests when all is on disk, and drop what does not stay."""
-        if self._queue.num_handed_over:
+        """List the round's manifests when all is on disk, and remove tensors that are not kept."""
+        if self._queue.num_submitted:
             self._queue.submit(lambda: self._retention.close_round(round_index))
 
     def take_lag_s(self) -> float:
-        """Return how long, at most, something waited to be on disk since the last call."""
+        """Return the longest time that a write took from its submission, since the last call."""
         return self._queue.take_lag_s()
 
     def flush(self) -> None:
-        """Wait until everything that was handed over is on disk."""
-        self._queue.wait_done(self._queue.num_handed_over)
+        """Wait until everything submitted is on disk."""
+        self._queue.wait_done(self._queue.num_submitted)
 
     def _write_step(self, tensors: Tensors, at: Position, order: int) -> None:
         folder = client_folder(self._root, at.client, at.round)
@@ -163,7 +164,7 @@ class ArchiveWriter:
 
     def _append(self, path: str, data: bytes) -> None:
         crash_point("rounds_csv.before")
-        # It was there at the start: one that is made anew would lack what came before.
+        # Without O_CREAT: a file removed during the run must not be replaced by an incomplete one.
         descriptor = os.open(self._root / path, os.O_WRONLY | os.O_APPEND | BINARY)
         with open(descriptor, "ab", buffering=0) as stream:
             stream.write(data)
@@ -179,7 +180,7 @@ class ArchiveWriter:
             sync(self._root)
         whole = replace(checkpoint, files=self._written)
         write_file(target, whole.encode(), durable=True, what="checkpoint")
-        for path in lying(self._root)[NUM_KEPT:]:
+        for path in checkpoint_paths(self._root)[NUM_KEPT:]:
             path.unlink()
         crash_point("checkpoint.after_removal")
         self._retention.drop_models()

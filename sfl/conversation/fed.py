@@ -184,7 +184,7 @@ class FedRounds:
             return
         for round_index in range(self.first_round, self.run.rounds):
             self._round(round_index)
-        self.folder.check_there()
+        self.folder.check_exists()
 
     def _at(self, client: int, round_index: int) -> Position:
         return Position(self.run.run, round_index, -1, client)
@@ -207,7 +207,7 @@ class FedRounds:
 
     def _round(self, round_index: int) -> None:
         """Collect the fronts of the round's clients, merge them and publish the result."""
-        self.folder.check_there()
+        self.folder.check_exists()
         archive, policy = self.folder.archive, self.split.recipe.scheme.fronts
         order = draw(self.run, list(self.stores), round_index)
         turns = Turns(order if policy is Fronts.RELAYED else None)

@@ -46,7 +46,7 @@ from sfl.files.torch_file import decode_state, encode_state
 from sfl.files.torch_reader import Buffer
 from sfl.model.metrics import Tally
 from sfl.model.topology import States, joined
-from sfl.strategy.merge import has_own
+from sfl.strategy.merge import has_client_state
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.schemes import Fronts
 from sfl.values import Position
@@ -139,14 +139,14 @@ def server_train(
     )
     with party.profile.round(at, steps, party.clock, link, party.archive):
         yield from STEPS[row.exchange].server(party, plan, round_index)
-    if party.backs and plan.leaves_no_trace(party.client):
+    if party.backs and plan.can_undo(party.client):
         name = f"the server-side weights after client {party.client}'s steps"
         party.check_state(joined(party.backs[party.back_index].states()), name, at)
     yield link
     trained = link.receive_message_as_json(MessageType.ROUND_TRAINED, at=at)
     seconds = {name: _parse_seconds(trained.get(name, str)) for name in TIMES}
     party.trained_round = round_index
-    plan.rest(party.client)
+    plan.release(party.client)
     if row.fronts is Fronts.OWN:
         return RoundResult({}, seconds)
     name = client_weights(party.client)
@@ -222,7 +222,7 @@ def _parse_seconds(text: str) -> float:
 
 def _save_own_state(party: ClientParty, round_index: int) -> None:
     """Write the client's own state to disk before the server can commit the round."""
-    if not has_own(party.recipe):
+    if not has_client_state(party.recipe):
         return
     files = {}
     for name, segment in party.segments.items():

@@ -144,7 +144,7 @@ def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[N
         crash_point("step.after_update")
         clock.lap("update")
         cut.record(plan.take(at.client))
-        plan.spool.put(at, answer, recorded=party.archive.place(GRADS, at))
+        plan.spool.put(at, answer, recorded=party.archive.tensor_path(GRADS, at))
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
         clock.lap("archive")
@@ -155,7 +155,7 @@ def server_repeat_step(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversatio
     yield from cut.receive_message(LABELS)
     asked = yield from cut.receive_message(ACTIVATIONS)
     if asked.checksum != answer.asked:
-        plan.unlike.add(cut.at.client)
+        plan.mismatched.add(cut.at.client)
     cut.send_file(GRADS, File(answer.data), answer.content)
 
 

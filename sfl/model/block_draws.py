@@ -1,7 +1,7 @@
-"""Random draws inside blocks, dropout for one: each block is seeded before it trains.
+"""Random draws inside blocks, such as dropout: each block is seeded before it trains.
 
-The seed is of (seed, round, client, step, block), so that draws do not depend on where the model is
-cut, and a step can be computed again.
+The seed derives from (seed, round, client, step, block). So draws do not depend on where the model
+is cut, and a step can be computed again.
 """
 
 import random
@@ -13,7 +13,7 @@ from torch import nn
 from sfl import seeds
 from sfl.values import Position
 
-# Modules that draw nothing at random. A block of nothing else needs no seed.
+# Modules without random draws. A block of only these needs no seed.
 _DRAWS_NOTHING = frozenset(
     {
         nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d,
@@ -25,22 +25,22 @@ _DRAWS_NOTHING = frozenset(
 
 
 def may_draw(block: nn.Module) -> bool:
-    """Say whether a block may draw at random."""
+    """Return whether a block may draw random numbers."""
     return any(map(_may_draw, block.modules()))
 
 
 def _may_draw(module: nn.Module) -> bool:
-    """Say whether a module itself may draw; hooks and functions that a user set on it may."""
+    """Return whether a module itself may draw; hooks and a replaced ``forward`` may."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module) or type(module) not in _DRAWS_NOTHING
 
 
 def seed_block(seed: int, at: Position, block: int, device: torch.device) -> None:
-    """Seed all generators that a block, by its index in the whole model, may draw from."""
+    """Seed all generators that a block may draw from; ``block``: its index in the whole model."""
     of_block = seeds.derive(seed, seeds.BLOCK, at.round, at.client, at.step, block)
     torch.default_generator.manual_seed(of_block)
-    random.seed(of_block)  # a user's own block may draw from any of them
+    random.seed(of_block)  # a user's own block may use any of them
     np.random.seed(of_block % 2**32)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(of_block)

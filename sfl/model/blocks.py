@@ -1,7 +1,7 @@
-"""A model's row of blocks: what may stand in it, and which of its entries are one tensor.
+"""Checks of a model's row of blocks, and of its entries.
 
-What is refused here would silently become another model when the row is cut, or when its weights
-travel. Blocks are counted from 0; an entry is a parameter or buffer by its name, ``2.weight``.
+Models that are refused here would silently change when the row is cut or its weights are sent.
+Blocks are counted from 0; an entry is a named parameter or buffer, such as ``2.weight``.
 """
 
 import copy
@@ -17,27 +17,27 @@ from torch.nn.parameter import is_lazy
 from sfl.errors import ConfigError, told
 from sfl.files.torch_file import DTYPES
 
-# What a subclass of nn.Sequential may have of its own: none of it changes what is computed.
+# Methods that a subclass of nn.Sequential may override: they do not change what is computed.
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "_get_name", "__dir__"}
 _HARMLESS |= {"_load_from_state_dict", "_save_to_state_dict", "__init_subclass__"}
 _BASES = (nn.Sequential, nn.Module, object)
 
 
 def titled(index: int, block: nn.Module | None) -> str:
-    """Return how messages name a block."""
+    """Return the name of a block in messages."""
     return f"block {index} ({type(block).__name__})"
 
 
 def names_of(row: nn.Sequential) -> list[str]:
-    """Return the names of a row's blocks; a block that is used twice has two."""
+    """Return the names of a row's blocks; a block that is used twice has two names."""
     return list(row._modules)
 
 
 def check_row(model: object) -> nn.Sequential:
-    """Return a model that can be cut between any two of its blocks, each used as it came.
+    """Return the model, after checking that it is a plain row of blocks that can be cut.
 
     Raises:
-        ConfigError: it is no plain row of blocks, or weights of it cannot travel.
+        ConfigError: it is not, or its weights cannot be sent.
     """
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -66,7 +66,7 @@ def check_row(model: object) -> nn.Sequential:
 
 
 def _of_its_own(model: nn.Sequential) -> str:
-    """Return what a row has beyond its blocks that bears on what is computed; empty: nothing."""
+    """Return what a row has besides its blocks that affects its results; "" if nothing."""
     classes = [c for c in type(model).__mro__ if c not in _BASES]
     known = {n for n in dir(nn.Sequential) if callable(getattr(nn.Sequential, n))} - _HARMLESS
     named = known | {"__call__", "__getattribute__", "__iter__"}
@@ -85,7 +85,7 @@ def _kind(entry: Tensor) -> str:
 
 
 def _check_block(title: str, name: str, block: nn.Module) -> None:
-    """See that a block's weights are there, and can travel."""
+    """Check that a block's weights exist and can be sent."""
     for entry in itertools.chain(block.parameters(), block.buffers()):
         if is_lazy(entry):
             raise ConfigError(
@@ -103,7 +103,7 @@ def _check_block(title: str, name: str, block: nn.Module) -> None:
 
 
 def copied(row: nn.Sequential, first_block: int = 0) -> nn.Sequential:
-    """Return a copy of a row that begins with this block of the model.
+    """Return a copy of a row; ``first_block``: index of its first block in the model.
 
     Raises:
         ConfigError: a block cannot be copied.
@@ -122,15 +122,15 @@ def copied(row: nn.Sequential, first_block: int = 0) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Entries:
-    """What the entries of a model's states are; all others are buffers."""
+    """Names of a model's parameters by kind; all other entries are buffers."""
 
-    trained: frozenset[str]  # parameters
-    frozen: frozenset[str] = frozenset()  # parameters that came with ``requires_grad=False``
-    same: Mapping[str, str] = field(default_factory=dict)  # of one tensor: further name -> first
+    trained: frozenset[str]
+    frozen: frozenset[str] = frozenset()  # built with ``requires_grad=False``
+    same: Mapping[str, str] = field(default_factory=dict)  # tensors with several: name -> first
 
     @classmethod
     def of(cls, rows: Iterable[nn.Sequential]) -> "Entries":
-        """Return what the entries of a model's segments are."""
+        """Return the entries of a model's segments."""
         first: dict[int, str] = {}
         same: dict[str, str] = {}
         trained: set[str] = set()
@@ -144,11 +144,11 @@ class Entries:
         return cls(frozenset(trained), frozenset(frozen), same)
 
 
-def check_apart(rows: Sequence[nn.Sequential]) -> None:
-    """See that no weights lie on both sides of a cut, where each side would train its own.
+def check_no_shared_weights(rows: Sequence[nn.Sequential]) -> None:
+    """Check that no weights are on both sides of a cut, where each side would train its own.
 
     Raises:
-        ConfigError: some do.
+        ConfigError: some are.
     """
     names = [name for row in rows for name in row._modules]
     blocks = [block for row in rows for block in row]
@@ -179,7 +179,7 @@ def _entries(row: nn.Sequential) -> Iterator[tuple[str, Tensor]]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors of one storage may have elements in common."""
+    """Return whether two tensors of one storage may share elements."""
 
     def ends(tensor: Tensor) -> tuple[int, int]:
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

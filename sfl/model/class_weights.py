@@ -1,21 +1,21 @@
-"""Weights of the classes in the training loss, for data in which some classes are rare."""
+"""Class weights in the training loss, for data with rare classes."""
 
 from collections.abc import Iterable, Sequence
 
 from sfl.errors import ConfigError
 
 NONE, BALANCED = "none", "balanced"
-LEAST, MOST = 1e-6, 1e6  # of a class: what float32 adds up
+LEAST, MOST = 1e-6, 1e6  # of a class; sums in float32 stay meaningful
 
 
 def class_weights(
     text: str, num_classes: int, counts: Iterable[Sequence[int]] = ()
 ) -> tuple[float, ...]:
-    """Return the weight of each class that ``--class-weights`` means; none for the plain loss.
+    """Return each class's weight for a value of ``--class-weights``; empty for the plain loss.
 
-    ``counts``: how many training samples each client has of each class. ``balanced`` weighs a class
-    by all samples over (classes times its own samples), as King and Zeng 2001, Section 3, and
-    scikit-learn; a class without samples by 0, which no loss ever sees.
+    ``counts``: training samples of each class, by client. ``balanced``: n / (C n_c) with n samples,
+    C classes and n_c samples of the class, as in King and Zeng 2001, Section 3, and scikit-learn;
+    0 for a class without samples.
 
     Raises:
         ConfigError: the text is neither ``none`` nor ``balanced`` nor a number above 0 a class.
@@ -34,7 +34,7 @@ def class_weights(
 
 
 def parse(text: str) -> tuple[float, ...]:
-    """Return the weights of a list of numbers; none for a word.
+    """Return the weights of a list of numbers; empty for ``none`` and ``balanced``.
 
     Raises:
         ConfigError: it is neither.

@@ -8,26 +8,24 @@ from torch import Tensor
 from sfl.errors import ProtocolError
 
 
-def count_hits(logits: Tensor, y: Tensor) -> tuple[int]:
-    """Return how many samples of a batch are taken for what they are."""
+def count_correct(logits: Tensor, y: Tensor) -> tuple[int]:
+    """Return the number of correctly classified samples."""
     return (int((logits.argmax(1) == y).sum()),)
 
 
 def made_up_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Return labels of all classes in turn."""
+    """Return labels that cycle through all classes: (B,) int64."""
     return torch.arange(num_samples) % num_classes
 
 
 def wrong_labels(y: Tensor, num_classes: int) -> str:
-    """Say what is wrong with labels; "" if nothing is."""
+    """Return what is wrong with labels; "" if nothing is."""
     fits = 0 <= int(y.min()) <= int(y.max()) < num_classes
     return "" if fits else f"lie outside 0 to {num_classes - 1}"
 
 
 def count_by_class(logits: Tensor, y: Tensor) -> Tensor:
-    """Return how many samples of each class there are, how many were taken for it, and how many
-    rightly: (3, classes) int64.
-    """
+    """Return by class the samples, predictions and correct predictions: (3, classes) int64."""
     classes, taken_for = logits.shape[1], logits.argmax(1)
     right = y[taken_for == y]
     return torch.stack([torch.bincount(v, minlength=classes) for v in (y, taken_for, right)])
@@ -36,10 +34,10 @@ def count_by_class(logits: Tensor, y: Tensor) -> Tensor:
 def checked_classes(
     rows: Sequence[object], counts: Sequence[int], samples: int, num_classes: int
 ) -> Tensor:
-    """Return a peer's counts by class, which must go with its hits.
+    """Return a peer's counts by class: (3, classes) int64; ``counts``: its correct samples.
 
     Raises:
-        ProtocolError: they cannot be counts of so many samples.
+        ProtocolError: they cannot be counts of so many samples, or contradict ``counts``.
     """
     fits = len(rows) == 3 and all(
         isinstance(row, list) and len(row) == num_classes
@@ -56,9 +54,9 @@ def checked_classes(
 def class_metrics(by_class: Tensor) -> dict[str, float]:
     """Return balanced accuracy, macro and weighted F1 of counts by class: (3, classes).
 
-    They are scikit-learn's ``balanced_accuracy_score`` and ``f1_score``: balanced accuracy is the
-    mean recall of the classes that there are; F1 of a class is 0 where nothing was right, and the
-    macro average leaves out classes that neither occur nor were guessed.
+    As scikit-learn's ``balanced_accuracy_score`` and ``f1_score``: balanced accuracy is the mean
+    recall of classes with samples; F1 is 0 for a class without correct predictions; the macro
+    average leaves out classes with neither samples nor predictions.
     """
     there, taken_for, right = by_class.double()
     recall = right[there > 0] / there[there > 0]

@@ -1,6 +1,6 @@
-"""Figures of training steps and of evaluated samples: sums that are the same in any order.
+"""Figures of training steps and of evaluations: sums that do not depend on the order.
 
-``counts`` are numbers of samples; which samples are counted, the task says.
+``counts`` are numbers of samples; the task defines which samples are counted.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sfl.errors import ProtocolError, quoted
 
-MOST_LOSS = 1e60  # of a batch or a part: far above what float32 gives, far below what sums overflow
+MAX_LOSS = 1e60  # of a batch or part: far above float32's range, and sums do not overflow
 
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """Figures of one training step: the batch's mean loss, and its counts."""
+    """Figures of one training step: the batch's mean loss, and counts."""
 
     loss: float
     counts: tuple[int, ...]
@@ -27,9 +27,9 @@ class StepFigures:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Samples, counts and summed loss of some evaluated batches.
+    """Samples, counts and summed loss of evaluated batches.
 
-    ``table``: further counts, int64; nothing, if this side has not seen the labels.
+    ``table``: further counts, int64; None if this side has not seen the labels.
     """
 
     samples: int = 0
@@ -39,7 +39,7 @@ class Tally:
 
 
 class Total:
-    """The sum of tallies, which is the same in any order; of each only its loss is kept."""
+    """The sum of tallies, equal in any order: ``math.fsum`` adds their losses at the end."""
 
     def __init__(self) -> None:
         self._sum = Tally()
@@ -73,12 +73,13 @@ def add_up(tallies: Iterable[Tally]) -> Tally:
 
 
 def checked(loss: float, counts: Sequence[float], samples: int) -> tuple[float, tuple[int, ...]]:
-    """Return a peer's loss, or sum of losses, and counts over so many samples.
+    """Return a peer's loss, or sum of losses, and counts, after checking them.
 
     Raises:
-        ProtocolError: losses and counts cannot be that. NaN and infinity can: training diverges.
+        ProtocolError: they are impossible for so many samples. NaN and infinity are not: training
+            may diverge.
     """
-    if loss < 0 or MOST_LOSS < loss < math.inf:
+    if loss < 0 or MAX_LOSS < loss < math.inf:
         raise ProtocolError(f"{loss:g} is no loss")
     for count in counts:
         if not (0 <= count <= samples and count == int(count)):
@@ -87,15 +88,15 @@ def checked(loss: float, counts: Sequence[float], samples: int) -> tuple[float, 
 
 
 def checked_steps(table: Tensor, sizes: Tensor) -> Tensor:
-    """Return a peer's loss and counts of its steps, with their sizes: (steps, 2 + counts) float64.
+    """Return a peer's figures of its steps with their sizes: (steps, 2 + counts) float64.
 
-    ``table``: (steps, 1 + counts) float64; ``sizes``: (steps,), the samples of each.
+    ``table``: loss and counts, (steps, 1 + counts) float64; ``sizes``: (steps,) samples.
 
     Raises:
-        ProtocolError: as ``checked``.
+        ProtocolError: as in ``checked``.
     """
     loss, counts, samples = table[:, 0], table[:, 1:], sizes.double()[:, None]
-    no_loss = (loss < 0) | ((loss > MOST_LOSS) & (loss < math.inf))
+    no_loss = (loss < 0) | ((loss > MAX_LOSS) & (loss < math.inf))
     fine = (counts >= 0) & (counts <= samples) & (counts == counts.trunc())
     if (wrong := (no_loss | ~fine.all(1)).nonzero()).numel():
         step = int(wrong[0])

@@ -13,7 +13,7 @@ Parameters = Iterable[nn.Parameter]
 
 
 def _adam(parameters: Parameters, run: RunConfig) -> torch.optim.Optimizer:
-    # Fused: needs parameters, gradients and moments in one memory layout; ``Segment`` sees to it.
+    # Fused: parameters, gradients and moments need one memory layout, see SegmentOptimizer.
     return torch.optim.Adam(parameters, lr=run.lr, weight_decay=run.weight_decay, fused=True)
 
 
@@ -30,9 +30,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def optimizer_of(run: RunConfig) -> Callable[[Parameters], torch.optim.Optimizer]:
-    """Return what makes a run's optimiser of some parameters.
+    """Return a function that makes a run's optimiser for some parameters.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no optimiser has this name.
     """
     return functools.partial(named("optimizer", run.optimizer, OPTIMIZERS), run=run)

@@ -9,12 +9,12 @@ from sfl.registry import with_options
 
 
 def constant(round_index: int, rounds: int) -> float:
-    """Leave the learning rate as it is."""
+    """Keep the learning rate constant."""
     return 1.0
 
 
 def cosine(round_index: int, rounds: int, *, floor: float = 0.0) -> float:
-    """Fall along half a cosine, from 1 in round 0 to ``floor`` after ``rounds``, and stay there.
+    """Decrease along half a cosine, from 1 in round 0 to ``floor`` after ``rounds``; then constant.
 
     Loshchilov & Hutter 2017 (arXiv 1608.03983), Equation 5, without restarts.
     """
@@ -25,13 +25,13 @@ def cosine(round_index: int, rounds: int, *, floor: float = 0.0) -> float:
 
 
 def step(round_index: int, rounds: int, *, every: int = 10, factor: float = 0.1) -> float:
-    """Multiply by ``factor`` after every ``every`` rounds."""
+    """Multiply by ``factor`` every ``every`` rounds."""
     if not (every >= 1 and factor > 0):
         raise ValueError("wanted: every at least 1, factor above 0")
     return float(factor ** (round_index // every))
 
 
-# A schedule's options stand behind a colon: --lr-schedule step:every=5,factor=0.5
+# A schedule's options follow a colon: --lr-schedule step:every=5,factor=0.5
 SCHEDULES: dict[str, Callable[..., float]] = {
     "constant": constant,
     "cosine": cosine,
@@ -40,11 +40,11 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 
 def learning_rates(run: RunConfig) -> Callable[[int], float]:
-    """Return what gives each round's learning rate.
+    """Return a function from round to learning rate.
 
     Raises:
-        ConfigError: there is no such schedule, it does not take such an option, or it leaves the
-            range of floats.
+        ConfigError: the schedule is unknown, does not accept its options, or gives a rate that is
+            too large.
     """
     schedule = with_options("lr-schedule", run.lr_schedule, SCHEDULES)
 

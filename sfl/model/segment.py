@@ -1,7 +1,7 @@
-"""A part of the model with its optimiser: the arithmetic of a step, written once.
+"""A segment of the model with its optimiser: the arithmetic of a step.
 
-Sockets, simulation and replay all compute through ``Segment``; a step chains ``forward`` along the
-segments and ``backward`` against it. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut), ``y`` (B,).
+Server, clients, simulation and replay all compute with it. A step calls ``forward`` of each segment
+in order, then ``backward`` in reverse. Shapes: ``x`` (B, C, H, W), ``z`` (B, *cut), ``y`` (B,).
 """
 
 import contextlib
@@ -24,36 +24,36 @@ from sfl.values import Position
 
 @contextlib.contextmanager
 def computing(what: str) -> Iterator[None]:
-    """Make of whatever a model's own code raises the failure of one step.
+    """Turn exceptions of a model's own code into ``StepFailed``.
 
     Raises:
-        StepFailed: it raised; disk and memory, though, are this machine's own trouble.
+        StepFailed: the code raised, except for errors of disk and memory, which pass unchanged.
     """
     try:
         yield
     except (SflError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
-        if "can't allocate memory" in str(error):  # torch's words on a CPU
+        if "can't allocate memory" in str(error):  # torch's message on a CPU
             raise MemoryError(str(error)) from error
         raise StepFailed(f"{what}: {told(error)}") from error
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a segment was."""
+    """The state of a segment, for ``restore``."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    rates: Sequence[float]  # the learning rates of its optimiser's groups
+    rates: Sequence[float]  # learning rates of the optimiser's groups
 
 
 class Segment:
     """Consecutive blocks of a model on one party, with their optimiser.
 
-    ``first_block`` is the index of its first block in the whole model: see ``block_draws``.
-    Gradients are clipped apart in front of ``training.cut`` and behind it, whether or not the
-    segment ends there.
+    ``first_block`` is the index of its first block in the whole model, see ``block_draws``.
+    Gradients in front of ``training.cut`` and behind it are clipped separately, even where one
+    segment has both.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Segment:
         self.device = device
         self._first_block = first_block
         self._draws = [may_draw(block) for block in self.blocks]
-        # Buffers that a step may spoil: running statistics, and no mask of -inf.
+        # Buffers that a step may change: running statistics, but not masks of -inf.
         self._statistics = {n for n, b in self.blocks.named_buffers() if are_finite([b])}
-        self._before: dict[str, Tensor] = {}  # all buffers, before the step that is under way
-        self._is_training: bool | None = None  # as its blocks came
+        self._before: dict[str, Tensor] = {}  # all buffers, before the current step
+        self._is_training: bool | None = None  # None: as the blocks were built
         self._kept_in_eval = [module for module in self.blocks.modules() if not module.training]
         self._set_mode(training=True)
         self._training = training
@@ -81,17 +81,17 @@ class Segment:
         return self._training.task
 
     def weigh_classes(self, weights: Sequence[float]) -> None:
-        """Let the loss weigh samples by their class; without weights, alike."""
+        """Set the class weights of the loss; without weights, it is not weighted."""
         self.class_weights = torch.tensor(weights, device=self.device) if weights else None
 
     def start_round(self, round_index: int) -> None:
-        """Prepare the optimiser; the weights of now are those that FedProx pulls towards."""
+        """Prepare the optimiser; FedProx pulls towards the current weights."""
         self.optimizer.start_round(round_index)
         if self._training.proximal_mu:
             self._anchor = [p.detach().clone() for p in self.blocks.parameters()]
 
-    def rest(self) -> None:
-        """Give up what only training needs, until ``start_round``."""
+    def release(self) -> None:
+        """Free the memory that only training needs, until ``start_round``."""
         self._input = None
         self._forget_step()
         if not self._training.keeps_optimizer:
@@ -108,7 +108,7 @@ class Segment:
         self._set_mode(training=True)
         z = z.detach().to(self.device)
         self._input = z.requires_grad_() if self._first_block else z
-        # A block that works in place may overwrite a copy, never the leaf that gets the gradient.
+        # A copy, since an in-place block must not overwrite the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
         for index, (block, draws) in enumerate(
             zip(self.blocks, self._draws, strict=True), self._first_block
@@ -120,13 +120,13 @@ class Segment:
         return out
 
     def _run_block(self, index: int, block: nn.Module, z: Tensor, action: str) -> Tensor:
-        """Return what a block makes of ``z``; what its code raises names the block."""
+        """Return a block's output; errors name the block."""
         with computing(f"{titled(index, block)} cannot {action}"):
             out: Tensor = block(z)
         return out
 
     def _set_mode(self, *, training: bool) -> None:
-        """Train or evaluate; modules that came in ``eval()`` stay in it."""
+        """Switch between training and evaluation; modules built in evaluation mode keep it."""
         if self._is_training != training:
             self.blocks.train(training)
             for module in self._kept_in_eval:
@@ -134,47 +134,46 @@ class Segment:
             self._is_training = training
 
     def backward(self, grad: Tensor) -> Tensor | None:
-        """Set the parameters' gradients from that of the last output; return the input's.
+        """Set the parameters' gradients from the last output's gradient; return the input's.
 
-        It runs on the output that still has its graph: on a detached copy the parameters would get
-        no gradient, and silently stay untrained. None for the model's first segment, whose input
-        is data.
+        It uses the output that has the graph: with a detached copy the parameters would get no
+        gradient and silently stay untrained. Return None for the model's first segment.
         """
         assert self._output is not None, "backward without forward"
         return self._backward(self._output, grad.to(self.device))
 
     def backward_of(self, loss: Tensor) -> Tensor | None:
-        """Do as ``backward``, from a loss () that was computed from the last output."""
+        """Do as ``backward``, from a scalar loss that was computed from the last output."""
         return self._backward(loss, None)
 
     def _backward(self, tensor: Tensor, grad: Tensor | None) -> Tensor | None:
         assert self._input is not None
         self._forget_step()
-        if tensor.requires_grad:  # not so for a front without parameters
+        if tensor.requires_grad:  # false for a front without parameters
             with computing(f"the backward pass from block {self._first_block} on fails"):
                 torch.autograd.backward(tensor, grad)
         self._add_proximal_gradients()
         return self._input.grad
 
     def _forget_step(self) -> None:
-        """Let go of a step's graph, and of the gradients of the step before."""
+        """Release the step's graph and the gradients."""
         self._output = None
         for parameter in self.optimizer.parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def undo_step(self) -> None:
-        """Go back to before ``forward``; in time until ``update``."""
+        """Restore the state from before ``forward``; only allowed before ``update``."""
         for name, buffer in self.blocks.named_buffers():
             buffer.copy_(self._before.get(name, buffer))
         self._forget_step()
 
     def gradients_in_place(self) -> Iterator[Tensor]:
-        """Yield the gradients that ``backward`` left."""
+        """Yield the gradients of the last ``backward``."""
         return (p.grad for p in self.optimizer.parameters if p.grad is not None)
 
     def statistics(self) -> Iterator[Tensor]:
-        """Yield the buffers that a step changes, running statistics for one."""
+        """Yield the buffers that a step may change, such as running statistics."""
         if not self._statistics:
             return iter(())
         return (b for name, b in self.blocks.named_buffers() if name in self._statistics)
@@ -188,34 +187,32 @@ class Segment:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self._training.proximal_mu)
 
     def update(self) -> None:
-        """Take one step of the optimiser with the gradients that ``backward`` left, clipped."""
+        """Take one optimiser step with the gradients of the last ``backward``, clipped."""
         with computing(f"the optimiser's step fails from block {self._first_block} on"):
             self.optimizer.step()
 
     def snapshot(self, *, weights: bool = True) -> "Snapshot":
-        """Return what ``restore`` goes back to; without ``weights`` the optimiser alone."""
+        """Return the state for ``restore``; without ``weights``, of the optimiser alone."""
         own = self.optimizer
         return Snapshot(self.state() if weights else {}, own.state(), own.rates)
 
     def restore(self, snapshot: "Snapshot") -> None:
-        """Go back to where this segment was."""
         if snapshot.weights:
             self.load(snapshot.weights)
         self.optimizer.load(snapshot.optimizer)
         self.optimizer.set_rates(snapshot.rates)
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are not frozen; one of several names by its first."""
+        """Return the parameters that are not frozen, each under its first name."""
         return {name: p for name, p in self.blocks.named_parameters() if p.requires_grad}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that ``backward`` left, by parameter, on the CPU; 0 where none."""
+        """Return the gradients by parameter, on the CPU; zeros for parameters without one."""
         named = self._trained().items()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         return {name: grad.detach().cpu().clone() for name, grad in grads.items()}
 
     def set_gradients(self, grads: Mapping[str, Tensor]) -> None:
-        """Take these gradients instead of any that ``backward`` left."""
         for name, parameter in self._trained().items():
             parameter.grad = grads[name].to(self.device)
 
@@ -224,7 +221,7 @@ class Segment:
         """Return the output for ``z`` with the segment in evaluation mode.
 
         Raises:
-            StepFailed: a block cannot take this batch.
+            StepFailed: a block cannot evaluate this batch; the message names the block.
         """
         self._set_mode(training=False)
         out = z.to(self.device)
@@ -242,17 +239,16 @@ class Segment:
         return state_spec(self.blocks.state_dict())
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return a copy of the parameters that are trained, on the CPU."""
+        """Return a copy of the trained parameters, on the CPU."""
         named = self._trained().items()
         return {name: parameter.detach().cpu().clone() for name, parameter in named}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over parameters and buffers; the optimiser's state is left as it is."""
+        """Load parameters and buffers; keep the optimiser's state."""
         self.blocks.load_state_dict(state)
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take over the parameters that are trained."""
         for name, parameter in self._trained().items():
             parameter.copy_(parameters[name])
 
@@ -262,10 +258,9 @@ def train_step(
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
 
-    Its outputs are raw; the task's loss, averaged over the batch, does the rest. With weights of
-    classes the average is weighted: divided by the sum of the samples' weights. ``update()`` is the
-    caller's, when the gradient, like ``z``, is on its way. A segment that is the whole model has no
-    such gradient.
+    The task's loss is averaged over the batch; with class weights, divided by the sum of the
+    samples' weights. The caller calls ``update()`` after sending the gradient. The gradient has the
+    shape of ``z``; it is None if the segment is the whole model.
     """
     y = y.to(last.device)
     outputs = last.forward(z, at)
@@ -276,9 +271,7 @@ def train_step(
 
 
 def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
-    """Return the tally of one batch under the model's last segment in evaluation mode, and the
-    outputs, on the CPU.
-    """
+    """Evaluate a batch with the model's last segment; return its tally, and outputs on the CPU."""
     outputs = last.evaluate(z)
     with computing("the figures of an evaluation cannot be computed"):
         return last.task.tally(outputs, y.to(last.device)), outputs.cpu()

@@ -11,22 +11,21 @@ from sfl.model.training import Training
 
 
 class SegmentOptimizer:
-    """The optimiser of consecutive blocks; it does nothing for blocks without parameters.
+    """The optimiser of consecutive blocks; blocks without parameters have none.
 
-    torch's fused Adam pairs a parameter with its gradient and moments by their order in memory, and
-    silently computes with the wrong elements where one of them has another layout: parameters,
-    gradients and state are made contiguous.
+    torch's fused Adam matches the elements of a parameter, its gradient and its moments by memory
+    order, and silently computes wrong results if their layouts differ. So all are made contiguous.
     """
 
     def __init__(self, blocks: nn.Sequential, first_block: int, training: Training) -> None:
         for parameter in blocks.parameters():
-            # Dimensions of size 1 as well: torch looks there.
+            # This also normalises strides of dimensions of size 1, which torch compares.
             parameter.data = parameter.data.reshape(-1).view(parameter.shape)
         self._blocks, self._first_block, self._training = blocks, first_block, training
         self.reset()
 
     def reset(self) -> None:
-        """Begin with a fresh optimiser."""
+        """Replace the optimiser by a fresh one."""
         self.parameters = list(self._blocks.parameters())
         make = self._training.make_optimizer
         self._optimizer = make(self.parameters) if self.parameters else None
@@ -37,22 +36,20 @@ class SegmentOptimizer:
 
     @property
     def rates(self) -> Sequence[float]:
-        """The learning rates of its groups."""
         return [group["lr"] for group in self._groups]
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Use these learning rates, one a group."""
         for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
 
     def start_round(self, round_index: int) -> None:
-        """Take the round's learning rate; and begin afresh, unless the state is kept."""
+        """Set the round's learning rate; reset the optimiser unless its state is kept."""
         if not self._training.keeps_optimizer:
             self.reset()
         self.set_rates([self._training.learning_rate(round_index)] * len(self._groups))
 
     def step(self) -> None:
-        """Update the parameters by their gradients, which are clipped."""
+        """Clip the gradients, and update the parameters."""
         if self._optimizer is None:
             return
         if self._training.clip_norm:
@@ -66,9 +63,9 @@ class SegmentOptimizer:
         self._optimizer.step()
 
     def sides(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the parameters in front of the run's cut, and those behind it, if any.
+        """Yield the parameters in front of the run's cut, then those behind it, if any.
 
-        One that lies on both sides, where a scheme has no cut, counts in front.
+        For schemes without a cut, a parameter on both sides counts in front.
         """
         inner = min(max(self._training.cut - self._first_block, 0), len(self._blocks))
         seen: set[nn.Parameter] = set()
@@ -78,7 +75,7 @@ class SegmentOptimizer:
                 yield parameters
 
     def state(self) -> dict[str, Tensor]:
-        """Return a copy of its tensors, named ``<parameter>.<name>``, on the CPU."""
+        """Return a copy of the optimiser's tensors, named ``<parameter>.<name>``, on the CPU."""
         if self._optimizer is None:
             return {}
         return {
@@ -89,7 +86,7 @@ class SegmentOptimizer:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Begin with a fresh optimiser that has these tensors."""
+        """Replace the optimiser by a fresh one with these tensors."""
         self.reset()
         if self._optimizer is None:
             return
@@ -101,7 +98,7 @@ class SegmentOptimizer:
         self._optimizer.load_state_dict({"state": nested, "param_groups": groups})
 
     def spec(self) -> dict[str, TensorSpec]:
-        """Return the spec of ``state()`` after a step, found by taking one on a copy."""
+        """Return the spec of ``state()`` after a step, by taking one on a copy."""
         blocks = copy.deepcopy(self._blocks).cpu()
         trial = SegmentOptimizer(blocks, self._first_block, self._training)
         for parameter in blocks.parameters():

@@ -1,10 +1,9 @@
-"""The structure of a built model: what a client and its server must have in common.
+"""The structure of a built model, compared between a client and its server.
 
-The weights' shapes alone do not say what a model computes: another activation has the same. So a
-client reports a digest of each block of the model that it built, and the server compares them with
-its own. What is seen of each module: its class by name, whether it trains, what it says of itself
-(``extra_repr``) and keeps in plain attributes, and the names, shapes and types of its parameters
-and buffers. What a ``forward``, a closure or a lambda computes is not seen.
+Shapes of weights do not determine what a model computes: the activation function may differ. So a
+client reports a digest of each block, and the server compares them with its own. A digest covers,
+for each module: class name, training mode, ``extra_repr``, plain attributes, and names, shapes and
+dtypes of parameters and buffers. It does not cover the code of a ``forward``, closure or lambda.
 """
 
 import functools
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from sfl.files.checksum import crc32
 
-MAX_DIGESTS = 64  # of the model itself and of its blocks; the last is of all that follow
+MAX_DIGESTS = 64  # of the model itself and its blocks; the last covers all remaining blocks
 DIGEST, CHECKSUM = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{8}")
 Blocks = list[list[str]]  # lines that describe the model itself, then each of its blocks
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
@@ -28,7 +27,7 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
 def describe(model: nn.Module) -> Blocks:
-    """Return what is seen of a model."""
+    """Return the description of a model."""
     known: dict[int, str] = {}  # names of modules and tensors, by identity: one may be used twice
     blocks = [list(_lines_of_one("", model, known))]
     for name, block in model.named_children():
@@ -38,16 +37,16 @@ def describe(model: nn.Module) -> Blocks:
     return blocks
 
 
-def digests(blocks: Blocks, again: Callable[[], Blocks]) -> tuple[str, ...]:
-    """Return the digests of what is seen of a model.
+def digests(blocks: Blocks, rebuild: Callable[[], Blocks]) -> tuple[str, ...]:
+    """Return the digests of a model's description.
 
-    ``again`` describes the model built anew: what differs is no part of its structure, as the time
-    at which it was built. It is not asked where all modules are torch's.
+    ``rebuild`` describes a second build of the model; lines that differ, such as a time, are left
+    out. It is not called if all modules are torch's.
     """
     if any(line.endswith(_OWN_CLASS) for block in blocks for line in block):
         blocks = [
             [line for line in block if line in set(other)]
-            for block, other in zip(blocks, again(), strict=True)
+            for block, other in zip(blocks, rebuild(), strict=True)
         ]
     rest = [line for block in blocks[MAX_DIGESTS - 1 :] for line in block]
     shown = [*blocks[: MAX_DIGESTS - 1], rest] if len(blocks) >= MAX_DIGESTS else blocks
@@ -55,7 +54,7 @@ def digests(blocks: Blocks, again: Callable[[], Blocks]) -> tuple[str, ...]:
 
 
 def difference(ours: Sequence[str], theirs: Sequence[str], names: Sequence[str]) -> str:
-    """Return in words where two models differ, by their digests; ``names`` are our blocks'."""
+    """Return in words where two models differ; "" if they do not. ``names``: of our blocks."""
     if len(ours) != len(theirs):
         return f"it has {len(theirs) - 1} blocks instead of {len(ours) - 1}"
     differing = [i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other]
@@ -66,7 +65,7 @@ def difference(ours: Sequence[str], theirs: Sequence[str], names: Sequence[str])
 
 
 def weights_checksum(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum of the bits of weights."""
+    """Return a checksum of the bytes of weights."""
     crc = 0
     for tensor in state.values():
         crc = crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -77,7 +76,7 @@ _OWN_CLASS = " (own)"
 
 
 def _lines_of_one(path: str, module: nn.Module, known: dict[int, str]) -> Iterator[str]:
-    """Yield what is seen of one module without its children."""
+    """Yield the description of one module without its children."""
     if id(module) in known:
         yield f"{path} is {known[id(module)]}"
         return
@@ -86,7 +85,7 @@ def _lines_of_one(path: str, module: nn.Module, known: dict[int, str]) -> Iterat
     is_torch = kind.__module__.partition(".")[0] in ("torch", "torchvision")
     yield f"{path}: {_name_of(kind)}{'' if is_torch else _OWN_CLASS}"
     yield f"{path} {'trains' if module.training else 'evaluates'}"
-    yield f"{path} says {_says(module)}"
+    yield f"{path} says {_extra_repr(module)}"
     for name, value in sorted(vars(module).items()):
         if name not in _OF_ANY_MODULE and not (is_torch and name.startswith("_")):
             yield f"{path}.{name} = {_plain(value)}"
@@ -100,10 +99,10 @@ def _lines_of_one(path: str, module: nn.Module, known: dict[int, str]) -> Iterat
             yield f"{path}.{name}: {what} {same} {tensor.dtype} {shape} {trains}"
 
 
-def _says(module: nn.Module) -> str:
+def _extra_repr(module: nn.Module) -> str:
     try:
         return _ADDRESS.sub("", module.extra_repr())
-    except Exception:  # noqa: BLE001 - a user's own code, which only people read
+    except Exception:  # noqa: BLE001 - a user's own code, meant for display
         return ""
 
 
@@ -112,9 +111,9 @@ def _name_of(thing: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as it reads on every machine; of what has no such text, its class.
+    """Return a value as text that is equal on every machine; for other values, their class.
 
-    A text with a path in it is of this machine.
+    A text with a path differs between machines.
     """
     if isinstance(value, str):
         return "a path" if "/" in value or "\\" in value else repr(_ADDRESS.sub("", value))

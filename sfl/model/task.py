@@ -1,6 +1,6 @@
-"""The tasks, as a table: a row says what is predicted, by which loss, and which figures tell of it.
+"""The table of tasks: what is predicted, the loss, and the metrics.
 
-Nothing else in the package knows of a loss function, of accuracy or of classes' counts.
+No other module depends on a loss function, on accuracy or on counts by class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ from sfl.model.metrics import StepFigures, Tally
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Counts of an evaluation, beside those of a step, and the metrics that come from them."""
+    """Additional counts of an evaluation, and the metrics computed from them."""
 
     name: str  # on the wire
-    count: Callable[[Tensor, Tensor], Tensor]  # (outputs, labels) -> int64; the sum is the total's
+    count: Callable[[Tensor, Tensor], Tensor]  # (outputs, labels) -> int64; batches add up
     # (a peer's rows, its counts, samples, classes) -> the table; raises ProtocolError
     checked: Callable[[Sequence[object], Sequence[int], int, int], Tensor]
     metrics: Callable[[Tensor], dict[str, float]]
@@ -28,19 +28,19 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task. Outputs and labels are those of a batch: (B, *shape)."""
+    """One task. Outputs and labels are of a batch: (B, *shape)."""
 
     loss: Callable[..., Tensor]  # as in torch.nn.functional: (outputs, labels, weight=, reduction=)
     label: TensorSpec  # of one sample
     wrong_labels: Callable[[Tensor, int], str]  # (labels, classes) -> what is wrong; "": nothing
-    made_up_labels: Callable[[int, int], Tensor]  # (samples, classes): to try a model on
-    output_shape: Callable[[int], tuple[int, ...]]  # of one sample, for so many classes
+    made_up_labels: Callable[[int, int], Tensor]  # (samples, classes) -> labels, to try a model
+    output_shape: Callable[[int], tuple[int, ...]]  # classes -> shape of one sample's output
     output_name: str  # in the file of predictions, and in messages
-    # Which samples are counted in a batch: name on the wire -> the metric that is their share.
+    # Counts of a batch: name on the wire -> name of the metric, count / samples.
     counted: Mapping[str, str]
-    count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> of each of them
+    count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
     table: Table | None = None
-    shown: tuple[str, str]  # the metric that people are told beside the loss, and its title
+    shown: tuple[str, str]  # the metric shown to users beside the loss, and its title
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -53,25 +53,25 @@ class Task:
         return *self.trained, *(self.table.columns if self.table else ())
 
     def labels_spec(self, batch: int) -> TensorSpec:
-        """Return the spec of the labels of a batch."""
+        """Return the spec of a batch's labels."""
         return TensorSpec((batch, *self.label.shape), self.label.dtype)
 
     def steps_spec(self, num_steps: int) -> TensorSpec:
-        """Return the spec of a client's own figures of its steps: loss and counts of each."""
+        """Return the spec of a client's figures of its steps: loss and counts of each."""
         return TensorSpec((num_steps, len(self.trained)), torch.float64)
 
     def step_figures(self, outputs: Tensor, y: Tensor, loss: Tensor) -> StepFigures:
-        """Return the figures of a step whose loss is known."""
+        """Return the figures of a step with this loss."""
         return StepFigures(loss.item(), self.count(outputs, y), len(y))
 
     def tally(self, outputs: Tensor, y: Tensor) -> Tally:
-        """Count what outputs make of an evaluated batch."""
+        """Return the tally of an evaluated batch."""
         loss_sum = self.loss(outputs, y, reduction="sum")
         table = self.table.count(outputs, y).cpu() if self.table else None
         return Tally(len(y), self.count(outputs, y), loss_sum.item(), table)
 
     def named_counts(self, counts: Sequence[int]) -> dict[str, int]:
-        """Return counts by their names on the wire; 0 each where nothing was counted."""
+        """Return counts by their names on the wire; zeros for empty ``counts``."""
         return dict(zip(self.counted, counts or [0] * len(self.counted), strict=True))
 
     def metrics(self, loss: float, counts: Sequence[float], samples: float) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Task:
         return dict(zip(self.trained, (loss, *(n / samples for n in counts)), strict=True))
 
     def figures(self, tally: Tally, prefix: str) -> dict[str, float]:
-        """Return the metrics as ``<prefix>_loss``, ``<prefix>_acc`` and so on, if there are any."""
+        """Return the metrics as ``<prefix>_loss``, ``<prefix>_acc``, ...; {} without samples."""
         if not tally.samples:
             return {}
         metrics = self.metrics(tally.loss_sum / tally.samples, tally.counts, tally.samples)
@@ -97,7 +97,7 @@ TASKS: dict[str, Task] = {
         output_shape=lambda num_classes: (num_classes,),
         output_name="logits",
         counted={"correct": "acc"},
-        count=classification.count_hits,
+        count=classification.count_correct,
         table=Table(
             name="per_class",
             count=classification.count_by_class,

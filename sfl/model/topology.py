@@ -1,4 +1,4 @@
-"""Which segments a cut model has, by name, and which party holds each."""
+"""The names of a cut model's segments, and the party that holds each."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -9,29 +9,29 @@ from sfl.model.segment import Segment, Snapshot
 
 
 class Holder(Enum):
-    """Who holds a segment, and goes on from one round to the next with it."""
+    """The party that holds a segment and keeps its weights from round to round."""
 
     CLIENT = "each client"
     SERVER = "the server"
 
 
-# From the input to the output, and who holds each: n cuts give the first n + 1.
+# From input to output; n cuts give the first n + 1 segments.
 HOLDERS = {"front": Holder.CLIENT, "back": Holder.SERVER, "head": Holder.CLIENT}
 States = Mapping[str, Mapping[str, Tensor]]  # weights by segment
 
 
 def segment_names(num_cuts: int) -> tuple[str, ...]:
-    """Return the names of a model's segments; one without a cut is all front."""
+    """Return the names of a model's segments; without a cut, the whole model is the front."""
     return tuple(HOLDERS)[: num_cuts + 1]
 
 
 def joined(states: States) -> dict[str, Tensor]:
-    """Return the weights of several segments as one state dict: no two share a name."""
+    """Return the weights of several segments as one state dict; their names are distinct."""
     return {name: tensor for state in states.values() for name, tensor in state.items()}
 
 
 class Segments(dict[str, Segment]):
-    """The segments that one party holds, by name, from the input to the output."""
+    """The segments that one party holds, by name, from input to output."""
 
     @property
     def first(self) -> Segment:
@@ -45,15 +45,15 @@ class Segments(dict[str, Segment]):
         for segment in self.values():
             segment.start_round(round_index)
 
-    def rest(self) -> None:
+    def release(self) -> None:
         for segment in self.values():
-            segment.rest()
+            segment.release()
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         return {name: segment.state() for name, segment in self.items()}
 
     def load(self, states: States) -> None:
-        """Take over the weights of these segments, among others."""
+        """Load the weights of these segments; ``states`` may have more."""
         for name, segment in self.items():
             segment.load(states[name])
 

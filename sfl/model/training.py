@@ -1,4 +1,4 @@
-"""How segments are trained: what a run's options say of it, with their names looked up."""
+"""How segments are trained: a run's options, with names resolved."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ class Training:
     seed: int
     make_optimizer: Callable[[Parameters], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of each round
-    keeps_optimizer: bool  # else each round begins with a fresh one
+    keeps_optimizer: bool  # if not, each round starts with a fresh one
     clip_norm: float  # of each side of the cut; 0: gradients are not clipped
-    cut: int  # blocks in front of it
-    proximal_mu: float = 0.0  # FedProx's, of a client's segment
-    class_weights: tuple[float, ...] = ()  # in the loss; none: samples weigh alike
+    cut: int  # number of blocks in front of it
+    proximal_mu: float = 0.0  # of FedProx, for a client's segment
+    class_weights: tuple[float, ...] = ()  # in the loss; empty: not weighted
 
     @classmethod
     def of(cls, run: RunConfig, cut: int) -> "Training":
-        """Return how a run trains.
+        """Return the training of a run by its options.
 
         Raises:
-            ConfigError: there is no such task, optimiser or schedule.
+            ConfigError: a task, optimiser or schedule is unknown.
         """
         return cls(
             task=named("task", run.task, TASKS),

@@ -1,7 +1,7 @@
-"""A model's segments on a few made-up samples: what a run would do with them, on copies.
+"""Trial passes of a model's segments on a few made-up samples, on copies.
 
-A pass goes through all segments as in a run, each computing on what the one before gives, laid out
-as if it had travelled. Nothing of it stays: not in the model, nor in any generator.
+A pass goes through all segments as in a run; each computes on the previous one's output, in the
+memory layout of a received tensor. It changes neither the model nor any random generator.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfl.errors import ConfigError, StepFailed, told
 from sfl.files.checksum import crc32
 from sfl.files.torch_file import DTYPES, TensorSpec, state_spec
-from sfl.model.blocks import check_apart, copied, titled
+from sfl.model.blocks import check_no_shared_weights, copied, titled
 from sfl.model.segment import Segment
 from sfl.model.training import Training
 from sfl.values import Position
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 _TOGETHER = "put what belongs together (a residual, with all that it goes around) into one block"
 
 
-class Made(NamedTuple):
-    """What a block made in a pass."""
+class BlockOutput(NamedTuple):
+    """A block's output in a pass."""
 
     title: str  # of the block
     checksum: int
@@ -36,7 +36,7 @@ class Made(NamedTuple):
 
 @contextlib.contextmanager
 def _own_random_state() -> Iterator[None]:
-    """Draw the same in each pass, and leave all generators as they were."""
+    """Seed all generators alike for each pass, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -54,23 +54,23 @@ def _batch(input_shape: Sequence[int], size: int) -> Tensor:
 
 
 def _as_received(z: Tensor) -> Tensor:
-    """Return a copy laid out as a tensor is that has travelled."""
+    """Return a copy in the memory layout of a received tensor."""
     return z.contiguous().clone()
 
 
 class _Watched(Segment):
-    """A segment that notes what its blocks make."""
+    """A segment that records its blocks' outputs."""
 
-    def __init__(self, *arguments: Any, seams: Collection[int]) -> None:
-        """``seams``: blocks whose input is laid out as if it had travelled."""
+    def __init__(self, *arguments: Any, cuts: Collection[int]) -> None:
+        """``cuts``: blocks whose input gets the memory layout of a received tensor."""
         super().__init__(*arguments)
-        self._seams = seams
+        self._cuts = cuts
         self.start_pass([])
 
-    def start_pass(self, made: list[Made]) -> None:
-        """Note from now on in ``made`` what the blocks make."""
-        self._made = made
-        self._nodes: set[Any] = set()  # of the autograd graph that have been looked at
+    def start_pass(self, outputs: list[BlockOutput]) -> None:
+        """Append the blocks' outputs to ``outputs`` from now on."""
+        self._block_outputs = outputs
+        self._nodes: set[Any] = set()  # visited nodes of the autograd graph
 
     @property
     def titles(self) -> list[str]:
@@ -79,22 +79,22 @@ class _Watched(Segment):
 
     def _run_block(self, index: int, block: nn.Module, z: Tensor, action: str) -> Tensor:
         title = titled(index, block)
-        if index in self._seams and isinstance(z, Tensor) and z.layout is torch.strided:
+        if index in self._cuts and isinstance(z, Tensor) and z.layout is torch.strided:
             z = _as_received(z)
         try:
             out = super()._run_block(index, block, z, action)
-        except OSError as error:  # what a user's own block opens
+        except OSError as error:  # a user's own block may read files
             raise StepFailed(f"{title} cannot {action}: {told(error)}") from error
-        self._made.append(Made(title, _checksum(out)))
+        self._block_outputs.append(BlockOutput(title, _checksum(out)))
         if isinstance(out, Tensor):
             self._check_parameters(title, out)
         return out
 
     def _check_parameters(self, title: str, out: Tensor) -> None:
-        """See that what a block made comes from no others' parameters.
+        """Check that a block's output depends on no parameters of other segments.
 
         Raises:
-            ConfigError: it does: a copy of the block would go on with weights that nobody trains.
+            ConfigError: it does; a copy of the block would compute with untrained weights.
         """
         own, todo = set(map(id, self.optimizer.parameters)), [out.grad_fn]
         while todo:
@@ -112,13 +112,13 @@ class _Watched(Segment):
             todo += [following for following, _ in node.next_functions]
 
 
-def _checksum(made: object) -> int:
-    """Return a checksum of what a block made, also of several tensors."""
-    if isinstance(made, Tensor) and made.layout is torch.strided:
-        flat = made.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return crc32(flat.view(torch.uint8).numpy()) if made.numel() else 0
-    if isinstance(made, (dict, list, tuple)):
-        parts = made.values() if isinstance(made, dict) else made
+def _checksum(output: object) -> int:
+    """Return a checksum of a block's output, which may be several tensors."""
+    if isinstance(output, Tensor) and output.layout is torch.strided:
+        flat = output.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        return crc32(flat.view(torch.uint8).numpy()) if output.numel() else 0
+    if isinstance(output, (dict, list, tuple)):
+        parts = output.values() if isinstance(output, dict) else output
         return hash(tuple(_checksum(part) for part in parts))
     return 0
 
@@ -126,11 +126,11 @@ def _checksum(made: object) -> int:
 class Trial:
     """Copies of a model's segments, for passes of a few samples.
 
-    ``seams``: blocks of a segment at which the model is cut otherwise; so that a model in one piece
-    computes the same bits. ``samples``: what is expected to pass each cut, of one sample.
+    ``cuts``: for a model in one piece, the blocks at which it is otherwise cut, so that it computes
+    the same bits. ``samples``: expected spec of one sample at each cut.
 
-    Raises:
-        ConfigError: from each method: the model cannot be run so; the message names the block.
+    Raises (from each method):
+        ConfigError: the model cannot be run like this; the message names the block.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Trial:
         input_shape: tuple[int, ...],
         num_classes: int,
         *,
-        seams: Collection[int] = (),
+        cuts: Collection[int] = (),
         samples: Sequence[TensorSpec] = (),
     ) -> None:
         self._rows, self._input_shape, self._num_classes = rows, input_shape, num_classes
@@ -148,21 +148,21 @@ class Trial:
         self._segments = []
         firsts = itertools.accumulate(map(len, rows), initial=0)
         for first, row in zip(firsts, rows, strict=False):
-            made = _Watched(copied(row, first), first, training, CPU, seams=seams)
-            self._segments.append(made)
+            segment = _Watched(copied(row, first), first, training, CPU, cuts=cuts)
+            self._segments.append(segment)
 
-    def evaluate(self, size: int) -> tuple[list[Tensor], list[Made]]:
-        """Return what each segment gives for a batch in evaluation, and what each block makes."""
-        with self._passing() as made:
+    def evaluate(self, size: int) -> tuple[list[Tensor], list[BlockOutput]]:
+        """Evaluate a batch of made-up samples; return the outputs of segments and of blocks."""
+        with self._passing() as outputs:
             z, outs = _batch(self._input_shape, size), []
             for index, segment in enumerate(self._segments):
                 z = self._checked(segment.evaluate(z), index, size, "in evaluation")
                 outs.append(z)
-        return outs, made
+        return outs, outputs
 
-    def train(self, size: int, *, backward: bool = False) -> list[Made]:
-        """Return what each block makes of a batch in training; go ``backward`` as well, or not."""
-        with self._passing() as made:
+    def train(self, size: int, *, backward: bool = False) -> list[BlockOutput]:
+        """Train on a batch of made-up samples, with a ``backward`` pass or not; return outputs."""
+        with self._passing() as outputs:
             z, inputs = _batch(self._input_shape, size), []
             for index, segment in enumerate(self._segments):
                 inputs.append(z)
@@ -170,19 +170,19 @@ class Trial:
                 z = self._checked(out.detach() if isinstance(out, Tensor) else out, index, size)
             if backward:
                 self._go_backward(out, inputs)
-        return made
+        return outputs
 
     @contextlib.contextmanager
-    def _passing(self) -> Iterator[list[Made]]:
-        """Begin a pass with the initial weights; what goes wrong in it is the model's fault."""
-        made: list[Made] = []
+    def _passing(self) -> Iterator[list[BlockOutput]]:
+        """Start a pass with the initial weights; raise ConfigError if a block fails in it."""
+        outputs: list[BlockOutput] = []
         for row, segment in zip(self._rows, self._segments, strict=True):
             self._check_state(row, segment)
             segment.load(row.state_dict())
-            segment.start_pass(made)
+            segment.start_pass(outputs)
         try:
             with _own_random_state():
-                yield made
+                yield outputs
         except StepFailed as error:
             raise ConfigError(str(error)) from error
 
@@ -196,7 +196,7 @@ class Trial:
                 )
 
     def _checked(self, out: object, index: int, size: int, when: str = "in training") -> Tensor:
-        """Return what a segment gives, as received by the next, if that can travel."""
+        """Return a segment's output as received by the next, after checking it."""
         title = (self._segments[index].titles or ["a model without blocks"])[-1]
         is_last = index == len(self._segments) - 1
         title += "" if is_last else " in front of the cut"
@@ -253,7 +253,7 @@ def _shown(spec: TensorSpec) -> str:
 
 
 def _check_given(out: object, size: int, title: str) -> Tensor:
-    """Return a segment's output if it is one tensor of a batch that can travel and be trained."""
+    """Return a segment's output, after checking that it is one tensor that can be sent."""
     if not isinstance(out, Tensor):
         count = f" of {len(out)}" if isinstance(out, (tuple, list, dict)) else ""
         raise ConfigError(
@@ -276,14 +276,14 @@ def _check_given(out: object, size: int, title: str) -> Tensor:
 
 
 def _backward_fault(segment: _Watched, z: Tensor, *, needs_gradient: bool) -> str:
-    """Return the title of the first block through which no gradient comes, or of all blocks."""
+    """Return the title of the first block that passes no gradient; else of the whole row."""
     for title, block in zip(segment.titles, segment.blocks, strict=True):
         try:
             given = z.detach().requires_grad_()
             z = block(given.clone())
             grads = torch.autograd.grad(z.sum(), given, allow_unused=True)
             fails = needs_gradient and grads[0] is None
-        except Exception:  # noqa: BLE001 - looked for
+        except Exception:  # noqa: BLE001 - this is the block that is searched for
             fails = True
         if fails:
             return title
@@ -296,10 +296,10 @@ def sample_specs(
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> list[TensorSpec]:
-    """Return the spec of one sample at each cut, and see that every segment takes it.
+    """Return the spec of one sample at each cut, by evaluating one made-up sample.
 
     Raises:
-        ConfigError: a segment does not; the message names the block.
+        ConfigError: a segment fails; the message names the block.
     """
     try:
         outs, _ = Trial(rows, training, input_shape, num_classes).evaluate(1)
@@ -317,7 +317,7 @@ def where_to_cut(
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> str:
-    """Return the end of a message that says where a model can be cut, if not where it is cut."""
+    """Return the end of an error message: at which other cuts the model works; "" if at none."""
     if len(rows) == 1:
         return ""
     blocks = [item for row in rows for item in row._modules.items() if item[1] is not None]
@@ -325,8 +325,8 @@ def where_to_cut(
     for cut in range(1, len(blocks)):
         halves = [nn.Sequential(OrderedDict(part)) for part in (blocks[:cut], blocks[cut:])]
         try:
-            check_apart(halves)
-            uncut = Trial([whole], training, input_shape, num_classes, seams=[cut])
+            check_no_shared_weights(halves)
+            uncut = Trial([whole], training, input_shape, num_classes, cuts=[cut])
             _, expected = uncut.evaluate(1)
             _, found = Trial(halves, training, input_shape, num_classes).evaluate(1)
         except ConfigError:

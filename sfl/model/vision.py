@@ -1,7 +1,7 @@
 """torchvision's networks as rows of named blocks that can be cut at every index.
 
-Weights are drawn as torchvision draws them, never downloaded. The first convolution takes as many
-channels as the data have; nothing else differs from torchvision's own.
+Weights are initialised as in torchvision, not downloaded. The first convolution has as many input
+channels as the data; all else is as in torchvision.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a network's blocks in the order of its forward pass: single layers, residual blocks."""
+    """Yield a network's single layers and residual blocks, in the order of its forward pass."""
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential):
             yield from ((f"{name}_{index}", block) for index, block in child.named_children())

@@ -1,8 +1,7 @@
-"""Models as a row of top-level blocks, and cuts between them.
+"""Models as rows of top-level blocks, and cuts between them.
 
-A model is an ``nn.Sequential``; a cut is an index: the number of blocks in front of it. Blocks keep
-their names when a model is split, so that the state dicts of the segments join to the state dict
-of the whole model.
+A model is an ``nn.Sequential``; a cut is the number of blocks in front of it. Blocks keep their
+names when a model is split: the segments' state dicts join to that of the whole model.
 """
 
 import itertools
@@ -25,10 +24,10 @@ Shape = tuple[int, ...]  # of one sample, (channels, height, width) for images
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to build a model, and where it is cut if the user does not say."""
+    """How to build a model, and its default cut."""
 
     build: Callable[[Shape, int], nn.Sequential]  # (input shape, number of classes)
-    cut: int | None  # None: the user has to say
+    cut: int | None  # None: --cut is required
 
 
 def mlp(input_shape: Shape, num_classes: int) -> nn.Sequential:
@@ -49,7 +48,7 @@ def mlp(input_shape: Shape, num_classes: int) -> nn.Sequential:
 def lenet5(input_shape: Shape, num_classes: int) -> nn.Sequential:
     """Build LeNet-5 (LeCun et al. 1998, Fig. 2) with ReLU and max-pooling, as SplitFed uses it.
 
-    The convolutions stand in front of the default cut: 400 floats a sample for 28x28 images.
+    The default cut is behind the convolutions: 400 floats per sample for 28x28 images.
     """
     return _like_lenet5(input_shape, num_classes, padding=(2, 0), hidden=(120, 84))
 
@@ -101,7 +100,7 @@ def _like_lenet5(
 def cnn_femnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
     """Build the CNN of the field's frameworks for FEMNIST: 1-32 k7, 32-64, FC 3136-62.
 
-    Both convolutions keep the size, and a pool behind each halves it: 64 x 7 x 7 for 28x28 images.
+    Both convolutions keep the size; the pool after each halves it: 64 x 7 x 7 for 28x28 images.
     """
     channels, height, width = input_shape
     return nn.Sequential(
@@ -122,8 +121,8 @@ def _of_torchvision(name: str, cut: int) -> ModelSpec:
     return ModelSpec(lambda shape, classes: vision_model(name, shape, classes), cut)
 
 
-# ResNets are cut behind the first residual block, as SplitFed does: 64x16x16 for 64x64 images with
-# resnet18. The others behind their first pool.
+# Default cuts: ResNets behind the first residual block, as in SplitFed (64x16x16 for 64x64 images
+# with resnet18), the others behind their first pool.
 MODELS: dict[str, ModelSpec] = {
     "mlp": ModelSpec(mlp, cut=3),
     "lenet5": ModelSpec(lenet5, cut=7),
@@ -138,7 +137,7 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def model_spec(name: str, allowed: Collection[str] | None = None) -> ModelSpec:
-    """Return the model of this name; see ``registry.look_up`` for ``allowed`` and errors."""
+    """Return the model with this name; see ``registry.look_up`` for ``allowed`` and errors."""
 
     def own(function: Callable[..., object]) -> ModelSpec:
         return ModelSpec(cast(Callable[[Shape, int], nn.Sequential], function), cut=None)
@@ -147,19 +146,19 @@ def model_spec(name: str, allowed: Collection[str] | None = None) -> ModelSpec:
 
 
 def build(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -> nn.Sequential:
-    """Build a model on the CPU with initial weights that depend on the seed alone.
+    """Build a model on the CPU, with initial weights that depend only on the seed.
 
     Raises:
-        ConfigError: the model cannot be built for such data, or is no row of blocks.
+        ConfigError: the model cannot be built for such data, or is not a plain row of blocks.
     """
-    return check_row(made(spec, input_shape, num_classes, seed=seed))
+    return check_row(make_model(spec, input_shape, num_classes, seed=seed))
 
 
-def made(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -> nn.Module:
-    """Return what a model's function makes, on the default device.
+def make_model(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) -> nn.Module:
+    """Return the result of a model's function, on the default device.
 
     Raises:
-        ConfigError: it makes nothing for such data.
+        ConfigError: the function fails for such data.
     """
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
@@ -172,19 +171,19 @@ def made(spec: ModelSpec, input_shape: Shape, num_classes: int, *, seed: int) ->
                 f" and {num_classes} classes: {told(error)}"
             ) from error
         finally:
-            torch.set_default_dtype(dtype)  # which a user's own function may have changed
+            torch.set_default_dtype(dtype)  # a user's own function may have changed it
     return model
 
 
 def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:
-    """Return the segments of a model, one more than there are cuts; they share its parameters.
+    """Return the segments of a model, one more than cuts; they share its parameters.
 
-    In-place modules in the blocks next to a cut are made to work on a copy: one that comes first
-    would overwrite the received activations, one that comes last the tensor that is being sent.
+    In-place modules in the blocks next to a cut get ``inplace=False``: behind it they would
+    overwrite the received activations, in front of it the tensor that is being sent.
 
     Raises:
-        ConfigError: a cut that does not lie inside the model, cuts out of order, or a model that is
-            no plain row of blocks.
+        ConfigError: a cut is outside the model, cuts are out of order, or the model is not a plain
+            row of blocks.
     """
     check_row(model)
     bounds = [0, *cuts, len(model)]
@@ -199,6 +198,6 @@ def split(model: nn.Sequential, *cuts: int) -> list[nn.Sequential]:
             for module in block.modules():
                 if getattr(module, "inplace", False):
                     module.inplace = False  # type: ignore[assignment]
-    # A subclass would be made anew with its own arguments: the segments are plain rows.
+    # Plain rows: the constructor of a subclass may take other arguments.
     blocks = [(name, model[index]) for index, name in enumerate(names_of(model))]
     return [nn.Sequential(OrderedDict(blocks[a:b])) for a, b in itertools.pairwise(bounds)]

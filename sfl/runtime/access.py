@@ -73,7 +73,7 @@ class Access:
             ConfigError, RunError, AuthError, ConnectionLost: as ``Dialler.connect``.
         """
         patience_s = reconnect_s or node.connect_timeout
-        channel = self.dialler.connect(address, patience_s, again=reconnect_s is not None)
+        channel = self.dialler.connect(address, patience_s, is_reconnect=reconnect_s is not None)
         channel.on_notice = say
         return channel
 

@@ -19,8 +19,8 @@ from sfl.archive.run_folder import (
     make_folder,
     open_folder,
     options_record,
+    reporting_failure,
     say,
-    telling_why,
     to_json,
 )
 from sfl.conversation.join import HERE, DataReport, Welcome, client_join, send_report
@@ -39,7 +39,7 @@ from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_rea
 from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
-from sfl.strategy.merge import has_own
+from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.addresses import parse_address
@@ -51,7 +51,7 @@ from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
 from sfl.wire.members import Channel
 from sfl.wire.messages import MessageType
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 
 def take_part(node: ClientNode, transport: Transport = TCP) -> None:
@@ -161,12 +161,12 @@ class _Client:
             self._registered_at = time.monotonic()
             with registered.link as link, closing_with_reason(link):
                 yield from self._join(registered)
-                yield from calls.run(link.part)
+                yield from calls.run(link.close_gracefully)
         except BaseException as error:
             if isinstance(error, PASSING) and self._may_reconnect(error):
                 self.lost = error
             elif self._folder:
-                with telling_why(self._folder):
+                with reporting_failure(self._folder):
                     raise
             else:
                 raise
@@ -305,9 +305,9 @@ class _Loaded:
         """Take part in the run over a connection, from the round that the server names."""
         self._recipe, self.log.run = recipe, recipe.run  # a resumed run may have more rounds
         folder, split, link = self._folder, self._split, registered.link
-        link.limits = client_limits(split, onto(folder.path))
+        link.limits = client_limits(split, payload_store_in(folder.path))
         report = self._report
-        if has_own(recipe):
+        if has_client_state(recipe):
             own = own_state_rounds(folder.path, recipe.run)
             report = dataclasses.replace(report, rounds=own)
         weights = StoreAccess(self._node, self._access, folder, registered, report)
@@ -325,7 +325,7 @@ class _Loaded:
             folder.archive.flush()
             if fed is not None:
                 fed.send_message_as_json(MessageType.UNREGISTER)
-                yield from self._access.calls.run(fed.part)
+                yield from self._access.calls.run(fed.close_gracefully)
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
     def _party(
@@ -350,7 +350,7 @@ class _Loaded:
 
     def _end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.log.end_round(round_index, figures)
-        self._folder.check_there()
+        self._folder.check_exists()
 
     def _start(
         self,
@@ -364,7 +364,7 @@ class _Loaded:
         if fed is not None:
             send_report(fed, report)
         self.num_starts += 1
-        self._folder.archive.begin_at(round_index)
+        self._folder.archive.discard_from(round_index)
         load_own_state(self._folder.path, segments, self._recipe, self._client, own_round)
         if 0 < round_index < (rounds := self._recipe.run.rounds):
             self._folder.events.say(f"going on with round {round_index + 1}/{rounds}")

@@ -26,7 +26,7 @@ from sfl.runtime.client_process import ClientProcess
 from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_state_rounds
 from sfl.runtime.same_model import report_of
-from sfl.strategy.merge import has_own
+from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.tokens import SERVER
@@ -199,7 +199,7 @@ class _Check:
         run = welcome.run
         split = SplitModel(recipe, data.input_shape, len(data.classes))
         report = report_of(data, run, split)
-        if has_own(recipe):
+        if has_client_state(recipe):
             own = own_state_rounds(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)
         if problem := self._ask_about_report(process, report):

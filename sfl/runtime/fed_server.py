@@ -20,8 +20,8 @@ from sfl.archive.run_folder import (
     make_folder,
     open_folder,
     options_record,
+    reporting_failure,
     say,
-    telling_why,
     to_json,
 )
 from sfl.archive.writer import REWRITTEN
@@ -64,7 +64,7 @@ from sfl.wire.driver import Conversation, Network, run_blocking, run_together
 from sfl.wire.link import MAIN, Link, Peer, last_words_for
 from sfl.wire.members import Member
 from sfl.wire.messages import MessageType
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 LOOK_AGAIN_S = 1.0  # interval of polling a store for the main server's start
 
@@ -89,7 +89,7 @@ def fed_server(
         run_blocking(main_join(channel, run, first_round, resumed=resumed, heartbeat_s=heartbeat_s))
         yield
         channel.send_message_as_json(MessageType.UNREGISTER)
-        channel.part()
+        channel.close_gracefully()
 
 
 def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
@@ -128,7 +128,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         path = _folder(run, node, resumed=welcome.resumed)
         with (
             open_folder(path, LOG, _kept_models(recipe)) as folder,
-            telling_why(folder, network.end),
+            reporting_failure(folder, network.end),
         ):
             folder.events.say(f"run {run.run}: {main.address} is the main server")
             past = open_past(path, run).at(welcome.first_round) if welcome.resumed else None
@@ -155,7 +155,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
                 device=device,
             )
             for connection in network.members:
-                connection.limits = server_limits(rounds.split, 0, onto(folder.path))
+                connection.limits = server_limits(rounds.split, 0, payload_store_in(folder.path))
             rounds.run_all()
             links = {k: c.link for k, c in joined.items()} | {-1: main}
             goodbyes = {k: functools.partial(_goodbye, link) for k, link in links.items()}
@@ -184,7 +184,7 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     recipe = Recipe.of(their_run, node.allowed_imports)
     _folder(their_run, node, resumed=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept_models(recipe)) as folder, telling_why(folder):
+    with open_folder(path, LOG, _kept_models(recipe)) as folder, reporting_failure(folder):
         make = store_maker(place, options, network.wake)
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)
@@ -232,7 +232,7 @@ def _prepare(
     run, archive = split.recipe.run, folder.archive
     shared = read_shared(past.files, split, past.first_round) if past else {}
     shared = shared or {name: Shared(state) for name, state in split.initial(Holder.CLIENT).items()}
-    archive.begin_at(past.first_round if past else 0, anew=REWRITTEN)
+    archive.discard_from(past.first_round if past else 0, rewritten=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
     about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
     archive.write("config", "config.json", to_json(options_record(run, node)))
@@ -255,7 +255,7 @@ def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Reci
         return Recipe.of(run, node.allowed_imports)
 
     while True:
-        for connection in network.until(network.news, 1.0) or []:
+        for connection in network.wait_until(network.ready_members, 1.0) or []:
             if connection not in joining:
                 connection.name = "the fed server"
                 joining[connection] = fed_join(connection, network.heartbeat_s, recipe_of)

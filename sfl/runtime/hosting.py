@@ -14,7 +14,7 @@ from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
 from sfl.runtime.client import take_part_in
 from sfl.runtime.client_process import ClientProcess
-from sfl.transport.guard import most_files
+from sfl.transport.guard import max_open_files
 from sfl.transport.tokens import tokens_of
 from sfl.transport.transports import TCP, Transport
 from sfl.wire.blocking_calls import Calls
@@ -29,7 +29,7 @@ def host(node: ClientNode, transport: Transport = TCP) -> None:
     Raises:
         The error of the failed client with the lowest id, as ``client.take_part``.
     """
-    most_files()  # raises the process's limit of open files
+    max_open_files()  # raises the process's limit of open files
     hosted, failures = node.hosted, dict[int, Exception]()
 
     def one_client(client: int) -> Conversation[None]:

@@ -139,7 +139,7 @@ class Lobby:
             # The same process may know before us that its connection is dead. Another process gets
             # the id only if we have noticed that ourselves, or heartbeats are missing.
             silent = place.link.silent_s() > MISSED_HEARTBEATS * self.members.heartbeat_s
-            if not (place.instance == instance or place.link.ending() or silent):
+            if not (place.instance == instance or place.link.end_reason() or silent):
                 raise RunError(f"--client-id {wanted} is taken: another client of this run has it")
         if not (place.takeovers if place.link else place.taken).take():
             raise NotYet(f"client_{wanted} has connected anew too often: wait some seconds")
@@ -165,10 +165,10 @@ class Lobby:
 
     def _register(self, connection: Member) -> None:
         """Continue one connection's registration with the message that has arrived."""
-        if connection.ending() and not connection.peer_name:  # closed before it registered
+        if connection.end_reason() and not connection.peer_name:  # closed before it registered
             self._joining.pop(connection, None)
-            why = connection.ending() or ConnectionLost("it is gone")
-            self.members.turned_away(connection.address, str(why), aloud=False)
+            why = connection.end_reason() or ConnectionLost("it is gone")
+            self.members.log_refusal(connection.address, str(why), on_console=False)
             self.members.drop(connection, str(why), last_words_for(why))
             return
         if connection not in self._joining:
@@ -196,7 +196,7 @@ class Lobby:
             if connection.peer_name:
                 self._free_place(connection, error)
             else:
-                self.members.turned_away(connection.address, str(error))
+                self.members.log_refusal(connection.address, str(error))
                 self.members.drop(connection, str(error), last_words_for(error))
 
     def _welcome(self) -> Welcome:
@@ -222,7 +222,7 @@ class Lobby:
             )
         place.joined, place.ready, place.is_skipped = joined, True, False
         place.refused = place.recurring = False
-        connection.settled = True
+        connection.is_assigned = True
         if self.roster.has_begun:
             self.events.say(f"client_{joined.client} is back")
             self.on_return(joined)
@@ -267,15 +267,15 @@ class Lobby:
 
         def ready() -> bool:
             nonlocal found, others
-            found = members.first(links)
-            others = [c for c in members.news() if c not in links]
+            found = members.first_arrived(links)
+            others = [c for c in members.ready_members() if c not in links]
             return bool(found or others or any(g() for g in gates))
 
-        members.until(ready, POLL_S)
+        members.wait_until(ready, POLL_S)
         for connection in others:
             if connection not in members.members:
                 continue  # dropped together with an earlier one
-            client, why = self.roster.client_of(connection), connection.ending()
+            client, why = self.roster.client_of(connection), connection.end_reason()
             if client is None or not self.roster.places[client].ready or why is None:
                 self._register(connection)
             elif self.roster.has_begun:
@@ -294,7 +294,7 @@ class Lobby:
         for connection in self.members.members:
             if not connection.peer_name and connection.age_s() > REGISTER_WITHIN_S:
                 self._joining.pop(connection, None)
-                self.members.turned_away(connection.address, "it did not register")
+                self.members.log_refusal(connection.address, "it did not register")
                 reason = f"register within {REGISTER_WITHIN_S:g} seconds"
                 self.members.drop(connection, reason, MessageType.TRY_AGAIN)
         if self.roster.has_begun:
@@ -330,7 +330,7 @@ class Lobby:
     def is_here(self, client: int) -> bool:
         return self.roster.places[client].is_here
 
-    def is_out(self, client: int) -> bool:
+    def is_skipped(self, client: int) -> bool:
         place = self.roster.places[client]
         return place.is_skipped or place.skipped_round == self._round
 
@@ -356,7 +356,7 @@ class Lobby:
         changes, self._changes = self._changes, []
         return changes
 
-    def gives_up(self, client: int) -> bool:
+    def decide_skip(self, client: int) -> bool:
         place, limit = self.roster.places[client], self.patience.skip_after_s
         waits = not place.refused and limit and place.clock.idle_s < limit
         if place.is_here or not limit or waits:
@@ -366,7 +366,7 @@ class Lobby:
             place.skipped_round = self._round
         return place.is_skipped
 
-    def await_anybody(self) -> None:
+    def wait_for_client(self) -> None:
         while not self.roster.ready():
             self._wait_and_handle([], [])
 

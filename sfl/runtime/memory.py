@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sfl.errors import ConfigError
-from sfl.model.zoo import made
+from sfl.model.zoo import make_model
 from sfl.nodes import PeerNode, parse_bytes
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
@@ -68,7 +68,7 @@ def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> 
     sample = 4 * math.prod(input_shape)
     try:
         with torch.device("meta"):
-            model = made(recipe.model, input_shape, num_classes, seed=recipe.run.seed)
+            model = make_model(recipe.model, input_shape, num_classes, seed=recipe.run.seed)
     except ConfigError:  # reported when the model is built; or a user's own needs real memory
         model = None
     if not isinstance(model, nn.Sequential):

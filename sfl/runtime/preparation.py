@@ -31,7 +31,7 @@ from sfl.strategy.start_check import check_model
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Network
 from sfl.wire.link import Absent, Link
-from sfl.wire.payload import onto
+from sfl.wire.payload import payload_store_in
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Preparation:
     def _record(self) -> None:
         """Write the configuration and the environment."""
         archive = self.folder.archive
-        archive.begin_at(self._first_round, anew=REWRITTEN)
+        archive.discard_from(self._first_round, rewritten=REWRITTEN)
         clients = {f"client_{k}": dict(client.fingerprint) for k, client in self.joined.items()}
         environment = describe(self.device, command_line())
         environment |= {"clients": clients, "data": self._data}
@@ -197,9 +197,9 @@ class Preparation:
             shared=shared,
             store=self._store_of,
             spool=Spool(folder.path if self.options.keeps_answers else None, archive.flush),
-            payloads=onto(folder.path),
+            payloads=payload_store_in(folder.path),
             about=self._about(),
-            check_there=folder.check_there,
+            check_there=folder.check_exists,
             check_space=lambda: check_space(folder.path, round_bytes),
             first_round=self._first_round,
             may_skip=self.options.may_skip,

@@ -70,7 +70,7 @@ class RecordedRun:
         self._check_clients()
         # A main server with a separate fed server has none of the clients' segments.
         first = {name: segment_path(SHARED_MODEL, name, -1) for name in self.split.specs}
-        self.segments = [name for name, path in first.items() if archive.has_listed(path)]
+        self.segments = [name for name, path in first.items() if archive.was_listed(path)]
 
     def _check_clients(self) -> None:
         found = {place[0] for f in self.archive.folders() if (place := round_of_folder(f))}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sfl.archive.checkpoint import whole
+from sfl.archive.checkpoint import valid_checkpoints
 from sfl.archive.layout import (
     GRADS,
     LABELS,
@@ -104,7 +104,7 @@ def _check_listed(recorded: RecordedRun, report: Report) -> None:
             recorded.archive.read(entry.path)
     damage: list[str] = []
     with report.reporting(RunError):
-        list(whole(recorded.archive.root, recorded.run, damage))
+        list(valid_checkpoints(recorded.archive.root, recorded.run, damage))
     for line in damage:
         report.add(line)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 import sfl.archive
-from sfl.archive.checkpoint import Checkpoint, lying, whole
+from sfl.archive.checkpoint import Checkpoint, checkpoint_paths, valid_checkpoints
 from sfl.archive.layout import (
     CLIENT_OPTIMIZER,
     MEMORY,
@@ -25,7 +25,7 @@ from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments
 from sfl.options import check_goes_on
-from sfl.strategy.merge import Shared, has_own, memory_spec
+from sfl.strategy.merge import Shared, has_client_state, memory_spec
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -95,10 +95,10 @@ def load_own_state(
     Raises:
         RunError: its checkpoint is missing or damaged.
     """
-    if not has_own(recipe) or round_index == 0:
+    if not has_client_state(recipe) or round_index == 0:
         return
     damage: list[str] = []
-    for checkpoint in whole(folder, recipe.run, damage):
+    for checkpoint in valid_checkpoints(folder, recipe.run, damage):
         if checkpoint.round == round_index:
             _load_kept(checkpoint, segments, recipe, client)
             return
@@ -237,7 +237,7 @@ def own_rounds(checkpoint: Checkpoint) -> Mapping[int, int]:
 
 def has_begun(folder: Path) -> bool:
     """Return whether a run has written a checkpoint."""
-    return bool(lying(folder))
+    return bool(checkpoint_paths(folder))
 
 
 def open_past(folder: Path, run: RunConfig) -> Past:
@@ -251,11 +251,11 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         check_no_links(folder)
     except OSError as error:
         raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
-    if not lying(folder):
+    if not checkpoint_paths(folder):
         raise RunError(f"the run in {folder} has not begun")
     damage: list[str] = []
     checkpoints = []
-    for checkpoint in whole(folder, run, damage):
+    for checkpoint in valid_checkpoints(folder, run, damage):
         if {"data", "fingerprint"} <= checkpoint.about.keys():
             checkpoints.append(checkpoint)
         else:
@@ -286,4 +286,4 @@ def own_state_rounds(folder: Path, run: RunConfig) -> tuple[int, ...]:
     Raises:
         RunError: a checkpoint belongs to another run of that name.
     """
-    return *(checkpoint.round for checkpoint in whole(folder, run, [])), 0
+    return *(checkpoint.round for checkpoint in valid_checkpoints(folder, run, [])), 0

@@ -122,7 +122,7 @@ class Rounds:
 
     def _active(self) -> list[int]:
         """Return the clients that are connected or waited for."""
-        return [k for k in self.parties if not self.network.is_out(k)]
+        return [k for k in self.parties if not self.network.is_skipped(k)]
 
     def _run_clients(
         self,
@@ -130,12 +130,12 @@ class Rounds:
         conversation: Callable[[int], Conversation[T]],
         on_leave: Callable[[int], None] | None = None,
         *,
-        results_stay: bool = True,
+        keep_results: bool = True,
     ) -> dict[int, T]:
         """Run one conversation per client, concurrently."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
         leave = on_leave or self._skip
-        return run_together(self.network, beginnings, leave, results_stay=results_stay)
+        return run_together(self.network, beginnings, leave, keep_results=keep_results)
 
     def _skip(self, client: int) -> None:
         """Continue without a client, in this round and until it returns."""
@@ -154,7 +154,7 @@ class Rounds:
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
         while not trained:  # all participants have left: restart the round with those present
-            self.network.await_anybody()
+            self.network.wait_for_client()
             self._reset_round(round_index)
             plan, trained = self._train(round_index)
         # Stay at most one round ahead of the last commit: clients keep two rounds' own state.
@@ -236,7 +236,7 @@ class Rounds:
         for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
         trained = self._run_clients(drawn, lambda k: self._train_one(k, plan, round_index), leave)
-        for k in sorted(plan.unlike):
+        for k in sorted(plan.mismatched):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"
                 " steps: it computes other last bits now, or has other data"
@@ -338,9 +338,9 @@ class Rounds:
             given = None if has_it else front
             return (yield from server_evaluate_round(party, given, round_index))
 
-        there = [k for k in self._active() if k not in plan.left]
+        there = [k for k in self._active() if k not in plan.dropped]
         # A client that starts again may not have its own state of this round on disk.
-        return self._run_clients(there, evaluate, results_stay=False)
+        return self._run_clients(there, evaluate, keep_results=False)
 
     def _client_figures(
         self,

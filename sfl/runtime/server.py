@@ -14,10 +14,10 @@ from sfl.archive.run_folder import (
     EventLog,
     RunFolder,
     create_run_folder,
-    how_to_go_on,
     open_folder,
     options_record,
-    telling_why,
+    reporting_failure,
+    resume_hint,
     to_json,
 )
 from sfl.config import RunConfig
@@ -86,7 +86,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         with (
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
-            telling_why(folder, network.end, how_to_go_on(path, run.model)),
+            reporting_failure(folder, network.end, resume_hint(path, run.model)),
         ):
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
@@ -103,7 +103,9 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
 
 def _terms(run: RunConfig, node: ServerNode) -> Terms:
     strangers = 2 * run.most_clients + 64  # all clients may connect and reconnect at once
-    return Terms(node.peer_timeout, max_strangers=strangers, heartbeat_s=interval_s(node.silence_s))
+    return Terms(
+        node.peer_timeout, max_unregistered=strangers, heartbeat_s=interval_s(node.silence_s)
+    )
 
 
 def _refusals(folder: RunFolder) -> RefusalLog:

@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 
 from sfl.archive.profile import Profile
-from sfl.archive.run_folder import SERVER_LOG, create_run_folder, open_folder, say, telling_why
+from sfl.archive.run_folder import (
+    SERVER_LOG,
+    create_run_folder,
+    open_folder,
+    reporting_failure,
+    say,
+)
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
 from sfl.conversation.join import DataReport, Joined, check_agreement
@@ -39,7 +45,7 @@ from sfl.strategy.recipe import Recipe
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
-from sfl.wire.driver import AllStay, Conversation, Gate
+from sfl.wire.driver import Conversation, Gate, NoReconnects
 from sfl.wire.framing import encode_head
 from sfl.wire.link import Link
 from sfl.wire.messages import Message
@@ -106,7 +112,7 @@ class Away:
         return cls(client, first, step or 0, back)
 
 
-class LocalNetwork(AllStay):
+class LocalNetwork(NoReconnects):
     """Runs the clients whenever the server waits for them; simulates absences."""
 
     def __init__(self, away: Sequence[Away] = ()) -> None:
@@ -128,7 +134,7 @@ class LocalNetwork(AllStay):
     def is_here(self, client: int) -> bool:
         return client not in self._out
 
-    def is_out(self, client: int) -> bool:
+    def is_skipped(self, client: int) -> bool:
         return client in self._out
 
     def lost(self, client: int, error: SflError) -> None:
@@ -136,7 +142,7 @@ class LocalNetwork(AllStay):
             raise error
         self._out.add(client)
 
-    def gives_up(self, client: int) -> bool:
+    def decide_skip(self, client: int) -> bool:
         return True
 
     def why_away(self, client: int) -> str:
@@ -180,7 +186,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     with (
         open_folder(path, SERVER_LOG, recipe.keep) as folder,
         contextlib.ExitStack() as archives,
-        telling_why(folder),
+        reporting_failure(folder),
     ):
         folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
         clients, network = _Clients(recipe, node, device, data), LocalNetwork(away)

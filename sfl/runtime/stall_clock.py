@@ -27,12 +27,12 @@ class StallClock:
         self.idle_s = 0.0
         self._furthest = 0  # most messages of one connection in the round
         self._step = NO_STEP
-        self._connect(connection, 0 if connection is None else connection.num_came)
+        self._connect(connection, 0 if connection is None else connection.num_received)
 
     def _connect(self, connection: Member | None, before: int) -> None:
         self._connection, self._before, self._credit_s = connection, before, 0.0
         # Messages of the registration are no progress.
-        self._num_received = 0 if connection is None else connection.num_came - before
+        self._num_received = 0 if connection is None else connection.num_received - before
         self._moved = 0 if connection is None else connection.bytes_moved
 
     def tick(self, connection: Member | None, step: Step, *, waits: bool, elapsed_s: float) -> None:
@@ -45,7 +45,7 @@ class StallClock:
             return
         if connection is not self._connection:
             self._connect(connection, 0)
-        num_received, moved = connection.num_came - self._before, connection.bytes_moved
+        num_received, moved = connection.num_received - self._before, connection.bytes_moved
         has_progress, grown = num_received > self._num_received, moved - self._moved
         self._num_received, self._moved = num_received, moved
         if num_received > self._furthest or step > self._step:

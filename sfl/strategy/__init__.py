@@ -1,1 +1,1 @@
-"""Who shares what, who averages, and when."""
+"""Schemes: what clients and server share, what is averaged, and in which order."""

@@ -1,9 +1,8 @@
-"""Aggregation rules: what becomes of several trained models. Pure functions on state dicts.
+"""Aggregation rules: pure functions that merge the state dicts of several trained models.
 
-A rule takes an ``Update`` and returns the new state and its memory for the next round. All compute
-in float64, and sum in client order. Entries that are not trained (BatchNorm's running statistics,
-its integer counter) are averaged by the rules that average, adaptive ones included; integer ones
-are rounded and stay integer.
+A rule takes an ``Update`` and returns the new state and its memory for the next round. All rules
+compute in float64, and sum in client order. Buffers (BatchNorm's running statistics and counter)
+are averaged by all rules that average, adaptive ones included; integer ones are rounded.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,21 +17,21 @@ Result = tuple[dict[str, Tensor], dict[str, Tensor]]  # the new state, the rule'
 
 @dataclass(frozen=True)
 class Update:
-    """What a rule is given: states with the same names, shapes and dtypes, in client order."""
+    """A rule's input: states with the same names, shapes and dtypes, in client order."""
 
     states: Sequence[State]
-    weights: Sequence[float]  # of each: numbers of samples, or ones
-    start: State = field(default_factory=dict)  # what all of them were trained from
-    trained: Collection[str] = ()  # names of parameters; the other entries are buffers
-    memory: State = field(default_factory=dict)  # what the rule returned last; empty at first
+    weights: Sequence[float]  # of each state: number of samples, or 1
+    start: State = field(default_factory=dict)  # the state that all were trained from
+    trained: Collection[str] = ()  # names of parameters; other entries are buffers
+    memory: State = field(default_factory=dict)  # from the rule's last call; empty at first
 
 
 def fed_avg(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted average of states.
 
     FedAvg, McMahan et al. 2017, Algorithm 1: ``w = sum_k (n_k / n) w_k``, with ``weights`` n_k.
-    Divided once, so that the average of identical float32 models is that model, exactly, for
-    whole-numbered weights up to 2^29: n_k * w fits into float64's 53 bits.
+    It divides once, so that the average of identical float32 models equals that model exactly, for
+    integer weights up to 2^29: n_k * w fits into float64's 53 bits.
     """
     if not states or len(states) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError("give one state and one weight a client, not all of weight 0")
@@ -47,7 +46,7 @@ def fed_avg(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tens
 
 
 def _like(entry: Tensor, value: Tensor) -> Tensor:
-    """Return a float64 value in the dtype of an entry, rounded if that is integer."""
+    """Return a float64 value in the dtype of an entry, rounded if it is an integer dtype."""
     return (value if entry.is_floating_point() else value.round()).to(entry.dtype)
 
 
@@ -59,10 +58,10 @@ Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta) -> v of the next round
 
 
 def _fed_opt(update: Update, second: Second, *, lr: float, beta1: float, tau: float) -> Result:
-    """Take an adaptive step of the server from the start along the average change.
+    """Return the start moved by an adaptive step along the clients' average change.
 
     FedOpt, Reddi et al. 2021, Algorithm 2: ``m = b1 m + (1 - b1) D``, ``x += lr m / (sqrt(v) +
-    tau)`` with D the clients' average change and v from ``second``, at first tau^2. D is weighted
+    tau)`` with D the clients' average change and v from ``second``, initially tau^2. D is weighted
     by ``weights``, as in their experiments.
     """
     _check(lr > 0 and tau > 0 and 0 <= beta1 < 1, "lr and tau above 0, beta1 in [0, 1)")
@@ -133,7 +132,7 @@ def _sorted_entries(update: Update) -> dict[str, Tensor]:
 def median(update: Update) -> Result:
     """Coordinate-wise median, Yin et al. 2018 (arXiv 1803.01498), Definition 1.
 
-    Of an even number of states, the mean of the middle two. Weights play no part.
+    For an even number of states, the mean of the middle two. Weights are ignored.
     """
     count = len(update.states)
     middle = {
@@ -146,7 +145,7 @@ def median(update: Update) -> Result:
 def trimmed_mean(update: Update, *, trim: int = 1) -> Result:
     """Coordinate-wise trimmed mean, Yin et al. 2018, Definition 2, with beta = trim / K.
 
-    The ``trim`` smallest and largest values of each coordinate are left out. Weights play no part.
+    The ``trim`` smallest and largest values of each coordinate are left out. Weights are ignored.
     """
     count = len(update.states)
     _check(trim >= 0 and 2 * trim < count, f"trim of {count} models below {count / 2:g}")
@@ -157,12 +156,12 @@ def trimmed_mean(update: Update, *, trim: int = 1) -> Result:
 def krum(update: Update, *, faulty: int = 0) -> Result:
     """Krum, Blanchard et al. 2017 (NeurIPS), Section 4: the state nearest to its neighbours.
 
-    The score of a state is the sum of its squared distances to its K - faulty - 2 nearest others,
-    over the parameters; the state of the smallest score is taken whole, of equal ones the first.
+    The score of a state is the sum of its squared distances, over the parameters, to its
+    K - faulty - 2 nearest others. The first state with the smallest score is returned.
     """
     count = len(update.states)
     _check(faulty >= 0 and 2 * faulty + 2 < count, f"2 faulty + 2 below {count} models")
-    none = torch.zeros(0, dtype=torch.float64)  # a half may have no parameters that are trained
+    none = torch.zeros(0, dtype=torch.float64)  # for a segment without trained parameters
     flat = [
         torch.cat([none, *(s[n].detach().cpu().double().flatten() for n in sorted(update.trained))])
         for s in update.states
@@ -180,7 +179,7 @@ def _check(holds: bool, wanted: str) -> None:
         raise ValueError(f"wanted: {wanted}")
 
 
-# A rule's options stand behind a colon: --aggregation fedadam:lr=0.03,tau=0.01
+# A rule's options follow a colon: --aggregation fedadam:lr=0.03,tau=0.01
 RULES: dict[str, Callable[..., Result]] = {
     "fedavg": _fed_avg,
     "fedavgm": fed_avg_m,

@@ -1,7 +1,7 @@
-"""What a round's trained segments become, and where they lie in a run's folder.
+"""Merging the segments that a round has trained, and their files in a run's folder.
 
-The server's rounds compute it, and replay computes it again. Each segment is aggregated on its own:
-in SplitFed the fed server knows the clients' and the main server its own, and neither the other's.
+The server merges after each round; replay repeats it. Each segment is merged separately: in
+SplitFed the fed server has only the clients' segments, and the main server only its own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,17 +28,18 @@ def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[in
 
 
 def averages_backs(recipe: Recipe) -> bool:
-    """Say whether the scheme makes copies of the back."""
+    """Return whether the scheme has several copies of the back, which are averaged."""
     row = recipe.scheme
     backs = {row.back_of(k) for k in range(recipe.run.most_clients)}
     return row.exchange is Exchange.CUT and len(backs) > 1
 
 
 def check_rule(recipe: Recipe) -> None:
-    """Try the run's aggregation rule on as many models as there are of each segment in a round.
+    """Try the run's aggregation rule on as many models as a round has of each segment.
 
     Raises:
-        ConfigError: it does not take such values or so few models, or the scheme averages none.
+        ConfigError: the rule does not accept its options or so few models, or the scheme averages
+            no models.
     """
     run, row = recipe.run, recipe.scheme
     drawn = draw(run, range(run.clients), 0)
@@ -56,7 +57,7 @@ def check_rule(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class Shared:
-    """What everyone goes on from, of one segment: its weights, and the rule's memory."""
+    """A merged segment, from which the next round starts: its weights, and the rule's memory."""
 
     state: State
     memory: State = field(default_factory=dict)
@@ -64,16 +65,16 @@ class Shared:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round trained."""
+    """The states that a round has trained."""
 
-    by_client: Mapping[int, States]  # of the clients' segments; of those who took part
-    by_copy: Mapping[int, States]  # of the server's, of which there may be several copies
-    weights: Mapping[int, int]  # of the clients in the averages
-    last: int  # whose turn was last
+    by_client: Mapping[int, States]  # clients' segments, of the clients in the round
+    by_copy: Mapping[int, States]  # the server's segments, of each copy
+    weights: Mapping[int, int]  # of the clients in averages
+    last: int  # the client whose turn was last
 
 
 def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[str, str, bytes]]:
-    """Yield what is written of a segment that everyone goes on from: kind, path and content."""
+    """Yield kind, path and content of the files of a merged segment."""
     path = segment_path(SHARED_MODEL, name, round_index)
     yield SEGMENT_NAMES[name][0], path, encode_state(shared.state)
     if shared.memory:
@@ -84,7 +85,7 @@ def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[
 def merge(
     recipe: Recipe, start: Mapping[str, Shared], trained: Trained, entries: Entries
 ) -> dict[str, Shared]:
-    """Return what everyone goes on from, of the segments in ``start``."""
+    """Return the merged segments of those in ``start``, except for ones that clients keep."""
     merged = {}
     for name, shared in start.items():
         theirs, merge_one = {
@@ -99,7 +100,7 @@ def merge(
 def _merge_clients(
     recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
 ) -> Shared | None:
-    """Return what becomes of a segment of the clients; None where each client keeps its own."""
+    """Return the merged segment of the clients; None where each client keeps its own."""
     policy = recipe.scheme.fronts
     if policy is Fronts.OWN:
         return None
@@ -111,9 +112,9 @@ def _merge_clients(
 def _merge_copies(
     recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
 ) -> Shared:
-    """Return what becomes of a segment of the server.
+    """Return the merged segment of the server.
 
-    Each copy weighs as much as the clients that it served; one that served none is left out.
+    The weight of each copy is the sum over its clients; copies without clients are left out.
     """
     back_of = recipe.scheme.back_of
     served = {b: sum(w for k, w in trained.weights.items() if back_of(k) == b) for b in states}
@@ -150,7 +151,7 @@ def _aggregate(
 
 
 def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSpec:
-    """Return the spec of the memory that the run's rule keeps of a segment; empty for most."""
+    """Return the spec of the run's rule's memory for a segment; empty for most rules."""
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in weights.items()}
     count = len(draw(recipe.run, range(recipe.run.clients), 0))
     merged = _aggregate(
@@ -160,6 +161,6 @@ def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSp
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}
 
 
-def has_own(recipe: Recipe) -> bool:
-    """Say whether clients have something that a round starts from and nobody else has."""
+def has_client_state(recipe: Recipe) -> bool:
+    """Return whether rounds start from state that exists at each client only."""
     return recipe.scheme.fronts is Fronts.OWN or recipe.training.keeps_optimizer

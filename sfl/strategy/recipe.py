@@ -1,7 +1,7 @@
-"""The recipe of a run: what the strings of ``RunConfig`` name, looked up once, at the edge.
+"""The recipe of a run: the names in ``RunConfig`` resolved to objects, once.
 
-Server, client, simulation, replay and programs make it from the run's configuration. It travels
-from there on: nothing inside a round looks a name up or parses an option.
+Server, client, simulation, replay and programs make it from the run's configuration and pass it
+on: no code inside a round looks a name up or parses an option.
 """
 
 from collections.abc import Callable, Collection
@@ -26,15 +26,15 @@ from sfl.weights.stores import check_address
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A run, with the rows and functions that its options name."""
+    """A run's configuration, with the rows and functions that its options name."""
 
-    run: RunConfig  # its cut and its schedule's length filled in
+    run: RunConfig  # with cut and schedule length filled in
     scheme: Scheme
     model: ModelSpec
-    cut: int  # blocks in front of it; where a scheme has no cut, gradients are clipped apart here
+    cut: int  # number of blocks in front of it; without a cut, it separates gradient clipping
     training: Training
-    rule: Callable[..., Result]  # of aggregation
-    keep: KeepModels  # of whose files which stay
+    rule: Callable[..., Result]  # aggregation rule
+    keep: KeepModels  # rounds whose files are kept
 
     @property
     def task(self) -> Task:
@@ -42,11 +42,11 @@ class Recipe:
 
     @classmethod
     def of(cls, run: RunConfig, allowed: Collection[str] | None = None) -> "Recipe":
-        """Look up what a run names; ``allowed`` as in ``registry.look_up``.
+        """Resolve a run's options; ``allowed`` as in ``registry.look_up``.
 
         Raises:
-            ConfigError: there is no such scheme, task, model, cut, partition, optimiser,
-                schedule, aggregation rule or store, or an option that it does not take.
+            ConfigError: a scheme, task, model, cut, partition, optimiser, schedule, aggregation
+                rule or store is unknown, or does not accept its options.
         """
         row = named("scheme", run.scheme, SCHEMES)
         check_address(run.weights)
@@ -64,13 +64,13 @@ class Recipe:
         return cls(run, row, model, cut, Training.of(run, cut), rule, _keep(run, row))
 
     def changed(self, **options: Any) -> "Recipe":
-        """Return the recipe of this run with other values of options that name no row."""
+        """Return this recipe with other values for options that are not names."""
         run = replace(self.run, **options)
         return replace(self, run=run, keep=_keep(run, self.scheme))
 
 
 def _keep(run: RunConfig, row: Scheme) -> KeepModels:
-    """Return which rounds' files stay; without recorded tensors, no models to replay them with."""
+    """Return which rounds' files are kept; models for replay only where tensors are recorded."""
     has_tensors = row.exchange is not Exchange.NOTHING
     tensors = KeepTensors.parse(run.keep_tensors) if has_tensors else KEEP_NOTHING
     return KeepModels.parse(run.keep_models, tensors)

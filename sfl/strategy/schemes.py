@@ -1,10 +1,10 @@
-"""The schemes, as a table: a row says who shares what, and nothing else.
+"""The table of schemes: a row says what clients and server share.
 
-Every scheme runs the same rounds (``sfl.runtime.rounds``): the clients of the round train, what
-they trained is averaged or handed on, and all clients evaluate the result. So ``sflv1`` and
-``sflv2`` differ in one field: whether each client has a copy of the back, averaged after the round,
-or all share one, which takes step i of every client in the round's drawn order before step i+1
-(``sfl.strategy.order``). A page each, with its messages and its source, lies in ``docs/schemes/``.
+Every scheme runs the same rounds (``sfl.runtime.rounds``): the round's clients train, the trained
+segments are averaged or relayed, and all clients evaluate the result. So ``sflv1`` and ``sflv2``
+differ in one field: each client has a copy of the back, averaged after the round, or all share one,
+which takes step i of every client in the round's order before step i+1 (``sfl.strategy.order``).
+``docs/schemes/`` has a page for each scheme, with its messages and source.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Exchange(Enum):
-    """What passes in a step; ``sfl.conversation.step`` has both ends of each."""
+    """What a step sends; ``sfl.conversation.step`` has both ends of each."""
 
     CUT = "activations and labels up, the activations' gradients down"
     WEIGHT_GRADS = "the gradients of all weights up, the updated weights down"
@@ -21,20 +21,20 @@ class Exchange(Enum):
 
 
 class Fronts(Enum):
-    """What becomes of the clients' fronts at the end of a round; ``sfl.strategy.merge`` does it."""
+    """What happens to the clients' fronts after a round, in ``sfl.strategy.merge``."""
 
-    AVERAGED = "averaged by the aggregation rule; everyone goes on from the average"
+    AVERAGED = "averaged by the aggregation rule; all clients start from the average"
     RELAYED = "clients train one after another, each from the front of the one before"
-    OWN = "each client keeps its own; fronts never travel"
+    OWN = "each client keeps its own; fronts are not sent"
 
 
 def shared(client: int) -> int:
-    """Let all clients share one back."""
+    """Return the only back, which all clients share."""
     return 0
 
 
 def a_copy_each(client: int) -> int:
-    """Give each client a copy of the back; the copies are averaged after the round."""
+    """Return a client's own copy of the back; copies are averaged after the round."""
     return client
 
 
@@ -43,10 +43,10 @@ class Scheme:
     """One scheme."""
 
     source: str
-    back_of: Callable[[int], int] = shared  # client -> which copy of the back takes its steps
+    back_of: Callable[[int], int] = shared  # client -> copy of the back that takes its steps
     fronts: Fronts = Fronts.AVERAGED
     exchange: Exchange = Exchange.CUT
-    pooled: bool = False  # one client holds the union of all parts: in simulation only
+    pooled: bool = False  # one client has the union of all parts; in simulation only
 
     @property
     def copies_back(self) -> bool:

@@ -1,4 +1,4 @@
-"""A run's model, cut for its data: segments, what passes the cut, and what may be accepted."""
+"""A run's model, built for its data and cut: its segments and the specs of their tensors."""
 
 import functools
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from sfl.files.torch_file import (
     state_spec,
 )
 from sfl.model import structure
-from sfl.model.blocks import Entries, check_apart, copied, names_of
+from sfl.model.blocks import Entries, check_no_shared_weights, copied, names_of
 from sfl.model.segment import Segment
 from sfl.model.topology import HOLDERS, Holder, Segments, joined, segment_names
 from sfl.model.training import Training
@@ -26,19 +26,19 @@ from sfl.model.zoo import build, split
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 
-# Batches of validation and test: as many samples as this, or as fit into so many bytes at the cut.
+# Limits of a batch in evaluation: samples, and bytes of its activations at the cut.
 MAX_EVALUATION_BATCH = 256
 MAX_EVALUATION_BYTES = 8 * 2**20
 
 
 class SplitModel:
-    """The model of a run, split into its segments' blocks, with initial weights.
+    """A run's model, split into segments, with initial weights.
 
-    ``sfl.model.topology`` says which segment is whose; where the scheme has no cut inside the
-    model, one segment is the whole of it.
+    ``sfl.model.topology`` says which party holds each segment. For schemes without a cut, one
+    segment is the whole model.
 
     Raises:
-        ConfigError: the model cannot be built or cut so.
+        ConfigError: the model cannot be built or cut like this.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SplitModel:
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
         rows, names = split(model, *self.cuts), segment_names(len(self.cuts))
-        check_apart(rows)
+        check_no_shared_weights(rows)
         states = (item for row in rows for item in row.state_dict().items())
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
         self.entries = Entries.of(rows)
@@ -85,13 +85,13 @@ class SplitModel:
 
     @classmethod
     def of_data(cls, recipe: Recipe, data: Mapping[str, Any]) -> "SplitModel":
-        """Return a run's model for what is recorded of its clients' data."""
+        """Return a run's model for a record of its clients' data."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
         return cls(recipe, shape, len(data["classes"]), weights)
 
     @property
     def class_weights(self) -> tuple[float, ...]:
-        """The weights of the classes in the training loss; none if it is not weighted."""
+        """The class weights of the training loss; empty if it is not weighted."""
         return self._training.class_weights
 
     @property
@@ -103,27 +103,27 @@ class SplitModel:
         return Segment(copied(self._segments[name], first_block), first_block, training, device)
 
     def trial(self, *, whole: bool = False) -> Trial:
-        """Return copies of the segments, or of the model as a ``whole``, to be tried."""
+        """Return a trial with copies of the segments, or of the ``whole`` model in one piece."""
         blocks = OrderedDict(item for row in self._rows for item in row._modules.items())
         return Trial(
             [nn.Sequential(blocks)] if whole else self._rows,
             self._training,
             self.input_shape,
             self.num_classes,
-            seams=self.cuts if whole else (),
+            cuts=self.cuts if whole else (),
             samples=() if whole else self._cut_samples,
         )
 
     def where_to_cut(self) -> str:
-        """Return the end of a message that says where the model can be cut, if not as it is."""
+        """Return the end of an error message: where else the model can be cut."""
         return where_to_cut(self._rows, self._training, self.input_shape, self.num_classes)
 
     def held_by(self, holder: Holder) -> list[str]:
-        """Return the segments that a party computes with; without a cut, each has the whole."""
+        """Return the names of a party's segments; without a cut, each party has the whole model."""
         return [name for name in self.specs if not self.cuts or HOLDERS[name] is holder]
 
     def segments(self, holder: Holder, device: torch.device) -> Segments:
-        """Return what a party computes with: initial weights, and optimisers."""
+        """Return a party's segments, with initial weights and optimisers."""
         mu = self.recipe.run.fedprox_mu if holder is Holder.CLIENT else 0.0
         training = replace(self._training, proximal_mu=mu)
         return Segments({n: self._segment(n, device, training) for n in self.held_by(holder)})
@@ -138,12 +138,13 @@ class SplitModel:
 
     @functools.cached_property
     def structure(self) -> tuple[str, ...]:
-        """The digests of the model as it was built, see ``sfl.model.structure``."""
+        """The digests of the model, see ``sfl.model.structure``."""
         return self._structure()
 
     def changing(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Yield the tensors of a state, but for those that are as the model began with them and
-        are not finite: masks of -inf.
+        """Yield the tensors of a state, except for constant masks of -inf.
+
+        Those are tensors that are not finite and equal the initial ones.
         """
         for name, tensor in state.items():
             began = self._masks.get(name)
@@ -152,7 +153,7 @@ class SplitModel:
 
     @property
     def front_spec(self) -> StateSpec:
-        """The spec of the weights of the client-side model: what travels."""
+        """The spec of the weights of the client-side model, as they are sent."""
         return {
             n: spec for name in self.held_by(Holder.CLIENT) for n, spec in self.specs[name].items()
         }
@@ -165,7 +166,7 @@ class SplitModel:
         }
 
     def initial(self, *holders: Holder) -> dict[str, dict[str, Tensor]]:
-        """Return the initial weights of the segments of these parties."""
+        """Return the initial weights of these parties' segments."""
         return {n: dict(s.state_dict()) for n, s in self._segments.items() if HOLDERS[n] in holders}
 
     def front_state(self) -> dict[str, Tensor]:
@@ -173,29 +174,29 @@ class SplitModel:
         return joined(self.initial(Holder.CLIENT))
 
     def by_segment(self, front: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return the weights of the client-side model, which travel together, by segment."""
+        """Return the weights of the client-side model by segment."""
         return {
             name: {n: front[n] for n in self.specs[name]} for name in self.held_by(Holder.CLIENT)
         }
 
     @property
     def is_in_eval(self) -> bool:
-        """Whether all modules came in ``eval()``."""
+        """Whether all modules were built in evaluation mode."""
         return not any(m.training for row in self._rows for b in row for m in b.modules())
 
     @property
     def parameters_spec(self) -> StateSpec:
-        """The spec of the whole model's trained parameters, and of their gradients."""
+        """The spec of all trained parameters, and of their gradients."""
         return {
             n: s for row in self.specs.values() for n, s in row.items() if n in self.entries.trained
         }
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
-        """Return the spec of the activations at a cut, and of their gradients, of a batch."""
+        """Return the spec of a batch's activations at a cut, and of their gradients."""
         sample = self._cut_samples[link]
         return TensorSpec((batch, *sample.shape), sample.dtype)
 
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
-        """Yield the sizes of the batches in which samples are evaluated."""
+        """Yield the batch sizes for evaluating so many samples."""
         for start in range(0, num_samples, self.evaluation_batch):
             yield min(self.evaluation_batch, num_samples - start)

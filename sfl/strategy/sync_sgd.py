@@ -1,4 +1,4 @@
-"""Gradients of all clients, brought together into one update a step: synchronous SGD."""
+"""Synchronous SGD: the gradients of all clients make one update per step."""
 
 from collections.abc import Mapping
 
@@ -15,18 +15,18 @@ from sfl.wire.driver import Gate
 
 
 class GradientPool:
-    """The gradients of a step, until everyone's are there; then one update of the whole model.
+    """Collects a step's gradients; when all clients' are there, it updates the whole model.
 
-    The step's gradient is the mean over the samples of all clients' batches, as if they were one
-    large batch, unless clients weigh equally. Summed in client order, in float64.
+    The step's gradient is the mean over the samples of all clients' batches, as in one large batch;
+    with equal aggregation weights, the mean over clients. It is summed in client order, in float64.
     """
 
     def __init__(
         self, run: RunConfig, model: Segment, num_steps: Mapping[int, int], spool: Spool
     ) -> None:
-        """``num_steps``: of each client that takes part; the shorter ones fall away.
+        """``num_steps``: of each client in the round; clients that have finished are left out.
 
-        What each update gave goes to the ``spool``, for whoever redoes its steps.
+        The ``spool`` keeps the parameters after each update, for repeated steps.
         """
         self._equal = run.aggregation_weights == "equal"
         self._model = model
@@ -38,17 +38,17 @@ class GradientPool:
         self._parameters = b""  # the file of the parameters after the last update
 
     def add(self, client: int, grads: Mapping[str, Tensor], num_samples: int) -> None:
-        """Add a client's gradients of the step that is open; the last one makes the update."""
+        """Add a client's gradients of the current step; update if they are the last."""
         self._given[client] = grads, 1 if self._equal else num_samples
         self._num_given[client] += 1
         self._update_if_complete()
 
     def num_given(self, client: int) -> int:
-        """Return how many steps' gradients a client has given."""
+        """Return the number of steps for which a client has given gradients."""
         return self._num_given[client]
 
     def drop(self, client: int) -> None:
-        """Expect no further gradients from a client; those that it gave stay."""
+        """Expect no further gradients from a client; keep those that it gave."""
         self._num_steps[client] = self._num_given[client]
         self._update_if_complete()
 
@@ -67,7 +67,7 @@ class GradientPool:
         self._updates += 1
 
     def has_updated(self, step: int) -> Gate:
-        """Return what opens when this step's update has been made, or nobody is left to make it."""
+        """Return a gate that opens when this step's update is made, or no client is left."""
         return lambda: self._updates > step or self._num_due() == 0
 
     def answer(self, step: int) -> Buffer:

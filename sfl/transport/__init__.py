@@ -1,1 +1,1 @@
-"""How messages travel over TCP and TLS, and who is let in."""
+"""Messages over TCP and TLS, and which connections a server admits."""

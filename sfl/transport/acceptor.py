@@ -1,7 +1,6 @@
-"""The thread that accepts connections, and hands on those that have shown who they are.
+"""A thread that accepts connections and passes on those that authenticate.
 
-When too many wait to do so, one of them, drawn at random, makes room: so those who never come to
-the point cannot keep out those who do.
+When too many are pending, a random one is closed: idle connections cannot lock out others.
 """
 
 import contextlib
@@ -21,13 +20,13 @@ from sfl.wire.framing import RELEASES, VERSION
 from sfl.wire.link import last_words_for
 from sfl.wire.messages import MessageType
 
-ACCEPTED_PER_S = 1000  # at most; more wait in the system's queue, and leave us time to train
+ACCEPTED_PER_S = 1000  # at most; more wait in the system's queue, which leaves time for training
 ACCEPTED_AT_ONCE = 16
-LOOK_EVERY_S = 0.25  # at the time
+LOOK_EVERY_S = 0.25  # interval for checking deadlines
 
 
 class Acceptor:
-    """The thread that accepts connections, and hands on those that are let in."""
+    """A thread that accepts connections and passes on those that are admitted."""
 
     def __init__(
         self,
@@ -36,19 +35,19 @@ class Acceptor:
         admit: Callable[[PendingConnection], None],
         refusals: RefusalLog,
     ) -> None:
-        """``admit`` is given each connection that is let in; ``refusals`` why others are not."""
-        listener.do_not_wait()
+        """``admit`` is called with each admitted connection; ``refusals`` logs the others."""
+        listener.set_nonblocking()
         self._listener, self._guard, self._admit = listener, guard, admit
         self._refusals = refusals
         self._pending: set[PendingConnection] = set()
         self._selector = selectors.DefaultSelector()
         self._closing, self._closed = socket.socketpair()
-        self._accepts_from = self._looked_at = 0.0  # a time; the former after a crowd has come
+        self._accepts_from = self._looked_at = 0.0  # times; the first paces accepting
         self._thread = threading.Thread(target=self._run, name="acceptor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, and send everybody away who is not let in yet."""
+        """Stop listening, and close all pending connections."""
         self._closing.close()
         self._thread.join()
 
@@ -62,18 +61,18 @@ class Acceptor:
                         return
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif key.data in self._pending:  # and not just sent away for another one
-                        self._go_on(key.data)
+                    elif key.data in self._pending:  # not closed by _make_room just now
+                        self._process(key.data)
                 self._check_deadlines()
         finally:
-            for one in list(self._pending):
-                self._let_go(one)
+            for pending in list(self._pending):
+                self._close_one(pending)
             self._listener.close()
             self._selector.close()
             self._closed.close()
 
     def _accept(self) -> None:
-        """Accept those who connect, but not all of a crowd at once."""
+        """Accept some connections, then pause so as to stay below ``ACCEPTED_PER_S``."""
         accepted, pause_s = 0, 0.0
         try:
             while accepted < ACCEPTED_AT_ONCE and (sock := self._listener.accept()):
@@ -88,57 +87,57 @@ class Acceptor:
         while len(self._pending) >= self._guard.max_pending:
             self._make_room()
         try:
-            one = PendingConnection(sock, self._guard)
-            self._selector.register(sock, selectors.EVENT_READ, one)
+            pending = PendingConnection(sock, self._guard)
+            self._selector.register(sock, selectors.EVENT_READ, pending)
         except OSError:
             sock.close()
             raise
-        self._pending.add(one)
+        self._pending.add(pending)
 
     def _make_room(self) -> None:
-        leaving = [one for one in self._pending if one.leaves]
-        one = random.choice(leaving or list(self._pending))
-        self._refusals.add(one.address, "made room for others", aloud=False)
-        self._let_go(one)
+        leaving = [pending for pending in self._pending if pending.is_dismissed]
+        pending = random.choice(leaving or list(self._pending))
+        self._refusals.add(pending.address, "made room for others", on_console=False)
+        self._close_one(pending)
 
-    def _go_on(self, one: PendingConnection) -> None:
-        """See to one of whom something has come; whatever it is, the others do not notice it."""
+    def _process(self, pending: PendingConnection) -> None:
+        """Process a connection's new bytes; its errors affect no other connection."""
         try:
-            if one.leaves:
-                if one.has_left():
-                    self._let_go(one)
-            elif one.go_on():
-                self._let_in(one)
+            if pending.is_dismissed:
+                if pending.has_closed():
+                    self._close_one(pending)
+            elif pending.process():
+                self._admit_one(pending)
         except Exception as error:  # noqa: BLE001 - the edge of one connection
-            self._refuse(one, error)
+            self._refuse(pending, error)
 
-    def _refuse(self, one: PendingConnection, error: Exception) -> None:
-        if one.leaves:
-            self._let_go(one)
+    def _refuse(self, pending: PendingConnection, error: Exception) -> None:
+        if pending.is_dismissed:
+            self._close_one(pending)
             return
-        aloud = isinstance(error, AuthError | ProtocolError)
-        self._refusals.add(one.address, reason_of(error), aloud=aloud)
+        on_console = isinstance(error, AuthError | ProtocolError)
+        self._refusals.add(pending.address, reason_of(error), on_console=on_console)
         if isinstance(error, OtherVersion):
-            one.version = error.version if error.version in RELEASES else VERSION
-            one.dismiss(MessageType.INVALID_MESSAGE, error.answer)
+            pending.version = error.version if error.version in RELEASES else VERSION
+            pending.dismiss(MessageType.INVALID_MESSAGE, error.answer)
         elif isinstance(error, AuthError | ProtocolError | Damaged):
-            one.dismiss(last_words_for(error), str(error))
+            pending.dismiss(last_words_for(error), str(error))
         else:
-            self._let_go(one)
+            self._close_one(pending)
 
-    def _let_in(self, one: PendingConnection) -> None:
-        self._pending.discard(one)
-        self._selector.unregister(one.stream.sock)
+    def _admit_one(self, pending: PendingConnection) -> None:
+        self._pending.discard(pending)
+        self._selector.unregister(pending.stream.sock)
         try:
-            self._admit(one)
-        except (OSError, RuntimeError):  # it is gone again, or no thread is left for it
-            one.stream.close()
+            self._admit(pending)
+        except (OSError, RuntimeError):  # it has disconnected, or no thread can be started
+            pending.stream.close()
 
-    def _let_go(self, one: PendingConnection) -> None:
-        self._pending.discard(one)
+    def _close_one(self, pending: PendingConnection) -> None:
+        self._pending.discard(pending)
         with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(one.stream.sock)
-        one.stream.close()
+            self._selector.unregister(pending.stream.sock)
+        pending.stream.close()
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -147,11 +146,11 @@ class Acceptor:
         if now - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = now
-        for one in [p for p in self._pending if now > p.deadline]:
-            self._refuse(one, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
+        for pending in [p for p in self._pending if now > p.deadline]:
+            self._refuse(pending, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
         self._refusals.summarise(now)
 
     @property
     def _pause_s(self) -> float:
-        """For how long to wait, at most, until connections are accepted again."""
+        """Seconds until connections are accepted again; at most ``LOOK_EVERY_S`` if they are."""
         return max(self._accepts_from - time.monotonic(), 0) or LOOK_EVERY_S

@@ -9,10 +9,10 @@ from sfl.nodes import DEFAULT_PORT
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; without a port, a server's own.
+    """Return host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; the port has a default.
 
     Raises:
-        ConfigError: the text is no such address.
+        ConfigError: the text is not such an address.
     """
     found = re.fullmatch(r"(?:\[([^][]+)\]|([^][:\s]+))(?::(\d{1,5}))?", text, re.ASCII)
     port = int(found[3] or DEFAULT_PORT) if found else 0
@@ -38,7 +38,7 @@ def address_of(sock: socket.socket) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches what listens on a host; an unknown one reaches none."""
+    """Return whether a host to listen on is reachable from this machine only."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -1,4 +1,4 @@
-"""Which connections have something to be taken, in the order in which it came."""
+"""Connections with waiting messages, in order of arrival."""
 
 import heapq
 import itertools
@@ -10,47 +10,47 @@ from sfl.errors import SflError
 
 
 class Arriving(Protocol):
-    """A connection as ``Arrivals`` sees it."""
+    """What ``Arrivals`` needs of a connection."""
 
-    settled: bool
+    is_assigned: bool
 
     @property
     def arrived(self) -> bool: ...
 
     def arrival_ns(self) -> int: ...
 
-    def ending(self) -> SflError | None: ...
+    def end_reason(self) -> SflError | None: ...
 
 
 C = TypeVar("C", bound=Arriving)
 
 
 class Arrivals(Generic[C]):
-    """The connections of which something has arrived; guarded by ``SocketReader.lock``."""
+    """Connections with a waiting message or a failure; guarded by ``SocketReader.lock``."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, C]] = []
         self._count = itertools.count()
-        self._news: dict[C, None] = {}
+        self._ready: dict[C, None] = {}
         self._forgotten: weakref.WeakSet[C] = weakref.WeakSet()
 
     def add(self, connection: C) -> None:
-        """Take note that something new stands first, or last, in what waits of a connection."""
+        """Record that a connection's first or last waiting message has changed."""
         if connection in self._forgotten:
             return
         heapq.heappush(self._heap, (connection.arrival_ns(), next(self._count), connection))
-        if connection.ending() or not connection.settled:
-            self._news[connection] = None
+        if connection.end_reason() or not connection.is_assigned:
+            self._ready[connection] = None
 
     def forget(self, connection: C) -> None:
-        """Take no more note of a connection."""
+        """Remove a connection, and ignore it from now on."""
         self._forgotten.add(connection)
-        self._news.pop(connection, None)
+        self._ready.pop(connection, None)
         self._heap = [entry for entry in self._heap if entry[2] is not connection]
         heapq.heapify(self._heap)
 
-    def first(self, links: Collection[object]) -> C | None:
-        """Return the link whose message has waited longest, or that has failed."""
+    def first_arrived(self, links: Collection[object]) -> C | None:
+        """Return the one of ``links`` that has failed, or whose message has waited longest."""
         others, found = [], None
         while self._heap and found is None:
             entry = heapq.heappop(self._heap)
@@ -62,9 +62,11 @@ class Arrivals(Generic[C]):
             heapq.heappush(self._heap, entry)
         return found
 
-    def news(self) -> list[C]:
-        """Return those that have failed, and those not yet settled of which something waits."""
-        if not self._news:
+    def ready_members(self) -> list[C]:
+        """Return connections that have failed, and unassigned ones with a waiting message."""
+        if not self._ready:
             return []
-        self._news = {c: None for c in self._news if c.ending() or (c.arrived and not c.settled)}
-        return list(self._news)
+        self._ready = {
+            c: None for c in self._ready if c.end_reason() or (c.arrived and not c.is_assigned)
+        }
+        return list(self._ready)

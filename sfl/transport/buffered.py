@@ -1,9 +1,8 @@
-"""A connection whose messages are read ahead by the thread of a ``SocketReader``.
+"""A connection whose messages a ``SocketReader``'s thread reads ahead.
 
-What is read ahead is bounded: a connection whose messages nobody takes is no longer read, and TCP
-holds the sender back. What the peer is slow to take is sent on by a thread of the connection, so
-that no peer waits for another one's link. That is bounded, too: no message of a peer counts as
-arrived while its answer to an earlier one is unsent.
+Read-ahead is bounded: reading pauses while the inbox is full, and TCP slows the sender down.
+Sending does not block: what the socket does not accept at once, the connection's writer thread
+sends. The outbox is bounded too: a peer's next message is not delivered while a reply is unsent.
 """
 
 import contextlib
@@ -23,13 +22,13 @@ from sfl.wire.members import Member
 from sfl.wire.messages import Limits, Message, MessageType
 
 READ_AHEAD_MESSAGES = 4  # a step's two files, twice
-READS_AT_ONCE = 64  # of one connection, before it is another one's turn
-MESSAGES_AT_ONCE = 64  # heartbeats, of which none wait
+READS_AT_ONCE = 64  # of one connection before the next is read
+MESSAGES_AT_ONCE = 64  # likewise: heartbeats never fill the inbox
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Who reads the connections of a network, where what came is noted, and what is accepted."""
+    """What the connections of a network share."""
 
     reader: SocketReader
     arrivals: Arrivals["BufferedConnection"]
@@ -38,13 +37,13 @@ class Reading:
 
 
 class BufferedConnection(Connection, Member):
-    """A connection that is read ahead; receiving takes what has been read. Sending never waits."""
+    """A connection that is read ahead. Receiving takes from the inbox; sending never blocks."""
 
     def __init__(
-        self, stream: Stream, reading: Reading, let_in: PendingConnection | None = None
+        self, stream: Stream, reading: Reading, pending: PendingConnection | None = None
     ) -> None:
-        """``let_in`` is what the connection was while it had to show who it is."""
-        decoder = let_in.decoder if let_in else None
+        """``pending``: the same connection before it was admitted."""
+        decoder = pending.decoder if pending else None
         super().__init__(
             stream, timeout_s=reading.timeout_s, limits=reading.limits, decoder=decoder
         )
@@ -53,15 +52,15 @@ class BufferedConnection(Connection, Member):
         self._lock, self._changed = self._reader.lock, self._reader.changed
         self._inbox: deque[tuple[int, Message]] = deque()
         self._outbox: deque[list[memoryview]] = deque()
-        self._writer: threading.Thread | None = None  # started when the peer is slow
-        self._is_writing = False  # whether the writer sends what stands first in the outbox
+        self._writer: threading.Thread | None = None  # started when the socket is full
+        self._is_writing = False  # whether the writer is sending the outbox's first entry
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
-        if let_in:
-            self.must_prove, self.proved = let_in.must_prove, let_in.proved
-            self.certificate, self.counters = let_in.certificate, let_in.counters
-            self._deliver(list(let_in.arrived))
+        if pending:
+            self.must_prove, self.proved = pending.must_prove, pending.proved
+            self.certificate, self.counters = pending.certificate, pending.counters
+            self._deliver(list(pending.arrived))
         try:
             self._reader.add(self)
         except BaseException:
@@ -73,7 +72,7 @@ class BufferedConnection(Connection, Member):
 
     @property
     def arrived(self) -> bool:
-        """Whether a message may be taken, or the connection has failed."""
+        """Whether a message can be taken, or the connection has failed."""
         return bool(self._inbox and not self._outbox) or self._failure is not None
 
     def has_sent(self) -> bool:
@@ -93,67 +92,64 @@ class BufferedConnection(Connection, Member):
             self._reader.pause(self)
             self._fail(self._silent())
 
-    def beat(self, silent_s: float) -> None:
-        if not (self._outbox or self._failure):  # else it will hear from us, or never will
-            super().beat(silent_s)
+    def send_heartbeat(self, silent_s: float) -> None:
+        if not (self._outbox or self._failure):  # a non-empty outbox is a sign of life
+            super().send_heartbeat(silent_s)
 
     def read_now(self) -> bool:
-        came: list[Message] = []
+        received: list[Message] = []
         try:
-            return self._read_some(came)
+            return self._read_some(received)
         except BlockingIOError:
             return False
         except Exception as error:  # noqa: BLE001 - _next raises it
             self._reader.pause(self)
-            self._deliver(came)
+            self._deliver(received)
             self._fail(error)
             return False
         finally:
-            self._deliver(came)
+            self._deliver(received)
 
-    def _read_some(self, came: list[Message]) -> bool:
-        """Read messages; return False if no more of them are wanted, True if there may be more."""
+    def _read_some(self, received: list[Message]) -> bool:
+        """Read messages into ``received``; return False when the inbox is full, else True."""
         num_seen = 0
         for _ in range(READS_AT_ONCE):
-            while not self._is_full(len(came)):
+            while not self._is_full(len(received)):
                 if (message := self._decoded()) is None:
                     break
                 num_seen += 1
                 if message.type is not MessageType.HEARTBEAT:
-                    came.append(message)
+                    received.append(message)
             else:
-                if self._deliver(came):
+                if self._deliver(received):
                     return False
-                continue  # somebody has taken some in the meantime
+                continue  # a thread has taken some in the meantime
             if num_seen > MESSAGES_AT_ONCE:
                 return True
             self._read(wait=False)
         return True
 
-    def _deliver(self, came: list[Message]) -> bool:
-        """Put messages, which came together, where they are taken from.
-
-        Return whether there is no place for more: then nothing is read until some are taken.
-        """
-        self.counters.messages_received += len(came)
-        self.num_came += len(came)
+    def _deliver(self, received: list[Message]) -> bool:
+        """Move messages to the inbox; return whether it is full, which pauses reading."""
+        self.counters.messages_received += len(received)
+        self.num_received += len(received)
         with self._lock:
-            if came and not self._discards:
+            if received and not self._discards:
                 now = time.monotonic_ns()
-                self._inbox.extend((now, message) for message in came)
+                self._inbox.extend((now, message) for message in received)
                 self._arrivals.add(self)
                 self._reader.notify()
-            came.clear()
+            received.clear()
             if is_full := self._is_full():
                 self._reader.pause(self)
             return is_full
 
     def _fail(self, error: Exception) -> None:
-        """Note, at a thread's edge, why the connection is of no further use."""
+        """Record why the connection failed."""
         with self._lock:
             lost = ConnectionLost(f"{self.peer_title}: {reason_of(error)}")
             self._failure = error if isinstance(error, SflError) else lost
-            # The writer ends what it has begun, and sends our last words.
+            # The writer completes the message that it is sending: it may be our last.
             while len(self._outbox) > self._is_writing and not self._discards:
                 self._outbox.pop()
             self._arrivals.add(self)
@@ -161,20 +157,20 @@ class BufferedConnection(Connection, Member):
 
     def _send(self, message: Message) -> int:
         if message.type is MessageType.MESSAGE and self._outbox:
-            return 0  # a notice for people: who does not keep up goes without
+            return 0  # a slow peer misses notices for the user
         return super()._send(message)
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = False) -> None:
-        """Send at once what the socket takes at once; leave the rest to the writer."""
+        """Send what the socket accepts without blocking; leave the rest to the writer."""
         with self._lock:
             behind = bool(self._outbox)
         try:
             if not behind:
                 super()._transmit(parts, wait=False)
         except ConnectionLost:
-            # The peer may have said why before it closed.
+            # The peer may have sent its reason before it closed.
             self._reader.wait(lambda: self._failure is not None, FAREWELL_S)
-            why = self.ending()
+            why = self.end_reason()
             if isinstance(why, PeerFailed):
                 raise why from None
             raise
@@ -203,24 +199,24 @@ class BufferedConnection(Connection, Member):
                         self._arrivals.add(self)
                     self._reader.notify()
         except Exception as error:  # noqa: BLE001 - the thread's edge; _next raises it
-            self._stream.shut_sending()  # so that nothing more is left to wait
+            self._stream.shut_sending()
             with self._lock:
                 self._is_writing = False
                 self._outbox.clear()
                 if not (self._inbox and self._inbox[-1][1].type in LAST_WORDS):
-                    self._inbox.clear()  # what it asks for cannot be answered any more
+                    self._inbox.clear()  # its requests cannot be answered any more
                 self._fail(error)
 
-    def ending(self) -> SflError | None:
+    def end_reason(self) -> SflError | None:
         if self._inbox and is_last(self._inbox[-1][1]):
             return self.peer_failed(self._inbox[-1][1])
         return None if self._unregistered else self._failure
 
     def _next(self) -> Message:
-        def came() -> bool:
+        def is_ready() -> bool:
             return bool(self._inbox) or self._failure is not None
 
-        if not (came() or self._reader.wait(came, self.timeout_s)):
+        if not (is_ready() or self._reader.wait(is_ready, self.timeout_s)):
             raise self._silent()
         with self._lock:
             if not self._inbox:
@@ -232,15 +228,15 @@ class BufferedConnection(Connection, Member):
             if self.arrived:
                 self._arrivals.add(self)
         if was_full:
-            self._read_on()
+            self._resume_reading()
         return message
 
-    def _read_on(self) -> None:
-        self.heard_at = time.monotonic()  # before, we did not listen
+    def _resume_reading(self) -> None:
+        self.heard_at = time.monotonic()  # paused time does not count as silence
         self._reader.resume(self)
 
     def arrival_ns(self) -> int:
-        """Return when the waiting message came; failures come first."""
+        """Return when the first waiting message arrived; 0 for a failure, which sorts first."""
         return self._inbox[0][0] if self._inbox else 0
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:
@@ -248,27 +244,27 @@ class BufferedConnection(Connection, Member):
             self._discards = True
             self._inbox.clear()
             self._reader.notify()
-        self._read_on()
+        self._resume_reading()
         with contextlib.suppress(SflError):
             self.send_message_as_json(message_type, content=one_line(reason))
         self._reader.wait(lambda: not self._outbox, FAREWELL_S)
         self._stream.shut_sending()
 
     def last_words(self) -> PeerFailed | None:
-        why = self.ending()
+        why = self.end_reason()
         return why if isinstance(why, PeerFailed) else None
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
         self.end_sending(message_type, reason)
         self.join(time.monotonic() + FAREWELL_S)
 
-    def part(self) -> None:
+    def close_gracefully(self) -> None:
         self._reader.wait(lambda: not self._outbox, FAREWELL_S)
         self._stream.shut_sending()
         with self._lock:
             self._discards = True
             self._inbox.clear()
-        self._read_on()
+        self._resume_reading()
         self.join(time.monotonic() + FAREWELL_S)
 
     def join(self, deadline: float) -> None:
@@ -282,6 +278,6 @@ class BufferedConnection(Connection, Member):
         self._reader.remove(self)
         with self._lock:
             self._arrivals.forget(self)
-        # Nobody reads any more; whoever still holds a lost connection holds no half of a file.
+        # Free a partly received file, even if the closed connection is still referenced.
         self._decoder.forget()
         super().close()

@@ -1,4 +1,4 @@
-"""TLS, by the standard library: what server and clients show, and whom they trust."""
+"""TLS contexts of the standard library: own certificates, and trusted ones."""
 
 import hashlib
 import ssl
@@ -10,20 +10,20 @@ from sfl.nodes import PeerNode, ServerNode
 
 
 def certificate_hash(der: bytes) -> bytes:
-    """Return the hash by which a proof names a server's certificate."""
+    """Return the hash of a certificate; proofs of a token include the server's."""
     return hashlib.sha256(der).digest()
 
 
 @dataclass(frozen=True)
 class ServerTls:
-    """TLS as a server offers it."""
+    """A server's TLS context and certificate."""
 
     context: ssl.SSLContext
     certificate: bytes  # its hash
 
 
 def server_tls(node: ServerNode) -> ServerTls | None:
-    """Return how a server speaks TLS; None if it does not.
+    """Return a server's TLS by its options; None without ``--tls-cert``.
 
     Raises:
         ConfigError: its certificate or key cannot be used.
@@ -32,10 +32,10 @@ def server_tls(node: ServerNode) -> ServerTls | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # sessions are not resumed
-    _own_certificate(context, node)
+    _load_certificate(context, node)
     if node.tls_client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
-        _trust(context, "--tls-client-ca", node.tls_client_ca)
+        _load_ca(context, "--tls-client-ca", node.tls_client_ca)
     try:
         text = Path(node.tls_cert).expanduser().read_text("ascii")
         first = text[text.index(_BEGIN) : text.index(_END) + len(_END)]
@@ -49,36 +49,38 @@ _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 def client_tls(node: PeerNode) -> ssl.SSLContext | None:
-    """Return how a client, or a main server to its fed server, speaks TLS; None if it does not.
+    """Return the TLS context of a client, or of a main server to its fed server; None without one.
 
     Raises:
         ConfigError: a certificate or key cannot be used.
     """
     if not node.tls_ca:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks the host's name
-    _trust(context, "--tls-ca", node.tls_ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the host name
+    _load_ca(context, "--tls-ca", node.tls_ca)
     if node.tls_cert:
-        _own_certificate(context, node)
+        _load_certificate(context, node)
     return context
 
 
-def _own_certificate(context: ssl.SSLContext, node: PeerNode) -> None:
+def _load_certificate(context: ssl.SSLContext, node: PeerNode) -> None:
     def encrypted() -> str:
-        raise ConfigError(f"--tls-key {node.tls_key}: is encrypted; nobody is there to decrypt it")
+        raise ConfigError(
+            f"--tls-key {node.tls_key}: is encrypted: give a key without a passphrase"
+        )
 
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     cert, key = (Path(p).expanduser() for p in (node.tls_cert, node.tls_key))
     try:
         context.load_cert_chain(cert, key, password=encrypted)
-    except OSError as error:  # an SSLError is one as well
+    except OSError as error:  # includes SSLError
         reason = getattr(error, "reason", None) or error.strerror or str(error)
         raise ConfigError(
             f"--tls-cert {node.tls_cert}, --tls-key {node.tls_key}: cannot be used: {reason}"
         ) from error
 
 
-def _trust(context: ssl.SSLContext, option: str, path: str) -> None:
+def _load_ca(context: ssl.SSLContext, option: str, path: str) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(Path(path).expanduser())

@@ -1,8 +1,8 @@
-"""Messages over TCP: a connection, listening, connecting.
+"""A TCP connection that sends and receives messages.
 
-Every blocking call has a deadline. It counts from the last byte that moved, so that a large file
-on a slow link passes and a silent peer is noticed. ``sfl.transport.heartbeat`` lets a peer that is
-busy say so: heartbeats are neither handed on nor counted.
+Every blocking call has a deadline, counted from the last byte that moved: a large file on a slow
+link passes, and a silent peer is noticed. A busy peer sends heartbeats
+(``sfl.transport.heartbeat``), which are neither returned nor counted.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from sfl.errors import (
 )
 from sfl.transport.addresses import address_of
 from sfl.transport.polling import poll
-from sfl.transport.stream import Stream, is_refusal, why
+from sfl.transport.stream import Stream, is_refusal, tls_reason
 from sfl.wire.framing import Decoder, encode_head
 from sfl.wire.link import is_last, one_line
 from sfl.wire.members import Channel
 from sfl.wire.messages import Limits, Message, MessageType
 
 Socket = socket.socket
-FAREWELL_S = 2.0  # how long a closing side waits for the other to read its last words
-SLOWEST_BYTES_PER_S = 1024.0  # that a peer takes of a message, once its deadline has passed
+FAREWELL_S = 2.0  # how long a closing side waits for the peer to read its last message
+SLOWEST_BYTES_PER_S = 1024.0  # a peer must read a message this fast after its deadline
 
 
 class Connection(Channel):
@@ -45,7 +45,7 @@ class Connection(Channel):
         limits: Limits,
         decoder: Decoder | None = None,
     ) -> None:
-        """``decoder`` may have begun to read from the stream; ``limits`` hold from now on."""
+        """``decoder`` may hold bytes read from the stream; ``limits`` apply from now on."""
         super().__init__()
         self._stream = stream if isinstance(stream, Stream) else Stream(stream)
         if self._stream.sock.family != socket.AF_UNIX:
@@ -54,15 +54,15 @@ class Connection(Channel):
         self._stream.set_timeout(timeout_s)
         self.timeout_s = timeout_s
         self.certificate = self._stream.certificate
-        self.heartbeat_s = math.inf  # how often the peer wants to hear from us, once it has said so
+        self.heartbeat_s = math.inf  # interval that the peer asks for; inf until it does
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
-        self._sending = threading.Lock()  # a message is sent whole before the next one
+        self._sending = threading.Lock()  # messages do not interleave
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
     @property
     def limits(self) -> Limits:
-        """What we accept from the peer; may be replaced while nothing is being received."""
+        """What we accept from the peer; replace it only between messages."""
         return self._decoder.limits
 
     @limits.setter
@@ -80,7 +80,7 @@ class Connection(Channel):
         self.counters.sending_s += time.perf_counter() - started
         return num_bytes
 
-    def beat(self, silent_s: float) -> None:
+    def send_heartbeat(self, silent_s: float) -> None:
         if time.monotonic() - self.spoke_at < silent_s or not self._sending.acquire(blocking=False):
             return
         try:
@@ -88,13 +88,13 @@ class Connection(Channel):
             moved = self.bytes_moved
             self._transmit([memoryview(encode_head(message))])
             self.bytes_moved = moved
-        except ConnectionLost:  # whoever waits for the peer notices it
+        except ConnectionLost:  # the receiving thread reports it
             pass
         finally:
             self._sending.release()
 
     def _transmit(self, parts: list[memoryview], *, wait: bool = True) -> None:
-        """Send bytes, removing from ``parts`` what is on its way: all, or what needs no waiting."""
+        """Send ``parts``, removing what is sent; without ``wait``, stop when it would block."""
         give_up_at = time.monotonic() + self.timeout_s
         try:
             while any(map(len, parts)) or self._stream.has_unsent:
@@ -118,9 +118,9 @@ class Connection(Channel):
             raise self._broken(error) from error
 
     def _broken(self, error: OSError, where: str = "") -> SflError:
-        """Return the error for a connection that broke, or that TLS refused."""
+        """Return our error for a connection that broke, or that the peer's TLS refused."""
         if isinstance(error, ssl.SSLError) and is_refusal(error):
-            return AuthError(f"{self.peer_title} refused us: {why(error)}; see --tls-cert")
+            return AuthError(f"{self.peer_title} refused us: {tls_reason(error)}; see --tls-cert")
         return ConnectionLost(f"{self.peer_title} {how_it_ended(error)}{where}")
 
     def _next(self) -> Message:
@@ -141,7 +141,7 @@ class Connection(Channel):
         return message
 
     def _decoded(self) -> Message | None:
-        """Return the next message of what has been read; heartbeats are not counted."""
+        """Return the next message of the bytes read so far, or None; heartbeats are not counted."""
         try:
             message = self._decoder.next_message()
         except (ProtocolError, Damaged) as error:
@@ -159,12 +159,12 @@ class Connection(Channel):
         return f" in the middle of a message's {inside}" if inside else ""
 
     def _silent(self) -> ConnectionLost:
-        """Return the error for a peer that has sent nothing until the deadline."""
+        """Return the error for a peer that sent nothing until the deadline."""
         silent = f"sent nothing for {self.timeout_s:g} seconds"
         return ConnectionLost(f"{self.peer_title} {silent}{self._where}")
 
     def _read(self, *, wait: bool = True) -> None:
-        """Read some bytes; raise ``BlockingIOError`` if there are none and we are not to wait."""
+        """Read some bytes; without ``wait``, raise ``BlockingIOError`` if there are none."""
         with self._decoder.get_buffer() as buffer:
             try:
                 num_bytes = self._receive(buffer) if wait else self._stream.receive_now(buffer)
@@ -191,7 +191,7 @@ class Connection(Channel):
 
     @property
     def is_closed(self) -> bool:
-        """Whether we have closed it."""
+        """Whether this side has closed the connection."""
         return self._stream.sock.fileno() < 0
 
     def last_words(self) -> PeerFailed | None:
@@ -204,7 +204,7 @@ class Connection(Channel):
         return None
 
     def end_sending(self, message_type: MessageType, reason: str) -> None:
-        """Send a last message and end our half of the connection; a peer that is gone is fine."""
+        """Send a last message and shut down sending; ignore a peer that has disconnected."""
         with contextlib.suppress(ConnectionLost, OSError):
             self._stream.set_timeout(FAREWELL_S)
             self.send_message_as_json(message_type, content=one_line(reason))
@@ -212,11 +212,11 @@ class Connection(Channel):
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
         self.end_sending(message_type, reason)
-        self.part()
+        self.close_gracefully()
 
-    def part(self) -> None:
-        # Closing while the peer's bytes lie unread would reset the connection, and with it our last
-        # message; so they are read and thrown away until the peer closes or time is up.
+    def close_gracefully(self) -> None:
+        # Closing with unread bytes would reset the connection and lose our last message. So read
+        # and discard them until the peer closes or the deadline passes.
         self._stream.shut_sending()
         with contextlib.suppress(OSError):
             self._stream.set_timeout(FAREWELL_S)
@@ -231,11 +231,11 @@ class Connection(Channel):
 
 
 def how_it_ended(error: OSError) -> str:
-    """Say how a connection ended: by the peer's hand, or for another reason."""
+    """Return in words how a connection ended."""
     if isinstance(error, ssl.SSLEOFError):
         return "closed the connection"
     if isinstance(error, ssl.SSLError):
-        return f"sent what is no TLS: {why(error)}"
+        return f"sent invalid TLS data: {tls_reason(error)}"
     closed = (errno.ECONNRESET, errno.EPIPE, errno.EBADF, errno.ENOTCONN, errno.ECONNABORTED)
     return (
         "closed the connection" if error.errno in closed else f"is out of reach: {error.strerror}"
@@ -243,10 +243,10 @@ def how_it_ended(error: OSError) -> str:
 
 
 def _keep_alive(sock: socket.socket, timeout_s: float) -> None:
-    """Let the system, too, notice a peer whose machine or network is gone.
+    """Enable TCP keepalive, and a limit for unacknowledged bytes.
 
-    An idle connection is probed after 30 seconds; while bytes are unacknowledged Linux does not
-    probe, and would go on sending them for 15 minutes.
+    Keepalive probes an idle connection after 30 seconds. Linux does not probe while bytes are
+    unacknowledged, and would retransmit them for 15 minutes.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     seconds = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}

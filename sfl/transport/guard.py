@@ -1,4 +1,4 @@
-"""Whom a server lets in, and whether it is open to everybody by mistake."""
+"""Which connections a server admits, and checks that it is not open by mistake."""
 
 import contextlib
 import sys
@@ -12,51 +12,50 @@ from sfl.transport.tokens import SERVER, Tokens, tokens_of
 from sfl.wire.messages import Limits
 
 MOST_CLIENTS_OF_FED = 500
-FILES_WANTED = 8192  # open at once: a connection is one
+FILES_WANTED = 8192  # open at once; each connection is one
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a server's connections have in common."""
+    """Settings that all connections of a server share."""
 
     timeout_s: float
-    limits: Limits = field(
-        default_factory=Limits
-    )  # no files from anybody before the model is known
-    max_strangers: int = 64  # that may be connected without having registered
-    heartbeat_s: float = 0.0  # how often to hear from who has registered; 0: as timeout_s asks
+    limits: Limits = field(default_factory=Limits)  # no files before the model is known
+    max_unregistered: int = 64  # connections that have not registered yet
+    heartbeat_s: float = 0.0  # interval that registered peers are asked for; 0: from timeout_s
 
 
 @dataclass
 class Guard:
-    """Who is let in."""
+    """What a connection must do to be admitted."""
 
     tokens: Tokens | None = None
     tls: ServerTls | None = None
-    listener: str = SERVER  # what we are
-    run: str = ""  # that we have, once it is known
-    max_pending: int = 64
+    listener: str = SERVER  # or FED: which kind of server this is
+    run: str = ""  # this server's run; "" until it is known
+    max_pending: int = 64  # connections that are not admitted yet
 
 
 def guard_of(node: ServerNode, listener: str, most_clients: int = 0) -> Guard:
-    """Return whom a server lets in, after seeing that it is not open to everybody by mistake.
+    """Return a server's guard by its options.
 
     Raises:
-        ConfigError: it would be, or a file of tokens or certificates cannot be used.
+        ConfigError: other machines could connect without a token and without ``--insecure``, or a
+            file of tokens or certificates cannot be used.
     """
     tokens, tls = tokens_of(node), server_tls(node)
     if tokens is None and not node.insecure and not is_loopback(node.host):
         raise ConfigError(
             f"--host {node.host}: whoever reaches the port could take part: give --token-file (make"
-            " one: python -m sfl.auth new-token FILE), or --insecure if only friends can reach it"
+            " one: python -m sfl.auth new-token FILE), or --insecure if only trusted peers reach it"
         )
-    # All clients at once, and again; a fed server does not know yet how many there are.
+    # Twice the number of clients, for reconnects; a fed server does not know it yet.
     crowd = node.max_pending or 64 + 2 * (most_clients or MOST_CLIENTS_OF_FED)
-    return Guard(tokens, tls, listener, max_pending=min(crowd, most_files() // 2))
+    return Guard(tokens, tls, listener, max_pending=min(crowd, max_open_files() // 2))
 
 
 def exposure(node: ServerNode) -> list[str]:
-    """Return what to say about who can reach a server."""
+    """Return lines for the user about who can reach a server."""
     if is_loopback(node.host):
         return ["only this machine can connect; --host 0.0.0.0 lets others"]
     lines = []
@@ -67,13 +66,13 @@ def exposure(node: ServerNode) -> list[str]:
             node.token_file
         )
         lines.append(
-            f"warning: no --tls-cert: {protects}who is on the way can read and alter what travels"
+            f"warning: no --tls-cert: {protects}others on the way can read and alter what travels"
         )
     return lines
 
 
-def most_files() -> int:
-    """Return how many files may be open at once, after asking for more if there are few."""
+def max_open_files() -> int:
+    """Raise the system's limit of open files to ``FILES_WANTED`` if it is lower; return it."""
     if sys.platform == "win32":
         return FILES_WANTED
     import resource

@@ -24,35 +24,33 @@ class Listener:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def do_not_wait(self) -> None:
-        """Let nobody wait in ``accept`` from now on."""
+    def set_nonblocking(self) -> None:
+        """Make ``accept`` return at once from now on."""
         self._sock.settimeout(0)
 
     def fileno(self) -> int:
-        """Return the descriptor to wait for until ``accept`` gives a socket."""
+        """Return the descriptor, readable when ``accept`` has a socket."""
         return self._sock.fileno()
 
     def accept(self) -> Socket | None:
-        """Return the socket of the next connection, waiting for it; None if we are not to wait.
+        """Return the socket of the next connection; None if non-blocking and there is none.
 
         Raises:
-            OSError: it cannot be had: too many files are open, for one.
+            OSError: accepting failed, for example with too many open files.
         """
         try:
             return shaped(self._sock.accept()[0], self._shape)
-        except (BlockingIOError, ConnectionAbortedError):  # the peer gave up before
+        except (BlockingIOError, ConnectionAbortedError):  # none, or it has disconnected already
             return None
 
     def close(self) -> None:
-        """Stop listening."""
         self._sock.close()
 
 
 def listen(host: str, port: int, shape: LinkShape = UNSHAPED) -> Listener:
-    """Listen on ``host`` (IPv4 or IPv6; "::" takes both) and ``port``.
+    """Listen on ``host`` (IPv4 or IPv6; "::" is both) and ``port``.
 
-    What comes is shaped as a link of that ``shape``.
-    The port of a run that has just ended can be taken again at once.
+    Connections get the ``shape`` of ``--link``. The port of a run that has just ended is available.
 
     Raises:
         RunError: the host is not this machine's, or the port is in use.

@@ -1,8 +1,8 @@
-"""A connection that has not shown yet who it is.
+"""A connection that is not admitted yet.
 
-It is let in when it has done TLS's handshake, where there is TLS, and has proved that it has the
-token, where there is one, or else has sent a first whole message. Until then it may send 4 KiB, has
-10 seconds, and never gets a thread, a file or the attention of whoever trains.
+To be admitted it completes TLS's handshake, if there is TLS, and proves that it has the token; a
+server without tokens wants one complete message instead. Until then a connection may send 4 KiB,
+has 10 seconds, gets no thread and no file, and takes no time of the training thread.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from sfl.errors import AuthError, ConnectionLost, ProtocolError, SflError
 from sfl.transport.addresses import address_of
 from sfl.transport.connection import FAREWELL_S
 from sfl.transport.guard import Guard
-from sfl.transport.stream import RAW_BYTES, Stream, TlsStream, speaks_tls, why
+from sfl.transport.stream import RAW_BYTES, Stream, TlsStream, speaks_tls, tls_reason
 from sfl.transport.tokens import server_authenticate
 from sfl.wire.driver import Conversation
 from sfl.wire.framing import HEAD, VERSION, Decoder, encode_head
 from sfl.wire.link import Link, Peer, one_line
 from sfl.wire.messages import Limits, Message, MessageType
 
-MAX_BYTES = 4096  # that a connection may send before it is let in
-MAX_RAW_BYTES = 64 * 2**10  # the same with all that TLS adds: certificates, most of all
+MAX_BYTES = 4096  # received from a connection before it is admitted
+MAX_RAW_BYTES = 64 * 2**10  # the same including TLS's own bytes, mostly certificates
 LET_IN_WITHIN_S = 10.0
 LIMITS = Limits(json_bytes=MAX_BYTES - HEAD.size)
 
 
 class PendingConnection(Link):
-    """A connection that is not let in yet."""
+    """A connection that is not admitted yet; used by the acceptor's thread alone."""
 
     def __init__(self, sock: socket.socket, guard: Guard) -> None:
         super().__init__(guard.listener)
@@ -38,20 +38,20 @@ class PendingConnection(Link):
         self.decoder = Decoder(LIMITS)
         self.arrived: deque[Message] = deque()
         self.deadline = time.monotonic() + LET_IN_WITHIN_S
-        self.leaves = False  # it has been told why it is not let in
+        self.is_dismissed = False  # whether it has been sent the reason of its refusal
         self.must_prove = guard.tokens is not None
-        self.version = VERSION  # of the protocol that it reads
+        self.version = VERSION  # protocol version for our replies
         self.stream = Stream(sock)
         self._tls = guard.tls
-        self._talk = self._show(guard)
-        next(self._talk)
+        self._handshake = self._identify(guard)
+        next(self._handshake)
 
-    def go_on(self) -> bool:
-        """Go on with what has come; return whether it is let in.
+    def process(self) -> bool:
+        """Process the bytes that have arrived; return whether the connection is admitted.
 
         Raises:
-            AuthError, ProtocolError: it is not.
-            ConnectionLost, OSError: it is gone.
+            AuthError, ProtocolError: it is refused.
+            ConnectionLost, OSError: it has disconnected.
         """
         try:
             if not self._is_secured():
@@ -60,24 +60,24 @@ class PendingConnection(Link):
                 self._receive()
                 while (message := self.decoder.next_message()) is not None:
                     self.arrived.append(message)
-                    if self._takes_the_last_step():
+                    if self._advance_handshake():
                         return True
-        except BlockingIOError:  # by what reads alone: nothing more has come
+        except BlockingIOError:  # from reading alone: no more bytes are available
             return False
 
-    def _takes_the_last_step(self) -> bool:
-        """Go on with the talk; return whether it has come to its good end."""
+    def _advance_handshake(self) -> bool:
+        """Resume the token handshake; return whether it has succeeded."""
         try:
-            next(self._talk)
+            next(self._handshake)
         except StopIteration as end:
             self.proved = end.value
-            if self.must_prove and self.proved is None:  # never, unless the talk ended otherwise
+            if self.must_prove and self.proved is None:  # a safeguard: _identify never does this
                 raise AuthError("has not proved who it is") from None
             return True
         return False
 
     def _is_secured(self) -> bool:
-        """Go on with TLS's handshake, where there is TLS; return whether it is done."""
+        """Continue TLS's handshake, if there is TLS; return whether it is complete."""
         if self._tls is None or (isinstance(self.stream, TlsStream) and self.stream.is_secured):
             return True
         if not isinstance(self.stream, TlsStream):
@@ -86,17 +86,17 @@ class PendingConnection(Link):
             self.stream = TlsStream(self.stream.sock, self._tls.context)
             self.certificate = self._tls.certificate
         try:
-            done = self.stream.shake_hands_now()
+            done = self.stream.do_handshake_now()
         except ssl.SSLError as error:
-            raise AuthError(f"no TLS: {why(error)}") from error
+            raise AuthError(f"no TLS: {tls_reason(error)}") from error
         finally:
-            self._bound()
+            self._check_bounds()
         return done
 
-    def _bound(self) -> None:
-        """See that it has neither sent too much nor left unread what it was told."""
-        if self.stream.raw_received > MAX_RAW_BYTES:
-            raise ConnectionLost(f"sent {self.stream.raw_received} bytes of TLS")
+    def _check_bounds(self) -> None:
+        """Raise ConnectionLost if it has sent too many bytes, or does not read ours."""
+        if self.stream.raw_bytes_received > MAX_RAW_BYTES:
+            raise ConnectionLost(f"sent {self.stream.raw_bytes_received} bytes of TLS")
         if self.stream.has_unsent:
             raise ConnectionLost("takes nothing")
 
@@ -104,20 +104,20 @@ class PendingConnection(Link):
         room = MAX_BYTES - self.counters.bytes_received
         if not room:
             raise ProtocolError(
-                f"at most {MAX_BYTES} bytes may come before who sends them is known"
+                f"at most {MAX_BYTES} bytes are accepted before a connection is admitted"
             )
         try:
             with self.decoder.get_buffer() as buffer:
                 num_bytes = self.stream.receive_now(buffer[:room])
         finally:
-            self._bound()
+            self._check_bounds()
         if not num_bytes:
             raise ConnectionLost("closed the connection")
         self.decoder.advance(num_bytes)
         self.counters.bytes_received += num_bytes
 
-    def _show(self, guard: Guard) -> Conversation[Peer | None]:
-        """Find out who it is; None where nobody asks."""
+    def _identify(self, guard: Guard) -> Conversation[Peer | None]:
+        """Return the peer that it proves to be; None on a server without tokens."""
         if guard.tokens is not None:
             return (
                 yield from server_authenticate(
@@ -146,14 +146,14 @@ class PendingConnection(Link):
         return self.arrived.popleft()
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
-        """Say why it is not let in; what it still sends is thrown away until it closes."""
-        self.leaves, self.deadline = True, time.monotonic() + FAREWELL_S
+        """Send the reason of the refusal; from now on received bytes are discarded."""
+        self.is_dismissed, self.deadline = True, time.monotonic() + FAREWELL_S
         with contextlib.suppress(OSError, SflError):
             self.send_message_as_json(message_type, content=one_line(reason))
         self.stream.shut_sending()
 
-    def has_left(self) -> bool:
-        """Throw away what has come from one that was dismissed; return whether it has closed."""
+    def has_closed(self) -> bool:
+        """Discard the bytes of a dismissed connection; return whether the peer has closed it."""
         try:
             return not self.stream.sock.recv(RAW_BYTES)
         except BlockingIOError:

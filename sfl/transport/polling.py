@@ -1,7 +1,7 @@
-"""Polling for a while before a thread blocks: what is here for speed alone.
+"""Polling for a short time before a thread blocks; it exists for speed alone.
 
-A thread that the system has to wake begins a fraction of a millisecond late, with cold caches,
-which counts where a step takes a few of them. docs/performance.md says what it gains.
+Waking a blocked thread takes a fraction of a millisecond and leaves its caches cold, which matters
+where a step takes a few milliseconds. docs/performance.md has the gain.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-POLL_S = 5e-3  # the other side's part of a small model's step
+POLL_S = 5e-3  # covers the peer's part of a small model's step
 
 
 def poll(look: Callable[[], T]) -> T | None:

@@ -1,4 +1,4 @@
-"""How often something may be done: so often at once, and then every so many seconds."""
+"""A rate limit with bursts."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RateLimit:
-    """So many at once; each is regained after ``every_s`` seconds."""
+    """Allow bursts of ``at_once``, and on average one every ``every_s`` seconds (token bucket)."""
 
     at_once: int
     every_s: float
@@ -17,7 +17,7 @@ class RateLimit:
         self._left, self._counted_at = self.at_once, time.monotonic()
 
     def take(self) -> bool:
-        """Say whether it may be done now; then it counts as done."""
+        """Return whether it is allowed now; if so, count it."""
         now = time.monotonic()
         self._left = min(self._left + (now - self._counted_at) / self.every_s, self.at_once)
         self._counted_at = now

@@ -1,4 +1,4 @@
-"""Who is turned away: one line each, on the server's console and in its log, but not of a crowd."""
+"""Lines about refused connections, on the server's console and in its log, at a limited rate."""
 
 import contextlib
 import threading
@@ -9,48 +9,51 @@ from sfl.wire.link import one_line
 
 Tell = Callable[[str], None]
 EVERY_S = 60.0
-SAID_AT_ONCE, NOTED_AT_ONCE = 10, 50  # on the console, in the log
+MAX_CONSOLE_LINES, MAX_LOG_LINES = 10, 50  # on the console, in the log
 
 
-def _nowhere(line: str) -> None:
+def _discard(line: str) -> None:
     return
 
 
 class RefusalLog:
-    """Lines about who is turned away; may be told by several threads."""
+    """Lines about refused connections; safe to use from several threads."""
 
-    def __init__(self, say: Tell = _nowhere, note: Tell = _nowhere) -> None:
-        """``say`` writes a line to the console and into the log, ``note`` into the log alone."""
-        self._say, self._note = say, note
+    def __init__(self, say: Tell = _discard, note: Tell = _discard) -> None:
+        """``say`` writes a line to console and log, ``note`` to the log alone."""
+        self._to_console, self._to_log = say, note
         self._lock = threading.Lock()
         self._began_at = time.monotonic()
-        self._said = self._noted = self._unsaid = self._untold = 0
+        self._console_lines = self._log_lines = self._console_omitted = self._log_omitted = 0
 
-    def add(self, address: str, reason: str, *, aloud: bool = True) -> None:
-        """Tell of one; not ``aloud``: into the log alone, as of who left without a word."""
+    def add(self, address: str, reason: str, *, on_console: bool = True) -> None:
+        """Report one refused connection; without ``on_console``, in the log alone."""
         line = f"turned away {address}: {one_line(reason)}"
         with self._lock:
-            if aloud and self._said < SAID_AT_ONCE:
-                self._said += 1
-                _tell(self._say, line)
+            if on_console and self._console_lines < MAX_CONSOLE_LINES:
+                self._console_lines += 1
+                _tell(self._to_console, line)
                 return
-            self._unsaid += aloud
-            if self._noted < NOTED_AT_ONCE:
-                self._noted += 1
-                _tell(self._note, line)
+            self._console_omitted += on_console
+            if self._log_lines < MAX_LOG_LINES:
+                self._log_lines += 1
+                _tell(self._to_log, line)
             else:
-                self._untold += 1
+                self._log_omitted += 1
 
     def summarise(self, now: float) -> None:
-        """Count, once in a while, those who had no line of their own."""
+        """Every ``EVERY_S``, report how many refusals had no line of their own."""
         with self._lock:
             if now - self._began_at < EVERY_S:
                 return
-            for tell, count in ((self._say, self._unsaid), (self._note, self._untold)):
+            for tell, count in (
+                (self._to_console, self._console_omitted),
+                (self._to_log, self._log_omitted),
+            ):
                 if count:
                     _tell(tell, f"turned away {count} more connections in {EVERY_S:g} seconds")
             self._began_at = now
-            self._said = self._noted = self._unsaid = self._untold = 0
+            self._console_lines = self._log_lines = self._console_omitted = self._log_omitted = 0
 
 
 def _tell(tell: Tell, line: str) -> None:

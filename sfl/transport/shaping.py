@@ -1,7 +1,7 @@
-"""A connection as slow as one wants it: rate, delay, jitter and breaks, in the program itself.
+"""Emulation of slow links inside the program: rate, delay, jitter and broken connections.
 
-``--link 100mbit,50ms`` on either side shapes both directions of that side's connections, without
-root, for studies and tests. Two threads a direction pass the bytes on when they are due::
+``--link 100mbit,50ms`` on either side shapes both directions of that side's connections, for
+studies and tests, without root. Per direction two threads forward the bytes when they are due::
 
     the program <-> near end of a socket pair | far end <-> Pipe, Pipe <-> the real socket
 """
@@ -19,22 +19,22 @@ from sfl.values import LinkShape
 
 UNSHAPED = LinkShape()
 CHUNK = 16 * 2**10  # bytes
-MIN_ON_THE_WAY = 1024  # chunks; with more on the way TCP holds the sender back
-LINGER_S = 10.0  # for which the peer may go on to send when we have sent our last
-# What closes with a reset, always: a peer that waits for a place, and hears only that we have
-# closed, would ask a socket in TIME_WAIT for one until its own time is over.
+MIN_ON_THE_WAY = 1024  # chunks in transit; beyond that TCP slows the sender down
+LINGER_S = 10.0  # how long the peer may still send after our last byte
+# SO_LINGER value that makes close() send a reset. After an ordinary close a peer with a full send
+# window would probe a socket in TIME_WAIT until its own timeout.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class Line(Protocol):
-    """What a pipe asks of what it is a part of."""
+    """The emulated link of a pipe; see ``LinkShape``."""
 
     @property
     def bytes_per_s(self) -> float: ...
 
     @property
     def dark_until(self) -> float:
-        """The time before which nothing arrives."""
+        """The time until which no bytes arrive."""
 
     def draw_delay_s(self) -> float: ...
 
@@ -45,11 +45,11 @@ class Line(Protocol):
 
 
 class Pipe:
-    """One direction of a connection: a thread that reads and a thread that delivers."""
+    """One direction of a connection: one thread reads, another delivers."""
 
     def __init__(self, source: socket.socket, target: socket.socket, line: Line) -> None:
         self._source, self._target, self._line = source, target, line
-        self._left = line.cut_after()  # bytes that pass before the connection breaks
+        self._left = line.cut_after()  # bytes until the connection breaks
         self._is_cut = False
         in_flight = min(line.bytes_per_s * line.draw_delay_s() * 2 / CHUNK, 2**16)
         most = MIN_ON_THE_WAY if math.isnan(in_flight) else max(MIN_ON_THE_WAY, int(in_flight))
@@ -59,7 +59,7 @@ class Pipe:
             threading.Thread(target=run, name="pipe", daemon=True).start()
 
     def _read(self) -> None:
-        free_at = due_at = 0.0  # when the line has taken, and delivered, what it was given so far
+        free_at = due_at = 0.0  # when the line has accepted, and delivered, all bytes so far
         data = b"-"
         while data:
             try:
@@ -78,7 +78,7 @@ class Pipe:
             self.ended.set()
 
     def _deliver_one(self) -> bool:
-        """Pass on what comes next when it is due; return whether more may follow."""
+        """Deliver the next chunk when it is due; return whether more may follow."""
         due_at, data = self._on_the_way.get()
         while (wait_s := max(due_at, self._line.dark_until) - time.monotonic()) > 0:
             time.sleep(wait_s)
@@ -89,29 +89,29 @@ class Pipe:
         self._left -= len(passes)
         try:
             self._target.sendall(passes)
-        except OSError:  # the reader goes on, so that nobody waits for a place
+        except OSError:  # the delivery loop continues, so that the reader never blocks
             shut(self._source, socket.SHUT_RD)
         if len(passes) < len(data):
             self._line.count_cut()
-            self._is_cut = True  # what is shut down may be read for as long as the peer sends
+            self._is_cut = True  # a socket that is shut down can still return bytes
             for sock in (self._source, self._target):
-                with contextlib.suppress(OSError):  # it is closed already
+                with contextlib.suppress(OSError):  # already closed
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 shut(sock, socket.SHUT_RDWR)
-            while self._on_the_way.get()[1]:  # so that the reader finds a place, and ends
+            while self._on_the_way.get()[1]:  # drain the queue: the reader may block on it
                 pass
             return False
         return True
 
 
 def shut(sock: socket.socket, how: int) -> None:
-    """Shut a socket down, if it is not yet."""
+    """Shut a socket down; ignore one that is already."""
     with contextlib.suppress(OSError):
         sock.shutdown(how)
 
 
 class _NearEnd(socket.socket):
-    """Our end of a shaped connection, which knows who is at the other one."""
+    """Our end of a shaped connection; it reports the real peer's address."""
 
     peer: object = None
 
@@ -120,7 +120,7 @@ class _NearEnd(socket.socket):
 
 
 def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
-    """Return a socket that leads where ``sock`` does, over a link of this shape.
+    """Return a socket to the peer of ``sock``, over a link of this shape.
 
     ``sock`` is closed when both directions have ended.
     """
@@ -128,7 +128,7 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
         return sock
     try:
         peer = sock.getpeername()
-    except OSError as error:  # it is gone already
+    except OSError as error:  # already disconnected
         sock.close()
         raise ConnectionAbortedError(*error.args) from error
     sock.setblocking(True)
@@ -140,7 +140,7 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
     up, down = Pipe(far, sock, shape), Pipe(sock, far, shape)
 
     def close() -> None:
-        up.ended.wait()  # we have closed, or shut our half and wait for the peer's last words
+        up.ended.wait()  # until we close, or shut down sending
         down.ended.wait(LINGER_S + 2 * shape.delay_s)
         for end in (far, sock):
             shut(end, socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Reading many connections in one thread, and letting other threads wait for what comes."""
+"""A thread that reads many connections, and a way for other threads to wait for messages."""
 
 import contextlib
 import os
@@ -11,25 +11,25 @@ from typing import Protocol, TypeVar
 from sfl.transport.polling import poll
 
 T = TypeVar("T")
-TICK_S = 0.5  # how often to look for who is silent
+TICK_S = 0.5  # how often to check for silent connections
 
 
 class Readable(Protocol):
-    """A connection that is read without waiting."""
+    """A connection that can be read without blocking."""
 
     def fileno(self) -> int: ...
 
     def read_now(self) -> bool:
-        """Read what has come; return whether there may be more than was read."""
+        """Read available bytes; return whether more may be available."""
 
     def check_silence(self) -> None:
-        """Fail if nothing has come for too long."""
+        """Mark the connection as failed if it has been silent for too long."""
 
 
 class SocketReader:
-    """Reads connections, and lets threads wait for what comes. Closed by ``close``.
+    """Reads connections, and lets threads wait for messages. Closed by ``close``.
 
-    ``lock`` guards what ``wait`` waits for; whoever changes it calls ``notify``, holding it.
+    ``lock`` guards the state that ``wait`` waits for; code that changes it calls ``notify``.
     """
 
     def __init__(self) -> None:
@@ -38,27 +38,27 @@ class SocketReader:
         self._reading = threading.Lock()  # held while connections are read; taken before ``lock``
         self._selector = selectors.DefaultSelector()
         self._members: set[Readable] = set()
-        self._unfinished: set[Readable] = set()  # to be read without waiting for their sockets
+        self._unfinished: set[Readable] = set()  # may have more to read: not waited for
         self._paused: set[Readable] = set()
         self._closed = False
-        self._wakes, self._wake = os.pipe()
-        os.set_blocking(self._wakes, False)
-        os.set_blocking(self._wake, False)
-        self._selector.register(self._wakes, selectors.EVENT_READ)
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
 
     def add(self, connection: Readable) -> None:
-        """Read a connection from now on, beginning with what has come already."""
+        """Start reading a connection, including bytes that are already there."""
         with self._reading:
             if not self._closed:
                 self._members.add(connection)
-                self._begin(connection)
+                self._start_reading(connection)
 
     def remove(self, connection: Readable) -> None:
-        """Read a connection no longer; to be called before it is closed, and as often as you like.
+        """Stop reading a connection; repeated calls are allowed.
 
-        Else its descriptor might already be another one's when it is read.
+        Call it before closing: a closed descriptor may already belong to another connection.
         """
         with self._reading:
             self.pause(connection)
@@ -66,9 +66,9 @@ class SocketReader:
             self._paused.discard(connection)
 
     def pause(self, connection: Readable) -> None:
-        """Read a connection no longer until ``resume``.
+        """Stop reading a connection until ``resume``.
 
-        For a connection's own ``read_now`` and ``check_silence``, and for ``remove``.
+        Only for a connection's own ``read_now`` and ``check_silence``, and for ``remove``.
         """
         if connection in self._members and connection not in self._paused:
             self._selector.unregister(connection.fileno())
@@ -76,18 +76,18 @@ class SocketReader:
         self._unfinished.discard(connection)
 
     def resume(self, connection: Readable) -> None:
-        """Read a connection again, beginning with what has come in the meantime."""
+        """Read a paused connection again."""
         with self._reading:
             if connection in self._paused:
                 self._paused.remove(connection)
-                self._begin(connection)
+                self._start_reading(connection)
 
     def notify(self) -> None:
-        """Let those who wait look again; to be called with ``lock``."""
+        """Wake threads in ``wait``; the caller holds ``lock``."""
         self.changed.notify_all()
 
     def wait(self, ready: Callable[[], T], timeout_s: float | None = None) -> T:
-        """Return what ``ready`` finds, once that is true, or after ``timeout_s``, or at the end."""
+        """Return ``ready()`` once it is true, after ``timeout_s``, or when the reader closes."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.lock:
             while not (found := ready()) and not self._closed:
@@ -98,7 +98,7 @@ class SocketReader:
         return found
 
     def close(self) -> None:
-        """Read nothing any more."""
+        """Stop the thread, and wake threads in ``wait``."""
         with self.lock:
             self._closed = True
             self.notify()
@@ -108,18 +108,17 @@ class SocketReader:
             for members in (self._members, self._paused, self._unfinished):
                 members.clear()
             self._selector.close()
-            os.close(self._wakes)
-            os.close(self._wake)
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
 
-    def _begin(self, connection: Readable) -> None:
+    def _start_reading(self, connection: Readable) -> None:
         self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
         self._unfinished.add(connection)
         self._wake_up()
 
     def _wake_up(self) -> None:
-        """Let the thread look for what is to be read."""
-        with contextlib.suppress(BlockingIOError):  # full: it will wake
-            os.write(self._wake, b"x")
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: it will wake anyway
+            os.write(self._wake_writer, b"x")
 
     def _run(self) -> None:
         looked_at = time.monotonic()
@@ -143,7 +142,7 @@ class SocketReader:
     def _read(self, due: set[Readable | None]) -> None:
         for connection in due:
             if connection is None:
-                os.read(self._wakes, 4096)
+                os.read(self._wake_reader, 4096)
             elif connection in self._members and connection not in self._paused:
                 self._unfinished.discard(connection)
                 if connection.read_now():

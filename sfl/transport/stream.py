@@ -1,12 +1,12 @@
 """Bytes over a connected socket, in the clear or under TLS.
 
-A ``Stream`` waits for the peer for as long as its timeout says, or not at all. One thread may
-receive while another one sends. OpenSSL forbids that for one TLS connection, and a call of its that
-reads a socket goes on for as long as a peer feeds it. So a ``TlsStream`` reads and writes the
-socket itself, hands OpenSSL bytes in memory, and lets one thread do so at a time::
+A ``Stream`` blocks up to its timeout, or not at all. One thread may receive while another sends.
+OpenSSL does not allow that on one TLS connection, and its own socket reads last as long as a peer
+keeps sending. So a ``TlsStream`` reads and writes the socket itself, and passes the bytes to
+OpenSSL through memory, one thread at a time::
 
-    socket -> incoming -> OpenSSL -> what the peer said
-    socket <- unsent <- outgoing <- OpenSSL <- what we say
+    socket -> incoming -> OpenSSL -> plain bytes received
+    socket <- unsent <- outgoing <- OpenSSL <- plain bytes to send
 """
 
 import contextlib
@@ -20,68 +20,68 @@ from typing import cast
 from sfl.errors import AuthError
 from sfl.transport.certificates import certificate_hash
 
-RAW_BYTES = 64 * 2**10  # that are taken from the socket, or enciphered, at once
-# What OpenSSL says of a handshake whose bytes have changed on their way, to which side it may be.
+RAW_BYTES = 64 * 2**10  # read from the socket, or encrypted, in one call
+# OpenSSL's reasons for a handshake whose bytes were damaged in transit, in either direction.
 _DAMAGE = (
     "bad record mac", "decode error", "illegal parameter", "unexpected message", "bad length",
     "invalid session id", "bad extension", "bad key share", "digest check failed",
 )  # fmt: skip
-MAX_UNASKED_BYTES = 64 * 2**10  # that a peer makes us say, by asking for new keys, before we send
+MAX_UNASKED_BYTES = 64 * 2**10  # of queued TLS replies: a peer may request new keys endlessly
 
 
 class Stream:
-    """A connected socket, in the clear."""
+    """A connected socket without TLS."""
 
-    certificate = b""  # hash of the peer's, if it showed one
-    is_secured = True  # nothing is left to be agreed on
-    has_unsent = False  # whether what was taken is still to be sent
+    certificate = b""  # hash of the peer's certificate, if it presented one
+    is_secured = True  # whether the handshake, if any, is complete
+    has_unsent = False  # whether accepted bytes are not sent yet
 
     def __init__(self, sock: socket.socket) -> None:
-        # What reads and writes the descriptor itself would bypass TLS.
+        # Reads and writes on the descriptor would bypass TLS.
         assert not isinstance(sock, ssl.SSLSocket)
         self.sock = sock
-        self.raw_received = 0  # bytes, of which TLS's own are a part
+        self.raw_bytes_received = 0  # including TLS's overhead
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Wait for bytes, put them into ``buffer`` and return how many; 0: the peer has ended.
+        """Wait for bytes, write them to ``buffer`` and return how many; 0: end of stream.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: no bytes arrived in time.
             OSError: the connection is broken.
         """
         return self.sock.recv_into(buffer)
 
     def receive_now(self, buffer: memoryview) -> int:
-        """Do as ``receive_into``, but raise ``BlockingIOError`` if nothing has come."""
+        """Do as ``receive_into``, but raise ``BlockingIOError`` instead of waiting."""
         num_bytes = os.readv(self.sock.fileno(), [buffer])  # the descriptor is non-blocking
-        self.raw_received += num_bytes
+        self.raw_bytes_received += num_bytes
         return num_bytes
 
     def send(self, parts: Sequence[memoryview]) -> int:
-        """Send of some bytes as many as fit, waiting until some do; return how many were taken.
+        """Wait until the socket accepts some of the bytes; return how many it accepted.
 
-        While ``has_unsent`` it is to be called again, with nothing if there is nothing more.
+        Call it again while ``has_unsent``, with no bytes if there are no more.
 
         Raises:
-            TimeoutError: the peer took none in time.
+            TimeoutError: the socket accepted none in time.
             OSError: the connection is broken.
         """
         return self.sock.sendmsg(parts)
 
     def send_now(self, parts: Sequence[memoryview]) -> int:
-        """Do as ``send``, but raise ``BlockingIOError`` if none fit."""
+        """Do as ``send``, but raise ``BlockingIOError`` instead of waiting."""
         return os.writev(self.sock.fileno(), parts)
 
     def set_timeout(self, timeout_s: float) -> None:
         self.sock.settimeout(timeout_s)
 
     def shut_sending(self) -> None:
-        """End our half of the connection; what the peer still sends can be read."""
+        """Shut down the sending direction; receiving still works."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the connection; a thread that waits on it wakes."""
+        """Close the connection; this wakes threads that wait on it."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
@@ -95,13 +95,13 @@ class TlsStream(Stream):
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, *, host: str | None = None
     ) -> None:
-        """``host`` is the server that we want to reach; None: we are the server."""
+        """``host``: name of the server to connect to; None: this side is the server."""
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=host is None, server_hostname=host
         )
-        self._inside = threading.Lock()
+        self._tls_lock = threading.Lock()
         self._unsent = memoryview(b"")
 
     @property
@@ -109,46 +109,46 @@ class TlsStream(Stream):
         return bool(len(self._unsent) or self._outgoing.pending)
 
     def receive_into(self, buffer: memoryview) -> int:
-        while (num_bytes := self._decipher(buffer)) is None:
+        while (num_bytes := self._decrypt(buffer)) is None:
             self._feed(self.sock.recv(RAW_BYTES))
         return num_bytes
 
     def receive_now(self, buffer: memoryview) -> int:
-        if (num_bytes := self._decipher(buffer)) is None:
+        if (num_bytes := self._decrypt(buffer)) is None:
             self._feed(_receive_now(self.sock))
-            num_bytes = self._decipher(buffer)
+            num_bytes = self._decrypt(buffer)
         if num_bytes is None:
             raise BlockingIOError
         return num_bytes
 
-    def _decipher(self, buffer: memoryview) -> int | None:
-        """Take what has been deciphered; 0 if the peer has ended, None if more must come first."""
-        with self._inside:
+    def _decrypt(self, buffer: memoryview) -> int | None:
+        """Read decrypted bytes; return 0 at the end of the stream, None if more input is needed."""
+        with self._tls_lock:
             try:
                 return cast(int, self._tls.read(len(buffer), buffer))
             except ssl.SSLWantReadError:
                 if self._outgoing.pending > MAX_UNASKED_BYTES:
-                    raise ConnectionAbortedError("asks for new keys without end") from None
+                    raise ConnectionAbortedError("requests new keys without end") from None
                 return None
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return 0
 
     def _feed(self, data: bytes) -> None:
-        self.raw_received += len(data)
-        with self._inside:
+        self.raw_bytes_received += len(data)
+        with self._tls_lock:
             if data:
                 self._incoming.write(data)
             else:
                 self._incoming.write_eof()
 
     def send(self, parts: Sequence[memoryview]) -> int:
-        taken = self._encipher(parts)
+        taken = self._encrypt(parts)
         if len(self._unsent):
             self._unsent = self._unsent[self.sock.send(self._unsent) :]
         return taken
 
     def send_now(self, parts: Sequence[memoryview]) -> int:
-        taken = self._encipher(parts)
+        taken = self._encrypt(parts)
         try:
             if len(self._unsent):
                 self._unsent = self._unsent[os.write(self.sock.fileno(), self._unsent) :]
@@ -157,23 +157,23 @@ class TlsStream(Stream):
                 raise
         return taken
 
-    def _encipher(self, parts: Sequence[memoryview]) -> int:
-        """Encipher some bytes, once those before are on their way; return how many."""
+    def _encrypt(self, parts: Sequence[memoryview]) -> int:
+        """Encrypt some bytes if all earlier ones are sent; return how many."""
         if len(self._unsent):
             return 0
-        # A message's head and the beginning of its file go together.
+        # Joined, so that a message's head and the start of its file share a TLS record.
         plain = b"".join(part[:RAW_BYTES] for part in parts)[:RAW_BYTES]
-        with self._inside:
+        with self._tls_lock:
             taken = self._tls.write(plain) if plain else 0
             self._unsent = memoryview(self._outgoing.read())
         return taken
 
-    def shake_hands(self) -> bool:
-        """Go on with the handshake with what has come; return whether it is done.
+    def do_handshake(self) -> bool:
+        """Continue the handshake with the bytes received so far; return whether it is complete.
 
-        What we have to say is then to be sent, whether it is or has failed.
+        The caller then sends the pending output, also after a failure.
         """
-        with self._inside:
+        with self._tls_lock:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
@@ -181,18 +181,18 @@ class TlsStream(Stream):
         self.is_secured = True
         return True
 
-    def shake_hands_now(self) -> bool:
-        """Go on with the handshake without waiting; return whether it is done.
+    def do_handshake_now(self) -> bool:
+        """Continue the handshake without waiting; return whether it is complete.
 
         Raises:
-            BlockingIOError: nothing has come, or the peer takes nothing.
+            BlockingIOError: no bytes have arrived, or the peer reads none.
             ssl.SSLError, OSError: it failed.
         """
         self._feed(_receive_now(self.sock))
         try:
-            done = self.shake_hands()
+            done = self.do_handshake()
         except ssl.SSLError:
-            with contextlib.suppress(OSError):  # to say why is a courtesy
+            with contextlib.suppress(OSError):  # the alert is a courtesy
                 self.send_now([])
             raise
         if self.has_unsent:
@@ -200,17 +200,18 @@ class TlsStream(Stream):
         return done
 
     def finish_handshake(self) -> None:
-        """Wait until the handshake is done.
+        """Run the handshake to its end.
 
         Raises:
-            TimeoutError, OSError: as ``receive_into``; ssl.SSLError: it failed.
+            TimeoutError, OSError: as in ``receive_into``.
+            ssl.SSLError: the handshake failed.
         """
         done = False
         while not done:
             try:
-                done = self.shake_hands()
+                done = self.do_handshake()
             except ssl.SSLError:
-                with contextlib.suppress(OSError):  # to say why is a courtesy
+                with contextlib.suppress(OSError):  # the alert is a courtesy
                     self.send([])
                 raise
             while self.has_unsent:
@@ -225,16 +226,16 @@ def _receive_now(sock: socket.socket) -> bytes:
     return os.read(sock.fileno(), RAW_BYTES)  # the descriptor is non-blocking
 
 
-def to_server(
+def start_tls(
     sock: socket.socket, context: ssl.SSLContext, host: str, timeout_s: float
 ) -> TlsStream:
-    """Begin TLS with the server ``host``, whose certificate must be its.
+    """Start TLS with the server ``host``, and verify that its certificate is for that name.
 
     Raises:
-        AuthError: its certificate is not to be trusted, or it does not speak TLS as we do.
-        TimeoutError, OSError: the connection is lost, or what came over it has been damaged.
+        AuthError: the certificate is not trusted, or the server does not speak TLS 1.3.
+        TimeoutError, OSError: the connection is lost, or its bytes were damaged.
     """
-    # An IPv6 address may have its interface behind it.
+    # An IPv6 address may end in %interface.
     stream = TlsStream(sock, context, host=host.partition("%")[0])
     stream.set_timeout(timeout_s)
     try:
@@ -244,14 +245,14 @@ def to_server(
         if (
             not isinstance(error, ssl.SSLError)
             or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-            or any(words in why(error) for words in _DAMAGE)
+            or any(words in tls_reason(error) for words in _DAMAGE)
         ):
             raise
-        raise AuthError(_not_agreed(error, host)) from error
+        raise AuthError(_handshake_failure(error, host)) from error
     return stream
 
 
-def _not_agreed(error: OSError, host: str) -> str:
+def _handshake_failure(error: OSError, host: str) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate of the server at {host} is not to be trusted:"
@@ -259,22 +260,22 @@ def _not_agreed(error: OSError, host: str) -> str:
         )
     assert isinstance(error, ssl.SSLError)
     return (
-        f"the server at {host} does not speak TLS 1.3 with us ({why(error)}): start it with"
+        f"the server at {host} does not speak TLS 1.3 with us ({tls_reason(error)}): start it with"
         " --tls-cert and --tls-key, or leave out --tls-ca"
     )
 
 
-def why(error: ssl.SSLError) -> str:
-    """Return in a few words what TLS did not like."""
+def tls_reason(error: ssl.SSLError) -> str:
+    """Return OpenSSL's reason for an error, as lower-case words."""
     return (error.reason or str(error)).replace("_", " ").lower()
 
 
 def is_refusal(error: ssl.SSLError) -> bool:
-    """Say whether TLS ended since the peer does not trust us."""
-    words = why(error)
+    """Return whether TLS failed because the peer does not trust our certificate."""
+    words = tls_reason(error)
     return "alert" in words and any(w in words for w in ("certificate", "unknown ca", "denied"))
 
 
 def speaks_tls(sock: socket.socket) -> bool:
-    """Say whether what a peer has sent first is the beginning of TLS's handshake."""
+    """Return whether a peer's first byte starts a TLS handshake."""
     return sock.recv(1, socket.MSG_PEEK) in (b"\x16", b"")

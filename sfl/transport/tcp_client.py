@@ -1,4 +1,4 @@
-"""The TCP connections that a machine makes: one that it reads itself, or many read by a thread."""
+"""Outgoing TCP connections: read by the calling thread, or many read by a background thread."""
 
 from collections.abc import Callable
 from typing import Self
@@ -17,13 +17,13 @@ def dialling_of(node: PeerNode, say: Callable[[str], None]) -> Dialling:
     """Return how a machine connects, by its options.
 
     Raises:
-        ConfigError: a file of theirs cannot be used.
+        ConfigError: a certificate or key cannot be used.
     """
     return Dialling(node.peer_timeout, client_tls(node), node.link_shape, say)
 
 
 class TcpClient:
-    """Makes connections that whoever waits for a message reads. Closed by ``with``."""
+    """Makes connections that the receiving thread reads itself. Closed by ``with``."""
 
     def __init__(self, dialling: Dialling) -> None:
         self._dialling = dialling
@@ -36,9 +36,9 @@ class TcpClient:
     def __exit__(self, *exc: object) -> None:
         self._heartbeat.stop()
 
-    def connect(self, address: str, patience_s: float, *, again: bool = False) -> Connection:
+    def connect(self, address: str, patience_s: float, *, is_reconnect: bool = False) -> Connection:
         """Do as ``open_stream``."""
-        stream = open_stream(address, self._dialling, patience_s, again=again)
+        stream = open_stream(address, self._dialling, patience_s, is_reconnect=is_reconnect)
         timeout_s = self._dialling.timeout_s
         connection = Connection(stream, timeout_s=timeout_s, limits=self._dialling.limits)
         self._connections = [c for c in self._connections if not c.is_closed] + [connection]
@@ -46,7 +46,7 @@ class TcpClient:
 
 
 class TcpClients(TcpNetwork):
-    """Makes connections that a thread reads, for many clients in one process."""
+    """Makes connections that a background thread reads, for many clients in one process."""
 
     farewell = "interrupted", MessageType.UNREGISTER
 
@@ -55,9 +55,11 @@ class TcpClients(TcpNetwork):
         self._dialling = dialling
 
     def connect(
-        self, address: str, patience_s: float, *, again: bool = False
+        self, address: str, patience_s: float, *, is_reconnect: bool = False
     ) -> BufferedConnection:
-        """Do as ``open_stream``; may be called by several threads."""
-        connection = self._add(open_stream(address, self._dialling, patience_s, again=again))
-        connection.settled = True
+        """Do as ``open_stream``; safe to call from several threads."""
+        connection = self._add(
+            open_stream(address, self._dialling, patience_s, is_reconnect=is_reconnect)
+        )
+        connection.is_assigned = True
         return connection

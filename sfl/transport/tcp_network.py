@@ -1,4 +1,4 @@
-"""Many TCP connections, read by one thread, and one place to wait for them all."""
+"""Many TCP connections, read by one thread, with one call to wait for all of them."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from sfl.transport.heartbeat import Heartbeat
 from sfl.transport.pending import PendingConnection
 from sfl.transport.socket_reader import SocketReader
 from sfl.transport.stream import Stream
-from sfl.wire.driver import AllStay, Gate
+from sfl.wire.driver import Gate, NoReconnects
 from sfl.wire.link import Link
 from sfl.wire.members import Member
 from sfl.wire.messages import Limits, MessageType
@@ -20,10 +20,10 @@ from sfl.wire.messages import Limits, MessageType
 T = TypeVar("T")
 
 
-class TcpNetwork(AllStay):
-    """Connections, and one place to wait for them all. Closed by ``with``."""
+class TcpNetwork(NoReconnects):
+    """Connections, with one call to wait for all of them. Closed by ``with``."""
 
-    farewell = "the server has ended", MessageType.ABORT  # to those that are open at the end
+    farewell = "the server has ended", MessageType.ABORT  # last message to open connections
 
     def __init__(self, timeout_s: float, limits: Limits) -> None:
         self._reader, self._arrivals = SocketReader(), Arrivals[BufferedConnection]()
@@ -45,14 +45,14 @@ class TcpNetwork(AllStay):
         with self._lock:
             return [c for c in self._connections if not c.is_closed]
 
-    def _add(self, stream: Stream, let_in: PendingConnection | None = None) -> BufferedConnection:
-        connection = BufferedConnection(stream, self._reading, let_in)
+    def _add(self, stream: Stream, pending: PendingConnection | None = None) -> BufferedConnection:
+        connection = BufferedConnection(stream, self._reading, pending)
         with self._lock:
             self._connections = [*self.members, connection]
-            self._reader.notify()  # its first message may have arrived already
+            self._reader.notify()  # its first message may be there already
         return connection
 
-    def until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
+    def wait_until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
         return self._reader.wait(ready, timeout_s)
 
     def wake(self) -> None:
@@ -60,16 +60,16 @@ class TcpNetwork(AllStay):
             self._reader.notify()
 
     def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
-        self._reader.wait(lambda: self.first(links) or any(g() for g in gates))
-        return self.first(links)
+        self._reader.wait(lambda: self.first_arrived(links) or any(g() for g in gates))
+        return self.first_arrived(links)
 
-    def first(self, links: Collection[Link]) -> BufferedConnection | None:
+    def first_arrived(self, links: Collection[Link]) -> BufferedConnection | None:
         with self._lock:
-            return self._arrivals.first(links)
+            return self._arrivals.first_arrived(links)
 
-    def news(self) -> list[BufferedConnection]:
+    def ready_members(self) -> list[BufferedConnection]:
         with self._lock:
-            return self._arrivals.news()
+            return self._arrivals.ready_members()
 
     def drop(
         self, member: Member, reason: str, last_words: MessageType = MessageType.INVALID_MESSAGE
@@ -107,4 +107,4 @@ class TcpNetwork(AllStay):
         self._reader.close()
 
     def _stop_adding(self) -> None:
-        """Let no new connection in."""
+        """Accept no new connections."""

@@ -1,4 +1,4 @@
-"""A server's TCP connections: ``acceptor`` lets them in, ``buffered`` reads them ahead."""
+"""A server's TCP connections: ``acceptor`` admits them, ``buffered`` reads them ahead."""
 
 from collections.abc import Collection
 
@@ -15,7 +15,7 @@ from sfl.wire.link import Link
 
 
 class TcpServer(TcpNetwork):
-    """A listening socket and the connections that came over it."""
+    """A listening socket and the connections that it accepted."""
 
     def __init__(
         self,
@@ -24,33 +24,33 @@ class TcpServer(TcpNetwork):
         guard: Guard | None = None,
         refusals: RefusalLog | None = None,
     ) -> None:
-        """``guard`` says who is let in; ``refusals`` is told who is not, and why."""
+        """``guard`` decides who is admitted; ``refusals`` logs who is not."""
         super().__init__(terms.timeout_s, terms.limits)
         self.heartbeat_s = terms.heartbeat_s or interval_s(terms.timeout_s)
-        self._max_strangers = terms.max_strangers
+        self._max_unregistered = terms.max_unregistered
         self._refusals = refusals or RefusalLog()
         self._acceptor = Acceptor(listener, guard or Guard(), self._admit, self._refusals)
 
     def _admit(self, pending: PendingConnection) -> None:
         with self._lock:
             strangers = [c for c in self._connections if not c.peer_name]
-            if len(strangers) + self._num_leaving >= self._max_strangers:
+            if len(strangers) + self._num_leaving >= self._max_unregistered:
                 pending.stream.close()
                 return
         self._add(pending.stream, pending)
 
     def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
         def ended() -> SflError | None:
-            others = (c for c in self.news() if c.peer_name and c not in links)
-            return next(filter(None, (other.ending() for other in others)), None)
+            others = (c for c in self.ready_members() if c.peer_name and c not in links)
+            return next(filter(None, (other.end_reason() for other in others)), None)
 
-        self._reader.wait(lambda: self.first(links) or ended() or any(g() for g in gates))
+        self._reader.wait(lambda: self.first_arrived(links) or ended() or any(g() for g in gates))
         if why := ended():
             raise why
-        return self.first(links)
+        return self.first_arrived(links)
 
-    def turned_away(self, address: str, reason: str, *, aloud: bool = True) -> None:
-        self._refusals.add(address, reason, aloud=aloud)
+    def log_refusal(self, address: str, reason: str, *, on_console: bool = True) -> None:
+        self._refusals.add(address, reason, on_console=on_console)
 
     def _stop_adding(self) -> None:
         self._acceptor.close()

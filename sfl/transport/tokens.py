@@ -1,7 +1,6 @@
-"""Tokens: who may connect, and to whom.
+"""Tokens: mutual authentication of server and clients by a shared secret.
 
-A token is a secret that server and clients share. When a client connects, each side shows that it
-has the token without saying it::
+When a client connects, each side proves that it has the token without sending it::
 
     client (client_authenticate)                  server (server_authenticate)
     AUTHENTICATE {role, client_id, nonce}     ->
@@ -9,11 +8,10 @@ has the token without saying it::
     PROOF {proof}                             ->
     REGISTER, ...
 
-A proof is the HMAC-SHA-256 (RFC 2104) with the token over everything that the two have agreed on:
-which side it is from, the protocol's version, who listens, role and client id, the run, both
-nonces and, under TLS, the hash of the server's certificate. So it is of no use to whoever listens,
-neither again nor elsewhere, and a client goes no further with a server that lacks the token. It
-protects the start of a connection; what follows is protected by TLS alone.
+A proof is the HMAC-SHA-256 (RFC 2104), keyed by the token, of the proving side, the protocol
+version, the kind of server, role and client id, the run, both nonces and, under TLS, the hash of
+the server's certificate. So an eavesdropper cannot replay it, here or elsewhere, and a client stops
+if the server lacks the token. Tokens protect the start of a connection; only TLS protects the rest.
 """
 
 import hashlib
@@ -34,7 +32,7 @@ from sfl.wire.framing import VERSION
 from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
 from sfl.wire.messages import MessageType
 
-SERVER, FED = "server", "fed"  # who listens
+SERVER, FED = "server", "fed"  # the kinds of server
 TOKEN_BYTES = 32
 _TOKEN = re.compile(r"[!-~]{32,512}")
 _OWNER = re.compile(rf"0|[1-9]\d{{0,8}}|{MAIN}")
@@ -44,11 +42,11 @@ _MAX_FILE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Tokens:
-    """The content of a token file: one token for all, or one for each client."""
+    """The content of a token file: one shared token, or one for each client."""
 
     path: Path
     shared: str = ""
-    own: Mapping[str, str] | None = None  # by "0", "1", ... and "main"
+    own: Mapping[str, str] | None = None  # keys: "0", "1", ... and "main"
 
     def of(self, peer: Peer) -> bytes | None:
         """Return a peer's token; None if it has none."""
@@ -57,16 +55,16 @@ class Tokens:
 
     @property
     def only_client(self) -> int | None:
-        """The client whose token it is, if it is one client's alone."""
+        """The client of the file's only token; None if the file serves several."""
         owners = [owner for owner in self.own or {} if owner != MAIN]
         return int(owners[0]) if len(owners) == 1 else None
 
 
 def read_tokens(path: Path) -> Tokens:
-    """Return what lies in a token file: a token, or lines of a client id and its token.
+    """Return the content of a token file: a token, or lines of a client id and its token.
 
     Raises:
-        ConfigError: it cannot be read, others can read it, or it holds something else.
+        ConfigError: it cannot be read, other users can access it, or it is malformed.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -76,7 +74,7 @@ def read_tokens(path: Path) -> Tokens:
     except OSError as error:
         raise ConfigError(f"--token-file {path}: {error.strerror}") from error
     except UnicodeDecodeError:
-        raise ConfigError(f"--token-file {path}: holds other than tokens") from None
+        raise ConfigError(f"--token-file {path}: is not ASCII text") from None
     if mode & 0o077:
         raise ConfigError(
             f"--token-file {path}: other users of this machine may read or change it; say"
@@ -103,7 +101,7 @@ def _parse(path: Path, lines: list[list[str]]) -> Tokens:
 
 
 def tokens_of(node: PeerNode) -> Tokens | None:
-    """Return the tokens that a node's options name, if any."""
+    """Return the tokens of a node's ``--token-file``, if any."""
     return read_tokens(Path(node.token_file).expanduser()) if node.token_file else None
 
 
@@ -111,7 +109,7 @@ def write_tokens(path: Path, lines: list[str]) -> None:
     """Write a new token file that only its owner may read.
 
     Raises:
-        ConfigError: there is one already, or it cannot be written.
+        ConfigError: the file exists, or cannot be written.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -125,7 +123,7 @@ def write_tokens(path: Path, lines: list[str]) -> None:
 
 
 def _proof(token: bytes, side: str, agreed: tuple[str | bytes, ...]) -> str:
-    """Return one side's proof that it has a token; every field stands behind its length."""
+    """Return one side's proof that it has a token; each field is prefixed by its length."""
     code = hmac.new(token, digestmod=hashlib.sha256)
     for part in (f"SFL {side}", str(VERSION), *agreed):
         data = part.encode() if isinstance(part, str) else part
@@ -133,22 +131,23 @@ def _proof(token: bytes, side: str, agreed: tuple[str | bytes, ...]) -> str:
     return code.hexdigest()
 
 
-def _is(given: str, wanted: str) -> bool:
-    # Only hexadecimal digits are compared: other text may have no bytes at all.
+def _is_proof(given: str, wanted: str) -> bool:
+    # Check the digits first: other text may not encode to bytes.
     return bool(_HEX.fullmatch(given)) and hmac.compare_digest(given.encode(), wanted.encode())
 
 
 def client_authenticate(
     link: Link, tokens: Tokens, peer: Peer, *, listener: str, run: str = ""
 ) -> Conversation[str]:
-    """Prove to have the token, and see that who listens has it; faces ``server_authenticate``.
+    """Authenticate to a server, and verify that it has the token; return the server's run.
 
-    ``listener`` is who should be there; ``run`` the run that it should have, if that is known.
-    Return the run that it has.
+    The other end is ``server_authenticate``. ``listener``: the expected kind of server; ``run``:
+    its expected run, if known.
 
     Raises:
         ConfigError: the file has no token for this client.
-        AuthError: whoever is there lacks the token, or is another server.
+        AuthError: the server lacks the token, or has another run.
+        ProtocolError: its reply is malformed.
     """
     token = tokens.of(peer)
     if token is None:
@@ -164,9 +163,9 @@ def client_authenticate(
     reply = link.receive_message_as_json(MessageType.CHALLENGE)
     theirs = reply.get("run", str)
     if theirs and not RUN_NAME.fullmatch(theirs):
-        raise ProtocolError(f"{link.peer_title} has a run of a name that none has")
-    agreed = _agreed(peer, listener, theirs, nonce, reply.get("nonce", str), link.certificate)
-    if not _is(reply.get("proof", str), _proof(token, "listener", agreed)):
+        raise ProtocolError(f"{link.peer_title} has an invalid name for its run")
+    agreed = _proof_fields(peer, listener, theirs, nonce, reply.get("nonce", str), link.certificate)
+    if not _is_proof(reply.get("proof", str), _proof(token, "listener", agreed)):
         raise AuthError(
             f"{link.peer_title} does not have the token of --token-file {tokens.path}: the tokens"
             " differ, or it is not the server that it should be"
@@ -181,11 +180,13 @@ def client_authenticate(
 def server_authenticate(
     link: Link, tokens: Tokens, *, listener: str, run: str
 ) -> Conversation[Peer]:
-    """Let a peer prove who it is, and prove to have its token; faces ``client_authenticate``.
+    """Verify a peer's token, and prove to it that this server has it; return the peer.
+
+    The other end is ``client_authenticate``.
 
     Raises:
-        AuthError: it lacks the token.
-        ProtocolError: it says something else.
+        AuthError: the peer lacks the token.
+        ProtocolError: its messages are malformed.
     """
     yield link
     hello = link.receive_message_as_json(
@@ -195,24 +196,24 @@ def server_authenticate(
         raise AuthError("this server asks for a token: give --token-file")
     peer = Peer(hello.get("role", str), hello.get("client_id", int))
     if peer.role not in (CLIENT, MAIN) or not ANY_ID <= peer.client < 2**31:
-        raise ProtocolError("a peer does not say who it is")
+        raise ProtocolError("a peer has no valid role or client id")
     if not _HEX.fullmatch(theirs := hello.get("nonce", str)):
         raise ProtocolError("a peer has no nonce")
-    # Whoever has no token is answered like one whose token differs.
+    # A peer without a token gets the same answer as one with a wrong token.
     token = tokens.of(peer) or secrets.token_bytes(TOKEN_BYTES)
     nonce = secrets.token_hex(32)
-    agreed = _agreed(peer, listener, run, theirs, nonce, link.certificate)
+    agreed = _proof_fields(peer, listener, run, theirs, nonce, link.certificate)
     content = {"run": run, "nonce": nonce, "proof": _proof(token, "listener", agreed)}
     link.send_message_as_json(MessageType.CHALLENGE, content=content)
     yield link
     proof = link.receive_message_as_json(MessageType.PROOF).get("proof", str)
-    if not _is(proof, _proof(token, "caller", agreed)):
+    if not _is_proof(proof, _proof(token, "caller", agreed)):
         raise AuthError("the token is not the one of this server; see --token-file")
     return peer
 
 
-def _agreed(
+def _proof_fields(
     peer: Peer, listener: str, run: str, caller: str, nonce: str, certificate: bytes
 ) -> tuple[str | bytes, ...]:
-    """Return what a proof is about; the nonces are the caller's and the listener's."""
+    """Return the fields that a proof covers; the nonces are the caller's and the listener's."""
     return listener, peer.role, str(peer.client), run, caller, nonce, certificate

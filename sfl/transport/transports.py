@@ -1,4 +1,4 @@
-"""The ways to travel: for each, what opens a server's network and what connects to it."""
+"""The table of transports: each opens a server's network and connects to it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,25 +20,25 @@ Say = Callable[[str], None]
 
 
 class Listening(Protocol):
-    """What takes what connects until a server's network is open."""
+    """A listening endpoint; a server's network is opened on it."""
 
     @property
     def address(self) -> str: ...
 
 
 class ServerNetwork(Members, Network, Protocol):
-    """The members of a server; it is a network by itself where nobody comes back."""
+    """The members of a server; usable as a ``Network`` where clients cannot reconnect."""
 
 
 class ClientNetwork(Dialler, Network, Protocol):
-    """The channels that many clients of one process have made."""
+    """The connections of many clients in one process."""
 
     def end(self, reason: str, last_words: MessageType) -> None: ...
 
 
 @dataclass(frozen=True)
 class Transport:
-    """One way to travel."""
+    """How to open both ends of connections."""
 
     listen: Callable[[str, int, LinkShape], AbstractContextManager[Any]]  # a ``Listening``
     serve: Callable[[Any, Terms, Guard, RefusalLog], AbstractContextManager[ServerNetwork]]

@@ -21,7 +21,7 @@ from sfl.files.torch_reader import Buffer
 from sfl.weights.exchange import WeightKey
 from sfl.weights.object_store import Metadata, ObjectStore
 from sfl.wire.blocking_calls import Calls
-from sfl.wire.driver import AllStay, Conversation, Gate
+from sfl.wire.driver import Conversation, Gate, NoReconnects
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 
@@ -48,7 +48,7 @@ def describe(key: WeightKey, data: bytes, samples: int) -> Metadata:
     }
 
 
-class Threads(AllStay):
+class Threads(NoReconnects):
     """A network without connections, whose gates are opened by threads."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Calls that block, made by conversations: in place, or on threads while others go on."""
+"""Blocking calls of conversations: made in place, or on threads while other conversations run."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ MAX_THREADS = 16
 
 
 class _Job(Generic[T]):
-    """A call on a thread of its own."""
+    """A call on its own thread."""
 
     def __init__(
         self, call: Callable[[], T], places: threading.Semaphore, wake: Callable[[], None]
@@ -41,18 +41,20 @@ class _Job(Generic[T]):
 
 
 class Calls:
-    """Makes calls: on threads, so that those of different conversations overlap, or in place.
+    """Makes blocking calls, on threads so that those of different conversations overlap.
 
-    ``wake`` is told when a thread is done; without one, calls are made in place.
+    ``wake`` is called when a call has returned; without it, calls are made in place.
     """
 
-    def __init__(self, wake: Callable[[], None] | None = None, most: int = MAX_THREADS) -> None:
+    def __init__(
+        self, wake: Callable[[], None] | None = None, max_threads: int = MAX_THREADS
+    ) -> None:
         self.wake = wake
-        self._places = threading.Semaphore(most)
-        self._once: dict[str, _Job[None] | None] = {}  # None: done, in place
+        self._places = threading.Semaphore(max_threads)
+        self._once: dict[str, _Job[None] | None] = {}  # None: done in place
 
     def run(self, call: Callable[[], T]) -> Conversation[T]:
-        """Make a call; in place, nothing is yielded."""
+        """Make a call and return its result."""
         if self.wake is None:
             yield from ()
             return call()
@@ -61,7 +63,7 @@ class Calls:
         return job.result()
 
     def run_once(self, name: str, call: Callable[[], None]) -> Conversation[None]:
-        """Make a call that serves all who ask for it under this name."""
+        """Make a call once for all conversations that use this name."""
         if self.wake is None:
             if name not in self._once:
                 yield from self.run(call)

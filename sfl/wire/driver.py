@@ -1,11 +1,11 @@
-"""Running conversations: alone over a link that blocks, or many as their messages arrive.
+"""Running conversations: one over a blocking link, or many as their messages arrive.
 
-A conversation is straight-line code that yields the link it is about to receive from, or a gate:
-what it waits for among the other conversations. It computes where it is resumed, so that one thread
-owns all the segments that it touches.
+A conversation is a generator. It yields the link that it receives from next, or a gate: a condition
+that other conversations fulfil. All of them run on one thread, which owns their segments.
 
-A conversation whose client is lost is dropped, and begun again when the client is back. So it must
-find out by itself what has been done already; between two yields it either does all or nothing.
+When a client is lost, its conversation is dropped, and started again once the client has
+reconnected. So a conversation must detect what is already done; between two yields it does all or
+nothing.
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping
@@ -15,61 +15,60 @@ from sfl.errors import PEER_ERRORS, RunError, SflError
 from sfl.wire.link import Link
 
 T = TypeVar("T")
-Gate = Callable[[], bool]  # whether it is open
+Gate = Callable[[], bool]  # returns whether it is open
 Conversation = Generator[Link | Gate, None, T]
 
 
 class Network(Protocol):
-    """Who takes part in conversations, and one place to wait for all their messages."""
+    """The clients of a run's conversations, with one call to wait for all their messages."""
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
         """Return one of ``links`` that has a message or has failed; block until there is one.
 
-        None if something else happened: a gate has opened, as ``wake`` says; a client was lost that
-        is not in ``links``, or is back; or time has passed.
+        Return None when the caller should check again: ``wake`` was called or a gate opened, a
+        client outside ``links`` was lost or reconnected, or time has passed.
         """
 
     def wake(self) -> None:
-        """Look at the gates again; called from other threads."""
+        """Make ``wait`` check the gates again; called from other threads."""
 
-    def start_round(self, round_index: int) -> None:
-        """Take note that a round begins."""
+    def start_round(self, round_index: int) -> None: ...
 
     def is_here(self, client: int) -> bool:
-        """Say whether a client is connected and ready."""
+        """Return whether a client is connected and ready."""
 
-    def is_out(self, client: int) -> bool:
-        """Say whether nobody waits for a client any more."""
+    def is_skipped(self, client: int) -> bool:
+        """Return whether the round goes on without this client."""
 
     def lost(self, client: int, error: SflError) -> None:
-        """Take note that a client's link, which was being used, is of no more use.
+        """Record that a client's link has failed.
 
         Raises:
-            SflError: nobody comes back here.
+            SflError: ``error`` itself, where clients cannot reconnect.
         """
 
     def take_changes(self) -> list[tuple[int, bool]]:
-        """Return who was lost, or is back (True), since the last call, in that order."""
+        """Return the clients that were lost (False) or reconnected (True) since the last call."""
 
     def why_away(self, client: int) -> str:
-        """Say why a client is not here."""
+        """Return why a client is absent."""
 
     def end_soon(self) -> None:
-        """Wait only shortly for whoever is away: all that is left is to say goodbye."""
+        """Shorten the wait for absent clients: the run is over except for its last messages."""
 
-    def gives_up(self, client: int) -> bool:
-        """Say whether to go on without a client that is away."""
+    def decide_skip(self, client: int) -> bool:
+        """Decide whether to skip an absent client from now on; return the decision."""
 
-    def await_anybody(self) -> None:
-        """Wait until a client is here.
+    def wait_for_client(self) -> None:
+        """Wait until at least one client is connected and ready.
 
         Raises:
-            RunError: nobody comes.
+            RunError: no client can come any more.
         """
 
 
-class AllStay:
-    """What a network answers where nobody comes back: the first loss ends the run."""
+class NoReconnects:
+    """Defaults of a network whose clients cannot reconnect: the first loss ends the run."""
 
     def wake(self) -> None: ...
 
@@ -78,7 +77,7 @@ class AllStay:
     def is_here(self, client: int) -> bool:
         return True
 
-    def is_out(self, client: int) -> bool:
+    def is_skipped(self, client: int) -> bool:
         return False
 
     def lost(self, client: int, error: SflError) -> None:
@@ -92,10 +91,10 @@ class AllStay:
 
     def end_soon(self) -> None: ...
 
-    def gives_up(self, client: int) -> bool:
+    def decide_skip(self, client: int) -> bool:
         return False
 
-    def await_anybody(self) -> None:
+    def wait_for_client(self) -> None:
         raise RunError("no client is left")
 
 
@@ -114,104 +113,104 @@ def run_together(
     conversations: Mapping[int, Callable[[], Conversation[T]]],
     on_leave: Callable[[int], None] = lambda client: None,
     *,
-    results_stay: bool = True,
+    keep_results: bool = True,
 ) -> dict[int, T]:
-    """Run one conversation a client, each as its messages arrive; return what each returns.
+    """Run one conversation per client, concurrently; return the result of each.
 
-    ``conversations`` begin one, and begin it again when a client that was lost is back. A client
-    that the network gives up has no result, unless it had one before and ``results_stay`` when a
-    client begins again; ``on_leave`` is told.
+    ``conversations`` are factories, called again when a lost client has reconnected. A client that
+    the network skips has no result, and ``on_leave`` is called with it. A result stays if its
+    client is lost later; when the client reconnects, only with ``keep_results``.
     """
-    network.take_changes()  # of before: who is here now, counts
-    together = _Together(network, conversations, results_stay)
+    network.take_changes()  # discard earlier ones
+    together = _Together(network, conversations, keep_results)
     for client in conversations:
         if network.is_here(client):
-            together.begin(client)
+            together.start(client)
     while together.is_open():
         for client, is_back in network.take_changes():
-            together.begin(client) if is_back else together.stop(client)
-        for client in together.given_up():
+            together.start(client) if is_back else together.stop(client)
+        for client in together.skip_absent():
             on_leave(client)
-        together.go_on()
+        together.resume_one()
     return {k: together.results[k] for k in conversations if k in together.results}
 
 
 class _Together(Generic[T]):
-    """Conversations that run, those that wait for their clients, and what has come of them."""
+    """Conversations that run, clients that are absent, and results."""
 
     def __init__(
         self,
         network: Network,
         conversations: Mapping[int, Callable[[], Conversation[T]]],
-        results_stay: bool,
+        keep_results: bool,
     ) -> None:
         self._network = network
-        self._results_stay = results_stay
-        self._beginnings = conversations
+        self._keep_results = keep_results
+        self._factories = conversations
         self._running: dict[int, Conversation[T]] = {}
         self._receiving: dict[Link, int] = {}
-        self._links: dict[int, Link] = {}  # that each client's conversation receives from
-        self._held: dict[Gate, dict[int, None]] = {}  # who waits for each gate, in order
-        self._gates: dict[int, Gate] = {}  # which each of them waits for
-        self._left: set[int] = set()
-        self._expected = set(conversations)  # who neither runs, nor has a result, nor has left
+        self._links: dict[int, Link] = {}  # the link each client's conversation receives from
+        self._waiting: dict[Gate, dict[int, None]] = {}  # clients that wait for each gate, in order
+        self._gates: dict[int, Gate] = {}  # the gate each of them waits for
+        self._skipped: set[int] = set()
+        self._awaited = set(conversations)  # absent clients without result that are not skipped
         self.results: dict[int, T] = {}
 
     def is_open(self) -> bool:
-        """Say whether a conversation runs, or waits for a client that is to come back."""
-        return bool(self._running or self._expected)
+        """Return whether a conversation runs, or an absent client is waited for."""
+        return bool(self._running or self._awaited)
 
-    def begin(self, client: int) -> None:
-        """Begin a client's conversation, if it has one here and has not left."""
+    def start(self, client: int) -> None:
+        """Start a client's conversation, unless it has none here or is skipped."""
         self.stop(client)
-        if client in self._beginnings and client not in self._left:
-            if not self._results_stay:
+        if client in self._factories and client not in self._skipped:
+            if not self._keep_results:
                 self.results.pop(client, None)
-            self._running[client] = self._beginnings[client]()
-            self._expected.discard(client)
+            self._running[client] = self._factories[client]()
+            self._awaited.discard(client)
             self._resume(client)
 
     def stop(self, client: int) -> None:
-        """Drop a client's conversation, if one runs."""
+        """Drop a client's conversation, if it runs."""
         if conversation := self._running.pop(client, None):
             conversation.close()
             if client not in self.results:
-                self._expected.add(client)
+                self._awaited.add(client)
         self._release(client)
         if link := self._links.pop(client, None):
             self._receiving.pop(link, None)
 
-    def given_up(self) -> list[int]:
-        """Return the clients that have just left without a result."""
-        if not self._expected:
+    def skip_absent(self) -> list[int]:
+        """Skip absent clients for which the network decides so; return them."""
+        if not self._awaited:
             return []
-        left = [k for k in self._beginnings if k in self._expected and self._network.gives_up(k)]
-        self._left.update(left)
-        self._expected.difference_update(left)
+        left = [k for k in self._factories if k in self._awaited and self._network.decide_skip(k)]
+        self._skipped.update(left)
+        self._awaited.difference_update(left)
         return left
 
-    def go_on(self) -> None:
-        """Resume one conversation whose gate is open or whose message is there, or wait."""
-        free = next((next(iter(held)) for gate, held in self._held.items() if gate()), None)
+    def resume_one(self) -> None:
+        """Resume a conversation whose gate is open or whose message has arrived; wait for one."""
+        free = next((next(iter(held)) for gate, held in self._waiting.items() if gate()), None)
         if free is not None:
             self._release(free)
         elif not self.is_open():
             return
-        elif link := self._network.wait(self._receiving, self._held):
+        elif link := self._network.wait(self._receiving, self._waiting):
             free = self._receiving.pop(link)
         if free is not None:
             self._resume(free)
 
-    def _hold(self, client: int, gate: Gate) -> None:
-        self._held.setdefault(gate, {})[client] = None
+    def _wait_at(self, client: int, gate: Gate) -> None:
+        self._waiting.setdefault(gate, {})[client] = None
         self._gates[client] = gate
 
     def _release(self, client: int) -> None:
-        """Let a client wait for a gate no longer, if it did."""
+        """Remove a client from its gate, if it waits for one."""
         if gate := self._gates.pop(client, None):
-            del self._held[gate][client]
-            if not self._held[gate]:
-                del self._held[gate]
+            del self._waiting[gate][client]
+            if not self._waiting[gate]:
+                del self._waiting[gate]
 
     def _resume(self, client: int) -> None:
         try:
@@ -226,4 +225,4 @@ class _Together(Generic[T]):
             if isinstance(due, Link):
                 self._receiving[due], self._links[client] = client, due
             else:
-                self._hold(client, due)
+                self._wait_at(client, due)

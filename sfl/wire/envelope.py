@@ -33,8 +33,8 @@ _PLAIN_NAME: Final = re.compile(rf"[A-Za-z0-9._ -]{{0,{_MAX_NAME}}}")
 def write_envelope(envelope: Envelope) -> bytes:
     """Return the JSON of an envelope.
 
-    Floats are written as Python's ``json`` does: they read back as the same float, and ``NaN`` and
-    ``Infinity`` (the loss of a diverged run) stay.
+    Floats read back as the same float; ``NaN`` and ``Infinity`` (the loss of a diverged run) are
+    written as Python's ``json`` does.
     """
     kind, sender, receiver, at, content, checksum = envelope
     fields = dict(zip(_KINDS, (kind, sender, receiver, *at), strict=True)) | {"content": content}

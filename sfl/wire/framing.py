@@ -15,8 +15,8 @@ A frame on the wire (all integers big-endian)::
     ...     ...    the payload: exactly the bytes of a ``torch.save`` file, or nothing
 
 A checksum covers every byte, and each part is verified before use: the head before its lengths are
-believed, the JSON before it is parsed, the payload before the message is returned. Both lengths are
-compared with the receiver's limits before anything is allocated. The checksums detect damage, not
+used, the JSON before it is parsed, the payload before the message is returned. Both lengths are
+checked against the receiver's limits before memory is allocated. The checksums detect damage, not
 deliberate changes.
 
 Version 2 (SFL 0.2) has the same frames. Version 1 (SFL 0.1) has a head of 20 bytes, without the
@@ -40,9 +40,9 @@ HEAD: Final = struct.Struct(">4sBBHIQII")
 _CHECKED: Final = struct.Struct(">4sBBHIQI")  # the part of the head that its CRC covers
 _HEAD_1: Final = struct.Struct(">4sBBHIQ")
 _START: Final = MAGIC + bytes([VERSION])
-RELEASES: Final = {1: "0.1", 2: "0.2", 3: "0.3"}  # of SFL, by the version of the protocol
-# Head and JSON of a message usually arrive in one read; longer payloads go straight to their own
-# buffer, so that at most this much of a payload is copied twice.
+RELEASES: Final = {1: "0.1", 2: "0.2", 3: "0.3"}  # protocol version -> release of SFL
+# Head and JSON of a message usually arrive in one read. Payloads are read into their own buffer:
+# at most this much of one is copied twice.
 READ_AHEAD_BYTES: Final = 4096
 
 
@@ -59,7 +59,7 @@ def pack_head(
 def encode_head(message: Message, *, version: int = VERSION) -> bytes:
     """Return head and JSON of a frame; the payload follows them unchanged on the wire.
 
-    ``version`` is for telling a peer, in its own version, that ours is another.
+    ``version``: another protocol version, to tell its peer that ours differs.
     """
     assert (message.type in FILE_TYPES) == bool(message.payload), message.type
     checked = message.checksum or checksum(message.payload) if message.payload else ""
@@ -69,7 +69,7 @@ def encode_head(message: Message, *, version: int = VERSION) -> bytes:
 
 
 def _type_of(envelope: Envelope, *, has_payload: bool) -> MessageType:
-    """Return a message's type, which must be one with a payload if it has one, else without."""
+    """Return a message's type; types in ``FILE_TYPES`` need a payload, others must have none."""
     if (message_type := _TYPES.get(envelope.type)) is None:
         raise ProtocolError(f"unknown message type {quoted(envelope.type, 40)}")
     if (message_type in FILE_TYPES) != has_payload:
@@ -109,9 +109,10 @@ class Decoder:
     takes complete messages with ``next_message()``. A payload is allocated only after its message
     type and length have passed ``limits``, which may be replaced between messages.
 
-    ``next_message`` raises ``ProtocolError`` for bytes that are no frame or exceed a limit,
-    ``OtherVersion`` for a frame of another protocol version, and ``Damaged`` if a checksum differs.
-    The decoder cannot be used afterwards.
+    Raises (from ``next_message``; the decoder cannot be used afterwards):
+        ProtocolError: the bytes are not a frame, or exceed a limit.
+        OtherVersion: a frame has another protocol version.
+        Damaged: a checksum differs.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -120,14 +121,14 @@ class Decoder:
         self._start = 0  # unread bytes of the stream: _ahead[_start:_end]
         self._end = 0
         self._head: _Head | None = None  # set once it is read
-        self._is_known = False  # whether the peer has sent a whole message of our version
+        self._is_known = False  # whether the peer has sent a complete message of our version
         self._begun: tuple[MessageType, Envelope] | None = None  # set once the JSON is read
         self._payload: Store = _NOTHING
         self._missing = 0  # payload bytes still to come
 
     @property
     def inside(self) -> str:
-        """The part of a message that the stream stopped in: "", "head", "JSON" or "payload"."""
+        """The part of a message that is incomplete: "", "head", "JSON" or "payload"."""
         if self._begun is not None:
             return "payload"
         if self._head is not None:
@@ -219,7 +220,7 @@ class Decoder:
         return _Head(json_bytes, payload_bytes, crc)
 
     def _check_start(self) -> None:
-        """Refuse a peer of another protocol at once, even if it sends too little for a head."""
+        """Refuse a peer of another protocol at its first bytes, before a head is complete."""
         if self._is_known:
             return
         start = self._ahead[self._start : min(self._start + len(MAGIC), self._end)]
@@ -229,8 +230,8 @@ class Decoder:
     def _check_head(self, head: bytearray) -> None:
         """Check that a head is undamaged and of our protocol version.
 
-        A peer that has sent a whole message speaks our version. Before that, a head whose CRC fits
-        our own first bytes is ours with damaged first bytes.
+        A peer that has sent a complete message has our version. Before that, a head whose CRC
+        matches with our magic and version in front has damaged first bytes.
         """
         start, rest, crc = head[: len(_START)], head[len(_START) : -4], head[-4:]
         whole = crc32(_START + rest).to_bytes(4, "big") == crc
@@ -247,7 +248,7 @@ class Decoder:
         assert self._begun is not None
         head_bytes, (message_type, envelope) = HEAD.size + self._head.json_bytes, self._begun
         self._head = self._begun = None
-        (payload, crc), self._payload = self._payload.whole(), _NOTHING
+        (payload, crc), self._payload = self._payload.finish(), _NOTHING
         if message_type in FILE_TYPES and checksum_text(crc) != envelope.checksum:
             raise Damaged(f"the file of a {message_type} arrived damaged: its checksum differs")
         self._is_known = True

@@ -1,12 +1,12 @@
-"""The four calls of a wire, which are all that a conversation sees of it.
+"""A link to a peer: the four calls through which a conversation sends and receives.
 
 ::
 
     send_message_as_json(type, sender, receiver, content)    ->  receive_message_as_json(type)
     send_file(type, data, sender, receiver, content)         ->  receive_file(type)
 
-A transport provides ``_send`` and ``_next`` beneath them: TCP in ``transport``, a hand-over within
-the process in ``simulate``.
+A transport implements ``_send`` and ``_next``: TCP in ``sfl.transport``, a queue within the process
+in ``sfl.runtime.simulation``.
 """
 
 from abc import ABC, abstractmethod
@@ -33,9 +33,9 @@ from sfl.values import Position
 from sfl.wire.messages import Limits, Message, MessageType
 
 _NOWHERE = Position()
-CLIENT, MAIN = "client", "main"  # who connects: a client, or the main server to the fed server
-ANY_ID: Final = -1  # of a client that takes what is free
-# What messages carry, to tell where a run's bytes go; those that are not listed carry "control".
+CLIENT, MAIN = "client", "main"  # roles: a client, or the main server at the fed server
+ANY_ID: Final = -1  # client id of a client that accepts any free place
+# What messages carry, for statistics of a run's bytes; other types carry "control".
 KINDS = {
     MessageType.TRAINING_LABELS: "labels",
     MessageType.TRAINING_FEATURES: "activations",
@@ -52,7 +52,7 @@ KINDS = {
 CONTROL = "control"
 KINDS_UP = ("labels", "activations", "gradients", "weights", "validation", CONTROL)
 KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
-# What ends a conversation, and how to say so.
+# Messages that end a conversation: the verb for error messages, and our error.
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
     MessageType.END_RUN: ("ended the run", PeerFailed),
@@ -64,13 +64,13 @@ LAST_WORDS = {
 
 
 def is_last(message: Message) -> bool:
-    """Say whether a peer ends the conversation with this, and why; a plain goodbye has no why."""
+    """Return whether a message ends the conversation; ``UNREGISTER`` does so only with a reason."""
     plain = message.type is MessageType.UNREGISTER and not message.content
     return message.type in LAST_WORDS and not plain
 
 
 def last_words_for(error: SflError) -> MessageType:
-    """Return with which message a server ends a connection: whether to come back with a new one."""
+    """Return the message type for a server's error: ``TRY_AGAIN`` if the peer may reconnect."""
     if isinstance(error, ConnectionLost | Damaged | NotYet | PeerStopped):
         return MessageType.TRY_AGAIN
     return MessageType.INVALID_MESSAGE
@@ -78,27 +78,27 @@ def last_words_for(error: SflError) -> MessageType:
 
 @dataclass(frozen=True)
 class Peer:
-    """Who a connecting party has proved to be."""
+    """The identity that a connecting party has proved."""
 
     role: str  # CLIENT or MAIN
-    client: int = ANY_ID  # with a token for all, the id that it asked for
+    client: int = ANY_ID  # with a shared token, the id that it asked for
 
     def __str__(self) -> str:
         return "the main server" if self.role == MAIN else f"client_{self.client}"
 
     @property
     def owner(self) -> str:
-        """The name under which a file of tokens has its token."""
+        """The key of its token in a token file."""
         return MAIN if self.role == MAIN else str(self.client)
 
 
 @dataclass(slots=True)
 class Counters:
-    """What passed over a connection so far; seconds by what this side was doing.
+    """Totals of a connection; seconds by what this side was doing.
 
     ``waiting_s`` ends with the first byte of a message, ``receiving_s`` with its last.
-    ``sent`` and ``received`` have the bytes by what was carried; a round trip is one or more
-    messages of the peer and what this side says to them.
+    ``sent`` and ``received``: bytes by kind, see ``KINDS``. A round trip is one or more messages of
+    the peer and this side's reply.
     """
 
     bytes_sent: int = 0
@@ -116,7 +116,7 @@ class Counters:
         return replace(self, sent=self.sent.copy(), received=self.received.copy())
 
     def add(self, other: "Counters") -> None:
-        """Count what passed over another connection as well."""
+        """Add the totals of another connection."""
         for spec in fields(self):
             setattr(self, spec.name, getattr(self, spec.name) + getattr(other, spec.name))
 
@@ -124,33 +124,33 @@ class Counters:
 class Link(ABC):
     """The four calls on top of two hooks: ``_send(message)`` and ``_next()``."""
 
-    limits = Limits()  # what we accept from the peer, where somebody checks it
+    limits = Limits()  # what we accept from the peer, where it is checked
     in_process = False  # whether the peer is in this process
-    heartbeat_s = 0.0  # how often the peer wants to hear from us, where it can tell
+    heartbeat_s = 0.0  # interval of heartbeats that the peer asks for
 
     def __init__(self, name: str = "", peer_name: str = "") -> None:
         self.counters = Counters()
-        self.name = name  # what we call ourselves, and the peer, in messages and errors
+        self.name = name  # of this side, in messages and errors
         self.peer_name = peer_name
-        self.must_prove = False  # whether the peer has to prove who it is
-        self.proved: Peer | None = None  # who it has proved to be
-        self.proved_run = ""  # that the server has proved to have, if it had to
-        self.certificate = b""  # hash of the server's, under TLS
+        self.must_prove = False  # whether the peer has to authenticate
+        self.proved: Peer | None = None  # the identity that it has proved
+        self.proved_run = ""  # the run that the server has proved to have, if it had to
+        self.certificate = b""  # hash of the server's certificate, under TLS
         self.on_notice: Callable[[str], None] | None = None
-        self.at = _NOWHERE  # where this side is in the run, for its signs of life
-        self._answers = False  # whether the peer has said something since we last did
+        self.at = _NOWHERE  # this side's position in the run, for its heartbeats
+        self._has_received = False  # whether the peer has sent a message since our last
 
     def check_proved(self, peer: Peer) -> None:
-        """See that the peer is who it now says that it is, if it had to prove it.
+        """Check the identity that the peer claims against the one it has proved, if it had to.
 
         Raises:
-            ProtocolError: it has proved to be somebody else, or nothing.
+            ProtocolError: it has proved another identity, or none.
         """
         if (self.must_prove or self.proved) and self.proved != peer:
             raise ProtocolError(f"registers as {peer}, but has proved to be {self.proved}")
 
     def has_sent(self) -> bool:
-        """Say whether all that was sent is on its way: a gate for who sends without being asked."""
+        """Return whether all messages have left our buffers: a gate for unrequested messages."""
         return True
 
     @property
@@ -159,23 +159,23 @@ class Link(ABC):
 
     @abstractmethod
     def _send(self, message: Message) -> int:
-        """Send one message; return its number of bytes on the wire."""
+        """Send one message; return its size on the wire in bytes."""
 
     @abstractmethod
     def _next(self) -> Message:
-        """Return the next message, waiting for it."""
+        """Wait for the next message and return it."""
 
-    def _say(self, message: Message) -> None:
+    def _send_counted(self, message: Message) -> None:
         num_bytes = self._send(message)
         self.counters.sent[KINDS.get(message.type, CONTROL)] += num_bytes
-        self.counters.round_trips += self._answers
-        self._answers = False
+        self.counters.round_trips += self._has_received
+        self._has_received = False
 
-    def _hear(self) -> Message:
+    def _receive_counted(self) -> Message:
         message = self._next()
         num_bytes = message.head_bytes + len(message.payload)
         self.counters.received[KINDS.get(message.type, CONTROL)] += num_bytes
-        self._answers = True
+        self._has_received = True
         return message
 
     def send_message_as_json(
@@ -185,40 +185,40 @@ class Link(ABC):
         """Send one message; ``content`` is any JSON value.
 
         Raises:
-            ConnectionLost: the peer is gone, or takes nothing for the length of the deadline.
+            ConnectionLost: the peer has disconnected, or reads nothing until the deadline.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._say(Message(message_type, sender, receiver, content, at))
+        self._send_counted(Message(message_type, sender, receiver, content, at))
 
     def send_file(
         self, message_type: MessageType, data: Buffer, sender: str = "", receiver: str = "",
         content: Any = "", *, at: Position = _NOWHERE, checksum: str = "",
     ) -> None:  # fmt: skip
-        """Send one message with the bytes of a ``torch.save`` file straight behind it.
+        """Send one message followed by the bytes of a ``torch.save`` file.
 
-        ``checksum`` is the file's, if somebody has computed it.
+        ``checksum`` is the file's, if it is already computed.
 
         Raises:
-            ConnectionLost: as ``send_message_as_json``.
+            ConnectionLost: as in ``send_message_as_json``.
         """
         sender, receiver = sender or self.name, receiver or self.peer_name
-        self._say(Message(message_type, sender, receiver, content, at, data, 0, checksum))
+        self._send_counted(Message(message_type, sender, receiver, content, at, data, 0, checksum))
 
     def receive_message_as_json(
         self, *expected: MessageType, at: Position | None = None
     ) -> Message:
-        """Return the next message, one of the types ``expected`` and, if given, of position ``at``.
+        """Return the next message, of a type in ``expected`` and, if given, of position ``at``.
 
-        Notices (``MESSAGE``) that come before it go to ``on_notice``.
+        Notices (``MESSAGE``) before it go to ``on_notice``.
 
         Raises:
-            ProtocolError: something else came, or bytes that are no message.
-            IntegrityError: its file was damaged on the way.
-            PeerFailed: the peer refused us or ended the run, and says why.
-            ConnectionLost: the peer is gone, or silent for the length of the deadline.
+            ProtocolError: another message came, or bytes that are not a message.
+            Damaged: its bytes were damaged in transit.
+            PeerFailed: the peer refused us or ended the run, with a reason.
+            ConnectionLost: the peer has disconnected, or was silent until the deadline.
         """
         while True:
-            message = self._hear()
+            message = self._receive_counted()
             if message.type is MessageType.MESSAGE and self.on_notice is not None:
                 self.on_notice(one_line(message.content))
             else:
@@ -235,17 +235,17 @@ class Link(ABC):
         return message
 
     def peer_failed(self, last_words: Message) -> PeerFailed:
-        """Return the error for a peer's last words."""
+        """Return our error for a message that ends the conversation."""
         verb, kind = LAST_WORDS[last_words.type]
         return kind(f"{self.peer_title} {verb}: {one_line(last_words.content)}")
 
     def receive_file(self, *expected: MessageType, at: Position | None = None) -> Message:
-        """As ``receive_message_as_json``, for message types that carry a file (``payload``)."""
+        """Do as ``receive_message_as_json``, for message types that carry a file (``payload``)."""
         return self.receive_message_as_json(*expected, at=at)
 
 
 class Absent(Link):
-    """The link to a client that is not there."""
+    """A link to a client that is not connected: every call fails."""
 
     def __init__(self, client: int) -> None:
         super().__init__("server", f"client_{client}")
@@ -258,5 +258,5 @@ class Absent(Link):
 
 
 def one_line(text: object, max_length: int = 500) -> str:
-    """Return a peer's text fit for one line of a log: printable, bounded."""
+    """Return text from a peer as one line for a log: printable, of bounded length."""
     return "".join(c if c.isprintable() else " " for c in shortened(text, max_length))

@@ -1,6 +1,6 @@
-"""What a run needs of a transport: channels to peers, and at a server one place for them all.
+"""What a run needs of a transport: channels to peers, and at a server the set of them.
 
-The classes of ``sfl.transport`` are such; a run is given them and knows no socket.
+``sfl.transport`` implements these interfaces; the code of a run uses no sockets.
 """
 
 from abc import abstractmethod
@@ -17,13 +17,10 @@ T = TypeVar("T")
 
 
 class Channel(Link):
-    """A link over a transport: it shows signs of life, and closes with a last word.
+    """A link over a transport, with heartbeats. Closed by ``with`` or ``close()``."""
 
-    Closed by ``with`` or ``close()``.
-    """
-
-    peer_at = Position()  # where the peer says that it is in the run
-    bytes_moved = 0  # in both directions, apart from signs of life
+    peer_at = Position()  # the peer's position in the run, by its heartbeats
+    bytes_moved = 0  # in both directions, without heartbeats
 
     def __enter__(self) -> Self:
         return self
@@ -37,100 +34,100 @@ class Channel(Link):
         """The peer's address, for logs."""
 
     @abstractmethod
-    def beat(self, silent_s: float) -> None:
-        """Say that we are here, if we have said nothing for so long; called from a thread."""
+    def send_heartbeat(self, silent_s: float) -> None:
+        """Send a heartbeat if we have sent nothing for ``silent_s``; called from a thread."""
 
     @abstractmethod
     def last_words(self) -> PeerFailed | None:
-        """Return why the peer ended the run, if its word has already arrived.
+        """Return the peer's reason for ending the run, if it has arrived.
 
-        To be asked after a send failed: the peer may have said why before it closed.
+        Call it after a failed send: the peer may have sent a reason before it closed.
         """
 
     @abstractmethod
     def dismiss(self, message_type: MessageType, reason: str) -> None:
-        """Send a last message and close, leaving the peer the time to read it."""
+        """Send a last message and close, after leaving the peer time to read it."""
 
     @abstractmethod
-    def part(self) -> None:
-        """Close after our last message, leaving the peer the time to read it."""
+    def close_gracefully(self) -> None:
+        """Close after our last message, when the peer has had time to read it."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the channel; a thread that waits on it wakes with ``ConnectionLost``."""
+        """Close the channel; threads that wait on it get ``ConnectionLost``."""
 
 
 class Member(Channel):
-    """One of many channels: its messages are read ahead of whoever takes them."""
+    """One of many channels, whose messages are read ahead."""
 
-    num_came = 0  # messages
-    settled = False  # only its end, and messages that are waited for, are of interest
+    num_received = 0  # messages
+    is_assigned = False  # whether a conversation receives from it; else see ``ready_members``
 
     @abstractmethod
-    def ending(self) -> SflError | None:
-        """Return why the peer takes no further part: its last words, or that it is gone."""
+    def end_reason(self) -> SflError | None:
+        """Return why the channel has ended: the peer's last message, or a failure; None if open."""
 
     @abstractmethod
     def silent_s(self) -> float:
-        """Return for how long the peer has sent nothing that we would have read."""
+        """Return how long the peer has been silent; 0 while reading is paused."""
 
     @abstractmethod
     def age_s(self) -> float:
-        """Return for how long it has been there."""
+        """Return the time since the channel was accepted."""
 
 
 class Members(Protocol):
-    """All members of one party, with one place to wait for them."""
+    """All members of one party, with one call to wait for them."""
 
-    heartbeat_s: float  # how often we want to hear from who has registered
+    heartbeat_s: float  # interval of heartbeats that registered peers are asked for
 
     @property
     def members(self) -> Sequence[Member]:
-        """Those that are open."""
+        """The open members."""
 
-    def until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
-        """Return what ``ready`` finds once it finds something; None after ``timeout_s``.
+    def wait_until(self, ready: Callable[[], T | None], timeout_s: float | None = None) -> T | None:
+        """Return ``ready()`` once it is true, or after ``timeout_s``.
 
-        It is asked whenever a member, or ``wake``, gives reason to.
+        It is called again whenever a member changes, and by ``wake``.
         """
 
     def wake(self) -> None:
-        """Let who waits look again; called from other threads."""
+        """Make waiting calls check again; called from other threads."""
 
-    def first(self, links: Collection[Link]) -> Member | None:
-        """Return the one of ``links`` whose message has waited longest, or that has failed."""
+    def first_arrived(self, links: Collection[Link]) -> Member | None:
+        """Return the one of ``links`` that has failed, or whose message has waited longest."""
 
-    def news(self) -> Sequence[Member]:
-        """Return members that have failed, and those not settled of whom a message waits."""
+    def ready_members(self) -> Sequence[Member]:
+        """Return members that have failed, and unassigned ones with a waiting message."""
 
     def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        """Return the one of ``links`` that ``first`` finds, once there is one or a gate opens.
+        """Wait for ``first_arrived`` or an open gate; return the link, or None.
 
         Raises:
-            ConnectionLost, PeerFailed: another member that has registered has ended.
+            ConnectionLost, PeerFailed: a registered member outside ``links`` has ended.
         """
 
     def drop(
         self, member: Member, reason: str, last_words: MessageType = MessageType.INVALID_MESSAGE
     ) -> None:
-        """Turn one member away, leaving it the time to read why."""
+        """Refuse one member, and close it after it has had time to read the reason."""
 
-    def turned_away(self, address: str, reason: str, *, aloud: bool = True) -> None:
-        """Tell people of one that is turned away; not ``aloud``: in the log alone."""
+    def log_refusal(self, address: str, reason: str, *, on_console: bool = True) -> None:
+        """Report a refused connection on the console and in the log, or in the log alone."""
 
     def end(self, reason: str, last_words: MessageType = MessageType.ABORT) -> None:
-        """Close every member, telling those still open why; nobody else is let in."""
+        """Accept no new members; send the reason to all open ones, and close them."""
 
 
 class Dialler(Protocol):
     """Makes channels to servers."""
 
-    def connect(self, address: str, patience_s: float, *, again: bool = False) -> Channel:
-        """Connect, trying for so long; ``again``: the server was there before.
+    def connect(self, address: str, patience_s: float, *, is_reconnect: bool = False) -> Channel:
+        """Connect, retrying for ``patience_s``; ``is_reconnect``: the server was there before.
 
         Raises:
-            ConfigError: it is no address.
-            RunError: nobody answered in time.
-            AuthError: who answered is not to be trusted.
-            ConnectionLost: it was lost at once.
+            ConfigError: the address is malformed.
+            RunError: no server answered in time.
+            AuthError: the server is not trusted.
+            ConnectionLost: the connection was lost at once.
         """

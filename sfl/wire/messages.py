@@ -55,7 +55,7 @@ class MessageType(StrEnum):
 
 
 _TYPES: Final = {message_type.value: message_type for message_type in MessageType}
-# Messages of these types always carry a file, others never do.
+# Messages of these types always carry a file; others never do.
 FILE_TYPES: Final = frozenset(
     {
         MessageType.TRAINING_LABELS,
@@ -74,8 +74,8 @@ FILE_TYPES: Final = frozenset(
 class Message:
     """One message; ``payload`` holds the bytes of a file, or nothing.
 
-    ``head_bytes`` is the size of its head and JSON on the wire; 0 before it is sent. ``checksum``
-    is the payload's; "" if it is not computed yet.
+    ``head_bytes``: size of head and JSON on the wire, of a received message; else 0. ``checksum``:
+    the payload's, or "" if it is not computed yet.
     """
 
     type: MessageType
@@ -89,7 +89,6 @@ class Message:
 
     @property
     def file(self) -> File:
-        """The payload as a file."""
         return File(self.payload, self.checksum)
 
     def get(self, name: str, kind: builtins.type[T]) -> T:
@@ -108,7 +107,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a receiver accepts; files only of the types in ``payload_bytes``."""
+    """What a receiver accepts; files only with message types in ``payload_bytes``."""
 
     json_bytes: int = MAX_JSON_BYTES
     payload_bytes: Mapping[MessageType, int] = field(default_factory=dict)

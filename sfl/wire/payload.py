@@ -1,7 +1,7 @@
 """Buffers for incoming payloads: in memory, or on disk for large ones.
 
-A large payload goes through a small buffer into a file without a name, which the system removes
-with the process. Reading maps the file, so that memory holds only the pages in use.
+A large payload goes through a small buffer into an unnamed temporary file, which the system removes
+when the process ends. The file is then mapped: memory holds only the pages in use.
 """
 
 import mmap
@@ -29,10 +29,10 @@ class Store(Protocol):
         """Count ``num_bytes`` that were read into the buffer.
 
         Raises:
-            RunError: they cannot be written.
+            RunError: they cannot be written to disk.
         """
 
-    def whole(self) -> tuple[bytearray | memoryview, int]:
+    def finish(self) -> tuple[bytearray | memoryview, int]:
         """Return the complete payload and its CRC-32."""
 
 
@@ -50,22 +50,22 @@ class InMemory:
         return memoryview(self._data)[self._filled :]
 
     def advance(self, num_bytes: int) -> None:
-        came = memoryview(self._data)[self._filled : self._filled + num_bytes]
-        self._crc = crc32(came, self._crc)
+        received = memoryview(self._data)[self._filled : self._filled + num_bytes]
+        self._crc = crc32(received, self._crc)
         self._filled += num_bytes
 
-    def whole(self) -> tuple[bytearray, int]:
+    def finish(self) -> tuple[bytearray, int]:
         return self._data, self._crc
 
 
 class OnDisk:
-    """A payload in a file without a name."""
+    """A payload in an unnamed temporary file."""
 
     def __init__(self, num_bytes: int, folder: Path) -> None:
         self._folder = folder
         self._missing = num_bytes
         self._chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
-        self._filled = self._crc = 0  # bytes in the chunk; CRC of what is written
+        self._filled = self._crc = 0  # bytes in the chunk; CRC of the bytes written
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._descriptor = os.dup(file.fileno())
@@ -93,17 +93,17 @@ class OnDisk:
             raise self._failed(error) from error
         self._filled = 0
 
-    def whole(self) -> tuple[memoryview, int]:
+    def finish(self) -> tuple[memoryview, int]:
         try:
             data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"cannot read from {self._folder}: {error.strerror}") from error
-        self._close()  # the mapping keeps the file
+        self._close()  # the mapping keeps the file alive
         return memoryview(data), self._crc
 
 
-def onto(folder: Path) -> MakeStore:
-    """Return a function that makes buffers: on disk in ``folder`` for large payloads."""
+def payload_store_in(folder: Path) -> MakeStore:
+    """Return a function that makes buffers: in ``folder`` for large payloads, else in memory."""
     return lambda num_bytes: (
         OnDisk(num_bytes, folder) if num_bytes >= LARGE_BYTES else InMemory(num_bytes)
     )

@@ -20,5 +20,5 @@ def dial(
 ) -> Connection:
     """Return a connection that whoever waits for a message reads."""
     dialling = Dialling(timeout_s, None, shape, on_wait)
-    stream = open_stream(address, dialling, patience_s, again=False)
+    stream = open_stream(address, dialling, patience_s, is_reconnect=False)
     return Connection(stream, timeout_s=timeout_s, limits=limits or Limits())
