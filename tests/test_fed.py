@@ -367,10 +367,9 @@ def test_a_fed_server_waits_as_long_as_its_peers_are_there(launcher: Launcher) -
 def test_a_fed_server_imports_nothing_that_it_does_not_allow(launcher: Launcher) -> None:
     fed_port = free_port()
     fed = launcher.fed("--port", fed_port)
-    wait_for(fed, "listening")
-    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}", "--connect-timeout", 5]
+    role = ["--role", "main", "--fed-server", f"127.0.0.1:{fed_port}"]
     server = launcher.server("--clients", 1, "--run", "r", *role, *OPTIONS)
-    client = launcher.client(*ALLOW)
+    client = launcher.client(*ALLOW, "--connect-timeout", 5)
     assert "if you trust that module, give --allow-import" in fed.ended_with(2)
     server.ended_with(1)
     client.ended_with(1)
