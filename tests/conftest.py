@@ -22,6 +22,13 @@ settings.register_profile("sfl", deadline=None)
 settings.load_profile("sfl")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts the programs as slow: each start takes seconds."""
+    for item in items:
+        if "launcher" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Compute as the programs do by default, and without the caller's data folder."""

@@ -191,6 +191,7 @@ def test_an_older_python_gets_one_line(program: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "package"),
     [

@@ -110,6 +110,7 @@ def test_a_bucket_that_says_nothing_is_asked_again(
     assert ["timed out" in line for line in said.lines] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["refused", "503", "silent"])
 def test_the_deadline_is_ours(
     gate: Gate, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +222,7 @@ def test_the_emulators_data_survive_a_kill(
     assert place.read("r/x.pt") == (DATA, {"a": "b"})
 
 
+@pytest.mark.slow
 def test_a_run_without_a_bucket_does_not_import_the_library() -> None:
     code = (
         "import sys, sfl.runtime.server, sfl.runtime.fed_server, sfl.runtime.client;"

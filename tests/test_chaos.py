@@ -31,6 +31,7 @@ def test_chaos_leaves_no_trace(tmp_path: Path, scheme: str, trouble: list[object
     assert len(re.findall(r"s  SIGKILL  (?:server|client_\d)", done.stdout)) == kills
 
 
+@pytest.mark.slow
 def test_what_differs_between_runs_is_found(tmp_path: Path) -> None:
     run = RUN | {"rounds": 2, "clients": 2}
     whole = reference(tmp_path / "a", run)

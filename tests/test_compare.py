@@ -145,6 +145,7 @@ def study_of(tmp_path: Path, **options: object) -> tuple[Study, pd.DataFrame]:
     return study, read_study(study)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "model", "batch_size"),
     [("sflv2", "lenet5", 64), ("sl", "lenet5", 64), ("fl", "lenet5", 64), ("sync-sgd", "mlp", 24)],
@@ -172,6 +173,7 @@ def test_figures_of_clients_are_weighted_and_counted(tmp_path: Path) -> None:
     assert of_client["client_gflops"][0] == pytest.approx(3200 * 4 * 784 * 128 / 1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True])
 def test_pictures_of_few_and_of_many(tmp_path: Path, many: bool) -> None:
     options = {"clients": 12, "participation": 0.3} if many else {"clients": 1}
@@ -201,6 +203,7 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
     assert row.split(" | ")[3:6] == ["-", "-", "-"]
 
 
+@pytest.mark.slow
 def test_central_alone_has_no_clients(tmp_path: Path) -> None:
     study, lines = study_of(tmp_path, scheme="central", model="mlp")
     assert [path.name for path in draw_all(study, lines)] == ["rounds.png", "final.png"]

@@ -23,6 +23,7 @@ def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
     assert back.training_flops == 3 * back.forward_flops
 
 
+@pytest.mark.slow
 def test_both_halves_together_cost_what_the_whole_costs() -> None:
     whole = SplitModel(Recipe.of(RunConfig(model="resnet18", scheme="fl")), (3, 32, 32), 10)
     (all_of_it,) = costs_of(whole, (3, 32, 32))

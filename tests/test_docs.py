@@ -34,7 +34,7 @@ def test_there_are_two_commands_and_ci_runs_the_second() -> None:
     start = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt "
     assert [c.removeprefix(start) for c in COMMANDS] == [
         "&& .venv/bin/python -m experiments.demo",
-        "-r requirements-dev.txt && .venv/bin/python -m pytest",
+        "-r requirements-dev.txt && .venv/bin/python -m pytest -n 2 --dist loadfile",
     ]
     pattern = re.search(r"grep -E '(.*)' README.md", (ROOT / ".ci/run").read_text())
     assert pattern is not None
@@ -119,6 +119,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     }
     known |= {"--config", "--help", "--version", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
+    known |= {"--dist"}  # pytest-xdist's
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's

@@ -77,6 +77,7 @@ def untimed(path: Path) -> list[dict[str, str]]:
     return [{n: v for n, v in row.items() if not n.endswith(("_s", "seconds"))} for row in rows]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files_and_another_seed_does_not(tmp_path: Path) -> None:
     first = simulated(tmp_path / "a", model="mlp", seed=7, keep_tensors="all")
     again = simulated(tmp_path / "b", model="mlp", seed=7, keep_tensors="all")
@@ -111,6 +112,7 @@ def test_one_client_equals_ordinary_training_whatever_the_cut(
     assert_equal(joined(simulated(tmp_path, **ONE, cut=cut)), trained_whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_one_client_equals_ordinary_training(tmp_path: Path, model: str) -> None:
     options = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "batch_size": 128}
@@ -119,6 +121,7 @@ def test_one_client_equals_ordinary_training(tmp_path: Path, model: str) -> None
     assert_equal(joined(run), ordinary_training(RunConfig(**options)), at_least=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["reset", "keep"])
 def test_sflv1_equals_federated_averaging_of_the_unsplit_model(tmp_path: Path, state: str) -> None:
     """Both halves are averaged after independent training: together, FedAvg of the whole model."""

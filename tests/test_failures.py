@@ -263,6 +263,7 @@ def test_the_same_port_serves_the_next_run_at_once_and_clients_share_no_folder(
         assert folders == ["client_0", "client_1", "client_2"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_touch_each_others_files(tmp_path: Path) -> None:
     results: dict[int, Path] = {}
     out = ["--out", tmp_path / "shared"]

@@ -151,6 +151,7 @@ def test_a_full_disk_under_the_cache_is_one_line(
     assert list((tmp_path / "cache").glob("ham10000-64x64-*")) == []
 
 
+@pytest.mark.slow
 def test_of_clients_that_start_at_once_one_decodes(tmp_path: Path) -> None:
     write_ham10000(tmp_path)
     (tmp_path / "said").mkdir()

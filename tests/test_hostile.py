@@ -358,6 +358,7 @@ def test_an_object_of_bad_will_is_refused(launcher: Launcher, tmp_path: Path, wh
 # Many at once, and mutations
 
 
+@pytest.mark.slow
 def test_a_short_fuzz_finds_only_our_own_errors() -> None:
     counts = {"frames": 10_000, "flips": 5000, "files": 2000, "texts": 1000, "handshakes": 2000}
     reports = workers.fuzz(counts, seed=1, workers=2)

@@ -63,6 +63,7 @@ def test_what_stays_can_be_replayed(
     assert report.models >= len(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -20,6 +20,7 @@ X = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_initial_weights_depend_on_the_seed_alone(name: str) -> None:
     torch.manual_seed(1)

@@ -157,6 +157,7 @@ def test_adam_is_torchs_with_learning_rate_and_weight_decay(weight_decay: float)
 # Whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "state"), [("sflv1", "reset"), ("sync-sgd", "keep")])
 def test_a_model_in_another_layout_is_trained_as_in_plain_layout(
     tmp_path: Path, scheme: str, state: str

@@ -223,6 +223,7 @@ def test_what_differs_each_time_a_model_is_built_is_not_seen() -> None:
     assert again[0] == again[1]
 
 
+@pytest.mark.slow
 def test_the_structure_is_of_the_model_before_it_is_cut() -> None:
     """Cutting lets in-place modules next to the cut work on a copy: that is no other structure."""
     found = {

@@ -63,6 +63,7 @@ def test_predictions_of_clients_are_found_or_asked_for(tmp_path: Path) -> None:
     assert (again == labels).all()
 
 
+@pytest.mark.slow
 def test_many_classes_of_which_some_do_not_occur(tmp_path: Path) -> None:
     drawn = np.random.default_rng(0)
     names = [f"class {k}" for k in range(62)]

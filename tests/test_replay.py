@@ -19,6 +19,7 @@ from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

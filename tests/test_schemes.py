@@ -65,6 +65,7 @@ def test_a_socket_run_equals_the_simulation(
     assert report.checked == (num_steps(run) if over_a_cut else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clip_norm", "state"), [(0.0, "reset"), (0.5, "keep")])
 def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_norm: float) -> None:
     options = {"clients": 1, "optimizer_state": state, "batch_size": 400, "clip_norm": clip_norm}
@@ -78,6 +79,7 @@ def test_with_one_client_the_schemes_are_one(tmp_path: Path, state: str, clip_no
         assert_equal(first, ordinary_training(RunConfig(**DEFAULTS | options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

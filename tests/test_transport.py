@@ -334,6 +334,7 @@ def test_only_so_many_may_connect_without_registering() -> None:
                     third.receive_message_as_json(MessageType.REGISTERED)
 
 
+@pytest.mark.slow
 def test_the_end_reaches_a_peer_that_is_sending() -> None:
     board, port = network()
     with dialled(port) as one:

@@ -160,6 +160,7 @@ def test_the_initial_weights_are_offered_and_not_sent(
         assert not any(m.payload for m in before)
 
 
+@pytest.mark.slow
 def test_raw_data_never_leave_the_client(recorded: tuple[Path, list[Recorded]]) -> None:
     _, connections = recorded
     spec = DATASETS["mnist-5k"]
