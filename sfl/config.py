@@ -37,9 +37,14 @@ class RunConfig:
         "who shares what: {names} (see docs/schemes)",
     )
     model: str = option("lenet5", "{names}, or your own package.module:function")
-    cut: int | None = option(
-        None, "number of top-level blocks on the client; the model's own if not given"
-    )
+    cut: int | str | None = option(
+        None, "number of top-level blocks in front of the cut, or of each of several as 3,5; the"
+        " model's own if not given",
+    )  # fmt: skip
+    topology: str = option(
+        "", "which party holds each segment: {names} (see docs/topologies.md); if not given, what"
+        " fits the number of cuts",
+    )  # fmt: skip
     task: str = option("classification", "what is predicted, with its loss and metrics: {names}")
     dataset: str = option("mnist-5k", "{names}, or your own package.module:function")
     image_size: int = option(0, "side of the images in pixels; 0: the data set's own")

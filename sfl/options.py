@@ -23,7 +23,7 @@ GROUPS = {
     "run": "run resume scheme clients max_clients participation rounds local_epochs server_order"
     " seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
-    "model": "model cut task",
+    "model": "model cut topology task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
@@ -134,10 +134,10 @@ def parse_options(
 
 def _add_options(parser: Parser, config_classes: Sequence[Any]) -> None:
     """Add the options of these classes, in the groups of ``GROUPS``."""
-    known: dict[str, tuple[Any, type]] = {}
+    known: dict[str, tuple[Any, tuple[type, ...]]] = {}
     for config_class in config_classes:
         types = _value_types(config_class)
-        known |= {f.name: (f, types[f.name][0]) for f in dataclasses.fields(config_class)}
+        known |= {f.name: (f, types[f.name]) for f in dataclasses.fields(config_class)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names.split():
@@ -145,16 +145,22 @@ def _add_options(parser: Parser, config_classes: Sequence[Any]) -> None:
                 _add_option(group, *known[name])
 
 
-def _add_option(group: Any, spec: Any, kind: type) -> None:
+def _add_option(group: Any, spec: Any, kinds: tuple[type, ...]) -> None:
     how: dict[str, Any] = {"action": "store_true"}
+    kind = kinds[0]
     choices, shown = spec.metadata["choices"], ""
     if kind is not bool:
-        how = {"type": kind, "metavar": kind.__name__.upper()}
+        how = {"type": _number_or_text if str in kinds[1:] else kind}
+        how["metavar"] = kind.__name__.upper()
         shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
     if choices:
         how |= {"choices": choices, "metavar": None}
     text = (spec.metadata["help"] + shown).replace("%", "%%")
     group.add_argument(flag(spec.name), dest=spec.name, default=argparse.SUPPRESS, help=text, **how)
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 _ALL_OPTIONS = frozenset(

@@ -17,6 +17,7 @@ NAMES = "{names}"  # in an option's help text: what its registry has
 # Where an option's registry is. Imported for ``--help`` alone: torch takes seconds.
 REGISTRIES = {
     "scheme": "sfl.strategy.schemes:SCHEMES",
+    "topology": "sfl.model.topology:TOPOLOGIES",
     "task": "sfl.model.task:TASKS",
     "model": "sfl.model.zoo:MODELS",
     "dataset": "sfl.data.datasets:DATASETS",

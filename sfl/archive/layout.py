@@ -13,17 +13,17 @@ SERVER_OPTIMIZER = "models/server_optimizer_{back}{mark}_{round}.pt"
 CLIENT_OPTIMIZER = "models/client_optimizer_{client}{mark}_{round}.pt"
 MEMORY = "models/aggregation_{segment}_{round}.pt"
 PREDICTIONS = "predictions/client_{client}_{round}.pt"  # on its test set
-# segment -> {name} and {mark} in its paths; the first segment of each party has no mark
-SEGMENT_NAMES = {
-    "front": ("client_model", ""),
-    "back": ("server_model", ""),
-    "head": ("client_head", "_head"),
-}
+
+
+def names_of(segment: str) -> tuple[str, str]:
+    """Return {name} and {mark} in a segment's paths; the first of each party has no mark."""
+    first = {"front": "client_model", "back": "server_model"}
+    return (first[segment], "") if segment in first else (segment, f"_{segment.partition('_')[2]}")
 
 
 def segment_path(template: str, segment: str, round_index: int, **which: int) -> str:
     """Return the path of a segment's file after a round; round -1: before the first."""
-    name, mark = SEGMENT_NAMES[segment]
+    name, mark = names_of(segment)
     which_segment = {"segment": segment, "name": name, "mark": mark}
     return model_path(template, round_index, **which_segment, **which)
 

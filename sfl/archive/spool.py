@@ -57,6 +57,10 @@ class Spool:
             read = functools.partial(self._read, self._append(answer.data), len(answer.data))
         self._kept[at] = read, answer._replace(data=b"")
 
+    def has(self, at: Position) -> bool:
+        """Return whether a reply is kept."""
+        return at in self._kept
+
     def get(self, at: Position) -> Answer | None:
         """Return the reply to a step; None if there is none yet."""
         if at not in self._kept:

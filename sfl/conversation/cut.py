@@ -10,8 +10,9 @@ Extension points: a defence changes the tensor at the start of ``encode``; a cod
 ``encode_file`` there and ``decode_file`` in ``receive``. Neither exists yet.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from sfl.conversation.party import Party
 from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
+from sfl.model.topology import Stop
 from sfl.values import Position
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message, MessageType
@@ -34,6 +36,14 @@ EVALUATION = {
     ACTIVATIONS: MessageType.VALIDATION_FEATURES,
 }
 _KIND_NAMES = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
+
+
+class Sent(NamedTuple):
+    """A tensor that was sent at a cut."""
+
+    kind: str
+    file: File
+    content: Any
 
 
 class Cut:
@@ -55,6 +65,8 @@ class Cut:
         z = party.split.features_spec(num_samples, at.link)
         self._specs = {LABELS: party.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
         self._files: dict[str, File] = {}  # sent and received tensors, to be recorded
+        self.sent: Sent | None = None  # activations or gradients; a party sends one of them
+        self.received = ""  # checksum of the others
 
     def send(self, kind: str, tensor: Tensor, content: Any = "") -> None:
         """Send a tensor, with an optional JSON value."""
@@ -68,6 +80,8 @@ class Cut:
 
     def send_file(self, kind: str, file: File, content: Any = "") -> None:
         """Send an encoded tensor."""
+        if kind != LABELS:
+            self.sent = Sent(kind, file, content)
         self._party.link.send_file(
             self._messages[kind], file.data, content=content, at=self.at, checksum=file.checksum
         )
@@ -95,6 +109,8 @@ class Cut:
         link = self._party.link
         yield link
         message = link.receive_file(self._messages[kind], at=self.at)
+        if kind != LABELS:
+            self.received = message.checksum
         self._party.end_wait()
         return message
 
@@ -109,3 +125,52 @@ class Cut:
         """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
         tensors = {kind: (file, self._specs[kind]) for kind, file in self._files.items()}
         self._party.archive.record_step(tensors, self.at, order)
+
+
+class Cuts(dict[int, Cut]):
+    """One end of each cut of the model, for one batch, made when it is asked for."""
+
+    def __init__(
+        self,
+        party: Party,
+        at: Position,
+        num_samples: int,
+        messages: Mapping[str, MessageType] = TRAINING,
+    ) -> None:
+        self._party, self._messages = party, messages
+        self.at, self.num_samples = at, num_samples
+
+    def __missing__(self, link: int) -> Cut:
+        at = self.at._replace(link=link)
+        self[link] = cut = Cut(self._party, at, self.num_samples, self._messages)
+        return cut
+
+    @property
+    def first(self) -> Cut:
+        """The cut at which labels travel."""
+        return self[0]
+
+    def record(self, order: int) -> None:
+        """Hand all tensors to the archive, see ``Cut.record``."""
+        for link in sorted(self):
+            self[link].record(order)
+
+
+class Transfer(NamedTuple):
+    """A tensor that a party sends, or receives, in a step."""
+
+    sends: bool
+    kind: str
+    link: int
+
+
+def transfers(route: Sequence[Stop]) -> list[Transfer]:
+    """Return what a party sends and receives in a step, in order, except for labels."""
+    forward = ((stop.takes, stop.gives, ACTIVATIONS) for stop in route)
+    backward = ((stop.gives, stop.takes, GRADS) for stop in reversed(route))
+    return [
+        Transfer(sends, kind, link)
+        for receives_over, sends_over, kind in itertools.chain(forward, backward)
+        for sends, link in ((False, receives_over), (True, sends_over))
+        if link is not None
+    ]

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
-from sfl.conversation.cut import EVALUATION, Cut
+from sfl.conversation.cut import EVALUATION, Cuts
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
-from sfl.data.samples import Samples
 from sfl.errors import ProtocolError
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked
@@ -34,72 +33,85 @@ from sfl.wire.messages import Message, MessageType
 def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
     """Evaluate a part of the client's samples; faces ``server_evaluate``."""
     samples = party.data.validation if part == VALIDATION else party.data.test
-    evaluate = _client_split if party.split.cuts else _client_whole_model
-    return evaluate(party, part, samples, round_index)
+    total, predictions = Total(), _Predictions(part)
+    for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
+        if party.computes_loss:
+            party.count_batch(round_index)
+        start = step * party.split.evaluation_batch
+        x, y = party.data.batch(samples, slice(start, start + size))
+        cuts = Cuts(party, party.at(round_index, step), size, EVALUATION)
+        if not party.computes_loss:
+            cuts.first.send(LABELS, y, content={"part": part})
+        found = yield from _pass(party, cuts, x, y)
+        if found:
+            tally, outputs = found
+            predictions.add(y, outputs)
+        else:
+            yield party.link
+            reply = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=cuts.at)
+            tally = _parse_tally(party, reply, size)
+        total.add(tally)
+    predictions.write(party, round_index)
+    if party.computes_loss:
+        _send_own_result(party, part, total.tally, round_index)
+    return total.tally
 
 
 def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
-    """Evaluate a client's samples with the back, or receive the client's own result."""
-    evaluate = _server_split if party.split.cuts else _server_receive_result
-    return evaluate(party, part, round_index)
-
-
-def _client_split(
-    party: ClientParty, part: str, samples: Samples, round_index: int
-) -> Conversation[Tally]:
-    link, total = party.link, Total()
-    for step, size in enumerate(party.split.evaluation_sizes(len(samples))):
-        at = party.at(round_index, step)
-        start = step * party.split.evaluation_batch
-        x, y = party.data.batch(samples, slice(start, start + size))
-        cut = Cut(party, at, size, EVALUATION)
-        cut.send(LABELS, y, content={"part": part})
-        cut.send(ACTIVATIONS, party.front.evaluate(x))
-        yield link
-        reply = link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
-        total.add(_parse_tally(party, reply, size))
-    return total.tally
-
-
-def _server_split(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+    """Evaluate a client's samples with the server's segments, or receive the client's result."""
     link, total, predictions = party.link, Total(), _Predictions(part)
-    for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
-        at = party.at(round_index, step)
-        cut = Cut(party, at, size, EVALUATION)
-        y, labels = yield from cut.receive(LABELS)
-        _check_part(labels, part, party)
-        z, _ = yield from cut.receive(ACTIVATIONS)
-        with party.measure_compute():
-            tally, outputs = evaluate_step(party.back, z, y)
-            party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
+    is_cut = bool(party.split.cuts)
+    sizes = party.split.evaluation_sizes(party.num_samples[part]) if is_cut else ()
+    for step, size in enumerate(sizes):
+        cuts, y = Cuts(party, party.at(round_index, step), size, EVALUATION), None
+        if party.computes_loss:
+            y, labels = yield from cuts.first.receive(LABELS)
+            _check_part(labels, part, party)
+        found = yield from _pass(party, cuts, None, y)
+        if found and y is not None:
+            tally, outputs = found
+            party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", cuts.at)
             predictions.add(y, outputs)
-        link.send_message_as_json(
-            MessageType.VALIDATION_RESULT, content=_tally_content(party, tally), at=at
-        )
-        total.add(tally)
+            link.send_message_as_json(
+                MessageType.VALIDATION_RESULT, content=_tally_content(party, tally), at=cuts.at
+            )
+            total.add(tally)
     predictions.write(party, round_index)
-    return total.tally
+    if is_cut and party.computes_loss:
+        return total.tally
+    return (yield from _receive_result(party, part, round_index))
 
 
-def _client_whole_model(
-    party: ClientParty, part: str, samples: Samples, round_index: int
-) -> Conversation[Tally]:
-    total, predictions, start = Total(), _Predictions(part), 0
-    for size in party.split.evaluation_sizes(len(samples)):
-        party.count_batch(round_index)
-        x, y = party.data.batch(samples, slice(start, start + size))
-        tally, outputs = evaluate_step(party.front, x, y)
-        predictions.add(y, outputs)
-        total.add(tally)
-        start += size
-    predictions.write(party, round_index)
-    whole, at = total.tally, party.at(round_index)
+def _pass(
+    party: Party, cuts: Cuts, x: Tensor | None, y: Tensor | None
+) -> Conversation[tuple[Tally, Tensor] | None]:
+    """Compute a party's part of a batch's evaluation; return tally and outputs of the last segment.
+
+    ``x``, ``y``: samples and labels, where the party has them.
+    """
+    z = x
+    for stop in party.route:
+        segment = party.own_segments[stop.segment]
+        if stop.takes is not None:
+            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
+        assert z is not None
+        with party.measure_compute():
+            if stop.is_last:
+                assert y is not None
+                return evaluate_step(segment, z, y)
+            z = segment.evaluate(z)
+        if stop.gives is not None:
+            cuts[stop.gives].send(ACTIVATIONS, z)
+    return None
+
+
+def _send_own_result(party: ClientParty, part: str, whole: Tally, round_index: int) -> None:
+    """Send the client's own figures of a part; of each class where the run's labels are shared."""
     content = _tally_content(party, whole) | {"part": part}
     if table := party.task.table:
         content[table.name] = [] if whole.table is None else whole.table.tolist()
+    at = party.at(round_index)
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
-    yield from ()
-    return whole
 
 
 class _Predictions:
@@ -124,7 +136,7 @@ class _Predictions:
             party.archive.write("predictions", path, encode_state(both), round_index)
 
 
-def _server_receive_result(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
+def _receive_result(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
     yield party.link
     at = party.at(round_index)
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)

@@ -1,6 +1,8 @@
 """Limits on what each side accepts from the other: files, their sizes and where they are stored."""
 
-from sfl.files.torch_file import max_file_bytes, max_state_bytes
+from sfl.conversation.cut import EVALUATION, TRAINING, transfers
+from sfl.files.torch_file import TensorSpec, max_file_bytes, max_state_bytes
+from sfl.model.topology import Holder, route
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
@@ -12,9 +14,25 @@ def client_limits(split: SplitModel, store: MakeStore) -> Limits:
     weights = max_state_bytes(split.front_spec)
     limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
     if split.cuts:
-        largest = split.features_spec(split.recipe.run.batch_size + 1)
-        limits[MessageType.TRAINING_GRADS] = max_file_bytes([largest])
+        limits |= _tensor_limits(split, Holder.CLIENT)
     return Limits(payload_bytes=limits, store=store)
+
+
+def _tensor_limits(split: SplitModel, holder: Holder) -> dict[MessageType, int]:
+    """Return the most bytes of each kind of tensor that a party receives at the model's cuts."""
+    way = route(split.recipe.segments, holder)
+    step, evaluation = split.recipe.run.batch_size + 1, split.evaluation_batch
+    specs: dict[MessageType, list[TensorSpec]] = {}
+    for transfer in transfers(way):
+        for messages, size in ((TRAINING, step), (EVALUATION, evaluation)):
+            if not transfer.sends and transfer.kind in messages:
+                spec = split.features_spec(size, transfer.link)
+                specs.setdefault(messages[transfer.kind], []).append(spec)
+    if holder is Holder.SERVER and split.recipe.shares_labels:
+        labels_spec = split.recipe.task.labels_spec
+        specs[MessageType.TRAINING_LABELS] = [labels_spec(step)]
+        specs[MessageType.VALIDATION_LABELS] = [labels_spec(evaluation)]
+    return {kind: max(max_file_bytes([s]) for s in of_kind) for kind, of_kind in specs.items()}
 
 
 def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits:
@@ -22,13 +40,7 @@ def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits
     limits = {MessageType.SEND_MODEL: max_state_bytes(split.front_spec)}
     task = split.recipe.task
     if split.cuts:
-        step, evaluation = split.recipe.run.batch_size + 1, split.evaluation_batch
-        limits |= {
-            MessageType.TRAINING_LABELS: max_file_bytes([task.labels_spec(step)]),
-            MessageType.TRAINING_FEATURES: max_file_bytes([split.features_spec(step)]),
-            MessageType.VALIDATION_LABELS: max_file_bytes([task.labels_spec(evaluation)]),
-            MessageType.VALIDATION_FEATURES: max_file_bytes([split.features_spec(evaluation)]),
-        }
+        limits |= _tensor_limits(split, Holder.SERVER)
     elif split.recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         limits[MessageType.TRAINING_GRADS] = max_state_bytes(split.parameters_spec)
     else:

@@ -1,10 +1,11 @@
 """The state of each side of a conversation during a run."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from sfl.files.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures
 from sfl.model.segment import Segment
 from sfl.model.task import Task
-from sfl.model.topology import Segments, States
+from sfl.model.topology import Holder, Segments, States, Stop, route
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -48,6 +49,7 @@ class ServerWatcher(Watcher, Protocol):
 class Party:
     """State that client and server both have for one client."""
 
+    holder: ClassVar[Holder]
     client: int
     recipe: Recipe
     link: Link
@@ -67,6 +69,21 @@ class Party:
     @property
     def task(self) -> Task:
         return self.recipe.task
+
+    @property
+    def own_segments(self) -> Segments:
+        """The segments that this side computes with for the client."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def route(self) -> tuple[Stop, ...]:
+        """This side's segments on the way through the model."""
+        return route(self.recipe.segments, self.holder)
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether this side holds the model's last segment, and so computes the loss."""
+        return any(stop.is_last for stop in self.route)
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """Check that the peer's tensors are finite; warn at most once a round.
@@ -133,12 +150,17 @@ class Party:
 class ClientParty(Party):
     """A client's side."""
 
+    holder = Holder.CLIENT
     segments: Segments  # the client's
     data: ClientData
     on_round: Callable[[int, Mapping[str, float]], None]  # given a round and this client's metrics
     # Given the first round to run, and the round whose start its own state is to be loaded from.
     # Own state exists at this client only: an optimiser's state, a front that is not shared.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
+
+    @property
+    def own_segments(self) -> Segments:
+        return self.segments
 
     @property
     def front(self) -> Segment:
@@ -164,6 +186,7 @@ class RoundResult:
 class ServerParty(Party):
     """The server's side, for one client."""
 
+    holder = Holder.SERVER
     watcher: ServerWatcher
     backs: Mapping[int, Segments]  # copies of the server's segments; empty if clients train alone
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
@@ -178,9 +201,8 @@ class ServerParty(Party):
         return self.recipe.scheme.back_of(self.client)
 
     @property
-    def back(self) -> Segment:
-        """The last of the server's segments that take this client's steps."""
-        return self.backs[self.back_index].last
+    def own_segments(self) -> Segments:
+        return self.backs[self.back_index]
 
     def end_wait(self) -> None:
         """Do not count waiting: the server computes for other clients meanwhile."""

@@ -3,12 +3,18 @@
 ::
 
     client                                           server
-    CUT: client_cut_steps, client_step               server_cut_steps, server_step
+    CUT, with one cut: client_step                   server_step
       TRAINING_LABELS    + labels                ->
       z = front(x)
       TRAINING_FEATURES  + activations z         ->  loss = task.loss(back(z), y)
                                                  <-  TRAINING_GRADS + gradients {loss, correct}
       z.backward(gradients); update the front        update the back
+    CUT, with two cuts: the same functions
+      z = front(x)
+      TRAINING_FEATURES  + activations z         ->  u = back(z)
+      loss = task.loss(head(u), y)               <-  TRAINING_FEATURES + activations u
+      TRAINING_GRADS + gradients {loss, correct} ->  u.backward(gradients)
+      z.backward(gradients); update both         <-  TRAINING_GRADS + gradients; update the back
     WEIGHT_GRADS: client_gradient_steps              server_gradient_steps
       loss = task.loss(model(x), y)
       TRAINING_GRADS {loss, correct}             ->  average over the clients; update
@@ -18,6 +24,7 @@
       TRAINING_FIGURES   + loss, correct         ->
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -27,7 +34,7 @@ from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
-from sfl.conversation.cut import Cut
+from sfl.conversation.cut import Cuts, Sent, transfers
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.crash import crash_point
 from sfl.data.client_data import batch_indices, batch_sizes, step_sizes
@@ -70,93 +77,172 @@ def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int
 
 
 def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
-    """Train the front for a round; faces ``server_cut_steps``."""
+    """Train the client's segments for a round; faces ``server_cut_steps``."""
     batches = _batches(party, round_index)
-    batch = next(batches, None)
+
+    def make() -> Batch | None:
+        batch = next(batches, None)
+        party.clock.lap("batch")
+        return batch
+
+    batch = make()
     while batch is not None:
-        batch = yield from client_step(party, batch, batches)
+        make_next = functools.cache(make)  # once, at the step's first wait
+        yield from client_step(party, batch, make_next)
+        batch = make_next()
 
 
 def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
-    """Train the back with one client for a round, waiting for its turn before each step."""
-    turns = plan.steps[party.back_index]
+    """Train the server's segments with one client for a round, waiting for its turn each step."""
+    turns, first = plan.steps[party.back_index], party.route[0].takes or 0
     for at, size in _sizes(party, round_index):
-        cut = Cut(party, at, size)
-        if answer := plan.spool.get(at):
-            yield from server_repeat_step(cut, answer, plan)
+        cuts = Cuts(party, at, size)
+        if plan.spool.has(cuts[first].at):
+            yield from server_repeat_step(party, cuts, plan)
         else:
             if turns.in_order:
                 yield turns.of(party.client)
-            yield from server_step(party, cut, plan)
+            yield from server_step(party, cuts, plan)
 
 
 def client_step(
-    party: ClientParty, batch: Batch, following: Iterator[Batch]
-) -> Conversation[Batch | None]:
-    """Train the front on one batch; faces ``server_step``. Return the next batch.
-
-    It is built while the server computes.
-    """
-    front, clock, (at, x, y) = party.front, party.clock, batch
-    cut = Cut(party, at, len(y))
-    cut.send(LABELS, y)
-    z = front.forward(x, at)
-    clock.lap("forward")
-    cut.send(ACTIVATIONS, z)
-    next_batch = next(following, None)
-    clock.lap("batch")
-    grads, reply = yield from cut.receive(GRADS)
-    front.backward(grads)
-    party.check_step(front, at)
-    clock.lap("backward")
+    party: ClientParty, batch: Batch, meanwhile: Callable[[], object]
+) -> Conversation[None]:
+    """Train the client's segments on one batch; faces ``server_step``."""
+    at, x, y = batch
+    cuts, clock = Cuts(party, at, len(y)), party.clock
+    if not party.computes_loss:
+        cuts.first.send(LABELS, y)
+    figures, _ = yield from _pass(party, cuts, x, y, meanwhile)
     crash_point("front.before_update")
-    front.update()
+    party.own_segments.update_weights()
     crash_point("front.after_update")
     clock.lap("update")
-    cut.record(order=at.step)
-    party.watcher.step(at, _parse_figures(party, reply, len(y)))
+    cuts.record(order=at.step)
+    party.watcher.step(at, figures)
     clock.lap("archive")
-    return next_batch
 
 
-def server_step(party: ServerParty, cut: Cut, plan: RoundPlan) -> Conversation[None]:
-    """Train the back on one batch; faces ``client_step``.
+def server_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation[None]:
+    """Train the server's segments on one batch; faces ``client_step``.
 
-    The gradients are sent before the back is updated. The step counts as done even if sending
-    fails: a client that reconnects gets the stored answer, see ``server_repeat_step``.
+    The last gradients are sent before the update. The step counts as done even if sending fails: a
+    client that reconnects gets the stored answers, see ``server_repeat_step``.
     """
-    back, clock, at = party.back, party.clock, cut.at
-    y, _ = yield from cut.receive(LABELS)  # decoded while the client computes
-    z, asked = yield from cut.receive(ACTIVATIONS)
-    with party.measure_compute():
-        figures, dz = _compute(party, back, (z, y), at)
-        clock.lap("forward")
-        assert dz is not None
-        grads = cut.encode(GRADS, dz)
-    answer = Answer(grads.data, _figures_content(party, figures), asked.checksum)
+    clock, at, y = party.clock, cuts.at, None
+    if party.computes_loss:
+        y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
+    figures, last = yield from _pass(party, cuts, None, y)
+    assert last is not None
     crash_point("step.before_answer")
     try:
-        cut.send_file(GRADS, grads, answer.content)
+        cuts[party.route[0].takes or 0].send_file(*last)
     finally:
         crash_point("step.after_answer")
         with party.measure_compute():
-            back.update()
+            party.own_segments.update_weights()
         crash_point("step.after_update")
         clock.lap("update")
-        cut.record(plan.take(at.client))
-        plan.spool.put(at, answer, recorded=party.archive.tensor_path(GRADS, at))
+        cuts.record(plan.take(at.client))
+        _keep_answers(party, cuts, plan)
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
         clock.lap("archive")
 
 
-def server_repeat_step(cut: Cut, answer: Answer, plan: RoundPlan) -> Conversation[None]:
-    """Send the stored answer of a step that is already done; faces ``client_step``."""
-    yield from cut.receive_message(LABELS)
-    asked = yield from cut.receive_message(ACTIVATIONS)
-    if asked.checksum != answer.asked:
-        plan.mismatched.add(cut.at.client)
-    cut.send_file(GRADS, File(answer.data), answer.content)
+def _keep_answers(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> None:
+    """Keep what the step has sent, for a client that repeats it."""
+    for cut in cuts.values():
+        if cut.sent:
+            answer = Answer(cut.sent.file.data, cut.sent.content, cut.received)
+            recorded = party.archive.tensor_path(cut.sent.kind, cut.at)
+            plan.spool.put(cut.at, answer, recorded=recorded)
+
+
+def server_repeat_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation[None]:
+    """Send the stored answers of a step that is already done; faces ``client_step``."""
+    if party.computes_loss:
+        yield from cuts.first.receive_message(LABELS)
+    due = transfers(party.route)
+    answers = {t.link: plan.spool.get(cuts[t.link].at) for t in due if t.sends}
+    for transfer in due:
+        cut, answer = cuts[transfer.link], answers[transfer.link]
+        assert answer is not None
+        if transfer.sends:
+            cut.send_file(transfer.kind, File(answer.data), answer.content)
+            continue
+        yield from cut.receive_message(transfer.kind)
+        if cut.received != answer.asked:
+            plan.mismatched.add(cut.at.client)
+
+
+def _pass(
+    party: Party,
+    cuts: Cuts,
+    x: Tensor | None,
+    y: Tensor | None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Conversation[tuple[StepFigures, Sent | None]]:
+    """Compute a party's part of a step: forward through its segments, and backward.
+
+    ``x``, ``y``: samples and labels, where the party has them; ``meanwhile`` is called before each
+    wait. Return the step's figures, and the gradients in front of its first segment, still to be
+    sent. On failure all segments are as before.
+
+    Raises:
+        StepFailed: the step cannot be computed, or its results are not finite.
+    """
+    try:
+        return (yield from _forward_and_backward(party, cuts, x, y, meanwhile))
+    except BaseException:
+        party.own_segments.undo_step()
+        raise
+
+
+def _forward_and_backward(
+    party: Party, cuts: Cuts, x: Tensor | None, y: Tensor | None, meanwhile: Callable[[], object]
+) -> Conversation[tuple[StepFigures, Sent | None]]:
+    at, clock, segments = cuts.at, party.clock, party.own_segments
+    z, grads = x, None
+    figures: StepFigures | None = None
+    last: Sent | None = None
+    for stop in party.route:
+        if stop.takes is not None:
+            meanwhile()
+            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
+        if not stop.is_last:
+            assert z is not None
+            with party.measure_compute():
+                z = segments[stop.segment].forward(z, at)
+            clock.lap("forward")
+            if stop.gives is not None:
+                cuts[stop.gives].send(ACTIVATIONS, z)
+    for stop in reversed(party.route):
+        segment, content = segments[stop.segment], {}
+        if stop.gives is not None:
+            meanwhile()
+            grads, reply = yield from cuts[stop.gives].receive(GRADS)
+            figures = _parse_figures(party, reply, cuts.num_samples) if reply.content else figures
+        with party.measure_compute():
+            if stop.is_last:
+                assert z is not None
+                assert y is not None
+                figures, grads = _compute(party, segment, (z, y), at)
+                content = _figures_content(party, figures)
+                clock.lap("forward")
+            else:
+                assert grads is not None
+                grads = segment.backward(grads)
+                party.check_step(segment, at, *([] if grads is None else [grads]))
+                clock.lap("backward")
+            if stop.takes is not None:
+                assert grads is not None
+                last = Sent(GRADS, cuts[stop.takes].encode(GRADS, grads), content)
+        if last and stop is not party.route[0]:
+            cuts[stop.takes or 0].send_file(*last)
+            last = None
+    assert figures is not None
+    return figures, last
 
 
 def _compute(

@@ -52,8 +52,7 @@ class Segment:
     """Consecutive blocks of a model on one party, with their optimiser.
 
     ``first_block`` is the index of its first block in the whole model, see ``block_draws``.
-    Gradients in front of ``training.cut`` and behind it are clipped separately, even where one
-    segment has both.
+    Gradients between ``training.cuts`` are clipped separately, even where one segment has several.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The optimiser of a segment: its learning rate, clipping, and its state as named tensors."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -63,14 +64,14 @@ class SegmentOptimizer:
         self._optimizer.step()
 
     def sides(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the parameters in front of the run's cut, then those behind it, if any.
+        """Yield the parameters between two of the run's cuts, from input to output, where any are.
 
-        For schemes without a cut, a parameter on both sides counts in front.
+        For schemes without a cut, a parameter on both sides of one counts in front of it.
         """
-        inner = min(max(self._training.cut - self._first_block, 0), len(self._blocks))
+        inner = [min(max(c - self._first_block, 0), len(self._blocks)) for c in self._training.cuts]
         seen: set[nn.Parameter] = set()
-        for part in (self._blocks[:inner], self._blocks[inner:]):
-            if parameters := [p for p in part.parameters() if p not in seen]:
+        for start, end in itertools.pairwise([0, *inner, len(self._blocks)]):
+            if parameters := [p for p in self._blocks[start:end].parameters() if p not in seen]:
                 seen.update(parameters)
                 yield parameters
 

@@ -1,10 +1,18 @@
-"""The names of a cut model's segments, and the party that holds each."""
+"""``TOPOLOGIES``: which party holds each segment of a cut model, as the rows of a table.
 
-from collections.abc import Mapping
+A model is a row of blocks; each cut makes one segment more. From the row of a topology every party
+derives its part of a step (``route``): forward in order, the loss at the holder of the last
+segment, backward in reverse order. The link of a tensor is the index of its cut; the first is 0.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
+from sfl.errors import ConfigError, counted
 from sfl.model.segment import Segment, Snapshot
 
 
@@ -15,14 +23,107 @@ class Holder(Enum):
     SERVER = "the server"
 
 
-# From input to output; n cuts give the first n + 1 segments.
-HOLDERS = {"front": Holder.CLIENT, "back": Holder.SERVER, "head": Holder.CLIENT}
+FRONT = "front"  # the first segment; without a cut, the whole model
+BACK = "back"  # the server's first
+_PLACES = {2: "head", 3: "tail"}  # in the names of further segments
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One row: the holders of the segments of a model with so many cuts, and their names.
+
+    Clients own the labels; where a client holds the last segment, it computes the loss, and no
+    label leaves it.
+    """
+
+    source: str
+    holders: Callable[[int], Sequence[Holder]]  # number of cuts -> holder of each segment
+    num_cuts: range  # that it can have
+
+    def segments(self, num_cuts: int) -> dict[str, Holder]:
+        """Return the holder of each segment, by the segment's name, from input to output."""
+        holders = list(self.holders(num_cuts))
+        names = [
+            f"{h.name.lower()}_{_PLACES.get(i, f'segment_{i}')}" for i, h in enumerate(holders)
+        ]
+        names[0] = FRONT
+        if Holder.SERVER in holders:
+            names[holders.index(Holder.SERVER)] = BACK
+        return dict(zip(names, holders, strict=True))
+
+
+def alternating(num_cuts: int) -> Sequence[Holder]:
+    """Return holders that take turns, the clients first."""
+    return [Holder.SERVER if index % 2 else Holder.CLIENT for index in range(num_cuts + 1)]
+
+
+MAX_CUTS = 64
+TOPOLOGIES: dict[str, Topology] = {
+    "vanilla": Topology(
+        source="Gupta & Raskar, JNCA 2018 (arXiv 1810.06060)",
+        holders=alternating,
+        num_cuts=range(1, 2),
+    ),
+    "u-shaped": Topology(
+        source="Vepakomma et al., 2018 (arXiv 1812.00564), without label sharing",
+        holders=alternating,
+        num_cuts=range(2, 3),
+    ),
+    "alternating": Topology(
+        source="edge, centre, edge, centre, ...: Vepakomma et al., 2018 (arXiv 1812.00564)",
+        holders=alternating,
+        num_cuts=range(1, MAX_CUTS + 1),
+    ),
+}
+
+
+def default_topology(num_cuts: int) -> str:
+    """Return the name of the first topology that can have so many cuts."""
+    return next((n for n, row in TOPOLOGIES.items() if num_cuts in row.num_cuts), "alternating")
+
+
+def check_cuts(name: str, row: Topology, cuts: Sequence[int]) -> None:
+    """Check that a topology can have these cuts.
+
+    Raises:
+        ConfigError: it has another number of them.
+    """
+    if len(cuts) not in row.num_cuts:
+        least, most = row.num_cuts[0], row.num_cuts[-1]
+        wanted = counted(least, "cut") if least == most else f"{least} to {most} cuts"
+        shown = ",".join(map(str, cuts))
+        raise ConfigError(f"--topology {name} takes {wanted}; --cut {shown} has {len(cuts)}")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One of a party's segments on the way through the model, and the links beside it.
+
+    A link is None where there is none: in front of the model, behind it, and between two segments
+    of one party.
+    """
+
+    segment: str
+    takes: int | None  # the link that its input comes over
+    gives: int | None  # the link that its output goes over
+    is_last: bool  # the loss follows
+
+
+def route(segments: Mapping[str, Holder], holder: Holder) -> tuple[Stop, ...]:
+    """Return a party's segments, from input to output, with the links beside them."""
+    holders = [*segments.values()]
+    pairs = enumerate(itertools.pairwise(holders))
+    links = [link if one is not other else None for link, (one, other) in pairs]
+    beside = zip([None, *links], [*links, None], strict=True)
+    last = len(holders) - 1
+    return tuple(
+        Stop(name, *between, is_last=index == last)
+        for index, (name, between) in enumerate(zip(segments, beside, strict=True))
+        if segments[name] is holder
+    )
+
+
 States = Mapping[str, Mapping[str, Tensor]]  # weights by segment
-
-
-def segment_names(num_cuts: int) -> tuple[str, ...]:
-    """Return the names of a model's segments; without a cut, the whole model is the front."""
-    return tuple(HOLDERS)[: num_cuts + 1]
 
 
 def joined(states: States) -> dict[str, Tensor]:
@@ -44,6 +145,14 @@ class Segments(dict[str, Segment]):
     def start_round(self, round_index: int) -> None:
         for segment in self.values():
             segment.start_round(round_index)
+
+    def undo_step(self) -> None:
+        for segment in self.values():
+            segment.undo_step()
+
+    def update_weights(self) -> None:
+        for segment in self.values():
+            segment.update()
 
     def release(self) -> None:
         for segment in self.values():

@@ -21,13 +21,13 @@ class Training:
     make_optimizer: Callable[[Parameters], torch.optim.Optimizer]
     learning_rate: Callable[[int], float]  # of each round
     keeps_optimizer: bool  # if not, each round starts with a fresh one
-    clip_norm: float  # of each side of the cut; 0: gradients are not clipped
-    cut: int  # number of blocks in front of it
+    clip_norm: float  # of each segment; 0: gradients are not clipped
+    cuts: tuple[int, ...]  # number of blocks in front of each
     proximal_mu: float = 0.0  # of FedProx, for a client's segment
     class_weights: tuple[float, ...] = ()  # in the loss; empty: not weighted
 
     @classmethod
-    def of(cls, run: RunConfig, cut: int) -> "Training":
+    def of(cls, run: RunConfig, cuts: tuple[int, ...]) -> "Training":
         """Return the training of a run by its options.
 
         Raises:
@@ -40,5 +40,5 @@ class Training:
             learning_rate=learning_rates(run),
             keeps_optimizer=run.optimizer_state == "keep",
             clip_norm=run.clip_norm,
-            cut=cut,
+            cuts=cuts,
         )

@@ -296,7 +296,7 @@ class _Loaded:
         self._split = SplitModel(recipe, shape, num_classes)
         self._report = report_of(self._data, run, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
-        events.say(f"{counts} samples; {run.model} cut at {recipe.cut}, on {self._device}")
+        events.say(f"{counts} samples; {run.model} cut at {recipe.run.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)
         self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has started this client

@@ -204,7 +204,7 @@ class _Check:
             report = dataclasses.replace(report, rounds=own)
         if problem := self._ask_about_report(process, report):
             raise RunError(f"the server would refuse: {problem}")
-        return split, f"{run.model} cut at {recipe.cut}; the server takes it, and the data"
+        return split, f"{run.model} cut at {recipe.run.cut}; the server takes it, and the data"
 
     def _try_disk(
         self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int

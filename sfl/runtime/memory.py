@@ -5,6 +5,7 @@ A server chooses model, image size and batch size, a client the shape of its sam
 """
 
 import contextlib
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfl.errors import ConfigError
+from sfl.model.topology import Holder
 from sfl.model.zoo import make_model
 from sfl.nodes import PeerNode, parse_bytes
 from sfl.strategy.recipe import Recipe
@@ -53,10 +55,10 @@ class Sizes:
     """Bytes of a model's weights, and of one sample's activations in it."""
 
     whole: int  # weights of all segments
-    front: int  # weights of the client's segment
+    front: int  # weights of the client's segments
     sample: int  # one input, float32
-    front_values: int  # outputs of all layers of the client's segment
-    at_cut: int  # activations at the cut; 0: there is no cut
+    front_values: int  # outputs of all layers of the client's segments
+    at_cuts: tuple[int, ...]  # activations at each cut
     all_values: int  # outputs of all layers of the model
 
 
@@ -72,14 +74,22 @@ def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> 
     except ConfigError:  # reported when the model is built; or a user's own needs real memory
         model = None
     if not isinstance(model, nn.Sequential):
-        return Sizes(0, 0, sample, 0, 0, 0)
-    is_cut = recipe.scheme.exchange is Exchange.CUT
-    front = nn.Sequential(*list(model)[: recipe.cut]) if is_cut else model
-    whole, of_front = _weight_bytes(model), _weight_bytes(front)
-    values = _values(model, input_shape)
-    num_front_layers = len(list(_leaves(front)))
-    at_cut = values[num_front_layers - 1] if is_cut and 0 < num_front_layers <= len(values) else 0
-    return Sizes(whole, of_front, sample, sum(values[:num_front_layers]), at_cut, sum(values))
+        return Sizes(0, 0, sample, 0, (), 0)
+    blocks, cuts = list(model), recipe.cuts if recipe.scheme.exchange is Exchange.CUT else ()
+    bounds = itertools.pairwise((0, *cuts, len(blocks)))
+    segments = [nn.Sequential(*blocks[start:end]) for start, end in bounds]
+    left, values = iter(_values(model, input_shape)), []  # of the layers of each segment
+    for segment in segments:
+        values.append(list(itertools.islice(left, len(_leaves(segment)))))
+    of_clients = [holder is Holder.CLIENT for holder in recipe.segments.values()]
+    return Sizes(
+        whole=_weight_bytes(model),
+        front=sum(map(_weight_bytes, itertools.compress(segments, of_clients))),
+        sample=sample,
+        front_values=sum(map(sum, itertools.compress(values, of_clients))),
+        at_cuts=tuple(of_one[-1] if of_one else 0 for of_one in values[:-1]),
+        all_values=sum(map(sum, values)),
+    )
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -138,15 +148,15 @@ def client_bytes(
 
 
 def _evaluation_batch(sizes: Sizes) -> int:
-    fit = MAX_EVALUATION_BYTES // max(sizes.at_cut, 1)
+    fit = MAX_EVALUATION_BYTES // max(*sizes.at_cuts, 1, 1)
     return max(1, min(MAX_EVALUATION_BATCH, fit))
 
 
 def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, int]:
     """Return the bytes that a run takes at its server, by purpose."""
     copies = num_clients if recipe.scheme.copies_back else 1
-    trained = sizes.whole - sizes.front if sizes.at_cut else sizes.whole
-    values = sizes.all_values - sizes.front_values + sizes.at_cut
+    trained = sizes.whole - sizes.front if sizes.at_cuts else sizes.whole
+    values = sizes.all_values - sizes.front_values + sum(sizes.at_cuts)
     fronts = sizes.front * (num_clients + 2)
     weights = sizes.whole + fronts + trained * (copies + TRAINED_COPIES)
     return {"weights": weights, "batches": 2 * (recipe.run.batch_size + 1) * values}

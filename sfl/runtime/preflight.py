@@ -66,8 +66,9 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     num_steps = sum(num_batches(count, run.batch_size) for count in clients)
     epoch_bytes = 0
     if row.exchange is Exchange.CUT:
-        sample_bytes = recipe.task.label.num_bytes + 2 * split.features_spec(1).num_bytes
-        epoch_bytes = sample_bytes * sum(clients) + 3 * num_steps * max_file_bytes([])
+        num_files = 2 * len(split.cuts) + 1
+        sample_bytes = recipe.task.label.num_bytes + 2 * split.sample_bytes
+        epoch_bytes = sample_bytes * sum(clients) + num_files * num_steps * max_file_bytes([])
     elif row.exchange is Exchange.WEIGHT_GRADS:
         epoch_bytes = num_steps * front
     keep = recipe.keep.tensors
@@ -75,7 +76,7 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     if row.exchange is Exchange.WEIGHT_GRADS:
         answers = run.local_epochs * num_steps / max(len(clients), 1) * front
     elif row.exchange is Exchange.CUT and not keep.records_all:
-        answers = run.local_epochs * sum(clients) * split.features_spec(1).num_bytes
+        answers = run.local_epochs * sum(clients) * split.sample_bytes
     num_kept = min(keep.num_kept(run.rounds) + keep.last, run.rounds)  # "last" keeps two for a time
     tensors = run.participation * run.local_epochs * epoch_bytes * num_kept
     num_fronts = 0 if row.fronts is Fronts.OWN else 1 + run.participation * len(clients)
@@ -91,10 +92,7 @@ def _incoming_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int])
     """Return the most bytes that large incoming payloads take in unnamed temporary files."""
     run = recipe.run
     front = 0 if recipe.scheme.fronts is Fronts.OWN else max_state_bytes(split.front_spec)
-    largest = [
-        max(front, split.features_spec(min(count, run.batch_size)).num_bytes if split.cuts else 0)
-        for count in num_train
-    ]
+    largest = [max(front, min(count, run.batch_size) * split.sample_bytes) for count in num_train]
     return run.participation * sum(size for size in largest if size >= LARGE_BYTES)
 
 

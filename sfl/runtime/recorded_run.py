@@ -18,7 +18,7 @@ from sfl.config import RunConfig
 from sfl.conversation.party import TRAIN
 from sfl.environment import differences, fingerprint, set_up_torch
 from sfl.errors import IntegrityError
-from sfl.model.topology import HOLDERS, Holder, Segments
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import NodeConfig
 from sfl.options import from_values, names_of
 from sfl.runtime.resume import load_backs, read_shared
@@ -110,7 +110,7 @@ class RecordedRun:
 
     def trained_states(self, round_index: int) -> dict[int, dict[str, dict[str, Tensor]]]:
         """Return the weights that each client sent at the end of a round, by segment."""
-        ours = [n for n in self.segments if HOLDERS[n] is Holder.CLIENT]
+        ours = [n for n in self.segments if self.recipe.segments[n] is Holder.CLIENT]
         states: dict[int, dict[str, dict[str, Tensor]]] = {}
         for k in self.order(round_index):
             paths = {n: segment_path(ONE_CLIENT_MODEL, n, round_index, client=k) for n in ours}

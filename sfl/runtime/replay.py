@@ -33,7 +33,7 @@ from sfl.data.client_data import num_batches
 from sfl.errors import IntegrityError, RunError
 from sfl.files.torch_file import StateSpec, identical, state_spec
 from sfl.model.segment import Segment, train_step
-from sfl.model.topology import HOLDERS, Holder, Segments, States
+from sfl.model.topology import Holder, Segments, States
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.aggregate import State
 from sfl.strategy.merge import Trained, merge
@@ -246,7 +246,7 @@ class _Round:
         self, holder: Holder, by_client: Mapping[int, States], by_copy: Mapping[int, States]
     ) -> None:
         recorded, split = self._recorded, self._recorded.split
-        names = [name for name in recorded.segments if HOLDERS[name] is holder]
+        names = [name for name in recorded.segments if split.recipe.segments[name] is holder]
         start, last = recorded.shared_at(self._round), recorded.order(self._round)[-1]
         trained = Trained(by_client, by_copy, recorded.weights(self._round), last)
         merged = merge(recorded.recipe, {n: start[n] for n in names}, trained, split.entries)

@@ -98,7 +98,7 @@ def _recorded_bytes(recipe: Recipe, sizes: Sizes, num_train: int) -> int:
     """Estimate how many bytes of the server's disk a client's steps take."""
     run, exchange, epoch_bytes = recipe.run, recipe.scheme.exchange, 0
     if exchange is Exchange.CUT:
-        epoch_bytes = num_train * (recipe.task.label.num_bytes + 2 * sizes.at_cut)
+        epoch_bytes = num_train * (recipe.task.label.num_bytes + 2 * sum(sizes.at_cuts))
     elif exchange is Exchange.WEIGHT_GRADS:
         epoch_bytes = num_batches(num_train, run.batch_size) * sizes.whole
     # One round's answers are stored for repeated steps, even if tensors are not recorded.

@@ -23,7 +23,7 @@ from sfl.files import strict_json
 from sfl.files.regular_files import check_no_links, read_plain
 from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
-from sfl.model.topology import HOLDERS, Holder, Segments
+from sfl.model.topology import Holder, Segments
 from sfl.options import check_goes_on
 from sfl.strategy.merge import Shared, has_client_state, memory_spec
 from sfl.strategy.recipe import Recipe
@@ -55,7 +55,7 @@ def read_shared(files: Files, split: SplitModel, round_index: int) -> dict[str, 
     for name, spec in split.specs.items():
         # A run's folder lists its first weights (-1), a checkpoint only those of its own round.
         lies_here = any(files.lists(segment_path(SHARED_MODEL, name, r)) for r in (-1, last))
-        if not lies_here or (own and HOLDERS[name] is Holder.CLIENT):
+        if not lies_here or (own and split.recipe.segments[name] is Holder.CLIENT):
             continue
         state = files.state(segment_path(SHARED_MODEL, name, last), spec)
         path, memory = segment_path(MEMORY, name, last), {}

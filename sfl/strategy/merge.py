@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sfl.archive.layout import MEMORY, SEGMENT_NAMES, SHARED_MODEL, segment_path
+from sfl.archive.layout import MEMORY, SHARED_MODEL, names_of, segment_path
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
 from sfl.model.blocks import Entries
-from sfl.model.topology import HOLDERS, Holder, States
+from sfl.model.topology import Holder, States
 from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
@@ -76,7 +76,7 @@ class Trained:
 def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[str, str, bytes]]:
     """Yield kind, path and content of the files of a merged segment."""
     path = segment_path(SHARED_MODEL, name, round_index)
-    yield SEGMENT_NAMES[name][0], path, encode_state(shared.state)
+    yield names_of(name)[0], path, encode_state(shared.state)
     if shared.memory:
         path = segment_path(MEMORY, name, round_index)
         yield "aggregation", path, encode_state(shared.memory)
@@ -91,7 +91,7 @@ def merge(
         theirs, merge_one = {
             Holder.CLIENT: (trained.by_client, _merge_clients),
             Holder.SERVER: (trained.by_copy, _merge_copies),
-        }[HOLDERS[name]]
+        }[recipe.segments[name]]
         states = {k: states[name] for k, states in theirs.items() if name in states}
         merged[name] = merge_one(recipe, states, trained, shared, entries)
     return {name: shared for name, shared in merged.items() if shared is not None}

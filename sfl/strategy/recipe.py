@@ -4,7 +4,9 @@ Server, client, simulation, replay and programs make it from the run's configura
 on: no code inside a round looks a name up or parses an option.
 """
 
-from collections.abc import Callable, Collection
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from sfl.data.partition import check_partition
 from sfl.errors import ConfigError
 from sfl.model import class_weights
 from sfl.model.task import Task
+from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology
 from sfl.model.training import Training
 from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
@@ -31,10 +34,16 @@ class Recipe:
     run: RunConfig  # with cut and schedule length filled in
     scheme: Scheme
     model: ModelSpec
-    cut: int  # number of blocks in front of it; without a cut, it separates gradient clipping
+    cuts: tuple[int, ...]  # number of blocks in front of each; without a cut, see ``Training``
+    segments: Mapping[str, Holder]  # the holder of each segment, from input to output
     training: Training
     rule: Callable[..., Result]  # aggregation rule
     keep: KeepModels  # rounds whose files are kept
+
+    @property
+    def shares_labels(self) -> bool:
+        """Whether the clients' labels travel: the server computes the loss of a cut model."""
+        return [*self.segments.values()][-1] is Holder.SERVER
 
     @property
     def task(self) -> Task:
@@ -57,16 +66,36 @@ class Recipe:
             parse_normalize(run.normalize)
         rule = with_options("aggregation", run.aggregation, RULES)
         model = model_spec(run.model, allowed)
-        cut = model.cut if run.cut is None else run.cut
-        if cut is None:
-            raise ConfigError(f"--model {run.model} is your own: say with --cut where to cut it")
-        run = replace(run, cut=cut, lr_rounds=run.lr_rounds or run.rounds)
-        return cls(run, row, model, cut, Training.of(run, cut), rule, _keep(run, row))
+        cuts = parse_cuts(run.cut, model.cut, run.model)
+        topology = run.topology or default_topology(len(cuts))
+        placed = named("topology", topology, TOPOLOGIES)
+        check_cuts(topology, placed, cuts)
+        is_cut = row.exchange is Exchange.CUT
+        segments = placed.segments(len(cuts)) if is_cut else {FRONT: Holder.CLIENT}
+        cut = run.cut if len(cuts) > 1 else cuts[0]
+        run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
+        training = Training.of(run, cuts)
+        return cls(run, row, model, cuts, segments, training, rule, _keep(run, row))
 
     def changed(self, **options: Any) -> "Recipe":
         """Return this recipe with other values for options that are not names."""
         run = replace(self.run, **options)
         return replace(self, run=run, keep=_keep(run, self.scheme))
+
+
+def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[int, ...]:
+    """Return the numbers of blocks in front of each cut; ``default``: the model's own cut.
+
+    Raises:
+        ConfigError: they do not rise, or the model has no cut of its own.
+    """
+    if cut is None and default is None:
+        raise ConfigError(f"--model {model} is your own: say with --cut where to cut it")
+    texts = str(default if cut is None else cut).split(",")
+    cuts = tuple(int(text) for text in texts if re.fullmatch(r"\d{1,9}", text, re.ASCII))
+    if len(cuts) < len(texts) or any(a >= b for a, b in itertools.pairwise(cuts)):
+        raise ConfigError(f"--cut {cut}: give numbers of blocks that rise, as 3 or 3,5")
+    return cuts
 
 
 def _keep(run: RunConfig, row: Scheme) -> KeepModels:

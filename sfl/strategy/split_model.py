@@ -19,7 +19,7 @@ from sfl.files.torch_file import (
 from sfl.model import structure
 from sfl.model.blocks import Entries, check_no_shared_weights, copied, names_of
 from sfl.model.segment import Segment
-from sfl.model.topology import HOLDERS, Holder, Segments, joined, segment_names
+from sfl.model.topology import Holder, Segments, joined
 from sfl.model.training import Training
 from sfl.model.trial import Trial, sample_specs, where_to_cut
 from sfl.model.zoo import build, split
@@ -59,14 +59,14 @@ class SplitModel:
         self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
             described, lambda: structure.describe(build_it())
         )
-        self.recipe, cut = recipe, recipe.cut
-        self.cuts = (cut,) if recipe.scheme.exchange is Exchange.CUT else ()
-        if not 0 <= cut <= len(model) or {0, len(model)} & set(self.cuts):
+        self.recipe, cuts = recipe, recipe.cuts
+        self.cuts = cuts if recipe.scheme.exchange is Exchange.CUT else ()
+        if not 0 <= cuts[0] <= cuts[-1] <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
-                f"--cut {cut}: --scheme {run.scheme} needs blocks on both sides;"
+                f"--cut {run.cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
-        rows, names = split(model, *self.cuts), segment_names(len(self.cuts))
+        rows, names = split(model, *self.cuts), list(recipe.segments)
         check_no_shared_weights(rows)
         states = (item for row in rows for item in row.state_dict().items())
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
@@ -120,7 +120,8 @@ class SplitModel:
 
     def held_by(self, holder: Holder) -> list[str]:
         """Return the names of a party's segments; without a cut, each party has the whole model."""
-        return [name for name in self.specs if not self.cuts or HOLDERS[name] is holder]
+        held = self.recipe.segments
+        return [name for name in held if not self.cuts or held[name] is holder]
 
     def segments(self, holder: Holder, device: torch.device) -> Segments:
         """Return a party's segments, with initial weights and optimisers."""
@@ -167,7 +168,8 @@ class SplitModel:
 
     def initial(self, *holders: Holder) -> dict[str, dict[str, Tensor]]:
         """Return the initial weights of these parties' segments."""
-        return {n: dict(s.state_dict()) for n, s in self._segments.items() if HOLDERS[n] in holders}
+        held = self.recipe.segments
+        return {n: dict(s.state_dict()) for n, s in self._segments.items() if held[n] in holders}
 
     def front_state(self) -> dict[str, Tensor]:
         """Return the initial weights of the client-side model."""
@@ -195,6 +197,11 @@ class SplitModel:
         """Return the spec of a batch's activations at a cut, and of their gradients."""
         sample = self._cut_samples[link]
         return TensorSpec((batch, *sample.shape), sample.dtype)
+
+    @property
+    def sample_bytes(self) -> int:
+        """The bytes of one sample's activations at all cuts."""
+        return sum(sample.num_bytes for sample in self._cut_samples)
 
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
         """Yield the batch sizes for evaluating so many samples."""
