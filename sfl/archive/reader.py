@@ -63,7 +63,8 @@ class Step:
         """Return the path of one of its tensors."""
         return self.folder / self.entry(kind).path
 
-    def _read(self, kind: str) -> Tensor:
+    def tensor(self, kind: str) -> Tensor:
+        """Return one of its tensors, by its kind (``sfl.archive.layout``)."""
         entry, path = self.entry(kind), self.path(kind)
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
@@ -75,18 +76,18 @@ class Step:
 
     @property
     def labels(self) -> Tensor:
-        """(B,) int64."""
-        return self._read(LABELS)
+        """(B,) int64; recorded at the first cut, and only if labels are sent."""
+        return self.tensor(LABELS)
 
     @property
     def activations(self) -> Tensor:
-        """(B, *cut) float32: the smashed data that the client sent."""
-        return self._read(ACTIVATIONS)
+        """(B, *cut) float32: the smashed data that crossed this cut."""
+        return self.tensor(ACTIVATIONS)
 
     @property
     def grads(self) -> Tensor:
-        """(B, *cut) float32: the gradient of the loss at the cut, as the server sent it."""
-        return self._read(GRADS)
+        """(B, *cut) float32: the gradient of the loss at this cut."""
+        return self.tensor(GRADS)
 
     def weight_grads(self, spec: StateSpec) -> dict[str, Tensor]:
         """Return the gradients of all parameters that the client sent, by name."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS
 from sfl.conversation.party import Party
+from sfl.conversation.passes import Sent
 from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
@@ -36,14 +37,6 @@ EVALUATION = {
     ACTIVATIONS: MessageType.VALIDATION_FEATURES,
 }
 _KIND_NAMES = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
-
-
-class Sent(NamedTuple):
-    """A tensor that was sent at a cut."""
-
-    kind: str
-    file: File
-    content: Any
 
 
 class Cut:

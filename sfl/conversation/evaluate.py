@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
+from sfl.archive.layout import LABELS, PREDICTIONS, model_path
 from sfl.conversation.cut import EVALUATION, Cuts
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
+from sfl.conversation.passes import evaluation_pass
 from sfl.errors import ProtocolError
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked
-from sfl.model.segment import evaluate_step
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message, MessageType
 
@@ -42,7 +42,7 @@ def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversa
         cuts = Cuts(party, party.at(round_index, step), size, EVALUATION)
         if not party.computes_loss:
             cuts.first.send(LABELS, y, content={"part": part})
-        found = yield from _pass(party, cuts, x, y)
+        found = yield from evaluation_pass(party, cuts, x, y)
         if found:
             tally, outputs = found
             predictions.add(y, outputs)
@@ -67,7 +67,7 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
         if party.computes_loss:
             y, labels = yield from cuts.first.receive(LABELS)
             _check_part(labels, part, party)
-        found = yield from _pass(party, cuts, None, y)
+        found = yield from evaluation_pass(party, cuts, None, y)
         if found and y is not None:
             tally, outputs = found
             party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", cuts.at)
@@ -80,29 +80,6 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
     if is_cut and party.computes_loss:
         return total.tally
     return (yield from _receive_result(party, part, round_index))
-
-
-def _pass(
-    party: Party, cuts: Cuts, x: Tensor | None, y: Tensor | None
-) -> Conversation[tuple[Tally, Tensor] | None]:
-    """Compute a party's part of a batch's evaluation; return tally and outputs of the last segment.
-
-    ``x``, ``y``: samples and labels, where the party has them.
-    """
-    z = x
-    for stop in party.route:
-        segment = party.own_segments[stop.segment]
-        if stop.takes is not None:
-            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
-        assert z is not None
-        with party.measure_compute():
-            if stop.is_last:
-                assert y is not None
-                return evaluate_step(segment, z, y)
-            z = segment.evaluate(z)
-        if stop.gives is not None:
-            cuts[stop.gives].send(ACTIVATIONS, z)
-    return None
 
 
 def _send_own_result(party: ClientParty, part: str, whole: Tally, round_index: int) -> None:

@@ -32,17 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS, WEIGHT_GRADS
+from sfl.archive.layout import LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
-from sfl.conversation.cut import Cuts, Sent, transfers
+from sfl.conversation.cut import Cuts, transfers
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
+from sfl.conversation.passes import compute, figures_content, parse_figures, train_pass
 from sfl.crash import crash_point
 from sfl.data.client_data import batch_indices, batch_sizes, step_sizes
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode, decode_state, encode, encode_state
 from sfl.files.torch_reader import Buffer
-from sfl.model.metrics import StepFigures, checked, checked_steps
-from sfl.model.segment import Segment, train_step
+from sfl.model.metrics import StepFigures, checked_steps
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.sync_sgd import GradientPool
@@ -113,7 +113,8 @@ def client_step(
     cuts, clock = Cuts(party, at, len(y)), party.clock
     if not party.computes_loss:
         cuts.first.send(LABELS, y)
-    figures, _ = yield from _pass(party, cuts, x, y, meanwhile)
+    figures, _ = yield from train_pass(party, cuts, x, y, meanwhile)
+    assert figures is not None
     crash_point("front.before_update")
     party.own_segments.update_weights()
     crash_point("front.after_update")
@@ -132,7 +133,8 @@ def server_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation
     clock, at, y = party.clock, cuts.at, None
     if party.computes_loss:
         y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
-    figures, last = yield from _pass(party, cuts, None, y)
+    figures, last = yield from train_pass(party, cuts, None, y)
+    assert figures is not None
     assert last is not None
     crash_point("step.before_answer")
     try:
@@ -176,103 +178,6 @@ def server_repeat_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conve
             plan.mismatched.add(cut.at.client)
 
 
-def _pass(
-    party: Party,
-    cuts: Cuts,
-    x: Tensor | None,
-    y: Tensor | None,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> Conversation[tuple[StepFigures, Sent | None]]:
-    """Compute a party's part of a step: forward through its segments, and backward.
-
-    ``x``, ``y``: samples and labels, where the party has them; ``meanwhile`` is called before each
-    wait. Return the step's figures, and the gradients in front of its first segment, still to be
-    sent. On failure all segments are as before.
-
-    Raises:
-        StepFailed: the step cannot be computed, or its results are not finite.
-    """
-    try:
-        return (yield from _forward_and_backward(party, cuts, x, y, meanwhile))
-    except BaseException:
-        party.own_segments.undo_step()
-        raise
-
-
-def _forward_and_backward(
-    party: Party, cuts: Cuts, x: Tensor | None, y: Tensor | None, meanwhile: Callable[[], object]
-) -> Conversation[tuple[StepFigures, Sent | None]]:
-    at, clock, segments = cuts.at, party.clock, party.own_segments
-    z, grads = x, None
-    figures: StepFigures | None = None
-    last: Sent | None = None
-    for stop in party.route:
-        if stop.takes is not None:
-            meanwhile()
-            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
-        if not stop.is_last:
-            assert z is not None
-            with party.measure_compute():
-                z = segments[stop.segment].forward(z, at)
-            clock.lap("forward")
-            if stop.gives is not None:
-                cuts[stop.gives].send(ACTIVATIONS, z)
-    for stop in reversed(party.route):
-        segment, content = segments[stop.segment], {}
-        if stop.gives is not None:
-            meanwhile()
-            grads, reply = yield from cuts[stop.gives].receive(GRADS)
-            figures = _parse_figures(party, reply, cuts.num_samples) if reply.content else figures
-        with party.measure_compute():
-            if stop.is_last:
-                assert z is not None
-                assert y is not None
-                figures, grads = _compute(party, segment, (z, y), at)
-                content = _figures_content(party, figures)
-                clock.lap("forward")
-            else:
-                assert grads is not None
-                grads = segment.backward(grads)
-                party.check_step(segment, at, *([] if grads is None else [grads]))
-                clock.lap("backward")
-            if stop.takes is not None:
-                assert grads is not None
-                last = Sent(GRADS, cuts[stop.takes].encode(GRADS, grads), content)
-        if last and stop is not party.route[0]:
-            cuts[stop.takes or 0].send_file(*last)
-            last = None
-    assert figures is not None
-    return figures, last
-
-
-def _compute(
-    party: Party, last: Segment, batch: tuple[Tensor, Tensor], at: Position
-) -> tuple[StepFigures, Tensor | None]:
-    """Compute a step of the model's last segment; undo it on failure.
-
-    Raises:
-        StepFailed: it cannot be computed, or its results are not finite.
-    """
-    try:
-        figures, dz = train_step(last, *batch, at)
-        given = torch.tensor(figures.loss, device=last.device), *([] if dz is None else [dz])
-        party.check_step(last, at, *given)
-    except BaseException:
-        last.undo_step()
-        raise
-    return figures, dz
-
-
-def _parse_figures(party: Party, message: Message, size: int) -> StepFigures:
-    """Return the peer's figures of a step over ``size`` samples, checked."""
-    counts = [message.get(name, int) for name in party.task.counted]
-    return StepFigures(*checked(message.get("loss", float), counts, size), size)
-
-
-def _figures_content(party: Party, figures: StepFigures) -> dict[str, float]:
-    return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
-
-
 def client_gradient_steps(
     party: ClientParty, round_index: int, num_steps: int
 ) -> Conversation[None]:
@@ -287,8 +192,8 @@ def client_gradient_steps(
         at = party.at(round_index, step)
         if batch := next(batches, None):
             x, y = batch.x, batch.y
-            figures, _ = _compute(party, party.front, (x, y), at)
-            grads, content = encode_state(party.front.gradients()), _figures_content(party, figures)
+            figures, _ = compute(party, party.front, (x, y), at)
+            grads, content = encode_state(party.front.gradients()), figures_content(party, figures)
             link.send_file(MessageType.TRAINING_GRADS, grads, content=content, at=at)
             _record_gradients(party, at, len(y), grads)
             party.watcher.step(at, figures)
@@ -331,7 +236,7 @@ def _add_gradients(
     name = f"the gradients of {title}"
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
-    figures = _parse_figures(party, message, num_samples)
+    figures = parse_figures(party, message, num_samples)
     party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):
@@ -353,7 +258,7 @@ def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> 
     """Train the whole model for a round without the server; faces ``server_local_steps``."""
     rows = []
     for at, x, y in _batches(party, round_index):
-        figures, _ = _compute(party, party.front, (x, y), at)
+        figures, _ = compute(party, party.front, (x, y), at)
         party.front.update()
         party.watcher.step(at, figures)
         rows.append((figures.loss, *figures.counts))

@@ -12,13 +12,17 @@ the recorded ones, and so are the models at the end of each round. Steps of sche
 leave no cut-layer tensors: only their models are compared.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from sfl.archive.checkpoint import valid_checkpoints
 from sfl.archive.layout import (
+    ACTIVATIONS,
     GRADS,
     LABELS,
     MEMORY,
@@ -29,18 +33,21 @@ from sfl.archive.layout import (
 from sfl.archive.reader import Step
 from sfl.archive.round_log import read_round
 from sfl.archive.spool import Spool
+from sfl.conversation.passes import train_pass
 from sfl.data.client_data import num_batches
 from sfl.errors import IntegrityError, RunError
 from sfl.files.torch_file import StateSpec, identical, state_spec
-from sfl.model.segment import Segment, train_step
 from sfl.model.topology import Holder, Segments, States
 from sfl.runtime.recorded_run import RecordedRun
+from sfl.runtime.recorded_step import RecordedEnds, RecordedServer
 from sfl.strategy.aggregate import State
 from sfl.strategy.merge import Trained, merge
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.sync_sgd import GradientPool
 from sfl.values import Position
+from sfl.wire.driver import run_blocking
 
+_NAMES = {ACTIVATIONS: "activations", GRADS: "gradients"}
 Losses = Mapping[tuple[int, str, str], float]  # by client, file and metric
 Backs = Mapping[int, Segments]  # the copies of the server's segments
 
@@ -147,7 +154,7 @@ class _Round:
             except IntegrityError as error:
                 self._report.add(error)
                 self._broken.add(back_of(k))
-        return sorted(steps, key=lambda step: (step.order, step.client))
+        return sorted(steps, key=lambda step: (step.order, step.client, step.link))
 
     def _starting_backs(self) -> Backs:
         """Return the backs at the round's start; none without a server's model or if damaged."""
@@ -161,42 +168,53 @@ class _Round:
     def _check_steps(self, backs: Backs, steps: list[Step]) -> None:
         """Recompute all steps of a scheme with a cut."""
         losses, report = self._recorded_losses(), self._report
-        for step in steps:
-            b = self._recorded.scheme.back_of(step.client)
-            counts = self._client in (None, step.client)
+        by_step = itertools.groupby(steps, key=lambda step: (step.order, step.client))
+        for (_, client), at_cuts in by_step:
+            b, ends = self._recorded.scheme.back_of(client), {s.link: s for s in at_cuts}
+            counts = self._client in (None, client)
             if b in self._broken:
                 report.unchecked += counts
                 continue
             right = False
             try:
-                right = self._check_step(backs[b].last, step, losses)
+                right = self._check_step(backs[b], ends, losses)
             except IntegrityError as error:
                 report.add(error)
                 self._broken.add(b)
             report.checked += counts
             report.differ += counts and not right
 
-    def _check_step(self, back: Segment, step: Step, losses: Losses) -> bool:
-        """Recompute one step; return whether gradients and loss equal the recorded ones.
+    def _check_step(self, back: Segments, recorded: Mapping[int, Step], losses: Losses) -> bool:
+        """Recompute one step; return whether all that was sent equals what is recorded.
 
         Raises:
-            IntegrityError: its labels or activations are damaged, so that later steps are unknown.
+            IntegrityError: what was received is damaged, so that later steps are unknown.
         """
-        report, labels = self._report, step.path(LABELS)
-        at = Position(self._recorded.run.run, step.round, step.step, step.client)
-        figures, grads = train_step(back, step.activations, step.labels, at)
-        assert grads is not None
-        back.update()
-        loss = losses.get((step.client, labels.name, "loss"), figures.loss)
+        report, first = self._report, recorded[min(recorded)]
+        at = Position(self._recorded.run.run, first.round, first.step, first.client)
+        different = []
+
+        def compare(step: Step, kind: str, tensor: Tensor) -> None:
+            same = False
+            with report.reporting():
+                same = identical(tensor.detach().cpu(), step.tensor(kind))
+                if not same:
+                    report.add(f"{step.path(kind)}: differs from the recomputed {_NAMES[kind]}")
+            if not same:
+                different.append(kind)
+
+        side, ends = RecordedServer(self._recorded, back), RecordedEnds(at, recorded, compare)
+        y = first.labels if side.computes_loss else None
+        figures, _ = run_blocking(train_pass(side, ends, None, y))
+        back.update_weights()
+        if figures is None:  # a client has computed the loss
+            return not different
+        labels = first.path(LABELS)
+        loss = losses.get((first.client, labels.name, "loss"), figures.loss)
         same_loss = repr(loss) == repr(figures.loss)  # NaN equals NaN
         if not same_loss:
             report.add(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
-        with report.reporting():
-            same_grads = identical(grads.cpu(), step.grads)
-            if not same_grads:
-                report.add(f"{step.path(GRADS)}: differs from the recomputed gradients")
-            return same_grads and same_loss
-        return False
+        return same_loss and not different
 
     def _recorded_losses(self) -> Losses:
         """Return the round's log; empty if the round was not completed or the log is damaged."""

@@ -1,0 +1,199 @@
+"""A party's pass through its segments of the model, in training and evaluation, and in replay.
+
+From the row of the topology (``sfl.model.topology.route``) each party takes its part: what comes
+from another party is received at a cut, what another party needs is sent there. So client, server
+and replay run this text, whatever the topology::
+
+    training:    forward in order; the loss at the last segment; backward in reverse order
+    evaluation:  forward in order; the figures at the last segment
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sfl.archive.layout import ACTIVATIONS, GRADS
+from sfl.archive.profile import Stopwatch
+from sfl.files.checksum import File
+from sfl.model.metrics import StepFigures, Tally, checked
+from sfl.model.segment import Segment, evaluate_step, train_step
+from sfl.model.task import Task
+from sfl.model.topology import Segments, Stop
+from sfl.values import Position
+from sfl.wire.driver import Conversation
+from sfl.wire.messages import Message
+
+
+class Side(Protocol):
+    """A party of the run, for one client's batch."""
+
+    clock: Stopwatch
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def route(self) -> Sequence[Stop]: ...
+
+    @property
+    def own_segments(self) -> Segments: ...
+
+    def measure_compute(self) -> AbstractContextManager[None]: ...
+
+    def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
+        """Check that a step's results are finite.
+
+        Raises:
+            StepFailed: they are not.
+        """
+
+
+class End(Protocol):
+    """This side's end of a cut, for one batch."""
+
+    def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]: ...
+
+    def encode(self, kind: str, tensor: Tensor) -> File: ...
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None: ...
+
+
+class Ends(Protocol):
+    """This side's ends of all cuts."""
+
+    at: Position
+    num_samples: int
+
+    def __getitem__(self, link: int) -> End: ...
+
+
+class Sent(NamedTuple):
+    """A tensor that is sent at a cut."""
+
+    kind: str
+    file: File
+    content: Any
+
+
+def train_pass(
+    party: Side,
+    cuts: Ends,
+    x: Tensor | None,
+    y: Tensor | None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Conversation[tuple[StepFigures | None, Sent | None]]:
+    """Compute a party's part of a step: forward through its segments, and backward.
+
+    ``x``, ``y``: samples and labels, where the party has them; ``meanwhile`` is called before each
+    wait. Return the step's figures, unless nobody has told them, and the gradients in front of its
+    first segment, still to be sent. On failure all segments are as before.
+
+    Raises:
+        StepFailed: the step cannot be computed, or its results are not finite.
+    """
+    try:
+        return (yield from _forward_and_backward(party, cuts, x, y, meanwhile))
+    except BaseException:
+        party.own_segments.undo_step()
+        raise
+
+
+def _forward_and_backward(
+    party: Side, cuts: Ends, x: Tensor | None, y: Tensor | None, meanwhile: Callable[[], object]
+) -> Conversation[tuple[StepFigures | None, Sent | None]]:
+    at, clock, segments = cuts.at, party.clock, party.own_segments
+    z, grads = x, None
+    figures: StepFigures | None = None
+    last: Sent | None = None
+    for stop in party.route:
+        if stop.takes is not None:
+            meanwhile()
+            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
+        if not stop.is_last:
+            assert z is not None
+            with party.measure_compute():
+                z = segments[stop.segment].forward(z, at)
+            clock.lap("forward")
+            if stop.gives is not None:
+                cut = cuts[stop.gives]
+                cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))
+    for stop in reversed(party.route):
+        segment, content = segments[stop.segment], {}
+        if stop.gives is not None:
+            meanwhile()
+            grads, reply = yield from cuts[stop.gives].receive(GRADS)
+            figures = parse_figures(party, reply, cuts.num_samples) if reply.content else figures
+        with party.measure_compute():
+            if stop.is_last:
+                assert z is not None
+                assert y is not None
+                figures, grads = compute(party, segment, (z, y), at)
+                content = figures_content(party, figures)
+                clock.lap("forward")
+            else:
+                assert grads is not None
+                grads = segment.backward(grads)
+                party.check_step(segment, at, *([] if grads is None else [grads]))
+                clock.lap("backward")
+            if stop.takes is not None:
+                assert grads is not None
+                last = Sent(GRADS, cuts[stop.takes].encode(GRADS, grads), content)
+        if last and stop is not party.route[0]:
+            cuts[stop.takes or 0].send_file(*last)
+            last = None
+    return figures, last
+
+
+def compute(
+    party: Side, last: Segment, batch: tuple[Tensor, Tensor], at: Position
+) -> tuple[StepFigures, Tensor | None]:
+    """Compute a step of the model's last segment; undo it on failure.
+
+    Raises:
+        StepFailed: it cannot be computed, or its results are not finite.
+    """
+    try:
+        figures, dz = train_step(last, *batch, at)
+        given = torch.tensor(figures.loss, device=last.device), *([] if dz is None else [dz])
+        party.check_step(last, at, *given)
+    except BaseException:
+        last.undo_step()
+        raise
+    return figures, dz
+
+
+def parse_figures(party: Side, message: Message, size: int) -> StepFigures:
+    """Return the peer's figures of a step over ``size`` samples, checked."""
+    counts = [message.get(name, int) for name in party.task.counted]
+    return StepFigures(*checked(message.get("loss", float), counts, size), size)
+
+
+def figures_content(party: Side, figures: StepFigures) -> dict[str, float]:
+    return {"loss": figures.loss, **party.task.named_counts(figures.counts)}
+
+
+def evaluation_pass(
+    party: Side, cuts: Ends, x: Tensor | None, y: Tensor | None
+) -> Conversation[tuple[Tally, Tensor] | None]:
+    """Compute a party's part of a batch's evaluation; return tally and outputs of the last segment.
+
+    ``x``, ``y``: samples and labels, where the party has them.
+    """
+    z = x
+    for stop in party.route:
+        segment = party.own_segments[stop.segment]
+        if stop.takes is not None:
+            z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
+        assert z is not None
+        with party.measure_compute():
+            if stop.is_last:
+                assert y is not None
+                return evaluate_step(segment, z, y)
+            z = segment.evaluate(z)
+        if stop.gives is not None:
+            cut = cuts[stop.gives]
+            cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))
+    return None

@@ -1,0 +1,78 @@
+"""The server's side of a recorded step, for ``sfl.conversation.passes`` to compute it again."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from sfl.archive.profile import Stopwatch
+from sfl.archive.reader import Step
+from sfl.errors import IntegrityError
+from sfl.files.checksum import File
+from sfl.model.segment import Segment
+from sfl.model.topology import Holder, Segments, route
+from sfl.runtime.recorded_run import RecordedRun
+from sfl.values import Position
+from sfl.wire.driver import Conversation
+from sfl.wire.messages import Message, MessageType
+
+
+class RecordedServer:
+    """The server of a recorded run, for a pass through its segments."""
+
+    def __init__(self, recorded: RecordedRun, segments: Segments) -> None:
+        self.task, self.own_segments = recorded.recipe.task, segments
+        self.route = route(recorded.recipe.segments, Holder.SERVER)
+        self.clock = Stopwatch()
+
+    @property
+    def computes_loss(self) -> bool:
+        return any(stop.is_last for stop in self.route)
+
+    def measure_compute(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
+        """Accept all results: they are compared with the recorded ones."""
+
+
+class RecordedEnds:
+    """What a server received and sent in a step, at each cut.
+
+    What was received is received again; ``compare`` is given what was sent as it is computed now.
+    """
+
+    def __init__(
+        self,
+        at: Position,
+        steps: Mapping[int, Step],
+        compare: Callable[[Step, str, Tensor], None],
+    ) -> None:
+        self.at, self._steps, self.compare = at, steps, compare
+        self.num_samples = steps[min(steps)].num_samples
+
+    def __getitem__(self, link: int) -> "_RecordedEnd":
+        if link not in self._steps:
+            folder = self._steps[min(self._steps)].folder
+            raise IntegrityError(
+                f"{folder}: step {self.at.step} has nothing recorded at cut {link}"
+            )
+        return _RecordedEnd(self, self._steps[link])
+
+
+class _RecordedEnd:
+    """A step's tensors at one cut."""
+
+    def __init__(self, ends: RecordedEnds, step: Step) -> None:
+        self._ends, self._step = ends, step
+
+    def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
+        yield from ()
+        return self._step.tensor(kind), Message(MessageType.MESSAGE, "", "", "", self._ends.at)
+
+    def encode(self, kind: str, tensor: Tensor) -> File:
+        self._ends.compare(self._step, kind, tensor)
+        return File(b"")
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None: ...
