@@ -226,6 +226,9 @@ class ClientNode(PeerNode):
         600.0, "seconds to try to reach a lost server again; 0: end at once"
     )
     keep_tensors: str = option("none", "as the server's option; the server keeps the same files")
+    share_figures: bool = option(
+        False, "where labels stay at the clients: tell the server the figures of each class as well"
+    )
     allow_weights: str = option(
         "", "gs://BUCKET/PREFIX that the server may name for weights, or this machine's dir:PATH;"
         " if given, any other place is refused",

@@ -75,7 +75,7 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
     figures, dz = train_step(back, z.detach().clone(), Y, at)
     front.backward(dz)
     whole = Segment(
-        build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, Training.of(run, cut), CPU
+        build(model_spec(run.model), (1, 28, 28), 10, seed=5), 0, Training.of(run, (cut,)), CPU
     )
     loss = nn.functional.cross_entropy(whole.forward(X, at), Y)
     loss.backward()

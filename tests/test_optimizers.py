@@ -53,7 +53,7 @@ def plain() -> tuple[nn.Sequential, torch.optim.Optimizer]:
 
 
 def segment(model: nn.Sequential) -> Segment:
-    made = Segment(model, 0, Training.of(RUN, 2), CPU)
+    made = Segment(model, 0, Training.of(RUN, (2,)), CPU)
     made.start_round(0)
     return made
 

@@ -189,7 +189,7 @@ AT = Position("r", 0, 0, 0)
 
 def segment(*blocks: nn.Module) -> Segment:
     run = RunConfig(run="r", optimizer="adam", clip_norm=1.0)
-    made = Segment(nn.Sequential(*blocks), 1, Training.of(run, 1), torch.device("cpu"))
+    made = Segment(nn.Sequential(*blocks), 1, Training.of(run, (1,)), torch.device("cpu"))
     made.start_round(0)
     return made
 

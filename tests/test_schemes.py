@@ -1,20 +1,18 @@
 """Every scheme computes what its paper says, over sockets as in one process, bit for bit."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from sfl import seeds
 from sfl.archive import reader as archive
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_indices
 from sfl.errors import ConfigError
 from sfl.model.optimizers import OPTIMIZERS
-from sfl.model.zoo import build, model_spec, split
+from sfl.model.zoo import build, model_spec
 from sfl.runtime import replay
 from sfl.runtime.recorded_run import load
 from sfl.strategy import schemes
@@ -22,6 +20,7 @@ from sfl.strategy.order import draw, interleaved
 from sfl.strategy.schemes import SCHEMES, Scheme
 from tests.support.launch import Launcher
 from tests.support.pairwise import pairwise
+from tests.support.plain_split import Plain
 from tests.support.plain_training import data_of, ordinary_training
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import CUT, DEFAULTS, simulated_bn_dropout
@@ -105,64 +104,16 @@ def test_fl_equals_plain_federated_averaging(tmp_path: Path, state: str) -> None
     assert not list(run.glob("models/server_model_*"))
 
 
-class Plain:
-    """A plain loop over the halves of an unsplit graph, as a reader of the papers writes it."""
-
-    def __init__(self, run: RunConfig) -> None:
-        self.run = run
-        self.data = data_of(run)
-        whole = [build(model_spec(run.model), (1, 28, 28), 10, seed=run.seed) for _ in self.data]
-        halves = [split(model, CUT) for model in whole]
-        self.fronts, self.backs = [h[0] for h in halves], [h[1] for h in halves]
-        self.front_optimizers = [self.optimizer(front) for front in self.fronts]
-        self.back_optimizers = [self.optimizer(back) for back in self.backs]
-
-    def optimizer(self, half: nn.Sequential) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.run.optimizer](half.parameters(), self.run)
-
-    def start_round(self) -> None:
-        if self.run.optimizer_state == "reset":
-            self.front_optimizers = [self.optimizer(front) for front in self.fronts]
-            self.back_optimizers = [self.optimizer(back) for back in self.backs]
-
-    def batches(self, k: int, round_index: int) -> Iterator[tuple[int, torch.Tensor]]:
-        count = len(self.data[k].train)
-        drawn = batch_indices(count, self.run, round_index=round_index, client=k)
-        return enumerate(drawn)
-
-    def step(self, k: int, back: int, round_index: int, step: int, indices: torch.Tensor) -> None:
-        x, y = self.data[k].batch(self.data[k].train, indices)
-        self.fronts[k].train()
-        self.backs[back].train()
-        for block, module in enumerate([*self.fronts[k], *self.backs[back]]):
-            torch.manual_seed(seeds.derive(self.run.seed, seeds.BLOCK, round_index, k, step, block))
-            x = module(x)
-        optimizers = self.front_optimizers[k], self.back_optimizers[back]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        nn.functional.cross_entropy(x, y).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def average(self, halves: list[nn.Sequential]) -> None:
-        counts = [len(part.train) for part in self.data]
-        states = [half.state_dict() for half in halves]
-        average = {}
-        for name, first in states[0].items():
-            parts = zip(states, counts, strict=True)
-            mean = sum(state[name].double() * n for state, n in parts) / sum(counts)
-            average[name] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
-        for half in halves:
-            half.load_state_dict(average)
-
-    def weights(self, front: int = 0) -> dict[str, torch.Tensor]:
-        return self.fronts[front].state_dict() | self.backs[0].state_dict()
+# One cut, u-shaped, and five segments in turns.
+CUTS = pytest.mark.parametrize(
+    ("cut", "state"), [(CUT, "reset"), (CUT, "keep"), ("3,9", "keep"), ("2,5,7,10", "reset")]
+)
 
 
-@pytest.mark.parametrize("state", ["reset", "keep"])
-def test_sl_equals_a_plain_relay(tmp_path: Path, state: str) -> None:
+@CUTS
+def test_sl_equals_a_plain_relay(tmp_path: Path, state: str, cut: int | str) -> None:
     """Gupta & Raskar: client after client, each from the last one's front; one back."""
-    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
+    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state, "cut": cut}
     run = simulated_bn_dropout(tmp_path, scheme="sl", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     last = 0
@@ -176,10 +127,12 @@ def test_sl_equals_a_plain_relay(tmp_path: Path, state: str) -> None:
     assert_equal(joined(run), plain.weights(last))
 
 
-@pytest.mark.parametrize("state", ["reset", "keep"])
-def test_sflv2_equals_a_plain_loop_in_drawn_order(tmp_path: Path, state: str) -> None:
+@CUTS
+def test_sflv2_equals_a_plain_loop_in_drawn_order(
+    tmp_path: Path, state: str, cut: int | str
+) -> None:
     """One back takes step i of every client in the round's order before step i+1."""
-    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
+    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state, "cut": cut}
     run = simulated_bn_dropout(tmp_path, scheme="sflv2", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     for round_index in range(2):
@@ -195,9 +148,11 @@ def test_sflv2_equals_a_plain_loop_in_drawn_order(tmp_path: Path, state: str) ->
     assert_equal(joined(run), plain.weights())
 
 
-@pytest.mark.parametrize("state", ["reset", "keep"])
-def test_sflv3_equals_plain_loops_that_share_the_average_back(tmp_path: Path, state: str) -> None:
-    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state}
+@CUTS
+def test_sflv3_equals_plain_loops_that_share_the_average_back(
+    tmp_path: Path, state: str, cut: int | str
+) -> None:
+    options = {"partition": "sizes:0.5,0.3,0.2", "optimizer_state": state, "cut": cut}
     run = simulated_bn_dropout(tmp_path, scheme="sflv3", **options)
     plain = Plain(RunConfig(**DEFAULTS | options))
     for round_index in range(2):
@@ -208,9 +163,8 @@ def test_sflv3_equals_plain_loops_that_share_the_average_back(tmp_path: Path, st
         plain.average(plain.backs)
     fronts = tmp_path / "client/r"
     for k in range(3):
-        own = torch.load(fronts / f"client_{k}/models/client_{k}_001.pt", weights_only=True)
-        back = torch.load(run / "models/server_model_001.pt", weights_only=True)
-        assert_equal(own | back, plain.weights(k))
+        own = joined(fronts / f"client_{k}", kind=f"client_{k}")
+        assert_equal(own | joined(run), plain.weights(k))
     assert not list(run.glob("models/client_*_00*"))  # no front left its client
 
 

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def segment(*blocks: nn.Module, first_block: int = 1) -> Segment:
     run = RunConfig(run="r", clip_norm=0.1, lr=0.1)
-    made = Segment(nn.Sequential(*blocks), first_block, Training.of(run, 1), CPU)
+    made = Segment(nn.Sequential(*blocks), first_block, Training.of(run, (1,)), CPU)
     made.start_round(0)
     return made
 
@@ -55,7 +55,7 @@ def test_frozen_weights_stay_when_gradients_are_set() -> None:
     layers = nn.Linear(4, 6), nn.Linear(6, 3)
     layers[0].requires_grad_(False)
     run = RunConfig(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.1)
-    ours = Segment(nn.Sequential(*layers), 0, Training.of(run, 1), CPU)
+    ours = Segment(nn.Sequential(*layers), 0, Training.of(run, (1,)), CPU)
     before = ours.state()
     for _ in range(2):
         train_step(ours, torch.randn(8, 4), torch.randint(3, (8,)), AT)

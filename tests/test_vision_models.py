@@ -83,7 +83,7 @@ def test_a_training_step_at_any_cut_gives_the_weights_of_the_unsplit_model(name:
     run = RunConfig(model=name, optimizer="sgd", lr=0.05, seed=2)
     at, (x, y) = Position("r", 1, 3, 0), batch(name)
     model = build(model_spec(name), SHAPES[name], 10, seed=2)
-    whole = Segment(model, 0, Training.of(run, 0), CPU)
+    whole = Segment(model, 0, Training.of(run, ()), CPU)
     loss = nn.functional.cross_entropy(whole.forward(x, at), y)
     loss.backward()
     whole.update()

@@ -33,11 +33,14 @@ TIMES = (
 )  # fmt: skip
 
 
-def round_figures(task: Task) -> tuple[str, ...]:
-    """Return the names of a round's figures, in the order of ``rounds.csv``."""
+def round_figures(task: Task, by_link: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of a round's figures, in the order of ``rounds.csv``.
+
+    ``by_link``: those of the bytes of tensors at further cuts.
+    """
     trained = (f"train_{name}" for name in task.trained)
     evaluated = (f"{part}_{name}" for part in ("val", "test") for name in task.evaluated)
-    return *trained, *evaluated, *TRAFFIC, *TIMES
+    return *trained, *evaluated, *TRAFFIC, *by_link, *TIMES
 
 
 class Progress:
@@ -68,12 +71,22 @@ class Progress:
 class RoundLog:
     """The server's figures: collects those of a round, and writes them at its end."""
 
-    def __init__(self, folder: RunFolder, rounds: int, task: Task, first_round: int = 0) -> None:
-        """``first_round``: where a run is resumed; lines of earlier rounds are kept."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        rounds: int,
+        task: Task,
+        first_round: int = 0,
+        by_link: Sequence[str] = (),
+    ) -> None:
+        """``first_round``: where a run is resumed; lines of earlier rounds are kept.
+
+        ``by_link``: as in ``round_figures``.
+        """
         self._folder = folder
         self._rounds = rounds
         self._has_begun = False
-        self._task, names = task, round_figures(task)
+        self._task, names = task, round_figures(task, by_link)
         self._columns = ("round", *names, "took_part", "missing")
         # Of each client's steps, in order: loss, counts and samples, 8 bytes each.
         self._steps: dict[int, array[float]] = {}

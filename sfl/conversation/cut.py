@@ -22,9 +22,10 @@ from sfl.conversation.passes import Sent
 from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
-from sfl.model.topology import Stop
+from sfl.model.topology import Holder, Stop, route
 from sfl.values import Position
 from sfl.wire.driver import Conversation
+from sfl.wire.link import kind_of
 from sfl.wire.messages import Message, MessageType
 
 TRAINING = {
@@ -167,3 +168,10 @@ def transfers(route: Sequence[Stop]) -> list[Transfer]:
         for sends, link in ((False, receives_over), (True, sends_over))
         if link is not None
     ]
+
+
+def kinds_by_link(segments: Mapping[str, Holder]) -> tuple[list[str], list[str]]:
+    """Return the kinds of ``link.kind_of`` at further cuts, up to the server and down from it."""
+    found = transfers(route(segments, Holder.SERVER))
+    further = [(t.sends, kind_of(TRAINING[t.kind], t.link)) for t in found if t.link]
+    return [kind for sends, kind in further if not sends], [k for sends, k in further if sends]

@@ -83,9 +83,15 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
 
 
 def _send_own_result(party: ClientParty, part: str, whole: Tally, round_index: int) -> None:
-    """Send the client's own figures of a part; of each class where the run's labels are shared."""
+    """Send the client's own figures of a part.
+
+    Where a cut model's labels stay at the client, figures of each class are its own choice, and
+    those of a single sample, whose loss may tell its label, are left out.
+    """
+    is_private = party.recipe.keeps_labels
+    whole = Tally() if is_private and whole.samples == 1 else whole
     content = _tally_content(party, whole) | {"part": part}
-    if table := party.task.table:
+    if (table := party.task.table) and not (is_private and not party.shares_figures):
         content[table.name] = [] if whole.table is None else whole.table.tolist()
     at = party.at(round_index)
     party.link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
@@ -118,9 +124,12 @@ def _receive_result(party: ServerParty, part: str, round_index: int) -> Conversa
     at = party.at(round_index)
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
-    tally = _parse_tally(party, message, party.num_samples[part])
+    size = party.num_samples[part]
+    withheld = party.recipe.keeps_labels and size == 1 and message.get("samples", int) == 0
+    tally = Tally() if withheld else _parse_tally(party, message, size)
     party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-    if not (tally.samples and (table := party.task.table)):
+    table, may_lack_it = party.task.table, party.recipe.keeps_labels
+    if not tally.samples or not table or (may_lack_it and table.name not in message.content):
         return tally
     rows, classes = message.get(table.name, list), party.split.num_classes
     counted = table.checked(rows, tally.counts, tally.samples, classes)

@@ -153,6 +153,7 @@ class ClientParty(Party):
     holder = Holder.CLIENT
     segments: Segments  # the client's
     data: ClientData
+    shares_figures: bool = False  # of each class, though its labels stay here
     on_round: Callable[[int, Mapping[str, float]], None]  # given a round and this client's metrics
     # Given the first round to run, and the round whose start its own state is to be loaded from.
     # Own state exists at this client only: an optimiser's state, a front that is not shared.

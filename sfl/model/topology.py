@@ -51,6 +51,10 @@ class Topology:
             names[holders.index(Holder.SERVER)] = BACK
         return dict(zip(names, holders, strict=True))
 
+    def is_private(self, num_cuts: int) -> bool:
+        """Return whether a client computes the loss, so that no label is sent."""
+        return list(self.holders(num_cuts))[-1] is Holder.CLIENT
+
 
 def alternating(num_cuts: int) -> Sequence[Holder]:
     """Return holders that take turns, the clients first."""

@@ -344,6 +344,7 @@ class _Loaded:
             profile=Profile(folder.path, wanted=self._node.profile),
             segments=segments,
             data=self._data,
+            shares_figures=self._node.share_figures,
             on_round=self._end_round,
             on_start=functools.partial(begin, segments),
         )

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from sfl.archive.profile import Profile
-from sfl.archive.round_log import RoundLog
+from sfl.archive.round_log import DOWN, UP, RoundLog
 from sfl.archive.run_folder import RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
+from sfl.conversation.cut import kinds_by_link
 from sfl.conversation.join import Joined, describe_data
 from sfl.conversation.party import TRAIN, ServerParty
 from sfl.environment import command_line, describe, differences, fingerprint
@@ -96,7 +97,10 @@ class Preparation:
 
     @cached_property
     def _log(self) -> RoundLog:
-        return RoundLog(self.folder, self.run.rounds, self.recipe.task, self._first_round)
+        up, down = kinds_by_link(self.recipe.segments)
+        by_link = [*map(UP.format, up), *map(DOWN.format, down)]
+        recipe = self.recipe
+        return RoundLog(self.folder, self.run.rounds, recipe.task, self._first_round, by_link)
 
     @cached_property
     def _backs(self) -> dict[int, Segments]:

@@ -53,6 +53,11 @@ def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
             f"reports {counts[TRAIN]:,} training samples, {steps:,} steps a round; at most"
             f" {MOST_STEPS:,} are possible: give a larger --batch-size"
         )
+    if recipe.keeps_labels and counts[TRAIN] == 1:
+        return (
+            "reports a single training sample, whose loss would be sent; where labels stay at the"
+            " clients each needs 2"
+        )
     if report.class_counts and sum(report.class_counts) != counts[TRAIN]:
         return (
             f"reports {sum(report.class_counts):,} samples by their classes, but"
@@ -60,7 +65,7 @@ def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
         )
     outputs = 4 * math.prod(recipe.task.output_shape(classes))
     predictions = counts[TEST] * (recipe.task.label.num_bytes + outputs)
-    if recipe.scheme.exchange is Exchange.CUT and predictions > MOST_PREDICTION_BYTES:
+    if recipe.shares_labels and predictions > MOST_PREDICTION_BYTES:
         return (
             f"reports {counts[TEST]:,} test samples of {classes} classes, whose predictions would"
             f" take {megabytes(predictions)}; at most {megabytes(MOST_PREDICTION_BYTES)} are kept"

@@ -16,6 +16,7 @@ from sfl.archive.round_log import DOWN, TRAFFIC, UP, RoundLog
 from sfl.archive.spool import Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
+from sfl.conversation.cut import kinds_by_link
 from sfl.conversation.join import Joined
 from sfl.conversation.limits import server_limits
 from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
@@ -363,14 +364,24 @@ class Rounds:
             "round_trips": now.round_trips - before.round_trips,
             **{UP.format(n): now.received[n] - before.received[n] for n in KINDS_UP},
             **{DOWN.format(n): now.sent[n] - before.sent[n] for n in KINDS_DOWN},
+            **self._bytes_by_link(now, before),
             **{f"client_{name}": seconds[name] for name in TIMES},
             "server_compute_s": party.compute_s,
         }
 
+    def _bytes_by_link(self, now: Counters, before: Counters) -> Mapping[str, int]:
+        """Return the bytes of the steps' tensors at the model's further cuts."""
+        up, down = kinds_by_link(self.recipe.segments)
+        received = {UP.format(n): now.received[n] - before.received[n] for n in up}
+        return received | {DOWN.format(n): now.sent[n] - before.sent[n] for n in down}
+
 
 _TIMES = ("server_compute_s", *(f"client_{name}" for name in TIMES))
+_BYTES = (UP.format(""), DOWN.format(""))
 _SUMMED = (*TRAFFIC, *_TIMES)
 
 
 def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(figures[name] for figures in clients.values()) for name in _SUMMED}
+    """Return the sums over the clients of what adds up: bytes, messages, times."""
+    names = [n for n in next(iter(clients.values())) if n in _SUMMED or n.startswith(_BYTES)]
+    return {name: sum(figures[name] for figures in clients.values()) for name in names}

@@ -42,8 +42,13 @@ class Recipe:
 
     @property
     def shares_labels(self) -> bool:
-        """Whether the clients' labels travel: the server computes the loss of a cut model."""
+        """Whether the clients' labels are sent: the server computes the loss of a cut model."""
         return [*self.segments.values()][-1] is Holder.SERVER
+
+    @property
+    def keeps_labels(self) -> bool:
+        """Whether the model is cut, and the labels stay at the clients all the same."""
+        return self.scheme.exchange is Exchange.CUT and not self.shares_labels
 
     @property
     def task(self) -> Task:
@@ -72,6 +77,8 @@ class Recipe:
         check_cuts(topology, placed, cuts)
         is_cut = row.exchange is Exchange.CUT
         segments = placed.segments(len(cuts)) if is_cut else {FRONT: Holder.CLIENT}
+        if is_cut and placed.is_private(len(cuts)):
+            _check_private(run, topology)
         cut = run.cut if len(cuts) > 1 else cuts[0]
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
@@ -96,6 +103,24 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     if len(cuts) < len(texts) or any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ConfigError(f"--cut {cut}: give numbers of blocks that rise, as 3 or 3,5")
     return cuts
+
+
+def _check_private(run: RunConfig, topology: str) -> None:
+    """Check that a run whose labels stay at the clients needs nothing that tells them.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if run.class_weights == "balanced":
+        raise ConfigError(
+            f"--class-weights balanced: with --topology {topology} no client tells how many samples"
+            " it has of each class; give a weight for each class"
+        )
+    if run.batch_size == 1:
+        raise ConfigError(
+            f"--batch-size 1: with --topology {topology} the loss of a single sample would be sent,"
+            " which may tell its label; give at least 2"
+        )
 
 
 def _keep(run: RunConfig, row: Scheme) -> KeepModels:

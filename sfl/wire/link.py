@@ -52,6 +52,17 @@ KINDS = {
 CONTROL = "control"
 KINDS_UP = ("labels", "activations", "gradients", "weights", "validation", CONTROL)
 KINDS_DOWN = ("gradients", "weights", "validation", CONTROL)
+
+
+def kind_of(message_type: MessageType, link: int) -> str:
+    """Return what a message carries; tensors of a step at a further cut are counted by their link.
+
+    For example ``activations`` at the first cut, ``activations_1`` at the second.
+    """
+    kind = KINDS.get(message_type, CONTROL)
+    return f"{kind}_{link}" if link > 0 and kind in ("activations", "gradients") else kind
+
+
 # Messages that end a conversation: the verb for error messages, and our error.
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
@@ -167,14 +178,14 @@ class Link(ABC):
 
     def _send_counted(self, message: Message) -> None:
         num_bytes = self._send(message)
-        self.counters.sent[KINDS.get(message.type, CONTROL)] += num_bytes
+        self.counters.sent[kind_of(message.type, message.at.link)] += num_bytes
         self.counters.round_trips += self._has_received
         self._has_received = False
 
     def _receive_counted(self) -> Message:
         message = self._next()
         num_bytes = message.head_bytes + len(message.payload)
-        self.counters.received[KINDS.get(message.type, CONTROL)] += num_bytes
+        self.counters.received[kind_of(message.type, message.at.link)] += num_bytes
         self._has_received = True
         return message
 

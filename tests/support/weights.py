@@ -1,5 +1,6 @@
 """Weights that runs left, and whether two runs left the same."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -33,10 +34,15 @@ def all_weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def joined(run: Path, round_index: int = 1) -> dict[str, torch.Tensor]:
-    """Return the whole model after a round, from as many files as there are."""
-    halves = [run / f"models/{half}_model_{round_index:03d}.pt" for half in ("client", "server")]
-    states = [torch.load(half, weights_only=True) for half in halves if half.exists()]
+def joined(run: Path, round_index: int = 1, kind: str = "") -> dict[str, torch.Tensor]:
+    """Return the whole model after a round, from as many files of segments as there are.
+
+    ``kind``: the beginning of their names; else those of segments that are shared.
+    """
+    names = rf"{kind}(_\D.*)?" if kind else r"(client|server)_[a-z]\w*"
+    wanted = re.compile(rf"{names}_{round_index:03d}\.pt")
+    files = [path for path in sorted((run / "models").glob("*.pt")) if wanted.fullmatch(path.name)]
+    states = [torch.load(file, weights_only=True) for file in files if "optim" not in file.name]
     return {name: tensor for state in states for name, tensor in state.items()}
 
 

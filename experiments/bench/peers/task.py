@@ -42,7 +42,7 @@ class Task:
         run, spec = self.run, self._spec
         recipe = Recipe.of(run)
         blocks = build(recipe.model, spec.input_shape, len(spec.classes), seed=run.seed)
-        half = split(blocks, recipe.cut)[index]
+        half = split(blocks, *recipe.cuts)[index]
         return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr, fused=True))
 
     def front(self) -> Half:
