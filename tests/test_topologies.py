@@ -1,100 +1,214 @@
-"""Runs of models with several cuts: equal to the unsplit model, over sockets, from their files."""
+"""Runs of models with several cuts: over sockets, from their files, and what passes on the wire."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from sfl import seeds
+from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.config import RunConfig
-from sfl.data.client_data import ClientData, batch_indices
-from sfl.model.optimizers import OPTIMIZERS
-from sfl.model.zoo import build, model_spec
-from sfl.strategy.order import draw
+from sfl.conversation.limits import client_limits, server_limits
+from sfl.data.client_data import batch_indices
+from sfl.model.topology import TOPOLOGIES, Holder, Topology
+from sfl.runtime.recorded_run import load
+from sfl.runtime.replay import check
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
+from sfl.wire.messages import MessageType
+from sfl.wire.payload import InMemory
+from tests.support.launch import Launcher
 from tests.support.pairwise import pairwise
 from tests.support.plain_training import data_of, ordinary_training
-from tests.support.runs import BN_DROPOUT
+from tests.support.proxy import DOWN, UP, Recorded
+from tests.support.runs import ALLOW, BN_DROPOUT
 from tests.support.simulations import simulated
-from tests.support.weights import assert_equal, joined, weights
+from tests.support.weights import all_weights, assert_equal, joined
+from tests.support.wiretap import record
 
-# Segments with BatchNorm and dropout at both parties.
-CUTS = {"u-shaped": "3,9", "alternating of three": "3,6,9", "alternating of four": "2,5,7,10"}
+# With BatchNorm and dropout at both parties: u-shaped, three cuts, four cuts.
+CUTS = ["3,9", "3,6,9", "2,5,7,10"]
 MODEL = {"model": BN_DROPOUT, "batch_size": 200}
-SCHEMES = ("sl", "sflv1", "sflv2", "sflv3")
+SCHEMES = ["sl", "sflv1", "sflv2", "sflv3"]
+SOCKETS = pairwise(CUTS, SCHEMES, ["reset", "keep"])
 
 
-@pytest.mark.parametrize(
-    ("cut", "scheme", "state"), pairwise(CUTS.values(), SCHEMES, ["reset", "keep"])
-)
+@pytest.mark.parametrize(("cut", "scheme", "state"), SOCKETS)
 def test_one_client_equals_the_unsplit_model(
     tmp_path: Path, cut: str, scheme: str, state: str
 ) -> None:
     options = MODEL | {"clients": 1, "optimizer_state": state}
     run = simulated(tmp_path, **options, cut=cut, scheme=scheme)
-    ours = {n: t for n, t in joined(run).items() if not n.startswith("client_0")}
-    assert_equal(ours, ordinary_training(RunConfig(**options)))
+    own = joined(tmp_path / "client/r/client_0", kind="client_0") if scheme == "sflv3" else {}
+    assert_equal(own | joined(run), ordinary_training(RunConfig(**options)))
 
 
-@pytest.mark.parametrize("scheme", ["sl", "sflv1"])
-def test_where_the_cuts_are_makes_no_difference(tmp_path: Path, scheme: str) -> None:
-    """To who trains with whom: the whole model is relayed, or averaged."""
-    options = MODEL | {"scheme": scheme, "clients": 2, "clip_norm": 0.0}
-    runs = [simulated(tmp_path / str(cut), **options, cut=cut) for cut in (6, *CUTS.values())]
-    for run in runs[1:]:
-        assert_equal(joined(run), joined(runs[0]))
-
-
-@pytest.mark.parametrize("scheme", ["sflv2", "sflv3"])
-def test_the_clients_segments_are_their_own_and_the_servers_are_shared(
-    tmp_path: Path, scheme: str
+@pytest.mark.parametrize(("scheme", "optimizer"), [("sl", "sgd"), ("sflv1", "adam")])
+def test_schemes_of_whole_models_do_not_see_the_cuts(
+    tmp_path: Path, scheme: str, optimizer: str
 ) -> None:
-    options = MODEL | {"cut": "3,9", "clients": 2, "scheme": scheme, "rounds": 1}
-    run = RunConfig(**options)
-    theirs = plain_u_shape(run, data_of(run), shares_back=scheme == "sflv2")
-    assert_equal(weights(simulated(tmp_path, **options)), theirs)
+    """The whole model is relayed, or averaged, wherever it is cut.
+
+    In a relay each party's Adam would know its own clients' steps alone; plain SGD knows none.
+    """
+    options = MODEL | {"scheme": scheme, "clients": 2, "optimizer": optimizer, "lr": 0.01}
+    one, *others = [simulated(tmp_path / str(cut), **options, cut=cut) for cut in (6, *CUTS)]
+    for run in others:
+        assert_equal(joined(run), joined(one))
 
 
-def plain_u_shape(
-    run: RunConfig, data: Sequence[ClientData], *, shares_back: bool
-) -> dict[str, torch.Tensor]:
-    """Train a round of models that autograd sees whole; return each segment's tensors."""
-    clients = range(run.clients)
-    models = [build(model_spec(run.model), (1, 28, 28), 10, seed=run.seed) for _ in clients]
-    parts = {"front": slice(0, 3), "back": slice(3, 9), "client_head": slice(9, None)}
-    if shares_back:
-        for model in models[1:]:
-            for index in range(3, 9):
-                model[index] = models[0][index]
-    optimizers = {
-        (k, name): OPTIMIZERS[run.optimizer](models[k][part].parameters(), run)
-        for k in clients
-        for name, part in parts.items()
-        if any(True for _ in models[k][part].parameters())
-    }
-    order = draw(run, clients, 0)
-    batches = {
-        k: list(batch_indices(len(data[k].train), run, round_index=0, client=k)) for k in order
-    }
-    for step in range(max(map(len, batches.values()))):
-        for k in (k for k in order if step < len(batches[k])):
-            x, y = data[k].batch(data[k].train, batches[k][step])
-            for block, module in enumerate(models[k].train()):
-                torch.manual_seed(seeds.derive(run.seed, seeds.BLOCK, 0, k, step, block))
-                x = module(x)
-            own = [optimizers.get((0 if shares_back and n == "back" else k, n)) for n in parts]
-            for optimizer in own:
-                if optimizer:
-                    optimizer.zero_grad()
-            nn.functional.cross_entropy(x, y).backward()
-            for optimizer in own:
-                if optimizer:
-                    optimizer.step()
-    return files_of(run, models, data)
+@pytest.mark.parametrize(("cut", "scheme", "state"), SOCKETS)
+def test_sockets_equal_the_simulation_and_the_replay(
+    launcher: Launcher, tmp_path: Path, cut: str, scheme: str, state: str
+) -> None:
+    options = MODEL | {"cut": cut, "scheme": scheme, "optimizer_state": state, "clients": 2}
+    typed = [text for n, v in options.items() for text in (f"--{n.replace('_', '-')}", v)]
+    sockets = launcher.run(*typed, "--rounds", 2, clients=2, client_options=ALLOW)
+    whole = simulated(tmp_path / "simulated", **options, keep_tensors="all")
+    assert_equal(all_weights(sockets), all_weights(whole))
+    files = {p.relative_to(whole) for p in whole.glob("client_files/**/*.pt")}
+    assert len(files) == 2 * len(cut.split(",")) * 2 * 2 * 8 + (cut.count(",") == 2) * 32
+    assert all((whole / p).read_bytes() == (sockets / p).read_bytes() for p in files)
+    report = check(load(sockets, allow_import=BN_DROPOUT))
+    assert (report.findings, report.checked, report.differ) == ([], 32, 0)
+    assert report.models > 0
+    assert report.models_differ == 0
 
 
-def files_of(
-    run: RunConfig, models: Sequence[nn.Sequential], data: Sequence[ClientData]
-) -> dict[str, torch.Tensor]:
-    raise NotImplementedError
+@pytest.mark.parametrize("kind", [ACTIVATIONS, GRADS])
+@pytest.mark.parametrize("link", [0, 1])
+def test_a_tensor_that_was_changed_is_found_whichever_cut_it_crossed(
+    tmp_path: Path, kind: str, link: int
+) -> None:
+    """The server's own are recomputed; the manifest vouches for the others."""
+    run = simulated(tmp_path, **MODEL, cut="3,9", clients=1, rounds=1, keep_tensors="all")
+    mark = f"_{link}" if link else ""
+    path = run / f"client_files/client_0/round_000/{kind}_0_3{mark}.pt"
+    torch.save(torch.load(path) + 1, path)
+    report = check(load(run, allow_import=BN_DROPOUT))
+    assert path.name in "".join(report.findings)
+    assert report.differ or report.unchecked
+
+
+def test_a_topology_that_is_not_listed_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two segments at the server, each with its own files and clipping."""
+    row = Topology("a test", lambda _: [Holder.CLIENT, Holder.SERVER, Holder.SERVER], range(2, 3))
+    monkeypatch.setitem(TOPOLOGIES, "two-at-the-server", row)
+    options = MODEL | {"clients": 1, "optimizer_state": "keep", "topology": "two-at-the-server"}
+    run = simulated(tmp_path, **options, cut="3,9", keep_tensors="all")
+    assert_equal(
+        joined(run), ordinary_training(RunConfig(**MODEL, clients=1, optimizer_state="keep"))
+    )
+    assert sorted(p.name for p in run.glob("models/*_001.pt")) == [
+        "client_0_001.pt", "client_model_001.pt", "server_head_001.pt", "server_model_001.pt",
+        "server_optimizer_0_001.pt", "server_optimizer_0_head_001.pt",
+    ]  # fmt: skip
+    assert check(load(run, allow_import=BN_DROPOUT)).summary == "32 gradients checked, 0 differ"
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Recorded]]:
+    """A u-shaped run of two clients; what passed between clients and server."""
+    folder = tmp_path_factory.mktemp("private")
+    options = ["--model", BN_DROPOUT, "--cut", "3,9", "--rounds", 2, "--batch-size", 64]
+    return record(folder, 2, options, ALLOW)
+
+
+def told(connections: Sequence[Recorded], run: RunConfig) -> list[str]:
+    """Return what passes from clients to server that tells labels."""
+    found = []
+    for connection in connections:
+        client = next(m.at.client for _, m in connection.messages if m.type in STEP)
+        data = data_of(run)[client]
+        stream = bytes(connection.streams[UP])
+        for indices in batch_indices(len(data.train), run, round_index=0, client=client):
+            y = data.train.y[indices]
+            if any(
+                y.to(t).numpy().tobytes() in stream for t in (torch.int64, torch.int32, torch.uint8)
+            ):
+                found.append("labels of a batch")
+        for way, message in connection.messages:
+            if way == UP and message.type in LABELS:
+                found.append(str(message.type))
+            content = message.content if way == UP and isinstance(message.content, dict) else {}
+            lists = {name for name, value in content.items() if isinstance(value, list) and value}
+            found += lists - DESCRIPTION
+            if "loss" in content or "loss_sum" in content:
+                size = content.get("samples", run.batch_size)
+                found += ["a sample's loss"] if size == 1 else []
+    return sorted(set(found))
+
+
+DESCRIPTION = {"classes", "input_shape", "structure", "rounds"}  # of a client's data and model
+INTEGERS = torch.int64, torch.int32, torch.uint8
+LABELS = {MessageType.TRAINING_LABELS, MessageType.VALIDATION_LABELS}
+STEP = {MessageType.TRAINING_FEATURES, MessageType.TRAINING_GRADS}
+
+
+def test_no_label_leaves_a_client_that_holds_the_last_segment(
+    private: tuple[Path, list[Recorded]],
+) -> None:
+    run, connections = private
+    assert told(connections, RunConfig(clients=2, batch_size=64)) == []
+    assert not list(run.rglob("labels_*.pt"))
+    assert not list(run.rglob("predictions/*"))
+    header, *rows = (run / "rounds.csv").read_text().splitlines()
+    figures = dict(zip(header.split(","), rows[-1].split(","), strict=True))
+    assert float(figures["val_acc"]) > 0.2
+    assert figures["val_macro_f1"] == ""
+
+
+def test_a_step_of_two_cuts_is_two_round_trips(private: tuple[Path, list[Recorded]]) -> None:
+    _, connections = private
+    step = [
+        (UP, MessageType.TRAINING_FEATURES, 0),
+        (DOWN, MessageType.TRAINING_FEATURES, 1),
+        (UP, MessageType.TRAINING_GRADS, 1),
+        (DOWN, MessageType.TRAINING_GRADS, 0),
+    ]
+    for connection in connections:
+        passed = [(w, m.type, m.at.link) for w, m in connection.messages if m.type in STEP]
+        assert passed == step * (len(passed) // 4)
+        assert len(passed) == 4 * 2 * 25  # rounds, batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "client_options", "wanted"),
+    [
+        (["--cut", 6], [], ["TRAINING_LABELS", "VALIDATION_LABELS", "labels of a batch"]),
+        (["--cut", "3,9"], ["--share-figures"], ["per_class"]),
+    ],
+)
+def test_the_search_for_labels_would_find_them(
+    tmp_path: Path, options: list[object], client_options: list[object], wanted: list[str]
+) -> None:
+    own = [*options, "--model", BN_DROPOUT, "--rounds", 1, "--batch-size", 64]
+    _, connections = record(tmp_path, 2, own, [*ALLOW, *client_options])
+    found = told(connections, RunConfig(clients=2, batch_size=64))
+    assert [re.sub(".*\\.", "", name) for name in found] == wanted
+
+
+def test_the_figures_of_a_single_sample_are_not_told(tmp_path: Path) -> None:
+    """Of 6 samples one is for validation; and a single sample is not trained on."""
+    options = MODEL | {"cut": "3,9", "clients": 2, "rounds": 1, "partition": "sizes:0.0015,0.9985"}
+    run = simulated(tmp_path, **options)
+    rows = (run / "rounds/round_000.csv").read_text().splitlines()
+    figures = {tuple(r.split(",")[:1] + r.split(",")[2:3]): r.split(",")[3] for r in rows}
+    assert float(figures["0", "samples"]) == 5
+    assert ("0", "val_acc") not in figures
+    assert ("1", "val_acc") in figures
+
+
+def test_limits_are_those_of_what_a_party_receives() -> None:
+    recipe = Recipe.of(RunConfig(model="lenet5", cut="3,9"))
+    split = SplitModel(recipe, (1, 28, 28), 10)
+    server = server_limits(split, 1, InMemory).payload_bytes
+    client = client_limits(split, InMemory).payload_bytes
+    assert MessageType.TRAINING_LABELS not in server
+    assert server[MessageType.TRAINING_FEATURES] > server[MessageType.TRAINING_GRADS]
+    assert client[MessageType.TRAINING_GRADS] > client[MessageType.TRAINING_FEATURES]
+    assert MessageType.VALIDATION_FEATURES in client

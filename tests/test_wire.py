@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from sfl.data.samples import Samples
 from sfl.files.torch_file import owns_storage
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import FILE_TYPES, MessageType
-from tests.support.launch import Launcher
 from tests.support.made_data import loaded
-from tests.support.proxy import DOWN, UP, Proxy, Recorded
+from tests.support.proxy import DOWN, UP, Recorded
+from tests.support.wiretap import record
 
 ROUNDS, CLIENTS, BATCH = 2, 2, 64
 STEP = [
@@ -33,23 +32,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Recor
     """Run two clients through a proxy; return the run's folder and what passed."""
     options = ["--rounds", ROUNDS, "--batch-size", BATCH]
     return record(tmp_path_factory.mktemp("wire"), CLIENTS, options)
-
-
-def record(
-    folder: Path, num_clients: int, options: Sequence[object]
-) -> tuple[Path, list[Recorded]]:
-    launcher = Launcher(folder)
-    proxy = Proxy(launcher.port)
-    server = launcher.server("--clients", num_clients, "--run", "r", *options)
-    while "listening" not in server.out and server.process.is_alive():
-        server.process.join(0.05)
-    to_proxy = ["--server", f"127.0.0.1:{proxy.port}"]
-    clients = [launcher.client(*to_proxy, "--client-id", k) for k in range(num_clients)]
-    for program in [server, *clients]:
-        program.ended_with(0)
-    proxy.close()
-    launcher.end()
-    return launcher.folder / "server" / "r", proxy.connections
 
 
 def test_a_training_step_is_one_round_trip_and_three_files(

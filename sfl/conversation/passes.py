@@ -108,6 +108,7 @@ def _forward_and_backward(
     z, grads = x, None
     figures: StepFigures | None = None
     last: Sent | None = None
+    content: dict[str, float] = {}  # goes with the first gradients behind the loss
     for stop in party.route:
         if stop.takes is not None:
             meanwhile()
@@ -121,7 +122,7 @@ def _forward_and_backward(
                 cut = cuts[stop.gives]
                 cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))
     for stop in reversed(party.route):
-        segment, content = segments[stop.segment], {}
+        segment = segments[stop.segment]
         if stop.gives is not None:
             meanwhile()
             grads, reply = yield from cuts[stop.gives].receive(GRADS)
@@ -141,6 +142,7 @@ def _forward_and_backward(
             if stop.takes is not None:
                 assert grads is not None
                 last = Sent(GRADS, cuts[stop.takes].encode(GRADS, grads), content)
+                content = {}
         if last and stop is not party.route[0]:
             cuts[stop.takes or 0].send_file(*last)
             last = None
