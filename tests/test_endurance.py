@@ -11,7 +11,7 @@ import pytest
 from sfl.crash import VARIABLE
 from tests.support.launch import Launcher, Program, send_signal, wait_for, was_killed
 
-ROUNDS, EARLY = 500, 20
+ROUNDS, EARLY = 250, 20
 MARGIN = 0.05
 
 
