@@ -338,8 +338,17 @@ def test_sizes_are_those_of_the_model_that_is_built(model: str, scheme: str) -> 
     back = sum(spec.num_bytes for spec in split.back_spec.values())
     assert (sizes.front, sizes.whole) == (front, front + back if scheme == "sflv1" else front)
     at_cut = split.features_spec(1).num_bytes if scheme == "sflv1" else 0
-    assert sizes.at_cut == at_cut
+    assert sizes.at_cuts == ((at_cut,) if at_cut else ())
     assert sizes.all_values >= sizes.front_values >= at_cut
+
+
+def test_sizes_of_several_cuts_are_those_of_all_segments() -> None:
+    split = SplitModel(Recipe.of(RunConfig(model="lenet5", cut="3,9")), (1, 28, 28), 10)
+    sizes = sizes_of(split.recipe, (1, 28, 28), 10)
+    specs = {n: sum(spec.num_bytes for spec in own.values()) for n, own in split.specs.items()}
+    assert sizes.front == specs["front"] + specs["client_head"]
+    assert sizes.whole == sum(specs.values())
+    assert sizes.at_cuts == tuple(split.features_spec(1, link).num_bytes for link in (0, 1))
 
 
 @pytest.mark.parametrize(

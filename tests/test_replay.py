@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experiments.replay import __main__ as program
+from sfl.conversation import passes
 from sfl.errors import RunError
 from sfl.runtime import replay
 from sfl.runtime.recorded_run import load
@@ -164,9 +165,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    from sfl.conversation import step
-
-    honest = step.train_step
+    honest = passes.train_step
 
     def off_by_a_bit(*arguments: object) -> object:
         figures, grads = honest(*arguments)
@@ -175,8 +174,9 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
             grads.view(torch.int32)[0, 0] ^= 1
         return figures, grads
 
-    monkeypatch.setattr(step, "train_step", off_by_a_bit)
-    run = recorded(tmp_path, rounds=1, clients=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "train_step", off_by_a_bit)
+        run = recorded(tmp_path, rounds=1, clients=1)
     code, lines = run_replay(run)
     path = run / "client_files/client_0/round_000/grads_0_3.pt"
     assert (code, lines) == (

@@ -21,6 +21,7 @@ from sfl.options import Parser
 def main() -> None:
     options = _parse()
     import torch
+    from sklearn.cluster import KMeans
 
     from sfl.archive.layout import GRADS
     from sfl.data.client_data import Source, batch_indices, load, part_of
@@ -45,21 +46,13 @@ def main() -> None:
         data = part_of(spec, run, client, both)
         drawn = batch_indices(len(data.train), run, round_index=options.round, client=client)
         y = data.train.y[torch.cat(list(drawn))]
-        right = named_right(torch.cat(grads), y, len(data.classes))
+        unit = torch.nn.functional.normalize(torch.cat(grads).double(), dim=1)  # (N, features)
+        k = len(data.classes)
+        clusters = KMeans(k, n_init=10, random_state=0).fit_predict(unit.numpy())
+        counts = torch.bincount(torch.from_numpy(clusters) * k + y, minlength=k * k).view(k, k)
+        right = counts.max(1).values.sum().item() / len(y)
         most = torch.bincount(y).max().item() / len(y)
         print(f"{client},{len(y)},{right:.4f},{most:.4f}")
-
-
-def named_right(grads: "torch.Tensor", y: "torch.Tensor", num_classes: int) -> float:  # noqa: F821
-    """Return the share of labels y: (N,) that clusters of gradients: (N, features) name right."""
-    import torch
-    from sklearn.cluster import KMeans
-
-    unit = torch.nn.functional.normalize(grads.double(), dim=1)
-    clusters = KMeans(num_classes, n_init=10, random_state=0).fit_predict(unit.numpy())
-    found = torch.from_numpy(clusters).long()
-    counts = torch.bincount(found * num_classes + y, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).max(1).values.sum().item() / len(y)
 
 
 def _parse() -> Namespace:
