@@ -51,6 +51,23 @@ def test_modules_are_trained_and_evaluated_in_the_mode_that_they_came_in() -> No
     assert [int(norm.num_batches_tracked) for norm in norms] == [0, 2, 2, 0]
 
 
+def test_a_step_is_undone_until_its_update_and_no_step_before_it() -> None:
+    """Whoever waits for the next step's input has nothing to undo."""
+    ours = segment(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    before = ours.state()
+    ours.undo_step()
+    ours.forward(torch.randn(8, 3), AT)
+    ours.undo_step()
+    assert all(torch.equal(t, before[n]) for n, t in ours.state().items())
+    ours.forward(torch.randn(8, 3), AT)
+    ours.backward(torch.randn(8, 2))
+    ours.update()
+    after = ours.state()
+    ours.undo_step()
+    assert all(torch.equal(t, after[n]) for n, t in ours.state().items())
+    assert int(after["0.num_batches_tracked"]) == 1
+
+
 def test_frozen_weights_stay_when_gradients_are_set() -> None:
     layers = nn.Linear(4, 6), nn.Linear(6, 3)
     layers[0].requires_grad_(False)

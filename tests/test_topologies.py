@@ -76,6 +76,15 @@ def test_sockets_equal_the_simulation_and_the_replay(
     assert report.models_differ == 0
 
 
+def test_a_shared_back_is_one_clients_for_a_whole_step(launcher: Launcher) -> None:
+    """Also where clients take their steps as they come, and each step waits for its client."""
+    options = ["--model", BN_DROPOUT, "--cut", "3,9", "--batch-size", 50, "--rounds", 1]
+    order = ["--scheme", "sflv2", "--server-order", "arrival"]
+    run = launcher.run(*options, *order, clients=3, client_options=ALLOW)
+    report = check(load(run, allow_import=BN_DROPOUT))
+    assert (report.findings, report.checked, report.differ) == ([], 66, 0)
+
+
 @pytest.mark.parametrize("kind", [ACTIVATIONS, GRADS])
 @pytest.mark.parametrize("link", [0, 1])
 def test_a_tensor_that_was_changed_is_found_whichever_cut_it_crossed(

@@ -100,9 +100,10 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
         if plan.spool.has(cuts[first].at):
             yield from server_repeat_step(party, cuts, plan)
         else:
-            if turns.in_order:
+            if not turns.is_of(party.client):
                 yield turns.of(party.client)
-            yield from server_step(party, cuts, plan)
+            with turns.step(party.client):
+                yield from server_step(party, cuts, plan)
 
 
 def client_step(

@@ -162,9 +162,10 @@ class Segment:
 
     @torch.no_grad()
     def undo_step(self) -> None:
-        """Restore the state from before ``forward``; only allowed before ``update``."""
+        """Restore the state from before ``forward``; without one since ``update``, do nothing."""
         for name, buffer in self.blocks.named_buffers():
             buffer.copy_(self._before.get(name, buffer))
+        self._before = {}
         self._forget_step()
 
     def gradients_in_place(self) -> Iterator[Tensor]:
@@ -189,6 +190,7 @@ class Segment:
         """Take one optimiser step with the gradients of the last ``backward``, clipped."""
         with computing(f"the optimiser's step fails from block {self._first_block} on"):
             self.optimizer.step()
+        self._before = {}
 
     def snapshot(self, *, weights: bool = True) -> "Snapshot":
         """Return the state for ``restore``; without ``weights``, of the optimiser alone."""

@@ -10,6 +10,7 @@ back, the order of steps::
 A copy of the back that serves one client takes its steps as they arrive.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ class Turns:
     def __init__(self, sequence: Iterable[int] | None) -> None:
         self._left = None if sequence is None else iter(sequence)
         self._next = None if self._left is None else next(self._left, None)
+        self._in_step: int | None = None  # the client that is in a step
 
     @property
     def in_order(self) -> bool:
@@ -57,7 +59,21 @@ class Turns:
 
     def of(self, client: int) -> Gate:
         """Return a gate that is open when it is this client's turn."""
-        return lambda: self._left is None or self._next == client
+        return lambda: self.is_of(client)
+
+    def is_of(self, client: int) -> bool:
+        """Return whether it is this client's turn: without a sequence, no other is in a step."""
+        in_step = self._in_step in (None, client)
+        return self._next == client if self.in_order else in_step
+
+    @contextlib.contextmanager
+    def step(self, client: int) -> Iterator[None]:
+        """Keep other clients from beginning a step before this client's is done, or given up."""
+        self._in_step = client
+        try:
+            yield
+        finally:
+            self._in_step = None
 
     def done(self) -> None:
         if self._left is not None:
