@@ -195,9 +195,9 @@ def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
     run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
-    if node.at_once and not recipe.scheme.copies_back:
+    if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:
         raise ConfigError(
-            f"--at-once {node.at_once}: with {run.scheme} nobody has a copy to wait for"
+            f"--at-once {node.at_once}: with {run.scheme} not every client has a copy of the back"
         )
 
 
