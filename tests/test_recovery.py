@@ -17,6 +17,7 @@ from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
+from sfl.errors import ConfigError
 from sfl.options import from_values
 from sfl.runtime import replay
 from sfl.runtime.recorded_run import load
@@ -309,6 +310,46 @@ def test_below_the_fewest_clients_a_round_waits(launcher: Launcher, references: 
     for program in (resume(launcher), *clients):
         program.ended_with(0)
     assert_same(references(RUN), launcher.folder / "server/r")
+
+
+@pytest.mark.parametrize(
+    ("clients", "participation", "crash"),
+    [
+        (3, 1.0, "front.before_update:3"),
+        (3, 1.0, "validation.before:1"),
+        (6, 0.5, "front.before_update:3"),  # enough others are connected, and were not drawn
+    ],
+)
+def test_a_round_waits_for_as_many_clients_as_its_rule_needs(
+    launcher: Launcher, references: References, clients: int, participation: float, crash: str
+) -> None:
+    run = RUN | {"aggregation": "trimmed-mean", "rounds": 2}
+    run |= {"clients": clients, "participation": participation}
+    dies, *_ = draw(from_values(RunConfig, dict(run), "the test"), range(clients), 0)
+    server = launcher.server(*options_of(run), *SKIP)
+    programs = [
+        launcher.client("--client-id", k, *ALLOW, env={VARIABLE: crash} if k == dies else {})
+        for k in range(clients)
+    ]
+    was_killed(programs.pop(dies))
+    time.sleep(3)  # three times as long as a round waits for others
+    again = launcher.client("--client-id", dies, *ALLOW)
+    for program in (again, server, *programs):
+        program.ended_with(0)
+    connected = "fewer than 3 connected clients" if clients == 3 else "fewer than 5 connected"
+    assert connected in server.out
+    assert "going on without" not in server.out
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_path: Path) -> None:
+    run = RUN | {"scheme": "sflv2", "aggregation": "trimmed-mean", "clients": 4}
+    for absences in ("1:1-2,3:1", "1:0,3:2", "1:0-2,3:0-2"):
+        away = [Away.parse(text) for text in absences.split(",")]
+        with pytest.raises(ConfigError, match=r"--away leaves round \d with 2 clients; .* needs 3"):
+            reference(tmp_path, run, away)
+        assert list(tmp_path.iterdir()) == []
+    reference(tmp_path, run, [Away(1, 0, back=1), Away(3, 1)])
 
 
 def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:

@@ -25,7 +25,7 @@ class Patience:
 
     may_return: bool = True  # else the first loss ends the run
     skip_after_s: float | None = None  # close the round without clients absent this long
-    min_clients: int = 1  # with fewer, wait for the absent ones after all
+    min_clients: int = 1  # with fewer connected, wait for the absent ones after all
 
 
 @dataclass

@@ -361,7 +361,8 @@ class Lobby:
         waits = not place.refused and limit and place.clock.idle_s < limit
         if place.is_here or not limit or waits:
             return False
-        place.is_skipped = len(self.roster.ready()) >= self.patience.min_clients
+        left = [k for k in self.roster.ready() if not self.is_skipped(k)]
+        place.is_skipped = len(left) >= self.patience.min_clients
         if place.is_skipped and place.refused:
             place.skipped_round = self._round
         return place.is_skipped
