@@ -49,6 +49,11 @@ class Place:
     def is_here(self) -> bool:
         return self.ready and self.link is not None
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the client was here, and is refused, failed or lost."""
+        return bool(self.why) and self.link is None
+
     def free(self, error: SflError) -> None:
         """Free the place of a client that is lost, has failed, or was refused."""
         self.refused, self.recurring = not isinstance(error, PASSING), isinstance(error, RECURRING)

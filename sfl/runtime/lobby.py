@@ -305,8 +305,7 @@ class Lobby:
         if time.monotonic() - self._notified_at > NOTIFY_EVERY_S:
             waits = any(not p.is_here and not p.is_skipped for p in self.roster.places.values())
             if waits or not self.roster.has_begun:
-                if self.roster.has_begun:
-                    self.events.say(self.roster.missing_message)
+                self.events.say(self.roster.missing_message)
                 self._notify()
             self._notified_at = time.monotonic()
 
