@@ -342,6 +342,29 @@ def test_a_round_waits_for_as_many_clients_as_its_rule_needs(
     assert_same(references(run), launcher.folder / "server/r")
 
 
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_clients_that_its_rule_needs_from_the_connected(
+    launcher: Launcher,
+) -> None:
+    """One that was drawn is gone for good: the round waits for it until the server is resumed."""
+    run = RUN | {"aggregation": "trimmed-mean", "clients": 6, "participation": 0.5, "rounds": 2}
+    gone, *_ = draw(from_values(RunConfig, dict(run), "the test"), range(6), 0)
+    server = launcher.server(*options_of(run), *SKIP)
+    crash = {VARIABLE: "front.before_update:3"}
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, env=crash if k == gone else {}) for k in range(6)
+    ]
+    was_killed(clients.pop(gone))
+    wait_for(server, f"client_{gone} is away")
+    send_signal(server, signal.SIGINT)
+    server.ended_with(3)
+    for program in (resume(launcher, *SKIP), *clients):
+        program.ended_with(0)
+    rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
+    assert all(len(row["took_part"].split(";")) == 3 for row in rows)
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
 def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_path: Path) -> None:
     run = RUN | {"scheme": "sflv2", "aggregation": "trimmed-mean", "clients": 4}
     for absences in ("1:1-2,3:1", "1:0,3:2", "1:0-2,3:0-2"):
