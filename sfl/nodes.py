@@ -158,8 +158,9 @@ class ServerNode(PeerNode):
         " before it closes without it",
     )  # fmt: skip
     min_clients: int = option(
-        1, "fewest clients of a round; with fewer, it waits for others to come back"
-    )
+        1, "fewest clients of a round; with fewer, or fewer than --aggregation needs, it waits for"
+        " others to come back",
+    )  # fmt: skip
     at_once: int = option(
         0, "most clients that train at the same time if each has a copy of the server's model:"
         " the copies of those that wait take less memory; 0: all",

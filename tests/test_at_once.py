@@ -11,11 +11,15 @@ import torch
 from sfl.archive.spool import Spool
 from sfl.config import RunConfig
 from sfl.crash import VARIABLE
+from sfl.errors import ConfigError
 from sfl.model.segment import train_step
 from sfl.model.topology import Holder
+from sfl.nodes import ServerNode
 from sfl.runtime import simulation as simulate
+from sfl.runtime.server import serve
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import SCHEMES, Scheme
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.launch import Launcher
@@ -28,8 +32,8 @@ CLIENTS, ROUNDS = 4, 2
 def planned(at_once: int, scheme: str = "sflv1", **options: object) -> RoundPlan:
     run = RunConfig(run="r", scheme=scheme, clients=CLIENTS, **options)  # type: ignore[arg-type]
     split = SplitModel(Recipe.of(run, frozenset()), (1, 28, 28), 10)
-    count = CLIENTS if scheme == "sflv1" else 1
-    backs = {k: split.segments(Holder.SERVER, torch.device("cpu")) for k in range(count)}
+    indices = split.recipe.scheme.backs_of(range(CLIENTS))
+    backs = {b: split.segments(Holder.SERVER, torch.device("cpu")) for b in indices}
     for back in backs.values():
         back.start_round(0)
     spool = Spool(None, lambda: None)
@@ -100,6 +104,25 @@ def test_a_shared_back_does_not_rest() -> None:
     assert back.optimizer.state()
 
 
+def test_of_clients_in_groups_only_one_alone_has_a_back_that_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And with --at-once, clients of a group would wait for each other's steps for ever."""
+    row = Scheme(source="-", back_of=lambda client: client % 3)
+    monkeypatch.setitem(SCHEMES, "groups", row)
+    plan = planned(at_once=0, scheme="groups")
+    for back in plan._backs.values():
+        for parameter in back.last.blocks.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        back.last.update()
+    for client in plan.order:
+        plan.release(client)
+    rested = [b for b, back in plan._backs.items() if not back.last.optimizer.state()]
+    assert rested == [1, 2]  # back 0 has two of the four clients
+    with pytest.raises(ConfigError, match="not every client has a copy of the back"):
+        serve(RunConfig(scheme="groups", clients=CLIENTS), ServerNode(at_once=1, host="no.invalid"))
+
+
 def weights_of(state: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     return {name: tensor.flatten().tolist() for name, tensor in state.items()}
 
@@ -156,6 +179,6 @@ def test_one_that_is_killed_in_its_turn_keeps_the_others_waiting(
 
 def test_only_copies_can_wait_for_one_another(launcher: Launcher) -> None:
     server = launcher.server("--clients", 2, "--scheme", "sflv2", "--at-once", 1)
-    assert "with sflv2 nobody has a copy to wait for" in server.ended_with(2)
+    assert "with sflv2 not every client has a copy of the back" in server.ended_with(2)
     fed = launcher.server("--role", "fed", "--at-once", 1)
     assert "--at-once: is for the main server" in fed.ended_with(2)

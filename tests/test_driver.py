@@ -99,6 +99,18 @@ def test_who_is_given_up_has_no_result_and_does_not_come_in_again() -> None:
     assert talk.begun == [1, 0, 1]
 
 
+def test_who_may_not_leave_is_waited_for() -> None:
+    """Once client 1 has left, client 0 is one of too few."""
+    script = [("lost", 1), ("lost", 0), ("back", 0), ("arrives", 0), ("arrives", 0)]
+    network = Script([*script, ("arrives", 2), ("arrives", 2)], given_up={0, 1})
+    left: list[int] = []
+    results = run_together(
+        network, Talk(network).of(0, 1, 2), left.append, may_leave=lambda client: not left
+    )
+    assert results == {0: "0, the 2.", 2: "2, the 1."}
+    assert left == [1]
+
+
 def test_where_nobody_comes_back_the_first_loss_ends_all() -> None:
     class Plain(Script):
         def lost(self, client: int, error: SflError) -> None:

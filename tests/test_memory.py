@@ -32,9 +32,10 @@ from sfl.data.samples import Samples
 from sfl.errors import ConfigError, ConnectionLost, ProtocolError
 from sfl.model.metrics import checked, checked_steps
 from sfl.nodes import parse_bytes
-from sfl.runtime.memory import machine_memory_bytes, sizes_of
+from sfl.runtime.memory import machine_memory_bytes, server_bytes, sizes_of
 from sfl.runtime.report_limits import MOST_STEPS
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import SCHEMES, Scheme
 from sfl.strategy.split_model import SplitModel
 from sfl.transport import connection as transport
 from sfl.transport.buffered import BufferedConnection
@@ -360,3 +361,15 @@ def test_sizes_are_written_with_their_unit(text: str, count: int) -> None:
         with pytest.raises(ConfigError, match=r"--memory-limit .*give a size as 500mb or 4gb"):
             parse_bytes(wrong)
     assert machine_memory_bytes() > 10**8
+
+
+def test_a_server_needs_memory_for_each_copy_of_the_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "groups", Scheme(source="-", back_of=lambda client: client % 2))
+    needed = []
+    for scheme in ("sflv2", "groups", "sflv1"):  # one copy, two, four
+        recipe = Recipe.of(RunConfig(scheme=scheme, clients=4))
+        sizes = sizes_of(recipe, (1, 28, 28), 10)
+        needed.append(server_bytes(recipe, sizes, 4)["weights"])
+    one, two, four = needed
+    back = sizes.whole - sizes.front
+    assert (two - one, four - one) == (back, 3 * back)

@@ -20,9 +20,10 @@ from sfl.model.schedule import SCHEDULES, learning_rates
 from sfl.model.segment import train_step
 from sfl.model.zoo import build, model_spec
 from sfl.registry import with_options
-from sfl.strategy.merge import check_rule
+from sfl.strategy.merge import fewest_clients, fewest_connected
 from sfl.strategy.order import Turns, interleaved
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.schemes import SCHEMES, Scheme
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.launch import Launcher
@@ -175,12 +176,56 @@ def test_figures_of_a_run_that_diverged_are_figures() -> None:
 )
 def test_a_rule_that_has_nothing_to_do_is_refused(scheme: str, rule: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        check_rule(Recipe.of(RunConfig(scheme=scheme, aggregation=rule)))
+        fewest_clients(Recipe.of(RunConfig(scheme=scheme, aggregation=rule)))
 
 
-@pytest.mark.parametrize("name", ["sflv2", "sflv3", "fl"])
-def test_a_rule_that_has_something_to_do_is_taken(name: str) -> None:
-    check_rule(Recipe.of(RunConfig(scheme=name, aggregation="trimmed-mean")))
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add schemes whose clients share a back in two and in three groups."""
+    monkeypatch.setitem(SCHEMES, "two", Scheme(source="-", back_of=lambda client: client % 2))
+    monkeypatch.setitem(SCHEMES, "three", Scheme(source="-", back_of=lambda client: client % 3))
+
+
+@pytest.mark.usefixtures("groups")
+@pytest.mark.parametrize(
+    ("scheme", "rule", "clients", "participation", "fewest", "connected"),
+    [
+        ("sflv1", "fedavg", 3, 1, 1, 1),
+        ("sflv1", "median", 3, 1, 1, 1),
+        ("sflv1", "trimmed-mean", 3, 1, 3, 3),
+        ("sflv2", "trimmed-mean:trim=2", 9, 1, 5, 5),
+        ("sflv3", "krum:faulty=1", 9, 1, 5, 5),
+        ("fl", "trimmed-mean", 9, 0.5, 3, 5),
+        ("three", "trimmed-mean", 6, 1, 5, 5),  # four may share two copies
+        ("three", "trimmed-mean", 7, 0.8, 6, 7),  # five may share two copies
+    ],
+)
+def test_the_fewest_clients_are_those_that_the_rule_takes_whoever_they_are(
+    scheme: str, rule: str, clients: int, participation: float, fewest: int, connected: int
+) -> None:
+    options = {"scheme": scheme, "clients": clients, "participation": participation}
+    recipe = Recipe.of(RunConfig(**options, aggregation=rule))
+    assert fewest_clients(recipe) == fewest
+    assert fewest_connected(recipe) == connected
+
+
+@pytest.mark.usefixtures("groups")
+@pytest.mark.parametrize(
+    ("scheme", "clients", "participation", "averages"),
+    [
+        ("sflv2", 2, 1, "2 models below 1; --scheme sflv2 averages the models of 2 clients"),
+        ("sflv3", 2, 1, "2 models below 1; --scheme sflv3 averages 2 copies of the back"),
+        ("two", 4, 1, "2 models below 1; --scheme two averages 2 copies of the back"),
+        # The draw of round 0 has three copies, that of round 3 two.
+        ("three", 6, 0.5, "2 models below 1; --scheme three averages 2 copies of the back"),
+    ],
+)
+def test_a_rule_that_refuses_as_few_models_as_a_round_may_have_says_which(
+    scheme: str, clients: int, participation: float, averages: str
+) -> None:
+    options = {"scheme": scheme, "clients": clients, "participation": participation, "seed": 2}
+    with pytest.raises(ConfigError, match=averages):
+        fewest_clients(Recipe.of(RunConfig(**options, aggregation="trimmed-mean")))
 
 
 @pytest.mark.parametrize("schedule", ["step:every=1,factor=1e200", "step:every=1,factor=1e20"])

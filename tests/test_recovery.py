@@ -17,6 +17,7 @@ from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.crash import POINTS, VARIABLE
+from sfl.errors import ConfigError
 from sfl.options import from_values
 from sfl.runtime import replay
 from sfl.runtime.recorded_run import load
@@ -309,6 +310,69 @@ def test_below_the_fewest_clients_a_round_waits(launcher: Launcher, references: 
     for program in (resume(launcher), *clients):
         program.ended_with(0)
     assert_same(references(RUN), launcher.folder / "server/r")
+
+
+@pytest.mark.parametrize(
+    ("clients", "participation", "crash"),
+    [
+        (3, 1.0, "front.before_update:3"),
+        (3, 1.0, "validation.before:1"),
+        (6, 0.5, "front.before_update:3"),  # enough others are connected, and were not drawn
+    ],
+)
+def test_a_round_waits_for_as_many_clients_as_its_rule_needs(
+    launcher: Launcher, references: References, clients: int, participation: float, crash: str
+) -> None:
+    run = RUN | {"aggregation": "trimmed-mean", "rounds": 2}
+    run |= {"clients": clients, "participation": participation}
+    dies, *_ = draw(from_values(RunConfig, dict(run), "the test"), range(clients), 0)
+    server = launcher.server(*options_of(run), *SKIP)
+    programs = [
+        launcher.client("--client-id", k, *ALLOW, env={VARIABLE: crash} if k == dies else {})
+        for k in range(clients)
+    ]
+    was_killed(programs.pop(dies))
+    time.sleep(3)  # three times as long as a round waits for others
+    again = launcher.client("--client-id", dies, *ALLOW)
+    for program in (again, server, *programs):
+        program.ended_with(0)
+    connected = "fewer than 3 connected clients" if clients == 3 else "fewer than 5 connected"
+    assert connected in server.out
+    assert "going on without" not in server.out
+    assert_same(references(run), launcher.folder / "server/r")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_clients_that_its_rule_needs_from_the_connected(
+    launcher: Launcher,
+) -> None:
+    """One that was drawn is gone for good: the round waits for it until the server is resumed."""
+    run = RUN | {"aggregation": "trimmed-mean", "clients": 6, "participation": 0.5, "rounds": 2}
+    gone, *_ = draw(from_values(RunConfig, dict(run), "the test"), range(6), 0)
+    server = launcher.server(*options_of(run), *SKIP)
+    crash = {VARIABLE: "front.before_update:3"}
+    clients = [
+        launcher.client("--client-id", k, *ALLOW, env=crash if k == gone else {}) for k in range(6)
+    ]
+    was_killed(clients.pop(gone))
+    wait_for(server, f"client_{gone} is away")
+    send_signal(server, signal.SIGINT)
+    server.ended_with(3)
+    for program in (resume(launcher, *SKIP), *clients):
+        program.ended_with(0)
+    rows = read_summary((launcher.folder / "server/r/rounds.csv").read_bytes())
+    assert all(len(row["took_part"].split(";")) == 3 for row in rows)
+    assert replay.check(load(launcher.folder / "server/r")).findings == []
+
+
+def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_path: Path) -> None:
+    run = RUN | {"scheme": "sflv2", "aggregation": "trimmed-mean", "clients": 4}
+    for absences in ("1:1-2,3:1", "1:0,3:2", "1:0-2,3:0-2"):
+        away = [Away.parse(text) for text in absences.split(",")]
+        with pytest.raises(ConfigError, match=r"--away leaves round \d with 2 clients; .* needs 3"):
+            reference(tmp_path, run, away)
+        assert list(tmp_path.iterdir()) == []
+    reference(tmp_path, run, [Away(1, 0, back=1), Away(3, 1)])
 
 
 def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:

@@ -14,6 +14,8 @@ from sfl.archive.run_folder import has_no_steps
 from sfl.conversation.join import DataReport, client_join, data_difference, disagreeing_clients
 from sfl.environment import FINGERPRINT
 from sfl.errors import SflError
+from sfl.runtime.client_places import Place
+from sfl.runtime.roster import Roster
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
 from sfl.wire.driver import run_blocking
@@ -270,3 +272,28 @@ def test_nobody_else_is_disturbed_by_what_a_client_says_before_the_start(
             assert server.process.is_alive(), f"{name}: {server.err}"
             server.process.join(0.02)
     goes_on(launcher, server, waiting, "--data-dir", own)
+
+
+@pytest.mark.slow
+def test_a_server_whose_clients_are_all_refused_says_so_again_and_again(launcher: Launcher) -> None:
+    """On its console and in its log, every 30 seconds."""
+    model = "tests.support.models:bn_dropout"
+    server = launcher.server("--clients", 2, "--model", model, "--cut", 6)
+    for k in range(2):
+        assert f"give --allow-import {model}" in launcher.client("--client-id", k).ended_with(2)
+    line = "waiting for 2 of 2 clients: 0, 1; not there any more: client_0 (client_0 stopped: "
+    wait_for(server, line)
+    assert line in next(launcher.folder.glob("server/*/server_log.txt")).read_text()
+    assert f"--allow-import {model}" in server.out.splitlines()[-1]
+
+
+def test_few_of_those_who_have_left_before_the_start_are_named() -> None:
+    places = {k: Place(why=f"why {k}") for k in range(5)}
+    waiting = "waiting for 6 of 6 clients: 0, 1, 2, 3, 4, 5"
+    roster = Roster("r", frozenset(range(6)), 6)
+    assert roster.missing_message == waiting
+    roster.places = {3: places[3]}
+    assert roster.missing_message == f"{waiting}; not there any more: client_3 (why 3)"
+    roster.places = places
+    left = ", ".join(f"client_{k} (why {k})" for k in range(3))
+    assert roster.missing_message == f"{waiting}; not there any more: {left}, ..."

@@ -25,7 +25,7 @@ class Patience:
 
     may_return: bool = True  # else the first loss ends the run
     skip_after_s: float | None = None  # close the round without clients absent this long
-    min_clients: int = 1  # with fewer, wait for the absent ones after all
+    min_clients: int = 1  # with fewer connected, wait for the absent ones after all
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Place:
     @property
     def is_here(self) -> bool:
         return self.ready and self.link is not None
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the client was here, and is refused, failed or lost."""
+        return bool(self.why) and self.link is None
 
     def free(self, error: SflError) -> None:
         """Free the place of a client that is lost, has failed, or was refused."""

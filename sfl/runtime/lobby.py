@@ -305,8 +305,7 @@ class Lobby:
         if time.monotonic() - self._notified_at > NOTIFY_EVERY_S:
             waits = any(not p.is_here and not p.is_skipped for p in self.roster.places.values())
             if waits or not self.roster.has_begun:
-                if self.roster.has_begun:
-                    self.events.say(self.roster.missing_message)
+                self.events.say(self.roster.missing_message)
                 self._notify()
             self._notified_at = time.monotonic()
 
@@ -361,7 +360,8 @@ class Lobby:
         waits = not place.refused and limit and place.clock.idle_s < limit
         if place.is_here or not limit or waits:
             return False
-        place.is_skipped = len(self.roster.ready()) >= self.patience.min_clients
+        left = [k for k in self.roster.ready() if not self.is_skipped(k)]
+        place.is_skipped = len(left) >= self.patience.min_clients
         if place.is_skipped and place.refused:
             place.skipped_round = self._round
         return place.is_skipped

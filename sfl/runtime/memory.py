@@ -154,7 +154,7 @@ def _evaluation_batch(sizes: Sizes) -> int:
 
 def server_bytes(recipe: Recipe, sizes: Sizes, num_clients: int) -> dict[str, int]:
     """Return the bytes that a run takes at its server, by purpose."""
-    copies = num_clients if recipe.scheme.copies_back else 1
+    copies = len(recipe.scheme.backs_of(range(num_clients)))
     trained = sizes.whole - sizes.front if sizes.at_cuts else sizes.whole
     values = sizes.all_values - sizes.front_values + sum(sizes.at_cuts)
     fronts = sizes.front * (num_clients + 2)

@@ -11,7 +11,7 @@ from sfl.data.partition import OWN, WRITER
 from sfl.errors import ConfigError, RunError
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
 from sfl.model.class_weights import BALANCED, class_weights
-from sfl.strategy.merge import check_rule
+from sfl.strategy.merge import fewest_clients
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
@@ -29,7 +29,7 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
         ConfigError: the data set is unknown or does not fit the options; as ``Recipe.of``.
     """
     recipe = Recipe.of(run)
-    check_rule(recipe)
+    fewest_clients(recipe)  # raises if the rule does not fit
     if spec := _dataset_spec(run, imports_data):
         # A user's own function need not declare that its samples have writers.
         if run.partition == WRITER and not spec.has_writers and ":" not in run.dataset:
@@ -83,7 +83,7 @@ def disk_bytes(recipe: Recipe, split: SplitModel, num_train: Iterable[int]) -> i
     num_models = recipe.keep.num_kept(run.rounds)
     models = num_models * (front * num_fronts + back)
     if recipe.training.keeps_optimizer:  # up to two more values a parameter, for each copy
-        num_backs = len({row.back_of(k) for k in range(len(clients))})
+        num_backs = len(row.backs_of(range(len(clients))))
         models += 2 * min(num_models, run.rounds) * (back or front) * num_backs
     return round(tensors + models + answers + _incoming_bytes(recipe, split, clients))
 

@@ -24,7 +24,7 @@ from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_cla
 from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import check_same_model
-from sfl.strategy.merge import Shared
+from sfl.strategy.merge import Shared, fewest_clients
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
@@ -108,7 +108,7 @@ class Preparation:
         row = self.recipe.scheme
         if row.exchange is Exchange.NOTHING:
             return {}
-        indices = sorted({row.back_of(k) for k in self._num_samples})
+        indices = sorted(row.backs_of(self._num_samples))
         return {b: self._split.segments(Holder.SERVER, self.device) for b in indices}
 
     def _store_of(self, link: Link) -> WeightStore:
@@ -207,6 +207,7 @@ class Preparation:
             check_space=lambda: check_space(folder.path, round_bytes),
             first_round=self._first_round,
             may_skip=self.options.may_skip,
+            fewest=fewest_clients(self.recipe),
             at_once=self.options.at_once,
         )
         for k in parties:

@@ -119,7 +119,7 @@ class RecordedRun:
 
     def backs_at(self, round_index: int) -> dict[int, Segments]:
         """Return the server's copies of its segments as at a round's start."""
-        indices = map(self.scheme.back_of, self.clients)
+        indices = self.scheme.backs_of(self.clients)
         backs = {b: self.split.segments(Holder.SERVER, self.device) for b in indices}
         load_backs(self.archive, self.run, backs, self.shared_at(round_index), round_index)
         for back in backs.values():

@@ -8,6 +8,8 @@ from sfl.runtime.client_places import Place
 from sfl.wire.link import ANY_ID
 from sfl.wire.members import Member
 
+MOST_REASONS = 3  # of clients that have left before the start, in one line
+
 
 @dataclass
 class Roster:
@@ -46,7 +48,7 @@ class Roster:
 
     @property
     def missing_message(self) -> str:
-        """A line that names the clients that are not ready."""
+        """A line that names the clients that are not ready, and why they have left."""
         ready = self.ready()
         if self.has_begun:
             away = {k: p for k, p in self.places.items() if not p.is_here and not p.is_skipped}
@@ -59,6 +61,11 @@ class Roster:
         ids = sorted((self.taken() if any_will_do else self.ids) - ready)
         count = max(self.needed - len(ready), len(self.taken()) - len(ready))
         names = f": {', '.join(map(str, ids))}" if ids else ""
+        left = [f"client_{k} ({p.why})" for k, p in sorted(self.places.items()) if p.has_left]
+        if len(left) > MOST_REASONS:
+            left[MOST_REASONS:] = ["..."]
+        if left:
+            names += f"; not there any more: {', '.join(left)}"
         return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
 
     def check_id(self, wanted: int) -> None:

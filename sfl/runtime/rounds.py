@@ -74,6 +74,7 @@ class Rounds:
     check_space: Callable[[], None]  # raises RunError if the disk has no space for another round
     first_round: int = 0
     may_skip: bool = False
+    fewest: int = 1  # clients with which a round can be merged
     at_once: int = 0  # most clients that train at the same time, each with a copy; 0: all
     _start_shared: Mapping[str, Shared] = field(default_factory=dict)  # at this round's start
     _missing: dict[int, str] = field(default_factory=dict)  # clients absent in the round, and why
@@ -131,12 +132,15 @@ class Rounds:
         conversation: Callable[[int], Conversation[T]],
         on_leave: Callable[[int], None] | None = None,
         *,
+        may_leave: Callable[[int], bool] = lambda client: True,
         keep_results: bool = True,
     ) -> dict[int, T]:
         """Run one conversation per client, concurrently."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
         leave = on_leave or self._skip
-        return run_together(self.network, beginnings, leave, keep_results=keep_results)
+        return run_together(
+            self.network, beginnings, leave, may_leave=may_leave, keep_results=keep_results
+        )
 
     def _skip(self, client: int) -> None:
         """Continue without a client, in this round and until it returns."""
@@ -233,10 +237,15 @@ class Rounds:
                 self.archive.drop_steps(client, round_index)
                 self.log.forget(client)
 
+        def may_leave(client: int) -> bool:
+            return self.fewest == 1 or len(plan.order) > self.fewest
+
         drawn = tuple(plan.order)
         for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
-        trained = self._run_clients(drawn, lambda k: self._train_one(k, plan, round_index), leave)
+        trained = self._run_clients(
+            drawn, lambda k: self._train_one(k, plan, round_index), leave, may_leave=may_leave
+        )
         for k in sorted(plan.mismatched):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel
+from sfl.strategy.merge import fewest_connected
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.transport.guard import Terms, exposure, guard_of
@@ -132,6 +134,11 @@ class _Server:
         """Where the fed server is: HERE, APART, or HOST:PORT."""
         return HERE if self.node.role == "all" else self.node.fed_server or APART
 
+    @cached_property
+    def _fewest(self) -> int:
+        """The fewest connected clients with which a round goes on."""
+        return max(self.node.min_clients, fewest_connected(self.recipe))
+
     def announce(self, address: str) -> None:
         """Log the run, the address and the number of clients."""
         events, past = self.folder.events, self.past
@@ -140,6 +147,11 @@ class _Server:
         events.say(f"run {self.run.run}: listening on {address} for {needed}")
         if past:
             _say_resume_state(past, self.run, events)
+        if self.node.skip_after_s and self._fewest > self.node.min_clients:
+            events.say(
+                f"--aggregation {self.run.aggregation}: a round with fewer than {self._fewest}"
+                " connected clients waits for others"
+            )
         for line in exposure(self.node):
             events.say(line)
 
@@ -179,7 +191,7 @@ class _Server:
             events=self.folder.events,
             resumed=bool(node.resume),
             fed=self.fed,
-            patience=Patience(self.fed == HERE, node.skip_after_s, node.min_clients),
+            patience=Patience(self.fed == HERE, node.skip_after_s, self._fewest),
             admission=Admission(
                 self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)
             ),
@@ -195,9 +207,9 @@ def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
     run = recipe.run
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
-    if node.at_once and not recipe.scheme.copies_back:
+    if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:
         raise ConfigError(
-            f"--at-once {node.at_once}: with {run.scheme} nobody has a copy to wait for"
+            f"--at-once {node.at_once}: with {run.scheme} not every client has a copy of the back"
         )
 
 

@@ -41,6 +41,8 @@ from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
+from sfl.strategy.merge import fewest_clients
+from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
@@ -112,6 +114,31 @@ class Away:
         return cls(client, first, step or 0, back)
 
 
+def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
+    """Check that absences leave each round the clients that its aggregation rule needs.
+
+    Raises:
+        ConfigError: they leave a round too few, which would wait for others in a run over sockets.
+    """
+    run, needed = recipe.run, fewest_clients(recipe)
+    if needed == 1 or not absences:  # a round that all have left begins again with others
+        return
+    last = max(away.back or away.round + 1 for away in absences)
+    out: set[int] = set()
+    waiting = list(absences)
+    for index in range(min(run.rounds, last + 1)):
+        for away in [a for a in waiting if a.back == index and a.client in out]:
+            waiting.remove(away)
+            out.discard(away.client)
+        drawn = draw(run, [k for k in range(run.clients) if k not in out], index)
+        out |= {a.client for a in waiting if a.round == index}
+        if (left := len(set(drawn) - out)) < needed:
+            raise ConfigError(
+                f"--away leaves round {index} with {counted(left, 'client')}; --aggregation"
+                f" {run.aggregation} needs {needed} in --scheme {run.scheme}"
+            )
+
+
 class LocalNetwork(NoReconnects):
     """Runs the clients whenever the server waits for them; simulates absences."""
 
@@ -176,6 +203,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
         ConfigError, DataError, RunError: as for server and clients.
     """
     recipe = check_run(run, imports_data=True)
+    check_away(recipe, away)
     device = set_up_torch(node)
     data = _load_all(recipe.run, node)
     if recipe.scheme.pooled:

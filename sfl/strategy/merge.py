@@ -4,19 +4,23 @@ The server merges after each round; replay repeats it. Each segment is merged se
 SplitFed the fed server has only the clients' segments, and the main server only its own.
 """
 
+import contextlib
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, count
 
 import torch
 
 from sfl.archive.layout import MEMORY, SHARED_MODEL, names_of, segment_path
 from sfl.config import RunConfig
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, counted
 from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
 from sfl.model.blocks import Entries
 from sfl.model.topology import Holder, States
 from sfl.strategy.aggregate import State, Update
-from sfl.strategy.order import draw
+from sfl.strategy.order import num_drawn
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 
@@ -30,29 +34,69 @@ def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[in
 def averages_backs(recipe: Recipe) -> bool:
     """Return whether the scheme has several copies of the back, which are averaged."""
     row = recipe.scheme
-    backs = {row.back_of(k) for k in range(recipe.run.most_clients)}
-    return row.exchange is Exchange.CUT and len(backs) > 1
+    return row.exchange is Exchange.CUT and len(row.backs_of(range(recipe.run.most_clients))) > 1
 
 
-def check_rule(recipe: Recipe) -> None:
-    """Try the run's aggregation rule on as many models as a round has of each segment.
+def fewest_clients(recipe: Recipe) -> int:
+    """Return the fewest clients with which a round can end, whichever they are.
+
+    The run's aggregation rule must accept as many models as a segment then has: one of each client,
+    and of the back the fewest copies that so many clients can share.
 
     Raises:
-        ConfigError: the rule does not accept its options or so few models, or the scheme averages
-            no models.
+        ConfigError: the rule does not accept its options or as few models as a round may have, or
+            the scheme averages no models.
     """
     run, row = recipe.run, recipe.scheme
-    drawn = draw(run, range(run.clients), 0)
-    counts = [len(drawn)] if row.fronts is Fronts.AVERAGED else []
-    counts += [len({row.back_of(k) for k in drawn})] if averages_backs(recipe) else []
-    one = {"w": torch.zeros(1)}
-    for count in counts or [3]:
-        recipe.rule(Update([one] * count, [1] * count, start=one, trained={"w"}))
-    averages_models = counts and row.exchange is not Exchange.WEIGHT_GRADS and not row.pooled
-    if run.aggregation != "fedavg" and not averages_models:
+    averages_fronts = row.fronts is Fronts.AVERAGED
+    averages_models = averages_fronts or averages_backs(recipe)
+    if run.aggregation != "fedavg" and (
+        not averages_models or row.exchange is Exchange.WEIGHT_GRADS or row.pooled
+    ):
         raise ConfigError(
             f"--aggregation {run.aggregation}: --scheme {run.scheme} averages no trained models"
         )
+    drawn, fewest = num_drawn(run, run.clients), 1
+    if averages_fronts:
+        fewest = _fewest_models(recipe, drawn, f"the models of {counted(drawn, 'client')}")
+    if averages_backs(recipe):
+        # of_copies[n]: the most clients that n copies of the back serve
+        sizes = Counter(map(row.back_of, range(run.most_clients))).values()
+        of_copies = [0, *accumulate(sorted(sizes, reverse=True))]
+        copies = bisect_left(of_copies, drawn)
+        shown = "1 copy" if copies == 1 else f"{copies} copies"
+        models = _fewest_models(recipe, copies, f"{shown} of the back")
+        fewest = max(fewest, of_copies[models - 1] + 1)
+    return fewest
+
+
+def _fewest_models(recipe: Recipe, most: int, these: str) -> int:
+    """Return the fewest models that the run's rule accepts, at most ``most``: ``these``."""
+    one = {"w": torch.zeros(1)}
+
+    def try_rule(count: int) -> None:
+        recipe.rule(Update([one] * count, [1] * count, start=one, trained={"w"}))
+
+    def is_accepted(count: int) -> bool:
+        with contextlib.suppress(ConfigError):
+            try_rule(count)
+            return True
+        return False
+
+    counts = range(1, most + 1)
+    at = bisect_left(counts, True, key=is_accepted)
+    if at == most:
+        try:
+            try_rule(most)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; --scheme {recipe.run.scheme} averages {these}") from error
+    return counts[at]
+
+
+def fewest_connected(recipe: Recipe) -> int:
+    """Return the fewest clients of which a round draws ``fewest_clients``."""
+    needed = fewest_clients(recipe)
+    return next(n for n in count(needed) if num_drawn(recipe.run, n) >= needed)
 
 
 @dataclass(frozen=True)
@@ -153,11 +197,10 @@ def _aggregate(
 def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSpec:
     """Return the spec of the run's rule's memory for a segment; empty for most rules."""
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in weights.items()}
-    count = len(draw(recipe.run, range(recipe.run.clients), 0))
+    clients = range(num_drawn(recipe.run, recipe.run.clients))
     merged = _aggregate(
-        recipe, dict.fromkeys(range(count), state), dict.fromkeys(range(count), 1), Shared(state),
-        entries,
-    )  # fmt: skip
+        recipe, dict.fromkeys(clients, state), dict.fromkeys(clients, 1), Shared(state), entries
+    )
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}
 
 

@@ -29,12 +29,17 @@ from sfl.weights.exchange import NamedWeights
 from sfl.wire.driver import Gate
 
 
-def draw(run: RunConfig, clients: Sequence[int], round_index: int) -> list[int]:
-    """Return the clients that take part in a round, in the round's order.
+def num_drawn(run: RunConfig, num_clients: int) -> int:
+    """Return how many of these clients take part in a round.
 
-    McMahan et al. 2017, Algorithm 1: ``m = max(C K, 1)`` clients, here rounded to the nearest.
+    McMahan et al. 2017, Algorithm 1: ``m = max(C K, 1)``, here rounded to the nearest.
     """
-    count = max(math.floor(run.participation * len(clients) + 0.5), 1)
+    return max(math.floor(run.participation * num_clients + 0.5), 1)
+
+
+def draw(run: RunConfig, clients: Sequence[int], round_index: int) -> list[int]:
+    """Return the clients that take part in a round, in the round's order."""
+    count = num_drawn(run, len(clients))
     drawn = seeds.generator(run.seed, seeds.CLIENT_ORDER, round_index)
     return [clients[i] for i in torch.randperm(len(clients), generator=drawn)[:count].tolist()]
 
@@ -164,9 +169,9 @@ class RoundPlan:
         self.ended.add(client)
 
     def release(self, client: int) -> None:
-        """Free a trained client's slot, and its back's training memory, for the next client."""
+        """Free a trained client's slot, and the training memory of a back that only it has."""
         self._training.discard(client)
-        if self._scheme.copies_back:
+        if self._backs and self._is_alone(client):
             self._backs[self._back_of(client)].release()
 
     def drop(self, client: int) -> bool:
@@ -203,6 +208,10 @@ class RoundPlan:
 
     def can_undo(self, client: int) -> bool:
         """Return whether no other client's steps come between a client's steps on its back."""
-        back_of = self._scheme.back_of
-        alone = all(back_of(k) != back_of(client) for k in self.order if k != client)
-        return self.pool is None and (alone or self.rounds.in_order or not self._backs)
+        in_turns = self.rounds.in_order
+        return self.pool is None and (in_turns or not self._backs or self._is_alone(client))
+
+    def _is_alone(self, client: int) -> bool:
+        """Return whether no other client of the round has this client's back."""
+        back = self._back_of(client)
+        return all(self._back_of(k) != back for k in self.order if k != client)

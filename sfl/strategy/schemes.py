@@ -7,7 +7,7 @@ which takes step i of every client in the round's order before step i+1 (``sfl.s
 ``docs/schemes/`` has a page for each scheme, with its messages and source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -48,10 +48,9 @@ class Scheme:
     exchange: Exchange = Exchange.CUT
     pooled: bool = False  # one client has the union of all parts; in simulation only
 
-    @property
-    def copies_back(self) -> bool:
-        """Whether each client has a copy of the back."""
-        return self.back_of is a_copy_each
+    def backs_of(self, clients: Iterable[int]) -> set[int]:
+        """Return the copies of the back that take these clients' steps."""
+        return {self.back_of(k) for k in clients}
 
 
 SCHEMES: dict[str, Scheme] = {

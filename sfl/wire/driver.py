@@ -8,7 +8,7 @@ reconnected. So a conversation must detect what is already done; between two yie
 nothing.
 """
 
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from sfl.errors import PEER_ERRORS, RunError, SflError
@@ -113,13 +113,15 @@ def run_together(
     conversations: Mapping[int, Callable[[], Conversation[T]]],
     on_leave: Callable[[int], None] = lambda client: None,
     *,
+    may_leave: Callable[[int], bool] = lambda client: True,
     keep_results: bool = True,
 ) -> dict[int, T]:
     """Run one conversation per client, concurrently; return the result of each.
 
     ``conversations`` are factories, called again when a lost client has reconnected. A client that
-    the network skips has no result, and ``on_leave`` is called with it. A result stays if its
-    client is lost later; when the client reconnects, only with ``keep_results``.
+    the network skips has no result, and ``on_leave`` is called with it; it is waited for while
+    ``may_leave`` is false. A result stays if its client is lost later; when the client reconnects,
+    only with ``keep_results``.
     """
     network.take_changes()  # discard earlier ones
     together = _Together(network, conversations, keep_results)
@@ -129,7 +131,7 @@ def run_together(
     while together.is_open():
         for client, is_back in network.take_changes():
             together.start(client) if is_back else together.stop(client)
-        for client in together.skip_absent():
+        for client in together.skip_absent(may_leave):
             on_leave(client)
         together.resume_one()
     return {k: together.results[k] for k in conversations if k in together.results}
@@ -180,14 +182,15 @@ class _Together(Generic[T]):
         if link := self._links.pop(client, None):
             self._receiving.pop(link, None)
 
-    def skip_absent(self) -> list[int]:
-        """Skip absent clients for which the network decides so; return them."""
+    def skip_absent(self, may_leave: Callable[[int], bool]) -> Iterator[int]:
+        """Skip absent clients that may leave, if the network decides so; yield each."""
         if not self._awaited:
-            return []
-        left = [k for k in self._factories if k in self._awaited and self._network.decide_skip(k)]
-        self._skipped.update(left)
-        self._awaited.difference_update(left)
-        return left
+            return
+        for client in [k for k in self._factories if k in self._awaited]:
+            if may_leave(client) and self._network.decide_skip(client):
+                self._skipped.add(client)
+                self._awaited.discard(client)
+                yield client
 
     def resume_one(self) -> None:
         """Resume a conversation whose gate is open or whose message has arrived; wait for one."""
