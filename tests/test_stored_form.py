@@ -100,3 +100,31 @@ def test_a_pickle_in_front_of_the_right_labels_is_refused(
         insider.link.receive_file(MessageType.TRAINING_GRADS)
     wait_for(launcher.programs[0], "has bytes before its record")
     assert not list(stop(launcher).parent.rglob("*.pt"))
+
+
+U_SHAPED = [["--cut", "3,5"]]
+
+
+@pytest.mark.parametrize("insider", U_SHAPED, indirect=True)
+@pytest.mark.parametrize(
+    ("gradients", "content", "why"),
+    [
+        (torch.ones(BATCH, 64), "", "lacks 'correct'"),
+        (torch.ones(BATCH, 64), {"loss": -1.0, "correct": 0}, "-1 is no loss"),
+        (torch.ones(BATCH, 64), {"loss": 1.0, "correct": BATCH + 1}, "counts no samples"),
+        (torch.ones(BATCH, 65), {"loss": 1.0, "correct": 0}, r"holds float32 \[4, 65\]"),
+        (torch.full((BATCH, 64), torch.nan), {"loss": 1.0, "correct": 0}, "NaN or infinity"),
+    ],
+)
+def test_what_a_client_says_of_its_loss_is_checked(
+    insider: Insider, launcher: Launcher, gradients: torch.Tensor, content: object, why: str
+) -> None:
+    """It alone is refused, and the server's step is undone."""
+    insider.link.limits = Limits(payload_bytes={MessageType.TRAINING_FEATURES: 2**20})
+    insider.send(MessageType.TRAINING_FEATURES, encode(Z))
+    reply = insider.link.receive_file(MessageType.TRAINING_FEATURES)
+    assert reply.at.link == 1
+    insider.send(MessageType.TRAINING_GRADS, encode(gradients), link=1, content=content)
+    with pytest.raises(PeerFailed, match=why):
+        insider.link.receive_file(MessageType.TRAINING_GRADS)
+    wait_for(launcher.programs[0], "client_0 is refused")

@@ -116,8 +116,11 @@ class Insider:
         spent = dict.fromkeys(("compute_s", "wait_s", "transfer_s"), f"{0:0{SECONDS_WIDTH}.6f}")
         link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=self.at())
 
-    def send(self, kind: MessageType, data: bytes, step: int = 0) -> None:
-        self.link.send_file(kind, data, at=self.at(step))
+    def send(
+        self, kind: MessageType, data: bytes, step: int = 0, *, link: int = 0, content: object = ""
+    ) -> None:
+        at = self.at(step)._replace(link=link)
+        self.link.send_file(kind, data, at=at, content=content)
 
     def announce(self, kind: MessageType, num_bytes: int) -> None:
         """Say that a file of so many bytes follows."""

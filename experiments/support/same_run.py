@@ -75,14 +75,14 @@ def _count_tensors(data: bytes) -> int:
 def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> None:
     """Compare the recorded tensors of every step, and the order in which they were processed."""
 
-    def steps(archive: RunArchive) -> dict[tuple[int, int, int], object]:
-        table: dict[tuple[int, int, int], object] = {}
+    def steps(archive: RunArchive) -> dict[tuple[int, int, int, int], object]:
+        table: dict[tuple[int, int, int, int], object] = {}
         for folder in archive.folders():
-            twice = Counter((entry.step, entry.kind) for entry in read_manifest(folder))
+            twice = Counter((entry.step, entry.link, entry.kind) for entry in read_manifest(folder))
             if twice and max(twice.values()) > 1:
                 found.add(f"{folder}: has a step twice")
         for step in archive.steps():
-            key = step.client, step.round, step.step
+            key = step.client, step.round, step.step, step.link
             files = {kind: entry.checksum for kind, entry in step.entries.items()}
             table[key] = step.order, files
         return table
@@ -91,8 +91,9 @@ def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> 
     found.tensors += sum(len(files) for _, files in whole.values())  # type: ignore[misc]
     for key in sorted(whole.keys() | other.keys()):
         if whole.get(key) != other.get(key):
-            client, round_index, step = key
-            found.add(f"client {client}, round {round_index}, step {step}: differs, or is missing")
+            client, round_index, step, link = key
+            at = f"client {client}, round {round_index}, step {step}, cut {link}"
+            found.add(f"{at}: differs, or is missing")
 
 
 def _compare_figures(ours: RecordedRun, theirs: RecordedRun, found: Differences) -> None:

@@ -16,7 +16,7 @@ from sfl.config import RunConfig
 from sfl.data.client_data import ClientData
 from sfl.errors import NotFinite, StepFailed
 from sfl.files.finite_check import LOG, check_finite
-from sfl.model.metrics import StepFigures
+from sfl.model.metrics import StepFigures, checked
 from sfl.model.segment import Segment
 from sfl.model.task import Task
 from sfl.model.topology import Holder, Segments, States, Stop, route
@@ -25,6 +25,7 @@ from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import WeightStore
 from sfl.wire.link import Link
+from sfl.wire.messages import Message
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data
 PREFIXES = {VALIDATION: "val", TEST: "test"}  # of an evaluated part's metrics
@@ -101,6 +102,11 @@ class Party:
 
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
+
+    def told_figures(self, message: Message, size: int) -> StepFigures:
+        """Return the peer's figures of a step over ``size`` samples, checked."""
+        counts = [message.get(name, int) for name in self.task.counted]
+        return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
     def check_state(self, state: Mapping[str, Tensor], name: str, at: Position) -> None:
         """Apply ``check_finite`` to weights."""

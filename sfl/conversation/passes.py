@@ -18,7 +18,7 @@ from torch import Tensor
 from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.archive.profile import Stopwatch
 from sfl.files.checksum import File
-from sfl.model.metrics import StepFigures, Tally, checked
+from sfl.model.metrics import StepFigures, Tally
 from sfl.model.segment import Segment, evaluate_step, train_step
 from sfl.model.task import Task
 from sfl.model.topology import Segments, Stop
@@ -42,6 +42,13 @@ class Side(Protocol):
     def own_segments(self) -> Segments: ...
 
     def measure_compute(self) -> AbstractContextManager[None]: ...
+
+    def told_figures(self, message: Message, size: int) -> StepFigures | None:
+        """Return the figures that come with the first gradients; None in a replay.
+
+        Raises:
+            ProtocolError: they are missing, or impossible for so many samples.
+        """
 
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
         """Check that a step's results are finite.
@@ -126,7 +133,7 @@ def _forward_and_backward(
         if stop.gives is not None:
             meanwhile()
             grads, reply = yield from cuts[stop.gives].receive(GRADS)
-            figures = parse_figures(party, reply, cuts.num_samples) if reply.content else figures
+            figures = figures or party.told_figures(reply, cuts.num_samples)
         with party.measure_compute():
             if stop.is_last:
                 assert z is not None
@@ -165,12 +172,6 @@ def compute(
         last.undo_step()
         raise
     return figures, dz
-
-
-def parse_figures(party: Side, message: Message, size: int) -> StepFigures:
-    """Return the peer's figures of a step over ``size`` samples, checked."""
-    counts = [message.get(name, int) for name in party.task.counted]
-    return StepFigures(*checked(message.get("loss", float), counts, size), size)
 
 
 def figures_content(party: Side, figures: StepFigures) -> dict[str, float]:

@@ -36,7 +36,7 @@ from sfl.archive.layout import LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
 from sfl.conversation.cut import Cuts, transfers
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
-from sfl.conversation.passes import compute, figures_content, parse_figures, train_pass
+from sfl.conversation.passes import compute, figures_content, train_pass
 from sfl.crash import crash_point
 from sfl.data.client_data import batch_indices, batch_sizes, step_sizes
 from sfl.files.checksum import File
@@ -237,7 +237,7 @@ def _add_gradients(
     name = f"the gradients of {title}"
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
-    figures = parse_figures(party, message, num_samples)
+    figures = party.told_figures(message, num_samples)
     party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):

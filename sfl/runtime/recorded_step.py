@@ -33,6 +33,9 @@ class RecordedServer:
     def measure_compute(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def told_figures(self, message: Message, size: int) -> None:
+        """The client's figures are not recorded with its gradients."""
+
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
         """Accept all results: they are compared with the recorded ones."""
 
