@@ -16,7 +16,7 @@ from tests.support.simulations import reference
 @pytest.mark.parametrize(
     ("scheme", "trouble"),
     [
-        ("sflv2", ["--kills", 3, "--stops", 1]),
+        ("sflv2", ["--kills", 3, "--stops", 1, "--cut", "3,9"]),
         (
             "sflv3",
             ["--optimizer-state", "keep", "--kills", 2, "--cuts", 4, "--flips", 4, "--delay-ms", 5],

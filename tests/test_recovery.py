@@ -238,6 +238,8 @@ SKIP = ["--on-missing", "skip", "--round-timeout", 1]
         ({"scheme": "sl"}, f"front.before_update:{STEPS + 4}", 4),
         ({"scheme": "sflv1"}, f"front.before_update:{STEPS + 4}", 4),
         ({"scheme": "sflv2"}, f"front.before_update:{STEPS + 4}", 4),
+        ({"scheme": "sflv2", "cut": "3,9"}, f"front.before_update:{STEPS + 4}", 4),
+        ({"scheme": "sflv1", "cut": "3,6,9"}, f"front.before_update:{STEPS + 4}", 4),
         ({"scheme": "sflv3", "optimizer_state": "keep"}, f"front.before_update:{STEPS + 1}", 1),
         ({"scheme": "sl", "optimizer_state": "keep"}, "trained.before_said:2", STEPS),
         ({"scheme": "fl"}, "trained.before_said:2", 0),
