@@ -35,6 +35,10 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     steps = list(recorded.archive.steps(options.client, chosen))
     if not recorded.split.cuts:
         raise RunError(f"--scheme {recorded.run.scheme} has no cut-layer tensors to train on")
+    if len(recorded.split.cuts) > 1:
+        raise RunError(
+            f"--train-back takes a run with one cut; this one has --cut {recorded.run.cut}"
+        )
     if len(steps) < 2:
         raise RunError(f"{recorded.archive.root} has no tensors of round {chosen}")
     changes = {name: getattr(options, name) for name in ("lr", "optimizer", "seed")}

@@ -22,7 +22,7 @@ from sfl.conversation.passes import Sent
 from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
-from sfl.model.topology import Holder, Stop, route
+from sfl.model.topology import Holder, Stop, first_link, route
 from sfl.values import Position
 from sfl.wire.driver import Conversation
 from sfl.wire.link import kind_of
@@ -75,7 +75,7 @@ class Cut:
     def send_file(self, kind: str, file: File, content: Any = "") -> None:
         """Send an encoded tensor."""
         if kind != LABELS:
-            self.sent = Sent(kind, file, content)
+            self.sent = Sent(self.at.link, kind, file, content)
         self._party.link.send_file(
             self._messages[kind], file.data, content=content, at=self.at, checksum=file.checksum
         )
@@ -141,8 +141,8 @@ class Cuts(dict[int, Cut]):
 
     @property
     def first(self) -> Cut:
-        """The cut at which labels travel."""
-        return self[0]
+        """The first cut between two parties, at which labels travel."""
+        return self[first_link(self._party.recipe.segments)]
 
     def record(self, order: int) -> None:
         """Hand all tensors to the archive, see ``Cut.record``."""

@@ -19,7 +19,7 @@ from sfl.files.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures, checked
 from sfl.model.segment import Segment
 from sfl.model.task import Task
-from sfl.model.topology import Holder, Segments, States, Stop, route
+from sfl.model.topology import Holder, Segments, States, Stop, holds_last, route
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -84,7 +84,7 @@ class Party:
     @property
     def computes_loss(self) -> bool:
         """Whether this side holds the model's last segment, and so computes the loss."""
-        return any(stop.is_last for stop in self.route)
+        return holds_last(self.route)
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
         """Check that the peer's tensors are finite; warn at most once a round.
@@ -206,6 +206,11 @@ class ServerParty(Party):
     def back_index(self) -> int:
         """The index of the back's copy that takes this client's steps."""
         return self.recipe.scheme.back_of(self.client)
+
+    def told_figures(self, message: Message, size: int) -> StepFigures:
+        figures = super().told_figures(message, size)
+        self.check_loss(figures.loss, self.link.peer_title, message.at)
+        return figures
 
     @property
     def own_segments(self) -> Segments:

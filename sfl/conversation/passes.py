@@ -80,9 +80,14 @@ class Ends(Protocol):
 class Sent(NamedTuple):
     """A tensor that is sent at a cut."""
 
+    link: int
     kind: str
     file: File
     content: Any
+
+
+def _go_on() -> Conversation[None]:
+    yield from ()
 
 
 def train_pass(
@@ -91,68 +96,85 @@ def train_pass(
     x: Tensor | None,
     y: Tensor | None,
     meanwhile: Callable[[], object] = lambda: None,
+    begin: Callable[[], Conversation[None]] = _go_on,
 ) -> Conversation[tuple[StepFigures | None, Sent | None]]:
     """Compute a party's part of a step: forward through its segments, and backward.
 
-    ``x``, ``y``: samples and labels, where the party has them; ``meanwhile`` is called before each
-    wait. Return the step's figures, unless nobody has told them, and the gradients in front of its
-    first segment, still to be sent. On failure all segments are as before.
+    ``x``, ``y``: samples and labels, where the party has them. ``meanwhile`` is called before each
+    wait; ``begin`` runs before the first computation. Return the step's figures, None in a replay
+    where the peer has computed them, and the gradients in front of the first segment, which the
+    caller sends. On failure all segments are as before.
 
     Raises:
         StepFailed: the step cannot be computed, or its results are not finite.
+        ProtocolError, IntegrityError, NotFinite: as ``Cut.receive``; for the peer's figures.
     """
     try:
-        return (yield from _forward_and_backward(party, cuts, x, y, meanwhile))
+        z = yield from _forward(party, cuts, x, meanwhile, begin)
+        return (yield from _backward(party, cuts, z, y, meanwhile))
     except BaseException:
         party.own_segments.undo_step()
         raise
 
 
-def _forward_and_backward(
-    party: Side, cuts: Ends, x: Tensor | None, y: Tensor | None, meanwhile: Callable[[], object]
-) -> Conversation[tuple[StepFigures | None, Sent | None]]:
-    at, clock, segments = cuts.at, party.clock, party.own_segments
-    z, grads = x, None
-    figures: StepFigures | None = None
-    last: Sent | None = None
-    content: dict[str, float] = {}  # goes with the first gradients behind the loss
+def _forward(
+    party: Side,
+    cuts: Ends,
+    x: Tensor | None,
+    meanwhile: Callable[[], object],
+    begin: Callable[[], Conversation[None]],
+) -> Conversation[Tensor]:
+    """Return the output of the party's last segment, or the input of the model's last one."""
+    z = x
     for stop in party.route:
         if stop.takes is not None:
             meanwhile()
             z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
+        if stop is party.route[0]:
+            yield from begin()
+        assert z is not None
         if not stop.is_last:
-            assert z is not None
             with party.measure_compute():
-                z = segments[stop.segment].forward(z, at)
-            clock.lap("forward")
-            if stop.gives is not None:
-                cut = cuts[stop.gives]
-                cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))
+                z = party.own_segments[stop.segment].forward(z, cuts.at)
+            party.clock.lap("forward")
+        if stop.gives is not None:
+            cut = cuts[stop.gives]
+            cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))
+    assert z is not None
+    return z
+
+
+def _backward(
+    party: Side, cuts: Ends, z: Tensor, y: Tensor | None, meanwhile: Callable[[], object]
+) -> Conversation[tuple[StepFigures | None, Sent | None]]:
+    """Return as ``train_pass``. ``z``: see ``_forward``."""
+    grads: Tensor | None = None
+    figures: StepFigures | None = None
+    last: Sent | None = None
+    content: dict[str, float] = {}  # goes with the first gradients behind the loss
     for stop in reversed(party.route):
-        segment = segments[stop.segment]
+        if last:
+            cuts[last.link].send_file(*last[1:])
+            last = None
         if stop.gives is not None:
             meanwhile()
             grads, reply = yield from cuts[stop.gives].receive(GRADS)
             figures = figures or party.told_figures(reply, cuts.num_samples)
+        segment = party.own_segments[stop.segment]
         with party.measure_compute():
             if stop.is_last:
-                assert z is not None
                 assert y is not None
-                figures, grads = compute(party, segment, (z, y), at)
+                figures, grads = compute(party, segment, (z, y), cuts.at)
                 content = figures_content(party, figures)
-                clock.lap("forward")
             else:
                 assert grads is not None
                 grads = segment.backward(grads)
-                party.check_step(segment, at, *([] if grads is None else [grads]))
-                clock.lap("backward")
+                party.check_step(segment, cuts.at, *([] if grads is None else [grads]))
+            party.clock.lap("forward" if stop.is_last else "backward")
             if stop.takes is not None:
                 assert grads is not None
-                last = Sent(GRADS, cuts[stop.takes].encode(GRADS, grads), content)
-                content = {}
-        if last and stop is not party.route[0]:
-            cuts[stop.takes or 0].send_file(*last)
-            last = None
+                file = cuts[stop.takes].encode(GRADS, grads)
+                last, content = Sent(stop.takes, GRADS, file, content), {}
     return figures, last
 
 

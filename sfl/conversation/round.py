@@ -44,6 +44,7 @@ from sfl.crash import crash_point
 from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.files.torch_file import decode_state, encode_state
 from sfl.files.torch_reader import Buffer
+from sfl.model import class_weights
 from sfl.model.metrics import Tally
 from sfl.model.topology import States, joined
 from sfl.strategy.merge import has_client_state
@@ -109,7 +110,7 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
         party.segments.start_round(at.round)
-        party.segments.last.weigh_classes(_parse_weights(start, party.split.num_classes))
+        party.segments.last.weigh_classes(_parse_weights(start, party))
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
     crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
@@ -166,9 +167,14 @@ def _decode_front(party: Party, data: Buffer, name: str, at: Position) -> States
     return party.split.by_segment(front)
 
 
-def _parse_weights(start: Message, num_classes: int) -> list[float]:
-    """Return the class weights of the loss, for a client that computes it."""
-    weights = start.get("class_weights", list)
+def _parse_weights(start: Message, party: ClientParty) -> list[float]:
+    """Return the class weights of the loss, for a client that computes it.
+
+    Where its labels stay here they are those of the run's options: others would pick out classes.
+    """
+    weights, num_classes = start.get("class_weights", list), party.split.num_classes
+    if party.recipe.keeps_labels and tuple(weights) != class_weights.parse(party.run.class_weights):
+        raise ProtocolError("the weights of the classes are not those of --class-weights")
     valid = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
     if not valid or len(weights) not in (0, num_classes):
         raise ProtocolError(f"{len(weights)} weights of {num_classes} classes make no sense")

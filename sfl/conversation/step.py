@@ -24,6 +24,7 @@
       TRAINING_FIGURES   + loss, correct         ->
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -94,16 +95,16 @@ def client_cut_steps(party: ClientParty, round_index: int, num_steps: int) -> Co
 
 def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> Conversation[None]:
     """Train the server's segments with one client for a round, waiting for its turn each step."""
-    turns, first = plan.steps[party.back_index], party.route[0].takes or 0
+    turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
         cuts = Cuts(party, at, size)
-        if plan.spool.has(cuts[first].at):
+        if plan.spool.has(cuts.first.at):
             yield from server_repeat_step(party, cuts, plan)
         else:
-            if not turns.is_of(party.client):
+            if turns.in_order:
                 yield turns.of(party.client)
-            with turns.step(party.client):
-                yield from server_step(party, cuts, plan)
+            with contextlib.ExitStack() as held:
+                yield from server_step(party, cuts, plan, held)
 
 
 def client_step(
@@ -125,21 +126,32 @@ def client_step(
     clock.lap("archive")
 
 
-def server_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation[None]:
+def server_step(
+    party: ServerParty, cuts: Cuts, plan: RoundPlan, held: contextlib.ExitStack
+) -> Conversation[None]:
     """Train the server's segments on one batch; faces ``client_step``.
+
+    ``held`` keeps them from other clients from the first computation on.
 
     The last gradients are sent before the update. The step counts as done even if sending fails: a
     client that reconnects gets the stored answers, see ``server_repeat_step``.
     """
     clock, at, y = party.clock, cuts.at, None
+    turns = plan.steps[party.back_index]
+
+    def begin() -> Conversation[None]:
+        if not turns.is_of(party.client):
+            yield turns.of(party.client)
+        held.enter_context(turns.step(party.client))
+
     if party.computes_loss:
         y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
-    figures, last = yield from train_pass(party, cuts, None, y)
+    figures, last = yield from train_pass(party, cuts, None, y, begin=begin)
     assert figures is not None
     assert last is not None
     crash_point("step.before_answer")
     try:
-        cuts[party.route[0].takes or 0].send_file(*last)
+        cuts[last.link].send_file(*last[1:])
     finally:
         crash_point("step.after_answer")
         with party.measure_compute():
@@ -238,7 +250,6 @@ def _add_gradients(
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
     figures = party.told_figures(message, num_samples)
-    party.check_loss(figures.loss, title, at)
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):
         _record_gradients(party, at, num_samples, encode_state(grads))

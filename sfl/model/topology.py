@@ -51,10 +51,6 @@ class Topology:
             names[holders.index(Holder.SERVER)] = BACK
         return dict(zip(names, holders, strict=True))
 
-    def is_private(self, num_cuts: int) -> bool:
-        """Return whether a client computes the loss, so that no label is sent."""
-        return list(self.holders(num_cuts))[-1] is Holder.CLIENT
-
 
 def alternating(num_cuts: int) -> Sequence[Holder]:
     """Return holders that take turns, the clients first."""
@@ -125,6 +121,17 @@ def route(segments: Mapping[str, Holder], holder: Holder) -> tuple[Stop, ...]:
         for index, (name, between) in enumerate(zip(segments, beside, strict=True))
         if segments[name] is holder
     )
+
+
+def first_link(segments: Mapping[str, Holder]) -> int:
+    """Return the first link between two parties."""
+    pairs = itertools.pairwise(segments.values())
+    return next(link for link, (one, other) in enumerate(pairs) if one is not other)
+
+
+def holds_last(way: Sequence[Stop]) -> bool:
+    """Return whether a party's way ends at the model's last segment, so that it has the loss."""
+    return any(stop.is_last for stop in way)
 
 
 States = Mapping[str, Mapping[str, Tensor]]  # weights by segment

@@ -294,7 +294,7 @@ class _Loaded:
         self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(recipe, shape, num_classes)
-        self._report = report_of(self._data, run, self._split)
+        self._report = report_of(self._data, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {recipe.run.cut}, on {self._device}")
         num_steps = num_batches(len(self._data.train), run.batch_size)

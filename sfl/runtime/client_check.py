@@ -198,7 +198,7 @@ class _Check:
         """Build the model, and ask the server whether it accepts the model and the data."""
         run = welcome.run
         split = SplitModel(recipe, data.input_shape, len(data.classes))
-        report = report_of(data, run, split)
+        report = report_of(data, split)
         if has_client_state(recipe):
             own = own_state_rounds(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)

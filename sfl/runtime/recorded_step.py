@@ -11,7 +11,7 @@ from sfl.archive.reader import Step
 from sfl.errors import IntegrityError
 from sfl.files.checksum import File
 from sfl.model.segment import Segment
-from sfl.model.topology import Holder, Segments, route
+from sfl.model.topology import Holder, Segments, holds_last, route
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -28,7 +28,7 @@ class RecordedServer:
 
     @property
     def computes_loss(self) -> bool:
-        return any(stop.is_last for stop in self.route)
+        return holds_last(self.route)
 
     def measure_compute(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -33,11 +33,12 @@ from sfl.archive.layout import (
 from sfl.archive.reader import Step
 from sfl.archive.round_log import read_round
 from sfl.archive.spool import Spool
+from sfl.conversation.cut import transfers
 from sfl.conversation.passes import train_pass
 from sfl.data.client_data import num_batches
 from sfl.errors import IntegrityError, RunError
 from sfl.files.torch_file import StateSpec, identical, state_spec
-from sfl.model.topology import Holder, Segments, States
+from sfl.model.topology import Holder, Segments, States, route
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.runtime.recorded_step import RecordedEnds, RecordedServer
 from sfl.strategy.aggregate import State
@@ -175,6 +176,9 @@ class _Round:
             if b in self._broken:
                 report.unchecked += counts
                 continue
+            if self._is_broken_off(ends):
+                report.incomplete += counts
+                continue
             right = False
             try:
                 right = self._check_step(backs[b], ends, losses)
@@ -183,6 +187,12 @@ class _Round:
                 self._broken.add(b)
             report.checked += counts
             report.differ += counts and not right
+
+    def _is_broken_off(self, ends: Mapping[int, Step]) -> bool:
+        """Return whether a step lacks a cut, since the run was killed while it was written."""
+        recorded = self._recorded
+        due = transfers(route(recorded.recipe.segments, Holder.SERVER))
+        return not recorded.ended(self._round) and not {t.link for t in due} <= ends.keys()
 
     def _check_step(self, back: Segments, recorded: Mapping[int, Step], losses: Losses) -> bool:
         """Recompute one step; return whether all that was sent equals what is recorded.

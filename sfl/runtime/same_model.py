@@ -9,7 +9,7 @@ from sfl.config import RunConfig
 from sfl.conversation.join import DataReport, Joined
 from sfl.conversation.party import TRAIN
 from sfl.data.client_data import ClientData
-from sfl.errors import RunError
+from sfl.errors import DataError, RunError
 from sfl.model.structure import difference, weights_checksum
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -21,10 +21,19 @@ MOST_BUILT, MOST_ELEMENTS = 4, 2**18
 BuiltModel = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
 
 
-def report_of(data: ClientData, run: RunConfig, split: SplitModel) -> DataReport:
-    """Return a client's report of its data and of the model that it has built for them."""
+def report_of(data: ClientData, split: SplitModel) -> DataReport:
+    """Return a client's report of its data and of the model that it has built for them.
+
+    Raises:
+        DataError: the loss of a step would be a single sample's, though labels are to stay here.
+    """
+    recipe = split.recipe
+    if recipe.keeps_labels and len(data.train) == 1:
+        raise DataError(
+            "a single training sample: its loss would be sent, which may tell its label"
+        )
     return dataclasses.replace(
-        DataReport.of(data, run),
+        DataReport.of(data, recipe.run, keeps_labels=recipe.keeps_labels),
         structure=split.structure,
         weights=weights_checksum(split.front_state()),
     )

@@ -244,7 +244,10 @@ class _Clients:
     ) -> None:
         self._recipe, self._node, self._device, self._data = recipe, node, device, data
         self._fingerprint = fingerprint(device)
-        self._reports = {k: DataReport.of(part, recipe.run) for k, part in data.items()}
+        self._reports = {
+            k: DataReport.of(part, recipe.run, keeps_labels=recipe.keeps_labels)
+            for k, part in data.items()
+        }
         self._ends = {k: local_pair(k) for k in data}  # the server's, the client's
 
     def joined(self, client: int) -> Joined:

@@ -67,9 +67,8 @@ class Turns:
         return lambda: self.is_of(client)
 
     def is_of(self, client: int) -> bool:
-        """Return whether it is this client's turn: without a sequence, no other is in a step."""
-        in_step = self._in_step in (None, client)
-        return self._next == client if self.in_order else in_step
+        """Return whether it is this client's turn; without a sequence, if no other is in a step."""
+        return self._next == client if self.in_order else self._in_step in (None, client)
 
     @contextlib.contextmanager
     def step(self, client: int) -> Iterator[None]:

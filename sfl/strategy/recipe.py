@@ -77,12 +77,13 @@ class Recipe:
         check_cuts(topology, placed, cuts)
         is_cut = row.exchange is Exchange.CUT
         segments = placed.segments(len(cuts)) if is_cut else {FRONT: Holder.CLIENT}
-        if is_cut and placed.is_private(len(cuts)):
-            _check_private(run, topology)
         cut = run.cut if len(cuts) > 1 else cuts[0]
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
-        return cls(run, row, model, cuts, segments, training, rule, _keep(run, row))
+        recipe = cls(run, row, model, cuts, segments, training, rule, _keep(run, row))
+        if recipe.keeps_labels:
+            _check_private(run)
+        return recipe
 
     def changed(self, **options: Any) -> "Recipe":
         """Return this recipe with other values for options that are not names."""
@@ -105,7 +106,7 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     return cuts
 
 
-def _check_private(run: RunConfig, topology: str) -> None:
+def _check_private(run: RunConfig) -> None:
     """Check that a run whose labels stay at the clients needs nothing that tells them.
 
     Raises:
@@ -113,13 +114,13 @@ def _check_private(run: RunConfig, topology: str) -> None:
     """
     if run.class_weights == "balanced":
         raise ConfigError(
-            f"--class-weights balanced: with --topology {topology} no client tells how many samples"
-            " it has of each class; give a weight for each class"
+            f"--class-weights balanced: with --topology {run.topology} no client tells how many"
+            " samples it has of each class; give a weight for each class"
         )
     if run.batch_size == 1:
         raise ConfigError(
-            f"--batch-size 1: with --topology {topology} the loss of a single sample would be sent,"
-            " which may tell its label; give at least 2"
+            f"--batch-size 1: with --topology {run.topology} the loss of a single sample would be"
+            " sent, which may tell its label; give at least 2"
         )
 
 
