@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sfl.archive
 from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.config import RunConfig
 from sfl.conversation.limits import client_limits, server_limits
@@ -74,6 +75,16 @@ def test_sockets_equal_the_simulation_and_the_replay(
     assert (report.findings, report.checked, report.differ) == ([], 32, 0)
     assert report.models > 0
     assert report.models_differ == 0
+
+
+@pytest.mark.parametrize("cut", [6, "3,9"])
+def test_clients_that_come_in_turns_are_served_in_turns(tmp_path: Path, cut: int | str) -> None:
+    """With ``--server-order arrival`` nobody keeps the shared back between two steps."""
+    options = MODEL | {"scheme": "sflv2", "server_order": "arrival", "clients": 3, "rounds": 1}
+    run = simulated(tmp_path, **options, cut=cut, keep_tensors="all")
+    steps = [step for step in sfl.archive.open(run).steps() if step.link == 0]
+    assert [step.step for step in steps] == sorted(step.step for step in steps)
+    assert len(steps) == 18
 
 
 def test_a_shared_back_is_one_clients_for_a_whole_step(launcher: Launcher) -> None:

@@ -5,7 +5,7 @@ that other conversations fulfil. All of them run on one thread, which owns their
 
 When a client is lost, its conversation is dropped, and started again once the client has
 reconnected. So a conversation must detect what is already done; between two yields it does all or
-nothing.
+nothing, and what it has begun before a yield it undoes when it is dropped.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
