@@ -19,7 +19,7 @@ from sfl.wire.framing import encode_head, pack_head
 from sfl.wire.link import is_last
 from sfl.wire.messages import Limits, Message, MessageType
 
-ANSWER_S = 30.0  # longer than a server waits for who does not come to the point
+ANSWER_S = 60.0  # longer than a server waits for who does not come to the point
 HELLO = {"role": "client", "client_id": 0, "nonce": "0" * 64}
 
 
