@@ -10,6 +10,7 @@ import torch
 import sfl.archive
 from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.config import RunConfig
+from sfl.conversation.join import DataReport
 from sfl.conversation.limits import client_limits, server_limits
 from sfl.data.client_data import batch_indices
 from sfl.model.topology import TOPOLOGIES, Holder, Topology
@@ -232,3 +233,12 @@ def test_limits_are_those_of_what_a_party_receives() -> None:
     assert server[MessageType.TRAINING_FEATURES] > server[MessageType.TRAINING_GRADS]
     assert client[MessageType.TRAINING_GRADS] > client[MessageType.TRAINING_FEATURES]
     assert MessageType.VALIDATION_FEATURES in client
+
+
+def test_the_digest_of_a_clients_data_tells_no_label_that_stays() -> None:
+    run = RunConfig(clients=1)
+    data = data_of(run)[0]
+    before = DataReport.of(data, run).digest, DataReport.of(data, run, keeps_labels=True).digest
+    data.train.y[0] = (data.train.y[0] + 1) % 10
+    assert DataReport.of(data, run).digest != before[0]
+    assert DataReport.of(data, run, keeps_labels=True).digest == before[1]
