@@ -8,7 +8,7 @@ import pytest
 from sfl.crash import VARIABLE
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
-from tests.support.launch import Launcher
+from tests.support.launch import Launcher, wait_for
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
@@ -90,12 +90,8 @@ def test_a_hosted_client_that_is_refused_does_not_keep_the_others(launcher: Laun
 def test_a_host_that_is_interrupted_takes_leave_for_all(launcher: Launcher) -> None:
     server = launcher.server("--clients", 3, "--run", "r", "--model", "mlp", "--rounds", 300)
     host = launcher.client("--client-ids", "0-2")
-    while "round 1/300" not in server.out:
-        assert server.process.is_alive()
-        host.process.join(0.1)
+    wait_for(server, "round 1/300")
     host.process.terminate()
     assert "interrupted" in host.ended_with(3)
-    while "client_2 is away" not in server.out:
-        server.process.join(0.1)
-        assert server.process.is_alive()
+    wait_for(server, "client_2 is away")
     assert "left: interrupted" in server.out

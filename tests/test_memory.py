@@ -134,6 +134,20 @@ def test_notices_to_one_that_does_not_keep_up_are_left_out(pair: Pair) -> None:
     assert heard == ["heard again"]
 
 
+def test_a_notice_does_not_resume_a_conversation(pair: Pair) -> None:
+    """It would wait for its message in the thread that runs all conversations."""
+    board, link, client = pair
+    heard: list[str] = []
+    link.on_notice = heard.append
+    client.send_message_as_json(MessageType.MESSAGE, content="waiting for client_1")
+    client.send_message_as_json(MessageType.MESSAGE, content="waiting for nobody")
+    assert board.wait_until(lambda: len(heard) == 2, 5)
+    assert board.first_arrived([link]) is None
+    client.send_message_as_json(MessageType.ROUND_TRAINED)
+    assert board.wait([link]) is link
+    link.receive_message_as_json(MessageType.ROUND_TRAINED)
+
+
 def test_one_that_takes_nothing_is_lost_with_what_it_asked_for(pair: Pair) -> None:
     board, link, client = pair
     link.send_file(MessageType.SEND_MODEL, LARGE)

@@ -118,7 +118,7 @@ class BufferedConnection(Connection, Member):
                 if (message := self._decoded()) is None:
                     break
                 num_seen += 1
-                if message.type is not MessageType.HEARTBEAT:
+                if not self._is_handled(message):
                     received.append(message)
             else:
                 if self._deliver(received):
@@ -128,6 +128,19 @@ class BufferedConnection(Connection, Member):
                 return True
             self._read(wait=False)
         return True
+
+    def _is_handled(self, message: Message) -> bool:
+        """Return whether a message needs no receiver: heartbeats, and notices, which are passed on.
+
+        A conversation that is resumed receives without blocking the others: so what lies in the
+        inbox is what it waits for.
+        """
+        if message.type is MessageType.HEARTBEAT:
+            return True
+        if is_notice := self._is_notice(message):
+            self._count_received(message)
+            self.counters.messages_received += 1
+        return is_notice
 
     def _deliver(self, received: list[Message]) -> bool:
         """Move messages to the inbox; return whether it is full, which pauses reading."""

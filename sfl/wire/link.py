@@ -184,10 +184,20 @@ class Link(ABC):
 
     def _receive_counted(self) -> Message:
         message = self._next()
-        num_bytes = message.head_bytes + len(message.payload)
-        self.counters.received[kind_of(message.type, message.at.link)] += num_bytes
+        self._count_received(message)
         self._has_received = True
         return message
+
+    def _count_received(self, message: Message) -> None:
+        num_bytes = message.head_bytes + len(message.payload)
+        self.counters.received[kind_of(message.type, message.at.link)] += num_bytes
+
+    def _is_notice(self, message: Message) -> bool:
+        """Return whether a message is a notice; pass it to ``on_notice`` if so."""
+        if message.type is not MessageType.MESSAGE or self.on_notice is None:
+            return False
+        self.on_notice(one_line(message.content))
+        return True
 
     def send_message_as_json(
         self, message_type: MessageType, sender: str = "", receiver: str = "", content: Any = "",
@@ -228,12 +238,8 @@ class Link(ABC):
             PeerFailed: the peer refused us or ended the run, with a reason.
             ConnectionLost: the peer has disconnected, or was silent until the deadline.
         """
-        while True:
-            message = self._receive_counted()
-            if message.type is MessageType.MESSAGE and self.on_notice is not None:
-                self.on_notice(one_line(message.content))
-            else:
-                break
+        while self._is_notice(message := self._receive_counted()):
+            pass
         wanted = " or ".join(expected) or "nothing"
         if message.type not in expected:
             if is_last(message):
