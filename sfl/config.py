@@ -61,6 +61,14 @@ class RunConfig:
         "who has which training samples: own, or as dealt out by {names}, with numbers behind a"
         " colon where it takes some (see docs/options.md)",
     )
+    fusion: str = option(
+        "concat", "with --topology vertical, how the clients' activations are joined: {names}"
+    )
+    label_client: int = option(0, "with --topology vertical, the client that has the labels")
+    party_models: str = option(
+        "", "with --topology vertical, the model that each client's first segment is of, as"
+        " lenet5,mlp; --model if not given",
+    )  # fmt: skip
     clients: int = option(3, "number of clients; the run starts when all are there")
     max_clients: int = option(
         0,
@@ -127,6 +135,7 @@ class RunConfig:
         for name in ("weight_decay", "clip_norm", "fedprox_mu"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+        require(self.label_client >= 0, "label_client", self.label_client, "0 or more")
         require(0 <= self.image_size <= 4096, "image_size", self.image_size, "0 to 4096")
         require(self.lr_rounds >= 0, "lr_rounds", self.lr_rounds, "0 or more")
         most = self.max_clients

@@ -18,6 +18,7 @@ NAMES = "{names}"  # in an option's help text: what its registry has
 REGISTRIES = {
     "scheme": "sfl.strategy.schemes:SCHEMES",
     "topology": "sfl.model.topology:TOPOLOGIES",
+    "fusion": "sfl.model.fusion:FUSIONS",
     "task": "sfl.model.task:TASKS",
     "model": "sfl.model.zoo:MODELS",
     "dataset": "sfl.data.datasets:DATASETS",

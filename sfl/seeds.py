@@ -9,8 +9,10 @@ import hashlib
 import torch
 
 # The purposes in use. A new one gets its line here, so that no two draws share a stream.
-INITIAL_WEIGHTS = "initial weights"
+INITIAL_WEIGHTS = "initial weights"  # (client), of a model of each client's own
+FUSION = "fusion"  # the initial weights of the projection behind a join
 PARTITION = "partition"  # the training samples of each client
+ALIGNMENT = "alignment"  # (part): the order of samples that clients have by their ids
 VALIDATION = "validation"  # (client): the samples that a client holds out
 BATCHES = "batches"  # (round, client, local epoch): the order of a client's samples
 CLIENT_ORDER = "client order"  # (round): the clients that take part, and their order

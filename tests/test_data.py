@@ -348,4 +348,4 @@ def test_what_could_not_be_read_again_is_not_recorded() -> None:
     for classes, shape in ((1200, (1, 4, 4)), (10, (1, 1, 2, 2, 2)), (10, (1, 5000, 5000))):
         report = DataReport(counts, tuple(map(str, range(classes))), shape, "0" * 64)
         with pytest.raises(RunError, match="the clients' data cannot be recorded: "):
-            describe_data({0: Joined(0, Absent(0), {}, report)}, RunConfig())
+            describe_data({0: Joined(0, Absent(0), {}, report)}, Recipe.of(RunConfig()))

@@ -85,6 +85,14 @@ def size_of(value: object) -> int:
     return value
 
 
+def _part_of(value: object) -> dict[str, Any]:
+    """Return the shape and classes of a client's part of samples that it shares with others."""
+    if not isinstance(value, dict) or not 0 < count_of(value.get("num_classes")) <= MAX_CLASSES:
+        raise ValueError("no part of shared samples")
+    shape = list(shape_of(value.get("input_shape")))
+    return {"input_shape": shape, "num_classes": value["num_classes"]}
+
+
 def data_of(value: object) -> dict[str, Any]:
     """Return a run's record of its clients' data."""
     if not isinstance(value, dict):
@@ -97,7 +105,9 @@ def data_of(value: object) -> dict[str, Any]:
     samples = by_client(value.get("num_samples"), samples_of)
     if not samples:
         raise ValueError("no clients")
+    parts = {"parts": by_client(value["parts"], _part_of)} if "parts" in value else {}
     return {
+        **parts,
         "input_shape": list(shape_of(value.get("input_shape"))),
         "classes": list(classes_of(value.get("classes"))),
         "class_weights": weights,

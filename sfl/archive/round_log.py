@@ -195,13 +195,10 @@ class RoundLog:
 class ClientLog:
     """A client's progress bar, and its line of figures per round."""
 
-    def __init__(
-        self, task: Task, run: RunConfig, folder: RunFolder, steps_an_epoch: int, *, shows_bar: bool
-    ) -> None:
+    def __init__(self, task: Task, run: RunConfig, folder: RunFolder, *, shows_bar: bool) -> None:
         self.run = run
         self._shown = task.shown
         self._events = folder.events
-        self._steps_a_round = steps_an_epoch * run.local_epochs
         self._loss_sum = 0.0
         self._samples = 0
         self.progress = Progress(run.rounds, shown=shows_bar)
@@ -215,9 +212,10 @@ class ClientLog:
         """Discard the figures of a round that is started again."""
         self._loss_sum, self._samples = 0.0, 0
 
+    def start_round(self, round_index: int, num_steps: int) -> None:
+        self.progress.start(round_index, num_steps)
+
     def step(self, at: Position, figures: StepFigures) -> None:
-        if at.step == 0:
-            self.progress.start(at.round, self._steps_a_round)
         if self.num_steps == 0:
             self._events.note(FIRST_STEP)
         self.num_steps += 1

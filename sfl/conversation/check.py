@@ -70,6 +70,8 @@ def server_check(
     welcome: Welcome,
     find: Callable[[int], tuple[int, str]],
     why_refused: Callable[[Joined], str],
+    *,
+    aligns: bool = False,
 ) -> Conversation[None]:
     """Answer a check; ``find`` returns the client's id and why it is not free now, or "".
 
@@ -84,7 +86,7 @@ def server_check(
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START, MessageType.UNREGISTER)
     if message.type is MessageType.REQUEST_TO_START:
         try:
-            report = parse_report(message, client, welcome.run)
+            report = parse_report(message, client, welcome.run, aligns=aligns)
             problem = why_refused(Joined(client, link, fingerprint, report))
         except ProtocolError as error:
             problem = str(error)

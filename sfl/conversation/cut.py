@@ -11,17 +11,19 @@ Extension points: a defence changes the tensor at the start of ``encode``; a cod
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS
-from sfl.conversation.party import Party
+from sfl.conversation.joint_steps import JointStep
+from sfl.conversation.party import TRAIN, Party
 from sfl.conversation.passes import Sent
 from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
+from sfl.model.fusion import Joint
 from sfl.model.topology import Holder, Stop, first_link, route
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -108,6 +110,11 @@ class Cut:
         self._party.end_wait()
         return message
 
+    @property
+    def ends(self) -> "Collection[Cut]":
+        """This end, and those of other clients that take the step together."""
+        return [self]
+
     def _check(self, kind: str, tensor: Tensor, name: str) -> None:
         if kind != LABELS:
             self._party.check_finite([tensor], name, self.at)
@@ -121,6 +128,49 @@ class Cut:
         self._party.archive.record_step(tensors, self.at, order)
 
 
+class JoinedCut(Cut):
+    """The leader's end of the cut at which the activations of all clients are joined.
+
+    What it receives is packed from all clients' activations; packed gradients are taken apart, and
+    each client is sent its part: by its own conversation, see ``JointSteps``.
+    """
+
+    def __init__(self, *arguments: Any, step: JointStep[Cut]) -> None:
+        super().__init__(*arguments)
+        self._step = step
+        self._ends: dict[int, Cut] = {}
+
+    @property
+    def ends(self) -> Collection[Cut]:
+        return self._ends.values() or [self]
+
+    def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
+        tensor, message = yield from super().receive(kind)
+        if kind == LABELS:
+            return tensor, message
+        self._step.give(self, tensor)
+        yield self._step.all_given
+        taken = self._step.taken()
+        self._ends = {k: given.end for k, given in taken.items()}
+        return self._joint.pack({k: given.z for k, given in taken.items()}, len(tensor)), message
+
+    @property
+    def _joint(self) -> Joint:
+        assert self._party.split.joint is not None
+        return self._party.split.joint
+
+    def encode(self, kind: str, tensor: Tensor) -> File:
+        for client, part in self._joint.unpack(tensor).items():
+            if client in self._ends:
+                Cut.encode(self._ends[client], kind, part.contiguous())
+        return self._files[kind]
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None:
+        for end in self._ends.values():
+            end.sent = Sent(self.at.link, kind, end._files[kind], content)
+        super().send_file(kind, file, content)
+
+
 class Cuts(dict[int, Cut]):
     """One end of each cut of the model, for one batch, made when it is asked for."""
 
@@ -129,15 +179,31 @@ class Cuts(dict[int, Cut]):
         party: Party,
         at: Position,
         num_samples: int,
-        messages: Mapping[str, MessageType] = TRAINING,
+        phase: str = TRAIN,
     ) -> None:
-        self._party, self._messages = party, messages
+        """``phase``: training, or the evaluated part of the data."""
+        self._party, self._phase = party, phase
         self.at, self.num_samples = at, num_samples
 
     def __missing__(self, link: int) -> Cut:
-        at = self.at._replace(link=link)
-        self[link] = cut = Cut(self._party, at, self.num_samples, self._messages)
-        return cut
+        at, step = self.at._replace(link=link), self.joint_step
+        messages = TRAINING if self._phase == TRAIN else EVALUATION
+        if step and self._party.leads:
+            self[link] = JoinedCut(self._party, at, self.num_samples, messages, step=step)
+        else:
+            self[link] = Cut(self._party, at, self.num_samples, messages)
+        return self[link]
+
+    @property
+    def joint_step(self) -> JointStep[Cut] | None:
+        """The step that all clients take together, if they do; at the server."""
+        steps = self._party.joint_steps
+        return steps.of(self._phase, self.at) if steps else None
+
+    def ends(self) -> Iterator[Cut]:
+        """Yield the ends of all cuts, and those of other clients that take the step together."""
+        for link in sorted(self):
+            yield from self[link].ends
 
     @property
     def first(self) -> Cut:
@@ -146,8 +212,8 @@ class Cuts(dict[int, Cut]):
 
     def record(self, order: int) -> None:
         """Hand all tensors to the archive, see ``Cut.record``."""
-        for link in sorted(self):
-            self[link].record(order)
+        for end in self.ends():
+            end.record(order)
 
 
 class Transfer(NamedTuple):

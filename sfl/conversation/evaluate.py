@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import LABELS, PREDICTIONS, model_path
-from sfl.conversation.cut import EVALUATION, Cuts
+from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
+from sfl.conversation.cut import Cuts
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.conversation.passes import evaluation_pass
 from sfl.errors import ProtocolError
@@ -39,8 +39,8 @@ def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversa
             party.count_batch(round_index)
         start = step * party.split.evaluation_batch
         x, y = party.data.batch(samples, slice(start, start + size))
-        cuts = Cuts(party, party.at(round_index, step), size, EVALUATION)
-        if not party.computes_loss:
+        cuts = Cuts(party, party.at(round_index, step), size, part)
+        if party.sends_labels:
             cuts.first.send(LABELS, y, content={"part": part})
         found = yield from evaluation_pass(party, cuts, x, y)
         if found:
@@ -63,23 +63,46 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
     is_cut = bool(party.split.cuts)
     sizes = party.split.evaluation_sizes(party.num_samples[part]) if is_cut else ()
     for step, size in enumerate(sizes):
-        cuts, y = Cuts(party, party.at(round_index, step), size, EVALUATION), None
-        if party.computes_loss:
+        cuts, y = Cuts(party, party.at(round_index, step), size, part), None
+        if party.sends_labels:
             y, labels = yield from cuts.first.receive(LABELS)
             _check_part(labels, part, party)
-        found = yield from evaluation_pass(party, cuts, None, y)
-        if found and y is not None:
+        if found := (yield from _evaluate_batch(party, cuts, y)):
             tally, outputs = found
-            party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", cuts.at)
-            predictions.add(y, outputs)
             link.send_message_as_json(
                 MessageType.VALIDATION_RESULT, content=_tally_content(party, tally), at=cuts.at
             )
-            total.add(tally)
+            if y is not None:  # else the samples count at the client that has their labels
+                predictions.add(y, outputs)
+                total.add(tally)
     predictions.write(party, round_index)
     if is_cut and party.computes_loss:
         return total.tally
     return (yield from _receive_result(party, part, round_index))
+
+
+def _evaluate_batch(
+    party: ServerParty, cuts: Cuts, y: Tensor | None
+) -> Conversation[tuple[Tally, Tensor] | None]:
+    """Return tally and outputs of a batch; None where the client computes them.
+
+    A batch that all clients evaluate together is computed once, even if a client repeats its part.
+    """
+    step = cuts.joint_step
+    if step and step.is_done():
+        yield from cuts.first.receive_message(ACTIVATIONS)
+        found: tuple[Tally, Tensor] | None = step.reply
+    elif step and not party.leads:
+        z, _ = yield from cuts.first.receive(ACTIVATIONS)
+        found = yield from step.contribute(cuts.first, z)
+    else:
+        found = yield from evaluation_pass(party, cuts, None, y)
+        if found:
+            of_what = f"client {party.client}'s evaluation"
+            party.check_loss(found[0].loss_sum, of_what, cuts.at)
+        if step:
+            step.finish(found)
+    return found
 
 
 def _send_own_result(party: ClientParty, part: str, whole: Tally, round_index: int) -> None:

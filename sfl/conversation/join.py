@@ -23,16 +23,19 @@ import torch
 from sfl import __version__
 from sfl.archive.records import MAX_CLASSES, classes_of, data_of, digest_of, samples_of, shape_of
 from sfl.config import RunConfig
+from sfl.conversation.alignment import aligned_counts, server_receive_ids
 from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.class_names import listed
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_of
-from sfl.data.partition import OWN
+from sfl.data.partition import OWN, VERTICAL
+from sfl.data.vertical import Ids, strip_of
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, DataError, ProtocolError, RunError, quoted
 from sfl.model.class_weights import BALANCED, class_weights
 from sfl.model.structure import CHECKSUM, DIGEST, MAX_DIGESTS
 from sfl.options import from_values
+from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, CLIENT, Link, Peer, one_line
 from sfl.wire.messages import Message, MessageType
@@ -81,6 +84,7 @@ class Joined:
     link: Link
     fingerprint: Mapping[str, str]
     data: DataReport
+    ids: Ids | None = None  # of its samples, where they are to be aligned
 
 
 HERE, APART = "here", "apart"  # the fed server: in the main server's process, or behind a store
@@ -177,11 +181,14 @@ def server_join(
     welcome: Welcome,
     take_id: Callable[[int, str], int],
     answer_check: Callable[[Message], Conversation[None]],
+    *,
+    aligns: bool = False,
 ) -> Conversation[Joined | None]:
     """Register one client and wait until its data are loaded; return None if it only checked.
 
     ``take_id`` assigns an id, given the wanted one and the client's instance, or raises
     ``RunError`` to refuse the client. The rest of ``welcome`` is the same for all clients.
+    ``aligns``: as ``Recipe.aligns``.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
@@ -197,7 +204,10 @@ def server_join(
     link.send_message_as_json(MessageType.REGISTERED, content=welcome_content(client, welcome))
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    return Joined(client, link, fingerprint, parse_report(message, client, welcome.run))
+    report, ids = parse_report(message, client, welcome.run, aligns=aligns), None
+    if aligns:
+        ids = yield from server_receive_ids(link, report.num_samples)
+    return Joined(client, link, fingerprint, report, ids)
 
 
 def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
@@ -227,7 +237,14 @@ def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
     }
 
 
-def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
+def parse_report(
+    message: Message, client: int, run: RunConfig, *, aligns: bool = False
+) -> DataReport:
+    """Return a client's report, checked; samples that are to be aligned may have any shape.
+
+    Raises:
+        ProtocolError: it is invalid.
+    """
     try:
         samples = samples_of(message.get("num_samples", dict))
         classes = classes_of(message.get("classes", list))
@@ -235,7 +252,8 @@ def parse_report(message: Message, client: int, run: RunConfig) -> DataReport:
         digest = digest_of(message.get("digest", str))
     except ValueError as error:
         raise ProtocolError(f"client_{client} reports {error}") from error
-    _check_fits(run, client, shape, classes)
+    if not aligns:
+        _check_fits(run, client, shape, classes)
     counts = message.get("class_counts", list)
     wanted = len(classes) if run.class_weights == BALANCED else 0
     if len(counts) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in counts):
@@ -274,10 +292,11 @@ def _check_fits(
     if ":" in run.dataset:
         return
     spec = dataset_of(run)
-    if shape != spec.input_shape:
+    is_strip, wanted = run.partition == VERTICAL, spec.input_shape
+    wanted = strip_of(wanted, run, client) if is_strip else wanted
+    if shape != wanted:
         raise ProtocolError(
-            f"client_{client} has samples of shape {list(shape)}; {run.dataset} has"
-            f" {list(spec.input_shape)}"
+            f"client_{client} has samples of shape {list(shape)}; {run.dataset} has {list(wanted)}"
         )
     if run.partition != OWN and len(classes) != len(spec.classes):
         raise ProtocolError(
@@ -285,22 +304,35 @@ def _check_fits(
         )
 
 
-def describe_data(joined: Mapping[int, Joined], run: RunConfig) -> dict[str, Any]:
+def describe_data(
+    joined: Mapping[int, Joined], recipe: Recipe, order: Ids | None = None
+) -> dict[str, Any]:
     """Return the record of the clients' data, after checking that they are compatible.
+
+    ``order``: the samples that all have, where they are aligned.
 
     Raises:
         RunError: they are not.
         ConfigError: the run's class weights do not match their classes.
     """
-    report = check_agreement({k: client.data for k, client in joined.items()})
-    counts = [client.data.class_counts for client in joined.values()]
+    run, reports = recipe.run, {k: client.data for k, client in joined.items()}
+    report = reports[run.label_client] if recipe.joins else check_agreement(reports)
+    counts = [one.class_counts for k, one in reports.items() if recipe.has_labels(k)]
     described = {
         "input_shape": list(report.input_shape),
         "classes": list(report.classes),
         "class_weights": list(class_weights(run.class_weights, len(report.classes), counts)),
-        "num_samples": {str(k): dict(client.data.num_samples) for k, client in joined.items()},
-        "digests": {str(k): client.data.digest for k, client in joined.items()},
+        "num_samples": {
+            str(k): aligned_counts(order) if order else dict(one.num_samples)
+            for k, one in reports.items()
+        },
+        "digests": {str(k): one.digest for k, one in reports.items()},
     }
+    if recipe.joins:
+        described["parts"] = {
+            str(k): {"input_shape": list(one.input_shape), "num_classes": len(one.classes)}
+            for k, one in reports.items()
+        }
     try:
         return data_of(described)  # the check that is made when the record is read
     except ValueError as error:
@@ -324,6 +356,8 @@ def disagreeing_clients(reports: Mapping[int, DataReport]) -> dict[int, str]:
     The largest group of clients that agree stays; of equally large ones, that with the lowest id.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
+    if not reports:
+        return {}
     for k, report in sorted(reports.items()):
         groups.setdefault((report.input_shape, report.classes), []).append(k)
     stay = max(groups.values(), key=len)

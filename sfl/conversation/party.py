@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from sfl.archive.profile import Profile, Stopwatch
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
+from sfl.conversation.joint_steps import JointSteps
 from sfl.data.client_data import ClientData
+from sfl.data.vertical import Ids
 from sfl.errors import NotFinite, StepFailed
 from sfl.files.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures, checked
@@ -35,6 +37,8 @@ class Watcher(Protocol):
     """Receives training progress, for progress bars and logs."""
 
     def step(self, at: Position, figures: StepFigures) -> None: ...
+
+    def start_round(self, round_index: int, num_steps: int) -> None: ...
 
     def say(self, line: str) -> None: ...
 
@@ -60,6 +64,7 @@ class Party:
     watcher: Watcher
     profile: Profile
     clock: Stopwatch = field(default_factory=Stopwatch)
+    joint_steps: JointSteps[Any] | None = None  # at the server, where all take steps together
     compute_s: float = 0.0  # this side's computing for the client; the server resets it each round
     warned_round: int = -1  # the last round with a warning about NaN or infinity
 
@@ -80,6 +85,16 @@ class Party:
     def route(self) -> tuple[Stop, ...]:
         """This side's segments on the way through the model."""
         return route(self.recipe.segments, self.holder)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this client's steps are its own, or it leads those of all; it has labels."""
+        return self.recipe.has_labels(self.client)
+
+    @property
+    def sends_labels(self) -> bool:
+        """Whether this client's labels are sent."""
+        return self.recipe.shares_labels and self.leads
 
     @property
     def computes_loss(self) -> bool:
@@ -197,6 +212,7 @@ class ServerParty(Party):
     watcher: ServerWatcher
     backs: Mapping[int, Segments]  # copies of the server's segments; empty if clients train alone
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
+    order: Ids | None = None  # the samples that all clients have, where they are aligned
     # Over the current connection; a client that reconnects starts at -1 again.
     ready_for_round: int = -1  # the round whose starting weights the client holds
     trained_round: int = -1  # the last round that the client has trained

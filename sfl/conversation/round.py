@@ -37,10 +37,12 @@ from dataclasses import asdict
 from typing import Any
 
 from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, segment_path
+from sfl.conversation.alignment import client_receive_order, server_send_order
 from sfl.conversation.evaluate import client_evaluate, server_evaluate
 from sfl.conversation.party import PREFIXES, ClientParty, Party, RoundResult, ServerParty
 from sfl.conversation.step import STEPS
 from sfl.crash import crash_point
+from sfl.data.client_data import num_batches
 from sfl.errors import ConnectionLost, ProtocolError, quoted
 from sfl.files.torch_file import decode_state, encode_state
 from sfl.files.torch_reader import Buffer
@@ -109,6 +111,8 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
     yield from _receive_front(party, start)
     started, before, num_steps = time.perf_counter(), link.counters.copy(), start.get("steps", int)
     with party.profile.round(at, num_steps, party.clock, link, party.archive):
+        own_steps = num_batches(len(party.data.train), party.run.batch_size)
+        party.watcher.start_round(at.round, own_steps * party.run.local_epochs)
         party.segments.start_round(at.round)
         party.segments.last.weigh_classes(_parse_weights(start, party))
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
@@ -254,6 +258,9 @@ def client_start(party: ClientParty) -> Conversation[int]:
     party.on_start(first, message.get("own", int))
     held = encode_state(joined(party.segments.states()))
     yield from _receive_front(party, message, held)
+    if identified := party.data.identified:
+        order = yield from client_receive_order(party.link, identified.ids)
+        party.data = party.data.aligned(order, party.recipe.leader(party.client))
     return first
 
 
@@ -264,6 +271,8 @@ def server_start(
     if party.ready_for_round != round_index:
         at, own = party.at(round_index - 1), party.own_round
         yield from _send_front(party, MessageType.GO_ON, front, at, own=own)
+        if party.order:
+            server_send_order(party.link, party.order)
         party.ready_for_round = round_index
 
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfl.archive.layout import LABELS, WEIGHT_GRADS
+from sfl.archive.layout import ACTIVATIONS, LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
 from sfl.conversation.cut import Cuts, transfers
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
@@ -62,8 +62,8 @@ class Batch(NamedTuple):
 
 def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
     """Yield the batches of a client's steps, each built on demand."""
-    count = len(party.data.train)
-    drawn = batch_indices(count, party.run, round_index=round_index, client=party.client)
+    count, drawn_as = len(party.data.train), party.recipe.leader(party.client)
+    drawn = batch_indices(count, party.run, round_index=round_index, client=drawn_as)
     for step, indices in enumerate(drawn):
         party.link.at = at = party.at(round_index, step)
         yield Batch(at, *party.data.training_batch(indices, at))
@@ -100,6 +100,8 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
         cuts = Cuts(party, at, size)
         if plan.spool.has(cuts.first.at):
             yield from server_repeat_step(party, cuts, plan)
+        elif not party.leads:
+            yield from server_contribute(cuts)
         else:
             if turns.in_order:
                 yield turns.of(party.client)
@@ -113,7 +115,7 @@ def client_step(
     """Train the client's segments on one batch; faces ``server_step``."""
     at, x, y = batch
     cuts, clock = Cuts(party, at, len(y)), party.clock
-    if not party.computes_loss:
+    if party.sends_labels:
         cuts.first.send(LABELS, y)
     figures, _ = yield from train_pass(party, cuts, x, y, meanwhile)
     assert figures is not None
@@ -144,7 +146,7 @@ def server_step(
             yield turns.of(party.client)
         held.enter_context(turns.step(party.client))
 
-    if party.computes_loss:
+    if party.sends_labels:
         y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
     figures, last = yield from train_pass(party, cuts, None, y, begin=begin)
     assert figures is not None
@@ -160,6 +162,8 @@ def server_step(
         clock.lap("update")
         cuts.record(plan.take(at.client))
         _keep_answers(party, cuts, plan)
+        if cuts.joint_step:
+            cuts.joint_step.finish(figures)
         plan.steps[party.back_index].done()
         party.watcher.step(at, figures)
         clock.lap("archive")
@@ -167,16 +171,26 @@ def server_step(
 
 def _keep_answers(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> None:
     """Keep what the step has sent, for a client that repeats it."""
-    for cut in cuts.values():
+    for cut in cuts.ends():
         if cut.sent:
             answer = Answer(cut.sent.file.data, cut.sent.content, cut.received)
             recorded = party.archive.tensor_path(cut.sent.kind, cut.at)
             plan.spool.put(cut.at, answer, recorded=recorded)
 
 
+def server_contribute(cuts: Cuts) -> Conversation[None]:
+    """Contribute a client's activations to a step that all clients take; faces ``client_step``."""
+    end, step = cuts.first, cuts.joint_step
+    assert step is not None
+    z, _ = yield from end.receive(ACTIVATIONS)
+    yield from step.contribute(end, z)
+    assert end.sent is not None
+    end.send_file(*end.sent[1:])
+
+
 def server_repeat_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation[None]:
     """Send the stored answers of a step that is already done; faces ``client_step``."""
-    if party.computes_loss:
+    if party.sends_labels:
         yield from cuts.first.receive_message(LABELS)
     due = transfers(party.route)
     answers = {t.link: plan.spool.get(cuts[t.link].at) for t in due if t.sends}

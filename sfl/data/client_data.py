@@ -18,8 +18,9 @@ from torch import Tensor
 from sfl import seeds
 from sfl.config import RunConfig
 from sfl.data.augment import NONE, Change, augment, changes_of
-from sfl.data.partition import deal
+from sfl.data.partition import VERTICAL, deal
 from sfl.data.samples import Samples, as_floats
+from sfl.data.vertical import Ids, rows_of, strip, strip_of
 from sfl.errors import ConfigError, DataError
 from sfl.values import Position
 
@@ -157,6 +158,14 @@ def _what_is_wrong(samples: object, spec: DatasetSpec) -> str:
 
 
 @dataclass(frozen=True)
+class Identified:
+    """The ids of a client's samples, by which they are aligned with those of other clients."""
+
+    ids: Ids
+    run: RunConfig  # with the options that these samples are read with
+
+
+@dataclass(frozen=True)
 class ClientData:
     """One client's training, validation and test samples."""
 
@@ -167,10 +176,31 @@ class ClientData:
     classes: tuple[str, ...]
     seed: int = 0
     changes: tuple[Change, ...] = ()  # of training images, at random
+    identified: Identified | None = None  # of samples that are not yet aligned
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.spec.input_shape
+
+    def aligned(self, wanted: Ids, drawn_as: int) -> "ClientData":
+        """Return the samples with these ids, in their order, for training, validation and test.
+
+        Without common validation samples, a part is held out as by the client ``drawn_as``.
+
+        Raises:
+            DataError: an id is not among these samples.
+        """
+        assert self.identified is not None
+        ids, parts = self.identified.ids, (self.train, self.validation, self.test)
+        train, validation, test = (
+            samples.take(rows_of(wanted[name], ids[name]))
+            for name, samples in zip(ids, parts, strict=True)
+        )
+        given = validation if len(validation) else None
+        return client_data(
+            self.spec, self.identified.run, drawn_as, train, test,
+            classes=self.classes, validation=given,
+        )  # fmt: skip
 
     def batch(self, samples: Samples, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return ``x``: (B, C, H, W) float32, normalised, and ``y``: (B,) int64."""
@@ -233,13 +263,17 @@ def client_data(
     if not len(part):
         raise DataError(f"client {client} has no training samples (--partition {run.partition})")
     named = run.augment or spec.augment
-    changes = changes_of(named)
+    changes = changes_of(NONE if run.partition == VERTICAL else named)
     if changes and not spec.has_images:
         raise ConfigError(f"--augment {named}: the samples of {run.dataset} are no images")
     part, test = part.sized(spec.input_shape), test.sized(spec.input_shape)
+    if run.partition == VERTICAL:  # all clients hold out the same samples
+        part, test = strip(part, run, client), strip(test, run, client)
+        spec = dataclasses.replace(spec, input_shape=strip_of(spec.input_shape, run, client))
+        client = run.label_client
     drawn = seeds.generator(run.seed, seeds.VALIDATION, client)
     order = torch.randperm(len(part), generator=drawn)
-    num_held_out = len(part) // VALIDATION_SHARE if validation is None else 0
+    num_held_out = held_out(len(part)) if validation is None else 0
     if validation is None:
         validation = part.take(order[:num_held_out])
     return ClientData(
@@ -251,6 +285,11 @@ def client_data(
         seed=run.seed,
         changes=changes,
     )
+
+
+def held_out(num_samples: int) -> int:
+    """Return how many of so many training samples are held out for validation."""
+    return num_samples // VALIDATION_SHARE
 
 
 def num_batches(num_samples: int, batch_size: int) -> int:

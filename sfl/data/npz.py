@@ -6,8 +6,10 @@
     y (N,)                                       integers, or names of classes
     x_val, y_val  x_test, y_test                 optional, each with the other
     classes                                      optional, names
+    ids, ids_val, ids_test (N,)                  with --topology vertical: names of the samples
 
-If the data set's samples are not images, ``x`` has their shape.
+If the data set's samples are not images, ``x`` has their shape. With ``--topology vertical``, ``x``
+may be a table (N, F) of floats at any client, and ``y`` is wanted at the one with the labels alone.
 """
 
 import zipfile
@@ -18,15 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfl.data.class_names import alike_among, listed
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Parts, Samples, check_resizable, nothing
+from sfl.data.vertical import digests
 from sfl.errors import DataError
 
 Arrays = Mapping[str, np.ndarray]
 PARTS = {"train": "", "validation": "_val", "test": "_test"}
-NAMES = ("x", "y", "x_val", "y_val", "x_test", "y_test", "classes")
+IDS = ("ids", "ids_val", "ids_test")
+NAMES = ("x", "y", "x_val", "y_val", "x_test", "y_test", "classes", *IDS)
 # What NumPy raises for files that are damaged or of another kind.
 _DAMAGE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
@@ -34,17 +39,57 @@ _DAMAGE = (
 )  # fmt: skip
 
 
+def read_table(path: Path, say: Callable[[str], object]) -> tuple[int, ...] | None:
+    """Return the shape of a sample if the file's samples are rows of a table; else None.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    x = _load(path, say).get("x")
+    return None if x is None or x.ndim != 2 else x.shape[1:]
+
+
+def read_ids(path: Path) -> dict[str, Tensor]:
+    """Return the digests of the samples' ids, by part; none for a part that is not there.
+
+    Raises:
+        DataError: ids are missing, or do not fit the samples.
+    """
+    arrays, found = _load(path, lambda line: None), {}
+    for part, suffix in PARTS.items():
+        x, ids = arrays.get(f"x{suffix}"), arrays.get(f"ids{suffix}")
+        if x is not None and (ids is None or ids.shape != x.shape[:1]):
+            raise DataError(
+                f"{path}: --topology vertical needs an array ids{suffix} that names each sample of"
+                f" x{suffix}, of {len(x)}; clients' samples are matched by it"
+            )
+        names = [] if ids is None else _texts(path, f"ids{suffix}", ids)
+        try:
+            found[part] = digests(names)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    return found
+
+
 def read_npz(
-    path: Path, spec: DatasetSpec, say: Callable[[str], object], *, any_range: bool
+    path: Path,
+    spec: DatasetSpec,
+    say: Callable[[str], object],
+    *,
+    any_range: bool,
+    has_labels: bool = True,
 ) -> Parts:
     """Read the arrays, and say how they were read and what was left out.
 
     ``any_range`` accepts floats outside [0, 1]: the mean and std of the run then fit these data.
+    Without ``has_labels``, all labels are 0.
 
     Raises:
         DataError: the file is damaged, an array is missing, or the samples do not fit.
     """
     arrays = _load(path, say)
+    if not has_labels:
+        arrays = _without_labels(arrays)
     for suffix in PARTS.values():
         names = [name for name in (f"x{suffix}", f"y{suffix}") if name in arrays]
         if len(names) == 1 or (not names and not suffix):
@@ -62,7 +107,8 @@ def read_npz(
             y = _labels(path, f"y{suffix}", arrays, classes)
             counts = np.bincount(y, minlength=len(classes))
             told = ", ".join(f"{n} {name}" for name, n in zip(classes, counts, strict=True))
-            say(f"{path}: {len(y)} samples for {part} {how}; classes: {told}")
+            shown = f"; classes: {told}" if has_labels else ""
+            say(f"{path}: {len(y)} samples for {part} {how}{shown}")
             read[part] = Samples(torch.from_numpy(x), torch.from_numpy(y))
     return Parts(
         train=read["train"],
@@ -82,6 +128,13 @@ def _load(path: Path, say: Callable[[str], object]) -> Arrays:
     if others:
         say(f"{path}: left out: arrays {', '.join(others)}; read are {', '.join(arrays) or 'none'}")
     return arrays
+
+
+def _without_labels(arrays: Arrays) -> Arrays:
+    """Return arrays whose labels are all 0."""
+    kept = {name: array for name, array in arrays.items() if not name.startswith(("y", "classes"))}
+    xs = [name for name in kept if name.startswith("x")]
+    return kept | {x.replace("x", "y"): np.zeros(len(kept[x]), np.int64) for x in xs}
 
 
 def _texts(path: Path, name: str, array: np.ndarray) -> list[str]:

@@ -1,6 +1,7 @@
 """``PARTITIONS``: how training samples are divided among clients.
 
 A partition is disjoint, covers the data, and depends only on the labels, the writers and the seed.
+``vertical`` divides the columns: every client has all samples.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from sfl.registry import unknown_name
 
 OWN = "own"  # each client's own data; nothing is divided
 WRITER = "writer"
+VERTICAL = "vertical"
 MIN_SAMPLES = 10  # of every client after a Dirichlet draw, as in Li et al. 2022 (NIID-Bench)
 MAX_DRAWS = 1000
 
@@ -161,6 +163,11 @@ def _writers(samples: Samples) -> Tensor:
     return samples.writers
 
 
+def _vertical(samples: Samples, run: RunConfig, argument: str) -> list[Tensor]:
+    """Give all clients all samples; ``sfl.data.vertical`` leaves each its columns of them."""
+    return [torch.arange(len(samples))] * run.clients
+
+
 # (training samples, run, text after the colon) -> each client's indices
 PARTITIONS: dict[str, Callable[[Samples, RunConfig, str], list[Tensor]]] = {
     "iid": _iid,
@@ -169,6 +176,7 @@ PARTITIONS: dict[str, Callable[[Samples, RunConfig, str], list[Tensor]]] = {
     "dirichlet-size": _dirichlet_size,
     "shards": _shards,
     WRITER: _writer,
+    VERTICAL: _vertical,
 }
 
 
@@ -201,13 +209,16 @@ def partition(samples: Samples, run: RunConfig) -> list[Tensor]:
 def deal(train: Samples, test: Samples, run: RunConfig) -> list[tuple[Samples, Samples]]:
     """Return each client's training and test samples.
 
-    Test samples are dealt out in turn; with ``writer``, they go to the client that has the writer,
-    and writers without training samples are dealt out in turn.
+    Test samples are dealt out in turn; with ``vertical`` each client has all; with ``writer``, they
+    go to the client that has the writer, and writers without training samples are dealt out in
+    turn.
 
     Raises:
         ConfigError, DataError: as ``partition``.
     """
     parts = [train.take(indices) for indices in partition(train, run)]
+    if run.partition == VERTICAL:
+        return [(part, test) for part in parts]
     if run.partition != WRITER:
         tests = [test.take(slice(k, None, run.clients)) for k in range(run.clients)]
         return list(zip(parts, tests, strict=True))

@@ -4,13 +4,16 @@ Every client must have the same classes, but may lack samples of some. The user 
 read, and what is left out and why.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from sfl.config import RunConfig
-from sfl.data.client_data import ClientData, DatasetSpec, client_data
+from sfl.data.augment import NONE
+from sfl.data.client_data import ClientData, DatasetSpec, Identified, client_data
 from sfl.data.image_folders import IMAGE_SUFFIXES, LAYOUT, is_of_system, read_folders, sort_out
-from sfl.data.npz import read_npz
+from sfl.data.npz import read_ids, read_npz, read_table
+from sfl.data.samples import nothing
 from sfl.errors import DataError
 
 MOST_MEASURED = 256  # samples of which mean and deviation are reported
@@ -23,14 +26,19 @@ def load_own(
     data_dir: Path,
     *,
     say: Callable[[str], object] = print,
+    has_ids: bool = False,
 ) -> ClientData:
     """Return a client's own data; without a validation part, a fifth is held out for it.
+
+    ``has_ids``: all clients have parts of the same samples, see ``_load_identified``.
 
     Raises:
         ConfigError: the samples cannot be augmented, or normalised as the run says.
         DataError: there are no data, a file is damaged, or samples do not fit the data set.
     """
     archive = _archive(data_dir, say)
+    if has_ids:
+        return _load_identified(spec, run, client, archive, say)
     if archive is not None:
         # A mean and std given for these data hold for floats as they are.
         any_range = bool(run.normalize) or ":" in run.dataset or not spec.has_images
@@ -50,6 +58,32 @@ def load_own(
         mean, std = float(x.mean()), float(x.std(correction=0))
         say(f"normalised by {run.normalize}: samples have mean {mean:.3g} and deviation {std:.3g}")
     return data
+
+
+def _load_identified(
+    spec: DatasetSpec,
+    run: RunConfig,
+    client: int,
+    archive: Path | None,
+    say: Callable[[str], object],
+) -> ClientData:
+    """Return a client's part of samples that it shares with others, to be aligned by their ids.
+
+    The samples may be a table, which is neither normalised nor augmented.
+    """
+    if archive is None:
+        raise DataError("--topology vertical with own data: give --data-dir an .npz file with ids")
+    if table := read_table(archive, lambda line: None):
+        spec = dataclasses.replace(spec, input_shape=table, mean=0.0, std=1.0, augment=NONE)
+        run = dataclasses.replace(run, augment="", normalize="")
+    parts = read_npz(
+        archive, spec, say, any_range=bool(table), has_labels=client == run.label_client
+    )
+    data = client_data(
+        spec, run, client, parts.train, parts.test,
+        classes=parts.classes, validation=parts.validation or nothing(spec.input_shape),
+    )  # fmt: skip
+    return dataclasses.replace(data, identified=Identified(read_ids(archive), run))
 
 
 def num_images(data_dir: Path) -> int:

@@ -34,6 +34,7 @@ class Samples:
     writers  (N,) int64, who made each sample, if known
     rows     (N,) int64, the rows of ``stored``; None: all, in order
     shape    (C, H, W), to which images are resized when gathered; (): as stored
+    columns  of the last dimension, that a sample has; None: all
     """
 
     stored: Tensor
@@ -41,6 +42,7 @@ class Samples:
     writers: Tensor | None = None
     rows: Tensor | None = None
     shape: tuple[int, ...] = ()
+    columns: slice | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -50,13 +52,20 @@ class Samples:
         """The samples: (N, C, H, W) of the stored dtype; a copy if ``rows`` is given."""
         # index_select copies whole rows; indexing goes pixel by pixel.
         x = self.stored if self.rows is None else self.stored.index_select(0, self.rows)
-        return _resized(x, self.shape) if self.shape else x
+        x = _resized(x, self.shape) if self.shape else x
+        return x if self.columns is None else x[..., self.columns].contiguous()
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        *rest, width = self.shape or self.stored.shape[1:]
+        return (*rest, width if self.columns is None else len(range(width)[self.columns]))
 
     def take(self, indices: Tensor | slice) -> "Samples":
         """Return some of these samples, without copying pixels."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         writers = None if self.writers is None else self.writers[indices]
-        return Samples(self.stored, self.y[indices], writers, rows[indices], self.shape)
+        return dataclasses.replace(self, y=self.y[indices], writers=writers, rows=rows[indices])
 
     def sized(self, shape: tuple[int, ...]) -> "Samples":
         """Return the same samples, resized to ``shape`` when gathered; copies no pixels.
@@ -64,7 +73,7 @@ class Samples:
         Raises:
             DataError: they have another shape and are not images.
         """
-        found = tuple(self.stored.shape[1:])
+        found = self.sample_shape
         if found == shape or not len(self):
             return self
         check_resizable(found, shape)

@@ -39,6 +39,9 @@ class Topology:
     source: str
     holders: Callable[[int], Sequence[Holder]]  # number of cuts -> holder of each segment
     num_cuts: range  # that it can have
+    # Whether all clients take part in each step, each with a first segment of its own for its part
+    # of the same samples; else each client takes steps of its own.
+    joins: bool = False
 
     def segments(self, num_cuts: int) -> dict[str, Holder]:
         """Return the holder of each segment, by the segment's name, from input to output."""
@@ -73,6 +76,12 @@ TOPOLOGIES: dict[str, Topology] = {
         source="edge, centre, edge, centre, ...: Vepakomma et al., 2018 (arXiv 1812.00564)",
         holders=alternating,
         num_cuts=range(1, MAX_CUTS + 1),
+    ),
+    "vertical": Topology(
+        source="Ceballos et al., 2020 (arXiv 2008.04137), SplitNN for vertically partitioned data",
+        holders=alternating,
+        num_cuts=range(1, 2),
+        joins=True,
     ),
 }
 

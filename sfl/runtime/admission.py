@@ -23,7 +23,7 @@ class Admission:
             return f"client_{joined.client} {claim}"
         if (why := self._identity_problem(joined, before, has_begun)) or not self.model:
             return why
-        return self.model.why_different(joined) or self.model.why_too_few_samples(joined.data)
+        return self.model.why_different(joined) or self.model.why_too_few_samples(joined)
 
     def past_fingerprint(self, joined: Joined) -> Mapping[str, str]:
         """Return a client's fingerprint before the resume; in a new run its current one."""

@@ -23,12 +23,12 @@ from sfl.archive.run_folder import (
     say,
     to_json,
 )
+from sfl.conversation.alignment import client_send_ids
 from sfl.conversation.join import HERE, DataReport, Welcome, client_join, send_report
 from sfl.conversation.limits import client_limits
 from sfl.conversation.party import ClientParty
 from sfl.conversation.round import client_run
 from sfl.crash import crash_point
-from sfl.data.client_data import num_batches
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
@@ -293,12 +293,11 @@ class _Loaded:
         run, events = recipe.run, folder.events
         self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
-        self._split = SplitModel(recipe, shape, num_classes)
+        self._split = SplitModel(recipe, shape, num_classes, client=self._client)
         self._report = report_of(self._data, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {run.model} cut at {recipe.run.cut}, on {self._device}")
-        num_steps = num_batches(len(self._data.train), run.batch_size)
-        self.log = ClientLog(recipe.task, run, folder, num_steps, shows_bar=not process.hosts_many)
+        self.log = ClientLog(recipe.task, run, folder, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has started this client
 
     def run_on(self, registered: Registered, recipe: Recipe) -> Conversation[None]:
@@ -316,6 +315,8 @@ class _Loaded:
             if fed is not None:
                 fed.limits = link.limits
             send_report(link, report)
+            if identified := self._data.identified:
+                yield from client_send_ids(link, identified.ids)
             party = self._party(registered.link, store, functools.partial(self._start, fed, report))
             self.log.start_over()
             try:

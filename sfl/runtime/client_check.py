@@ -197,7 +197,7 @@ class _Check:
     ) -> tuple[SplitModel, str]:
         """Build the model, and ask the server whether it accepts the model and the data."""
         run = welcome.run
-        split = SplitModel(recipe, data.input_shape, len(data.classes))
+        split = SplitModel(recipe, data.input_shape, len(data.classes), client=welcome.client)
         report = report_of(data, split)
         if has_client_state(recipe):
             own = own_state_rounds(_folder(self._node, welcome), run)

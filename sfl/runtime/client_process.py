@@ -45,22 +45,24 @@ class ClientProcess:
         run = recipe.run
         spec = dataset_of(run, node.allowed_imports)
         own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
-        self._check_memory(recipe, spec, node, own)
+        self._check_memory(recipe, spec, node, own, client)
         if run.partition == OWN:
-            return load_own(spec, run, client, own, say=notify)
+            return load_own(spec, run, client, own, say=notify, has_ids=recipe.aligns)
         if run not in self._parts:
             source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
             self._parts[run] = deal(*load(spec, source), run)
         return client_data(spec, run, client, *self._parts[run][client])
 
-    def _check_memory(self, recipe: Recipe, spec: DatasetSpec, node: ClientNode, own: Path) -> None:
+    def _check_memory(
+        self, recipe: Recipe, spec: DatasetSpec, node: ClientNode, own: Path, client: int
+    ) -> None:
         """Check the memory that the server's options would take against ``--memory-limit``.
 
         Raises:
             ConfigError: it is more.
         """
         run, shape, hosted = recipe.run, spec.input_shape, max(self.num_hosted, 1)
-        sizes = sizes_of(recipe, shape, len(spec.classes))
+        sizes = sizes_of(recipe, shape, len(spec.classes), client)
         known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:
             known = decoded = num_images(own)  # 0 for an .npz

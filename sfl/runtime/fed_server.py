@@ -141,7 +141,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
                 admission=Admission(past, claim_error=functools.partial(claim_error, recipe, node)),
             )
             joined = lobby.gather()
-            data = describe_data(joined, run)
+            data = describe_data(joined, recipe)
             split = _model(recipe, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
             rounds = _prepare(

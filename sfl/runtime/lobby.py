@@ -14,6 +14,7 @@ from sfl.archive.run_folder import EventLog
 from sfl.conversation.check import server_check
 from sfl.conversation.join import (
     HERE,
+    DataReport,
     Joined,
     Welcome,
     data_difference,
@@ -100,7 +101,7 @@ class Lobby:
         """Return whether enough compatible clients are ready; refuse incompatible ones."""
         if not self.roster.complete:
             return False
-        for client, why in disagreeing_clients(self.roster.reports()).items():
+        for client, why in disagreeing_clients(self._comparable()).items():
             self._disconnect(client, ProtocolError(why))
         model, places = self.admission.model, list(self.roster.places.values())
         if model is not None and self.roster.complete:
@@ -114,6 +115,7 @@ class Lobby:
         limit, enough = self.patience.skip_after_s, self.patience.min_clients
         return bool(
             self.admission.past
+            and not self.recipe.aligns  # by the ids of all clients
             and limit
             and waited_s > limit
             and len(self.roster.ready()) >= enough
@@ -161,7 +163,10 @@ class Lobby:
             place = self.roster.places.get(joined.client)
             return self._why_refused(joined, place)
 
-        return server_check(connection, hello, self._welcome(), self.roster.find, why_refused)
+        return server_check(
+            connection, hello, self._welcome(), self.roster.find, why_refused,
+            aligns=self.recipe.aligns,
+        )  # fmt: skip
 
     def _register(self, connection: Member) -> None:
         """Continue one connection's registration with the message that has arrived."""
@@ -179,6 +184,7 @@ class Lobby:
                 welcome,
                 lambda wanted, instance: self._take_id(wanted, instance, connection),
                 lambda hello: self._answer_check(connection, hello),
+                aligns=self.recipe.aligns,
             )
             next(self._joining[connection])
         try:
@@ -237,11 +243,15 @@ class Lobby:
 
     def _warn_of_difference(self, joined: Joined) -> None:
         """Warn if a client's data are incompatible with another's; the majority decides later."""
-        reports = self.roster.reports()
+        reports = self._comparable()
         for other in reports:
             if why := data_difference(other, joined.client, reports):
                 self.events.say(f"warning: {why}; when all are there, most decide")
                 return
+
+    def _comparable(self) -> dict[int, DataReport]:
+        """Return the reports of the ready clients that must agree."""
+        return {} if self.recipe.joins else self.roster.reports()
 
     def _free_place(self, connection: Member, error: SflError) -> None:
         """Drop a connection that failed before it was ready, and free its place."""

@@ -62,20 +62,22 @@ class Sizes:
     all_values: int  # outputs of all layers of the model
 
 
-def sizes_of(recipe: Recipe, input_shape: tuple[int, ...], num_classes: int) -> Sizes:
-    """Return the sizes of a run's model without allocating its weights.
+def sizes_of(
+    recipe: Recipe, input_shape: tuple[int, ...], num_classes: int, client: int = 0
+) -> Sizes:
+    """Return the sizes of a client's model without allocating its weights.
 
     A user's own model that cannot be built so counts as 0 bytes: its import was allowed knowingly.
     """
-    sample = 4 * math.prod(input_shape)
+    sample, (spec, cuts) = 4 * math.prod(input_shape), recipe.party(client)
     try:
         with torch.device("meta"):
-            model = make_model(recipe.model, input_shape, num_classes, seed=recipe.run.seed)
+            model = make_model(spec, input_shape, num_classes, seed=recipe.run.seed)
     except ConfigError:  # reported when the model is built; or a user's own needs real memory
         model = None
     if not isinstance(model, nn.Sequential):
         return Sizes(0, 0, sample, 0, (), 0)
-    blocks, cuts = list(model), recipe.cuts if recipe.scheme.exchange is Exchange.CUT else ()
+    blocks, cuts = list(model), cuts if recipe.scheme.exchange is Exchange.CUT else ()
     bounds = itertools.pairwise((0, *cuts, len(blocks)))
     segments = [nn.Sequential(*blocks[start:end]) for start, end in bounds]
     left, values = iter(_values(model, input_shape)), []  # of the layers of each segment

@@ -1,13 +1,14 @@
 """Check that a run can be run, before anything starts."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from sfl.config import RunConfig, flag
 from sfl.data.client_data import DatasetSpec, normalised, num_batches
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN, WRITER
+from sfl.data.vertical import strip_of
 from sfl.errors import ConfigError, RunError
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
 from sfl.model.class_weights import BALANCED, class_weights
@@ -37,10 +38,26 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
         normalised(spec, run)
-        check_model(SplitModel(recipe, spec.input_shape, len(spec.classes)))
+        for split in _models(recipe, spec):
+            check_model(split)
         if run.partition != OWN and run.class_weights != BALANCED:
             class_weights(run.class_weights, len(spec.classes))
     return recipe
+
+
+def _models(recipe: Recipe, spec: DatasetSpec) -> Collection[SplitModel]:
+    """Return the run's model, or each client's, as far as the data's shape tells it."""
+    run, shape, num_classes = recipe.run, spec.input_shape, len(spec.classes)
+    if recipe.aligns:  # each client's samples may have a shape of their own
+        return []
+    if not recipe.joins:
+        return [SplitModel(recipe, shape, num_classes)]
+    models = {
+        k: SplitModel(recipe, strip_of(shape, run, k), num_classes, client=k)
+        for k in range(run.clients)
+    }
+    SplitModel(recipe, strip_of(shape, run, run.label_client), num_classes).join(models)
+    return models.values()
 
 
 def knows_classes(run: RunConfig) -> bool:

@@ -13,10 +13,13 @@ from sfl.archive.run_folder import RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
-from sfl.conversation.cut import kinds_by_link
+from sfl.conversation.cut import Cut, kinds_by_link
 from sfl.conversation.join import Joined, describe_data
+from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.party import TRAIN, ServerParty
+from sfl.data.vertical import Ids, align
 from sfl.environment import command_line, describe, differences, fingerprint
+from sfl.errors import DataError, RunError
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import NodeConfig
@@ -63,13 +66,31 @@ class Preparation:
     options: RoundOptions = field(default_factory=RoundOptions)
 
     def __post_init__(self) -> None:
-        past = self.past
-        self._data = dict(past.data) if past else describe_data(self.joined, self.run)
+        past, self._order = self.past, self._aligned()
+        self._data = (
+            dict(past.data) if past else describe_data(self.joined, self.recipe, self._order)
+        )
         counts = self._data["num_samples"].items()
         self._num_samples = {k: parts for k, parts in sorted((int(k), p) for k, p in counts)}
         self._num_train = [parts[TRAIN] for parts in self._num_samples.values()]
         self._first_round = past.first_round if past else 0
         self._fingerprint = fingerprint(self.device)
+
+    def _aligned(self) -> Ids | None:
+        """Return the ids that all clients have, if their samples are aligned by them.
+
+        Raises:
+            RunError: there are none, or a client is not there.
+        """
+        if not self.recipe.aligns:
+            return None
+        ids = {k: joined.ids for k, joined in self.joined.items() if joined.ids is not None}
+        if len(ids) < self.recipe.run.clients:
+            raise RunError("a client is missing, whose samples the others' are aligned with")
+        try:
+            return align(ids, self.recipe.run.seed)
+        except DataError as error:
+            raise RunError(str(error)) from error
 
     @property
     def run(self) -> RunConfig:
@@ -162,7 +183,8 @@ class Preparation:
             shared = read_shared(past.files, split, first_round)
             load_backs(past.files, self.run, self._backs, shared, first_round)
             return shared
-        holders = tuple(Holder) if self.options.has_fronts else (Holder.SERVER,)
+        has_fronts = self.options.has_fronts and not self.recipe.joins
+        holders = tuple(Holder) if has_fronts else (Holder.SERVER,)
         return {name: Shared(state) for name, state in split.initial(*holders).items()}
 
     def _parties(self) -> dict[int, ServerParty]:
@@ -171,17 +193,21 @@ class Preparation:
         links = {
             k: self.joined[k].link if k in self.joined else Absent(k) for k in self._num_samples
         }
+        joint = self._split.joint
+        joint_steps = JointSteps[Cut](joint, self.run.label_client) if joint else None
         return {
             k: ServerParty(
                 client=k,
                 recipe=self.recipe,
                 link=links[k],
                 weights=self._store_of(links[k]),
-                split=self._split,
+                split=self._split.of_party(k),
                 archive=self.folder.archive,
                 watcher=self._log,
                 profile=profile,
                 backs=self._backs,
+                joint_steps=joint_steps,
+                order=self._order,
                 num_samples=parts,
                 own_round=own_rounds.get(k, 0),
             )

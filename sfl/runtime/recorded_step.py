@@ -1,6 +1,6 @@
 """The server's side of a recorded step, for ``sfl.conversation.passes`` to compute it again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from sfl.archive.profile import Stopwatch
 from sfl.archive.reader import Step
 from sfl.errors import IntegrityError
 from sfl.files.checksum import File
+from sfl.model.fusion import Joint
 from sfl.model.segment import Segment
 from sfl.model.topology import Holder, Segments, holds_last, route
 from sfl.runtime.recorded_run import RecordedRun
@@ -49,33 +50,44 @@ class RecordedEnds:
     def __init__(
         self,
         at: Position,
-        steps: Mapping[int, Step],
+        steps: Sequence[Step],
         compare: Callable[[Step, str, Tensor], None],
+        joint: Joint | None = None,
     ) -> None:
-        self.at, self._steps, self.compare = at, steps, compare
-        self.num_samples = steps[min(steps)].num_samples
+        """``steps``: at each cut; of all clients, if they are ``joint``."""
+        self.at, self._steps, self.compare, self._joint = at, steps, compare, joint
+        self.num_samples = steps[0].num_samples
 
     def __getitem__(self, link: int) -> "_RecordedEnd":
-        if link not in self._steps:
-            folder = self._steps[min(self._steps)].folder
+        at_cut = {step.client: step for step in self._steps if step.link == link}
+        if not at_cut:
+            folder = self._steps[0].folder
             raise IntegrityError(
                 f"{folder}: step {self.at.step} has nothing recorded at cut {link}"
             )
-        return _RecordedEnd(self, self._steps[link])
+        return _RecordedEnd(self, at_cut, self._joint)
 
 
 class _RecordedEnd:
     """A step's tensors at one cut."""
 
-    def __init__(self, ends: RecordedEnds, step: Step) -> None:
-        self._ends, self._step = ends, step
+    def __init__(self, ends: RecordedEnds, steps: Mapping[int, Step], joint: Joint | None) -> None:
+        self._ends, self._steps, self._joint = ends, steps, joint
 
     def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
         yield from ()
-        return self._step.tensor(kind), Message(MessageType.MESSAGE, "", "", "", self._ends.at)
+        received = {client: step.tensor(kind) for client, step in self._steps.items()}
+        if self._joint:
+            tensor = self._joint.pack(received, self._ends.num_samples)
+        else:
+            (tensor,) = received.values()
+        return tensor, Message(MessageType.MESSAGE, "", "", "", self._ends.at)
 
     def encode(self, kind: str, tensor: Tensor) -> File:
-        self._ends.compare(self._step, kind, tensor)
+        joint, steps = self._joint, self._steps
+        parts = joint.unpack(tensor) if joint else dict.fromkeys(steps, tensor)
+        for client, step in steps.items():
+            self._ends.compare(step, kind, parts[client])
         return File(b"")
 
     def send_file(self, kind: str, file: File, content: Any = "") -> None: ...

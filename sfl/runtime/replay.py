@@ -14,7 +14,7 @@ leave no cut-layer tensors: only their models are compared.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -168,41 +168,48 @@ class _Round:
 
     def _check_steps(self, backs: Backs, steps: list[Step]) -> None:
         """Recompute all steps of a scheme with a cut."""
-        losses, report = self._recorded_losses(), self._report
-        by_step = itertools.groupby(steps, key=lambda step: (step.order, step.client))
-        for (_, client), at_cuts in by_step:
-            b, ends = self._recorded.scheme.back_of(client), {s.link: s for s in at_cuts}
-            counts = self._client in (None, client)
+        losses, report, leader = self._recorded_losses(), self._report, self._recorded.recipe.leader
+        by_step = itertools.groupby(steps, key=lambda step: (step.order, leader(step.client)))
+        for (_, client), of_step in by_step:
+            b, ends = self._recorded.scheme.back_of(client), list(of_step)
+            counts = len({s.client for s in ends if self._client in (None, s.client)})
             if b in self._broken:
                 report.unchecked += counts
                 continue
-            if self._is_broken_off(ends):
+            if self._is_broken_off(client, ends):
                 report.incomplete += counts
                 continue
-            right = False
+            different = {client}
             try:
-                right = self._check_step(backs[b], ends, losses)
+                different = self._check_step(backs[b], client, ends, losses)
             except IntegrityError as error:
                 report.add(error)
                 self._broken.add(b)
             report.checked += counts
-            report.differ += counts and not right
+            report.differ += len([k for k in different if self._client in (None, k)])
 
-    def _is_broken_off(self, ends: Mapping[int, Step]) -> bool:
+    def _is_broken_off(self, leader: int, ends: Sequence[Step]) -> bool:
         """Return whether a step lacks a cut, since the run was killed while it was written."""
         recorded = self._recorded
         due = transfers(route(recorded.recipe.segments, Holder.SERVER))
-        return not recorded.ended(self._round) and not {t.link for t in due} <= ends.keys()
+        links = {step.link for step in ends if step.client == leader}
+        present = {step.client for step in ends}
+        wanted = set(recorded.order(self._round)) if recorded.recipe.joins else {leader}
+        is_whole = {t.link for t in due} <= links and wanted <= present
+        return not recorded.ended(self._round) and not is_whole
 
-    def _check_step(self, back: Segments, recorded: Mapping[int, Step], losses: Losses) -> bool:
-        """Recompute one step; return whether all that was sent equals what is recorded.
+    def _check_step(
+        self, back: Segments, leader: int, recorded: Sequence[Step], losses: Losses
+    ) -> set[int]:
+        """Recompute one step; return the clients whose tensors or loss differ from the recorded.
 
         Raises:
             IntegrityError: what was received is damaged, so that later steps are unknown.
         """
-        report, first = self._report, recorded[min(recorded)]
-        at = Position(self._recorded.run.run, first.round, first.step, first.client)
-        different = []
+        report = self._report
+        first = next((step for step in recorded if step.client == leader), recorded[0])
+        at = Position(self._recorded.run.run, first.round, first.step, leader)
+        different: set[int] = set()
 
         def compare(step: Step, kind: str, tensor: Tensor) -> None:
             same = False
@@ -211,20 +218,21 @@ class _Round:
                 if not same:
                     report.add(f"{step.path(kind)}: differs from the recomputed {_NAMES[kind]}")
             if not same:
-                different.append(kind)
+                different.add(step.client)
 
-        side, ends = RecordedServer(self._recorded, back), RecordedEnds(at, recorded, compare)
+        side = RecordedServer(self._recorded, back)
+        ends = RecordedEnds(at, recorded, compare, self._recorded.split.joint)
         y = first.labels if side.computes_loss else None
         figures, _ = run_blocking(train_pass(side, ends, None, y))
         back.update_weights()
         if figures is None:  # a client has computed the loss
-            return not different
+            return different
         labels = first.path(LABELS)
         loss = losses.get((first.client, labels.name, "loss"), figures.loss)
         same_loss = repr(loss) == repr(figures.loss)  # NaN equals NaN
         if not same_loss:
             report.add(f"{labels}: its loss differs: {figures.loss!r}, recorded {loss!r}")
-        return same_loss and not different
+        return different if same_loss else different | {first.client}
 
     def _recorded_losses(self) -> Losses:
         """Return the round's log; empty if the round was not completed or the log is damaged."""

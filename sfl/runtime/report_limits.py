@@ -31,7 +31,7 @@ MOST_PREDICTION_BYTES = 2**28  # of a client's test set
 def claim_error(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
     """Return why a client's report exceeds a limit; "" if it does not."""
     report = joined.data
-    return _too_many(recipe, node, report) or _too_large(recipe, node, report)
+    return _too_many(recipe, node, report) or _too_large(recipe, node, joined)
 
 
 def _known_total(run: RunConfig) -> int:
@@ -74,13 +74,14 @@ def _too_many(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(recipe: Recipe, shape: tuple[int, ...], num_classes: int) -> Sizes:
-    return sizes_of(recipe, shape, num_classes)
+def _sizes(recipe: Recipe, shape: tuple[int, ...], num_classes: int, client: int) -> Sizes:
+    return sizes_of(recipe, shape, num_classes, client)
 
 
-def _too_large(recipe: Recipe, node: ServerNode, report: DataReport) -> str:
+def _too_large(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
     """Return what a report makes too large: the model or the recorded steps; "" if neither."""
-    run, sizes = recipe.run, _sizes(recipe, report.input_shape, len(report.classes))
+    run, report, client = recipe.run, joined.data, joined.client if recipe.parties else 0
+    sizes = _sizes(recipe, report.input_shape, len(report.classes), client)
     if ":" in run.dataset or run.partition == OWN:  # else the data set defines shape and classes
         named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"
         needed = server_bytes(recipe, sizes, run.most_clients)

@@ -7,7 +7,7 @@ network and the links differ.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, ItemsView, Iterable, Mapping
+from collections.abc import Callable, Collection, ItemsView, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -116,7 +116,8 @@ class Rounds:
 
     def set_limits(self, client: int) -> None:
         """Set the limits of a client's connection for this run."""
-        limits = server_limits(self.split, self.num_steps[client], self.payloads)
+        split = self.parties[client].split
+        limits = server_limits(split, self.num_steps[client], self.payloads)
         self.parties[client].link.limits = limits
 
     def _items(self) -> ItemsView[int, ServerParty]:
@@ -132,19 +133,32 @@ class Rounds:
         conversation: Callable[[int], Conversation[T]],
         on_leave: Callable[[int], None] | None = None,
         *,
-        may_leave: Callable[[int], bool] = lambda client: True,
+        may_leave: Callable[[int], bool] | None = None,
         keep_results: bool = True,
     ) -> dict[int, T]:
         """Run one conversation per client, concurrently."""
         beginnings = {k: functools.partial(conversation, k) for k in clients}
         leave = on_leave or self._skip
         return run_together(
-            self.network, beginnings, leave, may_leave=may_leave, keep_results=keep_results
-        )
+            self.network, beginnings, leave, may_leave=may_leave or self._may_leave,
+            keep_results=keep_results,
+        )  # fmt: skip
+
+    def _may_leave(self, client: int) -> bool:
+        """Return whether a round can go on without a client: not without the labels of all."""
+        return not self.recipe.joins or client != self.recipe.leader(client)
+
+    def _start_joint(self, present: Collection[int]) -> None:
+        """Begin a phase whose steps these clients take together, if they do."""
+        for party in self.parties.values():
+            if party.joint_steps:
+                party.joint_steps.start(present)
 
     def _skip(self, client: int) -> None:
         """Continue without a client, in this round and until it returns."""
         self._missing[client] = self.network.why_away(client)
+        if steps := self.parties[client].joint_steps:
+            steps.drop(client)
         self.log.say(f"going on without client_{client}: {self._missing[client]}")
 
     def _round(self, round_index: int) -> dict[str, float]:
@@ -196,7 +210,8 @@ class Rounds:
         if self.parties[client].ready_for_round == round_index:
             return
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
-        if round_index < self.run.rounds and not (keeps_own and round_index > 0):
+        has_own = keeps_own and (round_index > 0 or self.recipe.joins)
+        if round_index < self.run.rounds and not has_own:
             # Those of the round's start, even after its merge; empty if a fed server has them.
             front = NamedWeights(INITIAL, self._front_file(self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
@@ -227,7 +242,8 @@ class Rounds:
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
-        self.log.start_round(round_index, sum(plan.num_steps.values()))
+        self._start_joint(plan.order)
+        self.log.start_round(round_index, plan.num_own_steps)
         for party in self.parties.values():
             party.compute_s = 0.0
 
@@ -238,7 +254,7 @@ class Rounds:
                 self.log.forget(client)
 
         def may_leave(client: int) -> bool:
-            return self.fewest == 1 or len(plan.order) > self.fewest
+            return self._may_leave(client) and (self.fewest == 1 or len(plan.order) > self.fewest)
 
         drawn = tuple(plan.order)
         for k in drawn:  # a client may have returned while the round began
@@ -349,6 +365,7 @@ class Rounds:
             return (yield from server_evaluate_round(party, given, round_index))
 
         there = [k for k in self._active() if k not in plan.dropped]
+        self._start_joint(there)
         # A client that starts again may not have its own state of this round on disk.
         return self._run_clients(there, evaluate, keep_results=False)
 

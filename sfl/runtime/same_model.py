@@ -44,33 +44,40 @@ class ServersModel:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._built: dict[tuple[tuple[int, ...], int], BuiltModel | None] = {}
+        self._built: dict[tuple[tuple[int, ...], int, int], BuiltModel | None] = {}
 
     def why_different(self, joined: Joined, *, all_are_there: bool = False) -> str:
         """Return how a client's model differs; "" if it does not, or cannot be checked yet."""
-        built = self._built_for(joined.data, limited=not all_are_there)
+        built = self._built_for(joined, limited=not all_are_there)
         return _why_different(self._recipe.run, built, joined) if built else ""
 
-    def why_too_few_samples(self, data: DataReport) -> str:
+    def why_too_few_samples(self, joined: Joined) -> str:
         """Return why the model cannot be trained on a single sample; "" if it can."""
-        if data.num_samples[TRAIN] > 1 or not self._built_for(data):
+        data = joined.data
+        if data.num_samples[TRAIN] > 1 or not self._built_for(joined):
             return ""
-        split = SplitModel(self._recipe, data.input_shape, len(data.classes))
+        split = _model_for(self._recipe, joined)
         why = needs_several_samples(split)
         return f"it has one training sample, and the model needs more: {why}" if why else ""
 
-    def _built_for(self, data: DataReport, *, limited: bool = True) -> BuiltModel | None:
-        known = data.input_shape, len(data.classes)
+    def _built_for(self, joined: Joined, *, limited: bool = True) -> BuiltModel | None:
+        data, client = joined.data, joined.client if self._recipe.joins else 0
+        known = data.input_shape, len(data.classes), client
         if known not in self._built:
             too_large = math.prod(data.input_shape) > MOST_ELEMENTS
             if limited and (len(self._built) >= MOST_BUILT or too_large):
                 return None
             try:
-                split = SplitModel(self._recipe, *known)
+                split = _model_for(self._recipe, joined)
                 self._built[known] = split.structure, split.block_names
             except Exception:  # noqa: BLE001 - a user's own code; reported when all are ready
                 self._built[known] = None
         return self._built[known]
+
+
+def _model_for(recipe: Recipe, joined: Joined) -> SplitModel:
+    data = joined.data
+    return SplitModel(recipe, data.input_shape, len(data.classes), client=joined.client)
 
 
 def _why_different(run: RunConfig, built: BuiltModel, joined: Joined) -> str:
@@ -93,11 +100,12 @@ def check_same_model(
     Raises:
         RunError: a client has built another model.
     """
-    ours = weights_checksum(split.front_state())
     for k, client in joined.items():
+        ours = weights_checksum(split.of_party(k).front_state())
         if not client.data.structure:  # a client of a simulation
             continue
-        if why := _why_different(split.recipe.run, (split.structure, split.block_names), client):
+        own = split.of_party(k)
+        if why := _why_different(split.recipe.run, (own.structure, own.block_names), client):
             raise RunError(why)
         if client.data.weights != ours:
             say(

@@ -180,7 +180,7 @@ class _Server:
         ).rounds()
         lobby.on_return = rounds.reconnect
         if self.place is not None and self.fed == APART:
-            put_start(self.place, run, rounds.first_round, describe_data(joined, run))
+            put_start(self.place, run, rounds.first_round, describe_data(joined, self.recipe))
         return rounds
 
     def _lobby(self, network: ServerNetwork) -> Lobby:

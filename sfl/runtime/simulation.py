@@ -205,7 +205,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     recipe = check_run(run, imports_data=True)
     check_away(recipe, away)
     device = set_up_torch(node)
-    data = _load_all(recipe.run, node)
+    data = _load_all(recipe, node)
     if recipe.scheme.pooled:
         data = {0: _pooled(data, recipe.run)}
     path = create_run_folder(node.out_path / "server", recipe.run.run)
@@ -252,7 +252,11 @@ class _Clients:
 
     def joined(self, client: int) -> Joined:
         """Return a client's registration, as the server would receive it."""
-        return Joined(client, self._ends[client][0], self._fingerprint, self._reports[client])
+        known = self._data[client].identified
+        return Joined(
+            client, self._ends[client][0], self._fingerprint, self._reports[client],
+            known.ids if known else None,
+        )  # fmt: skip
 
     def start(self, rounds: Rounds, network: LocalNetwork, archives: contextlib.ExitStack) -> None:
         """Start all clients' conversations, and set how absent ones return."""
@@ -276,14 +280,14 @@ class _Clients:
 
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
         recipe, split, link = self._recipe, rounds.split, self._ends[client][1]
-        segments = split.segments(Holder.CLIENT, self._device)
+        segments = split.of_party(client).segments(Holder.CLIENT, self._device)
         folder = _client_folder(recipe.run, self._node, client)
         return ClientParty(
             client=client,
             recipe=recipe,
             link=link,
             weights=rounds.store(link),
-            split=split,
+            split=split.of_party(client),
             archive=archive,
             watcher=_NoWatcher(),
             profile=Profile(folder, wanted=False),
@@ -320,15 +324,23 @@ def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
     )
 
 
-def _load_all(run: RunConfig, node: NodeConfig) -> dict[int, ClientData]:
+def _load_all(recipe: Recipe, node: NodeConfig) -> dict[int, ClientData]:
+    run = recipe.run
     spec, clients = dataset_of(run), range(run.clients)
     if run.partition == OWN:
-        return {k: load_own(spec, run, k, node.data_path / f"client_{k}", say=say) for k in clients}
+        folders = {k: node.data_path / f"client_{k}" for k in clients}
+        return {
+            k: load_own(spec, run, k, folder, say=say, has_ids=recipe.aligns)
+            for k, folder in folders.items()
+        }
     loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))
     return {k: client_data(spec, run, k, *part) for k, part in enumerate(deal(*loaded, run))}
 
 
 class _NoWatcher:
+    def start_round(self, round_index: int, num_steps: int) -> None:
+        pass
+
     def step(self, at: Position, figures: StepFigures) -> None:
         pass
 

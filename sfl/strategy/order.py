@@ -122,6 +122,7 @@ class RoundPlan:
         self._snapshots: dict[int, Mapping[str, Snapshot]] = {}  # of a client's back at its start
         self.order = draw(run, sorted(num_steps), round_index)
         self.num_steps = {k: num_steps[k] for k in self.order}
+        self._leaders = [k for k in self.order if recipe.leader(k) == k]
         in_turns = row.fronts is Fronts.RELAYED
         self._at_once = at_once
         self.rounds = Turns(tuple(self.order) if in_turns else None)
@@ -130,11 +131,16 @@ class RoundPlan:
         self._taken: Counter[int] = Counter()  # steps taken, by back
         self._taken_of: Counter[int] = Counter()  # steps taken, by client
         for b in backs:
-            ours = [k for k in self.order if row.back_of(k) == b]
+            ours = [k for k in self._leaders if row.back_of(k) == b]
             fixed = len(ours) > 1 and not in_turns and run.server_order == "fixed"
             self.steps[b] = Turns(interleaved(ours, num_steps) if fixed else None)
         gathers = row.exchange is Exchange.WEIGHT_GRADS
         self.pool = GradientPool(run, backs[0].last, self.num_steps, spool) if gathers else None
+
+    @property
+    def num_own_steps(self) -> int:
+        """The steps of the round, where those that clients take together count once."""
+        return sum(self.num_steps[k] for k in self._leaders)
 
     def num_steps_for(self, client: int) -> int:
         """Return the number of replies to a client: its steps, or with a pool the most of any."""

@@ -10,19 +10,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sfl.config import RunConfig
+from sfl import seeds
+from sfl.config import RunConfig, require
 from sfl.data.augment import NONE, changes_of
 from sfl.data.client_data import parse_normalize
-from sfl.data.partition import check_partition
-from sfl.errors import ConfigError
+from sfl.data.partition import OWN, VERTICAL, check_partition
+from sfl.errors import ConfigError, counted
 from sfl.model import class_weights
+from sfl.model.fusion import FUSIONS
 from sfl.model.task import Task
 from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology
 from sfl.model.training import Training
 from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
 from sfl.strategy.aggregate import RULES, Result
-from sfl.strategy.schemes import SCHEMES, Exchange, Scheme
+from sfl.strategy.schemes import SCHEMES, Exchange, Fronts, Scheme, shared
 from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors
 from sfl.weights.stores import check_address
 
@@ -39,6 +41,29 @@ class Recipe:
     training: Training
     rule: Callable[..., Result]  # aggregation rule
     keep: KeepModels  # rounds whose files are kept
+    joins: bool = False  # whether all clients take part in each step, see ``Topology``
+    parties: tuple[tuple[ModelSpec, tuple[int, ...]], ...] = ()  # of each client, where they differ
+
+    @property
+    def aligns(self) -> bool:
+        """Whether clients' own samples are to be aligned by their ids."""
+        return self.joins and self.run.partition == OWN
+
+    def leader(self, client: int) -> int:
+        """Return the client in whose name a client's steps are drawn and taken, with its labels."""
+        return self.run.label_client if self.joins else client
+
+    def has_labels(self, client: int) -> bool:
+        return self.leader(client) == client
+
+    def model_seed(self, client: int) -> int:
+        """Return the seed of a client's initial weights: one for all that train the same model."""
+        seed, is_leader = self.run.seed, self.has_labels(client)
+        return seed if is_leader else seeds.derive(seed, seeds.INITIAL_WEIGHTS, client)
+
+    def party(self, client: int) -> tuple[ModelSpec, tuple[int, ...]]:
+        """Return the model that a client's segments are of, and its cuts."""
+        return self.parties[client] if self.parties else (self.model, self.cuts)
 
     @property
     def shares_labels(self) -> bool:
@@ -80,7 +105,20 @@ class Recipe:
         cut = run.cut if len(cuts) > 1 else cuts[0]
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
-        recipe = cls(run, row, model, cuts, segments, training, rule, _keep(run, row))
+        parties: tuple[tuple[ModelSpec, tuple[int, ...]], ...] = ()
+        if placed.joins:
+            _check_joined(run, row)
+            parties = _parties(run, model, cuts, allowed)
+            model, cuts = parties[run.label_client]
+            row = replace(row, back_of=shared, fronts=Fronts.OWN)
+        elif run.partition == VERTICAL:
+            raise ConfigError(
+                f"--partition {VERTICAL}: with --topology {topology} each client trains on samples"
+                " of its own; give --topology vertical, or another --partition"
+            )
+        recipe = cls(
+            run, row, model, cuts, segments, training, rule, _keep(run, row), placed.joins, parties
+        )
         if recipe.keeps_labels:
             _check_private(run)
         return recipe
@@ -104,6 +142,52 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     if len(cuts) < len(texts) or any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ConfigError(f"--cut {cut}: give numbers of blocks that rise, as 3 or 3,5")
     return cuts
+
+
+def _check_joined(run: RunConfig, row: Scheme) -> None:
+    """Check the options of a run in which all clients take part in each step.
+
+    Raises:
+        ConfigError: one does not fit.
+    """
+    named("fusion", run.fusion, FUSIONS)
+    given, clients = run.partition, run.clients
+    conditions = [
+        (row.exchange is Exchange.CUT and not row.pooled, "scheme", "a scheme with a cut"),
+        (given in (VERTICAL, OWN), "partition", f"{VERTICAL} or {OWN}"),
+        (run.participation == 1, "participation", "all clients in each step"),
+        (run.most_clients == clients, "max_clients", "the number of clients known"),
+        (run.label_client < clients, "label_client", f"one of the {counted(clients, 'client')}"),
+        (run.batch_size > 1, "batch_size", "2 or more: all clients are told a batch's loss"),
+        (
+            given == OWN or run.augment in ("", NONE),
+            "augment",
+            "none: each client would change its part of an image otherwise",
+        ),
+    ]
+    for holds, name, wanted in conditions:
+        require(holds, name, getattr(run, name), f"{wanted}, with --topology {run.topology}")
+
+
+def _parties(
+    run: RunConfig, model: ModelSpec, cuts: tuple[int, ...], allowed: Collection[str] | None
+) -> tuple[tuple[ModelSpec, tuple[int, ...]], ...]:
+    """Return the model of each client's first segment, and its cuts.
+
+    Raises:
+        ConfigError: there is not one for each client, or a model is unknown.
+    """
+    names = run.party_models.split(",") if run.party_models else [run.model] * run.clients
+    if len(names) != run.clients:
+        raise ConfigError(
+            f"--party-models {run.party_models}: {len(names)} models for {run.clients} clients"
+        )
+    found = []
+    for name in names:
+        spec = model_spec(name, allowed)
+        own = parse_cuts(run.cut if spec.cut is None else None, spec.cut, name)
+        found.append((model, cuts) if name == run.model else (spec, own))
+    return tuple(found)
 
 
 def _check_private(run: RunConfig) -> None:

@@ -18,6 +18,7 @@ from sfl.files.torch_file import (
 )
 from sfl.model import structure
 from sfl.model.blocks import Entries, check_no_shared_weights, copied, names_of
+from sfl.model.fusion import Fusion, Joint
 from sfl.model.segment import Segment
 from sfl.model.topology import Holder, Segments, joined
 from sfl.model.training import Training
@@ -47,11 +48,16 @@ class SplitModel:
         input_shape: tuple[int, ...],
         num_classes: int,
         class_weights: tuple[float, ...] = (),
+        *,
+        client: int | None = None,
     ) -> None:
+        """``client``: whose model it is, if clients have models of their own; None: the leader."""
         run = recipe.run
+        client = recipe.leader(0) if client is None else client
+        spec, cuts = recipe.party(client)
 
         def build_it() -> nn.Sequential:
-            return build(recipe.model, input_shape, num_classes, seed=run.seed)
+            return build(spec, input_shape, num_classes, seed=recipe.model_seed(client))
 
         model = build_it()
         self.block_names = [name for name, _ in model.named_children()]
@@ -59,7 +65,7 @@ class SplitModel:
         self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
             described, lambda: structure.describe(build_it())
         )
-        self.recipe, cuts = recipe, recipe.cuts
+        self.recipe = recipe
         self.cuts = cuts if recipe.scheme.exchange is Exchange.CUT else ()
         if not 0 <= cuts[0] <= cuts[-1] <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
@@ -72,22 +78,55 @@ class SplitModel:
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
         self.entries = Entries.of(rows)
         self._segments = dict(zip(names, rows, strict=True))  # these keep the initial weights
+        self._unjoined = rows
         self._first_blocks = dict(zip(names, (0, *self.cuts), strict=True))
         self.input_shape, self.num_classes = input_shape, num_classes
-        self._training = replace(recipe.training, class_weights=class_weights)
+        self._training = replace(recipe.training, class_weights=class_weights, cuts=cuts)
         self.specs: dict[str, StateSpec] = {
             name: state_spec(s.state_dict()) for name, s in self._segments.items()
         }
         self._cut_samples = sample_specs(rows, self._training, input_shape, num_classes)
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
-        self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, fit))
+        # Clients that evaluate a batch together know their own activations only.
+        most = run.batch_size if recipe.joins else fit
+        self.evaluation_batch = max(1, min(MAX_EVALUATION_BATCH, most))
+        self.joint: Joint | None = None  # what joins in front of the server's segment
+        self._parties: Mapping[int, SplitModel] = {}  # the models of other clients, if joined
 
     @classmethod
     def of_data(cls, recipe: Recipe, data: Mapping[str, Any]) -> "SplitModel":
         """Return a run's model for a record of its clients' data."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
-        return cls(recipe, shape, len(data["classes"]), weights)
+        split = cls(recipe, shape, len(data["classes"]), weights)
+        if recipe.joins:
+            split.join(cls.of_clients(recipe, data))
+        return split
+
+    @classmethod
+    def of_clients(cls, recipe: Recipe, data: Mapping[str, Any]) -> dict[int, "SplitModel"]:
+        """Return each client's model, where they have models of their own."""
+        parts = {int(k): part for k, part in data["parts"].items()}
+        return {
+            k: cls(recipe, tuple(part["input_shape"]), part["num_classes"], client=k)
+            for k, part in parts.items()
+        }
+
+    def join(self, parties: Mapping[int, "SplitModel"]) -> None:
+        """Let the server's segment begin with the fusion of all clients' activations.
+
+        Raises:
+            ConfigError: they cannot be joined.
+        """
+        run, name = self.recipe.run, self.held_by(Holder.SERVER)[0]
+        self._parties = parties
+        self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
+        wanted = self.features_sample(0).shape
+        fusion = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
+        blocks = [("fusion", fusion), *self._segments[name]._modules.items()]
+        self._segments[name] = nn.Sequential(OrderedDict(blocks))
+        self.entries = Entries.of(self._rows)
+        self.specs[name] = state_spec(self._segments[name].state_dict())
 
     @property
     def class_weights(self) -> tuple[float, ...]:
@@ -104,9 +143,9 @@ class SplitModel:
 
     def trial(self, *, whole: bool = False) -> Trial:
         """Return a trial with copies of the segments, or of the ``whole`` model in one piece."""
-        blocks = OrderedDict(item for row in self._rows for item in row._modules.items())
+        blocks = OrderedDict(item for row in self._unjoined for item in row._modules.items())
         return Trial(
-            [nn.Sequential(blocks)] if whole else self._rows,
+            [nn.Sequential(blocks)] if whole else self._unjoined,
             self._training,
             self.input_shape,
             self.num_classes,
@@ -116,7 +155,7 @@ class SplitModel:
 
     def where_to_cut(self) -> str:
         """Return the end of an error message: where else the model can be cut."""
-        return where_to_cut(self._rows, self._training, self.input_shape, self.num_classes)
+        return where_to_cut(self._unjoined, self._training, self.input_shape, self.num_classes)
 
     def held_by(self, holder: Holder) -> list[str]:
         """Return the names of a party's segments; without a cut, each party has the whole model."""
@@ -192,6 +231,15 @@ class SplitModel:
         return {
             n: s for row in self.specs.values() for n, s in row.items() if n in self.entries.trained
         }
+
+    def of_party(self, client: int) -> "SplitModel":
+        """Return a client's model: this one, unless clients have models of their own."""
+        is_own = client != self.recipe.leader(client)
+        return self._parties[client] if is_own else self
+
+    def features_sample(self, link: int) -> TensorSpec:
+        """Return the spec of one sample's activations at a cut."""
+        return self._cut_samples[link]
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
         """Return the spec of a batch's activations at a cut, and of their gradients."""

@@ -26,6 +26,9 @@ class MessageType(StrEnum):
     CHECK = "CHECK"  # C: ask whether REGISTER would succeed; client id, fingerprint
     CHECKED = "CHECKED"  # S: as REGISTERED, but takes no place; then, the report's faults
     REQUEST_TO_START = "REQUEST_TO_START"  # C: data are loaded; samples, classes, shape
+    REQUEST_IDS = "REQUEST_IDS"  # S: send the ids of your samples
+    SAMPLE_IDS = "SAMPLE_IDS"  # C: file, digests of the ids of all its samples
+    SAMPLE_ORDER = "SAMPLE_ORDER"  # S: file, those that all clients have, in the run's order
     MESSAGE = "MESSAGE"  # S: a notice for the user, at any time
     GO_ON = "GO_ON"  # S: this round is done (-1: none); the front that the next one starts from
     START_TRAINING = "START_TRAINING"  # S: train in round r; starting front, number of steps
@@ -58,6 +61,8 @@ _TYPES: Final = {message_type.value: message_type for message_type in MessageTyp
 # Messages of these types always carry a file; others never do.
 FILE_TYPES: Final = frozenset(
     {
+        MessageType.SAMPLE_IDS,
+        MessageType.SAMPLE_ORDER,
         MessageType.TRAINING_LABELS,
         MessageType.TRAINING_FEATURES,
         MessageType.TRAINING_GRADS,
