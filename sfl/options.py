@@ -23,7 +23,7 @@ GROUPS = {
     "run": "run resume scheme clients max_clients participation rounds local_epochs server_order"
     " seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
-    "model": "model cut topology task",
+    "model": "model cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",

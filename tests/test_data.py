@@ -27,6 +27,7 @@ from sfl.data.partition import check_partition
 from sfl.data.private_data import load_own
 from sfl.data.samples import Samples, join
 from sfl.errors import ConfigError, DataError, RunError
+from sfl.strategy.recipe import Recipe
 from sfl.values import Position
 from sfl.wire.link import Absent
 from tests.support.made_data import loaded, write_mnist

@@ -58,13 +58,14 @@ EACH_SCHEME = [
     {"scheme": "sflv1", "optimizer_state": "keep"},
     {"scheme": "sflv2"},
     {"scheme": "sflv3", "optimizer_state": "keep", "participation": 0.6},
+    {"scheme": "sflv2", "topology": "vertical", "partition": "vertical"},
     {"scheme": "fl", "aggregation": "fedadam:lr=0.01"},
     {"scheme": "sync-sgd", "optimizer_state": "keep"},
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", EACH_SCHEME, ids=lambda scheme: scheme["scheme"])
+@pytest.mark.parametrize("scheme", EACH_SCHEME, ids=lambda s: s.get("topology") or s["scheme"])
 def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
     launcher: Launcher, tmp_path: Path, scheme: dict[str, object], references: References
 ) -> None:

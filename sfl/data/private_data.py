@@ -83,7 +83,8 @@ def _load_identified(
         spec, run, client, parts.train, parts.test,
         classes=parts.classes, validation=parts.validation or nothing(spec.input_shape),
     )  # fmt: skip
-    return dataclasses.replace(data, identified=Identified(read_ids(archive), run))
+    in_order = parts.train.sized(spec.input_shape)  # of the ids
+    return dataclasses.replace(data, train=in_order, identified=Identified(read_ids(archive), run))
 
 
 def num_images(data_dir: Path) -> int:

@@ -121,6 +121,8 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         ConfigError: they leave a round too few, which would wait for others in a run over sockets.
     """
     run, needed = recipe.run, fewest_clients(recipe)
+    if recipe.joins and (labels := run.label_client) in {away.client for away in absences}:
+        raise ConfigError(f"--away {labels}: all steps need the labels of client_{labels}")
     if needed == 1 or not absences:  # a round that all have left begins again with others
         return
     last = max(away.back or away.round + 1 for away in absences)

@@ -1,0 +1,292 @@
+"""Vertically partitioned data: all clients take part in each step, each with its columns."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sfl.config import RunConfig
+from sfl.data.client_data import ClientData
+from sfl.data.datasets import dataset_spec
+from sfl.data.private_data import load_own
+from sfl.data.vertical import align, digests
+from sfl.errors import ConfigError, DataError
+from sfl.nodes import NodeConfig
+from sfl.runtime.preflight import check_run
+from sfl.runtime.recorded_run import load
+from sfl.runtime.replay import check
+from sfl.runtime.simulation import Away, check_away, simulate
+from sfl.strategy.recipe import Recipe
+from sfl.wire.messages import MessageType
+from tests.support.launch import Launcher
+from tests.support.made_data import loaded
+from tests.support.pairwise import pairwise
+from tests.support.plain_training import data_of
+from tests.support.plain_vertical import PlainVertical
+from tests.support.proxy import UP, Recorded
+from tests.support.runs import ALLOW, BN_DROPOUT
+from tests.support.simulations import simulated
+from tests.support.weights import all_weights, assert_equal
+from tests.support.wiretap import record
+
+VERTICAL = {"topology": "vertical", "partition": "vertical", "clients": 2}
+MODEL = {"model": BN_DROPOUT, "cut": 6, "batch_size": 200, "rounds": 2}
+SCHEMES = ["sl", "sflv1", "sflv2", "sflv3"]
+
+
+def last_weights(run: Path, num_clients: int, round_index: int = 1) -> dict[str, Tensor]:
+    """Return the weights after a round: those of each client's folder, and the server's."""
+    mark = f"{round_index:03d}.pt"
+    files = {"server": run / f"models/server_model_{mark}"} | {
+        f"client_{k}": run.parent.parent / f"client/r/client_{k}/models/client_{k}_{mark}"
+        for k in range(num_clients)
+    }
+    return {
+        f"{party}/{name}": tensor
+        for party, path in files.items()
+        for name, tensor in torch.load(path, weights_only=True).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fusion", "state", "clients", "label"),
+    pairwise(SCHEMES, ["concat", "sum", "mean", "max"], ["reset", "keep"], [2, 4], [0, 1]),
+)
+def test_all_parties_together_equal_a_plain_loop(
+    tmp_path: Path, scheme: str, fusion: str, state: str, clients: int, label: int
+) -> None:
+    """With BatchNorm and dropout at each party, and of whatever scheme: each owns its segment."""
+    options = VERTICAL | MODEL | {"clients": clients, "fusion": fusion}
+    options |= {"optimizer_state": state, "label_client": label, "scheme": scheme}
+    run = simulated(tmp_path, **options)
+    plain = PlainVertical(RunConfig(**options))
+    plain.train()
+    assert_equal(last_weights(run, clients), plain.weights())
+
+
+@pytest.mark.parametrize(("model", "cut"), [("lenet5", 3), ("cnn-mnist", 3)])
+def test_activations_with_channels_are_joined_along_them(
+    tmp_path: Path, model: str, cut: int
+) -> None:
+    options = VERTICAL | MODEL | {"model": model, "cut": cut}
+    run = simulated(tmp_path, **options)
+    plain = PlainVertical(RunConfig(**options))
+    plain.train()
+    assert_equal(last_weights(run, 2), plain.weights(), at_least=8)
+
+
+def options_of(options: Mapping[str, object]) -> list[object]:
+    return [text for n, v in options.items() for text in (f"--{n.replace('_', '-')}", v)]
+
+
+@pytest.mark.parametrize(("scheme", "state"), [("sl", "keep"), ("sflv1", "reset")])
+def test_sockets_equal_the_simulation_and_the_replay(
+    launcher: Launcher, tmp_path: Path, scheme: str, state: str
+) -> None:
+    options = VERTICAL | MODEL | {"scheme": scheme, "optimizer_state": state, "clients": 3}
+    typed = options_of({n: v for n, v in options.items() if n != "clients"})
+    sockets = launcher.run(*typed, clients=3, client_options=ALLOW)
+    whole = simulated(tmp_path / "simulated", **options, keep_tensors="all")
+    assert_equal(all_weights(sockets), all_weights(whole))
+    files = {p.relative_to(whole) for p in whole.glob("client_files/**/*.pt")}
+    assert len(files) == 2 * 16 * (3 * 2 + 1)  # rounds, steps, two tensors of each, labels of one
+    assert all((whole / p).read_bytes() == (sockets / p).read_bytes() for p in files)
+    report = check(load(sockets, allow_import=BN_DROPOUT))
+    assert (report.findings, report.checked, report.differ) == ([], 2 * 16 * 3, 0)
+    assert (report.models, report.models_differ) == (2, 0)
+    one = check(load(sockets, allow_import=BN_DROPOUT), client=2)
+    assert (one.findings, one.checked, one.differ) == ([], 2 * 16, 0)
+
+
+def test_a_missing_party_counts_as_zeros_until_it_is_back(tmp_path: Path) -> None:
+    """It goes on with what it had at the start of the round in which it was lost."""
+    options = VERTICAL | MODEL | {"clients": 3, "rounds": 3, "run": "r"}
+    config, node = RunConfig(**options), NodeConfig(out=str(tmp_path))
+    run = simulate(config, node, [Away(client=2, round=0, step=3, back=2)])
+    plain = PlainVertical(config)
+    began = {name: t.clone() for name, t in plain.fronts[2].state_dict().items()}
+
+    def missing(round_index: int, step: int) -> list[int]:
+        if (round_index, step) == (0, 3):
+            plain.fronts[2].load_state_dict(began)
+        return [2] if round_index == 1 or (round_index == 0 and step >= 3) else []
+
+    plain.train(missing)
+    assert_equal(last_weights(run, 3, 2), plain.weights())
+    report = check(load(run, allow_import=BN_DROPOUT))
+    assert (report.findings, report.differ, report.models_differ) == ([], 0, 0)
+    assert report.checked == 2 * 3 * 16 + 3 + 16  # of two clients, and what the third took part in
+    missed = [row.rsplit(",", 1)[1] for row in (run / "rounds.csv").read_text().splitlines()]
+    assert missed == ["missing", "client_2: away", "client_2: away", ""]
+
+
+def test_the_client_with_the_labels_is_waited_for() -> None:
+    recipe = Recipe.of(RunConfig(**VERTICAL, label_client=1))
+    check_away(recipe, [Away(0, 1)])
+    with pytest.raises(ConfigError, match="all steps need the labels of client_1"):
+        check_away(recipe, [Away(1, 1)])
+
+
+# Own data, aligned by ids
+
+
+def write_own(folder: Path, ids: list[int], **arrays: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    np.savez(folder / "data.npz", ids=np.array([f"patient {i}" for i in ids]), **arrays)
+
+
+def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    train, _ = loaded("mnist-5k")
+    return train.x[:count].numpy(), train.y[:count].numpy()
+
+
+@pytest.fixture
+def hospitals(tmp_path: Path) -> Path:
+    """Images and labels at one client, a table at the other, of people that both know in part."""
+    x, y = digits(900)
+    drawn = np.random.default_rng(0)
+    here, there = drawn.permutation(900)[:700], drawn.permutation(900)[:800]
+    table = x.reshape(900, -1)[:, ::7].astype(np.float32) / 128 - 1
+    write_own(tmp_path / "own/client_0", here.tolist(), x=x[here], y=y[here])
+    write_own(tmp_path / "own/client_1", there.tolist(), x=table[there])
+    return tmp_path / "own"
+
+
+OWN = {"topology": "vertical", "partition": "own", "clients": 2, "party_models": "lenet5,mlp"}
+OWN |= {"model": "lenet5", "rounds": 2, "batch_size": 100}
+
+
+def test_samples_of_different_kinds_are_joined_by_their_ids(
+    launcher: Launcher, hospitals: Path, tmp_path: Path
+) -> None:
+    """Sockets, simulation and the samples that both have: whatever the order of their files."""
+    run = simulate(
+        RunConfig(**OWN, run="r"), NodeConfig(out=str(tmp_path), data_dir=str(hospitals))
+    )
+    server = launcher.server("--run", "s", *options_of(OWN))
+    own = [
+        launcher.client("--client-id", k, "--data-dir", hospitals / f"client_{k}") for k in (0, 1)
+    ]
+    for program in [server, *own]:
+        program.ended_with(0)
+    sockets = tmp_path / "server/s"
+    assert_equal(all_weights(sockets), all_weights(run))
+    assert (check(load(run)).differ, check(load(sockets)).differ) == (0, 0)
+    shared = people(hospitals / "client_0") & people(hospitals / "client_1")
+    log = (run / "rounds/round_000.csv").read_text()
+    held_out = len(shared) // 5
+    assert f"0,client_model_000.pt,samples,{len(shared) - held_out}" in log
+    assert f"1,client_model_000.pt,samples,{len(shared) - held_out}" in log
+
+
+def people(folder: Path) -> set[str]:
+    return set(np.load(folder / "data.npz")["ids"].tolist())
+
+
+def of_hospitals(folder: Path) -> dict[int, ClientData]:
+    spec, run = dataset_spec("mnist-5k"), RunConfig(**OWN)
+    return {
+        k: load_own(spec, run, k, folder / f"client_{k}", say=lambda line: None, has_ids=True)
+        for k in (0, 1)
+    }
+
+
+def test_aligned_samples_are_the_same_peoples_in_the_same_order(hospitals: Path) -> None:
+    data = of_hospitals(hospitals)
+    order = align({k: one.identified.ids for k, one in data.items() if one.identified}, seed=3)
+    images, table = (one.aligned(order, drawn_as=0) for one in data.values())
+    for part in ("train", "validation"):
+        x = getattr(images, part).x.flatten(1)[:, ::7]
+        assert len(x) > 100
+        assert torch.equal(getattr(table, part).x, x.float() / 128 - 1)
+    assert not table.train.y.any()
+    assert images.train.y.any()
+    other = align({k: one.identified.ids for k, one in data.items() if one.identified}, seed=4)
+    assert set(map(tuple, other["train"].tolist())) == set(map(tuple, order["train"].tolist()))
+    assert not torch.equal(other["train"], order["train"])
+
+
+def test_ids_that_are_missing_or_twice_are_named(tmp_path: Path) -> None:
+    x, y = digits(10)
+    write_own(tmp_path / "twice/client_0", [*range(9), 3], x=x, y=y)
+    write_own(tmp_path / "twice/client_1", [*range(9)], x=x)
+    with pytest.raises(DataError, match="'patient 3' occurs more than once"):
+        of_hospitals(tmp_path / "twice")
+    write_own(tmp_path / "few/client_0", [*range(10)], x=x, y=y)
+    write_own(tmp_path / "few/client_1", [*range(9)], x=x)
+    with pytest.raises(DataError, match="an array ids that names each sample of x, of 10"):
+        of_hospitals(tmp_path / "few")
+    with pytest.raises(DataError, match=r"same id at all clients \(client_0 1, client_1 2\)"):
+        align({0: {"train": digests(["a"])}, 1: {"train": digests(["b", "c"])}}, 0)
+
+
+def test_clients_without_common_samples_end_before_the_start(tmp_path: Path) -> None:
+    x, y = digits(20)
+    write_own(tmp_path / "own/client_0", [*range(10)], x=x[:10], y=y[:10])
+    write_own(tmp_path / "own/client_1", [*range(10, 20)], x=x[10:])
+    with pytest.raises(Exception, match="no training sample has the same id at all clients"):
+        simulate(RunConfig(**OWN), NodeConfig(out=str(tmp_path), data_dir=str(tmp_path / "own")))
+
+
+# What is refused, and what passes on the wire
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"scheme": "fl"}, "--scheme fl: must be a scheme with a cut"),
+        ({"scheme": "central"}, "--scheme central: must be a scheme with a cut"),
+        ({"partition": "iid"}, "--partition iid: must be vertical or own"),
+        ({"participation": 0.5}, "--participation 0.5: must be all clients"),
+        ({"label_client": 2}, "--label-client 2: must be one of the 2 clients"),
+        ({"batch_size": 1}, "--batch-size 1: must be 2 or more"),
+        ({"augment": "hflip"}, "--augment hflip: must be none"),
+        ({"fusion": "glue"}, "fusion"),
+        ({"party_models": "mlp"}, "--party-models mlp: 1 models for 2 clients"),
+        ({"cut": "3,6"}, "takes 1 cut"),
+        ({"topology": "vanilla"}, "give --topology vertical"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Recipe.of(RunConfig(**VERTICAL | options))
+
+
+def test_activations_of_different_shapes_can_only_be_concatenated() -> None:
+    run = RunConfig(**VERTICAL, fusion="sum", model="lenet5", party_models="lenet5,mlp")
+    with pytest.raises(ConfigError, match="--fusion sum needs the same shape"):
+        check_run(run)
+    check_run(replace(run, fusion="concat"))
+
+
+def raw_columns(connections: list[Recorded], data: list[ClientData]) -> int:
+    """Return how many samples' raw columns went up, as bytes or as normalised floats."""
+    streams = [bytes(connection.streams[UP]) for connection in connections]
+    found = 0
+    for part in data:
+        x, _ = part.batch(part.train, slice(0, 50))
+        forms = [*part.train.take(slice(0, 50)).x.numpy(), *x.numpy()]
+        found += sum(form.tobytes() in stream for form in forms for stream in streams)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cut", "leaks"), [(3, False), (1, True)])
+def test_no_raw_column_leaves_a_client(tmp_path: Path, cut: int, leaks: bool) -> None:
+    """In front of the first cut of this model there is no layer but ``flatten``."""
+    options = {n: v for n, v in VERTICAL.items() if n != "clients"} | {"model": "mlp", "cut": cut}
+    _, connections = record(tmp_path, 2, [*options_of(options), "--rounds", 1])
+    found = raw_columns(connections, data_of(RunConfig(**VERTICAL)))
+    assert (found > 0) == leaks
+    with_labels = {
+        connection.messages[0][1].content["client_id"]: any(
+            m.type in (MessageType.TRAINING_LABELS, MessageType.VALIDATION_LABELS)
+            for _, m in connection.messages
+        )
+        for connection in connections
+    }
+    assert with_labels == {0: True, 1: False}
