@@ -13,7 +13,7 @@ import torch
 from sfl.config import RunConfig
 from sfl.data.client_data import part_of
 from sfl.data.datasets import DATASETS
-from sfl.data.ham10000 import _read_metadata
+from sfl.data.ham10000 import read_metadata
 from sfl.data.samples import Samples
 from tests.conftest import REAL_DATA
 from tests.support.launch import Launcher
@@ -104,7 +104,7 @@ if "ham10000" in HERE:
 
     def test_no_lesion_of_ham10000_is_in_both_parts(cache: Path) -> None:
         assert REAL_DATA is not None
-        rows = _read_metadata(REAL_DATA / "HAM10000/HAM10000_metadata.csv")
+        rows = read_metadata(REAL_DATA / "HAM10000")
         both = load_real("ham10000", cache)
         lesions = [{rows[int(k)]["lesion_id"] for k in part.rows} for part in both]  # type: ignore[union-attr]
         assert not lesions[0] & lesions[1]

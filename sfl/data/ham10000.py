@@ -46,7 +46,7 @@ def load_ham10000(source: Source) -> tuple[Samples, Samples]:
             f" its two parts, and give --data-dir the folder that has HAM10000/{METADATA},"
             f" HAM10000/{PARTS[0]} and HAM10000/{PARTS[1]}"
         )
-    rows = _read_metadata(folder / METADATA)
+    rows = read_metadata(folder)
     paths = _find_images(folder, [row["image_id"] for row in rows])
     _, height, width = source.input_shape
 
@@ -62,11 +62,17 @@ def load_ham10000(source: Source) -> tuple[Samples, Samples]:
         source.cache, name, f"{source.input_shape}\n{signature(paths)}", {"x": len(paths)}, decode
     )["x"]
     samples = Samples(x, torch.tensor([CLASSES.index(row["dx"]) for row in rows]))
-    tests = _is_test(rows)
+    tests = is_test(rows)
     return samples.take(~tests), samples.take(tests)
 
 
-def _read_metadata(path: Path) -> list[dict[str, str]]:
+def read_metadata(folder: Path) -> list[dict[str, str]]:
+    """Return a row for each image, with at least the columns that are read here.
+
+    Raises:
+        DataError: the file is missing or damaged, or a row makes no sense.
+    """
+    path = folder / METADATA
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -110,7 +116,7 @@ def _find_images(folder: Path, names: Sequence[str]) -> list[Path]:
     return [found[name] for name in names]
 
 
-def _is_test(rows: Sequence[Mapping[str, str]]) -> Tensor:
+def is_test(rows: Sequence[Mapping[str, str]]) -> Tensor:
     """Return which images are test samples: (N,) bool."""
     class_of = {row["lesion_id"]: row["dx"] for row in rows}
     tests: set[str] = set()
