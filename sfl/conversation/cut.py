@@ -10,6 +10,7 @@ Extension points: a defence changes the tensor at the start of ``encode``; a cod
 ``encode_file`` there and ``decode_file`` in ``receive``. Neither exists yet.
 """
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS
 from sfl.conversation.joint_steps import JointStep
 from sfl.conversation.party import TRAIN, Party
 from sfl.conversation.passes import Sent
-from sfl.errors import ProtocolError
+from sfl.errors import ProtocolError, RunError, SflError
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode_file, encode_file
 from sfl.model.fusion import Joint
@@ -199,6 +200,20 @@ class Cuts(dict[int, Cut]):
         """The step that all clients take together, if they do; at the server."""
         steps = self._party.joint_steps
         return steps.of(self._phase, self.at) if steps else None
+
+    @contextlib.contextmanager
+    def blaming_nobody(self, error_type: type[SflError]) -> Iterator[None]:
+        """Let an error of a step of all clients end the run: none is known to be at fault.
+
+        Raises:
+            RunError: it has failed.
+        """
+        try:
+            yield
+        except error_type as error:
+            if self.joint_step is None:
+                raise
+            raise RunError(f"step {self.at.step} of all clients fails: {error}") from error
 
     def ends(self) -> Iterator[Cut]:
         """Yield the ends of all cuts, and those of other clients that take the step together."""

@@ -23,7 +23,7 @@ from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
 from sfl.conversation.cut import Cuts
 from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.conversation.passes import evaluation_pass
-from sfl.errors import ProtocolError
+from sfl.errors import NotFinite, ProtocolError, StepFailed
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked
 from sfl.wire.driver import Conversation
@@ -96,10 +96,12 @@ def _evaluate_batch(
         z, _ = yield from cuts.first.receive(ACTIVATIONS)
         found = yield from step.contribute(cuts.first, z)
     else:
-        found = yield from evaluation_pass(party, cuts, None, y)
+        with cuts.blaming_nobody(StepFailed):
+            found = yield from evaluation_pass(party, cuts, None, y)
         if found:
             of_what = f"client {party.client}'s evaluation"
-            party.check_loss(found[0].loss_sum, of_what, cuts.at)
+            with cuts.blaming_nobody(NotFinite):
+                party.check_loss(found[0].loss_sum, of_what, cuts.at)
         if step:
             step.finish(found)
     return found

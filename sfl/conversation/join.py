@@ -350,6 +350,11 @@ def check_agreement(reports: Mapping[int, DataReport]) -> DataReport:
     return reports[min(reports)]
 
 
+def comparable(recipe: Recipe, reports: Mapping[int, DataReport]) -> Mapping[int, DataReport]:
+    """Return the reports that must agree: none where each client has its part of each sample."""
+    return {} if recipe.joins else reports
+
+
 def disagreeing_clients(reports: Mapping[int, DataReport]) -> dict[int, str]:
     """Return the clients whose data are incompatible with the majority's, and the difference.
 

@@ -40,6 +40,7 @@ from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.conversation.passes import compute, figures_content, train_pass
 from sfl.crash import crash_point
 from sfl.data.client_data import batch_indices, batch_sizes, step_sizes
+from sfl.errors import StepFailed
 from sfl.files.checksum import File
 from sfl.files.torch_file import decode, decode_state, encode, encode_state
 from sfl.files.torch_reader import Buffer
@@ -148,7 +149,8 @@ def server_step(
 
     if party.sends_labels:
         y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
-    figures, last = yield from train_pass(party, cuts, None, y, begin=begin)
+    with cuts.blaming_nobody(StepFailed):
+        figures, last = yield from train_pass(party, cuts, None, y, begin=begin)
     assert figures is not None
     assert last is not None
     crash_point("step.before_answer")

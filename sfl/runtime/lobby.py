@@ -14,9 +14,9 @@ from sfl.archive.run_folder import EventLog
 from sfl.conversation.check import server_check
 from sfl.conversation.join import (
     HERE,
-    DataReport,
     Joined,
     Welcome,
+    comparable,
     data_difference,
     disagreeing_clients,
     server_join,
@@ -101,7 +101,8 @@ class Lobby:
         """Return whether enough compatible clients are ready; refuse incompatible ones."""
         if not self.roster.complete:
             return False
-        for client, why in disagreeing_clients(self._comparable()).items():
+        reports = comparable(self.recipe, self.roster.reports())
+        for client, why in disagreeing_clients(reports).items():
             self._disconnect(client, ProtocolError(why))
         model, places = self.admission.model, list(self.roster.places.values())
         if model is not None and self.roster.complete:
@@ -243,15 +244,11 @@ class Lobby:
 
     def _warn_of_difference(self, joined: Joined) -> None:
         """Warn if a client's data are incompatible with another's; the majority decides later."""
-        reports = self._comparable()
+        reports = comparable(self.recipe, self.roster.reports())
         for other in reports:
             if why := data_difference(other, joined.client, reports):
                 self.events.say(f"warning: {why}; when all are there, most decide")
                 return
-
-    def _comparable(self) -> dict[int, DataReport]:
-        """Return the reports of the ready clients that must agree."""
-        return {} if self.recipe.joins else self.roster.reports()
 
     def _free_place(self, connection: Member, error: SflError) -> None:
         """Drop a connection that failed before it was ready, and free its place."""

@@ -12,16 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, segment_path
-from sfl.archive.round_log import DOWN, TRAFFIC, UP, RoundLog
+from sfl.archive.round_log import RoundLog
 from sfl.archive.spool import Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
-from sfl.conversation.cut import kinds_by_link
 from sfl.conversation.join import Joined
 from sfl.conversation.limits import server_limits
 from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.conversation.round import (
-    TIMES,
     server_evaluate_round,
     server_goodbye,
     server_start,
@@ -35,6 +33,7 @@ from sfl.files.torch_file import are_finite, encode_state
 from sfl.model.metrics import Tally, add_up
 from sfl.model.segment import Snapshot
 from sfl.model.topology import Holder, Segments, States, joined
+from sfl.runtime.round_figures import client_figures, sums
 from sfl.strategy.merge import (
     Shared,
     Trained,
@@ -48,7 +47,7 @@ from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.weights.exchange import AVERAGE, INITIAL, NamedWeights, WeightStore, client_weights
 from sfl.wire.driver import Conversation, Network, run_together
-from sfl.wire.link import KINDS_DOWN, KINDS_UP, Counters, Link
+from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 from sfl.wire.payload import MakeStore
 
@@ -193,12 +192,12 @@ class Rounds:
                 )
         crash_point("round.told")
         clients = {
-            k: self._client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
+            k: client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
             for k, party in self._items()
         }
         for k in tallies:  # a client that has evaluated has saved its own state
             self.parties[k].own_round = round_index + 1
-        overall |= _sums(clients)
+        overall |= sums(clients)
         overall["seconds"] = time.perf_counter() - started
         self.log.end_round(round_index, clients, overall, plan.order, self._missing)
         self.archive.end_round(round_index)
@@ -368,46 +367,3 @@ class Rounds:
         self._start_joint(there)
         # A client that starts again may not have its own state of this round on disk.
         return self._run_clients(there, evaluate, keep_results=False)
-
-    def _client_figures(
-        self,
-        party: ServerParty,
-        before: Counters,
-        trained: RoundResult | None,
-        tallies: Mapping[str, Tally],
-    ) -> dict[str, float]:
-        """Return one client's metrics of a round, in the order of the round's file."""
-        now = party.link.counters
-        figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
-        for part, prefix in PREFIXES.items():
-            figures |= self.recipe.task.figures(tallies.get(part, Tally()), prefix)
-        seconds = trained.seconds if trained else dict.fromkeys(TIMES, 0.0)
-        return figures | {
-            "bytes_up": now.bytes_received - before.bytes_received,
-            "bytes_down": now.bytes_sent - before.bytes_sent,
-            "messages_up": now.messages_received - before.messages_received,
-            "messages_down": now.messages_sent - before.messages_sent,
-            "round_trips": now.round_trips - before.round_trips,
-            **{UP.format(n): now.received[n] - before.received[n] for n in KINDS_UP},
-            **{DOWN.format(n): now.sent[n] - before.sent[n] for n in KINDS_DOWN},
-            **self._bytes_by_link(now, before),
-            **{f"client_{name}": seconds[name] for name in TIMES},
-            "server_compute_s": party.compute_s,
-        }
-
-    def _bytes_by_link(self, now: Counters, before: Counters) -> Mapping[str, int]:
-        """Return the bytes of the steps' tensors at the model's further cuts."""
-        up, down = kinds_by_link(self.recipe.segments)
-        received = {UP.format(n): now.received[n] - before.received[n] for n in up}
-        return received | {DOWN.format(n): now.sent[n] - before.sent[n] for n in down}
-
-
-_TIMES = ("server_compute_s", *(f"client_{name}" for name in TIMES))
-_BYTES = (UP.format(""), DOWN.format(""))
-_SUMMED = (*TRAFFIC, *_TIMES)
-
-
-def _sums(clients: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Return the sums over the clients of what adds up: bytes, messages, times."""
-    names = [n for n in next(iter(clients.values())) if n in _SUMMED or n.startswith(_BYTES)]
-    return {name: sum(figures[name] for figures in clients.values()) for name in names}

@@ -264,6 +264,11 @@ def check_role(recipe: Recipe, node: ServerNode) -> None:
     if node.role != "main":
         return
     run = recipe.run
+    if recipe.joins:
+        raise ConfigError(
+            f"--role main: with --topology {run.topology} no weights are averaged, so that there is"
+            " nothing for a fed server to do"
+        )
     if recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
         raise ConfigError(
             f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"

@@ -1,43 +1,17 @@
-"""Divide HAM10000 between two parties: one has the images and the labels, the other the metadata.
+"""HAM10000 as the files of two parties: images with labels, and the patients' metadata."""
 
-python -m experiments.ham10000_parties --data-dir DIR --out DIR [--image-size 64]
-
-Writes DIR/client_0/ham10000.npz (images, labels) and DIR/client_1/ham10000.npz (age, sex, place of
-the lesion), with the images' names as ids, each in an order of its own; then a run trains on both::
-
-    run_server.py --topology vertical --partition own --dataset ham10000 --clients 2 \
-        --model cnn-cifar10 --cut 9 --party-models cnn-cifar10,mlp --image-size 64
-    run_client.py --client-id 0 --data-dir DIR/client_0
-    run_client.py --client-id 1 --data-dir DIR/client_1
-"""
-
-import sys
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sfl.cli import run_program
 from sfl.data.client_data import Source
 from sfl.data.ham10000 import CLASSES, is_test, load_ham10000, read_metadata
 from sfl.data.samples import Samples
 from sfl.errors import DataError
-from sfl.options import Parser
 
 TEXTS = ("sex", "localization")  # columns of few values; one is "unknown"
 OLDEST = 100.0  # years: ages are divided by it
-
-
-def parse() -> Namespace:
-    parser = Parser(
-        prog="python -m experiments.ham10000_parties", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder that has HAM10000")
-    parser.add_argument("--cache-dir", type=Path, default=Path("cache"), help="decoded images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of both parties' files")
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: 64)")
-    return parser.parse_args()
 
 
 def table_of(rows: Sequence[Mapping[str, str]]) -> np.ndarray:
@@ -76,20 +50,20 @@ def images_of(train: Samples, test: Samples, tests: np.ndarray) -> tuple[np.ndar
     return x, y
 
 
-def main() -> None:
-    options = parse()
-    shape = (3, options.image_size, options.image_size)
-    rows = read_metadata(options.data_dir / "HAM10000")
+def write_files(data_dir: Path, cache_dir: Path, out: Path, side: int) -> Iterator[str]:
+    """Write both parties' files, with square images of this side; yield what they hold.
+
+    Raises:
+        DataError: HAM10000 is not there, or damaged.
+    """
+    shape = (3, side, side)
+    rows = read_metadata(data_dir / "HAM10000")
     tests = is_test(rows).numpy()
-    loaded = load_ham10000(Source(options.data_dir, options.cache_dir, shape))
+    loaded = load_ham10000(Source(data_dir, cache_dir, shape))
     x, y = images_of(*loaded, tests)
     ids, table = np.array([row["image_id"] for row in rows]), table_of(rows)
-    write(options.out / "client_0", ids, tests, x=x, y=np.array(CLASSES)[y])
+    write(out / "client_0", ids, tests, x=x, y=np.array(CLASSES)[y])
     reverse = slice(None, None, -1)
-    write(options.out / "client_1", ids[reverse], tests[reverse], x=table[reverse])
-    print(f"{len(ids)} samples: images {list(shape)} and labels in {options.out / 'client_0'},")
-    print(f"a table of {table.shape[1]} columns in {options.out / 'client_1'}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_program("ham10000_parties", main))
+    write(out / "client_1", ids[reverse], tests[reverse], x=table[reverse])
+    yield f"{len(ids)} samples: images {list(shape)} and labels in {out / 'client_0'},"
+    yield f"a table of {table.shape[1]} columns in {out / 'client_1'}"
