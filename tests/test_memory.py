@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -137,11 +138,11 @@ def test_notices_to_one_that_does_not_keep_up_are_left_out(pair: Pair) -> None:
 def test_a_notice_does_not_resume_a_conversation(pair: Pair) -> None:
     """It would wait for its message in the thread that runs all conversations."""
     board, link, client = pair
-    heard: list[str] = []
-    link.on_notice = heard.append
+    heard = SimpleQueue[str]()
+    link.on_notice = heard.put
     client.send_message_as_json(MessageType.MESSAGE, content="waiting for client_1")
     client.send_message_as_json(MessageType.MESSAGE, content="waiting for nobody")
-    assert board.wait_until(lambda: len(heard) == 2, 5)
+    assert [heard.get(timeout=5), heard.get(timeout=5)][1] == "waiting for nobody"
     assert board.first_arrived([link]) is None
     client.send_message_as_json(MessageType.ROUND_TRAINED)
     assert board.wait([link]) is link
