@@ -9,7 +9,7 @@ import pandas as pd
 
 import sfl.archive
 from experiments.compare.plan import Study
-from experiments.support.costs import costs_of, formula_bytes
+from experiments.support.costs import client_flops, formula_bytes
 from sfl.archive.round_log import DOWN, TRAFFIC, UP, read_round, round_figures
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_sizes, num_batches
@@ -42,8 +42,7 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
     archive = sfl.archive.open(path)
     data, recipe = archive.environment()["data"], Recipe.of(run)
     pooled, split = recipe.scheme.pooled, SplitModel.of_data(recipe, data)
-    halves = costs_of(split, tuple(data["input_shape"]))
-    flops = sum(half.training_flops for half in (halves if pooled else halves[:1]))
+    flops = client_flops(split, tuple(data["input_shape"]))
     with open(path / "rounds.csv", newline="") as stream:
         overall = list(csv.DictReader(stream))
     lines = []
