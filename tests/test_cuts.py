@@ -10,6 +10,7 @@ from experiments.cuts.cost_of_cuts import lists_of_cuts
 from experiments.support.costs import costs_of
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
+from sfl.model.topology import Holder
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from tests.support.programs import run_program
@@ -19,7 +20,7 @@ IMAGE = (1, 28, 28)
 
 def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
     split = SplitModel(Recipe.of(RunConfig(model="mlp", cut=3)), IMAGE, 10)
-    front, back = costs_of(split, IMAGE).values()
+    front, back = costs_of(split, *Holder).values()
     assert (front.parameters, back.parameters) == (785 * 128, 129 * 64 + 65 * 10)
     assert (front.forward_flops, back.forward_flops) == (2 * 784 * 128, 2 * (128 * 64 + 64 * 10))
     # Backward: of the weights in both halves, of the input in all layers but the first.
@@ -31,9 +32,9 @@ def test_the_counts_of_a_perceptron_are_those_on_paper() -> None:
 @pytest.mark.parametrize("cut", [None, "3,9"])
 def test_all_segments_together_cost_what_the_whole_costs(cut: str | None) -> None:
     whole = SplitModel(Recipe.of(RunConfig(model="resnet18", scheme="fl")), (3, 32, 32), 10)
-    (all_of_it,) = costs_of(whole, (3, 32, 32)).values()
+    (all_of_it,) = costs_of(whole, *Holder).values()
     split = SplitModel(Recipe.of(RunConfig(model="resnet18", cut=cut)), (3, 32, 32), 10)
-    costs = costs_of(split, (3, 32, 32)).values()
+    costs = costs_of(split, *Holder).values()
     assert sum(cost.parameters for cost in costs) == all_of_it.parameters
     assert sum(cost.training_flops for cost in costs) == all_of_it.training_flops
 

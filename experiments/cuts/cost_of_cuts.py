@@ -134,8 +134,8 @@ def measure(
 
 def _shares(split: SplitModel, run: RunConfig, device: torch.device) -> Iterator[Share]:
     """Yield what the clients' segments cost, and what the server's."""
-    costs = costs_of(split, split.input_shape)
-    times = times_of(split, split.input_shape, run.batch_size, device)
+    costs = costs_of(split, *Holder)
+    times = times_of(split, run.batch_size, device)
     for holder in (Holder.CLIENT, Holder.SERVER):
         held = split.held_by(holder)
         yield Share(

@@ -33,7 +33,7 @@ def _cut_model(
     split = SplitModel(
         Recipe.of(RunConfig(scheme=method, model=model, cut=cut)), SHAPE, num_classes
     )
-    return split, client_flops(split, SHAPE), len(encode_state(split.front_state()))
+    return split, client_flops(split), len(encode_state(split.front_state()))
 
 
 def cost_of_a_pass(

@@ -43,16 +43,24 @@ def givers(segments: Mapping[str, Holder]) -> dict[int, Holder]:
     return {link: found[link] for link in sorted(found.keys() - {None})}
 
 
-def costs_of(split: SplitModel, input_shape: tuple[int, ...]) -> dict[str, SegmentCost]:
-    """Count what each of a model's segments costs, by ``torch.utils.flop_counter``.
+def costs_of(split: SplitModel, *holders: Holder) -> dict[str, SegmentCost]:
+    """Count what each segment of these parties costs, by ``torch.utils.flop_counter``.
 
     It counts matrix products and convolutions, a multiplication and an addition as two FLOPs. The
     gradient with respect to the data is never computed, and so not counted.
     """
-    z, costs = torch.zeros(COUNTED, *input_shape), {}
-    for name, segment in segments_of(split, torch.device("cpu")).items():
+    links = [split.features_spec(COUNTED, link) for link in range(len(split.cuts))]
+    inputs = [torch.zeros(COUNTED, *split.input_shape)]
+    inputs += [torch.zeros(spec.shape, dtype=spec.dtype) for spec in links]
+    names, costs = list(split.recipe.segments), {}
+    held = {name for holder in holders for name in split.held_by(holder)}
+    segments = segments_of(split, torch.device("cpu"))
+    for name, x in zip(names, inputs, strict=True):
+        if name not in held:
+            continue
+        segment = segments[name]
         with FlopCounterMode(display=False) as forward:
-            z = segment.forward(z, AT)
+            z = segment.forward(x, AT)
         with FlopCounterMode(display=False) as backward:
             segment.backward(torch.zeros_like(z))
         counts = [counter.get_total_flops() / COUNTED for counter in (forward, backward)]
@@ -61,21 +69,21 @@ def costs_of(split: SplitModel, input_shape: tuple[int, ...]) -> dict[str, Segme
     return costs
 
 
-def client_flops(split: SplitModel, input_shape: tuple[int, ...]) -> float:
-    """Count what training costs the holder of the client-side segments, for one sample."""
-    costs = costs_of(split, input_shape)
-    return sum(costs[name].training_flops for name in split.held_by(Holder.CLIENT))
+def client_flops(split: SplitModel) -> float:
+    """Count what training costs a client, for one sample; without clients, the whole model's."""
+    holders = Holder if split.recipe.scheme.pooled else [Holder.CLIENT]
+    return sum(cost.training_flops for cost in costs_of(split, *holders).values())
 
 
 def times_of(
-    split: SplitModel, input_shape: tuple[int, ...], batch_size: int, device: torch.device
+    split: SplitModel, batch_size: int, device: torch.device
 ) -> dict[str, tuple[float, float]]:
     """Return the seconds of each segment in a step, forward and backward.
 
     Of random samples, the fastest of several steps after one that is not timed.
     """
     segments = segments_of(split, device)
-    x, timed = torch.rand(batch_size, *input_shape), []
+    x, timed = torch.rand(batch_size, *split.input_shape), []
     for _ in range(1 + REPEATS):
         z, marks = x, [_now(device)]
         for segment in segments.values():
