@@ -21,9 +21,13 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST = {"clients": 100_000, "rounds": 2**31 - 1, "local_epochs": 10_000, "batch_size": 2**20}
 
 
-def option(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
-    """Return the field of an option, with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def option(default: Any, text: str, choices: Sequence[str] = (), *, form: str = "") -> Any:
+    """Return the field of an option, with its help text.
+
+    ``form``: how the help shows a value; by default, its type.
+    """
+    about = {"help": text, "choices": choices, "form": form}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RunConfig:
     model: str = option("lenet5", "{names}, or your own package.module:function")
     cut: int | str | None = option(
         None, "number of top-level blocks in front of the cut, or of each of several as 3,5; the"
-        " model's own if not given",
+        " model's own if not given", form="CUT[,CUT...]",
     )  # fmt: skip
     topology: str = option(
         "", "which party holds each segment: {names} (see docs/topologies.md); if not given, what"

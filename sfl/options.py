@@ -151,7 +151,7 @@ def _add_option(group: Any, spec: Any, kinds: tuple[type, ...]) -> None:
     choices, shown = spec.metadata["choices"], ""
     if kind is not bool:
         how = {"type": _number_or_text if str in kinds[1:] else kind}
-        how["metavar"] = kind.__name__.upper()
+        how["metavar"] = spec.metadata["form"] or kind.__name__.upper()
         shown = "" if spec.default in (None, "") else f" (default: {spec.default})"
     if choices:
         how |= {"choices": choices, "metavar": None}

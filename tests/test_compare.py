@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from experiments.compare.figures import draw_all
-from experiments.compare.plan import Study, names, run_name
+from experiments.compare.figures import draw_all, looks
 from experiments.compare.results import markdown, read_study
+from experiments.compare.study import NO_CUT, Study, left_out, names, run_name
 from experiments.support.costs import formula_bytes
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
@@ -84,7 +85,7 @@ def test_the_table_is_what_the_runs_say(whole: Path) -> None:
         ]
     accuracies = [float(line["test_acc"]) for line in lines]
     mean, spread = sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5
-    assert rows[0][2] == f"{mean:.4f} ± {spread:.4f}"
+    assert rows[0][4] == f"{mean:.4f} ± {spread:.4f}"
     logs = [(whole / f"server/sl-iid-{seed}/rounds.csv").read_text() for seed in (0, 1)]
     recorded = [float(list(csv.DictReader(log.splitlines()))[-1]["test_acc"]) for log in logs]
     assert recorded == accuracies
@@ -147,16 +148,23 @@ def study_of(tmp_path: Path, **options: object) -> tuple[Study, pd.DataFrame]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "model", "batch_size"),
-    [("sflv2", "lenet5", 64), ("sl", "lenet5", 64), ("fl", "lenet5", 64), ("sync-sgd", "mlp", 24)],
+    ("scheme", "model", "batch_size", "cut"),
+    [
+        ("sflv2", "lenet5", 64, None),
+        ("sl", "lenet5", 64, None),
+        ("sl", "lenet5", 64, "3,9"),
+        ("sl", "lenet5", 64, "3,6,9"),
+        ("fl", "lenet5", 64, None),
+        ("sync-sgd", "mlp", 24, None),
+    ],
 )
 def test_measured_bytes_are_within_five_percent_of_the_formula(
-    tmp_path: Path, scheme: str, model: str, batch_size: int
+    tmp_path: Path, scheme: str, model: str, batch_size: int, cut: str | None
 ) -> None:
-    study, lines = study_of(tmp_path, scheme=scheme, model=model, batch_size=batch_size)
+    study, lines = study_of(tmp_path, scheme=scheme, model=model, batch_size=batch_size, cut=cut)
     table = markdown(study, lines).partition("## Measured bytes")[2]
     (row,) = [row for row in table.splitlines() if row.startswith(f"| iid | {scheme} |")]
-    cells = [cell.strip(" %") for cell in row.split("|")[3:-1]]
+    cells = [cell.strip(" %") for cell in row.split("|")[5:-1]]
     formula, measured, percent, *parts = map(float, cells)
     assert 0 < percent < 5
     assert abs(measured / formula - 1 - percent / 100) < 1e-3
@@ -198,9 +206,9 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
     of_clients = lines[(lines["scheme"] == "sl") & (lines["client"] != "all")]
     kinds = ("labels", "activations", "weights", "control")
     up = sum(of_clients[f"bytes_up_{kind}"].mean() for kind in kinds) / 1e6
-    assert row.split(" | ")[3] == f"{up:.2f}"
+    assert row.split(" | ")[5] == f"{up:.2f}"
     (row,) = [row for row in costs.splitlines() if row.startswith("| iid | central |")]
-    assert row.split(" | ")[3:6] == ["-", "-", "-"]
+    assert row.split(" | ")[5:8] == ["-", "-", "-"]
 
 
 @pytest.mark.slow
@@ -248,8 +256,104 @@ def test_names_keep_their_numbers() -> None:
     others.append((long[:-9] + "0.04,0.06", 0))
     assert len({run_name("sl", partition, seed) for partition, seed in others}) == 4
     assert all(len(run_name("sync-sgd", p, 2**40)) <= 64 for p, _ in others)
-    with pytest.raises(ConfigError, match="--schemes fl,sl,fl: fl is there twice"):
+    with pytest.raises(ConfigError, match="--schemes: fl is there twice"):
         names("--schemes", "fl,sl,fl")
+
+
+def placed(schemes: list[str], cuts: list[str], *topologies: str, **options: Any) -> Study:
+    """Return a study of several topologies or cuts."""
+    run = RunConfig(model="lenet5", **options)
+    where = {"topologies": topologies, "cuts": cuts}
+    return Study(schemes, ["iid"], [0, 1], run, NodeConfig(), "simulation", **where)
+
+
+def test_topologies_are_run_with_the_cuts_that_fit() -> None:
+    study = placed(["fl", "sl", "central"], ["3", "3,9"], "vanilla", "u-shaped", "alternating")
+    assert list(study.cells) == [
+        ("iid", "fl", "-", "-"),
+        ("iid", "sl", "vanilla", "3"),
+        ("iid", "sl", "u-shaped", "3,9"),
+        ("iid", "sl", "alternating", "3"),
+        ("iid", "sl", "alternating", "3,9"),
+        ("iid", "central", "-", "-"),
+    ]
+    assert left_out(study) == [
+        "left out, 3 combinations: --topology vanilla takes 1 cut; --cut 3,9 has 2",
+        "left out, 3 combinations: --topology u-shaped takes 2 cuts; --cut 3 has 1",
+    ]
+    assert [run.run for run in study.runs[:3]] == [
+        "fl-iid-0", "sl-iid-vanilla-3-0", "sl-iid-u-shaped-3-9-0",
+    ]  # fmt: skip
+    assert len({run.run for run in study.runs}) == 12
+    for run in study.runs:
+        run.check()
+    of_cuts = placed(["sl"], ["3", "3,9", "3,6,9"])
+    assert [cell.topology for cell in of_cuts.cells] == ["vanilla", "u-shaped", "alternating"]
+    assert left_out(of_cuts) == []
+
+
+def test_a_single_topology_has_the_names_that_it_always_had() -> None:
+    study = placed(["sl"], [], cut="3,9")
+    assert list(study.cells) == [("iid", "sl", "u-shaped", "3,9")]
+    assert [run.run for run in study.runs] == ["sl-iid-0", "sl-iid-1"]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "topologies", "message"),
+    [
+        (["3"], ["vanilla", "u-shaped"], "--topology u-shaped takes 2 cuts; --cut 3 has 1"),
+        (["3", "3,9"], ["vanilla"], "--topology vanilla takes 1 cut; --cut 3,9 has 2"),
+        (["3", "9,3"], [], "--cut 9,3: give numbers of blocks that rise"),
+        (["3"], ["vanila"], "unknown topology 'vanila'; did you mean vanilla"),
+    ],
+)
+def test_a_topology_or_cut_that_fits_nothing_is_refused(
+    cuts: list[str], topologies: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        left_out(placed(["fl", "sl"], cuts, *topologies))
+
+
+def test_whatever_is_drawn_together_can_be_told_apart() -> None:
+    """The first of each scheme as in a study of one topology."""
+    study = placed(["central", "fl", "sl", "sflv1", "sflv2"], ["3", "3,9", "3,6,9"])
+    drawn = {cell[1:]: look for cell, look in looks(study).items()}
+    assert len(drawn) == 11
+    for what in ("label", "style", "bar"):
+        assert len({str(getattr(look, what)) for look in drawn.values()}) == 11, what
+    alone = looks(placed(["central", "fl", "sl", "sflv1", "sflv2"], []))
+    assert [look.label for look in alone.values()] == ["central", "fl", "sl", "sflv1", "sflv2"]
+    for cell, look in alone.items():
+        key = cell[1:] if cell.cut == NO_CUT else (cell.scheme, "vanilla", "3")
+        assert drawn[key].style == look.style
+
+
+@pytest.mark.slow
+def test_several_topologies_are_in_the_tables_with_their_bytes(tmp_path: Path) -> None:
+    options = ("--schemes", "fl,sl", "--cuts", "3", "3,5", "--rounds", 1, "--jobs", 2)
+    said = compare(tmp_path, *options, "--topologies", "vanilla,u-shaped")
+    assert said.count("left out") == 2
+    lines = pd.read_csv(tmp_path / "compare.csv", dtype={"client": str})
+    lines = lines[lines["client"] == "0"].set_index(["scheme", "topology", "cut"])
+    assert sorted(lines.index) == [
+        ("fl", "-", "-"),
+        ("sl", "u-shaped", "3,5"),
+        ("sl", "vanilla", "3"),
+    ]
+    one, two = lines.loc["sl", "vanilla", "3"], lines.loc["sl", "u-shaped", "3,5"]
+    assert (two["bytes_up_labels"], one["bytes_up_labels"] > 0) == (0, True)
+    samples = one["samples"]
+    assert one["formula_smashed_bytes"] == 2 * samples * 128 * 4
+    assert two["formula_smashed_bytes"] == 2 * samples * (128 + 64) * 4
+    assert two["bytes_down_activations_1"] > samples * 64 * 4
+    assert pd.isna(one["bytes_down_activations_1"])
+    flops = 4 * 784 * 128, 6 * 64 * 10
+    assert one["client_gflops"] == samples * flops[0] / 1e9
+    assert two["client_gflops"] == samples * sum(flops) / 1e9
+    assert "\n| iid | sl | u-shaped | 3,5 | 0." in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "bytes.png").stat().st_size > 5000
+    said = compare(tmp_path, *options, "--cut", 3, code=2)
+    assert "--cut: a comparison has many; give --cuts" in said
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_the_help_shows_each_option_in_one_group(capsys: pytest.CaptureFixture[s
     titles = [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
     assert titles == ["options", *GROUPS]
     assert shown.index("training:") < shown.index("--lr FLOAT") < shown.index("security:")
+    assert "--cut CUT[,CUT...] " in shown
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

@@ -121,8 +121,10 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--allow", "--source-ranges"}  # gcloud's
     known |= {"--dist"}  # pytest-xdist's
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
-    known |= {"--partitions", "--seeds", "--over", "--jobs"}  # experiments.compare's
+    # experiments.compare's
+    known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs"}
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
+    known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
     known |= {"--rows", "--blocks", "--hosts"}  # bench's, measure.many_clients'

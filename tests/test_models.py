@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.support.costs import segments_of
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, StepFailed
 from sfl.model.segment import Segment, train_step
+from sfl.model.topology import BACK, FRONT
 from sfl.model.training import Training
 from sfl.model.zoo import MODELS, build, model_spec, split
 from sfl.strategy.recipe import Recipe
@@ -18,6 +20,10 @@ from tests.support.runs import BN_DROPOUT
 CPU = torch.device("cpu")
 X = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 9])
+
+
+def back_of(run: RunConfig) -> Segment:
+    return segments_of(SplitModel(Recipe.of(run), (1, 28, 28), 10), CPU)[BACK]
 
 
 @pytest.mark.slow
@@ -70,7 +76,7 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
     run = RunConfig(model=BN_DROPOUT, cut=cut, seed=5)
     at = Position("r", 2, 7, 1)
     cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
-    front, back = cut_model.front(CPU), cut_model.back(CPU)
+    front, back = segments_of(cut_model, CPU).values()
     z = front.forward(X, at)
     figures, dz = train_step(back, z.detach().clone(), Y, at)
     front.backward(dz)
@@ -95,7 +101,7 @@ def test_a_split_step_equals_the_unsplit_one(cut: int) -> None:
 
 def test_training_on_a_detached_copy_would_be_noticed() -> None:
     """The mistake that left the field's first fronts untrained."""
-    front = SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10).front(CPU)
+    front = segments_of(SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10), CPU)[FRONT]
     z = front.forward(X, Position()).detach().requires_grad_()
     z.backward(torch.ones_like(z))
     assert all(parameter.grad is None for parameter in front.blocks.parameters())
@@ -113,7 +119,7 @@ def in_place_behind_a_view(input_shape: tuple[int, ...], num_classes: int) -> nn
 def test_in_place_modules_behind_a_view_train(cut: int) -> None:
     run = RunConfig(model="tests.test_models:in_place_behind_a_view", cut=cut)
     cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
-    front, back = cut_model.front(CPU), cut_model.back(CPU)
+    front, back = segments_of(cut_model, CPU).values()
     _, dz = train_step(back, front.forward(X, Position()).detach(), Y, Position())
     front.backward(dz)
     whole = build(model_spec(run.model), (1, 28, 28), 10, seed=0)
@@ -122,7 +128,7 @@ def test_in_place_modules_behind_a_view_train(cut: int) -> None:
 
 
 def test_a_batch_that_a_block_cannot_train_on_is_one_clear_error() -> None:
-    back = SplitModel(Recipe.of(RunConfig(model=BN_DROPOUT, cut=6)), (1, 28, 28), 10).back(CPU)
+    back = back_of(RunConfig(model=BN_DROPOUT, cut=6))
     with pytest.raises(StepFailed, match=r"block 6 \(BatchNorm1d\) cannot train on a batch of 1: "):
         back.forward(torch.zeros(1, 144), Position())
 
@@ -138,7 +144,7 @@ def test_in_place_modules_next_to_a_cut_work_on_a_copy() -> None:
 
 
 def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
-    back = SplitModel(Recipe.of(RunConfig(model=BN_DROPOUT, cut=9)), (1, 28, 28), 10).back(CPU)
+    back = back_of(RunConfig(model=BN_DROPOUT, cut=9))
     back.blocks[1] = nn.Identity()  # BatchNorm would move its buffers
     z = torch.randn(6, 32)
     first = back.forward(z, Position("r", 0, 0, 0))
@@ -149,7 +155,7 @@ def test_dropout_depends_on_the_position_and_not_on_what_ran_before() -> None:
 
 
 def test_a_frozen_parameter_has_no_optimisers_state() -> None:
-    back = SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10).back(CPU)
+    back = back_of(RunConfig())
     back.blocks[0].requires_grad_(False)
     train_step(back, torch.randn(6, 400), Y, Position())
     back.update()
@@ -159,8 +165,7 @@ def test_a_frozen_parameter_has_no_optimisers_state() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_an_optimisers_state_is_restored_exactly(optimizer: str) -> None:
     run = RunConfig(optimizer=optimizer, momentum=0.9, lr=0.01)
-    cut_model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
-    ours, theirs = cut_model.back(CPU), cut_model.back(CPU)
+    ours, theirs = back_of(run), back_of(run)
     z = torch.randn(6, 400)
     for step in range(3):
         train_step(ours, z, Y, Position("r", 0, step))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.support.costs import segments_of
 from sfl.config import RunConfig
 from sfl.conversation.fed import FedRounds
 from sfl.data.client_data import batch_indices
@@ -43,8 +44,8 @@ def step_sizes(scheme: str, clip_norm: float, cut: int = 7) -> dict[str, float]:
     """Return how far one SGD step with learning rate 1 moves each half of LeNet."""
     run = RunConfig(scheme=scheme, cut=cut, optimizer="sgd", lr=1.0, clip_norm=clip_norm)
     model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
-    front = model.front(CPU)
-    segments = [front, model.back(CPU)] if model.cuts else [front]
+    segments = list(segments_of(model, CPU).values())
+    front = segments[0]
     before = {name: t for segment in segments for name, t in segment.parameters().items()}
     z = front.forward(X, Position()) if model.cuts else X
     _, dz = train_step(segments[-1], z, Y, Position())
@@ -122,7 +123,7 @@ def test_fedprox_adds_its_term_to_the_loss(tmp_path: Path) -> None:
 def test_fedprox_pulls_the_client_side_half_alone(tmp_path: Path) -> None:
     run = RunConfig(fedprox_mu=1.0, optimizer="sgd", lr=0.1)
     model = SplitModel(Recipe.of(run), (1, 28, 28), 10)
-    for segment, pulled in ((model.front(CPU), True), (model.back(CPU), False)):
+    for segment, pulled in zip(segments_of(model, CPU).values(), (True, False), strict=True):
         segment.start_round(0)
         start = segment.parameters()
         segment.load_parameters({name: tensor + 1 for name, tensor in start.items()})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.support.costs import segments_of
 from sfl import seeds
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
@@ -90,7 +91,7 @@ def test_a_training_step_at_any_cut_gives_the_weights_of_the_unsplit_model(name:
     expected = whole.state()
     for cut in cuts_to_train(name):
         cut_model = SplitModel(Recipe.of(RunConfig(**vars(run) | {"cut": cut})), SHAPES[name], 10)
-        front, back = cut_model.front(CPU), cut_model.back(CPU)
+        front, back = segments_of(cut_model, CPU).values()
         figures, dz = train_step(back, front.forward(x, at), y, at)
         front.backward(dz)
         for segment in (front, back):

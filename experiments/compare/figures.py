@@ -1,20 +1,21 @@
 """The figures of a comparison; lines and bars can be told apart in grey."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from experiments.compare.plan import Study
 from experiments.compare.results import ALL, of_cell, training_bytes
+from experiments.compare.study import NO_CUT, Cell, Study
 from sfl.strategy.schemes import SCHEMES
 
-# Brightness, dashes and markers differ as well as hue; wide lines are drawn first, so that one that
-# coincides with another (sflv1 and fl do) is seen below it.
+# Brightness, dashes and markers differ as well as hue; wide lines are drawn below, so that one that
+# coincides with another (sflv1 and fl do) is seen.
 STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "o", "lw": 1.5},
     {"color": "#0072b2", "linestyle": "-", "marker": "s", "lw": 4.0, "alpha": 0.6},
@@ -50,12 +51,43 @@ def draw_all(study: Study, lines: pd.DataFrame) -> list[Path]:
     return paths
 
 
-def _styled(schemes: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield schemes in the order in which they are drawn, with the index of each one's style."""
-    others = [name for name in schemes if name not in ORDER]
-    for index, name in enumerate((*ORDER, *others)):
-        if name in schemes:
-            yield name, index % len(STYLES)
+class Look(NamedTuple):
+    """How the lines and bars of a cell are drawn, alike in every panel."""
+
+    label: str
+    style: dict[str, Any]
+    bar: dict[str, Any]
+
+
+def looks(study: Study) -> dict[Cell, Look]:
+    """Return the look of each cell, in the order in which they are drawn.
+
+    The first cell of a scheme has the scheme's own style, in every study; further ones, cut in
+    other places, have what is left. From the eighth style on, markers are hollow, and bars have
+    circles.
+    """
+    order = [*ORDER, *(name for name in study.schemes if name not in ORDER)]
+    cells = sorted(study.cells, key=lambda cell: order.index(cell.scheme))
+    kinds = list(dict.fromkeys(cell._replace(partition="") for cell in cells))
+    first = {kind.scheme: kind for kind in reversed(kinds)}
+    styles = {kind: order.index(scheme) for scheme, kind in first.items()}
+    free = iter(sorted(set(range(len(order) + len(kinds))) - {*styles.values()}))
+    for kind in kinds:
+        if kind not in styles:
+            styles[kind] = next(free)
+    placed = {kind[2:] for kind in kinds if kind.cut != NO_CUT}
+    return {cell: _look(cell, styles[cell._replace(partition="")], len(placed)) for cell in cells}
+
+
+def _look(cell: Cell, number: int, num_placed: int) -> Look:
+    lap, index = divmod(number, len(STYLES))
+    is_named = num_placed > 1 and cell.cut != NO_CUT
+    label = f"{cell.scheme}, {cell.topology} {cell.cut}" if is_named else cell.scheme
+    color = STYLES[index]["color"] if index else "#bbbbbb"
+    hollow = {"markerfacecolor": "white"} if lap else {}
+    return Look(
+        label, STYLES[index] | hollow, {"color": color, "hatch": HATCHES[index] + "o" * lap}
+    )
 
 
 def _title(study: Study, spread: str = "range") -> str:
@@ -75,8 +107,7 @@ def _grid(
     for axes, partition in zip(panels, study.partitions, strict=True):
         draw(axes, partition)
         axes[0].set_title(partition, loc="left", fontsize=10)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    _legend(figure)
     figure.suptitle(_title(study), fontsize=10)
     figure.savefig(path, dpi=130)
     return path
@@ -87,7 +118,8 @@ def _plot(axes: Axes, x: Any, by_seed: pd.DataFrame, label: str, style: dict[str
     known = by_seed.notna().all(axis=1).to_numpy()  # a client may sit rounds out
     x, by_seed = x[known], by_seed[known]
     every = max(1, len(by_seed) // 8)
-    axes.plot(x, by_seed.mean(axis=1), label=label, markevery=every, markersize=4, **style)
+    how = {"markevery": every, "markersize": 4, "zorder": 3 - style["lw"] / 10, **style}
+    axes.plot(x, by_seed.mean(axis=1), label=label, **how)
     if by_seed.shape[1] > 1:
         axes.fill_between(
             x, by_seed.min(axis=1), by_seed.max(axis=1), color=style["color"], alpha=0.15
@@ -101,11 +133,10 @@ def _by_round(panels: Sequence[Axes], study: Study, overall: pd.DataFrame, parti
         ("validation accuracy", "training loss (nats)"),
         strict=True,
     ):
-        for name, style in _styled(study.schemes):
-            by_seed = of_cell(overall, partition, name).pivot(
-                index="round", columns="seed", values=metric
-            )
-            _plot(axes, by_seed.index + 1, by_seed, name, STYLES[style])
+        for cell, look in looks(study).items():
+            if cell.partition == partition:
+                by_seed = of_cell(overall, cell).pivot(index="round", columns="seed", values=metric)
+                _plot(axes, by_seed.index + 1, by_seed, look.label, look.style)
         _label(axes, "round", title)
         _count_rounds(axes)
 
@@ -119,10 +150,10 @@ def _against(
     cost: str,
 ) -> None:
     """Draw validation accuracy against what a client has spent until then, the mean client's."""
-    for name, style in _styled(study.schemes):
-        if SCHEMES[name].pooled:  # which has no clients
+    for cell, look in looks(study).items():
+        if cell.partition != partition or SCHEMES[cell.scheme].pooled:  # which has no clients
             continue
-        of_clients = of_cell(clients, partition, name)
+        of_clients = of_cell(clients, cell)
         spent = (
             (training_bytes(of_clients, "up") + training_bytes(of_clients, "down")) / 1e6
             if cost == "bytes"
@@ -131,10 +162,8 @@ def _against(
         a_round = spent.groupby(of_clients["round"]).sum() / (
             of_clients["client"].nunique() * of_clients["seed"].nunique()
         )
-        by_seed = of_cell(overall, partition, name).pivot(
-            index="round", columns="seed", values="val_acc"
-        )
-        _plot(axes, a_round.cumsum(), by_seed, name, STYLES[style])
+        by_seed = of_cell(overall, cell).pivot(index="round", columns="seed", values="val_acc")
+        _plot(axes, a_round.cumsum(), by_seed, look.label, look.style)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -151,23 +180,26 @@ def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     last = overall[overall["round"] == overall["round"].max()]
     figure = Figure(figsize=(4.5 + 2.2 * len(study.partitions), 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    width = 0.8 / len(study.schemes)
+    groups = [
+        [(cell, look) for cell, look in looks(study).items() if cell.partition == partition]
+        for partition in study.partitions
+    ]
+    width = 0.8 / max(map(len, groups))
     for axes, metric, title in zip(
         panels,
         ("test_acc", "test_balanced_acc"),
         ("test accuracy", "balanced test accuracy"),
         strict=True,
     ):
-        for index, (name, style) in enumerate(_styled(study.schemes)):
-            for group, partition in enumerate(study.partitions):
-                values = of_cell(last, partition, name)[metric].dropna()
+        for number, group in enumerate(groups):
+            for index, (cell, look) in enumerate(group):
+                values = of_cell(last, cell)[metric].dropna()
                 if values.empty:
                     continue
-                place = group + (index - (len(study.schemes) - 1) / 2) * width
+                place = number + (index - (len(group) - 1) / 2) * width
                 axes.bar(
                     place, values.mean(), width * 0.95, edgecolor="black", lw=0.6,
-                    color=STYLES[style]["color"] if style else "#bbbbbb",
-                    hatch=HATCHES[style], label=name if group == 0 else None,
+                    label=look.label, **look.bar,
                     yerr=values.std(ddof=1) if len(values) > 1 else None, capsize=3,
                 )  # fmt: skip
                 axes.annotate(
@@ -184,22 +216,25 @@ def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     margin = max(0.25 * (highest - lowest), 0.02)
     panels[0].set_ylim(max(0, lowest - 2 * margin), min(1.02, highest + margin))
     panels[0].set_ylabel("share (the axis does not begin at 0)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    _legend(figure)
     figure.suptitle(f"{_title(study, 'standard deviation')}, round {study.run.rounds}", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
 
 
 def _of_clients(path: Path, study: Study, clients: pd.DataFrame, partition: str) -> Path:
-    """Draw each client's validation accuracy and training loss by round, a column a scheme."""
-    shown = [name for name in study.schemes if not SCHEMES[name].pooled]
+    """Draw each client's validation accuracy and training loss by round, a column a cell."""
+    shown = {
+        cell: look.label
+        for cell, look in looks(study).items()
+        if cell.partition == partition and not SCHEMES[cell.scheme].pooled
+    }
     metrics = {"val_acc": "validation accuracy", "train_loss": "training loss (nats)"}
     figure = Figure(figsize=(3.4 * len(shown) + 1.4, 6), layout="constrained")
     panels = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
     for row, (metric, title) in zip(panels, metrics.items(), strict=True):
-        for axes, name in zip(row, shown, strict=True):
-            own = of_cell(clients, partition, name)
+        for axes, cell in zip(row, shown, strict=True):
+            own = of_cell(clients, cell)
             ids = sorted(own["client"].unique(), key=int)
             many = len(ids) > MOST_CLIENTS
             for client in ids:
@@ -217,12 +252,19 @@ def _of_clients(path: Path, study: Study, clients: pd.DataFrame, partition: str)
             _label(axes, "round" if metric == "train_loss" else "", title if axes is row[0] else "")
             _count_rounds(axes)
             if metric == "val_acc":
-                axes.set_title(name, loc="left", fontsize=10)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+                axes.set_title(shown[cell], loc="left", fontsize=10)
+    _legend(figure)
     figure.suptitle(f"{_title(study)}, {partition}", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
+
+
+def _legend(figure: Figure) -> None:
+    """Draw one legend for what the panels have."""
+    named = (axes.get_legend_handles_labels() for axes in figure.axes)
+    pairs = itertools.chain.from_iterable(zip(*of, strict=True) for of in named)
+    handles = {label: handle for handle, label in pairs}
+    figure.legend([*handles.values()], [*handles], loc="outside right center", frameon=False)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

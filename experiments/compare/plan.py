@@ -1,19 +1,16 @@
-"""The runs of a comparison: which there are, which are done, and doing the others."""
+"""The runs of a comparison: whether they can be run, which are done, and doing the others."""
 
-import hashlib
-import itertools
 import json
-import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, fields
 
 import sfl.archive
+from experiments.compare.study import Study
 from experiments.support.processes import ROOT, last_line, running
 from sfl.archive.layout import MANIFEST
 from sfl.archive.run_folder import is_being_written
@@ -24,59 +21,7 @@ from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
 from sfl.weights.stores import SOCKET
 
-MOST_SHOWN = 40  # characters of a partition in the name of a run
 LAST_FILE = "server_log.txt"  # what a run writes into its manifest when it is over
-
-
-@dataclass(frozen=True)
-class Study:
-    """One comparison: the cells of its table, and where they lie."""
-
-    schemes: Sequence[str]
-    partitions: Sequence[str]
-    seeds: Sequence[int]
-    run: RunConfig  # what all cells have in common
-    node: NodeConfig
-    over: str
-    jobs: int = 1  # runs at a time
-
-    @property
-    def runs(self) -> list[RunConfig]:
-        """All cells, by partition, seed and scheme."""
-        cells = itertools.product(self.partitions, self.seeds, self.schemes)
-        return [
-            replace(self.run, scheme=s, partition=p, seed=seed, run=run_name(s, p, seed))
-            for p, seed, s in cells
-        ]
-
-    def folder(self, run: RunConfig) -> Path:
-        return self.node.out_path / "server" / run.run
-
-    def over_sockets(self, run: RunConfig) -> bool:
-        """Say whether a cell is a run of real processes; ``central`` has no other side."""
-        return self.over == "sockets" and run.scheme != "central"
-
-
-def run_name(scheme: str, partition: str, seed: int) -> str:
-    """Return the name of a cell's run; a long partition is shortened, and told apart by a hash."""
-    shown = re.sub("[^a-z0-9.]", "-", partition)
-    if len(shown) > MOST_SHOWN:
-        digest = hashlib.sha256(partition.encode()).hexdigest()[:8]
-        shown = f"{shown[: MOST_SHOWN - 9]}-{digest}"
-    return f"{scheme}-{shown}-{seed}"
-
-
-def names(option: str, text: str) -> list[str]:
-    """Return the names of a list with commas; numbers belong to the name before them.
-
-    Raises:
-        ConfigError: one of them is there twice.
-    """
-    found = re.split(r",(?=[a-z])", re.sub(r"\s", "", text))
-    for name in found:
-        if found.count(name) > 1:
-            raise ConfigError(f"{option} {text}: {name} is there twice")
-    return found
 
 
 def check_all(study: Study) -> None:

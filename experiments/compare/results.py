@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 import sfl.archive
-from experiments.compare.plan import Study
-from experiments.support.costs import costs_of, formula_bytes
+from experiments.compare.study import NO_CUT, Cell, Study
+from experiments.support.costs import client_flops, formula_bytes
 from sfl.archive.round_log import DOWN, TRAFFIC, UP, read_round, round_figures
 from sfl.config import RunConfig
+from sfl.conversation.cut import kinds_by_link
 from sfl.data.client_data import batch_sizes, num_batches
 from sfl.model.task import TASKS
 from sfl.strategy.recipe import Recipe
@@ -20,8 +21,9 @@ from sfl.strategy.split_model import SplitModel
 from sfl.weights.stores import SOCKET
 from sfl.wire.link import KINDS_DOWN, KINDS_UP
 
-CELL = ["partition", "scheme"]
+CELL = list(Cell._fields)
 RUN = [*CELL, "seed"]
+LINE = [*RUN, "round", "client"]
 ALL = "all"  # in the column of clients
 MOST_CLIENTS = 10  # that have a column of their own
 TASK = TASKS[RunConfig.task]  # what a study compares schemes at
@@ -42,8 +44,10 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
     archive = sfl.archive.open(path)
     data, recipe = archive.environment()["data"], Recipe.of(run)
     pooled, split = recipe.scheme.pooled, SplitModel.of_data(recipe, data)
-    halves = costs_of(split, tuple(data["input_shape"]))
-    flops = sum(half.training_flops for half in (halves if pooled else halves[:1]))
+    flops = client_flops(split)
+    up, down = kinds_by_link(recipe.segments)
+    by_link = [*map(UP.format, up), *map(DOWN.format, down)]
+    known = round_figures(TASK, by_link)
     with open(path / "rounds.csv", newline="") as stream:
         overall = list(csv.DictReader(stream))
     lines = []
@@ -61,16 +65,16 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
             name: sum(metrics[name] for metrics in clients.values())
             for name in ("samples", "client_gflops", *FORMULA)
         }
-        numbers = {n: float(v) for n, v in of_round.items() if v and n in round_figures(TASK)}
+        numbers = {n: float(v) for n, v in of_round.items() if v and n in known}
         lines.append({"client": ALL, "round": round_index, **numbers, **sums})
     frame = pd.DataFrame(lines)
-    for name, value in zip(RUN, (run.partition, run.scheme, run.seed), strict=True):
+    for name, value in zip(RUN, (*Cell.of(recipe), run.seed), strict=True):
         frame[name] = value
     if pooled:  # nothing crosses anything, and nobody waits
         frame[[*TRAFFIC, *WAITS]] = float("nan")
-    whole = ["samples", *TRAFFIC, *FORMULA]
+    whole = ["samples", *TRAFFIC, *FORMULA, *by_link]
     frame[whole] = frame[whole].astype("Int64")
-    return frame.reindex(columns=[*RUN, "round", "client", *COUNTED, *TIMES])
+    return frame.reindex(columns=[*LINE, *COUNTED, *TIMES, *by_link])
 
 
 def _clients(
@@ -101,10 +105,8 @@ def read_study(study: Study) -> pd.DataFrame:
 def write_tables(study: Study, lines: pd.DataFrame) -> list[Path]:
     """Write a study's tables, and return their paths."""
     out = study.node.out_path
-    tables = {
-        "compare.csv": [*RUN, "round", "client", *COUNTED],
-        "times.csv": [*RUN, "round", "client", *TIMES],
-    }
+    by_link = [name for name in lines.columns if name not in {*LINE, *COUNTED, *TIMES}]
+    tables = {"compare.csv": [*LINE, *COUNTED, *by_link], "times.csv": [*LINE, *TIMES]}
     paths = []
     for name, columns in tables.items():
         paths.append(out / name)
@@ -165,7 +167,8 @@ def markdown(study: Study, lines: pd.DataFrame) -> str:
         f"{timed}\n",
         _costs(study, lines),
         "## Measured bytes and the formulas\n\nMB a client that took part in a round, training"
-        " alone. Formulas: Thapa et al. 2022, Table 2 (FL `2|W|`; SL, SFL `2(p/K)q + 2 beta |W|`)."
+        " alone. Formulas: Thapa et al. 2022, Table 2 (FL `2|W|`; SL, SFL `2(p/K)q + 2 beta |W|`;"
+        " `q` is summed over the cuts, `beta` the share of the client's segments)."
         " The excess is labels, control messages, weights beyond the formula (buffers, files'"
         " heads, in `sl` and with --participation below 1 the front that is sent once more for"
         " validation, in `sync-sgd` a round's average, and what is sent to clients that have no"
@@ -175,13 +178,9 @@ def markdown(study: Study, lines: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def _cells(study: Study) -> list[tuple[str, str]]:
-    return [(partition, scheme) for partition in study.partitions for scheme in study.schemes]
-
-
-def of_cell(lines: pd.DataFrame, partition: str, name: str) -> pd.DataFrame:
-    """Return the lines of one partition and scheme."""
-    return lines[(lines["partition"] == partition) & (lines["scheme"] == name)]
+def of_cell(lines: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """Return the lines of one cell."""
+    return lines[(lines[CELL] == list(cell)).all(axis=1)]
 
 
 def _accuracies(study: Study, lines: pd.DataFrame) -> str:
@@ -189,13 +188,12 @@ def _accuracies(study: Study, lines: pd.DataFrame) -> str:
     last = last[last["client"] == ALL]
     metrics = [f"test_{n}" for n in TASK.evaluated[1:]]
     rows = []
-    for partition, name in _cells(study):
-        own = of_cell(last, partition, name).set_index("seed")
-        gap = "-"
-        if "central" in study.schemes and name != "central":
-            central = of_cell(last, partition, "central").set_index("seed")
-            gap = spread(own["test_acc"] - central["test_acc"])
-        rows.append([partition, name, *(spread(own[m]) for m in metrics), gap])
+    for cell in study.cells:
+        own, gap = of_cell(last, cell).set_index("seed"), "-"
+        central = Cell(cell.partition, "central", NO_CUT, NO_CUT)
+        if central in study.cells and cell != central:
+            gap = spread(own["test_acc"] - of_cell(last, central).set_index("seed")["test_acc"])
+        rows.append([*cell, *(spread(own[m]) for m in metrics), gap])
     return _table([*CELL, "accuracy", "balanced accuracy", "macro F1", "weighted F1", "gap"], rows)
 
 
@@ -203,18 +201,16 @@ def _of_clients(study: Study, lines: pd.DataFrame) -> str:
     last = last_rounds(lines)
     clients = sorted(set(last["client"]) - {ALL}, key=int)
     rows = []
-    for partition, name in _cells(study):
-        if SCHEMES[name].pooled:
+    for cell in study.cells:
+        if SCHEMES[cell.scheme].pooled:
             continue
-        by_client = of_cell(last, partition, name).pivot(
-            index="seed", columns="client", values="test_acc"
-        )
+        by_client = of_cell(last, cell).pivot(index="seed", columns="client", values="test_acc")
         if len(clients) > MOST_CLIENTS:
             shown = by_client[clients]
             columns = [shown.min(axis=1), shown.mean(axis=1), shown.max(axis=1)]
         else:
             columns = [by_client[client] for client in clients]
-        rows.append([partition, name, *map(spread, columns)])
+        rows.append([*cell, *map(spread, columns)])
     many = len(clients) > MOST_CLIENTS
     header = ["lowest", "mean", "highest"] if many else [f"client {client}" for client in clients]
     return _table([*CELL, *header], rows)
@@ -241,13 +237,13 @@ def _costs(study: Study, lines: pd.DataFrame) -> str:
         "server s": ("server_compute_s", 1, 2), "client s": ("client_compute_s", 1, 2),
         "waiting s": ("client_wait_s", 1, 2), "transfer s": ("client_transfer_s", 1, 2),
     }  # fmt: skip
-    for partition, name in _cells(study):
-        by_seed = of_cell(trained, partition, name).groupby("seed")
-        cells = [
+    for cell in study.cells:
+        by_seed = of_cell(trained, cell).groupby("seed")
+        values = [
             spread(by_seed[column].mean() / unit, digits)
             for column, unit, digits in columns.values()
         ]
-        rows.append([partition, name, *cells])
+        rows.append([*cell, *values])
     return _table([*CELL, *columns], rows)
 
 
@@ -255,18 +251,20 @@ def _bytes(study: Study, lines: pd.DataFrame) -> str:
     if study.run.weights != SOCKET:
         return f"Weights went through {study.run.weights}, where they are not counted.\n"
     trained, rows = _trained(lines), []
-    for partition, name in _cells(study):
-        if SCHEMES[name].pooled:
+    for cell in study.cells:
+        if SCHEMES[cell.scheme].pooled:
             continue
-        means = of_cell(trained, partition, name).mean(numeric_only=True) / 1e6
+        means = of_cell(trained, cell).mean(numeric_only=True) / 1e6
         carried = {
             kind: means.get(UP.format(kind), 0) + means.get(DOWN.format(kind), 0)
             for kind in {*KINDS_UP, *KINDS_DOWN}
         }
-        measured = sum(carried.values()) - carried["validation"]
+        measured = means["training_up"] + means["training_down"]
         smashed, weights = (means[column] for column in FORMULA)
         as_weights = carried["weights"]
-        if SCHEMES[name].exchange is Exchange.WEIGHT_GRADS:  # whose gradients are the weights'
+        if (
+            SCHEMES[cell.scheme].exchange is Exchange.WEIGHT_GRADS
+        ):  # whose gradients are the weights'
             as_weights += carried["gradients"]
         excess = {
             "labels": carried["labels"],
@@ -275,7 +273,7 @@ def _bytes(study: Study, lines: pd.DataFrame) -> str:
         }
         heads = measured - smashed - weights - sum(excess.values())
         rows.append([
-            partition, name, f"{smashed + weights:.3f}", f"{measured:.3f}",
+            *cell, f"{smashed + weights:.3f}", f"{measured:.3f}",
             f"{100 * (measured / (smashed + weights) - 1):.2f} %",
             *(f"{v:.3f}" for v in (*excess.values(), heads)),
         ])  # fmt: skip

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from experiments.support.costs import costs_of
+from experiments.support.costs import client_flops
 from sfl.config import RunConfig
 from sfl.data.client_data import batch_sizes
 from sfl.files.torch_file import encode, encode_state
@@ -33,7 +33,7 @@ def _cut_model(
     split = SplitModel(
         Recipe.of(RunConfig(scheme=method, model=model, cut=cut)), SHAPE, num_classes
     )
-    return split, costs_of(split, SHAPE)[0].training_flops, len(encode_state(split.front_state()))
+    return split, client_flops(split), len(encode_state(split.front_state()))
 
 
 def cost_of_a_pass(

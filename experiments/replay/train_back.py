@@ -15,6 +15,7 @@ from sfl.files.atomic import write_file
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import add_up
 from sfl.model.segment import Segment, evaluate_step, train_step
+from sfl.model.topology import BACK, Holder
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -45,7 +46,8 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     run = replace(recorded.run, **{n: v for n, v in changes.items() if v is not None})
     run.check()
     data = recorded.archive.environment()["data"]
-    back = SplitModel.of_data(Recipe.of(run, recorded.allowed), data).back(recorded.device)
+    split = SplitModel.of_data(Recipe.of(run, recorded.allowed), data)
+    back = split.segments(Holder.SERVER, recorded.device)[BACK]
     order = torch.randperm(len(steps), generator=seeds.generator(run.seed, seeds.OFFLINE, -1))
     num_held_out = max(len(steps) // 5, 1)
     held_out = [steps[i] for i in order[:num_held_out].tolist()]

@@ -168,14 +168,6 @@ class SplitModel:
         training = replace(self._training, proximal_mu=mu)
         return Segments({n: self._segment(n, device, training) for n in self.held_by(holder)})
 
-    def front(self, device: torch.device) -> Segment:
-        """Return the client's first segment."""
-        return self.segments(Holder.CLIENT, device).first
-
-    def back(self, device: torch.device) -> Segment:
-        """Return the server's last segment."""
-        return self.segments(Holder.SERVER, device).last
-
     @functools.cached_property
     def structure(self) -> tuple[str, ...]:
         """The digests of the model, see ``sfl.model.structure``."""
