@@ -14,7 +14,7 @@ from sfl.config import RunConfig
 from sfl.data.augment import NONE, changes_of
 from sfl.data.client_data import parse_normalize
 from sfl.data.partition import check_partition
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, counted
 from sfl.model import class_weights
 from sfl.model.task import Task
 from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology
@@ -39,6 +39,7 @@ class Recipe:
     training: Training
     rule: Callable[..., Result]  # aggregation rule
     keep: KeepModels  # rounds whose files are kept
+    withholds_labels: bool = False  # a client's choice, in schemes without a cut as well
 
     @property
     def shares_labels(self) -> bool:
@@ -47,20 +48,40 @@ class Recipe:
 
     @property
     def keeps_labels(self) -> bool:
-        """Whether the model is cut, and the labels stay at the clients all the same."""
-        return self.scheme.exchange is Exchange.CUT and not self.shares_labels
+        """Whether nothing of the labels may be sent: the model is cut, and they stay all the same.
+
+        Without a cut no label is sent, but figures of each class are, unless a client chooses.
+        """
+        return self.withholds_labels or (self.is_cut and not self.shares_labels)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.scheme.exchange is Exchange.CUT
+
+    @property
+    def title(self) -> str:
+        """The run's model and how it is cut, for users."""
+        run = self.run
+        return f"{run.model} cut at {run.cut}, {run.topology}" if self.is_cut else run.model
 
     @property
     def task(self) -> Task:
         return self.training.task
 
     @classmethod
-    def of(cls, run: RunConfig, allowed: Collection[str] | None = None) -> "Recipe":
+    def of(
+        cls,
+        run: RunConfig,
+        allowed: Collection[str] | None = None,
+        *,
+        withholds_labels: bool = False,
+    ) -> "Recipe":
         """Resolve a run's options; ``allowed`` as in ``registry.look_up``.
 
         Raises:
             ConfigError: a scheme, task, model, cut, partition, optimiser, schedule, aggregation
-                rule or store is unknown, or does not accept its options.
+                rule or store is unknown, or does not accept its options; or the run shares labels,
+                which this client withholds.
         """
         row = named("scheme", run.scheme, SCHEMES)
         check_address(run.weights)
@@ -80,9 +101,10 @@ class Recipe:
         cut = run.cut if len(cuts) > 1 else cuts[0]
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
-        recipe = cls(run, row, model, cuts, segments, training, rule, _keep(run, row))
+        keep = _keep(run, row)
+        recipe = cls(run, row, model, cuts, segments, training, rule, keep, withholds_labels)
         if recipe.keeps_labels:
-            _check_private(run)
+            _check_private(recipe)
         return recipe
 
     def changed(self, **options: Any) -> "Recipe":
@@ -106,22 +128,40 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     return cuts
 
 
-def _check_private(run: RunConfig) -> None:
+def _check_private(recipe: Recipe) -> None:
     """Check that a run whose labels stay at the clients needs nothing that tells them.
 
     Raises:
         ConfigError: it does.
     """
+    run = recipe.run
+    named = "--keep-labels" if recipe.withholds_labels else f"--topology {run.topology}"
+    if recipe.shares_labels:
+        raise ConfigError(
+            f"{named}: the server runs --topology {run.topology} with --cut {run.cut}, which sends"
+            f" it the labels; they would stay here with {_private_choices()}"
+        )
     if run.class_weights == "balanced":
         raise ConfigError(
-            f"--class-weights balanced: with --topology {run.topology} no client tells how many"
+            f"--class-weights balanced: with {named} no client tells how many"
             " samples it has of each class; give a weight for each class"
         )
     if run.batch_size == 1:
         raise ConfigError(
-            f"--batch-size 1: with --topology {run.topology} the loss of a single sample would be"
+            f"--batch-size 1: with {named} the loss of a single sample would be"
             " sent, which may tell its label; give at least 2"
         )
+
+
+def _private_choices() -> str:
+    """Return the options with which no label is sent."""
+    topologies = [
+        f"{name} ({counted(least, 'cut')})"
+        for name, row in TOPOLOGIES.items()
+        if (least := next((n for n in row.num_cuts if row.holders(n)[-1] is Holder.CLIENT), 0))
+    ]
+    schemes = [name for name, row in SCHEMES.items() if row.exchange is not Exchange.CUT]
+    return f"--topology {' or '.join(topologies)}, or --scheme {' or '.join(schemes)}"
 
 
 def _keep(run: RunConfig, row: Scheme) -> KeepModels:
