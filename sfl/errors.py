@@ -6,7 +6,7 @@
      |- ConfigError        options that cannot be run                        (exit code 2)
      |- DataError          the data are missing or do not fit
      |- RunError           the run cannot go on: disk, port, a client that left
-     |   `- NotYet         a request came too early; a later one may succeed
+     |   `- NotYet         a request came too early or too late; another one may succeed
      |- AuthError          the peer is not authenticated, or TLS fails
      |- StepFailed         a step of the model cannot be computed
      |- ProtocolError      the peer broke the protocol
@@ -49,7 +49,7 @@ class RunError(SflError):
 
 
 class NotYet(RunError):
-    """A peer's request came too early; a later one may succeed."""
+    """A peer's request came too early or too late; another one may succeed."""
 
 
 class AuthError(SflError):

@@ -227,6 +227,10 @@ class ClientNode(PeerNode):
         600.0, "seconds to try to reach a lost server again; 0: end at once"
     )
     keep_tensors: str = option("none", "as the server's option; the server keeps the same files")
+    keep_labels: bool = option(
+        False, "refuse a run in which labels or counts of them would be sent, before anything is"
+        " sent about this client's",
+    )  # fmt: skip
     share_figures: bool = option(
         False, "where labels stay at the clients: tell the server the figures of each class as well"
     )

@@ -27,8 +27,8 @@ GROUPS = {
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
-    "security": "share_figures token_file tls_cert tls_key tls_ca tls_client_ca insecure"
-    " allow_import memory_limit max_samples max_pending",
+    "security": "keep_labels share_figures token_file tls_cert tls_key tls_ca tls_client_ca"
+    " insecure allow_import memory_limit max_samples max_pending",
     "failures": "on_missing round_timeout min_clients peer_timeout connect_timeout"
     " reconnect_timeout on_nonfinite",
     "this machine": "device threads host port at_once out keep_tensors keep_models profile link",

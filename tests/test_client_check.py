@@ -10,9 +10,11 @@ from sfl.config import RunConfig
 from sfl.nodes import NodeConfig
 from sfl.runtime.client_check import NOT_CHECKED, NOT_OK, OK
 from sfl.runtime.simulation import simulate
+from sfl.wire.messages import MessageType
 from tests.support.certificates import Certificates
 from tests.support.launch import Launcher, Program, wait_for
 from tests.support.models import VARIANT
+from tests.support.proxy import UP, Proxy
 from tests.support.runs import FAST, LONG
 
 
@@ -46,7 +48,7 @@ def test_all_is_well_before_a_run_and_the_run_does_not_notice(
         assert said["token"] == "ok: the server asks for none"
     assert "2000 train" not in said["data"]
     assert said["data"].endswith("samples of mnist-5k for client_0")
-    assert "mlp cut at 3" in said["model"]
+    assert "mlp cut at 3, vanilla; the server takes it" in said["model"]
     assert written(launcher.folder) == []
     assert "registered" not in server.out
     first = launcher.client("--client-id", 0)
@@ -135,6 +137,26 @@ def test_other_code_and_a_model_that_is_not_allowed(launcher: Launcher) -> None:
     assert "--allow-import" in said["model"]
     lines(launcher.client("--check", *allow), 0)
     for program in (launcher.client(*allow), server):
+        program.ended_with(0)
+
+
+def test_a_client_that_keeps_its_labels_refuses_a_run_that_shares_them(launcher: Launcher) -> None:
+    """It has told nothing but its id and what it computes with."""
+    server = launcher.server(*FAST, "--rounds", 1, "--clients", 1)
+    wait_for(server, "listening")
+    proxy = Proxy(launcher.port)
+    keeps = ["--keep-labels", "--server", f"127.0.0.1:{proxy.port}"]
+    why = "--keep-labels: the server runs --topology vanilla with --cut 3"
+    assert why in lines(launcher.client("--check", *keeps), 1)["model"]
+    assert why in launcher.client(*keeps).ended_with(2)
+    wait_for(server, why)
+    proxy.close()
+    told = {m.type for c in proxy.connections for way, m in c.messages if way == UP}
+    assert told - {MessageType.HEARTBEAT} == {
+        MessageType.CHECK, MessageType.UNREGISTER, MessageType.REGISTER, MessageType.ABORT
+    }  # fmt: skip
+    assert written(launcher.folder) == []
+    for program in (launcher.client(), server):
         program.ended_with(0)
 
 

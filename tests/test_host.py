@@ -28,11 +28,12 @@ def test_what_are_no_ids_is_refused(text: str) -> None:
         ClientNode(client_ids="0-2", client_id=1).check()
 
 
+@pytest.mark.parametrize("cut", [4, pytest.param("3,9", marks=pytest.mark.slow)])
 def test_hosted_clients_compute_what_processes_of_their_own_would(
-    launcher: Launcher, tmp_path: Path
+    launcher: Launcher, tmp_path: Path, cut: int | str
 ) -> None:
     """With dropout, which draws from the one generator that they share."""
-    options = ["--model", BN_DROPOUT, "--cut", 4, "--rounds", 2, "--batch-size", 64]
+    options = ["--model", BN_DROPOUT, "--cut", cut, "--rounds", 2, "--batch-size", 64]
     server = launcher.server("--clients", 4, "--run", "r", *options, "--keep-tensors", "none")
     allow = ["--allow-import", BN_DROPOUT]
     hosts = [
@@ -40,7 +41,7 @@ def test_hosted_clients_compute_what_processes_of_their_own_would(
     ]  # fmt: skip
     for program in [server, *hosts]:
         program.ended_with(0)
-    expected = simulated(tmp_path / "simulated", model=BN_DROPOUT, cut=4, clients=4)
+    expected = simulated(tmp_path / "simulated", model=BN_DROPOUT, cut=cut, clients=4)
     assert_equal(weights(tmp_path / "server" / "r"), weights(expected))
     for client in range(3):
         log = tmp_path / f"client/r/client_{client}/client_log.txt"

@@ -79,8 +79,7 @@ LOOK_UPS = {
     "KeepModels.parse": {"archive.writer", "config", "strategy.recipe"},
     "LinkShape.parse": {"nodes"},
     "Recipe.of": {
-        "runtime.client",
-        "runtime.client_check",
+        "runtime.client_process",
         "runtime.fed_server",
         "runtime.preflight",
         "runtime.recorded_run",

@@ -25,6 +25,7 @@ from tests.support import poison
 from tests.support.launch import Launcher, Program, options_of, wait_for
 from tests.support.runs import ALLOW, RUN, STEPS
 from tests.support.simulations import reference
+from tests.support.weights import assert_equal, weights
 
 SKIP = ["--on-missing", "skip", "--round-timeout", 600]
 HUGE = "tests.support.models:with_huge_layer"
@@ -74,6 +75,23 @@ def test_poison_is_as_if_its_sender_had_left(
     assert compare(whole, launcher.folder / "server/r").lines == []
     rows = csv.DictReader((launcher.folder / "server/r/rounds.csv").read_text().splitlines())
     assert ["1" in row["took_part"].split(";") for row in rows] == [True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["reject", "log"])
+def test_a_loss_that_a_client_tells_of_a_step_is_checked(
+    launcher: Launcher, tmp_path: Path, policy: str
+) -> None:
+    """Where the client computes the loss; its gradients are as they should be."""
+    run = RUN | {"cut": "3,9", "rounds": 2, "on_nonfinite": policy}
+    server, attacker = attacked(launcher, run, "TRAINING_GRADS:1.2:nan:told")
+    away = [Away(1, 1, 2)] if policy == "reject" else []
+    assert "the losses of client_1 hold NaN" in server.out
+    assert ("client_1 is refused" in server.out) == bool(away)
+    assert attacker.wait() == len(away)
+    assert_equal(
+        weights(launcher.folder / "server/r"), weights(reference(tmp_path / "whole", run, away))
+    )
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs of models with several cuts: over sockets, from their files, and what passes on the wire."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +10,22 @@ import torch
 
 import sfl.archive
 from sfl.archive.layout import ACTIVATIONS, GRADS
+from sfl.archive.writer import ArchiveWriter, Tensors
 from sfl.config import RunConfig
+from sfl.conversation import join
 from sfl.conversation.join import DataReport
 from sfl.conversation.limits import client_limits, server_limits
 from sfl.data.client_data import batch_indices
+from sfl.errors import DataError, ProtocolError, RunError
 from sfl.model.topology import TOPOLOGIES, Holder, Topology
+from sfl.nodes import ServerNode
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
+from sfl.runtime.report_limits import claim_error
+from sfl.runtime.same_model import report_of
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
 from sfl.wire.messages import MessageType
 from sfl.wire.payload import InMemory
 from tests.support.launch import Launcher
@@ -112,6 +120,25 @@ def test_a_tensor_that_was_changed_is_found_whichever_cut_it_crossed(
     assert report.differ or report.unchecked
 
 
+def test_a_step_that_a_run_ended_in_is_incomplete_and_not_different(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is broken off between the records of the step's two cuts."""
+    record_step = ArchiveWriter.record_step
+
+    def ends(writer: ArchiveWriter, tensors: Tensors, at: Position, order: int) -> None:
+        if writer.records(at.round) and (at.step, at.link) == (3, 1):
+            raise RunError("broken off")
+        record_step(writer, tensors, at, order)
+
+    monkeypatch.setattr(ArchiveWriter, "record_step", ends)
+    options = MODEL | {"cut": "3,9", "clients": 1, "rounds": 1, "keep_tensors": "all"}
+    with pytest.raises(RunError, match="broken off"):
+        simulated(tmp_path, **options)
+    report = check(load(tmp_path / "server/r", allow_import=BN_DROPOUT))
+    assert (report.findings, report.checked, report.differ, report.incomplete) == ([], 3, 0, 1)
+
+
 def test_a_topology_that_is_not_listed_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +169,7 @@ def told(connections: Sequence[Recorded], run: RunConfig) -> list[str]:
     """Return what passes from clients to server that tells labels."""
     found = []
     for connection in connections:
-        client = next(m.at.client for _, m in connection.messages if m.type in STEP)
+        client = next(m.at.client for _, m in connection.messages if m.at.client >= 0)
         data = data_of(run)[client]
         stream = bytes(connection.streams[UP])
         for indices in batch_indices(len(data.train), run, round_index=0, client=client):
@@ -202,9 +229,12 @@ def test_a_step_of_two_cuts_is_two_round_trips(private: tuple[Path, list[Recorde
     [
         (["--cut", 6], [], ["TRAINING_LABELS", "VALIDATION_LABELS", "labels of a batch"]),
         (["--cut", "3,9"], ["--share-figures"], ["per_class"]),
+        (["--scheme", "fl", "--cut", 6], [], ["per_class"]),
+        (["--scheme", "fl", "--cut", 6], ["--keep-labels"], []),
+        (["--scheme", "sync-sgd", "--cut", 6], ["--keep-labels"], []),
     ],
 )
-def test_the_search_for_labels_would_find_them(
+def test_the_search_for_labels_finds_those_that_are_told(
     tmp_path: Path, options: list[object], client_options: list[object], wanted: list[str]
 ) -> None:
     own = [*options, "--model", BN_DROPOUT, "--rounds", 1, "--batch-size", 64]
@@ -222,6 +252,33 @@ def test_the_figures_of_a_single_sample_are_not_told(tmp_path: Path) -> None:
     assert float(figures["0", "samples"]) == 5
     assert ("0", "val_acc") not in figures
     assert ("1", "val_acc") in figures
+
+
+def test_a_single_sample_is_not_trained_on_where_its_loss_would_tell_its_label(
+    tmp_path: Path,
+) -> None:
+    """The client refuses to report it, and the server to accept such a report."""
+    data = data_of(RunConfig(clients=1))[0]
+    data = dataclasses.replace(data, train=data.train.take(torch.tensor([0])))
+    report = report_of(data, SplitModel(Recipe.of(RunConfig()), (1, 28, 28), 10))
+    told, node = join.Joined(0, None, {}, report), ServerNode(out=str(tmp_path))
+    fl = RunConfig(scheme="fl")
+    private = Recipe.of(RunConfig(cut="3,9"))
+    for recipe in (private, Recipe.of(fl, withholds_labels=True)):
+        with pytest.raises(DataError, match="a single training sample: its loss would be sent"):
+            report_of(data, SplitModel(recipe, (1, 28, 28), 10))
+    assert "reports a single training sample" in claim_error(private, node, told)
+    report_of(data, SplitModel(Recipe.of(fl), (1, 28, 28), 10))
+    assert claim_error(Recipe.of(fl), node, told) == ""
+
+
+def test_a_client_takes_no_weights_of_classes_that_would_pick_its_labels_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one class weighed above all others, a batch's loss would tell who is of it."""
+    monkeypatch.setattr(join, "class_weights", lambda *_: (1e6, *[1e-6] * 9))
+    with pytest.raises(ProtocolError, match="are not those of --class-weights"):
+        simulated(tmp_path, **MODEL, cut="3,9", clients=1, rounds=1)
 
 
 def test_limits_are_those_of_what_a_party_receives() -> None:

@@ -96,6 +96,24 @@ def test_what_a_topology_cannot_do_is_refused(options: dict[str, Any], why: str)
         Recipe.of(RunConfig(**options))
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"cut": 2}, "the server runs --topology vanilla with --cut 2, which sends it the labels"),
+        ({"cut": "2,4,6"}, "--topology alternating with --cut 2,4,6"),
+        ({}, "with --topology u-shaped (2 cuts) or alternating (2 cuts), or --scheme fl or sync-"),
+        ({"scheme": "fl", "class_weights": "balanced"}, "with --keep-labels no client tells how"),
+        ({"scheme": "sync-sgd", "batch_size": 1}, "with --keep-labels the loss of a single sample"),
+    ],
+)
+def test_a_client_that_withholds_its_labels_refuses_what_would_tell_them(
+    options: dict[str, Any], why: str
+) -> None:
+    Recipe.of(RunConfig(**options))
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        Recipe.of(RunConfig(**options), withholds_labels=True)
+
+
 def test_who_holds_what() -> None:
     """Without a cut each party that computes has the whole model."""
     for scheme, client, server in (("sflv1", ["front"], ["back"]), ("fl", ["front"], ["front"])):

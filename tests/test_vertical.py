@@ -248,7 +248,7 @@ def test_clients_without_common_samples_end_before_the_start(tmp_path: Path) -> 
         ({"fusion": "glue"}, "fusion"),
         ({"party_models": "mlp"}, "--party-models mlp: 1 models for 2 clients"),
         ({"cut": "3,6"}, "takes 1 cut"),
-        ({"topology": "vanilla"}, "give --topology vertical"),
+        ({"topology": "vanilla"}, "each client has samples of its own"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: str) -> None:

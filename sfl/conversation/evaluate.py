@@ -110,8 +110,8 @@ def _evaluate_batch(
 def _send_own_result(party: ClientParty, part: str, whole: Tally, round_index: int) -> None:
     """Send the client's own figures of a part.
 
-    Where a cut model's labels stay at the client, figures of each class are its own choice, and
-    those of a single sample, whose loss may tell its label, are left out.
+    Where nothing of its labels may be sent, figures of each class are its own choice, and those of
+    a single sample, whose loss may tell its label, are left out.
     """
     is_private = party.recipe.keeps_labels
     whole = Tally() if is_private and whole.samples == 1 else whole
@@ -150,12 +150,12 @@ def _receive_result(party: ServerParty, part: str, round_index: int) -> Conversa
     message = party.link.receive_message_as_json(MessageType.VALIDATION_RESULT, at=at)
     _check_part(message, part, party)
     size = party.num_samples[part]
-    withheld = party.recipe.keeps_labels and size == 1 and message.get("samples", int) == 0
+    withheld = size == 1 and message.get("samples", int) == 0
     tally = Tally() if withheld else _parse_tally(party, message, size)
     party.check_loss(tally.loss_sum, f"client {party.client}'s evaluation", at)
-    table, may_lack_it = party.task.table, party.recipe.keeps_labels
-    if not tally.samples or not table or (may_lack_it and table.name not in message.content):
-        return tally
+    table = party.task.table
+    if not tally.samples or not table or table.name not in message.content:
+        return tally  # a client may keep its figures of each class to itself
     rows, classes = message.get(table.name, list), party.split.num_classes
     counted = table.checked(rows, tally.counts, tally.samples, classes)
     return dataclasses.replace(tally, table=counted)

@@ -36,7 +36,7 @@ from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
-from sfl.runtime.client_process import ClientProcess
+from sfl.runtime.client_process import ClientProcess, recipe_of
 from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_client_state
@@ -216,7 +216,7 @@ class _Client:
 
     def _join(self, registered: Registered) -> Conversation[None]:
         welcome, registered.link.name = registered.welcome, f"client_{registered.welcome.client}"
-        recipe = Recipe.of(welcome.run, self._node.allowed_imports)
+        recipe = recipe_of(welcome.run, self._node)
         if self._folder is None:
             self._folder, self._welcome = self._open(welcome, recipe), welcome
         if self._loaded is None:
@@ -296,7 +296,7 @@ class _Loaded:
         self._split = SplitModel(recipe, shape, num_classes, client=self._client)
         self._report = report_of(self._data, self._split)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
-        events.say(f"{counts} samples; {run.model} cut at {recipe.run.cut}, on {self._device}")
+        events.say(f"{counts} samples; {recipe.title}, on {self._device}")
         self.log = ClientLog(recipe.task, run, folder, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has started this client
 

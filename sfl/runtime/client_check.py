@@ -22,7 +22,7 @@ from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, allowed_address
-from sfl.runtime.client_process import ClientProcess
+from sfl.runtime.client_process import ClientProcess, recipe_of
 from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_state_rounds
 from sfl.runtime.same_model import report_of
@@ -115,7 +115,7 @@ class _Check:
         """Check what the server's run needs on this machine."""
         run, split, data = welcome.run, None, None
         if (recipe := self._recipe(run)) is None:
-            self._say(NOT_CHECKED, "data", "this machine cannot compute the run")
+            self._say(NOT_CHECKED, "data", "this machine cannot take part in the run")
         elif (data := self._try("data", lambda: self._load(process, welcome, recipe))) is None:
             self._say(NOT_CHECKED, "model", "it is built for the data")
         else:
@@ -177,7 +177,7 @@ class _Check:
     def _recipe(self, run: RunConfig) -> Recipe | None:
         """Look up the names in the run's options."""
         try:
-            return Recipe.of(run, self._node.allowed_imports)
+            return recipe_of(run, self._node)
         except ConfigError as error:
             self._say_error("model", error)
             return None
@@ -204,7 +204,7 @@ class _Check:
             report = dataclasses.replace(report, rounds=own)
         if problem := self._ask_about_report(process, report):
             raise RunError(f"the server would refuse: {problem}")
-        return split, f"{run.model} cut at {recipe.run.cut}; the server takes it, and the data"
+        return split, f"{recipe.title}; the server takes it, and the data"
 
     def _try_disk(
         self, folder: Path, welcome: Welcome, split: SplitModel | None, num_train: int

@@ -23,6 +23,15 @@ from sfl.strategy.split_model import MAX_EVALUATION_BATCH
 Notify = Callable[[str], None]
 
 
+def recipe_of(run: RunConfig, node: ClientNode) -> Recipe:
+    """Return the recipe of a server's run, if this machine accepts it.
+
+    Raises:
+        ConfigError: as ``Recipe.of``.
+    """
+    return Recipe.of(run, node.allowed_imports, withholds_labels=node.keep_labels)
+
+
 @dataclass
 class ClientProcess:
     """What the clients of one process share."""

@@ -28,6 +28,8 @@ from sfl.strategy.schemes import SCHEMES, Exchange, Fronts, Scheme, shared
 from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors
 from sfl.weights.stores import check_address
 
+Party = tuple[ModelSpec, tuple[int, ...]]  # the model of a client's segments, and its cuts
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
@@ -42,7 +44,8 @@ class Recipe:
     rule: Callable[..., Result]  # aggregation rule
     keep: KeepModels  # rounds whose files are kept
     joins: bool = False  # whether all clients take part in each step, see ``Topology``
-    parties: tuple[tuple[ModelSpec, tuple[int, ...]], ...] = ()  # of each client, where they differ
+    parties: tuple[Party, ...] = ()  # of each client, where they differ
+    withholds_labels: bool = False  # a client's choice, in schemes without a cut as well
 
     @property
     def aligns(self) -> bool:
@@ -61,7 +64,7 @@ class Recipe:
         seed, is_leader = self.run.seed, self.has_labels(client)
         return seed if is_leader else seeds.derive(seed, seeds.INITIAL_WEIGHTS, client)
 
-    def party(self, client: int) -> tuple[ModelSpec, tuple[int, ...]]:
+    def party(self, client: int) -> Party:
         """Return the model that a client's segments are of, and its cuts."""
         return self.parties[client] if self.parties else (self.model, self.cuts)
 
@@ -72,20 +75,40 @@ class Recipe:
 
     @property
     def keeps_labels(self) -> bool:
-        """Whether the model is cut, and the labels stay at the clients all the same."""
-        return self.scheme.exchange is Exchange.CUT and not self.shares_labels
+        """Whether nothing of the labels may be sent: the model is cut, and they stay all the same.
+
+        Without a cut no label is sent, but figures of each class are, unless a client chooses.
+        """
+        return self.withholds_labels or (self.is_cut and not self.shares_labels)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.scheme.exchange is Exchange.CUT
+
+    @property
+    def title(self) -> str:
+        """The run's model and how it is cut, for users."""
+        run = self.run
+        return f"{run.model} cut at {run.cut}, {run.topology}" if self.is_cut else run.model
 
     @property
     def task(self) -> Task:
         return self.training.task
 
     @classmethod
-    def of(cls, run: RunConfig, allowed: Collection[str] | None = None) -> "Recipe":
+    def of(
+        cls,
+        run: RunConfig,
+        allowed: Collection[str] | None = None,
+        *,
+        withholds_labels: bool = False,
+    ) -> "Recipe":
         """Resolve a run's options; ``allowed`` as in ``registry.look_up``.
 
         Raises:
             ConfigError: a scheme, task, model, cut, partition, optimiser, schedule, aggregation
-                rule or store is unknown, or does not accept its options.
+                rule or store is unknown, or does not accept its options; or the run shares labels,
+                which this client withholds.
         """
         row = named("scheme", run.scheme, SCHEMES)
         check_address(run.weights)
@@ -105,22 +128,18 @@ class Recipe:
         cut = run.cut if len(cuts) > 1 else cuts[0]
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
-        parties: tuple[tuple[ModelSpec, tuple[int, ...]], ...] = ()
+        _check_parts(run, row, joins=placed.joins)
+        parties: tuple[Party, ...] = ()
         if placed.joins:
-            _check_joined(run, row)
             parties = _parties(run, model, cuts, allowed)
             model, cuts = parties[run.label_client]
             row = replace(row, back_of=shared, fronts=Fronts.OWN)
-        elif run.partition == VERTICAL:
-            raise ConfigError(
-                f"--partition {VERTICAL}: with --topology {topology} each client trains on samples"
-                " of its own; give --topology vertical, or another --partition"
-            )
         recipe = cls(
-            run, row, model, cuts, segments, training, rule, _keep(run, row), placed.joins, parties
-        )
+            run, row, model, cuts, segments, training, rule, _keep(run, row),
+            joins=placed.joins, parties=parties, withholds_labels=withholds_labels,
+        )  # fmt: skip
         if recipe.keeps_labels:
-            _check_private(run)
+            _check_private(recipe)
         return recipe
 
     def changed(self, **options: Any) -> "Recipe":
@@ -144,12 +163,16 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     return cuts
 
 
-def _check_joined(run: RunConfig, row: Scheme) -> None:
-    """Check the options of a run in which all clients take part in each step.
+def _check_parts(run: RunConfig, row: Scheme, *, joins: bool) -> None:
+    """Check a run's options against whether all clients take part in each step (``joins``).
 
     Raises:
         ConfigError: one does not fit.
     """
+    if not joins:
+        wanted = f"another: with --topology {run.topology} each client has samples of its own"
+        require(run.partition != VERTICAL, "partition", VERTICAL, wanted)
+        return
     named("fusion", run.fusion, FUSIONS)
     given, clients = run.partition, run.clients
     conditions = [
@@ -171,7 +194,7 @@ def _check_joined(run: RunConfig, row: Scheme) -> None:
 
 def _parties(
     run: RunConfig, model: ModelSpec, cuts: tuple[int, ...], allowed: Collection[str] | None
-) -> tuple[tuple[ModelSpec, tuple[int, ...]], ...]:
+) -> tuple[Party, ...]:
     """Return the model of each client's first segment, and its cuts.
 
     Raises:
@@ -190,22 +213,40 @@ def _parties(
     return tuple(found)
 
 
-def _check_private(run: RunConfig) -> None:
+def _check_private(recipe: Recipe) -> None:
     """Check that a run whose labels stay at the clients needs nothing that tells them.
 
     Raises:
         ConfigError: it does.
     """
+    run = recipe.run
+    named = "--keep-labels" if recipe.withholds_labels else f"--topology {run.topology}"
+    if recipe.shares_labels:
+        raise ConfigError(
+            f"{named}: the server runs --topology {run.topology} with --cut {run.cut}, which sends"
+            f" it the labels; they would stay here with {_private_choices()}"
+        )
     if run.class_weights == "balanced":
         raise ConfigError(
-            f"--class-weights balanced: with --topology {run.topology} no client tells how many"
+            f"--class-weights balanced: with {named} no client tells how many"
             " samples it has of each class; give a weight for each class"
         )
     if run.batch_size == 1:
         raise ConfigError(
-            f"--batch-size 1: with --topology {run.topology} the loss of a single sample would be"
+            f"--batch-size 1: with {named} the loss of a single sample would be"
             " sent, which may tell its label; give at least 2"
         )
+
+
+def _private_choices() -> str:
+    """Return the options with which no label is sent."""
+    topologies = [
+        f"{name} ({counted(least, 'cut')})"
+        for name, row in TOPOLOGIES.items()
+        if (least := next((n for n in row.num_cuts if row.holders(n)[-1] is Holder.CLIENT), 0))
+    ]
+    schemes = [name for name, row in SCHEMES.items() if row.exchange is not Exchange.CUT]
+    return f"--topology {' or '.join(topologies)}, or --scheme {' or '.join(schemes)}"
 
 
 def _keep(run: RunConfig, row: Scheme) -> KeepModels:

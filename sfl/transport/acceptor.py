@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from sfl.errors import AuthError, Damaged, OtherVersion, ProtocolError, reason_of
+from sfl.errors import AuthError, Damaged, NotYet, OtherVersion, ProtocolError, reason_of
 from sfl.transport.guard import Guard
 from sfl.transport.listener import Listener
 from sfl.transport.pending import LET_IN_WITHIN_S, PendingConnection
@@ -115,12 +115,12 @@ class Acceptor:
         if pending.is_dismissed:
             self._close_one(pending)
             return
-        on_console = isinstance(error, AuthError | ProtocolError)
+        on_console = isinstance(error, AuthError | ProtocolError | NotYet)
         self._refusals.add(pending.address, reason_of(error), on_console=on_console)
         if isinstance(error, OtherVersion):
             pending.version = error.version if error.version in RELEASES else VERSION
             pending.dismiss(MessageType.INVALID_MESSAGE, error.answer)
-        elif isinstance(error, AuthError | ProtocolError | Damaged):
+        elif isinstance(error, AuthError | ProtocolError | Damaged | NotYet):
             pending.dismiss(last_words_for(error), str(error))
         else:
             self._close_one(pending)
@@ -147,7 +147,8 @@ class Acceptor:
             return
         self._looked_at = now
         for pending in [p for p in self._pending if now > p.deadline]:
-            self._refuse(pending, ProtocolError(f"register within {LET_IN_WITHIN_S:g} seconds"))
+            # It may be the network's fault: whoever is slow for that may come again.
+            self._refuse(pending, NotYet(f"register within {LET_IN_WITHIN_S:g} seconds"))
         self._refusals.summarise(now)
 
     @property

@@ -43,6 +43,7 @@ class PendingConnection(Link):
         self.version = VERSION  # protocol version for our replies
         self.stream = Stream(sock)
         self._tls = guard.tls
+        self._knows_how_to_answer = guard.tls is None  # with or without TLS
         self._handshake = self._identify(guard)
         next(self._handshake)
 
@@ -81,7 +82,9 @@ class PendingConnection(Link):
         if self._tls is None or (isinstance(self.stream, TlsStream) and self.stream.is_secured):
             return True
         if not isinstance(self.stream, TlsStream):
-            if not speaks_tls(self.stream.sock):
+            is_tls = speaks_tls(self.stream.sock)
+            self._knows_how_to_answer = True
+            if not is_tls:
                 raise AuthError("this server speaks TLS alone: give --tls-ca")
             self.stream = TlsStream(self.stream.sock, self._tls.context)
             self.certificate = self._tls.certificate
@@ -146,10 +149,15 @@ class PendingConnection(Link):
         return self.arrived.popleft()
 
     def dismiss(self, message_type: MessageType, reason: str) -> None:
-        """Send the reason of the refusal; from now on received bytes are discarded."""
+        """Send the reason of the refusal; from now on received bytes are discarded.
+
+        Who has said nothing to a server with TLS gets none: a client that waits for TLS would take
+        plain text for another server's.
+        """
         self.is_dismissed, self.deadline = True, time.monotonic() + FAREWELL_S
-        with contextlib.suppress(OSError, SflError):
-            self.send_message_as_json(message_type, content=one_line(reason))
+        if self._knows_how_to_answer:
+            with contextlib.suppress(OSError, SflError):
+                self.send_message_as_json(message_type, content=one_line(reason))
         self.stream.shut_sending()
 
     def has_closed(self) -> bool:

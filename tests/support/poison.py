@@ -2,8 +2,8 @@
 
 ``POISON=TRAINING_FEATURES:1.2:3e38`` fills with 3e38 what it sends with that message at step 2 of
 round 1, and in a message without a file each float. The step is -1 where a message belongs to a
-whole round; ``row`` behind it leaves all samples but the first as they are. ``main_staying`` does
-all as it should, but takes no leave.
+whole round; ``row`` behind it leaves all samples but the first as they are, ``told`` the file: each
+float told with it is filled. ``main_staying`` does all as it should, but takes no leave.
 """
 
 import functools
@@ -29,7 +29,8 @@ class _Poison:
     """What to send, and when."""
 
     def __init__(self, text: str) -> None:
-        kind, where, value, *self._more = text.split(":")
+        kind, where, value, *more = text.split(":")
+        self._one_row, self.is_of_figures = more == ["row"], more == ["told"]
         self._kind, self._value = MessageType(kind), float(value)
         self._when = tuple(map(int, where.split(".")))
 
@@ -50,7 +51,7 @@ class _Poison:
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        tensor[: 1 if self._more else None] = self._value
+        tensor[: 1 if self._one_row else None] = self._value
         return tensor
 
 
@@ -62,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     @functools.wraps(send_file)
     def sends(link: Link, kind: MessageType, data: bytes, *args: Any, **more: Any) -> None:
         if poison.is_due(kind, more.get("at", Position())):
-            data, more["checksum"] = poison.into(data), ""
+            if poison.is_of_figures:
+                more["content"] = poison.into_figures(more["content"])
+            else:
+                data, more["checksum"] = poison.into(data), ""
         send_file(link, kind, data, *args, **more)
 
     @functools.wraps(tell)
