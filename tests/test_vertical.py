@@ -1,5 +1,6 @@
 """Vertically partitioned data: all clients take part in each step, each with its columns."""
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfl.config import RunConfig
+from sfl.crash import VARIABLE
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
@@ -122,6 +124,36 @@ def test_a_missing_party_counts_as_zeros_until_it_is_back(tmp_path: Path) -> Non
     assert report.checked == 2 * 3 * 16 + 3 + 16  # of two clients, and what the third took part in
     missed = [row.rsplit(",", 1)[1] for row in (run / "rounds.csv").read_text().splitlines()]
     assert missed == ["missing", "client_2: away", "client_2: away", ""]
+
+
+@pytest.mark.slow
+def test_over_sockets_a_round_goes_on_without_a_party_if_told_so(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    skip = ["--on-missing", "skip", "--round-timeout", 1, "--min-clients", 1, "--rounds", 6]
+    options = options_of({n: v for n, v in (VERTICAL | MODEL).items() if n != "rounds"})
+    server = launcher.server("--run", "r", *options, *skip)
+    lost = launcher.client("--client-id", 1, *ALLOW, env={VARIABLE: "front.after_update:20"})
+    other = launcher.client("--client-id", 0, *ALLOW)
+    assert lost.wait() == -signal.SIGKILL
+    for program in [server, other]:
+        program.ended_with(0)
+    report = check(load(tmp_path / "server/r", allow_import=BN_DROPOUT))
+    assert (report.findings, report.differ, report.models_differ) == ([], 0, 0)
+    assert report.checked == 6 * 16 + 20
+    table = (tmp_path / "server/r/rounds.csv").read_text()
+    missed = [row.rsplit(",", 1)[1] for row in table.splitlines()]
+    assert missed[1].strip() == ""
+    assert all("client_1" in text for text in missed[2:])
+
+
+@pytest.mark.slow
+def test_a_joint_step_that_fails_ends_the_run_and_blames_nobody(launcher: Launcher) -> None:
+    options = options_of(VERTICAL | {"model": "mlp", "lr": 1e12, "optimizer": "sgd"})
+    server = launcher.server("--run", "r", *options)
+    for k in (0, 1):
+        launcher.client("--client-id", k)
+    assert "of all clients fails: the results of step" in server.ended_with(1)
 
 
 def test_the_client_with_the_labels_is_waited_for() -> None:

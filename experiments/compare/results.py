@@ -44,7 +44,9 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
     archive = sfl.archive.open(path)
     data, recipe = archive.environment()["data"], Recipe.of(run)
     pooled, split = recipe.scheme.pooled, SplitModel.of_data(recipe, data)
-    flops = client_flops(split)
+    # Clients have one model, unless each has its part of each sample.
+    models = {k: split.of_party(k) for k in map(int, data["num_samples"])}
+    flops = {model: client_flops(model) for model in models.values()}
     up, down = kinds_by_link(recipe.segments)
     by_link = [*map(UP.format, up), *map(DOWN.format, down)]
     known = round_figures(TASK, by_link)
@@ -58,8 +60,9 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
         for client, metrics in clients.items():
             samples = int(metrics["samples"])
             steps = num_batches(samples, run.batch_size) * run.local_epochs if samples else 0
-            metrics["client_gflops"] = samples * run.local_epochs * flops / 1e9
-            metrics |= zip(FORMULA, formula_bytes(run, split, samples, steps), strict=True)
+            model = models[client]
+            metrics["client_gflops"] = samples * run.local_epochs * flops[model] / 1e9
+            metrics |= zip(FORMULA, formula_bytes(run, model, samples, steps), strict=True)
             lines.append({"client": str(client), "round": round_index, **metrics})
         sums = {
             name: sum(metrics[name] for metrics in clients.values())

@@ -81,11 +81,17 @@ def lists_of_cuts(run: RunConfig, num_cuts: int | None, num_blocks: int) -> list
     By default they have as many as ``--topology`` takes at least.
 
     Raises:
-        ConfigError: there are none, or too many; or the topology has another number of cuts.
+        ConfigError: there are none, or too many; or the topology has another number of
+            cuts, or several models.
     """
     if run.cut is not None and num_cuts is not None:
         raise ConfigError("--cut gives the cuts, --num-cuts all that there are: give one of them")
     row = named("topology", run.topology, TOPOLOGIES) if run.topology else None
+    if row and row.joins:
+        raise ConfigError(
+            f"--topology {run.topology}: each client has a model of its own; leave the topology out"
+            " to see what the cuts of one cost"
+        )
     count = num_cuts or (row.num_cuts[0] if row else 1)
     found = math.comb(num_blocks - 1, count)
     if run.cut is not None:

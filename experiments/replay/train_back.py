@@ -36,9 +36,10 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     steps = list(recorded.archive.steps(options.client, chosen))
     if not recorded.split.cuts:
         raise RunError(f"--scheme {recorded.run.scheme} has no cut-layer tensors to train on")
-    if len(recorded.split.cuts) > 1:
+    if len(recorded.split.cuts) > 1 or recorded.recipe.joins:
         raise RunError(
-            f"--train-back takes a run with one cut; this one has --cut {recorded.run.cut}"
+            "--train-back takes a run with one cut, whose clients have steps of their own; this one"
+            f" has --cut {recorded.run.cut} --topology {recorded.run.topology}"
         )
     if len(steps) < 2:
         raise RunError(f"{recorded.archive.root} has no tensors of round {chosen}")
