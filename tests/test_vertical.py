@@ -192,22 +192,27 @@ OWN = {"topology": "vertical", "partition": "own", "clients": 2, "party_models":
 OWN |= {"model": "lenet5", "rounds": 2, "batch_size": 100}
 
 
+@pytest.mark.parametrize("way", ["processes", "one host", "killed server"])
 def test_samples_of_different_kinds_are_joined_by_their_ids(
-    launcher: Launcher, hospitals: Path, tmp_path: Path
+    launcher: Launcher, hospitals: Path, tmp_path: Path, way: str
 ) -> None:
     """Sockets, simulation and the samples that both have: whatever the order of their files."""
-    run = simulate(
-        RunConfig(**OWN, run="r"), NodeConfig(out=str(tmp_path), data_dir=str(hospitals))
-    )
-    server = launcher.server("--run", "s", *options_of(OWN))
-    own = [
-        launcher.client("--client-id", k, "--data-dir", hospitals / f"client_{k}") for k in (0, 1)
-    ]
+    node = NodeConfig(out=str(tmp_path), data_dir=str(hospitals))
+    run, sockets = simulate(RunConfig(**OWN, run="r"), node), tmp_path / "server/s"
+    crash = {VARIABLE: "step.after_update:7"} if way == "killed server" else {}
+    server = launcher.server("--run", "s", *options_of(OWN), env=crash)
+    data = [["--client-id", k, "--data-dir", hospitals / f"client_{k}"] for k in (0, 1)]
+    if way == "one host":
+        data = [["--client-ids", "0-1", "--data-dir", hospitals]]
+    own = [launcher.client(*options) for options in data]
+    if crash:
+        assert server.wait() == -signal.SIGKILL
+        server = launcher.server("--resume", sockets)
     for program in [server, *own]:
         program.ended_with(0)
-    sockets = tmp_path / "server/s"
     assert_equal(all_weights(sockets), all_weights(run))
     assert (check(load(run)).differ, check(load(sockets)).differ) == (0, 0)
+    assert (sockets / "server_log.txt").read_text().count("client_0 registered") == 1 + bool(crash)
     shared = people(hospitals / "client_0") & people(hospitals / "client_1")
     log = (run / "rounds/round_000.csv").read_text()
     held_out = len(shared) // 5

@@ -37,6 +37,7 @@ def accept(link: Link, message_type: MessageType, most_ids: int) -> None:
 
 def client_send_ids(link: Link, ids: Ids) -> Conversation[None]:
     """Send the ids of the client's samples; faces ``server_receive_ids``."""
+    accept(link, MessageType.SAMPLE_ORDER, sum(map(len, ids.values())))  # it may be read ahead
     yield link
     link.receive_message_as_json(MessageType.REQUEST_IDS)
     link.send_file(MessageType.SAMPLE_IDS, encode(torch.cat([*ids.values()])))
@@ -55,7 +56,7 @@ def server_receive_ids(link: Link, num_samples: Mapping[str, int]) -> Conversati
     message = link.receive_file(MessageType.SAMPLE_IDS)
     ids = decode(message.payload, _spec(total), f"the ids of {link.peer_title}", message.checksum)
     parts = dict(zip(num_samples, ids.split_with_sizes([*num_samples.values()]), strict=True))
-    if any(len(set(map(tuple, part.tolist()))) < len(part) for part in parts.values()):
+    if any(len(torch.unique(part, dim=0)) < len(part) for part in parts.values()):
         raise ProtocolError(f"{link.peer_title} names a sample twice")
     return parts
 
@@ -73,7 +74,6 @@ def client_receive_order(link: Link, own: Ids) -> Conversation[dict[str, Tensor]
     Raises:
         ProtocolError: there are more than the client has.
     """
-    accept(link, MessageType.SAMPLE_ORDER, sum(map(len, own.values())))
     yield link
     message = link.receive_file(MessageType.SAMPLE_ORDER)
     counts = [message.get(part, int) for part in own]

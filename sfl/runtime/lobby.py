@@ -188,9 +188,10 @@ class Lobby:
                 aligns=self.recipe.aligns,
             )
             next(self._joining[connection])
+        was_known = bool(connection.peer_name)
         try:
             next(self._joining[connection])
-            if connection.peer_name:
+            if connection.peer_name and not was_known:
                 self.events.say(f"{connection.peer_name} registered from {connection.address}")
         except StopIteration as end:
             del self._joining[connection]
