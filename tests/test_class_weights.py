@@ -99,7 +99,7 @@ def test_fl_with_weights_equals_sflv1(tmp_path: Path) -> None:
 
 
 def test_the_server_hears_of_classes_only_if_it_weighs_by_them(tmp_path: Path) -> None:
-    from sfl.conversation.join import DataReport, parse_report
+    from sfl.conversation.report import DataReport, parse_report
     from sfl.wire.messages import Message, MessageType
 
     data = part_of(DATASETS["mnist-5k"], RunConfig(), 0, loaded("mnist-5k"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, Joined, describe_data
+from sfl.conversation.report import DataReport, describe_data
 from sfl.data.client_data import (
     ClientData,
     DatasetSpec,
@@ -29,7 +29,6 @@ from sfl.data.samples import Samples, join
 from sfl.errors import ConfigError, DataError, RunError
 from sfl.strategy.recipe import Recipe
 from sfl.values import Position
-from sfl.wire.link import Absent
 from tests.support.made_data import loaded, write_mnist
 
 DIGITS = DATASETS["mnist-5k"]
@@ -349,4 +348,4 @@ def test_what_could_not_be_read_again_is_not_recorded() -> None:
     for classes, shape in ((1200, (1, 4, 4)), (10, (1, 1, 2, 2, 2)), (10, (1, 5000, 5000))):
         report = DataReport(counts, tuple(map(str, range(classes))), shape, "0" * 64)
         with pytest.raises(RunError, match="the clients' data cannot be recorded: "):
-            describe_data({0: Joined(0, Absent(0), {}, report)}, Recipe.of(RunConfig()))
+            describe_data({0: report}, Recipe.of(RunConfig()))

@@ -16,7 +16,8 @@ from experiments.hostile.target import Target
 from experiments.support.same_run import compare
 from sfl import __version__
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, Joined
+from sfl.conversation.join import Joined
+from sfl.conversation.report import DataReport
 from sfl.model.structure import MAX_DIGESTS, describe, difference, digests, weights_checksum
 from sfl.nodes import NodeConfig
 from sfl.runtime.same_model import MOST_BUILT, ServersModel

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, check_agreement
+from sfl.conversation.report import DataReport, check_agreement
 from sfl.data.class_names import listed
 from sfl.errors import DataError, RunError
 from sfl.nodes import NodeConfig

@@ -11,7 +11,8 @@ import pytest
 
 from experiments.hostile.target import Target
 from sfl.archive.run_folder import has_no_steps
-from sfl.conversation.join import DataReport, client_join, data_difference, disagreeing_clients
+from sfl.conversation.join import client_join
+from sfl.conversation.report import DataReport, data_difference, disagreeing_clients
 from sfl.environment import FINGERPRINT
 from sfl.errors import SflError
 from sfl.runtime.client_places import Place

@@ -12,9 +12,9 @@ import sfl.archive
 from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.archive.writer import ArchiveWriter, Tensors
 from sfl.config import RunConfig
-from sfl.conversation import join
-from sfl.conversation.join import DataReport
+from sfl.conversation import join, report
 from sfl.conversation.limits import client_limits, server_limits
+from sfl.conversation.report import DataReport
 from sfl.data.client_data import batch_indices
 from sfl.errors import DataError, ProtocolError, RunError
 from sfl.model.topology import TOPOLOGIES, Holder, Topology
@@ -276,7 +276,7 @@ def test_a_client_takes_no_weights_of_classes_that_would_pick_its_labels_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one class weighed above all others, a batch's loss would tell who is of it."""
-    monkeypatch.setattr(join, "class_weights", lambda *_: (1e6, *[1e-6] * 9))
+    monkeypatch.setattr(report, "class_weights", lambda *_: (1e6, *[1e-6] * 9))
     with pytest.raises(ProtocolError, match="are not those of --class-weights"):
         simulated(tmp_path, **MODEL, cut="3,9", clients=1, rounds=1)
 

@@ -10,21 +10,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.hostile.memory import no_checks
 from sfl.config import RunConfig
+from sfl.conversation.join import Welcome, client_join, server_join
+from sfl.conversation.joint_steps import JointSteps
+from sfl.conversation.report import DataReport, disagreeing_clients, send_report
 from sfl.crash import VARIABLE
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.data.vertical import align, digests
-from sfl.errors import ConfigError, DataError
+from sfl.errors import ConfigError, DataError, ProtocolError
+from sfl.files.torch_file import TensorSpec
+from sfl.model.fusion import Joint
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
-from sfl.runtime.simulation import Away, check_away, simulate
+from sfl.runtime.simulation import Away, check_away, local_pair, simulate
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
+from sfl.values import Position
+from sfl.wire.link import ANY_ID
 from sfl.wire.messages import MessageType
-from tests.support.launch import Launcher
+from tests.support.launch import Launcher, wait_for
 from tests.support.made_data import loaded
 from tests.support.pairwise import pairwise
 from tests.support.plain_training import data_of
@@ -220,6 +229,24 @@ def test_samples_of_different_kinds_are_joined_by_their_ids(
     assert f"1,client_model_000.pt,samples,{len(shared) - held_out}" in log
 
 
+@pytest.mark.parametrize("cut", [3, 9])
+def test_activations_of_different_shapes_are_joined_as_in_a_plain_loop(
+    hospitals: Path, tmp_path: Path, cut: int
+) -> None:
+    """Convolved images, or a vector of them, beside the vector of a table."""
+    config = RunConfig(**OWN | {"cut": cut, "batch_size": 200}, run="r")
+    run = simulate(config, NodeConfig(out=str(tmp_path), data_dir=str(hospitals)))
+    plain = PlainVertical(config, aligned(hospitals, config.seed))
+    plain.train()
+    assert_equal(last_weights(run, 2), plain.weights())
+
+
+def aligned(folder: Path, seed: int) -> list[ClientData]:
+    data = of_hospitals(folder)
+    order = align({k: one.identified.ids for k, one in data.items() if one.identified}, seed)
+    return [one.aligned(order, drawn_as=0) for one in data.values()]
+
+
 def people(folder: Path) -> set[str]:
     return set(np.load(folder / "data.npz")["ids"].tolist())
 
@@ -233,18 +260,28 @@ def of_hospitals(folder: Path) -> dict[int, ClientData]:
 
 
 def test_aligned_samples_are_the_same_peoples_in_the_same_order(hospitals: Path) -> None:
-    data = of_hospitals(hospitals)
-    order = align({k: one.identified.ids for k, one in data.items() if one.identified}, seed=3)
-    images, table = (one.aligned(order, drawn_as=0) for one in data.values())
+    images, table = aligned(hospitals, seed=3)
     for part in ("train", "validation"):
         x = getattr(images, part).x.flatten(1)[:, ::7]
         assert len(x) > 100
         assert torch.equal(getattr(table, part).x, x.float() / 128 - 1)
     assert not table.train.y.any()
     assert images.train.y.any()
-    other = align({k: one.identified.ids for k, one in data.items() if one.identified}, seed=4)
-    assert set(map(tuple, other["train"].tolist())) == set(map(tuple, order["train"].tolist()))
-    assert not torch.equal(other["train"], order["train"])
+    other, _ = aligned(hospitals, seed=4)
+    assert other.train.x.sum() + other.validation.x.sum() == (
+        images.train.x.sum() + images.validation.x.sum()
+    )
+    assert not torch.equal(other.train.x, images.train.x)
+
+
+def test_other_ids_are_other_data(hospitals: Path) -> None:
+    """With ids that stand at other rows, the client would train on other samples."""
+    run = RunConfig(**OWN)
+    before = DataReport.of(of_hospitals(hospitals)[1], run).digest
+    path = hospitals / "client_1/data.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, ids=arrays["ids"][::-1], x=arrays["x"])
+    assert DataReport.of(of_hospitals(hospitals)[1], run).digest != before
 
 
 def test_ids_that_are_missing_or_twice_are_named(tmp_path: Path) -> None:
@@ -269,6 +306,108 @@ def test_clients_without_common_samples_end_before_the_start(tmp_path: Path) -> 
         simulate(RunConfig(**OWN), NodeConfig(out=str(tmp_path), data_dir=str(tmp_path / "own")))
 
 
+# Who is lost, and comes back
+
+
+def test_what_a_lost_client_has_given_is_taken_back() -> None:
+    """It gives it again over its new connection: nobody waits at the end of the old one."""
+    sample = TensorSpec((4,), torch.float32)
+    steps: JointSteps[str] = JointSteps(Joint({0: sample, 1: sample}), leader=0)
+    at, z = Position("r", 0, 3, 0), torch.ones(2, 4)
+    leader, other = (steps.of("train", at._replace(client=k)) for k in (0, 1))
+    lost = other.contribute("old", z)
+    next(lost)
+    taking = leader.give_and_take("leader's", z)
+    assert next(taking)() is True
+    lost.close()
+    assert leader.all_given() is False
+    again = other.contribute("new", z)
+    next(again)
+    with pytest.raises(StopIteration) as taken:
+        next(taking)
+    assert [given.end for given in taken.value.value.values()] == ["leader's", "new"]
+    leader.finish("done")
+    late = other.contribute("late", z)  # repeats what is done
+    with pytest.raises(StopIteration, match="done"):
+        next(late)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_does_not_wait_for_the_labels(launcher: Launcher) -> None:
+    server = launcher.server("--run", "r", *options_of(VERTICAL | MODEL | {"rounds": 1}))
+    lost = launcher.client("--client-id", 0, *ALLOW, env={VARIABLE: "run.before_goodbye"})
+    other = launcher.client("--client-id", 1, *ALLOW)
+    assert lost.wait() == -signal.SIGKILL
+    for program in [server, other]:
+        program.ended_with(0)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_does_not_begin_without_the_labels(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    crash = {VARIABLE: "step.after_update:20"}
+    server = launcher.server("--run", "r", *options_of(VERTICAL | MODEL), env=crash)
+    own = [launcher.client("--client-id", k, *ALLOW) for k in (0, 1)]
+    assert server.wait() == -signal.SIGKILL
+    own[0].process.kill()
+    own[0].process.join()
+    skip = ["--on-missing", "skip", "--round-timeout", 1, "--min-clients", 1]
+    server = launcher.server("--resume", tmp_path / "server/r", *skip)
+    wait_for(server, "client_1 is ready")
+    server.process.join(4)
+    assert "of disk" not in server.out  # what it says when it begins
+    own[0] = launcher.client("--client-id", 0, *ALLOW)
+    for program in [server, *own]:
+        program.ended_with(0)
+    assert_equal(
+        all_weights(tmp_path / "server/r"),
+        all_weights(simulated(tmp_path / "s", **VERTICAL | MODEL)),
+    )
+
+
+def test_clients_with_other_numbers_of_samples_do_not_go_together() -> None:
+    recipe = Recipe.of(RunConfig(**VERTICAL | {"clients": 3}))
+    split = data_of(recipe.run)
+    reports = {k: DataReport.of(part, recipe.run) for k, part in enumerate(split)}
+    assert disagreeing_clients(reports, recipe) == {}
+    fewer = {**reports[1].num_samples, "train": 3000}
+    reports[1] = replace(reports[1], num_samples=fewer)
+    assert disagreeing_clients(reports, recipe) == {
+        1: "samples differ: client_1 has 3000 train, 800 validation, 1000 test,"
+        " client_0 3200 train, 800 validation, 1000 test; all need the same ones, of which each has"
+        " its part"
+    }
+
+
+def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
+    """So that nobody can announce more than the server would take."""
+    server, client = local_pair(0)
+    run = RunConfig(**OWN, run="r")
+    report = replace(
+        DataReport.of(data_of(RunConfig(clients=1))[0], run), structure=("0" * 16,), weights="0" * 8
+    )
+    talk = server_join(
+        server, Welcome(ANY_ID, run, 0, heartbeat_s=10.0), lambda wanted, instance: 0, no_checks,
+        claim_error=lambda joined: f"reports {joined.data.num_samples['train']} samples",
+    )  # fmt: skip
+    next(talk)
+    next(client_join(client, 0, {}, instance="0" * 32, heartbeat_s=10.0))
+    next(talk)
+    send_report(client, report)
+    with pytest.raises(ProtocolError, match="client_0 reports 4000 samples"):
+        next(talk)
+    assert server.limits.payload_bytes == {}
+
+
+def test_no_loss_of_a_single_sample_is_told() -> None:
+    split = SplitModel(
+        Recipe.of(RunConfig(**VERTICAL, model="mlp", batch_size=100)), (1, 28, 14), 10
+    )
+    assert list(split.evaluation_sizes(801)) == [100] * 7 + [101]
+    assert split.largest_evaluation_batch == 101
+
+
 # What is refused, and what passes on the wire
 
 
@@ -283,6 +422,10 @@ def test_clients_without_common_samples_end_before_the_start(tmp_path: Path) -> 
         ({"batch_size": 1}, "--batch-size 1: must be 2 or more"),
         ({"augment": "hflip"}, "--augment hflip: must be none"),
         ({"fusion": "glue"}, "fusion"),
+        (
+            {"topology": "vanilla", "partition": "iid", "fusion": "sum"},
+            "--fusion sum: must be left out",
+        ),
         ({"party_models": "mlp"}, "--party-models mlp: 1 models for 2 clients"),
         ({"cut": "3,6"}, "takes 1 cut"),
         ({"topology": "vanilla"}, "each client has samples of its own"),

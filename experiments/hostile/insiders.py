@@ -16,7 +16,8 @@ import torch
 
 from experiments.hostile.files import hostile_files, saved
 from experiments.hostile.target import Target, heard, link_over
-from sfl.conversation.join import DataReport, Welcome, client_join, send_report
+from sfl.conversation.join import Welcome, client_join
+from sfl.conversation.report import DataReport, send_report
 from sfl.conversation.round import SECONDS_WIDTH
 from sfl.environment import FINGERPRINT
 from sfl.errors import ConnectionLost, LetGo, SflError

@@ -39,8 +39,11 @@ def main() -> None:
     def labels_of(client: int) -> Tensor:
         """Return the labels of a client's steps: (N,) int64."""
         if recipe.joins:
-            steps = recorded.archive.steps(client=recipe.leader(client), round=options.round)
-            return torch.cat([step.labels for step in steps])
+            of_leader, own = (
+                {step.step: step for step in recorded.archive.steps(client=k, round=options.round)}
+                for k in (recipe.leader(client), client)
+            )
+            return torch.cat([of_leader[step].labels for step in own])
         node = NodeConfig(data_dir=options.data_dir)
         spec = dataset_of(run, recorded.allowed)
         both = load(spec, Source(node.data_path, node.cache_path, spec.input_shape))

@@ -19,16 +19,8 @@ report; "" if it would not.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sfl.conversation.join import (
-    DataReport,
-    Joined,
-    Welcome,
-    parse_hello,
-    parse_report,
-    parse_welcome,
-    send_report,
-    welcome_content,
-)
+from sfl.conversation.join import Joined, Welcome, parse_hello, parse_welcome, welcome_content
+from sfl.conversation.report import DataReport, parse_report, send_report
 from sfl.errors import ProtocolError
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, Link, one_line

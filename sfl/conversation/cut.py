@@ -149,9 +149,7 @@ class JoinedCut(Cut):
         tensor, message = yield from super().receive(kind)
         if kind == LABELS:
             return tensor, message
-        self._step.give(self, tensor)
-        yield self._step.all_given
-        taken = self._step.taken()
+        taken = yield from self._step.give_and_take(self, tensor)
         self._ends = {k: given.end for k, given in taken.items()}
         return self._joint.pack({k: given.z for k, given in taken.items()}, len(tensor)), message
 

@@ -67,7 +67,7 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
         if party.sends_labels:
             y, labels = yield from cuts.first.receive(LABELS)
             _check_part(labels, part, party)
-        if found := (yield from _evaluate_batch(party, cuts, y)):
+        if found := (yield from _evaluate_batch(party, cuts, part, y)):
             tally, outputs = found
             link.send_message_as_json(
                 MessageType.VALIDATION_RESULT, content=_tally_content(party, tally), at=cuts.at
@@ -82,7 +82,7 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
 
 
 def _evaluate_batch(
-    party: ServerParty, cuts: Cuts, y: Tensor | None
+    party: ServerParty, cuts: Cuts, part: str, y: Tensor | None
 ) -> Conversation[tuple[Tally, Tensor] | None]:
     """Return tally and outputs of a batch; None where the client computes them.
 
@@ -102,8 +102,9 @@ def _evaluate_batch(
             of_what = f"client {party.client}'s evaluation"
             with cuts.blaming_nobody(NotFinite):
                 party.check_loss(found[0].loss_sum, of_what, cuts.at)
-        if step:
-            step.finish(found)
+        if step and found:
+            tally, outputs = found
+            step.finish((tally, outputs if part == TEST else outputs.new_empty(0)))
     return found
 
 

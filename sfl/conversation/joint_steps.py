@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfl.model.fusion import Joint
 from sfl.values import Position
-from sfl.wire.driver import Conversation
+from sfl.wire.driver import Conversation, Gate
 
 E = TypeVar("E")
 
@@ -60,16 +60,26 @@ class JointStep(Generic[E]):
     def __init__(self, steps: JointSteps[E], key: object, client: int) -> None:
         self._steps, self._key, self._client = steps, key, client
 
-    def give(self, end: E, z: Tensor) -> None:
-        """Give this client's activations; repeated ones replace the first."""
-        self._steps._given.setdefault(self._key, {})[self._client] = Given(end, z)
+    def give(self, end: E, z: Tensor, until: Gate) -> Conversation[None]:
+        """Give this client's activations and wait at a gate; a lost client's are taken back.
+
+        It gives them again when it is back, over another end.
+        """
+        given = self._steps._given.setdefault(self._key, {})
+        given[self._client] = Given(end, z)
+        try:
+            yield until
+        except GeneratorExit:
+            given.pop(self._client, None)
+            raise
 
     def all_given(self) -> bool:
         """Return whether all clients have given; a gate."""
         return self._steps._present <= self._steps._given.get(self._key, {}).keys()
 
-    def taken(self) -> dict[int, Given[E]]:
-        """Return what the clients have given, by client."""
+    def give_and_take(self, end: E, z: Tensor) -> Conversation[dict[int, Given[E]]]:
+        """Give activations, and return those of all clients when they are there."""
+        yield from self.give(end, z, self.all_given)
         return dict(sorted(self._steps._given[self._key].items()))
 
     def finish(self, reply: Any) -> None:
@@ -88,6 +98,5 @@ class JointStep(Generic[E]):
     def contribute(self, end: E, z: Tensor) -> Conversation[Any]:
         """Give activations, and return the reply when it is there."""
         if not self.is_done():
-            self.give(end, z)
-            yield self.is_done
+            yield from self.give(end, z, self.is_done)
         return self.reply

@@ -21,7 +21,7 @@ def client_limits(split: SplitModel, store: MakeStore) -> Limits:
 def _tensor_limits(split: SplitModel, holder: Holder) -> dict[MessageType, int]:
     """Return the most bytes of each kind of tensor that a party receives at the model's cuts."""
     way = route(split.recipe.segments, holder)
-    step, evaluation = split.recipe.run.batch_size + 1, split.evaluation_batch
+    step, evaluation = split.recipe.run.batch_size + 1, split.largest_evaluation_batch
     specs: dict[MessageType, list[TensorSpec]] = {}
     for transfer in transfers(way):
         for messages, size in ((TRAINING, step), (EVALUATION, evaluation)):

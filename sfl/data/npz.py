@@ -58,10 +58,11 @@ def read_ids(path: Path) -> dict[str, Tensor]:
     arrays, found = _load(path, lambda line: None), {}
     for part, suffix in PARTS.items():
         x, ids = arrays.get(f"x{suffix}"), arrays.get(f"ids{suffix}")
-        if x is not None and (ids is None or ids.shape != x.shape[:1]):
+        count = None if x is None else x.shape[:1]
+        if (None if ids is None else ids.shape) != count:
             raise DataError(
                 f"{path}: --topology vertical needs an array ids{suffix} that names each sample of"
-                f" x{suffix}, of {len(x)}; clients' samples are matched by it"
+                f" x{suffix}, of {0 if x is None else len(x)}; clients' samples are matched by it"
             )
         names = [] if ids is None else _texts(path, f"ids{suffix}", ids)
         try:

@@ -40,9 +40,7 @@ def load_own(
     if has_ids:
         return _load_identified(spec, run, client, archive, say)
     if archive is not None:
-        # A mean and std given for these data hold for floats as they are.
-        any_range = bool(run.normalize) or ":" in run.dataset or not spec.has_images
-        parts = read_npz(archive, spec, say, any_range=any_range)
+        parts = read_npz(archive, spec, say, any_range=_has_any_range(spec, run))
     elif data_dir.is_dir():
         parts = read_folders(data_dir, spec, say)
     else:
@@ -77,14 +75,20 @@ def _load_identified(
         spec = dataclasses.replace(spec, input_shape=table, mean=0.0, std=1.0, augment=NONE)
         run = dataclasses.replace(run, augment="", normalize="")
     parts = read_npz(
-        archive, spec, say, any_range=bool(table), has_labels=client == run.label_client
-    )
+        archive, spec, say,
+        any_range=_has_any_range(spec, run), has_labels=client == run.label_client,
+    )  # fmt: skip
     data = client_data(
         spec, run, client, parts.train, parts.test,
         classes=parts.classes, validation=parts.validation or nothing(spec.input_shape),
     )  # fmt: skip
     in_order = parts.train.sized(spec.input_shape)  # of the ids
     return dataclasses.replace(data, train=in_order, identified=Identified(read_ids(archive), run))
+
+
+def _has_any_range(spec: DatasetSpec, run: RunConfig) -> bool:
+    """Return whether floats may be of any range: the mean and std are given for these data."""
+    return bool(run.normalize) or ":" in run.dataset or not spec.has_images
 
 
 def num_images(data_dir: Path) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from sfl.archive.run_folder import RunFolder, say
 from sfl.config import RunConfig
-from sfl.conversation.join import APART, HERE, DataReport, Welcome, client_join
+from sfl.conversation.join import APART, HERE, Welcome, client_join
+from sfl.conversation.report import DataReport
 from sfl.errors import (
     RECURRING,
     ConfigError,

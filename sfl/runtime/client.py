@@ -24,9 +24,10 @@ from sfl.archive.run_folder import (
     to_json,
 )
 from sfl.conversation.alignment import client_send_ids
-from sfl.conversation.join import HERE, DataReport, Welcome, client_join, send_report
+from sfl.conversation.join import HERE, Welcome, client_join
 from sfl.conversation.limits import client_limits
 from sfl.conversation.party import ClientParty
+from sfl.conversation.report import DataReport, send_report
 from sfl.conversation.round import client_run
 from sfl.crash import crash_point
 from sfl.environment import command_line, describe, fingerprint, set_up_torch
@@ -216,7 +217,7 @@ class _Client:
 
     def _join(self, registered: Registered) -> Conversation[None]:
         welcome, registered.link.name = registered.welcome, f"client_{registered.welcome.client}"
-        recipe = recipe_of(welcome.run, self._node)
+        recipe = recipe_of(welcome.run, self._node, welcome.client)
         if self._folder is None:
             self._folder, self._welcome = self._open(welcome, recipe), welcome
         if self._loaded is None:

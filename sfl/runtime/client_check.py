@@ -16,7 +16,8 @@ from sfl import __version__
 from sfl.archive.run_folder import say
 from sfl.config import RunConfig
 from sfl.conversation.check import Answer, client_check
-from sfl.conversation.join import APART, HERE, DataReport, Welcome
+from sfl.conversation.join import APART, HERE, Welcome
+from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData
 from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, RunError, SflError, reason_of
@@ -114,7 +115,7 @@ class _Check:
     def _check_run(self, process: ClientProcess, welcome: Welcome) -> None:
         """Check what the server's run needs on this machine."""
         run, split, data = welcome.run, None, None
-        if (recipe := self._recipe(run)) is None:
+        if (recipe := self._recipe(run, welcome.client)) is None:
             self._say(NOT_CHECKED, "data", "this machine cannot take part in the run")
         elif (data := self._try("data", lambda: self._load(process, welcome, recipe))) is None:
             self._say(NOT_CHECKED, "model", "it is built for the data")
@@ -174,10 +175,10 @@ class _Check:
             talk = client_check(link, self._wanted_id(process), ours, report)
             return run_blocking(talk).problem
 
-    def _recipe(self, run: RunConfig) -> Recipe | None:
+    def _recipe(self, run: RunConfig, client: int) -> Recipe | None:
         """Look up the names in the run's options."""
         try:
-            return recipe_of(run, self._node)
+            return recipe_of(run, self._node, client)
         except ConfigError as error:
             self._say_error("model", error)
             return None

@@ -23,13 +23,16 @@ from sfl.strategy.split_model import MAX_EVALUATION_BATCH
 Notify = Callable[[str], None]
 
 
-def recipe_of(run: RunConfig, node: ClientNode) -> Recipe:
-    """Return the recipe of a server's run, if this machine accepts it.
+def recipe_of(run: RunConfig, node: ClientNode, client: int) -> Recipe:
+    """Return the recipe of a server's run, if this machine accepts it as this client.
 
     Raises:
         ConfigError: as ``Recipe.of``.
     """
-    return Recipe.of(run, node.allowed_imports, withholds_labels=node.keep_labels)
+    recipe = Recipe.of(run, node.allowed_imports)
+    if not (node.keep_labels and recipe.has_labels(client)):
+        return recipe
+    return Recipe.of(run, node.allowed_imports, withholds_labels=True)
 
 
 @dataclass

@@ -32,9 +32,10 @@ from sfl.conversation.fed import (
     find_start,
     main_join,
 )
-from sfl.conversation.join import Welcome, describe_data
+from sfl.conversation.join import Welcome, reports_of
 from sfl.conversation.limits import server_limits
 from sfl.conversation.party import TRAIN
+from sfl.conversation.report import describe_data
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
@@ -141,7 +142,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
                 admission=Admission(past, claim_error=functools.partial(claim_error, recipe, node)),
             )
             joined = lobby.gather()
-            data = describe_data(joined, recipe)
+            data = describe_data(reports_of(joined), recipe)
             split = _model(recipe, node, data)
             stores: dict[int, WeightStore] = {k: SocketWeights(c.link) for k, c in joined.items()}
             rounds = _prepare(

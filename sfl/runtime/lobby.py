@@ -12,15 +12,8 @@ from dataclasses import dataclass, field
 
 from sfl.archive.run_folder import EventLog
 from sfl.conversation.check import server_check
-from sfl.conversation.join import (
-    HERE,
-    Joined,
-    Welcome,
-    comparable,
-    data_difference,
-    disagreeing_clients,
-    server_join,
-)
+from sfl.conversation.join import HERE, Joined, Welcome, server_join
+from sfl.conversation.report import data_difference, disagreeing_clients
 from sfl.environment import differences
 from sfl.errors import (
     PEER_ERRORS,
@@ -101,8 +94,7 @@ class Lobby:
         """Return whether enough compatible clients are ready; refuse incompatible ones."""
         if not self.roster.complete:
             return False
-        reports = comparable(self.recipe, self.roster.reports())
-        for client, why in disagreeing_clients(reports).items():
+        for client, why in disagreeing_clients(self.roster.reports(), self.recipe).items():
             self._disconnect(client, ProtocolError(why))
         model, places = self.admission.model, list(self.roster.places.values())
         if model is not None and self.roster.complete:
@@ -114,12 +106,15 @@ class Lobby:
     def _skips_absent(self, waited_s: float) -> bool:
         """Return whether a resumed run starts without the clients that have not come back."""
         limit, enough = self.patience.skip_after_s, self.patience.min_clients
+        ready = self.roster.ready()
+        has_needed = all(k in ready or self.recipe.may_leave(k) for k in self.roster.ids)
         return bool(
             self.admission.past
             and not self.recipe.aligns  # by the ids of all clients
             and limit
             and waited_s > limit
-            and len(self.roster.ready()) >= enough
+            and len(ready) >= enough
+            and has_needed
         )
 
     # Registering, before the start and later
@@ -185,7 +180,7 @@ class Lobby:
                 welcome,
                 lambda wanted, instance: self._take_id(wanted, instance, connection),
                 lambda hello: self._answer_check(connection, hello),
-                aligns=self.recipe.aligns,
+                claim_error=self.admission.claim_error if self.recipe.aligns else None,
             )
             next(self._joining[connection])
         was_known = bool(connection.peer_name)
@@ -245,9 +240,9 @@ class Lobby:
 
     def _warn_of_difference(self, joined: Joined) -> None:
         """Warn if a client's data are incompatible with another's; the majority decides later."""
-        reports = comparable(self.recipe, self.roster.reports())
+        reports = self.roster.reports()
         for other in reports:
-            if why := data_difference(other, joined.client, reports):
+            if why := data_difference(other, joined.client, reports, self.recipe):
                 self.events.say(f"warning: {why}; when all are there, most decide")
                 return
 

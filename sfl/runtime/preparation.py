@@ -1,5 +1,6 @@
 """Prepare a run before its first round: model, records, checks, and each client's party."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +15,17 @@ from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
 from sfl.conversation.cut import Cut, kinds_by_link
-from sfl.conversation.join import Joined, describe_data
+from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.party import TRAIN, ServerParty
+from sfl.conversation.report import describe_data
 from sfl.data.vertical import Ids, align
 from sfl.environment import command_line, describe, differences, fingerprint
 from sfl.errors import DataError, RunError
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
-from sfl.nodes import NodeConfig
+from sfl.nodes import NodeConfig, PeerNode
+from sfl.runtime.memory import memory_limit_bytes
 from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_classes
 from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
@@ -68,7 +71,9 @@ class Preparation:
     def __post_init__(self) -> None:
         past, self._order = self.past, self._aligned()
         self._data = (
-            dict(past.data) if past else describe_data(self.joined, self.recipe, self._order)
+            dict(past.data)
+            if past
+            else describe_data(reports_of(self.joined), self.recipe, self._order)
         )
         counts = self._data["num_samples"].items()
         self._num_samples = {k: parts for k, parts in sorted((int(k), p) for k, p in counts)}
@@ -88,9 +93,17 @@ class Preparation:
         if len(ids) < self.recipe.run.clients:
             raise RunError("a client is missing, whose samples the others' are aligned with")
         try:
-            return align(ids, self.recipe.run.seed)
+            order = align(ids, self.recipe.run.seed)
         except DataError as error:
             raise RunError(str(error)) from error
+        theirs = ", ".join(f"{len(own[TRAIN])} of client_{k}" for k, own in ids.items())
+        found = ", ".join(f"{len(shared)} {part}" for part, shared in order.items())
+        self.folder.events.say(
+            f"samples that all clients have: {found}; training samples: {theirs}"
+        )
+        if len(order[TRAIN]) < 2:
+            raise RunError("a single training sample is at all clients; a batch needs two")
+        return order
 
     @property
     def run(self) -> RunConfig:
@@ -114,7 +127,9 @@ class Preparation:
 
     @cached_property
     def _split(self) -> SplitModel:
-        return SplitModel.of_data(self.recipe, self._data)
+        # Clients choose the shapes; training takes three more values a weight.
+        most = memory_limit_bytes(self.node) / 4 if isinstance(self.node, PeerNode) else math.inf
+        return SplitModel.of_data(self.recipe, self._data, most)
 
     @cached_property
     def _log(self) -> RoundLog:
@@ -131,6 +146,11 @@ class Preparation:
             return {}
         indices = sorted(row.backs_of(self._num_samples))
         return {b: self._split.segments(Holder.SERVER, self.device) for b in indices}
+
+    @cached_property
+    def _joint_steps(self) -> JointSteps[Cut] | None:
+        joint = self._split.joint
+        return JointSteps[Cut](joint, self.run.label_client) if joint else None
 
     def _store_of(self, link: Link) -> WeightStore:
         return self.store(link, max_state_bytes(self._split.front_spec))
@@ -193,8 +213,6 @@ class Preparation:
         links = {
             k: self.joined[k].link if k in self.joined else Absent(k) for k in self._num_samples
         }
-        joint = self._split.joint
-        joint_steps = JointSteps[Cut](joint, self.run.label_client) if joint else None
         return {
             k: ServerParty(
                 client=k,
@@ -206,7 +224,7 @@ class Preparation:
                 watcher=self._log,
                 profile=profile,
                 backs=self._backs,
-                joint_steps=joint_steps,
+                joint_steps=self._joint_steps,
                 order=self._order,
                 num_samples=parts,
                 own_round=own_rounds.get(k, 0),
@@ -226,6 +244,7 @@ class Preparation:
             log=self._log,
             shared=shared,
             store=self._store_of,
+            joint_steps=self._joint_steps,
             spool=Spool(folder.path if self.options.keeps_answers else None, archive.flush),
             payloads=payload_store_in(folder.path),
             about=self._about(),

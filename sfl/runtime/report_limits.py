@@ -14,8 +14,9 @@ import math
 import shutil
 
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, Joined
+from sfl.conversation.join import Joined
 from sfl.conversation.party import TEST, TRAIN
+from sfl.conversation.report import DataReport
 from sfl.data.client_data import num_batches
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN
@@ -80,7 +81,7 @@ def _sizes(recipe: Recipe, shape: tuple[int, ...], num_classes: int, client: int
 
 def _too_large(recipe: Recipe, node: ServerNode, joined: Joined) -> str:
     """Return what a report makes too large: the model or the recorded steps; "" if neither."""
-    run, report, client = recipe.run, joined.data, joined.client if recipe.parties else 0
+    run, report, client = recipe.run, joined.data, recipe.model_index(joined.client)
     sizes = _sizes(recipe, report.input_shape, len(report.classes), client)
     if ":" in run.dataset or run.partition == OWN:  # else the data set defines shape and classes
         named = f"reports {len(report.classes)} classes and samples of {list(report.input_shape)}"

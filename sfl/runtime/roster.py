@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sfl.conversation.join import DataReport
+from sfl.conversation.report import DataReport
 from sfl.errors import RunError, counted
 from sfl.runtime.client_places import Place
 from sfl.wire.link import ANY_ID

@@ -7,7 +7,7 @@ network and the links differ.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, ItemsView, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ from sfl.archive.round_log import RoundLog
 from sfl.archive.spool import Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
+from sfl.conversation.cut import Cut
 from sfl.conversation.join import Joined
+from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.limits import server_limits
 from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.conversation.round import (
@@ -71,6 +73,7 @@ class Rounds:
     about: Mapping[str, Any]  # further content of a checkpoint
     check_there: Callable[[], None]  # raises RunError if the run's folder is gone
     check_space: Callable[[], None]  # raises RunError if the disk has no space for another round
+    joint_steps: JointSteps[Cut] | None = None  # if clients take their steps together
     first_round: int = 0
     may_skip: bool = False
     fewest: int = 1  # clients with which a round can be merged
@@ -100,7 +103,9 @@ class Rounds:
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
-        self._run_clients(self._active(), lambda k: self._goodbye(k, figures))
+        self._run_clients(
+            self._active(), lambda k: self._goodbye(k, figures), may_leave=lambda client: True
+        )
         crash_point("run.after_goodbye")
         return figures
 
@@ -139,25 +144,15 @@ class Rounds:
         beginnings = {k: functools.partial(conversation, k) for k in clients}
         leave = on_leave or self._skip
         return run_together(
-            self.network, beginnings, leave, may_leave=may_leave or self._may_leave,
+            self.network, beginnings, leave, may_leave=may_leave or self.recipe.may_leave,
             keep_results=keep_results,
         )  # fmt: skip
-
-    def _may_leave(self, client: int) -> bool:
-        """Return whether a round can go on without a client: not without the labels of all."""
-        return not self.recipe.joins or client != self.recipe.leader(client)
-
-    def _start_joint(self, present: Collection[int]) -> None:
-        """Begin a phase whose steps these clients take together, if they do."""
-        for party in self.parties.values():
-            if party.joint_steps:
-                party.joint_steps.start(present)
 
     def _skip(self, client: int) -> None:
         """Continue without a client, in this round and until it returns."""
         self._missing[client] = self.network.why_away(client)
-        if steps := self.parties[client].joint_steps:
-            steps.drop(client)
+        if self.joint_steps:
+            self.joint_steps.drop(client)
         self.log.say(f"going on without client_{client}: {self._missing[client]}")
 
     def _round(self, round_index: int) -> dict[str, float]:
@@ -241,7 +236,8 @@ class Rounds:
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
-        self._start_joint(plan.order)
+        if self.joint_steps:
+            self.joint_steps.start(plan.order)
         self.log.start_round(round_index, plan.num_own_steps)
         for party in self.parties.values():
             party.compute_s = 0.0
@@ -253,7 +249,9 @@ class Rounds:
                 self.log.forget(client)
 
         def may_leave(client: int) -> bool:
-            return self._may_leave(client) and (self.fewest == 1 or len(plan.order) > self.fewest)
+            return self.recipe.may_leave(client) and (
+                self.fewest == 1 or len(plan.order) > self.fewest
+            )
 
         drawn = tuple(plan.order)
         for k in drawn:  # a client may have returned while the round began
@@ -364,6 +362,7 @@ class Rounds:
             return (yield from server_evaluate_round(party, given, round_index))
 
         there = [k for k in self._active() if k not in plan.dropped]
-        self._start_joint(there)
+        if self.joint_steps:
+            self.joint_steps.start(there)
         # A client that starts again may not have its own state of this round on disk.
         return self._run_clients(there, evaluate, keep_results=False)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sfl import __version__
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, Joined
+from sfl.conversation.join import Joined
 from sfl.conversation.party import TRAIN
+from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData
 from sfl.errors import DataError, RunError
 from sfl.model.structure import difference, weights_checksum
@@ -61,7 +62,7 @@ class ServersModel:
         return f"it has one training sample, and the model needs more: {why}" if why else ""
 
     def _built_for(self, joined: Joined, *, limited: bool = True) -> BuiltModel | None:
-        data, client = joined.data, joined.client if self._recipe.joins else 0
+        data, client = joined.data, self._recipe.model_index(joined.client)
         known = data.input_shape, len(data.classes), client
         if known not in self._built:
             too_large = math.prod(data.input_shape) > MOST_ELEMENTS
@@ -100,15 +101,17 @@ def check_same_model(
     Raises:
         RunError: a client has built another model.
     """
+    own_front = "it keeps them, and on another machine the run would have other ones"
+    starts = own_front if split.recipe.joins else "it starts from the server's"
     for k, client in joined.items():
-        ours = weights_checksum(split.of_party(k).front_state())
         if not client.data.structure:  # a client of a simulation
             continue
         own = split.of_party(k)
+        ours = weights_checksum(own.front_state())
         if why := _why_different(split.recipe.run, (own.structure, own.block_names), client):
             raise RunError(why)
         if client.data.weights != ours:
             say(
                 f"warning: client_{k} draws other initial weights than the server, as other"
-                " processors and versions of torch do: it starts from the server's"
+                f" processors and versions of torch do: {starts}"
             )

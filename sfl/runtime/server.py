@@ -23,7 +23,8 @@ from sfl.archive.run_folder import (
 )
 from sfl.config import RunConfig
 from sfl.conversation.fed import put_start
-from sfl.conversation.join import APART, HERE, Joined, describe_data
+from sfl.conversation.join import APART, HERE, Joined, reports_of
+from sfl.conversation.report import describe_data
 from sfl.crash import crash_point
 from sfl.environment import command_line, set_up_torch
 from sfl.errors import ConfigError, RunError, counted
@@ -180,7 +181,12 @@ class _Server:
         ).rounds()
         lobby.on_return = rounds.reconnect
         if self.place is not None and self.fed == APART:
-            put_start(self.place, run, rounds.first_round, describe_data(joined, self.recipe))
+            put_start(
+                self.place,
+                run,
+                rounds.first_round,
+                describe_data(reports_of(joined), self.recipe),
+            )
         return rounds
 
     def _lobby(self, network: ServerNetwork) -> Lobby:

@@ -23,8 +23,9 @@ from sfl.archive.run_folder import (
 )
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
-from sfl.conversation.join import DataReport, Joined, check_agreement
+from sfl.conversation.join import Joined
 from sfl.conversation.party import ClientParty
+from sfl.conversation.report import DataReport, check_agreement
 from sfl.conversation.round import client_run
 from sfl.data.client_data import ClientData, Source, client_data, load
 from sfl.data.datasets import dataset_of
@@ -121,8 +122,10 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         ConfigError: they leave a round too few, which would wait for others in a run over sockets.
     """
     run, needed = recipe.run, fewest_clients(recipe)
-    if recipe.joins and (labels := run.label_client) in {away.client for away in absences}:
-        raise ConfigError(f"--away {labels}: all steps need the labels of client_{labels}")
+    for away in absences:
+        if not recipe.may_leave(away.client):
+            k = away.client
+            raise ConfigError(f"--away {k}: all steps need the labels of client_{k}")
     if needed == 1 or not absences:  # a round that all have left begins again with others
         return
     last = max(away.back or away.round + 1 for away in absences)

@@ -59,6 +59,14 @@ class Recipe:
     def has_labels(self, client: int) -> bool:
         return self.leader(client) == client
 
+    def may_leave(self, client: int) -> bool:
+        """Return whether a round can go on without a client: not without the labels of all."""
+        return not (self.joins and self.has_labels(client))
+
+    def model_index(self, client: int) -> int:
+        """Return the client whose model a client trains: its own, or one for all."""
+        return client if self.joins else 0
+
     def model_seed(self, client: int) -> int:
         """Return the seed of a client's initial weights: one for all that train the same model."""
         seed, is_leader = self.run.seed, self.has_labels(client)
@@ -172,6 +180,9 @@ def _check_parts(run: RunConfig, row: Scheme, *, joins: bool) -> None:
     if not joins:
         wanted = f"another: with --topology {run.topology} each client has samples of its own"
         require(run.partition != VERTICAL, "partition", VERTICAL, wanted)
+        for name in ("fusion", "label_client", "party_models"):
+            given, default = getattr(run, name), getattr(RunConfig, name)
+            require(given == default, name, given, "left out, without --topology vertical")
         return
     named("fusion", run.fusion, FUSIONS)
     given, clients = run.partition, run.clients

@@ -1,6 +1,7 @@
 """A run's model, built for its data and cut: its segments and the specs of their tensors."""
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfl.data.client_data import batch_sizes
 from sfl.errors import ConfigError
 from sfl.files.torch_file import (
     StateSpec,
@@ -95,12 +97,14 @@ class SplitModel:
         self._parties: Mapping[int, SplitModel] = {}  # the models of other clients, if joined
 
     @classmethod
-    def of_data(cls, recipe: Recipe, data: Mapping[str, Any]) -> "SplitModel":
-        """Return a run's model for a record of its clients' data."""
+    def of_data(
+        cls, recipe: Recipe, data: Mapping[str, Any], most_bytes: float = math.inf
+    ) -> "SplitModel":
+        """Return a run's model for a record of its clients' data; ``most_bytes``: as ``join``."""
         shape, weights = tuple(data["input_shape"]), tuple(data.get("class_weights", ()))
         split = cls(recipe, shape, len(data["classes"]), weights)
         if recipe.joins:
-            split.join(cls.of_clients(recipe, data))
+            split.join(cls.of_clients(recipe, data), most_bytes)
         return split
 
     @classmethod
@@ -112,16 +116,27 @@ class SplitModel:
             for k, part in parts.items()
         }
 
-    def join(self, parties: Mapping[int, "SplitModel"]) -> None:
+    def join(self, parties: Mapping[int, "SplitModel"], most_bytes: float = math.inf) -> None:
         """Let the server's segment begin with the fusion of all clients' activations.
 
+        ``most_bytes``: of the fusion's weights.
+
         Raises:
-            ConfigError: they cannot be joined.
+            ConfigError: they cannot be joined, or the fusion is larger.
         """
         run, name = self.recipe.run, self.held_by(Holder.SERVER)[0]
         self._parties = parties
         self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
         wanted = self.features_sample(0).shape
+        with torch.device("meta"):  # takes no memory
+            sized = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
+        if (needed := sum(p.numel() * p.itemsize for p in sized.parameters())) > most_bytes:
+            shapes = ", ".join(str(list(shape)) for shape in self.joint.shapes)
+            raise ConfigError(
+                f"--fusion {run.fusion}: the projection of the clients' activations ({shapes}) to"
+                f" {list(wanted)} takes {needed / 1e6:,.0f} MB; cut the models where these are"
+                " smaller"
+            )
         fusion = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
         blocks = [("fusion", fusion), *self._segments[name]._modules.items()]
         self._segments[name] = nn.Sequential(OrderedDict(blocks))
@@ -245,5 +260,12 @@ class SplitModel:
 
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
         """Yield the batch sizes for evaluating so many samples."""
+        if self.recipe.joins and num_samples:  # no client is told the loss of a single sample
+            yield from batch_sizes(num_samples, self.evaluation_batch)
+            return
         for start in range(0, num_samples, self.evaluation_batch):
             yield min(self.evaluation_batch, num_samples - start)
+
+    @property
+    def largest_evaluation_batch(self) -> int:
+        return self.evaluation_batch + self.recipe.joins

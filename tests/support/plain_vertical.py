@@ -29,21 +29,24 @@ class PlainVertical:
     def __init__(self, run: RunConfig, data: list[ClientData] | None = None) -> None:
         self.run, self.label = run, run.label_client
         self.data = data or data_of(run)
-        self.cut = int(run.cut or model_spec(run.model).cut or 0)
+        names = run.party_models.split(",") if run.party_models else [run.model] * len(self.data)
         self.fronts: list[nn.Sequential] = []
-        for k, part in enumerate(self.data):
+        for k, (part, name) in enumerate(zip(self.data, names, strict=True)):
+            spec = model_spec(name)
+            cut = int(run.cut if name == run.model and run.cut else spec.cut or run.cut or 0)
             own = run.seed if k == self.label else seeds.derive(run.seed, "initial weights", k)
-            model = build(model_spec(run.model), part.input_shape, len(part.classes), seed=own)
-            self.fronts.append(model[: self.cut])
+            model = build(spec, part.input_shape, len(part.classes), seed=own)
+            self.fronts.append(model[:cut])
             if k == self.label:
-                self.back = model[self.cut :]
+                self.back, self.cut = model[cut:], cut
         with torch.no_grad():
             xs = [torch.zeros(2, *part.input_shape) for part in self.data]
             shapes = [front.eval()(x).shape[1:] for front, x in zip(self.fronts, xs, strict=True)]
+        self.like, self.flattens = shapes[self.label], len({shape[1:] for shape in shapes}) > 1
         self.projection: nn.Module = nn.Identity()
         if run.fusion == "concat":
             torch.manual_seed(seeds.derive(run.seed, "fusion"))
-            widths = [shape[0] for shape in shapes]
+            widths = [s.numel() if self.flattens else s[0] for s in shapes]
             self.projection = nn.Linear(sum(widths), widths[self.label])
 
     def parts(self) -> list[nn.Module]:
@@ -82,11 +85,13 @@ class PlainVertical:
         like = next(z for z in zs if z is not None)
         # What the wire carries is a copy.
         received = [torch.zeros_like(like) if z is None else z.clone() for z in zs]
+        if self.flattens:
+            received = [z.flatten(1) for z in received]
         joined = JOIN[self.run.fusion](received)
-        shape = joined.shape
-        flat = joined if len(shape) == 2 else joined.movedim(1, -1)
-        z = self.projection(flat)
-        z = z if len(shape) == 2 else z.movedim(-1, 1)
+        if self.flattens or joined.dim() == 2:
+            z = self.projection(joined).reshape(-1, *self.like)
+        else:
+            z = self.projection(joined.movedim(1, -1)).movedim(-1, 1)
         outputs = self.through(self.back, z, (round_index, self.label, step), self.cut + 1)
         return nn.functional.cross_entropy(outputs, wanted)
 
