@@ -20,6 +20,7 @@ from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.data.vertical import align, digests
+from sfl.environment import fingerprint
 from sfl.errors import ConfigError, DataError, ProtocolError
 from sfl.files.torch_file import TensorSpec
 from sfl.model.fusion import Joint
@@ -383,6 +384,7 @@ def test_clients_with_other_numbers_of_samples_do_not_go_together() -> None:
 def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
     """So that nobody can announce more than the server would take."""
     server, client = local_pair(0)
+    ours = fingerprint(torch.device("cpu"))
     run = RunConfig(**OWN, run="r")
     report = replace(
         DataReport.of(data_of(RunConfig(clients=1))[0], run), structure=("0" * 16,), weights="0" * 8
@@ -392,7 +394,7 @@ def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
         claim_error=lambda joined: f"reports {joined.data.num_samples['train']} samples",
     )  # fmt: skip
     next(talk)
-    next(client_join(client, 0, {}, instance="0" * 32, heartbeat_s=10.0))
+    next(client_join(client, 0, ours, instance="0" * 32, heartbeat_s=10.0))
     next(talk)
     send_report(client, report)
     with pytest.raises(ProtocolError, match="client_0 reports 4000 samples"):
