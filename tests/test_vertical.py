@@ -384,7 +384,7 @@ def test_clients_with_other_numbers_of_samples_do_not_go_together() -> None:
 def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
     """So that nobody can announce more than the server would take."""
     server, client = local_pair(0)
-    ours = fingerprint(torch.device("cpu"))
+    ours = {name: str(text) for name, text in fingerprint(torch.device("cpu")).items()}
     run = RunConfig(**OWN, run="r")
     report = replace(
         DataReport.of(data_of(RunConfig(clients=1))[0], run), structure=("0" * 16,), weights="0" * 8
