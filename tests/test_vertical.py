@@ -1,8 +1,9 @@
 """Vertically partitioned data: all clients take part in each step, each with its columns."""
 
+import json
 import signal
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from experiments.hostile.memory import no_checks
 from sfl.config import RunConfig
 from sfl.conversation.join import Welcome, client_join, server_join
 from sfl.conversation.joint_steps import JointSteps
-from sfl.conversation.report import DataReport, disagreeing_clients, send_report
+from sfl.conversation.report import DataReport, disagreeing_clients
 from sfl.crash import VARIABLE
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_spec
@@ -396,7 +397,8 @@ def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
     next(talk)
     next(client_join(client, 0, ours, instance="0" * 32, heartbeat_s=10.0))
     next(talk)
-    send_report(client, report)
+    content = json.loads(json.dumps(asdict(report)))  # as it would come over a socket
+    client.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
     with pytest.raises(ProtocolError, match="client_0 reports 4000 samples"):
         next(talk)
     assert server.limits.payload_bytes == {}
