@@ -399,7 +399,7 @@ def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
     next(talk)
     content = json.loads(json.dumps(asdict(report)))  # as it would come over a socket
     client.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
-    with pytest.raises(ProtocolError, match="client_0 reports 4000 samples"):
+    with pytest.raises(ProtocolError, match="client_0 reports 3200 samples"):
         next(talk)
     assert server.limits.payload_bytes == {}
 
