@@ -12,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.ham10000_parties.files import write_files
+from sfl.config import RunConfig
 from sfl.data.client_data import Source, load
 from sfl.data.datasets import DATASETS
 from sfl.errors import DataError
+from sfl.nodes import NodeConfig
+from sfl.runtime.simulation import simulate
 from tests.support.made_data import (
     loaded,
     trains,
@@ -33,6 +37,30 @@ def test_ham10000_is_split_by_lesion(tmp_path: Path) -> None:
     assert len(lesions[0]) == 56
     assert len(lesions[1]) == 14
     assert not lesions[0] & lesions[1]
+
+
+def test_ham10000_is_divided_between_two_parties(tmp_path: Path) -> None:
+    """Images and labels at one, metadata at the other, of the same lesions by their ids."""
+    write_ham10000(tmp_path)
+    assert len(list(write_files(tmp_path, tmp_path / "cache", tmp_path / "own", 32))) == 2
+    images, table = (np.load(tmp_path / f"own/client_{k}/ham10000.npz") for k in (0, 1))
+    assert sorted(images["ids"]) == sorted(table["ids"])
+    assert sorted(images["ids_test"]) == sorted(table["ids_test"])
+    lesion = {name: int(name.removeprefix("ISIC_")) // 2 for name in images["ids"]}
+    for name, image in zip(images["ids"], images["x"], strict=True):
+        assert abs(int(image[0, 16, 16]) - (3 * lesion[name] + 1)) < 6
+    for name, row in zip(table["ids"], table["x"], strict=True):
+        known = lesion[name] != 3
+        assert row[:2].tolist() == [np.float32(lesion[name] / 100) if known else 0, known]
+        assert row[2:4].tolist() == [lesion[name] % 2, 1 - lesion[name] % 2]  # female, male
+        assert row[4:].argmax() == lesion[name] % 5
+    run = RunConfig(
+        topology="vertical", partition="own", dataset="ham10000", image_size=32, clients=2,
+        rounds=1, model="cnn-cifar10", cut=9, party_models="cnn-cifar10,mlp", run="r",
+    )  # fmt: skip
+    node = NodeConfig(out=str(tmp_path), data_dir=str(tmp_path / "own"))
+    log = (simulate(run, node) / "server_log.txt").read_text()
+    assert "samples that all clients have: 112 train, 0 validation, 28 test" in log
 
 
 def test_ham10000_is_decoded_once_for_each_size(tmp_path: Path) -> None:

@@ -474,3 +474,10 @@ def test_no_raw_column_leaves_a_client(tmp_path: Path, cut: int, leaks: bool) ->
         for connection in connections
     }
     assert with_labels == {0: True, 1: False}
+
+
+def test_a_client_without_the_labels_has_none_of_a_data_set_that_is_cut_into_strips() -> None:
+    ours, theirs = data_of(RunConfig(**VERTICAL))
+    for part in ("train", "validation", "test"):
+        assert getattr(ours, part).y.any()
+        assert not getattr(theirs, part).y.any()

@@ -97,10 +97,13 @@ def write_ham10000(root: Path, num_lesions: int = 70, images_of_a_lesion: int = 
             colour = ((3 * lesion + 1) % 256, 128, 40 * k)
             path = folder / f"HAM10000_images_part_{1 + lesion % 2}" / f"{name}.jpg"
             Image.new("RGB", (60, 45), colour).save(path, quality=95)
-            rows.append([f"HAM_{lesion:07d}", name, classes[lesion % 7], "histo", "50.0"])
+            about = ["histo", "" if lesion == 3 else f"{lesion}.0", ("male", "female")[lesion % 2]]
+            rows.append(
+                [f"HAM_{lesion:07d}", name, classes[lesion % 7], *about, f"place {lesion % 5}"]
+            )
     with open(folder / "HAM10000_metadata.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["lesion_id", "image_id", "dx", "dx_type", "age"])
+        writer.writerow(["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"])
         writer.writerows(rows)
 
 
