@@ -13,6 +13,11 @@ from torch import Tensor
 
 from experiments.hostile.memory import no_checks
 from sfl.config import RunConfig
+from sfl.conversation.alignment import (
+    client_receive_order,
+    server_receive_ids,
+    server_send_order,
+)
 from sfl.conversation.join import Welcome, client_join, server_join
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.report import DataReport, disagreeing_clients
@@ -20,10 +25,10 @@ from sfl.crash import VARIABLE
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
-from sfl.data.vertical import align, digests
+from sfl.data.vertical import align, digests, rows_of
 from sfl.environment import fingerprint
-from sfl.errors import ConfigError, DataError, ProtocolError
-from sfl.files.torch_file import TensorSpec
+from sfl.errors import ConfigError, DataError, IntegrityError, ProtocolError, SflError
+from sfl.files.torch_file import TensorSpec, encode
 from sfl.model.fusion import Joint
 from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
@@ -402,6 +407,35 @@ def test_ids_are_asked_for_when_the_report_is_accepted() -> None:
     with pytest.raises(ProtocolError, match="client_0 reports 3200 samples"):
         next(talk)
     assert server.limits.payload_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "why"),
+    [
+        (["a", "b", "a"], ProtocolError, "names a sample twice"),
+        (["a", "b"], IntegrityError, "the ids of client_0"),
+    ],
+)
+def test_ids_of_a_client_are_checked(names: list[str], error: type[SflError], why: str) -> None:
+    server, client = local_pair(0)
+    talk = server_receive_ids(server, {"train": 3})
+    next(talk)
+    ids = torch.cat([digests([name]) for name in names])
+    client.send_file(MessageType.SAMPLE_IDS, encode(ids))
+    with pytest.raises(error, match=why):
+        next(talk)
+
+
+def test_samples_that_a_server_names_are_checked() -> None:
+    server, client = local_pair(0)
+    own = {"train": digests(["a", "b"])}
+    server_send_order(server, {"train": digests(["a", "b", "c"])})
+    talk = client_receive_order(client, own)
+    next(talk)
+    with pytest.raises(ProtocolError, match="more than are here"):
+        next(talk)
+    with pytest.raises(DataError, match="ids of samples that are not here"):
+        rows_of(digests(["c"]), own["train"])
 
 
 def test_no_loss_of_a_single_sample_is_told() -> None:
