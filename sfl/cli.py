@@ -1,4 +1,7 @@
-"""The programs ``run_server.py`` and ``run_client.py``; exit codes and errors of all programs.
+"""The programs server, client, simulate and replay; exit codes and errors of all programs.
+
+``pyproject.toml`` has the table of those that are installed as ``sfl-NAME``. In a clone,
+``run_server.py``, ``run_client.py``, ``experiments.simulate`` and ``experiments.replay`` call them.
 
 Exit codes: 0 done; 1 the run failed; 2 bad options; 3 stopped by Ctrl-C or SIGTERM, the run can be
 resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
@@ -10,45 +13,50 @@ import os
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sfl.errors import ConfigError, reason_of
+from sfl.errors import ConfigError, command, counted, not_installed, reason_of
+from sfl.options import Parser, parse_options
 from sfl.wire.link import one_line
+
+if TYPE_CHECKING:
+    from sfl.runtime.recorded_run import RecordedRun
 
 INTERRUPTED = 3  # exit code
 
 
 def main_server(argv: Sequence[str] | None = None) -> int:
-    """Run ``run_server.py`` and return its exit code."""
+    """Run the server's program and return its exit code."""
+    prog = command("server")
 
     def program() -> None:
         from sfl.config import RunConfig
         from sfl.nodes import ServerNode
-        from sfl.options import parse_options
 
-        about = "Start the server of a split-learning run; the clients are run_client.py."
-        run, node = parse_options(argv, RunConfig, ServerNode, prog="run_server.py", about=about)
+        about = f"Start the server of a split-learning run; the clients are {command('client')}."
+        run, node = parse_options(argv, RunConfig, ServerNode, prog=prog, about=about)
         from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while
         from sfl.runtime.server import serve
 
         (serve_fed if node.role == "fed" else serve)(run, node)
 
-    return run_program("run_server.py", program)
+    return run_program(prog, program)
 
 
 def main_client(argv: Sequence[str] | None = None) -> int:
-    """Run ``run_client.py`` and return its exit code."""
+    """Run a client's program and return its exit code."""
+    prog = command("client")
 
     def program() -> int:
         from sfl.nodes import ClientNode
-        from sfl.options import parse_options
 
         about = (
             "Take part in a split-learning run; everything about training comes from the server."
         )
-        (node,) = parse_options(argv, ClientNode, prog="run_client.py", about=about)
+        (node,) = parse_options(argv, ClientNode, prog=prog, about=about)
         if node.check_:
             from sfl.runtime.client_check import check
 
@@ -59,7 +67,86 @@ def main_client(argv: Sequence[str] | None = None) -> int:
         (host if node.client_ids else take_part)(node)
         return 0
 
-    return run_program("run_client.py", program)
+    return run_program(prog, program)
+
+
+def main_simulate(argv: Sequence[str] | None = None) -> int:
+    """Train a configuration in one process, without sockets, and return the exit code."""
+    prog = command("simulate")
+
+    def program() -> None:
+        from sfl.config import RunConfig
+        from sfl.nodes import SimulationNode
+
+        about = (
+            "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
+        )
+        run, node = parse_options(argv, RunConfig, SimulationNode, prog=prog, about=about)
+        from sfl.runtime.simulation import Away, simulate
+
+        simulate(run, node, [Away.parse(text) for text in node.away.split(",") if text])
+
+    return run_program(_short(prog), program)
+
+
+def main_replay(argv: Sequence[str] | None = None) -> int:
+    """Recompute a recorded run from its files, bit for bit, and return the exit code."""
+
+    def program() -> int:
+        about = "Recompute a recorded run from its files, bit for bit."
+        return replay(replay_parser(about).parse_args(argv))
+
+    return run_program(_short(command("replay")), program)
+
+
+def replay_parser(about: str) -> Parser:
+    """Return a parser of the options that ``replay`` takes."""
+    parser = Parser(prog=command("replay"), description=about)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="shared_files/server/<run>")
+    parser.add_argument("--client", type=int, metavar="K", help="this client's steps only")
+    parser.add_argument("--round", type=int, metavar="R", help="this round only")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the run's, if not given")
+    parser.add_argument("--threads", type=int, help="the run's, if not given")
+    parser.add_argument(
+        "--allow-import",
+        default="",
+        help="package.module:function that the run may import as model",
+    )
+    return parser
+
+
+def load_recorded(options: Namespace) -> "RecordedRun":
+    """Return the run that the options name, and warn about what may differ in the last bit here."""
+    from sfl.runtime.recorded_run import load
+
+    recorded = load(options.run_dir, options.device, options.threads, options.allow_import)
+    for difference in recorded.differences:
+        sys.stderr.write(f"warning: here {difference} of the run: the last bit may differ\n")
+    return recorded
+
+
+def replay(options: Namespace) -> int:
+    """Print what replay finds, then the closing line; return 0 if everything is equal, else 1."""
+    from sfl.runtime.replay import check
+
+    report = check(load_recorded(options), options.client, options.round)
+    lines = list(report.findings)
+    if report.unchecked:
+        lines.append(f"{report.unchecked} gradients rest on a damaged file and were not checked")
+    if report.incomplete:
+        lines.append(f"{report.incomplete} gradients are of rounds of which not all are recorded")
+    if report.dropped:
+        dropped = counted(report.dropped, "round")
+        lines.append(f"{dropped} left nothing to check, as --keep-models has it")
+    lines.append(f"{report.models} models checked, {report.models_differ} differ")
+    lines.append(report.summary)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 1 if report.findings or report.differ else 0
+
+
+def _short(prog: str) -> str:
+    """Return a program's name for its errors: ``replay`` of ``python -m experiments.replay``."""
+    return prog.rpartition("experiments.")[2]
 
 
 def run_program(name: str, program: Callable[[], int | None]) -> int:
@@ -92,23 +179,14 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         return _fail(name, error, INTERRUPTED)
     except ModuleNotFoundError as error:
-        return _fail(name, _not_installed(error), 1)
+        package = (error.name or "").partition(".")[0]
+        is_ours = package in ("", "sfl", "experiments")
+        return _fail(name, error if is_ours else not_installed(package), 1)
     except Exception as error:  # noqa: BLE001 - the process's edge
         return _fail(name, error, 1)
     finally:  # the outcome is decided: ignore later signals
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
-
-
-def _not_installed(error: ModuleNotFoundError) -> Exception:
-    """Return the error for a package that is not installed, with what to do."""
-    package = (error.name or "").partition(".")[0]
-    if package in ("", "sfl", "experiments"):
-        return error
-    return ConfigError(
-        f"{package} is not installed for {sys.executable}: start the program with .venv/bin/python,"
-        f" or install it: {sys.executable} -m pip install -r requirements.txt"
-    )
 
 
 class _Lenient(io.FileIO):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sfl import __version__
-from sfl.errors import ConfigError, RunError
+from sfl.errors import ConfigError, RunError, is_clone
 from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
@@ -99,7 +99,12 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str:
-    """Return the commit of this checkout, with "-dirty" if files have changed since."""
+    """Return the commit of this checkout, with "-dirty" if files have changed since.
+
+    An installed package has none; the folder that it is installed in may lie in another checkout.
+    """
+    if not is_clone():
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).resolve().parent
     try:

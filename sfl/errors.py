@@ -25,6 +25,7 @@
 """
 
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -155,6 +156,38 @@ def told(error: BaseException) -> str:
     ]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return reason_of(error).rstrip(": ") + where
+
+
+# How a program is started in a clone; where the package is installed, it is called ``sfl-NAME``.
+_IN_A_CLONE = {
+    "server": "run_server.py",
+    "client": "run_client.py",
+    "simulate": "python -m experiments.simulate",
+    "replay": "python -m experiments.replay",
+}
+# Package that is imported -> what pip installs it from, where the two names differ.
+_INSTALLED_FROM = {"google": "google-cloud-storage"}
+
+
+def is_clone() -> bool:
+    """Return whether this package lies in a clone, beside the programs and requirements.txt."""
+    return (Path(__file__).parent.parent / _IN_A_CLONE["server"]).is_file()
+
+
+def command(program: str) -> str:
+    """Return how the user starts a program: ``server``, ``client``, ``simulate``, ``replay``."""
+    return _IN_A_CLONE[program] if is_clone() else f"sfl-{program}"
+
+
+def not_installed(package: str) -> ConfigError:
+    """Return the error for a package that is missing, with what to do."""
+    what, hint = _INSTALLED_FROM.get(package, package), ""
+    if is_clone():
+        what, hint = "-r requirements.txt", "start the program with .venv/bin/python, or "
+    return ConfigError(
+        f"{package} is not installed for {sys.executable}: {hint}install it:"
+        f" {sys.executable} -m pip install {what}"
+    )
 
 
 def counted(number: int, noun: str) -> str:

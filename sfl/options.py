@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from sfl import __version__
 from sfl.config import RunConfig, flag
-from sfl.errors import ConfigError, quoted
+from sfl.errors import ConfigError, command, quoted
 from sfl.files import strict_json
 from sfl.files.regular_files import read_plain
 from sfl.nodes import ClientNode, ServerNode, SimulationNode
@@ -103,7 +103,9 @@ class Parser(argparse.ArgumentParser):
         name = options[0].removeprefix("--").replace("-", "_")
         for program, groups in _PROGRAMS.items():
             if any(name in names_of(group) for group in groups):
-                return ConfigError(f"{options[0]} is an option of {program}, not of {self.prog}")
+                return ConfigError(
+                    f"{options[0]} is an option of {command(program)}, not of {self.prog}"
+                )
         near = near_names(options[0], self._option_string_actions)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         return ConfigError(f"unknown option {quoted(options[0])}; {hint}")
@@ -169,9 +171,9 @@ _ALL_OPTIONS = frozenset(
     for spec in dataclasses.fields(group)
 )
 _PROGRAMS: Mapping[str, Sequence[Any]] = {
-    "run_server.py": (RunConfig, ServerNode),
-    "run_client.py": (ClientNode,),
-    "python -m experiments.simulate": (SimulationNode,),
+    "server": (RunConfig, ServerNode),
+    "client": (ClientNode,),
+    "simulate": (SimulationNode,),
 }
 CAN_GROW = frozenset({"rounds"})  # when a run goes on
 # What may stand in each table of a file; what concerns one machine alone, in any machine's.

@@ -145,8 +145,9 @@ def test_disk_advice_names_what_helps_and_was_not_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["run_server.py", "run_client.py"])
-def test_each_program_says_which_sfl_it_is(program: str) -> None:
-    done = python(program, "--version")
+def test_each_program_says_which_sfl_it_is(tmp_path: Path, program: str) -> None:
+    """From any folder, though the package is not installed."""
+    done = python(str(ROOT / program), "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"SFL {sfl.__version__}\n", "")
 
 

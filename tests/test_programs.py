@@ -13,7 +13,7 @@ MODULES = {path: path.read_text() for path in sorted(ROOT.glob("experiments/**/*
 PROGRAMS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path, text in MODULES.items()
-    if "run_program(" in text
+    if 'if __name__ == "__main__"' in text and "peers" not in path.parts
 )
 
 

@@ -236,8 +236,6 @@ def test_another_version_is_known_by_its_head_and_answered_in_it() -> None:
 
 def test_the_version_that_we_speak_is_the_release_s() -> None:
     assert sfl.__version__.startswith(f"{RELEASES[VERSION]}.")
-    text = (Path(sfl.__file__).parent.parent / "pyproject.toml").read_text()
-    assert f'version = "{sfl.__version__}"' in text
 
 
 def test_nan_and_infinity_pass_as_values() -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.writer import ArchiveWriter
-from sfl.errors import ConfigError, RunError, reason_of
+from sfl.errors import ConfigError, RunError, command, reason_of
 from sfl.files.regular_files import which_file
 from sfl.values import KeepModels
 from sfl.wire.link import one_line
@@ -254,6 +254,7 @@ def resume_hint(path: Path, model: str) -> Callable[[], str]:
     allow = f" --allow-import {model}" if ":" in model else ""
 
     def hint() -> str:
-        return f"go on with: run_server.py --resume {path}{allow}" if checkpoint_paths(path) else ""
+        resume = f"{command('server')} --resume {path}{allow}"
+        return f"go on with: {resume}" if checkpoint_paths(path) else ""
 
     return hint

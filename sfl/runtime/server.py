@@ -27,7 +27,7 @@ from sfl.conversation.join import APART, HERE, Joined, reports_of
 from sfl.conversation.report import describe_data
 from sfl.crash import crash_point
 from sfl.environment import command_line, set_up_torch
-from sfl.errors import ConfigError, RunError, counted
+from sfl.errors import ConfigError, RunError, command, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
 from sfl.runtime.admission import Admission
@@ -72,7 +72,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     run = recipe.run
     if recipe.scheme.pooled:
         raise ConfigError(
-            f"--scheme {run.scheme} pools all data in one process: python -m experiments.simulate"
+            f"--scheme {run.scheme} pools all data in one process: {command('simulate')}"
         )
     check_role(recipe, node)
     _check_node_options(recipe, node)

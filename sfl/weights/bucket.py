@@ -1,7 +1,8 @@
 """Objects in a Google Cloud Storage bucket, by google-cloud-storage.
 
-The library is imported when a bucket is first used, so runs without one do not need it. Credentials
-are found as Google's libraries find them; ``STORAGE_EMULATOR_HOST`` names an emulator.
+The library is imported when a bucket is opened, so runs without one do not need it: it is the
+package's extra ``gcs``. Credentials are found as Google's libraries find them;
+``STORAGE_EMULATOR_HOST`` names an emulator.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sfl.errors import ConfigError, IntegrityError, RunError
+from sfl.errors import ConfigError, IntegrityError, RunError, not_installed
 from sfl.weights.object_store import Metadata, check_size, compare, is_there
 from sfl.wire.link import one_line
 
@@ -47,11 +48,18 @@ class Bucket:
 
     ``timeout_s`` bounds each call with all its attempts and pauses, to within one attempt. ``say``
     reports an outage once. Downloads go through ``scratch``.
+
+    Raises:
+        ConfigError: the library is not installed, or a part of the address is malformed.
     """
 
     def __init__(
         self, address: str, scratch: Path, *, timeout_s: float, say: Callable[[str], None]
     ) -> None:
+        try:
+            import google.cloud.storage  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise not_installed("google") from error
         self.title = address.rstrip("/")
         self._name, self._prefix = parse_address(address)
         self._scratch = scratch

@@ -62,7 +62,7 @@ def open_place(
     ``scratch`` is a folder for downloads, ``timeout_s`` the deadline of each call.
 
     Raises:
-        ConfigError: the address is malformed.
+        ConfigError: the address is malformed, or the place's library is not installed.
     """
     if check_address(address) == SOCKET:
         return None
