@@ -10,9 +10,13 @@ import sysconfig
 import tomllib
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import sfl
 from tests.support.launch import OFFLINE
@@ -37,6 +41,37 @@ def test_requirements_are_those_of_the_package() -> None:
     assert set(PROJECT["optional-dependencies"]) >= EXTRAS
     extras = {r for of in PROJECT["optional-dependencies"].values() for r in of}
     assert {r for r in listed("experiments/requirements.txt") if "openmpi" not in r} <= extras
+
+
+def test_requirements_begin_with_the_constraints() -> None:
+    for name, line in [
+        ("requirements.txt", "-c constraints.txt"),
+        ("requirements-dev.txt", "-c constraints.txt"),
+        ("experiments/requirements.txt", "-c ../constraints.txt"),
+    ]:
+        assert (ROOT / name).read_text().startswith(f"{line}\n"), name
+
+
+def test_constraints_are_the_versions_that_are_tested() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+    pinned = dict(line.split("==") for line in lines)
+    other = {
+        f"{name}: {metadata.version(name)} is installed, constraints.txt has {version}"
+        for name, version in pinned.items()
+        if has(name) and Version(metadata.version(name)).public != version
+    }
+    assert other == set(), "make it anew: .venv/bin/python .ci/constraints > constraints.txt"
+    for text in listed("requirements.txt") | listed("requirements-dev.txt"):
+        requirement = Requirement(text)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def has(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def test_versions_stand_in_one_place() -> None:
