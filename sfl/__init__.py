@@ -20,8 +20,10 @@ if sys.version_info < (3, 11):  # noqa: UP036
 _LAZY = {
     "Run": "sfl.interactive.run",
     "RunConfig": "sfl.config",
+    "join": "sfl.interactive.processes",
     "open_run": "sfl.interactive.run",
     "plot": "sfl.interactive.run",
+    "serve": "sfl.interactive.processes",
     "simulate": "sfl.interactive.run",
 }
 
