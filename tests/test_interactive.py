@@ -156,13 +156,19 @@ def test_the_samples_behind_a_step_give_its_labels_and_activations(run: sfl.Run)
 
 
 def test_the_samples_of_own_fronts_and_pooled_data(tmp_path: Path) -> None:
-    own = run_of(tmp_path / "own", scheme="sflv3", local_epochs=2, partition="shards:2")
-    for step in own.tensors(round=1):
-        behind = own.samples(step)
-        assert torch.equal(behind.y, step.labels)
-        if step.step == 0:
-            front = own.front(round=0, client=step.client)
-            assert torch.equal(front(behind.x), step.activations)
+    ways: dict[str, dict[str, object]] = {
+        "own": {"scheme": "sflv3", "partition": "shards:2", "augment": "crop:padding=2"},
+        "vertical": {"partition": "vertical", "topology": "vertical", "label_client": 1},
+    }
+    for name, options in ways.items():
+        run = run_of(tmp_path / name, local_epochs=2, **options)
+        for step in run.tensors(round=1):
+            behind = run.samples(step)
+            if name == "own" or step.client == 1:
+                assert torch.equal(behind.y, step.labels)
+            if step.step == 0:
+                front = run.front(round=0, client=step.client)
+                assert torch.equal(front(behind.x), step.activations)
     pooled = run_of(tmp_path / "pooled", scheme="central", rounds=1)
     train, _ = dataset_spec("mnist-5k").load(None)
     labels = [train.y[pooled.samples(step).indices] for step in pooled.tensors()]
