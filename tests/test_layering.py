@@ -37,6 +37,7 @@ ROOMS = {
     "conversation": "ground files options wire weights data model archive strategy",
     "runtime": "ground files options wire transport weights data model archive strategy"
     " conversation",
+    "interactive": "ground files options data model archive strategy conversation runtime",
     "programs": "ground files options wire transport runtime",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.

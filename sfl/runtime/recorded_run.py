@@ -53,9 +53,8 @@ class RecordedRun:
         self.device = device
         self.allowed = allowed
         self.differences = differences
-        options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
-        run = from_values(RunConfig, options, str(archive.root / "config.json"))
-        data = _read_environment(archive, "data", data_of)
+        run = config_of(archive)
+        self.data = data = _read_environment(archive, "data", data_of)
         self.recipe = Recipe.of(run, allowed)
         self.run = self.recipe.run
         self.split = SplitModel.of_data(self.recipe, data)
@@ -125,6 +124,12 @@ class RecordedRun:
         for back in backs.values():
             back.start_round(round_index)
         return backs
+
+
+def config_of(archive: RunArchive) -> RunConfig:
+    """Return the options of a recorded run, checked."""
+    options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
+    return from_values(RunConfig, options, str(archive.root / "config.json"))
 
 
 def _read_environment(

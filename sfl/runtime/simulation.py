@@ -212,7 +212,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
     device = set_up_torch(node)
     data = _load_all(recipe, node)
     if recipe.scheme.pooled:
-        data = {0: _pooled(data, recipe.run)}
+        data = {0: pooled(data, recipe.run)}
     path = create_run_folder(node.out_path / "server", recipe.run.run)
     remember([recipe.run.model])
     recipe = recipe.changed(run=path.name)
@@ -313,7 +313,7 @@ def _client_folder(run: RunConfig, node: NodeConfig, client: int) -> Path:
     return node.out_path / "client" / run.run / f"client_{client}"
 
 
-def _pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
+def pooled(data: Mapping[int, ClientData], run: RunConfig) -> ClientData:
     """Return the union of the clients' data, as one client's.
 
     Raises:

@@ -153,8 +153,11 @@ class SplitModel:
         return list(self._segments.values())
 
     def _segment(self, name: str, device: torch.device, training: Training) -> Segment:
-        first_block = self._first_blocks[name]
-        return Segment(copied(self._segments[name], first_block), first_block, training, device)
+        return Segment(self.blocks(name), self._first_blocks[name], training, device)
+
+    def blocks(self, name: str) -> nn.Sequential:
+        """Return a copy of a segment's blocks, with initial weights."""
+        return copied(self._segments[name], self._first_blocks[name])
 
     def trial(self, *, whole: bool = False) -> Trial:
         """Return a trial with copies of the segments, or of the ``whole`` model in one piece."""

@@ -1,0 +1,275 @@
+"""``Run``: a recorded run in a Python session, from its figures to its trained model.
+
+::
+
+    run = sfl.open_run("shared_files/server/first")
+    run.rounds, run.steps                  # pandas frames
+    run.model()                            # the trained nn.Module, on the CPU
+    step = next(run.tensors(client=0, round=3))
+    run.samples(step)                      # which training samples stand behind a recorded step
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import sfl.archive
+from sfl.archive.layout import PREDICTIONS, model_path
+from sfl.archive.reader import RunArchive, Step
+from sfl.config import RunConfig
+from sfl.conversation.party import TEST
+from sfl.data.client_data import ClientData, DatasetSpec, normalised
+from sfl.data.datasets import dataset_of
+from sfl.errors import RunError
+from sfl.files.torch_file import TensorSpec
+from sfl.interactive.dealt import Dealt, StepSamples
+from sfl.interactive.tables import rounds_table, steps_table
+from sfl.interactive.trained import Holders, Trained
+from sfl.model.topology import BACK, FRONT
+from sfl.nodes import NodeConfig
+from sfl.options import from_values
+from sfl.runtime.recorded_run import RecordedRun, config_of, load
+from sfl.runtime.simulation import simulate as simulate_run
+
+FolderPath = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """What a model expects: pixels in [0, 1], minus ``mean``, divided by ``std``.
+
+    ``mean`` and ``std`` have one value, or one for each channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_shape: tuple[int, ...]  # of one sample
+    classes: tuple[str, ...]
+
+
+class Run:
+    """A recorded run, as it was on disk when it was opened.
+
+    Rounds, steps and clients count from 0, as in the names of files; of a model, ``round`` is the
+    round after which, by default the last finished one, and -1 is before the first.
+
+    Raises (from any method):
+        RunError: what is asked for does not lie on this machine; the message says where it does.
+        IntegrityError: a file is damaged.
+        ConfigError: the model or data set is a user's own that may not be imported.
+    """
+
+    def __init__(
+        self, path: FolderPath, clients: Sequence[FolderPath] = (), **machine: Any
+    ) -> None:
+        """``machine``: options of ``NodeConfig``; ``threads`` are the run's if not given."""
+        self.path = Path(path)
+        self._threads = machine.get("threads")
+        self._node: NodeConfig = from_values(NodeConfig, machine, "the options of this machine")
+        self._archive = sfl.archive.open(path)
+        self._holders = Holders(self._archive, [Path(folder) for folder in clients])
+
+    def __repr__(self) -> str:
+        return f"sfl.open_run({str(self.path)!r})"
+
+    @functools.cached_property
+    def _recorded(self) -> RecordedRun:
+        """The run, opened to compute with it; sets torch's threads as in the run."""
+        return load(self.path, "cpu", self._threads, self._node.allow_import)
+
+    @property
+    def archive(self) -> RunArchive:
+        """The run's files, see ``sfl.archive``."""
+        return self._archive
+
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """The run's options."""
+        return config_of(self._archive)
+
+    @property
+    def differences(self) -> Sequence[str]:
+        """What in this process may change the last bit of results, against the run's; a line each.
+
+        Threads, processor, release of torch, device: without a line, results are the run's.
+        """
+        return self._recorded.differences
+
+    @functools.cached_property
+    def rounds(self) -> pd.DataFrame:
+        """The columns of ``rounds.csv``, a row for each round; see docs/metrics.md."""
+        return rounds_table(self._archive)
+
+    @functools.cached_property
+    def steps(self) -> pd.DataFrame:
+        """``round``, ``step``, ``client`` and the metrics of each training step."""
+        return steps_table(self._archive)
+
+    def tensors(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
+        """Yield the recorded steps with their tensors, as ``sfl.archive`` does."""
+        return self._archive.steps(client=client, round=round)
+
+    @functools.cached_property
+    def _trained(self) -> Trained:
+        return Trained(self._recorded, self._holders)
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the model's segments, from input to output."""
+        return tuple(self._recorded.split.specs)
+
+    def segment(
+        self, name: str, round: int | None = None, client: int | None = None
+    ) -> nn.Sequential:
+        """Return one segment of the trained model, in evaluation mode, on the CPU.
+
+        ``client``: whose, of those that clients hold: as this client had trained it, before the
+        average. Needed where each keeps its own.
+        """
+        return self._trained.segment(name, round, client)
+
+    def front(self, round: int | None = None, client: int | None = None) -> nn.Sequential:
+        """Return the first segment, which clients hold, as ``segment`` does."""
+        return self.segment(FRONT, round, client)
+
+    def back(self, round: int | None = None) -> nn.Sequential:
+        """Return the server's first segment, as ``segment`` does."""
+        return self.segment(BACK, round)
+
+    def model(self, round: int | None = None, client: int | None = None) -> nn.Module:
+        """Return the whole trained model, its segments joined in order, as ``segment`` does.
+
+        Its state dict is that of the model before it was cut. With ``--topology vertical`` it takes
+        one tensor for each client.
+        """
+        return self._trained.model(round, client)
+
+    @property
+    def _spec(self) -> DatasetSpec:
+        recorded = self._recorded
+        return normalised(dataset_of(recorded.run, recorded.allowed), recorded.run)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the run's model expects of its input, and the names of what it tells apart."""
+        data, spec = self._recorded.data, self._spec
+        is_table = len(data["input_shape"]) < len(spec.input_shape)  # own data, aligned by ids
+        figures = (0.0, 1.0) if is_table else (spec.mean, spec.std)
+        mean, std = (f if isinstance(f, tuple) else (f,) for f in figures)
+        return Normalisation(mean, std, tuple(data["input_shape"]), tuple(data["classes"]))
+
+    @functools.cached_property
+    def _dealt(self) -> Dealt:
+        return Dealt(self._recorded, self._node)
+
+    def data(self, client: int = 0) -> ClientData:
+        """Return a client's samples, dealt out again from the data set on this machine.
+
+        Raises:
+            DataError: the clients' data are their own, or the data set differs from the run's.
+        """
+        return self._dealt.data(client)
+
+    def batches(self, part: str = TEST, client: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``x`` and ``y`` of a part of a client's samples, in the run's evaluation batches.
+
+        ``part``: "train", "validation" or "test". Raises as ``data``.
+        """
+        data, split = self.data(client), self._recorded.split
+        samples, start = getattr(data, part), 0
+        for size in split.evaluation_sizes(len(samples)):
+            yield data.batch(samples, slice(start, start + size))
+            start += size
+
+    def samples(self, step: Any) -> StepSamples:
+        """Return the training samples behind a step: one of ``tensors()``, or a row of ``steps``.
+
+        They are derived from the seed and the data set on this machine. Raises as ``data``.
+        """
+        client, round_index, number = (
+            int(step[name] if isinstance(step, pd.Series) else getattr(step, name))
+            for name in ("client", "round", "step")
+        )
+        return self._dealt.behind(client, round_index, number)
+
+    def predictions(self, client: int = 0, round: int | None = None) -> dict[str, Tensor]:
+        """Return the recorded ``labels`` (N,) and outputs (N, classes) of a client's test set.
+
+        They are kept after the last round.
+        """
+        data, task = self._recorded.data, self._recorded.recipe.task
+        if str(client) not in data["num_samples"]:
+            raise RunError(f"{self.path} has no client_{client}")
+        count = data["num_samples"][str(client)][TEST]
+        path = model_path(PREDICTIONS, self._trained.last(round), client=client)
+        spec = {
+            "labels": TensorSpec((count,), torch.int64),
+            task.output_name: TensorSpec((count, len(data["classes"])), torch.float32),
+        }
+        return self._holders.state(path, spec, client)
+
+    def plot(self, *others: "Run") -> Any:
+        """Draw this run, and others beside it; return the two axes. See ``plot``."""
+        return plot([self, *others])
+
+
+def open_run(path: FolderPath, *, clients: Sequence[FolderPath] = (), **machine: Any) -> Run:
+    """Open a recorded run by its server's folder, ``shared_files/server/<run>``.
+
+    ``clients``: clients' folders that were brought here; those of a run of this machine are found.
+    ``machine``: options of this machine as keywords, such as ``data_dir`` or ``allow_import``.
+
+    Raises:
+        RunError: the folder is not a run's.
+        IntegrityError: its manifest is damaged.
+        ConfigError: there is no such option.
+    """
+    return Run(path, clients, **machine)
+
+
+def simulate(config: RunConfig, **machine: Any) -> Run:
+    """Run server and clients in this process, as ``experiments.simulate`` does; return the run.
+
+    ``machine``: options of this machine as keywords, such as ``out``, ``data_dir`` or ``threads``.
+
+    Raises:
+        ConfigError, DataError, RunError: as for server and clients.
+    """
+    node = from_values(NodeConfig, machine, "the options of this machine")
+    run = from_values(RunConfig, dataclasses.asdict(config), "the configuration")
+    own = [name for name in (node.allow_import, run.model, run.dataset) if ":" in name]
+    return open_run(simulate_run(run, node), **machine | {"allow_import": ",".join(own)})
+
+
+def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:
+    """Draw loss and accuracy by round, of several runs in one picture; return the two axes.
+
+    ``labels``: of the runs; by default, the options in which they differ.
+    """
+    from sfl.interactive.curves import draw  # takes a second to import
+
+    names = labels or _told_apart([run.config for run in runs])
+    metric, title = runs[0]._recorded.recipe.task.shown
+    return draw(dict(zip(names, (run.rounds for run in runs), strict=True)), metric, title)
+
+
+def _told_apart(configs: Sequence[RunConfig]) -> list[str]:
+    """Return a label for each run: the options that differ, or else its name."""
+    tables: list[Mapping[str, Any]] = [dataclasses.asdict(config) for config in configs]
+    differ = [n for n in tables[0] if n != "run" and len({repr(t[n]) for t in tables}) > 1]
+    labels = [
+        ", ".join(f"{name} {table[name]}" for name in differ if table[name] != "")
+        for table in tables
+    ]
+    if len(set(labels)) == len(labels) and differ:
+        return labels
+    return [
+        f"{label} ({config.run})".strip() for label, config in zip(labels, configs, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""The trained model of a run: its segments, found wherever on this machine they lie, and joined."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import sfl.archive
+from sfl.archive.layout import MANIFEST, ONE_CLIENT_MODEL, SHARED_MODEL, segment_path
+from sfl.archive.reader import RunArchive
+from sfl.errors import RunError
+from sfl.files.torch_file import StateSpec
+from sfl.model.fusion import pack
+from sfl.model.topology import BACK, FRONT, Holder
+from sfl.runtime.recorded_run import RecordedRun
+from sfl.strategy.schemes import Fronts
+
+
+class Holders:
+    """The folders of a run on this machine: the server's, the clients' and a fed server's."""
+
+    def __init__(self, archive: RunArchive, clients: Sequence[Path]) -> None:
+        root = archive.root.resolve()
+        out, name = root.parent.parent, root.name
+        beside = sorted((out / "client" / name).glob("client_*"))
+        others = (*clients, *beside, out / "fed" / name)
+        self.archive = archive
+        self._places = f"{out / 'client' / name}/client_<k>", out / "fed" / name
+        self._archives = [
+            archive, *(sfl.archive.open(f) for f in others if (f / MANIFEST).is_file())
+        ]  # fmt: skip
+
+    def has(self, path: str) -> bool:
+        """Return whether one of the folders has a file."""
+        return any(archive.lists(path) for archive in self._archives)
+
+    def state(self, path: str, spec: StateSpec, client: int | None) -> dict[str, Tensor]:
+        """Return the tensors of a file, by its path in whichever folder lists it.
+
+        ``client``: whose folder it lies in if the server has none of it; None: nobody's.
+
+        Raises:
+            RunError: no folder has it.
+        """
+        for archive in self._archives:
+            if archive.lists(path):
+                return archive.state(path, spec)
+        if any(archive.was_listed(path) for archive in self._archives):
+            raise RunError(f"{self.archive.root}: {path} was removed, as --keep-models asks")
+        of_clients, of_fed = self._places
+        if client is None:
+            raise RunError(
+                f"{self.archive.root} has no {path}, nor has {of_fed}: bring the folder of the fed"
+                f" server there, or give a round that the run has finished"
+            )
+        raise RunError(
+            f"{self.archive.root} has no {path}: it lies at client_{client}, in the folder"
+            f" <out>/client/{self.archive.root.resolve().name}/client_{client} of its machine."
+            f" Looked in {of_clients}; bring that folder here and give it:"
+            f" sfl.open_run(..., clients=[FOLDER])"
+        )
+
+
+class VerticalModel(nn.Module):
+    """The clients' fronts and the server's back, which joins their activations.
+
+    Takes one tensor for each client, in the order of their ids.
+    """
+
+    def __init__(self, fronts: Sequence[nn.Module], back: nn.Module) -> None:
+        super().__init__()
+        self.fronts, self.back = nn.ModuleList(fronts), back
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Return the outputs (B, classes) for each client's part of the samples."""
+        z = pack([front(x) for front, x in zip(self.fronts, parts, strict=True)])
+        outputs: Tensor = self.back(z)
+        return outputs
+
+
+class Trained:
+    """The segments of a run's model after each round."""
+
+    def __init__(self, recorded: RecordedRun, holders: Holders) -> None:
+        self._recorded, self._holders = recorded, holders
+
+    def last(self, round_index: int | None) -> int:
+        """Return the round, or the last finished one if it is None.
+
+        Raises:
+            RunError: no round is finished, or there is no such round.
+        """
+        recorded = self._recorded
+        done = sum(map(recorded.ended, range(recorded.run.rounds)))
+        if round_index is not None and not -1 <= round_index < done:
+            raise RunError(
+                f"round {round_index}: {recorded.archive.root} has finished {done} rounds, from 0;"
+                " -1 is before the first"
+            )
+        if not done and round_index is None:
+            raise RunError(
+                f"{recorded.archive.root} has not finished a round; -1 is before the first"
+            )
+        return done - 1 if round_index is None else round_index
+
+    def segment(self, name: str, round_index: int | None, client: int | None) -> nn.Sequential:
+        """Return one segment with its weights after a round; see ``Run.segment``."""
+        recorded, last = self._recorded, self.last(round_index)
+        holder = self._holder_of(name)
+        of_client = holder is Holder.CLIENT
+        whose = client if of_client else None
+        if whose is not None and whose not in recorded.clients:
+            raise RunError(f"{recorded.archive.root} has no client_{whose}")
+        if of_client and whose is None and recorded.scheme.fronts is Fronts.OWN:
+            known = ", ".join(map(str, recorded.clients))
+            raise RunError(
+                f"{recorded.archive.root}: each client keeps a {name} of its own: say whose with"
+                f" client=, of {known}"
+            )
+        split = recorded.split if whose is None else recorded.split.of_party(whose)
+        blocks = split.blocks(name)
+        template = SHARED_MODEL if whose is None else ONE_CLIENT_MODEL
+        which = {} if whose is None else {"client": whose}
+        path = segment_path(template, name, last, **which)
+        if last >= 0 or self._holders.has(path):  # initial weights of one client alone: as built
+            blocks.load_state_dict(self._holders.state(path, split.specs[name], whose))
+        return blocks.eval()
+
+    def _holder_of(self, name: str) -> Holder:
+        recorded = self._recorded
+        held = recorded.recipe.segments
+        if name not in recorded.split.specs:
+            raise RunError(
+                f"{recorded.archive.root}: --scheme {recorded.run.scheme} with this model has no"
+                f" segment {name}; it has {', '.join(recorded.split.specs)}"
+            )
+        return held[name]
+
+    def model(self, round_index: int | None, client: int | None) -> nn.Module:
+        """Return all segments joined; see ``Run.model``."""
+        recorded = self._recorded
+        if recorded.recipe.joins:
+            fronts = [self.segment(FRONT, round_index, k) for k in recorded.clients]
+            return VerticalModel(fronts, self.segment(BACK, round_index, None)).eval()
+        rows = [self.segment(name, round_index, client) for name in recorded.split.specs]
+        blocks = OrderedDict(item for row in rows for item in row._modules.items())
+        return nn.Sequential(blocks).eval()
