@@ -16,8 +16,10 @@ def main() -> None:
     about = "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
     run, node = parse_options(None, RunConfig, SimulationNode, prog=prog, about=about)
     from sfl.runtime.simulation import Away, simulate
+    from sfl.tracking.trackers import trackers_of
 
-    simulate(run, node, [Away.parse(text) for text in node.away.split(",") if text])
+    away = [Away.parse(text) for text in node.away.split(",") if text]
+    simulate(run, node, away, trackers=trackers_of(node.track))
 
 
 if __name__ == "__main__":

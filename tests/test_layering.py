@@ -32,10 +32,11 @@ ROOMS = {
     "weights": "ground files options wire",
     "data": "ground files options",
     "model": "ground files options",
-    "archive": "ground files options wire data model",
+    "tracking": "ground files options",
+    "archive": "ground files options wire data model tracking",
     "strategy": "ground files options wire weights data model archive",
     "conversation": "ground files options wire weights data model archive strategy",
-    "runtime": "ground files options wire transport weights data model archive strategy"
+    "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "programs": "ground files options wire transport runtime",
 }
@@ -68,7 +69,7 @@ MAY_IMPORT = {
 # What looks a name up or parses an option, and who may: the edge. Everybody else is given the row.
 LOOK_UPS = {
     "named": {"registry", "model.optimizers", "model.training", "strategy.recipe"},
-    "with_options": {"data.augment", "model.schedule", "strategy.recipe"},
+    "with_options": {"data.augment", "model.schedule", "strategy.recipe", "tracking.trackers"},
     "look_up": {"data.datasets", "model.zoo"},
     "changes_of": {"data.client_data", "strategy.recipe"},
     "model_spec": {"strategy.recipe"},
@@ -85,7 +86,16 @@ LOOK_UPS = {
         "runtime.recorded_run",
     },
 }
-REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES", "TASKS"}
+REGISTRIES = {
+    "AUGMENTATIONS",
+    "MODELS",
+    "OPTIMIZERS",
+    "RULES",
+    "SCHEDULES",
+    "SCHEMES",
+    "TASKS",
+    "TRACKERS",
+}
 
 
 def room_of(module: str) -> str:
