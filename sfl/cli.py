@@ -83,8 +83,10 @@ def main_simulate(argv: Sequence[str] | None = None) -> int:
         )
         run, node = parse_options(argv, RunConfig, SimulationNode, prog=prog, about=about)
         from sfl.runtime.simulation import Away, simulate
+        from sfl.tracking.trackers import trackers_of
 
-        simulate(run, node, [Away.parse(text) for text in node.away.split(",") if text])
+        away = [Away.parse(text) for text in node.away.split(",") if text]
+        simulate(run, node, away, trackers=trackers_of(node.track))
 
     return run_program(_short(prog), program)
 

@@ -80,6 +80,9 @@ class RunConfig:
     )
     participation: float = option(1.0, "share of the clients that is drawn for each round")
     rounds: int = option(10, "number of global rounds, each ending in one averaging")
+    test_every: int = option(
+        0, "evaluate the test set after every N-th round as well as the last; 0: the last alone"
+    )  # fmt: skip
     local_epochs: int = option(1, "passes over a client's data in a round")
     batch_size: int = option(32, "samples in a step")
     optimizer: str = option("adam", "on both sides of the cut: {names}")
@@ -142,6 +145,7 @@ class RunConfig:
         require(self.label_client >= 0, "label_client", self.label_client, "0 or more")
         require(0 <= self.image_size <= 4096, "image_size", self.image_size, "0 to 4096")
         require(self.lr_rounds >= 0, "lr_rounds", self.lr_rounds, "0 or more")
+        require(self.test_every >= 0, "test_every", self.test_every, "0 or more")
         most = self.max_clients
         fine = most == 0 or self.clients <= most <= MOST["clients"]
         require(fine, "max_clients", most, "at least --clients")

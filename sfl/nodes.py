@@ -130,7 +130,17 @@ class PeerNode(NodeConfig):
 
 
 @dataclass(frozen=True)
-class ServerNode(PeerNode):
+class TrackingNode(NodeConfig):
+    """Options of a machine that has the run's figures."""
+
+    track: str = option(
+        "", "also show the run's figures with one or more of {names}, separated by commas (see"
+        " docs/metrics.md)",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerNode(PeerNode, TrackingNode):
     """Options of a server's machine."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
@@ -283,7 +293,7 @@ class ClientNode(PeerNode):
 
 
 @dataclass(frozen=True)
-class SimulationNode(NodeConfig):
+class SimulationNode(TrackingNode):
     """Options of a simulation's machine."""
 
     table: ClassVar[str] = "simulation"

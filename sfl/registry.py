@@ -4,7 +4,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sfl.errors import ConfigError, quoted, told
 
@@ -27,6 +27,7 @@ REGISTRIES = {
     "optimizer": "sfl.model.optimizers:OPTIMIZERS",
     "lr_schedule": "sfl.model.schedule:SCHEDULES",
     "aggregation": "sfl.strategy.aggregate:RULES",
+    "track": "sfl.tracking.trackers:TRACKERS",
 }
 
 
@@ -40,9 +41,15 @@ def choices_of(option: str) -> list[str]:
         known: Mapping[str, object] = getattr(importlib.import_module(module), name)
     except ImportError:
         return ["see docs/options.md"]
-    defaults = {n: getattr(row, "__kwdefaults__", None) or {} for n, row in known.items()}
+    defaults = {n: _options_of(row) for n, row in known.items()}
     options = {n: ",".join(f"{o}={v}" for o, v in of.items()) for n, of in defaults.items()}
     return [f"{n}[:{text}]" if text else n for n, text in options.items()]
+
+
+def _options_of(row: object) -> Mapping[str, Any]:
+    """Return the options of a registry's row: keyword-only arguments of a function or a class."""
+    function = vars(row).get("__init__") if isinstance(row, type) else row
+    return getattr(function, "__kwdefaults__", None) or {}
 
 
 def named(kind: str, name: str, known: Mapping[str, T]) -> T:
@@ -92,9 +99,9 @@ def look_up(
 
 
 def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) -> Callable[..., R]:
-    """Return the function that ``name`` or ``name:option=value,...`` names, with these options.
+    """Return the function or class that ``name`` or ``name:option=value,...`` names, so called.
 
-    A function's options are its keyword-only arguments, of the type of their defaults. It raises
+    Its options are its keyword-only arguments, of the type of their defaults. It raises
     ``ValueError`` for a value out of range, which comes out as a ``ConfigError``.
 
     Raises:
@@ -102,7 +109,7 @@ def with_options(kind: str, text: str, known: Mapping[str, Callable[..., R]]) ->
     """
     name, colon, rest = text.partition(":")
     function = named(kind, name, known)
-    defaults = getattr(function, "__kwdefaults__", None) or {}
+    defaults = _options_of(function)
     options = {}
     for item in rest.split(",") if colon else []:
         option, _, value = item.partition("=")

@@ -21,6 +21,7 @@ from sfl.nodes import ClientNode, ServerNode, SimulationNode
 from sfl.options import parse_options
 from sfl.strategy.aggregate import RULES
 from sfl.strategy.schemes import SCHEMES
+from sfl.tracking.trackers import TRACKERS
 from sfl.weights.stores import WEIGHT_STORES
 from sfl.wire.messages import MessageType
 from tests.support.simulations import recorded
@@ -54,6 +55,14 @@ def test_every_metric_is_defined(tmp_path: Path) -> None:
     assert used - defined == set()
 
 
+def test_every_tracker_is_in_the_table_with_its_options() -> None:
+    page = (ROOT / "docs/metrics.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    for name, tracker in TRACKERS.items():
+        for option, default in (tracker.__init__.__kwdefaults__ or {}).items():
+            assert f"`{option}` ({default})" in rows[name], name
+
+
 def test_every_name_that_can_be_chosen_is_on_its_page() -> None:
     page = (ROOT / "docs/options.md").read_text()
     for name in (*DATASETS, *PARTITIONS, OWN, *MODELS):
@@ -66,13 +75,14 @@ def test_every_name_that_can_be_chosen_is_on_its_page() -> None:
         ("scheme", SCHEMES), ("model", MODELS), ("dataset", DATASETS), ("optimizer", OPTIMIZERS),
         ("partition", {OWN, *PARTITIONS}), ("weights", WEIGHT_STORES), ("aggregation", RULES),
         ("lr_schedule", SCHEDULES), ("task", TASKS), ("augment", AUGMENTATIONS),
+        ("track", TRACKERS),
     ],
 )  # fmt: skip
 def test_the_help_names_what_can_be_chosen(
     option: str, names: Collection[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        parse_options(["--help"], RunConfig, prog="p", about="")
+        parse_options(["--help"], RunConfig, SimulationNode, prog="p", about="")
     flag = option.replace("_", "-")
     text = re.search(rf"^  --{flag} .*?(?=^  --|^$)", capsys.readouterr().out, re.M | re.S)
     assert text is not None

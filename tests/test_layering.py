@@ -32,13 +32,14 @@ ROOMS = {
     "weights": "ground files options wire",
     "data": "ground files options",
     "model": "ground files options",
-    "archive": "ground files options wire data model",
+    "tracking": "ground files options",
+    "archive": "ground files options wire data model tracking",
     "strategy": "ground files options wire weights data model archive",
     "conversation": "ground files options wire weights data model archive strategy",
-    "runtime": "ground files options wire transport weights data model archive strategy"
+    "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
-    "programs": "ground files options wire transport runtime",
+    "programs": "ground files options wire transport tracking runtime",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
 OF_ANY_TRANSPORT = {
@@ -69,7 +70,7 @@ MAY_IMPORT = {
 # What looks a name up or parses an option, and who may: the edge. Everybody else is given the row.
 LOOK_UPS = {
     "named": {"registry", "model.optimizers", "model.training", "strategy.recipe"},
-    "with_options": {"data.augment", "model.schedule", "strategy.recipe"},
+    "with_options": {"data.augment", "model.schedule", "strategy.recipe", "tracking.trackers"},
     "look_up": {"data.datasets", "model.zoo"},
     "changes_of": {"data.client_data", "strategy.recipe"},
     "model_spec": {"strategy.recipe"},
@@ -86,7 +87,16 @@ LOOK_UPS = {
         "runtime.recorded_run",
     },
 }
-REGISTRIES = {"AUGMENTATIONS", "MODELS", "OPTIMIZERS", "RULES", "SCHEDULES", "SCHEMES", "TASKS"}
+REGISTRIES = {
+    "AUGMENTATIONS",
+    "MODELS",
+    "OPTIMIZERS",
+    "RULES",
+    "SCHEDULES",
+    "SCHEMES",
+    "TASKS",
+    "TRACKERS",
+}
 
 
 def room_of(module: str) -> str:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 import sfl.archive
-from sfl.archive.round_log import read_round
-from sfl.errors import ProtocolError
+from sfl.archive.round_log import read_round, read_summary
+from sfl.config import RunConfig
+from sfl.errors import ConfigError, ProtocolError
 from sfl.model.classification import checked_classes
 from sfl.model.metrics import Tally, add_up
 from sfl.model.task import TASKS
 from tests.support.simulations import simulated
+from tests.support.weights import all_weights, assert_equal
 
 TASK = TASKS["classification"]
 
@@ -86,6 +88,26 @@ def test_metrics_of_a_run_are_those_of_its_predictions(tmp_path: Path, scheme: s
     lines = (run / "rounds.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
     assert all(abs(float(last[f"test_{n}"]) - overall[f"test_{n}"]) < 1e-6 for n in TASK.evaluated)
+
+
+@pytest.mark.parametrize("scheme", ["sflv1", "fl"])
+def test_the_test_set_is_evaluated_every_nth_round_as_well(tmp_path: Path, scheme: str) -> None:
+    options = {"scheme": scheme, "model": "mlp", "rounds": 5, "clients": 2, "batch_size": 400}
+    plain = simulated(tmp_path / "plain", **options)
+    tested = simulated(tmp_path / "tested", **options, test_every=2)
+
+    def column(run: Path, name: str) -> list[str]:
+        return [row[name] for row in read_summary((run / "rounds.csv").read_bytes())]
+
+    assert [bool(value) for value in column(plain, "test_acc")] == [False] * 4 + [True]
+    assert [bool(value) for value in column(tested, "test_acc")] == [False, True, False, True, True]
+    assert column(plain, "test_acc")[4] == column(tested, "test_acc")[4]
+    assert column(plain, "val_loss") == column(tested, "val_loss")
+    assert_equal(all_weights(plain), all_weights(tested))
+    own = read_round((tested / "rounds/round_001.csv").read_bytes())
+    assert (0, "client_model_001.pt", "test_macro_f1") in own
+    with pytest.raises(ConfigError, match="--test-every -1: must be 0 or more"):
+        RunConfig(test_every=-1).check()
 
 
 def test_a_client_without_samples_takes_nothing_from_the_others() -> None:

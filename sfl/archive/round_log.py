@@ -20,6 +20,9 @@ from sfl.config import RunConfig
 from sfl.files.atomic import write_file
 from sfl.model.metrics import StepFigures
 from sfl.model.task import Task
+from sfl.model.topology import States
+from sfl.tracking.tracked import TrackedRound
+from sfl.tracking.tracking import Tracking
 from sfl.values import Position
 from sfl.wire.link import KINDS_DOWN, KINDS_UP
 
@@ -78,6 +81,8 @@ class RoundLog:
         task: Task,
         first_round: int = 0,
         by_link: Sequence[str] = (),
+        *,
+        tracking: Tracking,
     ) -> None:
         """``first_round``: where a run is resumed; lines of earlier rounds are kept.
 
@@ -85,6 +90,7 @@ class RoundLog:
         """
         self._folder = folder
         self._rounds = rounds
+        self._tracking = tracking
         self._has_begun = False
         self._task, names = task, round_figures(task, by_link)
         self._columns = ("round", *names, "took_part", "missing")
@@ -100,6 +106,13 @@ class RoundLog:
         kept = [[row.get(name, "") for name in self._columns] for row in rows]
         write_file(path, _csv([self._columns, *kept]), durable=True)
 
+    def __enter__(self) -> "RoundLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.progress.close()
+        self._tracking.end(self.figures, failed=kind is not None)
+
     def start_round(self, round_index: int, num_steps: int) -> None:
         self._steps = {}
         self.progress.start(round_index, num_steps)
@@ -107,6 +120,7 @@ class RoundLog:
     def _note_first_step(self) -> None:
         if not self._has_begun:
             self._folder.events.note(FIRST_STEP)
+            self._tracking.start()
             self._has_begun = True
 
     def step(self, at: Position, figures: StepFigures) -> None:
@@ -126,6 +140,10 @@ class RoundLog:
         """Yield loss, counts and samples of each step of a client."""
         own = iter(self._steps.get(client, ()))
         return zip(*[own] * (len(self._task.trained) + 1), strict=True)
+
+    def _step_metrics(self, client: int) -> Iterator[Mapping[str, float]]:
+        for loss, *counts, samples in self._rows(client):
+            yield self._task.metrics(loss, counts, samples)
 
     def _all_rows(self) -> Iterator[tuple[float, ...]]:
         return itertools.chain.from_iterable(map(self._rows, self._steps))
@@ -153,10 +171,12 @@ class RoundLog:
         overall: Mapping[str, float],
         took_part: Sequence[int],
         missing: Mapping[int, str],
+        weights: States,
     ) -> None:
-        """Write the round's file and its line of ``rounds.csv``.
+        """Write the round's file and its line of ``rounds.csv``, and tell the trackers.
 
-        ``took_part``: clients in the round's order; ``missing``: absent clients, and why.
+        ``took_part``: clients in the round's order; ``missing``: absent clients, and why;
+        ``weights``: the merged ones.
         """
         self.progress.close()
         path = f"rounds/round_{round_index:03d}.csv"
@@ -168,6 +188,19 @@ class RoundLog:
         row = {"round": round_index, **overall, "took_part": who, "missing": why}
         archive.append("rounds.csv", _csv([[row.get(name, "") for name in self._columns]]))
         self._folder.events.say(self._summary(round_index, overall))
+        texts = {"took_part": who, "missing": why}
+        self._tracking.add(lambda: self._tracked(round_index, clients, texts), weights)
+
+    def _tracked(
+        self,
+        round_index: int,
+        clients: Mapping[int, Mapping[str, float]],
+        texts: Mapping[str, str],
+    ) -> TrackedRound:
+        """Return a round's figures for the trackers: those of its files."""
+        steps = {k: list(self._step_metrics(k)) for k in self._steps}
+        told = {name: text for name, text in texts.items() if text}
+        return TrackedRound(round_index, self.figures, told, clients, steps)
 
     def _summary(self, round_index: int, overall: Mapping[str, float]) -> str:
         metric, title = self._task.shown
@@ -184,9 +217,8 @@ class RoundLog:
     ) -> Iterator[tuple[object, ...]]:
         """Yield the lines of a round's file."""
         for client, metrics in sorted(clients.items()):
-            for step, (loss, *counts, samples) in enumerate(self._rows(client)):
+            for step, of_step in enumerate(self._step_metrics(client)):
                 name = f"labels_{round_index}_{step}.pt"
-                of_step = self._task.metrics(loss, counts, samples)
                 yield from ((client, name, metric, value) for metric, value in of_step.items())
             name = f"client_model_{round_index:03d}.pt"
             yield from ((client, name, metric, value) for metric, value in metrics.items())

@@ -152,8 +152,9 @@ class Party:
 
     def parts(self, round_index: int) -> tuple[str, ...]:
         """Return the parts of the data that are evaluated after a round."""
-        last = round_index == self.run.rounds - 1
-        return (VALIDATION, TEST) if last else (VALIDATION,)
+        done, every = round_index + 1, self.run.test_every
+        is_tested = done == self.run.rounds or (every > 0 and done % every == 0)
+        return (VALIDATION, TEST) if is_tested else (VALIDATION,)
 
     def end_wait(self) -> None:
         """Count the time since the last lap as waiting for the peer."""

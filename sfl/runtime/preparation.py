@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from sfl.archive.layout import TRACKED
 from sfl.archive.profile import Profile
 from sfl.archive.round_log import DOWN, UP, RoundLog
 from sfl.archive.run_folder import RunFolder, options_record, to_json
@@ -19,6 +20,7 @@ from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.party import TRAIN, ServerParty
 from sfl.conversation.report import describe_data
+from sfl.data.client_data import num_batches
 from sfl.data.vertical import Ids, align
 from sfl.environment import command_line, describe, differences, fingerprint
 from sfl.errors import DataError, RunError
@@ -35,6 +37,8 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
+from sfl.tracking.tracked import TrackedRun, Tracker
+from sfl.tracking.tracking import Tracking
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Network
 from sfl.wire.link import Absent, Link
@@ -66,6 +70,7 @@ class Preparation:
     device: torch.device
     store: Callable[[Link, int], WeightStore]
     past: Past | None = None
+    trackers: Mapping[str, Tracker] = field(default_factory=dict)
     options: RoundOptions = field(default_factory=RoundOptions)
 
     def __post_init__(self) -> None:
@@ -136,7 +141,22 @@ class Preparation:
         up, down = kinds_by_link(self.recipe.segments)
         by_link = [*map(UP.format, up), *map(DOWN.format, down)]
         recipe = self.recipe
-        return RoundLog(self.folder, self.run.rounds, recipe.task, self._first_round, by_link)
+        return RoundLog(
+            self.folder, self.run.rounds, recipe.task, self._first_round, by_link,
+            tracking=Tracking(self.trackers, self._tracked_run(), self.folder.events.say),
+        )  # fmt: skip
+
+    def _tracked_run(self) -> TrackedRun:
+        run = self.run
+        most = max(num_batches(n, run.batch_size) for n in self._num_train) * run.local_epochs
+        return TrackedRun(
+            name=run.run,
+            folder=self.folder.path / TRACKED,
+            config=asdict(run),
+            steps_in_round=most,
+            first_round=self._first_round,
+            is_resumed=self.past is not None,
+        )
 
     @cached_property
     def _backs(self) -> dict[int, Segments]:

@@ -194,7 +194,7 @@ class Rounds:
             self.parties[k].own_round = round_index + 1
         overall |= sums(clients)
         overall["seconds"] = time.perf_counter() - started
-        self.log.end_round(round_index, clients, overall, plan.order, self._missing)
+        self.log.end_round(round_index, clients, overall, plan.order, self._missing, self._states())
         self.archive.end_round(round_index)
         self._commit(round_index + 1)
         return overall

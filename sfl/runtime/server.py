@@ -48,6 +48,8 @@ from sfl.runtime.same_model import ServersModel
 from sfl.strategy.merge import fewest_connected
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
+from sfl.tracking.tracked import Tracker
+from sfl.tracking.trackers import trackers_of
 from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
@@ -76,6 +78,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         )
     check_role(recipe, node)
     _check_node_options(recipe, node)
+    trackers = trackers_of(node.track)
     device = set_up_torch(node)
     past = _past_of(run, node)
     guard = guard_of(node, SERVER, run.most_clients)
@@ -94,7 +97,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
-            server = _Server(recipe, node, device, folder, past, place)
+            server = _Server(recipe, node, device, folder, past, place, trackers)
             server.announce(listener.address)
             rounds = server.prepare(network)
             stack.callback(rounds.spool.close)
@@ -125,6 +128,7 @@ class _Server:
     folder: RunFolder
     past: Past | None
     place: ObjectStore | None  # the store of weights
+    trackers: Mapping[str, Tracker]
 
     @property
     def run(self) -> RunConfig:
@@ -177,6 +181,7 @@ class _Server:
             device=self.device,
             store=make if is_here else lambda link, most_bytes: Elsewhere(),
             past=self.past,
+            trackers=self.trackers,
             options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
         ).rounds()
         lobby.on_return = rounds.reconnect
@@ -332,10 +337,8 @@ def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, boo
 
 def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     """Run all rounds; log the result and the run's folder."""
-    try:
+    with rounds.log:
         figures = rounds.run_all()
-    finally:
-        rounds.log.progress.close()
     folder.archive.write("summary", "rounds.csv", (folder.path / "rounds.csv").read_bytes())
     folder.archive.flush()
     metric, title = rounds.recipe.task.shown

@@ -45,6 +45,7 @@ from sfl.runtime.server import finish
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
+from sfl.tracking.tracked import Tracker
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
@@ -199,10 +200,17 @@ class LocalNetwork(NoReconnects):
         raise AssertionError("the server waits for nobody")
 
 
-def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Path:
+def simulate(
+    run: RunConfig,
+    node: NodeConfig,
+    away: Sequence[Away] = (),
+    *,
+    trackers: Mapping[str, Tracker] | None = None,
+) -> Path:
     """Simulate a run in this process; return its folder, which has the same files.
 
-    With ``--partition own``, client k's data are read from ``<data-dir>/client_k``.
+    With ``--partition own``, client k's data are read from ``<data-dir>/client_k``. ``trackers``:
+    as ``trackers_of`` returns them.
 
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
@@ -234,6 +242,7 @@ def simulate(run: RunConfig, node: NodeConfig, away: Sequence[Away] = ()) -> Pat
             node=node,
             device=device,
             store=store_maker(options.open_place(), options),
+            trackers=trackers or {},
             options=RoundOptions(may_skip=bool(away), keeps_answers=False),
         ).rounds()
         clients.start(rounds, network, archives)
