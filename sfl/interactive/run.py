@@ -249,7 +249,7 @@ def simulate(config: RunConfig, **machine: Any) -> Run:
 
 
 def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:
-    """Draw the loss and the metric of the task by round, of several runs in one picture; return the two axes.
+    """Draw the loss and the task's metric by round, of several runs; return the two axes.
 
     ``labels``: of the runs; by default, the options in which they differ.
     """

@@ -61,7 +61,7 @@ class TrackedRound:
 
 
 def title_of(row: Row) -> str:
-    """Return the name of a figure's curve: round/val_loss, client_0/val_loss, step/client_0/loss."""
+    """Return the name of a figure's curve: round/val_loss, step/client_0/loss."""
     whose = ROUND if row.client is None else f"client_{row.client}"
     return f"{whose}/{row.metric}" if row.step is None else f"step/{whose}/{row.metric}"
 
