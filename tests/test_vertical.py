@@ -27,10 +27,11 @@ from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.data.vertical import align, digests, rows_of
 from sfl.environment import fingerprint
-from sfl.errors import ConfigError, DataError, IntegrityError, ProtocolError, SflError
+from sfl.errors import ConfigError, DataError, IntegrityError, ProtocolError, RunError, SflError
 from sfl.files.torch_file import TensorSpec, encode
 from sfl.model.fusion import Joint
-from sfl.nodes import NodeConfig
+from sfl.nodes import ClientNode, NodeConfig
+from sfl.runtime.client_process import recipe_of
 from sfl.runtime.preflight import check_run
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
@@ -436,6 +437,51 @@ def test_samples_that_a_server_names_are_checked() -> None:
         next(talk)
     with pytest.raises(DataError, match="ids of samples that are not here"):
         rows_of(digests(["c"]), own["train"])
+
+
+def test_a_projection_that_is_too_large_is_refused_before_it_is_made() -> None:
+    run = RunConfig(**VERTICAL | {"party_models": "lenet5,mlp"}, model="lenet5")
+    models = {k: SplitModel(Recipe.of(run), (1, 28, 14), 10, client=k) for k in (0, 1)}
+    with pytest.raises(ConfigError, match=r"projection of the clients' activations .* takes 0 MB"):
+        models[0].join(models, most_bytes=1000)
+    models[0].join(models, most_bytes=1e6)
+
+
+def test_own_images_may_be_normalised_by_the_runs_figures(tmp_path: Path) -> None:
+    x, y = digits(20)
+    write_own(tmp_path / "client_0", [*range(20)], x=x.astype(np.float32) - 100, y=y)
+    run = RunConfig(**OWN, normalize="mean=-60,std=80")
+    spec = dataset_spec("mnist-5k")
+    data = load_own(spec, run, 0, tmp_path / "client_0", say=lambda line: None, has_ids=True)
+    assert len(data.train) == 20
+    with pytest.raises(DataError, match="floats outside"):
+        load_own(
+            spec, replace(run, normalize=""), 0, tmp_path / "client_0",
+            say=lambda line: None, has_ids=True,
+        )  # fmt: skip
+
+
+def test_a_single_common_sample_ends_the_run_before_the_start(tmp_path: Path) -> None:
+    x, y = digits(20)
+    write_own(tmp_path / "own/client_0", [*range(11)], x=x[:11], y=y[:11])
+    write_own(tmp_path / "own/client_1", [*range(10, 20)], x=x[10:])
+    with pytest.raises(RunError, match="a single training sample is at all clients"):
+        simulate(RunConfig(**OWN), NodeConfig(out=str(tmp_path), data_dir=str(tmp_path / "own")))
+
+
+def test_ids_of_a_part_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    x, y = digits(10)
+    write_own(tmp_path / "client_0", [*range(10)], x=x, y=y, ids_test=np.array(["a"]))
+    write_own(tmp_path / "client_1", [*range(10)], x=x)
+    with pytest.raises(DataError, match="names each sample of x_test, of 0"):
+        of_hospitals(tmp_path)
+
+
+def test_a_client_that_has_no_labels_need_not_keep_them() -> None:
+    run, node = RunConfig(**VERTICAL), ClientNode(keep_labels=True)
+    assert not recipe_of(run, node, 1).withholds_labels
+    with pytest.raises(ConfigError, match="--keep-labels"):
+        recipe_of(run, node, 0)
 
 
 def test_no_loss_of_a_single_sample_is_told() -> None:
