@@ -106,7 +106,7 @@ def replay_parser(about: str) -> Parser:
     parser = Parser(prog=command("replay"), description=about)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="shared_files/server/<run>")
     parser.add_argument("--client", type=int, metavar="K", help="this client's steps only")
-    parser.add_argument("--round", type=int, metavar="R", help="this round only")
+    parser.add_argument("--round", type=int, metavar="R", help="this round only, from 0")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the run's, if not given")
     parser.add_argument("--threads", type=int, help="the run's, if not given")
     parser.add_argument(

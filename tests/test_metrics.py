@@ -1,5 +1,6 @@
 """Metrics of evaluated samples equal scikit-learn's; a client's word for them is checked."""
 
+import csv
 import warnings
 from pathlib import Path
 
@@ -108,6 +109,20 @@ def test_the_test_set_is_evaluated_every_nth_round_as_well(tmp_path: Path, schem
     assert (0, "client_model_001.pt", "test_macro_f1") in own
     with pytest.raises(ConfigError, match="--test-every -1: must be 0 or more"):
         RunConfig(test_every=-1).check()
+
+
+def test_a_rounds_file_tells_round_and_step(tmp_path: Path) -> None:
+    """And a file of an earlier version, without these columns, is read all the same."""
+    run = simulated(tmp_path, scheme="sflv2", model="mlp", batch_size=500)
+    log = (run / "rounds/round_001.csv").read_bytes()
+    header, *rows = csv.reader(log.decode().splitlines())
+    assert header == ["client", "file", "metric", "value", "round", "step"]
+    steps = [row for row in rows if row[1].startswith("labels_")]
+    assert {tuple(row[4:]) for row in steps} == {("1", str(step)) for step in range(3)}
+    assert all(row[1] == f"labels_{row[4]}_{row[5]}.pt" for row in steps)
+    assert {tuple(row[4:]) for row in rows if row not in steps} == {("1", "")}
+    older = "".join(",".join(row[:4]) + "\n" for row in [header, *rows])
+    assert read_round(older.encode()) == read_round(log)
 
 
 def test_a_client_without_samples_takes_nothing_from_the_others() -> None:

@@ -372,7 +372,9 @@ def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_pat
     run = RUN | {"scheme": "sflv2", "aggregation": "trimmed-mean", "clients": 4}
     for absences in ("1:1-2,3:1", "1:0,3:2", "1:0-2,3:0-2"):
         away = [Away.parse(text) for text in absences.split(",")]
-        with pytest.raises(ConfigError, match=r"--away leaves round \d with 2 clients; .* needs 3"):
+        with pytest.raises(
+            ConfigError, match=r"--away leaves round \d/\d+ with 2 clients; .* needs 3"
+        ):
             reference(tmp_path, run, away)
         assert list(tmp_path.iterdir()) == []
     reference(tmp_path, run, [Away(1, 0, back=1), Away(3, 1)])
@@ -391,7 +393,7 @@ def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: 
     newest.rename(launcher.folder / "hidden")  # the one before is whole, and must not be used
     assert before.exists()
     line = launcher.client("--client-id", 1, *ALLOW).ended_with(1)
-    assert "lacks what only client_1 has of round 1: start it where it ran before" in line
+    assert "lacks what only client_1 has of round 2: start it where it ran before" in line
     (launcher.folder / "hidden").rename(newest)
     for program in (server, other, launcher.client("--client-id", 1, *ALLOW)):
         program.ended_with(0)

@@ -206,7 +206,7 @@ def test_another_back_is_trained_offline(run: Path, tmp_path: Path) -> None:
     saved = tmp_path / "back.pt"
     code, lines = run_replay(run, "--train-back", "--epochs", 4, "--save", saved, "--seed", 9)
     assert code == 0
-    assert lines[0] == "round 1: 13 steps to train on, 3 held out"
+    assert lines[0] == "round 2/2: 13 steps to train on, 3 held out"
     losses = [float(line.split("train_loss ")[1].split(",")[0]) for line in lines[1:5]]
     assert losses == sorted(losses, reverse=True)
     state = torch.load(saved, weights_only=True)

@@ -58,7 +58,7 @@ def main() -> None:
         steps = recorded.archive.steps(client=client, round=options.round)
         grads = [step.tensor(GRADS).flatten(1) for step in steps if step.link == last]
         if not grads:
-            raise ConfigError(f"{options.run_dir}: nothing is recorded of round {options.round}")
+            raise ConfigError(f"{options.run_dir}: nothing is recorded of --round {options.round}")
         y = labels_of(client)
         unit = torch.nn.functional.normalize(torch.cat(grads).double(), dim=1)  # (N, features)
         k = recorded.split.num_classes
@@ -75,7 +75,9 @@ def _parse() -> Namespace:
         description=(__doc__ or "").partition("\n")[0],
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="shared_files/server/<run>")
-    parser.add_argument("--round", type=int, default=0, help="which round's gradients (default: 0)")
+    parser.add_argument(
+        "--round", type=int, default=0, help="which round's gradients, from 0 (default: 0)"
+    )
     parser.add_argument("--data-dir", default="", help="where the run's data set lies")
     parser.add_argument("--allow-import", default="", help="the run's own model, data set")
     return parser.parse_args()

@@ -42,7 +42,7 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
             f" has --cut {recorded.run.cut} --topology {recorded.run.topology}"
         )
     if len(steps) < 2:
-        raise RunError(f"{recorded.archive.root} has no tensors of round {chosen}")
+        raise RunError(f"{recorded.archive.root} has no tensors of --round {chosen}")
     changes = {name: getattr(options, name) for name in ("lr", "optimizer", "seed")}
     run = replace(recorded.run, **{n: v for n, v in changes.items() if v is not None})
     run.check()
@@ -53,7 +53,8 @@ def train_back(recorded: RecordedRun, options: Namespace) -> None:
     num_held_out = max(len(steps) // 5, 1)
     held_out = [steps[i] for i in order[:num_held_out].tolist()]
     training = [steps[i] for i in order[num_held_out:].tolist()]
-    print(f"round {chosen}: {len(training)} steps to train on, {len(held_out)} held out")
+    title, num_steps = f"round {chosen + 1}/{run.rounds}", len(training)
+    print(f"{title}: {num_steps} steps to train on, {len(held_out)} held out")
     for epoch in range(options.epochs):
         train_loss = _train_epoch(back, run, training, epoch)
         tally = add_up(evaluate_step(back, step.activations, step.labels)[0] for step in held_out)

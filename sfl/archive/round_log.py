@@ -35,6 +35,9 @@ TIMES = (
     "seconds", "server_compute_s", "client_compute_s", "client_wait_s", "client_transfer_s",
 )  # fmt: skip
 
+# Of a round's file; round and step count from 0, as in its name; "" for what is of no step.
+COLUMNS = ("client", "file", "metric", "value", "round", "step")
+
 
 def round_figures(task: Task, by_link: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of a round's figures, in the order of ``rounds.csv``.
@@ -215,13 +218,15 @@ class RoundLog:
     def _lines(
         self, round_index: int, clients: Mapping[int, Mapping[str, float]]
     ) -> Iterator[tuple[object, ...]]:
-        """Yield the lines of a round's file."""
+        """Yield the lines of a round's file, see ``write_table``."""
         for client, metrics in sorted(clients.items()):
             for step, of_step in enumerate(self._step_metrics(client)):
                 name = f"labels_{round_index}_{step}.pt"
-                yield from ((client, name, metric, value) for metric, value in of_step.items())
+                for metric, value in of_step.items():
+                    yield client, name, metric, value, round_index, step
             name = f"client_model_{round_index:03d}.pt"
-            yield from ((client, name, metric, value) for metric, value in metrics.items())
+            for metric, value in metrics.items():
+                yield client, name, metric, value, round_index, ""
 
 
 class ClientLog:
@@ -279,12 +284,15 @@ def _csv(rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def write_table(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return the content of a round's file; rows: client, file, metric, value."""
-    return _csv(itertools.chain([("client", "file", "metric", "value")], rows))
+    """Return the content of a round's file, whose rows have these ``COLUMNS``."""
+    return _csv(itertools.chain([COLUMNS], rows))
 
 
 def read_round(data: bytes) -> dict[tuple[int, str, str], float]:
-    """Return a round's file as (client, file, metric) -> value."""
+    """Return a round's file as (client, file, metric) -> value.
+
+    Older files lack the columns ``round`` and ``step``, which ``file`` tells as well.
+    """
     lines = csv.DictReader(io.StringIO(data.decode()))
     return {(int(r["client"]), r["file"], r["metric"]): float(r["value"]) for r in lines}
 

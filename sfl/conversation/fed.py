@@ -222,7 +222,8 @@ class FedRounds:
         trained = Trained(fronts, {}, weights, last=order[-1])
         self.shared = merge(self.split.recipe, self.shared, trained, self.split.entries)
         self._write_shared(round_index)
-        rows = [(k, f"client_{k}_{round_index:03d}.pt", "samples", weights[k]) for k in weights]
+        name = f"client_{{}}_{round_index:03d}.pt"
+        rows = [(k, name.format(k), "samples", n, round_index, "") for k, n in weights.items()]
         path = f"rounds/round_{round_index:03d}.csv"
         archive.write(ROUND_LOG, path, write_table(rows), round_index, tuple(order))
         archive.end_round(round_index)

@@ -108,7 +108,7 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
     if not run.run or not 0 <= client < run.most_clients:
         raise ProtocolError(f"the server made us client {client} of the run {run.run!r}")
     if not 0 <= (first_round := reply.get("round", int)) <= run.rounds:
-        raise ProtocolError(f"the server goes on with round {first_round} of {run.rounds}")
+        raise ProtocolError(f"the server goes on with round {first_round + 1} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
     resumed, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
     return Welcome(client, run, first_round, resumed, fed, sfl=one_line(version, 40))

@@ -104,7 +104,7 @@ def load_own_state(
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
-        f"{folder} lacks what only client_{client} has of round {round_index - 1}{why}: start it"
+        f"{folder} lacks what only client_{client} has of round {round_index}{why}: start it"
         " where it ran before, with the same --out"
     )
 
@@ -205,9 +205,9 @@ class Past:
         """
         left = [c for c in self.checkpoints if c.round == round_index]
         if not left:
-            there = ", ".join(str(c.round) for c in self.checkpoints)
+            there = ", ".join(str(c.round + 1) for c in self.checkpoints)
             raise RunError(
-                f"{self.files.root} can go on with round {there}, the others with {round_index}"
+                f"{self.files.root} can go on with round {there}, the others with {round_index + 1}"
             )
         return replace(self, checkpoints=left)
 
@@ -223,8 +223,9 @@ class Past:
             own = own_rounds(checkpoint)
             if all(not has or own.get(k, 0) in has for k, has in rounds.items()):
                 return self.at(checkpoint.round)
-        ours = ", ".join(str(c.round) for c in self.checkpoints)
-        theirs = "; ".join(f"client_{k} {', '.join(map(str, r))}" for k, r in rounds.items() if r)
+        ours = ", ".join(str(c.round + 1) for c in self.checkpoints)
+        has = {k: ", ".join(str(n + 1) for n in r) for k, r in rounds.items() if r}
+        theirs = "; ".join(f"client_{k} {of_client}" for k, of_client in has.items())
         raise RunError(
             f"no round that all have what it starts from: the server has that of {ours}; {theirs}"
         )

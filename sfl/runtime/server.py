@@ -250,9 +250,9 @@ def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: 
     """
     agreed = past.common_to_all({k: client.data.rounds for k, client in joined.items()})
     if agreed.first_round != past.first_round:
-        why = f"a client has only what round {agreed.first_round} starts from"
+        why = f"a client has only what round {agreed.first_round + 1} starts from"
         if fed != HERE:
-            raise RunError(f"{why}, and the fed server has begun with {past.first_round}")
+            raise RunError(f"{why}, and the fed server has begun with round {past.first_round + 1}")
         events.say(f"warning: {why}: all go back to it")
     return agreed
 

@@ -112,7 +112,7 @@ class Away:
         assert client is not None
         assert first is not None
         if back is not None and back <= first:
-            raise ConfigError(f"--away {text}: it can be back in round {first + 1} or later")
+            raise ConfigError(f"--away {text}: BACK must be {first + 1} or more")
         return cls(client, first, step or 0, back)
 
 
@@ -140,7 +140,8 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         out |= {a.client for a in waiting if a.round == index}
         if (left := len(set(drawn) - out)) < needed:
             raise ConfigError(
-                f"--away leaves round {index} with {counted(left, 'client')}; --aggregation"
+                f"--away leaves round {index + 1}/{run.rounds} with {counted(left, 'client')};"
+                " --aggregation"
                 f" {run.aggregation} needs {needed} in --scheme {run.scheme}"
             )
 
