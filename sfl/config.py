@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sfl.errors import ConfigError, counted
-from sfl.values import KeepModels, KeepTensors
+from sfl.values import KeepModels, KeepTensors, StopWhen
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -83,6 +83,10 @@ class RunConfig:
     test_every: int = option(
         0, "evaluate the test set after every N-th round as well as the last; 0: the last alone"
     )  # fmt: skip
+    stop_when: str = option(
+        "", "METRIC:patience=N[,min_delta=X], as val_loss:patience=5: end after the round in which"
+        " this metric of rounds.csv has not become better for N rounds",
+    )  # fmt: skip
     local_epochs: int = option(1, "passes over a client's data in a round")
     batch_size: int = option(32, "samples in a step")
     optimizer: str = option("adam", "on both sides of the cut: {names}")
@@ -126,7 +130,8 @@ class RunConfig:
     )
     keep_models: str = option(
         "all", "rounds whose models stay on disk, beside what the run goes on from and what kept"
-        " tensors are replayed with: all, last or every:N",
+        " tensors are replayed with: all, last, every:N, or best[:METRIC], the best round so far by"
+        " a metric of rounds.csv, val_loss if not given",
     )  # fmt: skip
     seed: int = option(0, "every random draw derives from it")
     run: str = option("", "name of the run and its folder; the start time if not given")
@@ -161,6 +166,7 @@ class RunConfig:
             require(bool(RUN_NAME.fullmatch(self.run)), "run", self.run, wanted)
         KeepTensors.parse(self.keep_tensors)
         KeepModels.parse(self.keep_models)
+        StopWhen.parse(self.stop_when)
 
     @property
     def most_clients(self) -> int:

@@ -20,8 +20,8 @@ from sfl.trusted_imports import remembered
 T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.
 GROUPS = {
-    "run": "run resume scheme clients max_clients participation rounds test_every local_epochs"
-    " server_order seed role server fed_server client_id client_ids check_ away",
+    "run": "run resume scheme clients max_clients participation rounds test_every stop_when"
+    " local_epochs server_order seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
     "model": "model cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"

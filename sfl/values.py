@@ -63,20 +63,23 @@ class KeepModels:
     models: KeepTensors
     tensors: KeepTensors
     behind: int = 0  # how many more rounds others may go back than this folder's checkpoints
+    best_by: str = ""  # metric of rounds.csv by which the best round so far stays as well
 
     @classmethod
     def parse(cls, text: str, tensors: KeepTensors = KEEP_NOTHING) -> "KeepModels":
-        """Return the policy that ``all``, ``last`` or ``every:N`` names.
+        """Return the policy that ``all``, ``last``, ``every:N`` or ``best[:METRIC]`` names.
 
         Raises:
             ConfigError: the text is none of them.
         """
+        if found := re.fullmatch(r"best(?::(\w{1,64}))?", text, re.ASCII):
+            return cls(KeepTensors(0, True), tensors, best_by=found[1] or "val_loss")
         try:
             if text == "none":
                 raise ConfigError("what a run goes on from stays")
             return cls(KeepTensors.parse(text), tensors)
         except ConfigError:
-            raise ConfigError(f"--keep-models {text!r}: give all, last or every:N") from None
+            raise ConfigError(f"--keep-models {text!r}: give {_KEEP_MODELS}") from None
 
     def stays(self, round_index: int) -> bool:
         """Say whether the models after a round stay when nothing goes on from them any more."""
@@ -86,9 +89,41 @@ class KeepModels:
     def num_kept(self, rounds: int) -> int:
         """Return about how many sets of models lie on disk, at most, in ``rounds`` rounds."""
         tensors = 0 if self.tensors.last else 2 * self.tensors.num_kept(rounds)
-        return min(self.models.num_kept(rounds) + tensors + MODELS_IN_USE, rounds + 1)
+        models = self.models.num_kept(rounds) + bool(self.best_by)
+        return min(models + tensors + MODELS_IN_USE, rounds + 1)
 
 
+_KEEP_MODELS = "all, last, every:N or best[:METRIC]"
+
+
+@dataclass(frozen=True)
+class StopWhen:
+    """When a run stops early: its metric has not become better for ``patience`` rounds."""
+
+    metric: str  # of rounds.csv; "": the run does not stop early
+    patience: int = 0
+    min_delta: float = 0.0  # a metric is better if it is so by more than this
+
+    @classmethod
+    def parse(cls, text: str) -> "StopWhen":
+        """Return what ``METRIC:patience=N[,min_delta=X]`` means; "": never.
+
+        Raises:
+            ConfigError: the text has another form.
+        """
+        found = _STOP_WHEN.fullmatch(text)
+        if text and not found:
+            raise ConfigError(
+                f"--stop-when {quoted(text, 80)}: give METRIC:patience=N[,min_delta=X], as"
+                " val_loss:patience=5"
+            )
+        return cls(found[1], int(found[2]), float(found[3] or 0)) if found else cls("")
+
+
+_STOP_WHEN = re.compile(
+    r"(\w{1,64}):patience=([1-9]\d{0,8})(?:,min_delta=(\d{1,9}(?:\.\d{1,20})?(?:e-?\d\d?)?))?",
+    re.ASCII,
+)
 MODELS_IN_USE = 3  # what two checkpoints start from, and what is being made
 UNCUT = math.inf
 _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}  # bytes a second

@@ -143,5 +143,5 @@ def test_a_fed_server_keeps_one_round_more(launcher: Launcher) -> None:
 
 @pytest.mark.parametrize("text", ["none", "every:0", "every:x", "some", "last:2"])
 def test_what_is_none_of_them_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--keep-models .*: give all, last or every:N"):
+    with pytest.raises(ConfigError, match=r"--keep-models .*: give all, last, every:N or best"):
         KeepModels.parse(text)

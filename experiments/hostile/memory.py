@@ -153,10 +153,11 @@ def long_figures(insider: Insider) -> str:
     spent = dict.fromkeys(TIMES, f"{0:0{SECONDS_WIDTH}.6f}")
     link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
     insider.upload(encode_state(_model(insider).front_state()))
-    link.receive_message_as_json(MessageType.START_VALIDATION)
-    insider.decline_weights()
     nothing = {"samples": 0, "correct": 0, "loss_sum": 0.0, "per_class": []}
     for part in (VALIDATION, TEST):
+        link.receive_message_as_json(MessageType.START_VALIDATION)
+        if part == VALIDATION:
+            insider.decline_weights()
         content = nothing | {"part": part}
         link.send_message_as_json(MessageType.VALIDATION_RESULT, content=content, at=at)
     link.receive_message_as_json(MessageType.VALIDATION_DONE)

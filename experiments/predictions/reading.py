@@ -29,7 +29,7 @@ def read_predictions(run_dir: Path, client_folders: Sequence[Path] = ()) -> Pred
         IntegrityError: a file is damaged.
     """
     run = sfl.archive.open(run_dir)
-    data, last = run.environment()["data"], int(run.config()["rounds"]) - 1
+    data, last = run.environment()["data"], run.last_round
     beside = run_dir.resolve().parent.parent / "client" / run_dir.resolve().name
     holders = [run_dir, *client_folders, *sorted(beside.glob("client_*"))]
     archives = [sfl.archive.open(f) for f in holders if (f / MANIFEST).is_file()]

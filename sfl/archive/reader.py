@@ -27,7 +27,7 @@ from sfl.archive.layout import (
     WEIGHT_GRADS,
     round_of_folder,
 )
-from sfl.archive.manifest import DROPPED, Entry, read_checked, read_manifest
+from sfl.archive.manifest import DROPPED, ROUND_LOG, Entry, read_checked, read_manifest
 from sfl.errors import IntegrityError, RunError, quoted
 from sfl.files import strict_json
 from sfl.files.regular_files import check_linkless
@@ -130,6 +130,11 @@ class RunArchive:
     def was_listed(self, path: str) -> bool:
         """Return whether the manifest lists a file, or did before the file was removed."""
         return path in self._listed or path in self._dropped
+
+    @property
+    def last_round(self) -> int:
+        """The last round that was completed; -1: none."""
+        return max((e.round for e in self.listed if e.kind == ROUND_LOG), default=-1)
 
     def read(self, path: str) -> bytes:
         """Return the bytes of a listed file, verified, by its path in the run's folder."""

@@ -22,6 +22,7 @@ class Retention:
         self._manifests = manifests
         self._keep = keep
         self._keep_models = models
+        self.best: int | None = None  # the round whose models stay while it is the best
         self._models: dict[int, set[str]] = {}  # paths by round, of models to be removed later
 
     def note_model(self, entry: Entry) -> None:
@@ -30,9 +31,9 @@ class Retention:
             self._models.setdefault(entry.round, set()).add(entry.path)
 
     def drop_models(self) -> None:
-        """Remove the noted models that no checkpoint needs any more."""
+        """Remove the noted models that no checkpoint needs any more, but the best round's."""
         oldest = round_of(checkpoint_paths(self._root)[-1]) - 1 - self._keep_models.behind
-        for round_index in sorted(r for r in self._models if r < oldest):
+        for round_index in sorted(r for r in self._models if r < oldest and r != self.best):
             paths = sorted(self._models.pop(round_index))
             gone = (Entry(DROPPED, p, 0, "", round=round_index) for p in paths)
             self._manifests.add(self._root, *gone)

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -105,7 +105,7 @@ class RoundLog:
         rows = read_summary(path.read_bytes()) if first_round else []
         rows = [row for row in rows if int(row["round"]) < first_round]
         if rows:
-            self.figures = {n: float(v) for n, v in rows[-1].items() if v and n in names}
+            self.figures = read_figures(rows[-1], names)
         kept = [[row.get(name, "") for name in self._columns] for row in rows]
         write_file(path, _csv([self._columns, *kept]), durable=True)
 
@@ -295,6 +295,11 @@ def read_round(data: bytes) -> dict[tuple[int, str, str], float]:
     """
     lines = csv.DictReader(io.StringIO(data.decode()))
     return {(int(r["client"]), r["file"], r["metric"]): float(r["value"]) for r in lines}
+
+
+def read_figures(row: Mapping[str, str], names: Collection[str]) -> dict[str, float]:
+    """Return those of these figures that a line of ``rounds.csv`` has."""
+    return {name: float(row[name]) for name in names if row.get(name)}
 
 
 def read_summary(data: bytes) -> list[dict[str, str]]:

@@ -104,6 +104,15 @@ class ArchiveWriter:
         checkpoint = Checkpoint(self._root, round_index, config, about, {})
         self._last_commit = self._queue.submit(lambda: self._commit(checkpoint, paths))
 
+    def keep_best(self, round_index: int) -> None:
+        """From the next ``commit`` on, keep the models of this round, the best; -1: of none."""
+
+        def keep() -> None:
+            self._retention.best = round_index
+
+        if round_index >= 0:
+            self._queue.submit(keep)
+
     def wait_committed(self) -> None:
         """Wait until all submitted checkpoints are on disk."""
         self._queue.wait_done(self._last_commit)

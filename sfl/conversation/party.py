@@ -150,12 +150,6 @@ class Party:
         """Return this client's position in the run."""
         return Position(self.run.run, round_index, step, self.client)
 
-    def parts(self, round_index: int) -> tuple[str, ...]:
-        """Return the parts of the data that are evaluated after a round."""
-        done, every = round_index + 1, self.run.test_every
-        is_tested = done == self.run.rounds or (every > 0 and done % every == 0)
-        return (VALIDATION, TEST) if is_tested else (VALIDATION,)
-
     def end_wait(self) -> None:
         """Count the time since the last lap as waiting for the peer."""
         self.clock.lap("wait")

@@ -14,15 +14,17 @@
           step: the round's steps                     step
           ROUND_TRAINED {compute_s, ...}        ->
           the client's weights                  ->
-                                                     server_evaluate_round
-                                                <-   START_VALIDATION {front}
+        client_evaluate_part                         server_evaluate_part
+                                                <-   START_VALIDATION {front, part, best}
                                                 <-   the averaged weights
-        evaluate: each part of its data              evaluate
+        evaluate: this part of its data              evaluate
+        the same for the test part, if it is evaluated in this round
                                                 <-   VALIDATION_DONE {metrics of the round}
                                                 <-   TRAINING_DONE {metrics of the run}
       UNREGISTER                                ->
 
-``front`` names the weights that the client loads first; "" means that it keeps its own.
+``front`` names the weights that the client loads first; "" means that it keeps its own. ``best`` is
+the round, of those before, whose models stay as the best; -1: none.
 
 A client that reconnects begins at ``client_start`` again and repeats its part of the current round.
 The server knows which of its steps are done, and answers them without computing them again.
@@ -67,42 +69,54 @@ from sfl.wire.messages import Message, MessageType
 
 SECONDS_WIDTH = 16  # characters
 TIMES = ("compute_s", "wait_s", "transfer_s")
+ROUND_STARTS = (MessageType.START_TRAINING, MessageType.START_VALIDATION)
 
 
-def client_round(party: ClientParty, round_index: int) -> Conversation[dict[str, float]]:
-    """Train if the client is drawn, then evaluate; return the client's metrics."""
-    link, at = party.link, party.at(round_index)
-    yield link
-    message = link.receive_message_as_json(
-        MessageType.START_TRAINING, MessageType.START_VALIDATION, at=at
-    )
+def client_round(party: ClientParty, message: Message) -> Conversation[dict[str, float]]:
+    """Train if the client is drawn, then evaluate what the server asks for; return its metrics.
+
+    ``message``: the server's first in the round, of a type in ``ROUND_STARTS``.
+    """
+    link, at = party.link, message.at
     if message.type is MessageType.START_TRAINING:
         yield from client_train(party, message)
         yield link
         message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
-    yield from _receive_front(party, message)
-    crash_point("validation.before")
-    _save_own_state(party, round_index)
-    own: dict[str, float] = {}
-    for part in party.parts(round_index):
-        tally = yield from client_evaluate(party, part, round_index)
-        own |= party.task.figures(tally, PREFIXES[part])
-    yield link
-    link.receive_message_as_json(MessageType.VALIDATION_DONE, at=at)
+    party.archive.keep_best(message.get("best", int))
+    _save_own_state(party, at.round)
+    own, left = dict[str, float](), set(PREFIXES)
+    while message.type is MessageType.START_VALIDATION:
+        part = message.get("part", str)
+        if part not in left:
+            raise ProtocolError(f"the server asks for the part {quoted(part, 40)} of our data")
+        left.remove(part)
+        own |= yield from client_evaluate_part(party, message, part)
+        yield link
+        message = link.receive_message_as_json(
+            MessageType.START_VALIDATION, MessageType.VALIDATION_DONE, at=at
+        )
     return own
 
 
-def server_evaluate_round(
-    party: ServerParty, front: NamedWeights | None, round_index: int
-) -> Conversation[dict[str, Tally]]:
-    """Send a client the round's resulting weights and evaluate them on its samples."""
+def client_evaluate_part(
+    party: ClientParty, message: Message, part: str
+) -> Conversation[dict[str, float]]:
+    """Evaluate the round's weights on a part of the data; faces ``server_evaluate_part``."""
+    yield from _receive_front(party, message)
+    crash_point("validation.before")
+    tally = yield from client_evaluate(party, part, message.at.round)
+    return party.task.figures(tally, PREFIXES[part])
+
+
+def server_evaluate_part(
+    party: ServerParty, front: NamedWeights | None, round_index: int, *, part: str, best: int
+) -> Conversation[Tally]:
+    """Send a client the round's resulting weights, and evaluate them on a part of its data."""
     at = party.at(round_index)
-    yield from _send_front(party, MessageType.START_VALIDATION, front, at)
-    tallies = {}
-    for part in party.parts(round_index):
-        tallies[part] = yield from server_evaluate(party, part, round_index)
+    yield from _send_front(party, MessageType.START_VALIDATION, front, at, part=part, best=best)
+    tally = yield from server_evaluate(party, part, round_index)
     party.ready_for_round = round_index + 1
-    return tallies
+    return tally
 
 
 def client_train(party: ClientParty, start: Message) -> Conversation[None]:
@@ -278,20 +292,32 @@ def server_start(
 
 def client_run(party: ClientParty) -> Conversation[None]:
     """Take part in the run's remaining rounds; faces ``Rounds.run_all``."""
-    first = yield from client_start(party)
-    for round_index in range(first, party.run.rounds):
-        own = yield from client_round(party, round_index)
+    round_index = yield from client_start(party)
+    while (message := (yield from _next_round(party, round_index))) is not None:
+        own = yield from client_round(party, message)
         party.archive.end_round(round_index)
         party.on_round(round_index, own)
-    yield party.link
-    party.link.receive_message_as_json(MessageType.TRAINING_DONE)
+        round_index += 1
     crash_point("run.before_goodbye")
     with contextlib.suppress(ConnectionLost):  # the run is done, even if the message is lost
         party.link.send_message_as_json(MessageType.UNREGISTER)
 
 
-def server_goodbye(party: ServerParty, figures: Mapping[str, float]) -> Conversation[None]:
+def _next_round(party: ClientParty, round_index: int) -> Conversation[Message | None]:
+    """Return the first message of a round; None: the run ended with the round before."""
+    yield party.link
+    starts = ROUND_STARTS if round_index < party.run.rounds else ()
+    message = party.link.receive_message_as_json(
+        *starts, MessageType.TRAINING_DONE, at=party.at(round_index)
+    )
+    return None if message.type is MessageType.TRAINING_DONE else message
+
+
+def server_goodbye(
+    party: ServerParty, figures: Mapping[str, float], num_rounds: int
+) -> Conversation[None]:
     """Send the end of the run, and wait until the client unregisters."""
-    party.link.send_message_as_json(MessageType.TRAINING_DONE, content=dict(figures))
+    at = party.at(num_rounds)
+    party.link.send_message_as_json(MessageType.TRAINING_DONE, content=dict(figures), at=at)
     yield party.link
     party.link.receive_message_as_json(MessageType.UNREGISTER)

@@ -40,6 +40,7 @@ class Task:
     counted: Mapping[str, str]
     count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
     table: Table | None = None
+    falls: frozenset[str] = frozenset({"loss"})  # metrics that are better if lower; others higher
     shown: tuple[str, str]  # the metric shown to users beside the loss, and its title
 
     @property
@@ -51,6 +52,12 @@ class Task:
     def evaluated(self) -> tuple[str, ...]:
         """The metrics of an evaluation."""
         return *self.trained, *(self.table.columns if self.table else ())
+
+    @property
+    def compared(self) -> dict[str, bool]:
+        """The metrics by which rounds are compared, and whether each is better if lower."""
+        parts = {"train": self.trained, "val": self.evaluated}
+        return {f"{part}_{n}": n in self.falls for part, names in parts.items() for n in names}
 
     def labels_spec(self, batch: int) -> TensorSpec:
         """Return the spec of a batch's labels."""

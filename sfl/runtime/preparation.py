@@ -18,7 +18,7 @@ from sfl.config import RunConfig
 from sfl.conversation.cut import Cut, kinds_by_link
 from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
-from sfl.conversation.party import TRAIN, ServerParty
+from sfl.conversation.party import PREFIXES, TRAIN, VALIDATION, ServerParty
 from sfl.conversation.report import describe_data
 from sfl.data.client_data import num_batches
 from sfl.data.vertical import Ids, align
@@ -32,6 +32,7 @@ from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_cla
 from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import check_same_model
+from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, fewest_clients
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
@@ -124,6 +125,7 @@ class Preparation:
         """
         check_same_model(self._split, self.joined, self.folder.events.say)
         self._check_model(self._split)
+        self._check_watched()
         self._warn_of_differences()
         self._record()
         self._check_disk()
@@ -262,6 +264,7 @@ class Preparation:
             split=self._split,
             archive=archive,
             log=self._log,
+            seen=self._seen(),
             shared=shared,
             store=self._store_of,
             joint_steps=self._joint_steps,
@@ -278,6 +281,26 @@ class Preparation:
         for k in parties:
             rounds.set_limits(k)
         return rounds
+
+    def _seen(self) -> RoundsSeen:
+        return self.past.seen(self.recipe) if self.past else RoundsSeen(self.recipe)
+
+    def _check_watched(self) -> None:
+        """Check that there are samples for the metrics by which rounds are compared.
+
+        Raises:
+            RunError: there are none.
+        """
+        recipe = self.recipe
+        watched = {"--stop-when": recipe.stop.metric, "--keep-models best": recipe.keep.best_by}
+        if any(parts[VALIDATION] for parts in self._num_samples.values()):
+            return
+        for option, metric in watched.items():
+            if metric.startswith(PREFIXES[VALIDATION]):
+                raise RunError(
+                    f"{option}: no client has validation samples, so that there is no {metric};"
+                    " name a metric of training"
+                )
 
     def _about(self) -> dict[str, Any]:
         """Return the further content of a checkpoint."""

@@ -17,6 +17,7 @@ from sfl.archive.layout import (
     SHARED_MODEL,
     segment_path,
 )
+from sfl.archive.round_log import read_figures, read_summary
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, IntegrityError, RunError, counted
 from sfl.files import strict_json
@@ -25,6 +26,7 @@ from sfl.files.torch_file import StateSpec, decode_state
 from sfl.model.segment import Segment
 from sfl.model.topology import Holder, Segments
 from sfl.options import check_goes_on
+from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, has_client_state, memory_spec
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
@@ -197,6 +199,18 @@ class Past:
     def clients(self) -> int:
         return len(self.num_samples)
 
+    def seen(self, recipe: Recipe) -> RoundsSeen:
+        """Return what the run's rounds so far mean for those that follow."""
+        seen = RoundsSeen(recipe)
+        for row in read_summary((self.files.root / "rounds.csv").read_bytes()):
+            if (round_index := int(row["round"])) < self.first_round:
+                seen.see(round_index, read_figures(row, recipe.task.compared))
+        return seen
+
+    def is_over(self, recipe: Recipe) -> bool:
+        """Return whether no round is left."""
+        return self.seen(recipe).is_over(self.first_round)
+
     def at(self, round_index: int) -> "Past":
         """Keep only this round's checkpoint.
 
@@ -266,15 +280,21 @@ def open_past(folder: Path, run: RunConfig) -> Past:
     return Past(checkpoints, damage)
 
 
-def check_unfinished(past: Past, run: RunConfig) -> None:
+def check_unfinished(past: Past, recipe: Recipe) -> None:
     """Check that a run has rounds left, or has not yet told its clients that it is over.
 
     Raises:
         ConfigError: it is finished.
     """
-    folder, done = past.files.root, past.first_round
+    folder, done, rounds = past.files.root, past.first_round, recipe.run.rounds
     finished = any(entry.kind == "summary" for entry in sfl.archive.open(folder).listed)
-    if run.rounds < done or (run.rounds == done and finished):
+    seen = past.seen(recipe)
+    if finished and seen.why_stopped:
+        raise ConfigError(
+            f"the run in {folder} has stopped after {counted(done, 'round')} of its own accord:"
+            f" {seen.why_stopped}"
+        )
+    if rounds < done or (seen.is_over(done) and finished):
         raise ConfigError(
             f"the run in {folder} has done its {counted(done, 'round')};"
             " say with --rounds how many it shall have in all"

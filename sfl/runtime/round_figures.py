@@ -6,20 +6,22 @@ from sfl.archive.round_log import DOWN, TRAFFIC, UP
 from sfl.conversation.cut import kinds_by_link
 from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
 from sfl.conversation.round import TIMES
-from sfl.model.metrics import Tally
+from sfl.model.metrics import Tally, add_up
+from sfl.model.task import Task
 from sfl.strategy.recipe import Recipe
 from sfl.wire.link import KINDS_DOWN, KINDS_UP, Counters
 
 _TIMES = ("server_compute_s", *(f"client_{name}" for name in TIMES))
 _BYTES = (UP.format(""), DOWN.format(""))
 _SUMMED = (*TRAFFIC, *_TIMES)
+Tallies = Mapping[str, Mapping[int, Tally]]  # by evaluated part and client
 
 
 def client_figures(
     party: ServerParty,
     before: Counters,
     trained: RoundResult | None,
-    tallies: Mapping[str, Tally],
+    tallies: Tallies,
 ) -> dict[str, float]:
     """Return one client's metrics of a round, in the order of the round's file.
 
@@ -29,7 +31,8 @@ def client_figures(
     now = party.link.counters
     figures: dict[str, float] = {"samples": party.num_samples[TRAIN] if trained else 0}
     for part, prefix in PREFIXES.items():
-        figures |= party.task.figures(tallies.get(part, Tally()), prefix)
+        tally = tallies.get(part, {}).get(party.client, Tally())
+        figures |= party.task.figures(tally, prefix)
     seconds = trained.seconds if trained else dict.fromkeys(TIMES, 0.0)
     return figures | {
         "bytes_up": now.bytes_received - before.bytes_received,
@@ -43,6 +46,14 @@ def client_figures(
         **{f"client_{name}": seconds[name] for name in TIMES},
         "server_compute_s": party.compute_s,
     }
+
+
+def evaluated_figures(task: Task, tallies: Tallies) -> dict[str, float]:
+    """Return the figures of all clients' samples together, of each evaluated part."""
+    figures: dict[str, float] = {}
+    for part, by_client in tallies.items():
+        figures |= task.figures(add_up(by_client.values()), PREFIXES[part])
+    return figures
 
 
 def _bytes_by_link(recipe: Recipe, now: Counters, before: Counters) -> Mapping[str, int]:

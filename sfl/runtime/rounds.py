@@ -7,7 +7,7 @@ network and the links differ.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, ItemsView, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -20,9 +20,9 @@ from sfl.conversation.cut import Cut
 from sfl.conversation.join import Joined
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.limits import server_limits
-from sfl.conversation.party import PREFIXES, TRAIN, RoundResult, ServerParty
+from sfl.conversation.party import TEST, TRAIN, VALIDATION, RoundResult, ServerParty
 from sfl.conversation.round import (
-    server_evaluate_round,
+    server_evaluate_part,
     server_goodbye,
     server_start,
     server_train,
@@ -32,10 +32,11 @@ from sfl.data.client_data import num_batches
 from sfl.errors import PEER_ERRORS, RunError
 from sfl.files.finite_check import REJECT
 from sfl.files.torch_file import are_finite, encode_state
-from sfl.model.metrics import Tally, add_up
+from sfl.model.metrics import Tally
 from sfl.model.segment import Snapshot
 from sfl.model.topology import Holder, Segments, States, joined
-from sfl.runtime.round_figures import client_figures, sums
+from sfl.runtime.round_figures import client_figures, evaluated_figures, sums
+from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import (
     Shared,
     Trained,
@@ -66,6 +67,7 @@ class Rounds:
     split: SplitModel
     archive: ArchiveWriter
     log: RoundLog
+    seen: RoundsSeen
     shared: dict[str, Shared]  # weights at the start of the next round, of this server's segments
     store: Callable[[Link], WeightStore]  # makes a client's store for its link
     spool: Spool
@@ -96,15 +98,21 @@ class Rounds:
         if self.first_round == 0:
             self._write_shared(-1)
             self._commit(0)
-        for round_index in range(self.first_round, self.run.rounds):
-            self._round(round_index)
+        num_rounds = self.first_round
+        while not self.seen.is_over(num_rounds):
+            self._round(num_rounds)
+            num_rounds += 1
+        if why := self.seen.why_stopped:
+            self.log.say(f"the run stops after round {num_rounds}/{self.run.rounds}: {why}")
         self.archive.wait_committed()
         self.check_there()
         crash_point("run.before_goodbye")
         figures = self.log.figures
         self.network.end_soon()
         self._run_clients(
-            self._active(), lambda k: self._goodbye(k, figures), may_leave=lambda client: True
+            self._active(),
+            lambda k: self._goodbye(k, figures, num_rounds),
+            may_leave=lambda client: True,
         )
         crash_point("run.after_goodbye")
         return figures
@@ -175,11 +183,9 @@ class Rounds:
         self._merge(round_index, plan, trained)
         tallies = self._evaluate(round_index, plan)
         crash_point("validation.after")
-        overall = self.log.train_figures()
-        for part, prefix in PREFIXES.items():
-            total = add_up(t[part] for t in tallies.values() if part in t)
-            overall |= self.recipe.task.figures(total, prefix)
-        for k in tallies:
+        overall = self.log.train_figures() | evaluated_figures(self.recipe.task, tallies)
+        ended = [*tallies.values()][-1]  # the clients that have evaluated all parts
+        for k in ended:
             at = self.parties[k].at(round_index)
             with contextlib.suppress(*PEER_ERRORS):  # a lost client is noticed in the next round
                 self.parties[k].link.send_message_as_json(
@@ -187,10 +193,10 @@ class Rounds:
                 )
         crash_point("round.told")
         clients = {
-            k: client_figures(party, before[k], trained.get(k), tallies.get(k, {}))
+            k: client_figures(party, before[k], trained.get(k), tallies)
             for k, party in self._items()
         }
-        for k in tallies:  # a client that has evaluated has saved its own state
+        for k in ended:  # a client that has evaluated has saved its own state
             self.parties[k].own_round = round_index + 1
         overall |= sums(clients)
         overall["seconds"] = time.perf_counter() - started
@@ -205,14 +211,16 @@ class Rounds:
             return
         front, keeps_own = None, self.recipe.scheme.fronts is Fronts.OWN
         has_own = keeps_own and (round_index > 0 or self.recipe.joins)
-        if round_index < self.run.rounds and not has_own:
+        if not self.seen.is_over(round_index) and not has_own:
             # Those of the round's start, even after its merge; empty if a fed server has them.
             front = NamedWeights(INITIAL, self._front_file(self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
 
-    def _goodbye(self, client: int, figures: dict[str, float]) -> Conversation[None]:
-        yield from self._start(client, self.run.rounds)
-        yield from server_goodbye(self.parties[client], figures)
+    def _goodbye(
+        self, client: int, figures: dict[str, float], num_rounds: int
+    ) -> Conversation[None]:
+        yield from self._start(client, num_rounds)
+        yield from server_goodbye(self.parties[client], figures, num_rounds)
 
     def _reset_round(self, round_index: int) -> None:
         """Restore the server's state at the round's start, after all participants have left."""
@@ -339,12 +347,32 @@ class Rounds:
 
     def _commit(self, round_index: int) -> None:
         """Queue the checkpoint of a round's start, written when its files are on disk."""
+        self.archive.keep_best(self.seen.best.round)
         own = {str(k): party.own_round for k, party in self._items()}
         about = {**self.about, "own": own}
         self.archive.commit(round_index, asdict(self.run), about, self._paths)
 
-    def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[int, dict[str, Tally]]:
-        """Evaluate the round's weights at all clients; a relay's last client has its front."""
+    def _evaluate(self, round_index: int, plan: RoundPlan) -> dict[str, dict[int, Tally]]:
+        """Evaluate the round's weights on each part of the clients' data that is due.
+
+        Whether the run is over, and so the test part due, may follow from the validation part.
+        """
+        there = [k for k in self._active() if k not in plan.dropped]
+        best = self.seen.best.round  # before this round: the same for all clients and parts
+        validated = self._evaluate_part(round_index, plan, VALIDATION, clients=there, best=best)
+        tallies = {VALIDATION: validated}
+        figures = self.log.train_figures() | evaluated_figures(self.recipe.task, tallies)
+        self.seen.see(round_index, figures)
+        if self.seen.is_tested(round_index + 1):
+            there = [k for k in validated if not self.network.is_skipped(k)]
+            tested = self._evaluate_part(round_index, plan, TEST, clients=there, best=best)
+            tallies[TEST] = tested
+        return tallies
+
+    def _evaluate_part(
+        self, round_index: int, plan: RoundPlan, part: str, *, clients: Sequence[int], best: int
+    ) -> dict[int, Tally]:
+        """Evaluate the round's weights at these clients; a relay's last client has its front."""
         front, policy = None, self.recipe.scheme.fronts
         if policy is Fronts.RELAYED:
             front = plan.relayed
@@ -352,17 +380,20 @@ class Rounds:
             samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
             front = NamedWeights(AVERAGE, self._front_file(self.shared), samples)
 
-        def evaluate(client: int) -> Conversation[dict[str, Tally]]:
+        def evaluate(client: int) -> Conversation[Tally]:
             party, has_it = self.parties[client], front and front.name == client_weights(client)
-            if client in plan.order and party.trained_round != round_index:
+            if party.ready_for_round > round_index:  # it has evaluated another part
+                has_it = True
+            elif client in plan.order and party.trained_round != round_index:
                 yield from self._train_one(client, plan, round_index)
             else:
                 yield from self._start(client, round_index)
             given = None if has_it else front
-            return (yield from server_evaluate_round(party, given, round_index))
+            return (
+                yield from server_evaluate_part(party, given, round_index, part=part, best=best)
+            )
 
-        there = [k for k in self._active() if k not in plan.dropped]
         if self.joint_steps:
-            self.joint_steps.start(there)
+            self.joint_steps.start(clients)
         # A client that starts again may not have its own state of this round on disk.
-        return self._run_clients(there, evaluate, keep_results=False)
+        return self._run_clients(clients, evaluate, keep_results=False)

@@ -21,7 +21,7 @@ from sfl.archive.run_folder import (
     resume_hint,
     to_json,
 )
-from sfl.config import RunConfig
+from sfl.config import RunConfig, flag
 from sfl.conversation.fed import put_start
 from sfl.conversation.join import APART, HERE, Joined, reports_of
 from sfl.conversation.report import describe_data
@@ -80,7 +80,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     _check_node_options(recipe, node)
     trackers = trackers_of(node.track)
     device = set_up_torch(node)
-    past = _past_of(run, node)
+    past = _past_of(recipe, node)
     guard = guard_of(node, SERVER, run.most_clients)
     with (
         transport.listen(node.host, node.port, node.link_shape) as listener,
@@ -151,7 +151,7 @@ class _Server:
         needed = counted(past.clients if past else self.run.clients, "client")
         events.say(f"run {self.run.run}: listening on {address} for {needed}")
         if past:
-            _say_resume_state(past, self.run, events)
+            _say_resume_state(past, self.recipe, events)
         if self.node.skip_after_s and self._fewest > self.node.min_clients:
             events.say(
                 f"--aggregation {self.run.aggregation}: a round with fewer than {self._fewest}"
@@ -164,7 +164,7 @@ class _Server:
         """Register the clients, and return the rounds with them."""
         run, node, is_here = self.run, self.node, self.fed == HERE
         lobby = self._lobby(network)
-        if self.past and self.past.first_round == run.rounds:  # only TRAINING_DONE is left to send
+        if self.past and self.past.is_over(self.recipe):  # only TRAINING_DONE is left to send
             lobby.end_soon()
         joined = lobby.gather()
         if self.past:
@@ -233,12 +233,12 @@ def _delete_weights(place: ObjectStore, rounds: Rounds) -> None:
             place.delete(path)
 
 
-def _past_of(run: RunConfig, node: ServerNode) -> Past | None:
+def _past_of(recipe: Recipe, node: ServerNode) -> Past | None:
     """Return the state that a run resumes from; None if it starts from the beginning."""
     if not (node.resume and has_begun(Path(node.resume))):
         return None
-    past = open_past(Path(node.resume), run)
-    check_unfinished(past, run)
+    past = open_past(Path(node.resume), recipe.run)
+    check_unfinished(past, recipe)
     return past
 
 
@@ -257,13 +257,13 @@ def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: 
     return agreed
 
 
-def _say_resume_state(past: Past, run: RunConfig, events: EventLog) -> None:
+def _say_resume_state(past: Past, recipe: Recipe, events: EventLog) -> None:
     for damage in past.damage:
         events.say(f"warning: cannot go on from the newest checkpoint: {damage}")
-    if past.first_round < run.rounds:
-        events.say(f"going on with round {past.first_round + 1}/{run.rounds}")
-    else:
+    if past.is_over(recipe):
         events.say("all rounds are done")
+    else:
+        events.say(f"going on with round {past.first_round + 1}/{recipe.run.rounds}")
 
 
 def check_role(recipe: Recipe, node: ServerNode) -> None:
@@ -285,6 +285,12 @@ def check_role(recipe: Recipe, node: ServerNode) -> None:
             f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
             " fed server to part from"
         )
+    for name, given in {"stop_when": run.stop_when, "keep_models": recipe.keep.best_by}.items():
+        if given:
+            raise ConfigError(
+                f"--role main: a fed server apart sees no metrics, which"
+                f" {flag(name)} {getattr(run, name)} needs; give both roles to one server"
+            )
     if (run.weights == SOCKET) != bool(node.fed_server):
         raise ConfigError(
             "--role main needs to know where the fed server is: give --fed-server HOST:PORT, or"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sfl import seeds
-from sfl.config import RunConfig, require
+from sfl.config import RunConfig, flag, require
 from sfl.data.augment import NONE, changes_of
 from sfl.data.client_data import parse_normalize
 from sfl.data.partition import OWN, VERTICAL, check_partition
@@ -25,7 +25,7 @@ from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
 from sfl.strategy.aggregate import RULES, Result
 from sfl.strategy.schemes import SCHEMES, Exchange, Fronts, Scheme, shared
-from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors
+from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors, StopWhen
 from sfl.weights.stores import check_address
 
 Party = tuple[ModelSpec, tuple[int, ...]]  # the model of a client's segments, and its cuts
@@ -43,6 +43,7 @@ class Recipe:
     training: Training
     rule: Callable[..., Result]  # aggregation rule
     keep: KeepModels  # rounds whose files are kept
+    stop: StopWhen  # when the run ends before its last round
     joins: bool = False  # whether all clients take part in each step, see ``Topology``
     parties: tuple[Party, ...] = ()  # of each client, where they differ
     withholds_labels: bool = False  # a client's choice, in schemes without a cut as well
@@ -142,8 +143,12 @@ class Recipe:
             parties = _parties(run, model, cuts, allowed)
             model, cuts = parties[run.label_client]
             row = replace(row, back_of=shared, fronts=Fronts.OWN)
+        keep, stop = _keep(run, row), StopWhen.parse(run.stop_when)
+        for name, metric in {"stop_when": stop.metric, "keep_models": keep.best_by}.items():
+            if metric:
+                named(f"metric of {flag(name)}", metric, training.task.compared)
         recipe = cls(
-            run, row, model, cuts, segments, training, rule, _keep(run, row),
+            run, row, model, cuts, segments, training, rule, keep, stop,
             joins=placed.joins, parties=parties, withholds_labels=withholds_labels,
         )  # fmt: skip
         if recipe.keeps_labels:
