@@ -181,6 +181,10 @@ class ServerNode(PeerNode, TrackingNode):
     fed_server: str = option(
         "", "HOST:PORT of the fed server, for --role main; clients connect to it as well"
     )
+    on_end: str = option(
+        "", "command that a shell runs here when the run is done, has failed or was interrupted,"
+        " with SFL_OUTCOME and SFL_RUN_DIR in its environment",
+    )  # fmt: skip
     resume: str = option(
         "", "folder of a run to resume with its own options; --rounds may be larger"
     )

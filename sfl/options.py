@@ -31,8 +31,8 @@ GROUPS = {
     " insecure allow_import memory_limit max_samples max_pending",
     "failures": "on_missing round_timeout min_clients peer_timeout connect_timeout"
     " reconnect_timeout on_nonfinite",
-    "this machine": "device threads host port at_once out keep_tensors keep_models profile track"
-    " link",
+    "this machine": "device threads host port at_once out on_end keep_tensors keep_models profile"
+    " track link",
 }
 
 
@@ -176,6 +176,7 @@ _PROGRAMS: Mapping[str, Sequence[Any]] = {
     "client": (ClientNode,),
     "simulate": (SimulationNode,),
 }
+OWN_ALONE = ("on_end",)  # never taken from a recorded run: it starts a command
 CAN_GROW = frozenset({"rounds"})  # when a run goes on
 # What may stand in each table of a file; what concerns one machine alone, in any machine's.
 _TABLES = {g.table: g for g in (RunConfig, ServerNode, ClientNode, SimulationNode)}
@@ -199,7 +200,7 @@ def _from_file(path: Path, groups: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: is no table of options")
     if recorded:
-        for name in ("run", "resume"):
+        for name in ("run", "resume", *OWN_ALONE):
             values.pop(name, None)
     tables = {n: v for n, v in values.items() if n in _TABLES and isinstance(v, dict)}
     outside = {n: v for n, v in values.items() if n not in tables}
@@ -244,8 +245,9 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(recorded, dict):
         raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
     check_goes_on(recorded, {n: v for n, v in values.items() if n in names_of(RunConfig)})
-    # The folder may be somebody else's: what it imports, this command line says.
-    recorded.pop("allow_import", None)
+    # The folder may be somebody else's: what it imports and starts, this command line says.
+    for name in ("allow_import", *OWN_ALONE):
+        recorded.pop(name, None)
     model, allowed = str(recorded.get("model")), str(values.get("allow_import", "")).split(",")
     if ":" in model and model not in (values.get("model"), *allowed, *remembered()):
         raise ConfigError(

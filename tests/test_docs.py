@@ -129,6 +129,14 @@ def test_every_option_that_the_pages_use_exists() -> None:
     }
     known |= {"--config", "--help", "--version", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
+    known |= {
+        "--nodes",
+        "--ntasks",
+        "--ntasks-per-node",
+        "--nodelist",
+        "--job-name",
+        "--time",
+    }  # srun's
     known |= {"--dist"}  # pytest-xdist's
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     # experiments.compare's

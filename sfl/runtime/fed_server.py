@@ -46,6 +46,7 @@ from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.memory import TRAINED_COPIES, sizes_of, why_too_large
+from sfl.runtime.on_end import running_at_end
 from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import Past, open_past, read_shared
 from sfl.strategy.merge import Shared
@@ -128,6 +129,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         guard.run = run.run
         path = _folder(run, node, resumed=welcome.resumed)
         with (
+            running_at_end(node.on_end, path),
             open_folder(path, LOG, _kept_models(recipe)) as folder,
             reporting_failure(folder, network.end),
         ):
@@ -185,7 +187,11 @@ def _serve_store(run: RunConfig, node: ServerNode, device: torch.device) -> Path
     recipe = Recipe.of(their_run, node.allowed_imports)
     _folder(their_run, node, resumed=past is not None)
     network = Threads()
-    with open_folder(path, LOG, _kept_models(recipe)) as folder, reporting_failure(folder):
+    with (
+        running_at_end(node.on_end, path),
+        open_folder(path, LOG, _kept_models(recipe)) as folder,
+        reporting_failure(folder),
+    ):
         make = store_maker(place, options, network.wake)
         split = _model(recipe, node, data)
         most_bytes = max_state_bytes(split.front_spec)

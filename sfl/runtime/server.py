@@ -34,6 +34,7 @@ from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
+from sfl.runtime.on_end import running_at_end
 from sfl.runtime.preflight import check_run
 from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.report_limits import claim_error
@@ -90,6 +91,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
+            running_at_end(node.on_end, path),
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             reporting_failure(folder, network.end, resume_hint(path, run.model)),
