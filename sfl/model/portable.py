@@ -117,10 +117,15 @@ class Portable:
     about: About
 
 
+def encode_portable(portable: Portable) -> bytes:
+    """Return the bytes of the file."""
+    text = np.frombuffer(portable.about.to_json().encode(), np.uint8)
+    return encode_state({**portable.state, ENTRY: torch.from_numpy(text.copy())})
+
+
 def write_portable(path: Path | str, portable: Portable) -> None:
     """Write the file, whole or not at all."""
-    text = np.frombuffer(portable.about.to_json().encode(), np.uint8)
-    write_file(path, encode_state({**portable.state, ENTRY: torch.from_numpy(text.copy())}))
+    write_file(path, encode_portable(portable))
 
 
 def read_portable(path: Path | str) -> Portable:
