@@ -20,6 +20,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 _LAZY = {
     "Run": "sfl.interactive.run",
     "RunConfig": "sfl.config",
+    "export": "sfl.trained.export",
     "join": "sfl.interactive.processes",
     "open_run": "sfl.interactive.run",
     "plot": "sfl.interactive.run",

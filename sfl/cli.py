@@ -1,7 +1,8 @@
-"""The programs server, client, simulate and replay; exit codes and errors of all programs.
+"""The programs server, client, simulate, replay and export; exit codes and errors of all programs.
 
 ``pyproject.toml`` has the table of those that are installed as ``sfl-NAME``. In a clone,
-``run_server.py``, ``run_client.py``, ``experiments.simulate`` and ``experiments.replay`` call them.
+``run_server.py``, ``run_client.py`` and modules of ``experiments`` such as ``experiments.simulate``
+call them.
 
 Exit codes: 0 done; 1 the run failed; 2 bad options; 3 stopped by Ctrl-C or SIGTERM, the run can be
 resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sfl.errors import ConfigError, command, counted, not_installed, reason_of
 from sfl.options import Parser, parse_options
+from sfl.registry import NAMES
 from sfl.wire.link import one_line
 
 if TYPE_CHECKING:
     from sfl.runtime.recorded_run import RecordedRun
 
 INTERRUPTED = 3  # exit code
+_ALLOW_IMPORT = "package.module:function that the run may import as model"
 
 
 def main_server(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +104,41 @@ def main_replay(argv: Sequence[str] | None = None) -> int:
     return run_program(_short(command("replay")), program)
 
 
+def main_export(argv: Sequence[str] | None = None) -> int:
+    """Write a part of a run's trained model as a file for others, and return the exit code."""
+    prog = command("export")
+
+    def program() -> None:
+        options = _export_parser(prog).parse_args(argv)
+        from sfl.interactive.run import open_run
+        from sfl.trained.export import export
+
+        run = open_run(options.run_dir, allow_import=options.allow_import)
+        of = {"round": options.round, "client": options.client, "out": options.out}
+        done = export(run, options.to, options.part, **of)
+        for line in done.lines:
+            sys.stdout.write(f"{line}\n")
+
+    return run_program(_short(prog), program)
+
+
+def _export_parser(prog: str) -> Parser:
+    about = "Write a part of a run's trained model as one file, for use without SFL."
+    parser = Parser(prog=prog, description=about)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="shared_files/server/<run>")
+    parser.add_argument("--to", metavar="KIND", required=True, help=NAMES)
+    parser.add_argument(
+        "--part", default="whole", help="whole (the default), front, back, or a segment's name"
+    )
+    parser.add_argument(
+        "--round", type=int, metavar="R", help="after this round, from 0; -1: before the first"
+    )
+    parser.add_argument("--client", type=int, metavar="K", help="this client's, not the average")
+    parser.add_argument("--out", default="", metavar="FILE", help="by default RUN_PART.SUFFIX here")
+    parser.add_argument("--allow-import", default="", help=_ALLOW_IMPORT)
+    return parser
+
+
 def replay_parser(about: str) -> Parser:
     """Return a parser of the options that ``replay`` takes."""
     parser = Parser(prog=command("replay"), description=about)
@@ -109,11 +147,7 @@ def replay_parser(about: str) -> Parser:
     parser.add_argument("--round", type=int, metavar="R", help="this round only, from 0")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the run's, if not given")
     parser.add_argument("--threads", type=int, help="the run's, if not given")
-    parser.add_argument(
-        "--allow-import",
-        default="",
-        help="package.module:function that the run may import as model",
-    )
+    parser.add_argument("--allow-import", default="", help=_ALLOW_IMPORT)
     return parser
 
 

@@ -164,9 +164,12 @@ _IN_A_CLONE = {
     "client": "run_client.py",
     "simulate": "python -m experiments.simulate",
     "replay": "python -m experiments.replay",
+    "export": "python -m experiments.export",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}
+# Packages of extras, which are needed together, and which requirements.txt leaves out.
+_TOGETHER = {"onnx", "onnxscript", "onnxruntime"}
 
 
 def is_clone() -> bool:
@@ -175,14 +178,16 @@ def is_clone() -> bool:
 
 
 def command(program: str) -> str:
-    """Return how the user starts a program: ``server``, ``client``, ``simulate``, ``replay``."""
+    """Return how the user starts a program, such as ``server``, by its name there."""
     return _IN_A_CLONE[program] if is_clone() else f"sfl-{program}"
 
 
 def not_installed(package: str) -> ConfigError:
     """Return the error for a package that is missing, with what to do."""
     what, hint = _INSTALLED_FROM.get(package, package), ""
-    if is_clone():
+    if package in _TOGETHER:
+        what = " ".join(sorted(_TOGETHER))
+    elif is_clone():
         what, hint = "-r requirements.txt", "start the program with .venv/bin/python, or "
     return ConfigError(
         f"{package} is not installed for {sys.executable}: {hint}install it:"

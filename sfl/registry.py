@@ -28,6 +28,7 @@ REGISTRIES = {
     "lr_schedule": "sfl.model.schedule:SCHEDULES",
     "aggregation": "sfl.strategy.aggregate:RULES",
     "track": "sfl.tracking.trackers:TRACKERS",
+    "to": "sfl.trained.kinds:KINDS",
 }
 
 

@@ -198,7 +198,9 @@ def test_normalisation_and_pictures(run: sfl.Run, tmp_path: Path) -> None:
 def test_what_is_not_here_is_said(tmp_path: Path) -> None:
     path = simulated(tmp_path / "a", model="mlp", scheme="sflv3", keep_tensors="none")
     own = sfl.open_run(path)
-    with pytest.raises(RunError, match=r"a front of its own: say whose with client=, of 0, 1, 2"):
+    with pytest.raises(
+        RunError, match=r"a front of its own: say whose, with client= or --client, of 0, 1, 2"
+    ):
         own.model()
     moved = tmp_path / "brought"
     shutil.move(tmp_path / "a/client/r/client_2", moved)

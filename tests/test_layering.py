@@ -39,7 +39,8 @@ ROOMS = {
     "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
-    "programs": "ground files options wire transport tracking runtime",
+    "trained": "ground files options model interactive",
+    "programs": "ground files options wire transport tracking runtime interactive trained",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
 OF_ANY_TRANSPORT = {
@@ -69,7 +70,13 @@ MAY_IMPORT = {
 
 # What looks a name up or parses an option, and who may: the edge. Everybody else is given the row.
 LOOK_UPS = {
-    "named": {"registry", "model.optimizers", "model.training", "strategy.recipe"},
+    "named": {
+        "registry",
+        "model.optimizers",
+        "model.training",
+        "strategy.recipe",
+        "trained.export",
+    },
     "with_options": {"data.augment", "model.schedule", "strategy.recipe", "tracking.trackers"},
     "look_up": {"data.datasets", "model.zoo"},
     "changes_of": {"data.client_data", "strategy.recipe"},

@@ -37,6 +37,8 @@ from sfl.nodes import NodeConfig
 from sfl.options import from_values
 from sfl.runtime.recorded_run import RecordedRun, config_of, load
 from sfl.runtime.simulation import simulate as simulate_run
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
 
 FolderPath = str | os.PathLike[str]
 
@@ -115,6 +117,25 @@ class Run:
     def tensors(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
         """Yield the recorded steps with their tensors, as ``sfl.archive`` does."""
         return self._archive.steps(client=client, round=round)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the run's options name."""
+        return self._recorded.recipe
+
+    @property
+    def split(self) -> SplitModel:
+        """How the run's model is cut, with its initial weights."""
+        return self._recorded.split
+
+    @property
+    def clients(self) -> list[int]:
+        """The ids of the clients that have samples of their own."""
+        return self._recorded.clients
+
+    def last_round(self, round: int | None = None) -> int:
+        """Return the last finished round, or ``round`` if it is finished."""
+        return self._trained.last(round)
 
     @functools.cached_property
     def _trained(self) -> Trained:

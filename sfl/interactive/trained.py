@@ -115,8 +115,8 @@ class Trained:
         if of_client and whose is None and recorded.scheme.fronts is Fronts.OWN:
             known = ", ".join(map(str, recorded.clients))
             raise RunError(
-                f"{recorded.archive.root}: each client keeps a {name} of its own: say whose with"
-                f" client=, of {known}"
+                f"{recorded.archive.root}: each client keeps a {name} of its own: say whose, with"
+                f" client= or --client, of {known}"
             )
         split = recorded.split if whose is None else recorded.split.of_party(whose)
         blocks = split.blocks(name)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from experiments.chaos.small_model import bn_dropout
 
-__all__ = ["bn_dropout", "channels_last", "convolutions", "cubing_large", "in_bfloat16",
-           "in_float16", "in_float64", "masked", "of_this_machine", "refusing_large", "slow",
-           "with_huge_layer"]  # fmt: skip
+__all__ = ["bn_dropout", "branching", "channels_last", "convolutions", "cubing_large",
+           "in_bfloat16", "in_float16", "in_float64", "masked", "of_this_machine", "refusing_large",
+           "slow", "with_huge_layer"]  # fmt: skip
 VARIANT = "SFL_TEST_VARIANT"  # how this machine's code differs from the others'
 
 
@@ -77,6 +77,19 @@ def cubing_large(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequentia
     return nn.Sequential(
         nn.Flatten(), nn.Linear(784, 32), _CubesLarge(), nn.Linear(32, num_classes)
     )
+
+
+class _Branches(nn.Module):
+    """Computes by what it is given: a graph that is the same for all inputs cannot hold that."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z if bool(z.sum() > 0) else -z
+
+
+def branching(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
+    """Return a model whose back can be trained, but not exported as a graph."""
+    first, last = nn.Linear(784, 32), nn.Linear(32, num_classes)
+    return nn.Sequential(nn.Flatten(), first, _Branches(), last)
 
 
 class _RefusesLarge(nn.Module):

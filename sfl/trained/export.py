@@ -1,0 +1,127 @@
+"""``export``: one part of a run's trained model as one file, for others to use without SFL."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfl import __version__
+from sfl.errors import ConfigError
+from sfl.files.atomic import write_file
+from sfl.files.torch_file import TensorSpec
+from sfl.interactive.run import Run
+from sfl.model.fusion import pack
+from sfl.model.portable import WHOLE, About
+from sfl.model.topology import FRONT, Holder
+from sfl.registry import named
+from sfl.trained.kinds import KINDS, NUM_SAMPLES
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: where, what it says of itself, and what its making has shown."""
+
+    path: Path
+    about: About
+    round: int  # after which the weights are
+    shown: str  # "" if nothing
+
+    @property
+    def lines(self) -> list[str]:
+        """What happened, for the user."""
+        about, size = self.about, self.path.stat().st_size
+        when = "before round 0" if self.round < 0 else f"after round {self.round}"
+        written = (
+            f"{about.part} of {about.run} {when} ({about.model}, takes {list(about.takes)}):"
+            f" {self.path}, {size:,} bytes"
+        )
+        return [line for line in (self.shown, written) if line]
+
+
+def export(
+    run: Run,
+    to: str,
+    part: str = WHOLE,
+    *,
+    round: int | None = None,
+    client: int | None = None,
+    out: str | os.PathLike[str] = "",
+) -> Exported:
+    """Write a part of a run's trained model as one file.
+
+    ``to``: a kind of ``KINDS``. ``part``: "whole", or a segment's name. ``round`` and ``client`` as
+    for ``Run.segment``. ``out``: the file; if not given, one of this folder, named after run and
+    part.
+
+    Raises:
+        ConfigError: there is no such kind, a package that it needs is missing, ``out`` has another
+            suffix, or such a part is none of one module and one party.
+        RunError: the part's weights do not lie on this machine, or it cannot be exported.
+        IntegrityError: a file of the run is damaged.
+    """
+    kind = named("kind of file", to, KINDS)
+    _check_part(run, part, client)
+    if out and Path(out).suffix != kind.suffix:  # of another, torch.export.load warns
+        raise ConfigError(f"--out {out}: a file of --to {to} has a name that ends in {kind.suffix}")
+    is_whole = part == WHOLE
+    module = run.model(round, client) if is_whole else run.segment(part, round, client)
+    about = _about(run, part, client)
+    made = kind.make(module, _made_up(_takes(run, part, client)), about)
+    whose = "" if client is None else f"_client_{client}"
+    path = Path(out or f"{about.run}_{part}{whose}{kind.suffix}")
+    write_file(path, made.data)
+    return Exported(path, about, run.last_round(round), made.shown)
+
+
+def _check_part(run: Run, part: str, client: int | None) -> None:
+    """Check that a part is one module, and a client's if one is named."""
+    if part == WHOLE and run.recipe.joins:
+        raise ConfigError(
+            "--part whole: in a vertical run each client has a front of its own: write each with"
+            " --part front --client K, and the server's with --part back, which takes their"
+            " activations, flattened and side by side"
+        )
+    if client is not None and run.recipe.segments.get(part) is Holder.SERVER:
+        raise ConfigError(f"--client {client}: the {part} is the server's; leave --client out")
+
+
+def _about(run: Run, part: str, client: int | None) -> About:
+    """Return what a part of a run's model is, and what it expects."""
+    said, config = run.normalisation, run.config
+    split = run.split if client is None else run.split.of_party(client)
+    names = config.party_models.split(",") if config.party_models else []
+    return About(
+        part=part,
+        model=names[client] if names and client is not None else config.model,
+        cuts=split.cuts,
+        task=config.task,
+        input_shape=split.input_shape,
+        takes=_takes(run, part, client).shape,
+        mean=said.mean,
+        std=said.std,
+        classes=said.classes,
+        run=run.path.resolve().name,
+        seed=config.seed,
+        sfl_version=__version__,
+    )
+
+
+def _takes(run: Run, part: str, client: int | None) -> TensorSpec:
+    """Return the spec of one sample as a part takes it: of the data, or behind a cut."""
+    split = run.split if client is None else run.split.of_party(client)
+    if part in (WHOLE, FRONT):
+        return TensorSpec(split.input_shape, torch.float32)
+    if split.joint is not None:  # the server's, which all clients' activations enter, packed
+        samples = {
+            k: torch.empty(1, *s.shape, dtype=s.dtype) for k, s in split.joint.samples.items()
+        }
+        return TensorSpec.of(pack([*samples.values()])[0])
+    return split.features_sample(run.segments.index(part) - 1)
+
+
+def _made_up(spec: TensorSpec) -> Tensor:
+    """Return samples of normally distributed values, the same each time."""
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randn(NUM_SAMPLES, *spec.shape, generator=drawn).to(spec.dtype)
