@@ -136,6 +136,10 @@ class RoundLog:
         self._steps[client] = array("d", table.numpy().tobytes())
         self.progress.step(float(table[-1, 0]), len(table))
 
+    def num_steps(self, client: int) -> int:
+        """Return how many steps of a client the round has so far."""
+        return len(self._steps.get(client, ())) // (len(self._task.trained) + 1)
+
     def _rows(self, client: int) -> Iterator[tuple[float, ...]]:
         """Yield loss, counts and samples of each step of a client."""
         own = iter(self._steps.get(client, ()))
