@@ -40,6 +40,8 @@ class Task:
     counted: Mapping[str, str]
     count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
     table: Table | None = None
+    # (outputs, labels) -> int64 counts, by what a sample is and what it is taken for; they add up
+    confusion: Callable[[Tensor, Tensor], Tensor] | None = None
     shown: tuple[str, str]  # the metric shown to users beside the loss, and its title
 
     @property
@@ -105,6 +107,7 @@ TASKS: dict[str, Task] = {
             metrics=classification.class_metrics,
             columns=("balanced_acc", "macro_f1", "weighted_f1"),
         ),
+        confusion=classification.count_confusion,
         shown=("acc", "accuracy"),
     ),
 }
