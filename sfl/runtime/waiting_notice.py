@@ -58,6 +58,10 @@ class WaitingNotice:
         """Remove the line from the terminal."""
         if self._bar is not None:
             self._bar.close()
+            if not self._bar.disable:
+                self._bar.fp.write(
+                    "\r"
+                )  # below a progress bar, tqdm leaves the cursor at the right
         self._since, self._num_said, self._bar = None, 0, None
 
     def _due_s(self) -> float:
