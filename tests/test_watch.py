@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sfl.archive.live_status import (
     Doing,
     LiveStatus,
     Now,
+    Status,
     read_status,
 )
 from sfl.archive.run_folder import SERVER_LOG, EventLog
@@ -130,8 +132,7 @@ def picture(run: Path, width: int = 80) -> str:
 @pytest.fixture
 def going_on(tmp_path: Path) -> Path:
     """Return a run's folder as in the middle of its third round of four."""
-    with EventLog(tmp_path / SERVER_LOG) as log:
-        log.note("round 2/4: so far \x1b[31m")
+    (tmp_path / SERVER_LOG).write_text("2026-01-01 00:00:00 a stranger's \x1b[31m\n")
     (tmp_path / "config.json").write_text(json.dumps({"rounds": 4, "clients": 3, "port": 1}))
     rows = ["round,train_loss,val_loss,val_acc,seconds,bytes_up,bytes_down,missing"]
     rows += [f"{i},{2 - i},1.5,{i / 10},10.0,1000,2000000," for i in range(2)]
@@ -198,12 +199,22 @@ def test_signs_of_life(going_on: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"now": 1}', '{"now": {"round": 1, "clients": {}}, "since": {"0": 1}}']
+    "change",
+    [
+        {"now": 1},
+        {"since": {"0": 1.0}},
+        {"written_at": "now"},
+        {"now": {"round": 1, "clients": {"0": asdict(Doing("dancing"))}}, "since": {"0": 1.0}},
+    ],
 )
-def test_a_damaged_status_is_one_line(going_on: Path, text: str) -> None:
-    (going_on / STATUS).write_text(text)
-    with pytest.raises(IntegrityError, match=r"status\.json: is damaged: "):
-        picture(going_on)
+def test_a_damaged_status_is_one_line(going_on: Path, change: dict[str, object]) -> None:
+    whole = asdict(Status(Now(1, {}), {}, 1.0, 1.0, "here", 1))
+    (going_on / STATUS).write_text(json.dumps(whole))
+    assert "round 2 of 4" in picture(going_on)
+    for text in (json.dumps(whole | change), "{"):
+        (going_on / STATUS).write_text(text)
+        with pytest.raises(IntegrityError, match=r"status\.json: is damaged: "):
+            picture(going_on)
 
 
 def test_a_status_that_cannot_be_written_disturbs_nobody(tmp_path: Path) -> None:
