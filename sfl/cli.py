@@ -1,4 +1,4 @@
-"""The programs server, client, simulate, replay and export; exit codes and errors of all programs.
+"""The programs server, client, simulate and so on; exit codes and errors of all programs.
 
 ``pyproject.toml`` has the table of those that are installed as ``sfl-NAME``. In a clone,
 ``run_server.py``, ``run_client.py`` and modules of ``experiments`` such as ``experiments.simulate``
@@ -16,6 +16,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -137,6 +138,32 @@ def _export_parser(prog: str) -> Parser:
     parser.add_argument("--out", default="", metavar="FILE", help="by default RUN_PART.SUFFIX here")
     parser.add_argument("--allow-import", default="", help=_ALLOW_IMPORT)
     return parser
+
+
+def main_watch(argv: Sequence[str] | None = None) -> int:
+    """Show a run in the terminal while it goes on, and return the exit code."""
+
+    def program() -> None:
+        about = "Watch a run from its folder, without touching it; Ctrl-C ends the watching alone."
+        parser = Parser(prog=command("watch"), description=about)
+        parser.add_argument(
+            "run", metavar="RUN", nargs="?", default="", help="a run's folder or name; the newest"
+        )
+        parser.add_argument(
+            "--out", default="shared_files", help="folder that runs are written into"
+        )
+        parser.add_argument("--once", action="store_true", help="show one picture and end")
+        parser.add_argument(
+            "--interval", type=float, default=2.0, metavar="S", help="seconds between pictures (2)"
+        )
+        given = parser.parse_args(argv)
+        if not 0.1 <= given.interval <= 3600:
+            raise ConfigError(f"--interval {given.interval:g}: give 0.1 to 3600 seconds")
+        from sfl.reports.watch import watch
+
+        watch(given.run, Path(given.out).expanduser(), given.interval, once=given.once)
+
+    return run_program(_short(command("watch")), program)
 
 
 def replay_parser(about: str) -> Parser:

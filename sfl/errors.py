@@ -165,6 +165,7 @@ _IN_A_CLONE = {
     "simulate": "python -m experiments.simulate",
     "replay": "python -m experiments.replay",
     "export": "python -m experiments.export",
+    "watch": "python -m experiments.watch",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}
@@ -198,3 +199,12 @@ def not_installed(package: str) -> ConfigError:
 def counted(number: int, noun: str) -> str:
     """Return ``1 client``, ``3 clients``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return ``12 s``, ``3 min 5 s``, ``2 h 10 min`` or ``3 d 4 h``."""
+    whole = int(seconds)
+    for unit, lower, size, count in (("d", "h", 86400, 3600), ("h", "min", 3600, 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // count} {lower}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

@@ -40,7 +40,8 @@ ROOMS = {
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
     "trained": "ground files options model interactive",
-    "programs": "ground files options wire transport tracking runtime interactive trained",
+    "reports": "ground files options wire archive",
+    "programs": "ground files options wire transport tracking runtime interactive trained reports",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
 OF_ANY_TRANSPORT = {

@@ -1,6 +1,7 @@
 """Trackers hold every figure of a run, go on with a resumed one, and cannot disturb it."""
 
 import importlib.util
+import io
 import subprocess
 import sys
 import threading
@@ -8,8 +9,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.metrics import confusion_matrix
 
+import sfl
 from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
@@ -68,10 +73,15 @@ def test_trackers_hold_every_figure(tmp_path: Path) -> None:
     assert {at for _, at in events.histograms} == {1}
     assert {("weights/back/fc2.bias", 1), ("weights/front/fc1.weight", 1)} <= events.histograms
 
+    assert events.pictures.keys() == {("round/confusion", 2)}  # the one that is tested
+    assert Image.open(io.BytesIO(events.pictures["round/confusion", 2])).size > (500, 500)
+
     log = (run / "server_log.txt").read_text()
     assert "--track wandb: offline (there is no key of W&B); upload with: wandb sync" in log
     (path,) = run.glob("tracked/wandb/offline-run-*-r/run-r.wandb")
     assert curves_of_wandb(path) == wanted
+    (picture,) = path.parent.glob("files/media/images/round/confusion_*.png")
+    assert Image.open(io.BytesIO(picture.read_bytes())).size > (500, 500)
     rows = list(rows_of_wandb(path))
     with_weights = [row for row in rows if any(name.startswith("weights/") for name in row)]
     assert [row["round"] for row in with_weights] == [2]
@@ -82,6 +92,21 @@ def test_trackers_hold_every_figure(tmp_path: Path) -> None:
     plain = simulated(tmp_path / "plain", {})
     assert_equal(all_weights(run), all_weights(plain))
     assert not (plain / "tracked").exists()
+
+
+def test_a_tracker_is_given_the_confusion_matrix_of_the_test_set(tmp_path: Path) -> None:
+    kept = Keeping()
+    run = simulate(RUN, NodeConfig(out=str(tmp_path)), trackers={"mine": kept})
+    wanted = np.zeros((10, 10), int)
+    for client in range(2):
+        found = sfl.open_run(run).predictions(client)
+        wanted += confusion_matrix(found["labels"], found["logits"].argmax(1), labels=range(10))
+    *earlier, last = kept.rounds
+    assert [done.confusion for done in earlier] == [None, None]
+    assert last.confusion is not None
+    assert last.confusion.tolist() == wanted.tolist()
+    assert last.confusion.trace() / last.confusion.sum() == pytest.approx(last.overall["test_acc"])
+    assert kept.classes == [str(i) for i in range(10)]
 
 
 def of_round(index: int, value: float) -> TrackedRound:
@@ -145,6 +170,20 @@ class Failing:
 
     def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
         self._fail("end")
+
+
+class Keeping(Failing):
+    def __init__(self) -> None:
+        super().__init__("nowhere")
+        self.rounds: list[TrackedRound] = []
+        self.classes: list[str] = []
+
+    def start(self, run: TrackedRun) -> str:
+        self.classes += run.classes
+        return "here"
+
+    def add(self, done: TrackedRound) -> None:
+        self.rounds.append(done)
 
 
 class Hanging(Failing):

@@ -21,6 +21,7 @@ from sklearn.metrics import (
 import sfl.archive
 from experiments.predictions.reading import Predictions, read_predictions
 from sfl.errors import RunError
+from sfl.tracking.pictures import DPI, confusion_figure
 
 MOST_NAMED = 20  # classes that are told apart by name
 DASHES = ("-", "--", "-.", ":")
@@ -51,25 +52,7 @@ def draw_confusion(path: Path, title: str, predictions: Predictions) -> None:
     """Draw which share of each class is taken for which, with the counts if there is room."""
     y, p, classes = predictions
     counts = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(4 + 0.45 * len(classes), 16)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the class", shrink=0.8)
-    ticks = range(len(classes))
-    small = 8 if len(classes) <= MOST_NAMED else 5
-    axes.set_xticks(ticks, classes, rotation=90, fontsize=small)
-    axes.set_yticks(ticks, classes, fontsize=small)
-    if len(classes) <= MOST_NAMED:
-        for row in ticks:
-            for column in ticks:
-                shade = "white" if shares[row, column] > 0.5 else "black"
-                text = str(counts[row, column])
-                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
-    axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title(title, loc="left", fontsize=9)
-    figure.savefig(path, dpi=130)
+    confusion_figure(counts, classes, title).savefig(path, dpi=DPI)
 
 
 class CurveKind(NamedTuple):

@@ -35,6 +35,7 @@ def model_path(template: str, round_index: int, **which: int | str) -> str:
 
 
 MANIFEST = "manifest.jsonl"
+STATUS = "status.json"  # while the run goes on
 TRACKED = "tracked"  # the folder of --track's files
 MODELS = "models/"  # the folder of a run's weights
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"

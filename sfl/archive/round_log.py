@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -99,6 +100,7 @@ class RoundLog:
         self._columns = ("round", *names, "took_part", "missing")
         # Of each client's steps, in order: loss, counts and samples, 8 bytes each.
         self._steps: dict[int, array[float]] = {}
+        self._confusion: dict[int, Tensor] = {}  # of each client's test set in the round
         self.progress = Progress(rounds)
         self.figures: dict[str, float] = {}  # of the last round, by the columns of rounds.csv
         path = folder.path / "rounds.csv"
@@ -117,7 +119,7 @@ class RoundLog:
         self._tracking.end(self.figures, failed=kind is not None)
 
     def start_round(self, round_index: int, num_steps: int) -> None:
-        self._steps = {}
+        self._steps, self._confusion = {}, {}
         self.progress.start(round_index, num_steps)
 
     def _note_first_step(self) -> None:
@@ -138,6 +140,14 @@ class RoundLog:
         self._note_first_step()
         self._steps[client] = array("d", table.numpy().tobytes())
         self.progress.step(float(table[-1, 0]), len(table))
+
+    def predicted(self, client: int, labels: Tensor, outputs: Tensor) -> None:
+        if self._task.confusion and self._tracking.is_wanted:
+            self._confusion[client] = self._task.confusion(outputs, labels)
+
+    def num_steps(self, client: int) -> int:
+        """Return how many steps of a client the round has so far."""
+        return len(self._steps.get(client, ())) // (len(self._task.trained) + 1)
 
     def _rows(self, client: int) -> Iterator[tuple[float, ...]]:
         """Yield loss, counts and samples of each step of a client."""
@@ -203,7 +213,8 @@ class RoundLog:
         """Return a round's figures for the trackers: those of its files."""
         steps = {k: list(self._step_metrics(k)) for k in self._steps}
         told = {name: text for name, text in texts.items() if text}
-        return TrackedRound(round_index, self.figures, told, clients, steps)
+        tested = sum(self._confusion.values(), torch.tensor(0)) if self._confusion else None
+        return TrackedRound(round_index, self.figures, told, clients, steps, confusion=tested)
 
     def _summary(self, round_index: int, overall: Mapping[str, float]) -> str:
         metric, title = self._task.shown

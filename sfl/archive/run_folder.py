@@ -58,9 +58,11 @@ def create_run_folder(parent: Path, name: str) -> Path:
 WATCHED = ("models", "client_files", "checkpoints", "rounds")  # besides the folder and its log
 SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
 FIRST_STEP = "training begins: the first step is taken"  # line of either log
+# How the lines begin with which the server's log ends; after a failure, GO_ON may follow.
+RUN_OVER, RUN_FAILED, GO_ON = "the run lies in ", "the run failed: ", "go on with: "
 # Files that a run's folder, on server or client, may contain before the first step.
 _BEFORE_STEPS = re.compile(
-    r"(server|client)_log\.txt|(config|environment)\.json|manifest\.jsonl|(rounds|profile)\.csv"
+    r"(server|client)_log\.txt|(config|environment)\.json|status\.json(\.tmp)?|manifest\.jsonl|(rounds|profile)\.csv"
     r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*"
 )
 
@@ -239,7 +241,7 @@ def reporting_failure(
         if tell is not None:
             tell(reason, MessageType.END_RUN if gone else MessageType.ABORT)
         with contextlib.suppress(OSError):  # on a full disk, still raise the error itself
-            events.note(f"the run failed: {reason}")
+            events.note(f"{RUN_FAILED}{reason}")
         if hint := resume_hint():
             with contextlib.suppress(OSError):
                 events.note(hint)
@@ -255,6 +257,6 @@ def resume_hint(path: Path, model: str) -> Callable[[], str]:
 
     def hint() -> str:
         resume = f"{command('server')} --resume {path}{allow}"
-        return f"go on with: {resume}" if checkpoint_paths(path) else ""
+        return f"{GO_ON}{resume}" if checkpoint_paths(path) else ""
 
     return hint

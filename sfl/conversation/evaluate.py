@@ -76,6 +76,7 @@ def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversa
                 predictions.add(y, outputs)
                 total.add(tally)
     predictions.write(party, round_index)
+    predictions.tell(party)
     if is_cut and party.computes_loss:
         return total.tally
     return (yield from _receive_result(party, part, round_index))
@@ -143,6 +144,12 @@ class _Predictions:
             outputs = torch.cat(self._outputs)
             both = {"labels": torch.cat(self._labels), party.task.output_name: outputs}
             party.archive.write("predictions", path, encode_state(both), round_index)
+
+    def tell(self, party: ServerParty) -> None:
+        """Tell the run's figures of labels and outputs."""
+        if self._labels:
+            labels, outputs = torch.cat(self._labels), torch.cat(self._outputs)
+            party.watcher.predicted(party.client, labels, outputs)
 
 
 def _receive_result(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:

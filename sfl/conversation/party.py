@@ -49,6 +49,9 @@ class ServerWatcher(Watcher, Protocol):
     def steps(self, client: int, table: Tensor) -> None:
         """Log all steps of a client's round, as ``checked_steps`` returns them."""
 
+    def predicted(self, client: int, labels: Tensor, outputs: Tensor) -> None:
+        """Take labels and outputs of a client's test set, if the server has both."""
+
 
 @dataclass(kw_only=True)
 class Party:

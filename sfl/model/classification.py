@@ -31,6 +31,13 @@ def count_by_class(logits: Tensor, y: Tensor) -> Tensor:
     return torch.stack([torch.bincount(v, minlength=classes) for v in (y, taken_for, right)])
 
 
+def count_confusion(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the samples by class and by what they are taken for: (classes, classes) int64."""
+    classes = logits.shape[1]
+    pairs = y * classes + logits.argmax(1)
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
 def checked_classes(
     rows: Sequence[object], counts: Sequence[int], samples: int, num_classes: int
 ) -> Tensor:

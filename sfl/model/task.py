@@ -41,6 +41,8 @@ class Task:
     count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
     table: Table | None = None
     falls: frozenset[str] = frozenset({"loss"})  # metrics that are better if lower; others higher
+    # (outputs, labels) -> int64 counts, by what a sample is and what it is taken for; they add up
+    confusion: Callable[[Tensor, Tensor], Tensor] | None = None
     shown: tuple[str, str]  # the metric shown to users beside the loss, and its title
 
     @property
@@ -112,6 +114,7 @@ TASKS: dict[str, Task] = {
             metrics=classification.class_metrics,
             columns=("balanced_acc", "macro_f1", "weighted_f1"),
         ),
+        confusion=classification.count_confusion,
         shown=("acc", "accuracy"),
     ),
 }

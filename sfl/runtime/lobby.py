@@ -27,6 +27,7 @@ from sfl.errors import (
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience, Place, check_any_can_return, is_refusal
 from sfl.runtime.roster import Roster
+from sfl.runtime.waiting_notice import WaitingNotice
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation, Gate
 from sfl.wire.link import ANY_ID, Link, last_words_for
@@ -34,7 +35,6 @@ from sfl.wire.members import Member, Members
 from sfl.wire.messages import Message, MessageType
 
 REGISTER_WITHIN_S = 10.0  # a connection that has not registered by then is closed
-NOTIFY_EVERY_S = 30.0  # interval of messages to waiting clients
 GOODBYE_S = 10.0  # wait after the run for clients that are away
 LINGER_S = 60.0  # wait after the run for connected clients that do not unregister
 MISSED_HEARTBEATS = 2  # after which another process may take a client's place
@@ -66,7 +66,7 @@ class Lobby:
         self._is_ending = False
         self._round = -1
         self._checked_at = 0.0
-        self._notified_at = time.monotonic()
+        self.notice = WaitingNotice(self.events)
 
     # Before the start
 
@@ -77,8 +77,9 @@ class Lobby:
         round does.
         """
         began_at = time.monotonic()
-        while not self._may_begin() and not self._skips_absent(time.monotonic() - began_at):
-            self._wait_and_handle([], [])
+        with self.notice:
+            while not self._may_begin() and not self._skips_absent(time.monotonic() - began_at):
+                self._wait_and_handle([], [])
         if self.admission.past:
             for k in self.roster.ids - self.roster.ready():
                 place = self.roster.places.setdefault(k, Place(why="it did not come"))
@@ -305,12 +306,17 @@ class Lobby:
             self._drop_stalled(links, min(elapsed_s, 2 * POLL_S))
             if not self._is_ending:
                 check_any_can_return(self.roster.places.values())
-        if time.monotonic() - self._notified_at > NOTIFY_EVERY_S:
-            waits = any(not p.is_here and not p.is_skipped for p in self.roster.places.values())
-            if waits or not self.roster.has_begun:
-                self.events.say(self.roster.missing_message)
-                self._notify()
-            self._notified_at = time.monotonic()
+        if self.notice.update(self._whom_it_waits_for()):
+            self._notify()
+
+    def _whom_it_waits_for(self) -> str:
+        """Return a line about who is missing and who is there; "" if nobody is missing."""
+        places = self.roster.places.values()
+        if self.roster.has_begun and all(p.is_here or p.is_skipped for p in places):
+            return ""
+        limit = self.patience.skip_after_s
+        until = f", at most {limit:g} s" if limit and self.roster.has_begun else ""
+        return f"{self.roster.missing_message}; {self.roster.there_message}{until}"
 
     def _drop_stalled(self, links: Collection[Link], elapsed_s: float) -> None:
         """Drop clients that the round waits for and that make no progress."""
@@ -351,7 +357,6 @@ class Lobby:
         free = "" if self.roster.has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")
         if not place.is_skipped:
-            self._notified_at = time.monotonic()
             self._notify()
 
     def take_changes(self) -> list[tuple[int, bool]]:

@@ -158,6 +158,7 @@ class Preparation:
             steps_in_round=most,
             first_round=self._first_round,
             is_resumed=self.past is not None,
+            classes=self._data["classes"],
         )
 
     @cached_property

@@ -8,6 +8,7 @@ from sfl.runtime.client_places import Place
 from sfl.wire.link import ANY_ID
 from sfl.wire.members import Member
 
+MOST_NAMED = 8  # clients that are ready, in one line
 MOST_REASONS = 3  # of clients that have left before the start, in one line
 
 
@@ -67,6 +68,14 @@ class Roster:
         if left:
             names += f"; not there any more: {', '.join(left)}"
         return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
+
+    @property
+    def there_message(self) -> str:
+        """Some words that name the clients that are ready."""
+        ready = sorted(self.ready())
+        if len(ready) > MOST_NAMED:
+            return f"{counted(len(ready), 'client')} there"
+        return f"there: {', '.join(f'client_{k}' for k in ready)}" if ready else "nobody is there"
 
     def check_id(self, wanted: int) -> None:
         if wanted not in self.ids:

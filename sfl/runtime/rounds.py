@@ -80,6 +80,7 @@ class Rounds:
     may_skip: bool = False
     fewest: int = 1  # clients with which a round can be merged
     at_once: int = 0  # most clients that train at the same time, each with a copy; 0: all
+    plan: RoundPlan | None = None  # of this round
     _start_shared: Mapping[str, Shared] = field(default_factory=dict)  # at this round's start
     _missing: dict[int, str] = field(default_factory=dict)  # clients absent in the round, and why
     _optimizers: dict[int, Mapping[str, Snapshot]] = field(default_factory=dict)  # at its start
@@ -244,6 +245,7 @@ class Rounds:
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
         )  # fmt: skip
+        self.plan = plan
         if self.joint_steps:
             self.joint_steps.start(plan.order)
         self.log.start_round(round_index, plan.num_own_steps)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from sfl.archive.live_status import LiveStatus, Now
 from sfl.archive.run_folder import (
+    RUN_OVER,
     SERVER_LOG,
     EventLog,
     RunFolder,
@@ -46,6 +48,7 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel
+from sfl.runtime.whereabouts import in_lobby, in_rounds
 from sfl.strategy.merge import fewest_connected
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
@@ -101,7 +104,10 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
                 stack.enter_context(fed_server(node, run, past, transport))
             server = _Server(recipe, node, device, folder, past, place, trackers)
             server.announce(listener.address)
-            rounds = server.prepare(network)
+            lobby = server.lobby(network)
+            stack.enter_context(lobby.notice)
+            stack.enter_context(LiveStatus(path, lambda: server.now(lobby)))
+            rounds = server.prepare(lobby)
             stack.callback(rounds.spool.close)
             if place is not None and server.fed == HERE and node.resume:
                 _delete_weights(place, rounds)
@@ -131,6 +137,7 @@ class _Server:
     past: Past | None
     place: ObjectStore | None  # the store of weights
     trackers: Mapping[str, Tracker]
+    rounds: Rounds | None = None  # once they are prepared
 
     @property
     def run(self) -> RunConfig:
@@ -162,10 +169,13 @@ class _Server:
         for line in exposure(self.node):
             events.say(line)
 
-    def prepare(self, network: ServerNetwork) -> Rounds:
+    def now(self, lobby: Lobby) -> Now:
+        """Return what the run does at the moment; called on another thread."""
+        return in_rounds(self.rounds) if self.rounds else in_lobby(lobby.roster)
+
+    def prepare(self, lobby: Lobby) -> Rounds:
         """Register the clients, and return the rounds with them."""
         run, node, is_here = self.run, self.node, self.fed == HERE
-        lobby = self._lobby(network)
         if self.past and self.past.is_over(self.recipe):  # only TRAINING_DONE is left to send
             lobby.end_soon()
         joined = lobby.gather()
@@ -173,8 +183,8 @@ class _Server:
             self.past = _agree_on_round(self.past, joined, self.fed, self.folder.events)
         crash_point("start.ready")
         options = _store_options(run, node, self.folder.path, self.folder.events)
-        make = store_maker(self.place, options, network.wake)
-        rounds = Preparation(
+        make = store_maker(self.place, options, lobby.wake)
+        self.rounds = rounds = Preparation(
             recipe=self.recipe,
             joined=joined,
             network=lobby,
@@ -196,7 +206,8 @@ class _Server:
             )
         return rounds
 
-    def _lobby(self, network: ServerNetwork) -> Lobby:
+    def lobby(self, network: ServerNetwork) -> Lobby:
+        """Return the network of this run's clients."""
         recipe, node = self.recipe, self.node
         return Lobby(
             members=network,
@@ -355,7 +366,7 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
         folder.events.say(f"test {title} {shown:.4f}, test loss {loss:.4f}")
     else:
         folder.events.say(f"no client has a test set: there is no test {title}")
-    folder.events.say(f"the run lies in {folder.path}")
+    folder.events.say(f"{RUN_OVER}{folder.path}")
     folder.archive.write("events", SERVER_LOG, (folder.path / SERVER_LOG).read_bytes())
     folder.archive.flush()
     return figures

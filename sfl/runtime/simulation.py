@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sfl.archive.live_status import LiveStatus
 from sfl.archive.profile import Profile
 from sfl.archive.run_folder import (
     SERVER_LOG,
@@ -42,6 +43,7 @@ from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
+from sfl.runtime.whereabouts import in_rounds
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
@@ -247,6 +249,7 @@ def simulate(
             options=RoundOptions(may_skip=bool(away), keeps_answers=False),
         ).rounds()
         clients.start(rounds, network, archives)
+        archives.enter_context(LiveStatus(path, lambda: in_rounds(rounds)))
         finish(rounds, folder)
     return path
 

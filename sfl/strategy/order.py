@@ -112,6 +112,7 @@ class RoundPlan:
         ``at_once``: number of clients that train at the same time; 0: all.
         """
         run, row = recipe.run, recipe.scheme
+        self.round_index = round_index
         self._scheme, self._backs, self._may_skip = row, backs, may_skip
         self._training: set[int] = set()  # clients that train now
         self.spool = spool
@@ -141,6 +142,13 @@ class RoundPlan:
     def num_own_steps(self) -> int:
         """The steps of the round, where those that clients take together count once."""
         return sum(self.num_steps[k] for k in self._leaders)
+
+    @property
+    def all_have_trained(self) -> bool:
+        return not self._training and self.starts.keys() >= set(self.order)
+
+    def is_training(self, client: int) -> bool:
+        return client in self._training
 
     def num_steps_for(self, client: int) -> int:
         """Return the number of replies to a client: its steps, or with a pool the most of any."""

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +24,11 @@ class TensorBoard:
         self.histograms = histograms
         self._num_before: Callable[[int], int] = lambda round_index: 0
         self._events: dict[str, _Events] = {}  # by the folder's name
+        self._classes: Sequence[str] = ()
 
     def start(self, run: TrackedRun) -> str:
         folder, first = run.folder / "tensorboard", run.first_round
-        self._num_before = run.num_before
+        self._num_before, self._classes = run.num_before, run.classes
         for name, start in ((ROUNDS, first), (STEPS, run.num_before(first))):
             self._events[name] = _Events(folder / name, start)
         options = "\n".join(f"| {name} | {value} |" for name, value in run.config.items())
@@ -44,11 +45,18 @@ class TensorBoard:
             rounds.add_text(f"round/{name}", words, done.index)
         for name, values in done.weights.items():
             rounds.add_histogram(f"weights/{name}", values, done.index)
+        self._add_pictures(done)
         for row in done.step_rows():
             at = self._num_before(done.index) + (row.step or 0)
             steps.add_number(title_of(row), row.value, at)
         for events in self._events.values():
             events.flush()
+
+    def _add_pictures(self, done: TrackedRound) -> None:
+        from sfl.tracking.pictures import confusion_pixels
+
+        if (pixels := confusion_pixels(done, self._classes)) is not None:
+            self._events[ROUNDS].add_picture("round/confusion", pixels, done.index)
 
     def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
         """Close the files; the last round's figures are in them."""
@@ -90,6 +98,10 @@ class _Events:
 
     def add_histogram(self, tag: str, values: Any, at: int) -> None:
         self._write(step=at, summary=self._summaries.histogram(tag, values.numpy(), BINS))
+
+    def add_picture(self, tag: str, pixels: Any, at: int) -> None:
+        """Add a picture: (height, width, channels) uint8."""
+        self._write(step=at, summary=self._summaries.image(tag, pixels, dataformats="HWC"))
 
     def flush(self) -> None:
         self._writer.flush()

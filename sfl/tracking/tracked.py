@@ -21,6 +21,7 @@ class TrackedRun:
     steps_in_round: int  # of the client that takes the most
     first_round: int
     is_resumed: bool
+    classes: Sequence[str] = ()  # what the task tells apart
 
     def num_before(self, round_index: int) -> int:
         """Return where a round's steps begin, counted over the whole run."""
@@ -46,6 +47,9 @@ class TrackedRound:
     clients: Mapping[int, Mapping[str, float]]
     steps: Mapping[int, Sequence[Mapping[str, float]]]  # of each client, in order
     weights: Mapping[str, "Tensor"] = field(default_factory=dict)  # merged, if they are wanted
+    # Of the test set, int64 counts (class, what it is taken for); None if the round has none, or
+    # labels or outputs stay at the clients.
+    confusion: "Tensor | None" = None
 
     def rows(self) -> Iterator[Row]:
         """Yield the figures of the round: of all, then of each client."""

@@ -30,6 +30,11 @@ class Tracking:
         self._run = run
         self._say = say
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is a tracker."""
+        return bool(self._workers)
+
     def start(self) -> None:
         for worker in self._workers.values():
             worker.start(self._run)
@@ -38,7 +43,7 @@ class Tracking:
         self, make: Callable[[], TrackedRound], weights: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         """Hand on a round's figures, with the merged weights of each segment if they are wanted."""
-        if not self._workers:
+        if not self.is_wanted:
             return
         done = make()
         if any(worker.wants_weights(done.index) for worker in self._workers.values()):

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from sfl.errors import told
@@ -18,6 +18,7 @@ class WeightsAndBiases:
         self.histograms = histograms
         self._project = project
         self._num_before: Callable[[int], int] = lambda round_index: 0
+        self._classes: Sequence[str] = ()
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> str:
@@ -25,7 +26,7 @@ class WeightsAndBiases:
 
         mode: Any = os.environ.get("WANDB_MODE")  # the user's word
         offline = "" if mode else _why_offline()
-        self._num_before = run.num_before
+        self._num_before, self._classes = run.num_before, run.classes
         self._run = wandb.init(
             project=self._project,
             id=run.name,
@@ -47,6 +48,8 @@ class WeightsAndBiases:
     def add(self, done: TrackedRound) -> None:
         import wandb
 
+        from sfl.tracking.pictures import confusion_pixels
+
         by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
         for row in done.step_rows():
             at = self._num_before(done.index) + (row.step or 0)
@@ -56,7 +59,9 @@ class WeightsAndBiases:
         figures = {title_of(row): row.value for row in done.rows()}
         texts = {f"round/{name}": text for name, text in done.texts.items()}
         weights = {f"weights/{n}": wandb.Histogram(v.tolist()) for n, v in done.weights.items()}
-        self._run.log({"round": done.index, **figures, **texts, **weights})
+        pixels = confusion_pixels(done, self._classes)
+        pictures = {} if pixels is None else {"round/confusion": wandb.Image(pixels)}
+        self._run.log({"round": done.index, **figures, **texts, **weights, **pictures})
 
     def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
         self._run.summary.update(dict(summary))

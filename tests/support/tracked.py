@@ -49,6 +49,7 @@ class Events(NamedTuple):
     numbers: Curves
     texts: dict[tuple[str, int], str]
     histograms: set[tuple[str, int]]
+    pictures: dict[tuple[str, int], bytes]  # PNG
 
 
 def events_of(folder: Path) -> Events:
@@ -59,7 +60,7 @@ def events_of(folder: Path) -> Events:
     )
     from tensorboard.util.tensor_util import make_ndarray
 
-    found = Events({}, {}, set())
+    found = Events({}, {}, set(), {})
     for name in ("rounds", "steps"):
         events = EventAccumulator(str(folder / name), size_guidance={TENSORS: 0}).Reload()
         for tag in events.Tags()["tensors"]:
@@ -67,6 +68,8 @@ def events_of(folder: Path) -> Events:
                 value, key = make_ndarray(event.tensor_proto), (tag, event.step)
                 if tag.startswith("weights/"):
                     found.histograms.add(key)
+                elif value.dtype == object and value.size > 1:  # width, height, picture
+                    found.pictures[key] = value[2]
                 elif value.dtype == object:
                     found.texts[key] = value.item().decode()
                 else:
@@ -105,6 +108,8 @@ def curves_of_wandb(path: Path) -> Curves:
     found: Curves = {}
     for row in rows_of_wandb(path):
         for name, value in row.items():
+            if name.startswith("round/confusion/"):  # of a picture: its size, ...
+                continue
             axis = "step" if name.startswith("step/") else "round"
             if "/" in name and isinstance(value, int | float):
                 assert (name, row[axis]) not in found

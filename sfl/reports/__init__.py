@@ -1,0 +1,1 @@
+"""A run read from its folder, for people."""

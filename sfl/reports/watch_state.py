@@ -1,0 +1,182 @@
+"""What a run's folder tells while the run goes on, or after it: read-only, from outside.
+
+The folder may lie on a network file system, and each file may be in the middle of a change.
+"""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfl.archive.live_status import Status, read_status
+from sfl.archive.round_log import read_summary
+from sfl.archive.run_folder import GO_ON, RUN_FAILED, RUN_OVER, SERVER_LOG, resume_hint
+from sfl.errors import RunError
+from sfl.files import strict_json
+from sfl.files.regular_files import read_plain
+
+SILENT_S = 30.0  # without a sign of life, a run counts as dead
+TAIL_BYTES = 20_000  # of the log
+MEAN_OF = 5  # rounds, for the time that is left
+LEAST_SHARE = 0.02  # of the first round, before it says how long the run takes
+# What a run is.
+RUNNING, OVER, FAILED, SILENT = "running", "over", "failed", "silent"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run's folder at one moment."""
+
+    path: Path
+    config: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, str]]  # the lines of rounds.csv
+    status: Status | None
+    log: Sequence[str]  # its last lines
+    log_written_at: float
+
+    @property
+    def num_rounds(self) -> int:
+        """How many rounds the run has been asked for; 0 if that is not known."""
+        found = self.config.get("rounds")
+        return found if isinstance(found, int) else 0
+
+    @property
+    def written_at(self) -> float:
+        """The last sign of life, in seconds since 1970."""
+        return max(self.log_written_at, self.status.written_at if self.status else 0.0)
+
+    @property
+    def last_words(self) -> str:
+        """The line with which the run has ended; "" while it goes on."""
+        ends = (RUN_OVER, RUN_FAILED)
+        words = [line[len("2026-01-01 00:00:00 ") :] for line in self.log[-2:]]
+        if words and words[-1].startswith(GO_ON):
+            words.pop()
+        return words[-1] if words and words[-1].startswith(ends) else ""
+
+    def state(self, silent_s: float) -> str:
+        """Return what the run is, by how long ago its last sign of life was."""
+        if words := self.last_words:
+            return OVER if words.startswith(RUN_OVER) else FAILED
+        return SILENT if silent_s > SILENT_S or self._is_dead() else RUNNING
+
+    def _is_dead(self) -> bool:
+        """Return whether its process is known to have ended, which this machine's are alone."""
+        status = self.status
+        if status is None or status.host != platform.node() or status.pid <= 0:
+            return False
+        try:
+            os.kill(status.pid, 0)  # sends nothing
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False
+        return False
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The command that resumes the run; "" if it cannot be."""
+        is_servers = "port" in self.config  # a simulation has none
+        return resume_hint(self.path, str(self.config.get("model", "")))() if is_servers else ""
+
+    @property
+    def round_share(self) -> float:
+        """How much of this round's training is done, from 0 to 1."""
+        doings = self.status.now.clients.values() if self.status else ()
+        of_steps = sum(doing.of_steps for doing in doings)
+        return sum(doing.steps for doing in doings) / of_steps if of_steps else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """The time that the run's rounds are going to take; None if nothing tells."""
+        status, done = self.status, len(self.rounds)
+        if status is None or status.now.round < 0:
+            return None
+        spent_s, left = status.written_at - status.round_began_at, self.num_rounds - done
+        recent = [float(row["seconds"]) for row in self.rounds[-MEAN_OF:] if row.get("seconds")]
+        if recent:
+            mean_s = sum(recent) / len(recent)
+            return mean_s * max(left - 1, 0) + max(mean_s - spent_s, 0.0)
+        share = self.round_share
+        return spent_s / share * left - spent_s if share >= LEAST_SHARE else None
+
+
+def look(path: Path) -> Seen:
+    """Return what a run's folder tells.
+
+    Raises:
+        RunError: it is no run's folder.
+        IntegrityError: ``status.json`` is damaged.
+    """
+    log, written_at = _tail(path / SERVER_LOG)
+    status = read_status(path)
+    return Seen(path, _config(path), _rounds(path), status, log, written_at)
+
+
+def _tail(path: Path) -> tuple[list[str], float]:
+    """Return the last lines of a log, and when it was written."""
+    try:
+        found = path.stat()
+        data = read_plain(path, max(found.st_size - TAIL_BYTES, 0))
+    except OSError as error:
+        why = error.strerror or error
+        raise RunError(
+            f"{path.parent} is no folder of a server's run: {path.name}: {why}"
+        ) from error
+    lines = data.decode(errors="replace").splitlines()
+    return lines[1:] if found.st_size > TAIL_BYTES else lines, found.st_mtime
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):  # not written yet
+        found = strict_json.loads(read_plain(path / "config.json"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _rounds(path: Path) -> list[dict[str, str]]:
+    with contextlib.suppress(OSError, ValueError):
+        return read_summary(read_plain(path / "rounds.csv"))
+    return []
+
+
+def run_folder(name: str, out: Path) -> Path:
+    """Return a run's folder by its path or name; "" for the run that was written last.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    runs = out / "server"
+    if name:
+        for path in (Path(name), runs / name):
+            if (path / SERVER_LOG).is_file():
+                return path
+        raise RunError(f"there is no run {name}, nor {runs / name}: give its folder, or see --out")
+    logs = {path.stat().st_mtime: path.parent for path in runs.glob(f"*/{SERVER_LOG}")}
+    if not logs:
+        raise RunError(f"there is no run in {runs}: give a run's folder, or see --out")
+    return logs[max(logs)]
+
+
+class Watched:
+    """A run that is looked at again and again; tells how long it has been silent."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last: tuple[float, float] | None = None  # written at, seen at on our clock
+
+    def look(self) -> tuple[Seen, float]:
+        """Return what the folder tells, and for how many seconds it has told nothing new.
+
+        By the machines' clocks at first; after that by ours alone, which may differ from the run's.
+        """
+        seen, now = look(self._path), time.monotonic()
+        if self._last is None:
+            self._last = seen.written_at, now - max(time.time() - seen.written_at, 0.0)
+        elif seen.written_at != self._last[0]:
+            self._last = seen.written_at, now
+        return seen, now - self._last[1]
