@@ -164,6 +164,7 @@ _IN_A_CLONE = {
     "client": "run_client.py",
     "simulate": "python -m experiments.simulate",
     "replay": "python -m experiments.replay",
+    "predict": "python -m experiments.predict",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}
@@ -175,7 +176,7 @@ def is_clone() -> bool:
 
 
 def command(program: str) -> str:
-    """Return how the user starts a program: ``server``, ``client``, ``simulate``, ``replay``."""
+    """Return how the user starts a program: ``server``, ``client``, ``predict``, ..."""
     return _IN_A_CLONE[program] if is_clone() else f"sfl-{program}"
 
 

@@ -39,7 +39,9 @@ ROOMS = {
     "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
-    "programs": "ground files options wire transport tracking runtime",
+    "trained": "ground files options wire transport data model archive strategy conversation"
+    " runtime interactive",
+    "programs": "ground files options wire transport tracking runtime trained",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
 OF_ANY_TRANSPORT = {
@@ -85,6 +87,7 @@ LOOK_UPS = {
         "runtime.fed_server",
         "runtime.preflight",
         "runtime.recorded_run",
+        "trained.models",
     },
 }
 REGISTRIES = {

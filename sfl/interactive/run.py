@@ -37,6 +37,8 @@ from sfl.nodes import NodeConfig
 from sfl.options import from_values
 from sfl.runtime.recorded_run import RecordedRun, config_of, load
 from sfl.runtime.simulation import simulate as simulate_run
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
 
 FolderPath = str | os.PathLike[str]
 
@@ -116,6 +118,25 @@ class Run:
         """Yield the recorded steps with their tensors, as ``sfl.archive`` does."""
         return self._archive.steps(client=client, round=round)
 
+    @property
+    def recipe(self) -> Recipe:
+        """What the run's options name."""
+        return self._recorded.recipe
+
+    @property
+    def split(self) -> SplitModel:
+        """How the run's model is cut, with its initial weights."""
+        return self._recorded.split
+
+    @property
+    def clients(self) -> list[int]:
+        """The ids of the clients that have samples of their own."""
+        return self._recorded.clients
+
+    def last_round(self, round: int | None = None) -> int:
+        """Return the last finished round, or ``round`` if it is finished."""
+        return self._trained.last(round)
+
     @functools.cached_property
     def _trained(self) -> Trained:
         return Trained(self._recorded, self._holders)
@@ -152,14 +173,15 @@ class Run:
         return self._trained.model(round, client)
 
     @property
-    def _spec(self) -> DatasetSpec:
+    def data_spec(self) -> DatasetSpec:
+        """The kind of the run's samples, normalised as in the run."""
         recorded = self._recorded
         return normalised(dataset_of(recorded.run, recorded.allowed), recorded.run)
 
     @property
     def normalisation(self) -> Normalisation:
         """What the run's model expects of its input, and the names of what it tells apart."""
-        data, spec = self._recorded.data, self._spec
+        data, spec = self._recorded.data, self.data_spec
         is_table = len(data["input_shape"]) < len(spec.input_shape)  # own data, aligned by ids
         figures = (0.0, 1.0) if is_table else (spec.mean, spec.std)
         mean, std = (f if isinstance(f, tuple) else (f,) for f in figures)

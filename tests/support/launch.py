@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from sfl.cli import main_client, main_server
+from sfl.cli import main_client, main_predict, main_server
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
@@ -122,6 +122,10 @@ class Launcher:
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]
         return self._start("client", main_client, argv, env)
+
+    def predict(self, *options: object) -> Program:
+        argv = ["--server", f"127.0.0.1:{self.port}", *options]
+        return self._start("predict", main_predict, argv)
 
     def run(
         self, *options: object, clients: int = 3, client_options: Sequence[object] = ()
