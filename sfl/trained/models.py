@@ -101,15 +101,16 @@ def read_front(files: Sequence[str], node: ClientNode, device: torch.device) -> 
     about = next(iter(parts.values())).about
     if any(_model_of(part.about) != _model_of(about) for part in parts.values()):
         raise ConfigError(f"--front: {', '.join(parts)} are parts of different models")
+    if not about.cuts:
+        raise ConfigError(f"--front {files[0]}: is of a model without a cut: there is no front")
     options: dict[str, Any] = {
         "model": about.model,
         "cut": ",".join(map(str, about.cuts)),
         "task": about.task,
         "seed": about.seed,
+        "run": about.run,
     }
-    run = from_values(RunConfig, {**options, "run": about.run}, files[0]) if about.cuts else None
-    if run is None:
-        raise ConfigError(f"--front {files[0]}: is of a model without a cut: there is no front")
+    run = from_values(RunConfig, options, files[0])
     recipe = Recipe.of(run, node.allowed_imports | remembered())
     split = SplitModel(recipe, about.input_shape, len(about.classes))
     needed, given = split.held_by(Holder.CLIENT), [part.about.part for part in parts.values()]
@@ -167,8 +168,9 @@ class ServedModel:
         sent, received = (now - then for now, then in zip(self._moved, self._began, strict=True))
         ordered = sorted(self._seconds)
         median, slow = statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))]
+        count = len(ordered)
         return (
-            f"{counted(len(ordered), 'batch').replace('batchs', 'batches')}: median latency"
+            f"{count} batch{'' if count == 1 else 'es'}: median latency"
             f" {1e3 * median:.1f} ms, 95 % within {1e3 * slow:.1f} ms; {sent:,} bytes sent,"
             f" {received:,} received"
         )

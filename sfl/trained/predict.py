@@ -21,7 +21,7 @@ from sfl.nodes import ClientNode
 from sfl.options import from_values, names_of
 from sfl.trained.inputs import Batch, Files, TestSet
 from sfl.trained.models import Model, RunsModel, ServedModel, run_of, served
-from sfl.trained.predictions import MOST_SHOWN, Predictions, total_of
+from sfl.trained.predictions import MOST_SHOWN, Predictions
 
 OF_A_RUN = ("threads", "data_dir", "cache_dir", "allow_import")
 
@@ -91,7 +91,7 @@ def _predicted(model: Model, groups: Sequence[Iterable[Batch]]) -> tuple[Predict
         for batch in group:
             yield found.add(batch, model.outputs(batch.x))
 
-    return found, add_up([total_of(tallies(group)) for group in groups])
+    return found, add_up([add_up(tallies(group)) for group in groups])
 
 
 def _show(found: Predictions, tally: Tally, csv: str) -> None:

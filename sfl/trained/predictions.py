@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfl.errors import ConfigError
 from sfl.files.atomic import write_file
-from sfl.model.metrics import Tally, Total
+from sfl.model.metrics import Tally
 from sfl.model.task import Task
 from sfl.trained.inputs import UNKNOWN, Batch
 from sfl.wire.link import one_line
@@ -90,11 +90,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
-
-
-def total_of(tallies: Iterable[Tally]) -> Tally:
-    """Return the sum of tallies, as an evaluation adds up the batches of one client."""
-    total = Total()
-    for tally in tallies:
-        total.add(tally)
-    return total.tally
