@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sfl.errors import ConfigError, command, counted, not_installed, reason_of
-from sfl.options import Parser, parse_options
+from sfl.options import Parser, add_options, parse_options
 from sfl.registry import NAMES
 from sfl.wire.link import one_line
 
@@ -42,6 +42,10 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
         about = f"Start the server of a split-learning run; the clients are {command('client')}."
         run, node = parse_options(argv, RunConfig, ServerNode, prog=prog, about=about)
+        if node.serve:
+            from sfl.trained.service import serve_model
+
+            return serve_model(run, node)
         from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while
         from sfl.runtime.server import serve
 
@@ -123,6 +127,19 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     return run_program(_short(prog), program)
 
 
+def main_predict(argv: Sequence[str] | None = None) -> int:
+    """Predict samples with a trained model, and return the exit code."""
+    prog = command("predict")
+
+    def program() -> None:
+        options = predict_parser(prog).parse_mixed_args(argv)
+        from sfl.trained.predict import predict
+
+        predict(options)
+
+    return run_program(_short(prog), program)
+
+
 def _export_parser(prog: str) -> Parser:
     about = "Write a part of a run's trained model as one file, for use without SFL."
     parser = Parser(prog=prog, description=about)
@@ -164,6 +181,47 @@ def main_watch(argv: Sequence[str] | None = None) -> int:
         watch(given.run, Path(given.out).expanduser(), given.interval, once=given.once)
 
     return run_program(_short(command("watch")), program)
+
+
+def predict_parser(prog: str) -> Parser:
+    """Return a parser of the options that ``predict`` takes."""
+    from sfl.nodes import ClientNode
+
+    about = (
+        "Predict images with the trained model of a run; or send a server (run_server.py --serve)"
+        " the activations of a front alone."
+    )
+    usage = f"{prog} RUN [IMAGES ...]\n       {prog} --server HOST:PORT --front FILE [IMAGES ...]"
+    parser = Parser(prog=prog, description=about, usage=usage)
+    parser.add_argument(
+        "paths", nargs="*", metavar="RUN, IMAGES",
+        help="shared_files/server/<run> without --server, then images, folders of them, .npz files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--front", default="", metavar="FILE",
+        help="the client's part of the model, by sfl-export --to torch; of a u-shaped one both"
+        " files, with a comma between them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--test-of",
+        default="",
+        metavar="RUN",
+        help="predict the test samples of this run instead, and compare with its figures",
+    )
+    parser.add_argument("--csv", default="", metavar="FILE", help="write all predictions there")
+    parser.add_argument(
+        "--round", type=int, metavar="R", help="the model after this round, from 0; else the last"
+    )
+    parser.add_argument(
+        "--client", type=int, metavar="K",
+        help="the front as this client has it; with --test-of, its samples alone",
+    )  # fmt: skip
+    names = (
+        "server connect_timeout peer_timeout token_file tls_ca tls_cert tls_key link device threads"
+        " data_dir cache_dir allow_import"
+    )
+    add_options(parser, ClientNode, names)
+    return parser
 
 
 def replay_parser(about: str) -> Parser:

@@ -166,6 +166,7 @@ _IN_A_CLONE = {
     "replay": "python -m experiments.replay",
     "export": "python -m experiments.export",
     "watch": "python -m experiments.watch",
+    "predict": "python -m experiments.predict",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}

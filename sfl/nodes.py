@@ -188,6 +188,10 @@ class ServerNode(PeerNode, TrackingNode):
     resume: str = option(
         "", "folder of a run to resume with its own options; --rounds may be larger"
     )
+    serve: str = option(
+        "", "instead of training: folder of a run whose server's part of the model is held for"
+        " those who send activations to it (sfl-predict), until interrupted",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -196,6 +200,8 @@ class ServerNode(PeerNode, TrackingNode):
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
         valid = 1 <= self.max_samples <= _MOST_SAMPLES
         require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
+        if self.serve and (self.resume or self.role != "all" or self.track):
+            raise ConfigError("--serve: leave out --resume, --role and --track: nothing is trained")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
         if self.tls_ca and self.role != "main":

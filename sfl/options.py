@@ -20,7 +20,7 @@ from sfl.trusted_imports import remembered
 T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.
 GROUPS = {
-    "run": "run resume scheme clients max_clients participation rounds test_every stop_when"
+    "run": "run resume serve scheme clients max_clients participation rounds test_every stop_when"
     " local_epochs server_order seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
     "model": "model cut topology fusion label_client party_models task",
@@ -81,7 +81,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = self.parse_known_args(args, namespace)
+        return self._without_rest(*self.parse_known_args(args, namespace))
+
+    def parse_mixed_args(self, args: Any = None) -> Any:
+        """Do as ``parse_args``; options may stand between the arguments of one list."""
+        return self._without_rest(*self.parse_known_intermixed_args(args))
+
+    def _without_rest(self, found: Any, rest: Sequence[str]) -> Any:
         if rest:
             raise self._unknown(rest)
         return found
@@ -139,13 +145,27 @@ def _add_options(parser: Parser, config_classes: Sequence[Any]) -> None:
     """Add the options of these classes, in the groups of ``GROUPS``."""
     known: dict[str, tuple[Any, tuple[type, ...]]] = {}
     for config_class in config_classes:
-        types = _value_types(config_class)
-        known |= {f.name: (f, types[f.name]) for f in dataclasses.fields(config_class)}
+        known |= _specs_of(config_class)
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names.split():
             if name in known:
                 _add_option(group, *known[name])
+
+
+def _specs_of(config_class: Any) -> dict[str, tuple[Any, tuple[type, ...]]]:
+    """Return the field of each option, and the types that its value may have."""
+    types = _value_types(config_class)
+    return {f.name: (f, types[f.name]) for f in dataclasses.fields(config_class)}
+
+
+def add_options(parser: Parser, config_class: Any, names: str) -> None:
+    """Add some options of a class, for a program that takes no others; those not typed are left out
+    of what the parser returns.
+    """
+    specs = _specs_of(config_class)
+    for name in names.split():
+        _add_option(parser, *specs[name])
 
 
 def _add_option(group: Any, spec: Any, kinds: tuple[type, ...]) -> None:

@@ -39,7 +39,8 @@ ROOMS = {
     "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
-    "trained": "ground files options model interactive",
+    "trained": "ground files options wire transport data model archive strategy conversation"
+    " runtime interactive",
     "reports": "ground files options wire archive",
     "programs": "ground files options wire transport tracking runtime interactive trained reports",
 }
@@ -93,6 +94,7 @@ LOOK_UPS = {
         "runtime.fed_server",
         "runtime.preflight",
         "runtime.recorded_run",
+        "trained.models",
     },
 }
 REGISTRIES = {

@@ -1,10 +1,10 @@
-"""Send, receive, check and record a batch's tensors at a cut, in training and evaluation.
+"""Send, receive, check and record a batch's tensors at a cut, in training and in use.
 
 ::
 
     sender: Cut.send                                 receiver: Cut.receive
       tensor -> file                             ->  file -> tensor, checked
-    Cut.record: files to the archive                 Cut.record: files to the archive
+    Cuts.record: files to the archive                Cuts.record: files to the archive
 
 Extension points: a defence changes the tensor at the start of ``encode``; a codec replaces
 ``encode_file`` there and ``decode_file`` in ``receive``. Neither exists yet.
@@ -12,23 +12,27 @@ Extension points: a defence changes the tensor at the start of ``encode``; a cod
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, GRADS, LABELS
+from sfl.archive.profile import Stopwatch
 from sfl.conversation.joint_steps import JointStep
 from sfl.conversation.party import TRAIN, Party
 from sfl.conversation.passes import Sent
 from sfl.errors import ProtocolError, RunError, SflError
 from sfl.files.checksum import File
-from sfl.files.torch_file import decode_file, encode_file
+from sfl.files.torch_file import TensorSpec, decode_file, encode_file
 from sfl.model.fusion import Joint
+from sfl.model.task import Task
 from sfl.model.topology import Holder, Stop, first_link, route
+from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.driver import Conversation
-from sfl.wire.link import kind_of
+from sfl.wire.link import Link, kind_of
 from sfl.wire.messages import Message, MessageType
 
 TRAINING = {
@@ -40,7 +44,36 @@ EVALUATION = {
     LABELS: MessageType.VALIDATION_LABELS,
     ACTIVATIONS: MessageType.VALIDATION_FEATURES,
 }
-_KIND_NAMES = {LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients"}
+OUTPUTS = "outputs"  # of the model, sent back where its last segment's input came from
+INFERENCE = {
+    ACTIVATIONS: MessageType.INFERENCE_FEATURES,
+    OUTPUTS: MessageType.INFERENCE_OUTPUTS,
+}
+_KIND_NAMES = {
+    LABELS: "labels", ACTIVATIONS: "activations", GRADS: "gradients", OUTPUTS: "outputs"
+}  # fmt: skip
+
+
+class Side(Protocol):
+    """What a cut needs of the party whose end it is."""
+
+    @property
+    def link(self) -> Link: ...
+
+    @property
+    def split(self) -> SplitModel: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def clock(self) -> Stopwatch: ...
+
+    def measure_compute(self) -> AbstractContextManager[None]: ...
+
+    def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None: ...
+
+    def end_wait(self) -> None: ...
 
 
 class Cut:
@@ -51,7 +84,7 @@ class Cut:
 
     def __init__(
         self,
-        party: Party,
+        party: Side,
         at: Position,
         num_samples: int,
         messages: Mapping[str, MessageType] = TRAINING,
@@ -59,8 +92,14 @@ class Cut:
         """``at``: the step; its ``link`` is the cut."""
         self._party, self._messages = party, messages
         self.at = at
-        z = party.split.features_spec(num_samples, at.link)
-        self._specs = {LABELS: party.task.labels_spec(num_samples), ACTIVATIONS: z, GRADS: z}
+        split, task = party.split, party.task
+        z = split.features_spec(num_samples, at.link)
+        self._specs = {
+            LABELS: task.labels_spec(num_samples),
+            ACTIVATIONS: z,
+            GRADS: z,
+            OUTPUTS: task.outputs_spec(num_samples, split.num_classes),
+        }
         self._files: dict[str, File] = {}  # sent and received tensors, to be recorded
         self.sent: Sent | None = None  # activations or gradients; a party sends one of them
         self.received = ""  # checksum of the others
@@ -93,7 +132,8 @@ class Cut:
             NotFinite: it holds NaN or infinity, and the run's policy is to reject them.
         """
         message = yield from self.receive_message(kind)
-        name = f"the {_KIND_NAMES[kind]} of client {self.at.client}"
+        client = f" of client {self.at.client}" if self.at.client >= 0 else ""
+        name = f"the {_KIND_NAMES[kind]}{client}"
         with self._party.measure_compute():
             tensor, file = decode_file(message.file, self._specs[kind], name)
             self._check(kind, tensor, name)
@@ -123,10 +163,10 @@ class Cut:
         if wrong := self._party.task.wrong_labels(tensor, self._party.split.num_classes):
             raise ProtocolError(f"{name} {wrong}")
 
-    def record(self, order: int) -> None:
-        """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
-        tensors = {kind: (file, self._specs[kind]) for kind, file in self._files.items()}
-        self._party.archive.record_step(tensors, self.at, order)
+    @property
+    def tensors(self) -> dict[str, tuple[File, TensorSpec]]:
+        """What was sent and received here, by kind."""
+        return {kind: (file, self._specs[kind]) for kind, file in self._files.items()}
 
 
 class JoinedCut(Cut):
@@ -224,9 +264,9 @@ class Cuts(dict[int, Cut]):
         return self[first_link(self._party.recipe.segments)]
 
     def record(self, order: int) -> None:
-        """Hand all tensors to the archive, see ``Cut.record``."""
+        """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
         for end in self.ends():
-            end.record(order)
+            self._party.archive.record_step(end.tensors, end.at, order)
 
 
 class Transfer(NamedTuple):

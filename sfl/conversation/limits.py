@@ -1,8 +1,9 @@
 """Limits on what each side accepts from the other: files, their sizes and where they are stored."""
 
+from sfl.archive.layout import ACTIVATIONS
 from sfl.conversation.cut import EVALUATION, TRAINING, transfers
 from sfl.files.torch_file import TensorSpec, max_file_bytes, max_state_bytes
-from sfl.model.topology import Holder, route
+from sfl.model.topology import Holder, holds_last, route
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
@@ -47,3 +48,19 @@ def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits
         figures = max_file_bytes([task.steps_spec(num_steps)])
         limits[MessageType.TRAINING_FIGURES] = figures
     return Limits(payload_bytes=limits, store=store)
+
+
+def inference_limits(split: SplitModel, holder: Holder) -> Limits:
+    """Return the limits of one side of split inference for the other's messages."""
+    way, size = route(split.recipe.segments, holder), split.evaluation_batch
+    specs = [
+        split.features_spec(size, transfer.link)
+        for transfer in transfers(way)
+        if transfer.kind == ACTIVATIONS and not transfer.sends
+    ]
+    of_one = [max_file_bytes([spec]) for spec in specs]
+    limits = {MessageType.INFERENCE_FEATURES: max(of_one, default=0)}
+    if not holds_last(way):
+        outputs = split.recipe.task.outputs_spec(size, split.num_classes)
+        limits[MessageType.INFERENCE_OUTPUTS] = max_file_bytes([outputs])
+    return Limits(payload_bytes=limits)

@@ -6,6 +6,7 @@ and replay run this text, whatever the topology::
 
     training:    forward in order; the loss at the last segment; backward in reverse order
     evaluation:  forward in order; the figures at the last segment
+    inference:   forward in order
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.archive.profile import Stopwatch
 from sfl.files.checksum import File
 from sfl.model.metrics import StepFigures, Tally
-from sfl.model.segment import Segment, evaluate_step, train_step
+from sfl.model.segment import Segment, tally_of, train_step
 from sfl.model.task import Task
 from sfl.model.topology import Segments, Stop
 from sfl.values import Position
@@ -27,13 +28,8 @@ from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message
 
 
-class Side(Protocol):
-    """A party of the run, for one client's batch."""
-
-    clock: Stopwatch
-
-    @property
-    def task(self) -> Task: ...
+class Computing(Protocol):
+    """A party with its segments on the way through the model."""
 
     @property
     def route(self) -> Sequence[Stop]: ...
@@ -42,6 +38,15 @@ class Side(Protocol):
     def own_segments(self) -> Segments: ...
 
     def measure_compute(self) -> AbstractContextManager[None]: ...
+
+
+class Side(Computing, Protocol):
+    """A party of the run, for one client's batch."""
+
+    clock: Stopwatch
+
+    @property
+    def task(self) -> Task: ...
 
     def told_figures(self, message: Message, size: int) -> StepFigures | None:
         """Return the figures that come with the first gradients; None in a replay.
@@ -207,17 +212,29 @@ def evaluation_pass(
 
     ``x``, ``y``: samples and labels, where the party has them.
     """
+    outputs = yield from outputs_pass(party, cuts, x)
+    if outputs is None:
+        return None
+    assert y is not None
+    with party.measure_compute():
+        return tally_of(party.own_segments.last, outputs, y)
+
+
+def outputs_pass(party: Computing, cuts: Ends, x: Tensor | None) -> Conversation[Tensor | None]:
+    """Compute a party's part of a forward pass in evaluation.
+
+    ``x``: the samples, where the party has them. Return the model's outputs: (B, *output), on the
+    device of the last segment; None where another party computes them.
+    """
     z = x
     for stop in party.route:
-        segment = party.own_segments[stop.segment]
         if stop.takes is not None:
             z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
         assert z is not None
         with party.measure_compute():
-            if stop.is_last:
-                assert y is not None
-                return evaluate_step(segment, z, y)
-            z = segment.evaluate(z)
+            z = party.own_segments[stop.segment].evaluate(z)
+        if stop.is_last:
+            return z
         if stop.gives is not None:
             cut = cuts[stop.gives]
             cut.send_file(ACTIVATIONS, cut.encode(ACTIVATIONS, z))

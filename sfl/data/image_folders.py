@@ -101,14 +101,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join([*names[:MOST_NAMED], *["..."] * (len(names) > MOST_NAMED)])
 
 
-def _why_no_class(path: Path) -> str:
+def why_no_class(path: Path) -> str:
     """Return why a path among the classes' folders is not read; "" if it is a class."""
     if is_of_system(path):
         return _HIDDEN
     return "" if path.is_dir() else "beside the folders of the classes"
 
 
-def _why_no_image(path: Path) -> str:
+def why_no_image(path: Path) -> str:
     """Return why a path in a class's folder is not read; "" if it is an image."""
     from PIL import Image
 
@@ -132,11 +132,11 @@ def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
     Raises:
         DataError: a folder seems to be a part but is not named like one.
     """
-    folders = {path.name: path for path in sort_out(data_dir, _why_no_class)[0]}
+    folders = {path.name: path for path in sort_out(data_dir, why_no_class)[0]}
     has_parts = TRAIN in folders and (
         folders.keys() == {TRAIN}
         or not folders.keys().isdisjoint({VALIDATION, TEST})
-        or bool(sort_out(folders[TRAIN], _why_no_class)[0])  # else a class has this name: trains
+        or bool(sort_out(folders[TRAIN], why_no_class)[0])  # else a class has this name: trains
     )
     for name, path in folders.items():
         if name.casefold() not in _LIKE_PARTS or (has_parts and name in PARTS):
@@ -153,7 +153,7 @@ def _parts(data_dir: Path, say: Say) -> tuple[str, ...]:
 
 def _holds_folders(folder: Path) -> bool:
     """Return whether a folder holds folders and no images."""
-    return bool(sort_out(folder, _why_no_class)[0]) and not sort_out(folder, _why_no_image)[0]
+    return bool(sort_out(folder, why_no_class)[0]) and not sort_out(folder, why_no_image)[0]
 
 
 def _classes(folder: Path, say: Say) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ def _classes(folder: Path, say: Say) -> tuple[str, ...]:
     Raises:
         DataError: there are none.
     """
-    names = tuple(path.name for path in sort_out(folder, _why_no_class)[0])
+    names = tuple(path.name for path in sort_out(folder, why_no_class)[0])
     if not names:
         raise _no_class(folder)
     if alike := alike_among(names):
@@ -171,7 +171,7 @@ def _classes(folder: Path, say: Say) -> tuple[str, ...]:
 
 
 def _no_class(folder: Path) -> DataError:
-    num_images = len(sort_out(folder, _why_no_image)[0])
+    num_images = len(sort_out(folder, why_no_image)[0])
     if num_images:  # file names may be private: this message reaches the server
         return DataError(
             f"{folder} has {counted(num_images, 'image')}, but no folder says of which class;"
@@ -185,18 +185,18 @@ def _read_part(
 ) -> Samples:
     """Read the images of one part."""
     folder = data_dir / name
-    found, beside = sort_out(folder, _why_no_class)
+    found, beside = sort_out(folder, why_no_class)
     names = [path.name for path in found]
     if foreign := [n for n in names if n not in classes]:
         raise DataError(
             f"{folder} has classes that {data_dir / TRAIN} lacks: {', '.join(foreign)}; it has"
             f" {listed(names, classes)}, {TRAIN}/ {listed(classes, names)}"
         )
-    if not names and sort_out(folder, _why_no_image)[0]:
+    if not names and sort_out(folder, why_no_image)[0]:
         raise _no_class(folder)
     if beside:
         say(f"{folder}: {beside}")
-    sorted_out = [sort_out(folder / n, _why_no_image) if n in names else ([], "") for n in classes]
+    sorted_out = [sort_out(folder / n, why_no_image) if n in names else ([], "") for n in classes]
     counts = [len(paths) for paths, _ in sorted_out]
     x = np.empty((sum(counts), *spec.input_shape), np.uint8)
     rows = np.split(x, np.cumsum(counts)[:-1])

@@ -49,6 +49,19 @@ def read_table(path: Path, say: Callable[[str], object]) -> tuple[int, ...] | No
     return None if x is None or x.ndim != 2 else x.shape[1:]
 
 
+def names_labels(path: Path) -> bool:
+    """Return whether the file has labels.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return "y" in archive.files
+    except _DAMAGE as error:
+        raise DataError(f"cannot read {path}: {error or type(error).__name__}") from error
+
+
 def read_ids(path: Path) -> dict[str, Tensor]:
     """Return the digests of the samples' ids, by part; none for a part that is not there.
 

@@ -40,7 +40,7 @@ def load_own(
     if has_ids:
         return _load_identified(spec, run, client, archive, say)
     if archive is not None:
-        parts = read_npz(archive, spec, say, any_range=_has_any_range(spec, run))
+        parts = read_npz(archive, spec, say, any_range=has_any_range(spec, run))
     elif data_dir.is_dir():
         parts = read_folders(data_dir, spec, say)
     else:
@@ -76,7 +76,7 @@ def _load_identified(
         run = dataclasses.replace(run, augment="", normalize="")
     parts = read_npz(
         archive, spec, say,
-        any_range=_has_any_range(spec, run), has_labels=client == run.label_client,
+        any_range=has_any_range(spec, run), has_labels=client == run.label_client,
     )  # fmt: skip
     data = client_data(
         spec, run, client, parts.train, parts.test,
@@ -86,7 +86,7 @@ def _load_identified(
     return dataclasses.replace(data, train=in_order, identified=Identified(read_ids(archive), run))
 
 
-def _has_any_range(spec: DatasetSpec, run: RunConfig) -> bool:
+def has_any_range(spec: DatasetSpec, run: RunConfig) -> bool:
     """Return whether floats may be of any range: the mean and std are given for these data."""
     return bool(run.normalize) or ":" in run.dataset or not spec.has_images
 

@@ -173,14 +173,15 @@ class Run:
         return self._trained.model(round, client)
 
     @property
-    def _spec(self) -> DatasetSpec:
+    def data_spec(self) -> DatasetSpec:
+        """The kind of the run's samples, normalised as in the run."""
         recorded = self._recorded
         return normalised(dataset_of(recorded.run, recorded.allowed), recorded.run)
 
     @property
     def normalisation(self) -> Normalisation:
         """What the run's model expects of its input, and the names of what it tells apart."""
-        data, spec = self._recorded.data, self._spec
+        data, spec = self._recorded.data, self.data_spec
         is_table = len(data["input_shape"]) < len(spec.input_shape)  # own data, aligned by ids
         figures = (0.0, 1.0) if is_table else (spec.mean, spec.std)
         mean, std = (f if isinstance(f, tuple) else (f,) for f in figures)

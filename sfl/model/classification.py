@@ -13,6 +13,12 @@ def count_correct(logits: Tensor, y: Tensor) -> tuple[int]:
     return (int((logits.argmax(1) == y).sum()),)
 
 
+def most_likely(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the most likely classes: their probabilities and indices, (B, most), falling."""
+    found = logits.softmax(1).topk(min(most, logits.shape[1]), dim=1)
+    return found.values, found.indices
+
+
 def made_up_labels(num_samples: int, num_classes: int) -> Tensor:
     """Return labels that cycle through all classes: (B,) int64."""
     return torch.arange(num_samples) % num_classes

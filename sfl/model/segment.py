@@ -273,6 +273,10 @@ def train_step(
 
 def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
     """Evaluate a batch with the model's last segment; return its tally, and outputs on the CPU."""
-    outputs = last.evaluate(z)
+    return tally_of(last, last.evaluate(z), y)
+
+
+def tally_of(last: Segment, outputs: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
+    """Return the tally of a batch by its outputs, and these outputs on the CPU."""
     with computing("the figures of an evaluation cannot be computed"):
         return last.task.tally(outputs, y.to(last.device)), outputs.cpu()

@@ -39,6 +39,9 @@ class Task:
     # Counts of a batch: name on the wire -> name of the metric, count / samples.
     counted: Mapping[str, str]
     count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
+    # (outputs, most) -> for each sample the most likely classes, at most so many: their
+    # probabilities (B, most) and indices (B, most); None: what is predicted is no class
+    ranked: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     table: Table | None = None
     falls: frozenset[str] = frozenset({"loss"})  # metrics that are better if lower; others higher
     # (outputs, labels) -> int64 counts, by what a sample is and what it is taken for; they add up
@@ -64,6 +67,10 @@ class Task:
     def labels_spec(self, batch: int) -> TensorSpec:
         """Return the spec of a batch's labels."""
         return TensorSpec((batch, *self.label.shape), self.label.dtype)
+
+    def outputs_spec(self, batch: int, num_classes: int) -> TensorSpec:
+        """Return the spec of a batch's outputs."""
+        return TensorSpec((batch, *self.output_shape(num_classes)), torch.float32)
 
     def steps_spec(self, num_steps: int) -> TensorSpec:
         """Return the spec of a client's figures of its steps: loss and counts of each."""
@@ -107,6 +114,7 @@ TASKS: dict[str, Task] = {
         output_name="logits",
         counted={"correct": "acc"},
         count=classification.count_correct,
+        ranked=classification.most_likely,
         table=Table(
             name="per_class",
             count=classification.count_by_class,

@@ -190,8 +190,9 @@ def server_authenticate(
     """
     yield link
     hello = link.receive_message_as_json(
-        MessageType.AUTHENTICATE, MessageType.REGISTER, MessageType.CHECK
-    )
+        MessageType.AUTHENTICATE, MessageType.REGISTER, MessageType.CHECK,
+        MessageType.REQUEST_INFERENCE,
+    )  # fmt: skip
     if hello.type is not MessageType.AUTHENTICATE:
         raise AuthError("this server asks for a token: give --token-file")
     peer = Peer(hello.get("role", str), hello.get("client_id", int))

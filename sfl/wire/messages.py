@@ -48,6 +48,11 @@ class MessageType(StrEnum):
     VALIDATION_RESULT = "VALIDATION_RESULT"  # S, C: samples, counts, loss of a batch or part
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
+    REQUEST_INFERENCE = "REQUEST_INFERENCE"  # C: ask to use the trained segments; model, cuts
+    INFERENCE_READY = "INFERENCE_READY"  # S: I hold what you lack; the run, largest batch
+    INFERENCE_BATCH = "INFERENCE_BATCH"  # C: a batch of so many samples follows
+    INFERENCE_FEATURES = "INFERENCE_FEATURES"  # C, S: file, the activations of a batch
+    INFERENCE_OUTPUTS = "INFERENCE_OUTPUTS"  # S: file, the model's outputs for a batch
     UNREGISTER = "UNREGISTER"  # C: leave after TRAINING_DONE; with a reason, leave for now
     TRY_AGAIN = "TRY_AGAIN"  # S: this connection is closed, with the reason; connect again
     HEARTBEAT = "HEARTBEAT"  # C, S: still alive; at any time, and not counted
@@ -71,6 +76,8 @@ FILE_TYPES: Final = frozenset(
         MessageType.SEND_AGGREGATED_MODEL,
         MessageType.VALIDATION_LABELS,
         MessageType.VALIDATION_FEATURES,
+        MessageType.INFERENCE_FEATURES,
+        MessageType.INFERENCE_OUTPUTS,
     }
 )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from sfl.cli import main_client, main_server, main_watch
+from sfl.cli import main_client, main_predict, main_server, main_watch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
@@ -129,6 +129,10 @@ class Launcher:
         program = self._start("watch", main_watch, ["--out", self.folder, *options], env)
         program.ended_with(0)
         return program.out
+
+    def predict(self, *options: object) -> Program:
+        argv = ["--server", f"127.0.0.1:{self.port}", *options]
+        return self._start("predict", main_predict, argv)
 
     def run(
         self, *options: object, clients: int = 3, client_options: Sequence[object] = ()

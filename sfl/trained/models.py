@@ -1,0 +1,217 @@
+"""Trained models to predict with: a run's own, or a front here and its back at a server."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sfl.archive.run_folder import say
+from sfl.config import RunConfig
+from sfl.conversation.inference import InferenceParty, Offer, client_begin, client_infer
+from sfl.data.client_data import DatasetSpec
+from sfl.data.samples import Samples
+from sfl.errors import ConfigError, IntegrityError, counted
+from sfl.files.torch_file import state_spec
+from sfl.interactive.run import Run
+from sfl.model.portable import About, Portable, read_portable
+from sfl.model.segment import computing
+from sfl.model.task import Task
+from sfl.model.topology import Holder, Segments
+from sfl.nodes import ClientNode
+from sfl.options import from_values
+from sfl.runtime.access import Access, closing_with_reason
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
+from sfl.trained.inputs import Expected, expected_of
+from sfl.transport.heartbeat import interval_s
+from sfl.transport.tokens import SERVER
+from sfl.transport.transports import TCP, Transport
+from sfl.trusted_imports import remembered
+from sfl.wire.driver import run_blocking
+from sfl.wire.link import ANY_ID, CLIENT, Peer
+from sfl.wire.members import Channel
+from sfl.wire.messages import MessageType
+
+
+class Model(Protocol):
+    """A trained model."""
+
+    @property
+    def expected(self) -> Expected: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return the outputs (B, *output) for a batch ``x`` (B, *input), on the CPU."""
+
+
+class RunsModel:
+    """The joined model of a run, on this machine."""
+
+    def __init__(
+        self, run: Run, round_index: int | None, client: int | None, device: torch.device
+    ) -> None:
+        self.expected, self.task = expected_of(run), run.recipe.task
+        self._model, self._device = run.model(round_index, client).to(device), device
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor) -> Tensor:
+        with computing("the model cannot compute these samples"):
+            outputs: Tensor = self._model(x.to(self._device))
+        return outputs.cpu()
+
+
+@dataclass(frozen=True)
+class Front:
+    """The client's segments of a trained model, from files."""
+
+    about: About
+    split: SplitModel
+    segments: Segments
+
+    @property
+    def expected(self) -> Expected:
+        """What the model expects. Floats beyond [0, 1] are right if the mean or std lies there."""
+        about = self.about
+        spec = DatasetSpec(_not_loaded, about.input_shape, about.classes, about.mean, about.std)
+        any_range = not spec.has_images or max(map(abs, (*about.mean, *about.std))) > 1
+        return Expected(spec, any_range, self.split.evaluation_batch)
+
+
+def _not_loaded(source: object) -> tuple[Samples, Samples]:
+    raise AssertionError("the samples are the user's own")
+
+
+def read_front(files: Sequence[str], node: ClientNode, device: torch.device) -> Front:
+    """Read the client's segments from files that ``sfl-export --to torch`` has written.
+
+    Raises:
+        RunError, IntegrityError: a file cannot be read, is damaged, or does not fit its model.
+        ConfigError: the files are not all of one client's segments, or their model is a user's own
+            that may not be imported.
+    """
+    parts = {path: read_portable(path) for path in files}
+    about = next(iter(parts.values())).about
+    if any(_model_of(part.about) != _model_of(about) for part in parts.values()):
+        raise ConfigError(f"--front: {', '.join(parts)} are parts of different models")
+    if not about.cuts:
+        raise ConfigError(f"--front {files[0]}: is of a model without a cut: there is no front")
+    options: dict[str, Any] = {
+        "model": about.model,
+        "cut": ",".join(map(str, about.cuts)),
+        "task": about.task,
+        "seed": about.seed,
+        "run": about.run,
+    }
+    run = from_values(RunConfig, options, files[0])
+    recipe = Recipe.of(run, node.allowed_imports | remembered())
+    split = SplitModel(recipe, about.input_shape, len(about.classes))
+    needed, given = split.held_by(Holder.CLIENT), [part.about.part for part in parts.values()]
+    if sorted(needed) != sorted(given):
+        raise ConfigError(
+            f"--front: given is {', '.join(given)}; the client's part of {recipe.title} is"
+            f" {' and '.join(needed)}: export {'it' if len(needed) == 1 else 'both'}, and give the"
+            f" {counted(len(needed), 'file')}{', with a comma between them' * (len(needed) > 1)}"
+        )
+    segments = split.segments(Holder.CLIENT, device)
+    for path, part in parts.items():
+        _load(segments, path, part, split)
+    return Front(about, split, segments)
+
+
+def _model_of(about: About) -> About:
+    return replace(about, part="", takes=(), sfl_version="")
+
+
+def _load(segments: Segments, path: str, part: Portable, split: SplitModel) -> None:
+    name = part.about.part
+    if state_spec(part.state) != split.specs[name]:
+        raise IntegrityError(
+            f"{path}: its weights are not those of the {name} of {part.about.model} as this SFL"
+            " builds it"
+        )
+    segments[name].load(part.state)
+
+
+class ServedModel:
+    """A front on this machine, and the rest of the model at a server."""
+
+    def __init__(self, front: Front, party: InferenceParty, link: Channel, offer: Offer) -> None:
+        self.expected, self.task = front.expected, party.task
+        self._party, self._link, self._offer = party, link, offer
+        self._seconds: list[float] = []
+        self._began = self._moved
+
+    @property
+    def _moved(self) -> tuple[int, int]:
+        counters = self._link.counters
+        return counters.bytes_sent, counters.bytes_received
+
+    def outputs(self, x: Tensor) -> Tensor:
+        began = time.perf_counter()
+        at = self._offer.start._replace(step=len(self._seconds))
+        outputs = run_blocking(client_infer(self._party, x, at))
+        self._seconds.append(time.perf_counter() - began)
+        return outputs
+
+    def traffic(self) -> str:
+        """Return in one line how long the batches took, and how many bytes they were."""
+        if not self._seconds:
+            return "nothing was sent"
+        sent, received = (now - then for now, then in zip(self._moved, self._began, strict=True))
+        ordered = sorted(self._seconds)
+        median, slow = statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))]
+        count = len(ordered)
+        return (
+            f"{count} batch{'' if count == 1 else 'es'}: median latency"
+            f" {1e3 * median:.1f} ms, 95 % within {1e3 * slow:.1f} ms; {sent:,} bytes sent,"
+            f" {received:,} received"
+        )
+
+
+@contextlib.contextmanager
+def served(
+    files: Sequence[str], node: ClientNode, device: torch.device, transport: Transport = TCP
+) -> Iterator[ServedModel]:
+    """Connect to a server that holds the back of a run; give it the activations of this front.
+
+    Raises:
+        ConfigError, RunError, IntegrityError: as ``read_front``; the server cannot be reached.
+        AuthError: one side lacks the other's token or certificate.
+        PeerFailed, ConnectionLost, ProtocolError: the server refused us, or was lost.
+    """
+    front = read_front(files, node, device)
+    with transport.client(node, say) as dialler:
+        access = Access.of(node, dialler)
+        link = access.connect(node.server, node)
+        link.name, link.peer_name = "requester", "server"
+        with closing_with_reason(link):
+            only = access.tokens.only_client if access.tokens else None
+            access.authenticate(link, Peer(CLIENT, ANY_ID if only is None else only), SERVER)
+            party = InferenceParty(
+                holder=Holder.CLIENT, link=link, split=front.split, own_segments=front.segments
+            )
+            offer = run_blocking(client_begin(party, interval_s(node.peer_timeout)))
+            if offer.run != front.about.run:
+                say(
+                    f"warning: the front is of the run {front.about.run}, the server's part of the"
+                    f" run {offer.run}: they fit, but were not trained together"
+                )
+            yield ServedModel(front, party, link, offer)
+            link.send_message_as_json(MessageType.UNREGISTER)
+        link.close_gracefully()
+
+
+def run_of(path: str, machine: Mapping[str, Any]) -> Run:
+    """Open a run, and warn about what may change the last bit here."""
+    run = Run(Path(path), **machine)
+    for difference in run.differences:
+        say(f"warning: here {difference} of the run: the last bit may differ")
+    return run
