@@ -33,6 +33,8 @@ DTYPES = frozenset(_DTYPES.values())  # that files may hold
 # further one. Both are doubled here.
 _FILE_OVERHEAD_BYTES = 4096
 _TENSOR_OVERHEAD_BYTES = 1200
+# Bounds of a file whose names are not known beforehand: of 10,000 tensors, names of 200 bytes.
+_ANY_NAMES = ("x" * 200,) * 10_000
 
 
 class TensorSpec(NamedTuple):
@@ -241,6 +243,21 @@ def decode_state(
     if not isinstance(state, dict) or state.keys() != spec.keys():
         raise IntegrityError(f"{name}: holds other tensors than it describes")
     return {key: spec[key].check(state[key], f"{name}, {key}") for key in spec}
+
+
+def decode_named(data: Buffer, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a ``torch.save`` file by their names, whatever these are.
+
+    For a file that the user names; what a peer sends is compared with a spec, by ``decode_state``.
+
+    Raises:
+        IntegrityError: the file is damaged, or holds no dict of tensors.
+    """
+    content = take_apart(data, name, _ANY_NAMES).content
+    if not isinstance(content, Mapping):
+        raise IntegrityError(f"{name}: holds one tensor, and no dict of them by their names")
+    spec = {key: TensorSpec(d.shape, _DTYPES[d.storage]) for key, d in content.items()}
+    return decode_state(data, spec, name)
 
 
 def _compare(described: object, spec: TensorSpec, name: str) -> None:
