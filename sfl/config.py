@@ -103,6 +103,10 @@ class RunConfig:
         "none", "weights of the classes in the training loss: none, balanced (clients then tell"
         " the server how many samples they have of each), or 1,2.5,... for each class",
     )  # fmt: skip
+    freeze: str = option(
+        "", "segments that are not trained, as front or front,client_head: their weights and"
+        " buffers stay as the run starts with them, in every scheme", form="SEGMENT[,SEGMENT...]",
+    )  # fmt: skip
     fedprox_mu: float = option(0.0, "FedProx: pull of a client's weights to the round's start")
     server_order: str = option(
         "fixed", "clients that share a back: in drawn order, or as they come", ("fixed", "arrival")

@@ -25,7 +25,7 @@ GROUPS = {
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
     "model": "model cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
-    " class_weights fedprox_mu aggregation aggregation_weights",
+    " class_weights freeze fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
     "security": "keep_labels share_figures token_file tls_cert tls_key tls_ca tls_client_ca"
     " insecure allow_import memory_limit max_samples max_pending",
