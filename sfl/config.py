@@ -49,6 +49,10 @@ class RunConfig:
         "", "which party holds each segment: {names} (see docs/topologies.md); if not given, what"
         " fits the number of cuts",
     )  # fmt: skip
+    init_checksum: str = option(
+        "", "checksum of the weights that --init names, noted when a run starts from some; given,"
+        " it refuses others",
+    )  # fmt: skip
     task: str = option("classification", "what is predicted, with its loss and metrics: {names}")
     dataset: str = option("mnist-5k", "{names}, or your own package.module:function")
     image_size: int = option(0, "side of the images in pixels; 0: the data set's own")

@@ -23,7 +23,7 @@ GROUPS = {
     "run": "run resume scheme clients max_clients participation rounds test_every local_epochs"
     " server_order seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
-    "model": "model cut topology fusion label_client party_models task",
+    "model": "model init init_checksum cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights freeze fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
@@ -243,7 +243,8 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--resume {folder}: cannot read {path.name}: {reason}") from error
     if not isinstance(recorded, dict):
         raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
-    check_goes_on(recorded, {n: v for n, v in values.items() if n in names_of(RunConfig)})
+    given = {n: v for n, v in values.items() if n in names_of(RunConfig) | {"init"}}
+    check_goes_on({"init": ""} | recorded, given)
     # The folder may be somebody else's: what it imports, this command line says.
     recorded.pop("allow_import", None)
     model, allowed = str(recorded.get("model")), str(values.get("allow_import", "")).split(",")

@@ -134,6 +134,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     # experiments.compare's
     known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs"}
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
+    known |= {"--to", "--part", "--round", "--client"}  # experiments.export's
     known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
