@@ -49,6 +49,10 @@ class RunConfig:
         "", "which party holds each segment: {names} (see docs/topologies.md); if not given, what"
         " fits the number of cuts",
     )  # fmt: skip
+    init_checksum: str = option(
+        "", "checksum of the weights that --init names, noted when a run starts from some; given,"
+        " it refuses others",
+    )  # fmt: skip
     task: str = option("classification", "what is predicted, with its loss and metrics: {names}")
     dataset: str = option("mnist-5k", "{names}, or your own package.module:function")
     image_size: int = option(0, "side of the images in pixels; 0: the data set's own")
@@ -106,6 +110,10 @@ class RunConfig:
     class_weights: str = option(
         "none", "weights of the classes in the training loss: none, balanced (clients then tell"
         " the server how many samples they have of each), or 1,2.5,... for each class",
+    )  # fmt: skip
+    freeze: str = option(
+        "", "segments that are not trained, as front or front,client_head: their weights and"
+        " buffers stay as the run starts with them, in every scheme", form="SEGMENT[,SEGMENT...]",
     )  # fmt: skip
     fedprox_mu: float = option(0.0, "FedProx: pull of a client's weights to the round's start")
     server_order: str = option(

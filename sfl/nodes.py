@@ -131,7 +131,12 @@ class PeerNode(NodeConfig):
 
 @dataclass(frozen=True)
 class TrackingNode(NodeConfig):
-    """Options of a machine that has the run's figures."""
+    """Options of a machine that starts a run and has its figures."""
+
+    init: str = option(
+        "", "weights that the run starts from, in place of the seed's: a run's folder, a file of"
+        " sfl-export --to torch, or pretrained for torchvision's", form="RUN|FILE|pretrained",
+    )  # fmt: skip
 
     track: str = option(
         "", "also show the run's figures with one or more of {names}, separated by commas (see"

@@ -23,9 +23,9 @@ GROUPS = {
     "run": "run resume serve scheme clients max_clients participation rounds test_every stop_when"
     " local_epochs server_order seed role server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
-    "model": "model cut topology fusion label_client party_models task",
+    "model": "model init init_checksum cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
-    " class_weights fedprox_mu aggregation aggregation_weights",
+    " class_weights freeze fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
     "security": "keep_labels share_figures token_file tls_cert tls_key tls_ca tls_client_ca"
     " insecure allow_import memory_limit max_samples max_pending",
@@ -264,7 +264,8 @@ def _resumed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--resume {folder}: cannot read {path.name}: {reason}") from error
     if not isinstance(recorded, dict):
         raise ConfigError(f"--resume {folder}: {path.name} is no table of options")
-    check_goes_on(recorded, {n: v for n, v in values.items() if n in names_of(RunConfig)})
+    given = {n: v for n, v in values.items() if n in names_of(RunConfig) | {"init"}}
+    check_goes_on({"init": ""} | recorded, given)
     # The folder may be somebody else's: what it imports and starts, this command line says.
     for name in ("allow_import", *OWN_ALONE):
         recorded.pop(name, None)

@@ -144,8 +144,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--to", "--part", "--round", "--client"}  # experiments.export's
     known |= {"--once", "--interval"}  # experiments.watch's
-    known |= {"--front", "--test-of", "--csv", "--round", "--client"}  # sfl-predict's
-    known |= {"--to", "--part"}  # sfl-export's
+    known |= {"--front", "--test-of", "--csv"}  # experiments.predict's
     known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's

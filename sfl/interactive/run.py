@@ -33,7 +33,7 @@ from sfl.interactive.dealt import Dealt, StepSamples
 from sfl.interactive.tables import rounds_table, steps_table
 from sfl.interactive.trained import Holders, Trained
 from sfl.model.topology import BACK, FRONT
-from sfl.nodes import NodeConfig
+from sfl.nodes import NodeConfig, TrackingNode
 from sfl.options import from_values
 from sfl.runtime.recorded_run import RecordedRun, config_of, load
 from sfl.runtime.simulation import simulate as simulate_run
@@ -256,8 +256,11 @@ def open_run(path: FolderPath, *, clients: Sequence[FolderPath] = (), **machine:
     return Run(path, clients, **machine)
 
 
-def simulate(config: RunConfig, **machine: Any) -> Run:
+def simulate(config: RunConfig, *, init: FolderPath = "", **machine: Any) -> Run:
     """Run server and clients in this process, as ``experiments.simulate`` does; return the run.
+
+    ``init``: weights to start from: a run's folder, a file of ``sfl-export --to torch``, or
+    "pretrained".
 
     ``machine``: options of this machine as keywords, such as ``out``, ``data_dir`` or ``threads``.
 
@@ -265,9 +268,10 @@ def simulate(config: RunConfig, **machine: Any) -> Run:
         ConfigError, DataError, RunError: as for server and clients.
     """
     node = from_values(NodeConfig, machine, "the options of this machine")
+    starting = TrackingNode(**dataclasses.asdict(node), init=os.fspath(init))
     run = from_values(RunConfig, dataclasses.asdict(config), "the configuration")
     own = [name for name in (node.allow_import, run.model, run.dataset) if ":" in name]
-    return open_run(simulate_run(run, node), **machine | {"allow_import": ",".join(own)})
+    return open_run(simulate_run(run, starting), **machine | {"allow_import": ",".join(own)})
 
 
 def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:

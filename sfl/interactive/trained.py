@@ -92,7 +92,7 @@ class Trained:
             RunError: no round is finished, or there is no such round.
         """
         recorded = self._recorded
-        done = sum(map(recorded.ended, range(recorded.run.rounds)))
+        done = recorded.num_finished
         if round_index is not None and not -1 <= round_index < done:
             raise RunError(
                 f"round {round_index}: {recorded.archive.root} has finished {done} rounds, from 0;"
@@ -120,10 +120,13 @@ class Trained:
             )
         split = recorded.split if whose is None else recorded.split.of_party(whose)
         blocks = split.blocks(name)
-        template = SHARED_MODEL if whose is None else ONE_CLIENT_MODEL
-        which = {} if whose is None else {"client": whose}
-        path = segment_path(template, name, last, **which)
-        if last >= 0 or self._holders.has(path):  # initial weights of one client alone: as built
+        # Before the first round all start from the same, unless clients have models of their own.
+        one_client = None if last < 0 and not recorded.recipe.joins else whose
+        path = segment_path(SHARED_MODEL, name, last)
+        if one_client is not None:
+            path = segment_path(ONE_CLIENT_MODEL, name, last, client=one_client)
+        from_others = recorded.run.init_checksum and one_client is None
+        if last >= 0 or from_others or self._holders.has(path):  # else as built, from the seed
             blocks.load_state_dict(self._holders.state(path, split.specs[name], whose))
         return blocks.eval()
 

@@ -120,12 +120,22 @@ def copied(row: nn.Sequential, first_block: int = 0) -> nn.Sequential:
     return nn.Sequential(copies)
 
 
+def freeze(blocks: Iterable[nn.Module]) -> None:
+    """Let blocks keep their weights and buffers in training: no gradients, evaluation mode.
+
+    A segment leaves modules in evaluation mode that come so: BatchNorm uses and keeps its running
+    statistics, and dropout passes everything.
+    """
+    for block in blocks:
+        block.eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class Entries:
     """Names of a model's parameters by kind; all other entries are buffers."""
 
     trained: frozenset[str]
-    frozen: frozenset[str] = frozenset()  # built with ``requires_grad=False``
+    frozen: frozenset[str] = frozenset()  # with ``requires_grad=False``
     same: Mapping[str, str] = field(default_factory=dict)  # tensors with several: name -> first
 
     @classmethod

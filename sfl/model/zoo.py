@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfl import seeds
 from sfl.errors import ConfigError, told
 from sfl.model.blocks import check_row, names_of
-from sfl.model.vision import vision_model
+from sfl.model.vision import pretrained_state, vision_model
 from sfl.registry import look_up
 
 Shape = tuple[int, ...]  # of one sample, (channels, height, width) for images
@@ -28,6 +28,8 @@ class ModelSpec:
 
     build: Callable[[Shape, int], nn.Sequential]  # (input shape, number of classes)
     cut: int | None  # None: --cut is required
+    # Weights that come with it, by their names in the row of blocks; None: there are none.
+    pretrained: Callable[[], dict[str, Tensor]] | None = None
 
 
 def mlp(input_shape: Shape, num_classes: int) -> nn.Sequential:
@@ -118,7 +120,11 @@ def cnn_femnist(input_shape: Shape, num_classes: int) -> nn.Sequential:
 
 
 def _of_torchvision(name: str, cut: int) -> ModelSpec:
-    return ModelSpec(lambda shape, classes: vision_model(name, shape, classes), cut)
+    return ModelSpec(
+        lambda shape, classes: vision_model(name, shape, classes),
+        cut,
+        pretrained=lambda: pretrained_state(name),
+    )
 
 
 # Default cuts: ResNets behind the first residual block, as in SplitFed (64x16x16 for 64x64 images

@@ -39,7 +39,7 @@ from sfl.conversation.report import describe_data
 from sfl.environment import command_line, describe, set_up_torch
 from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.topology import Holder
+from sfl.model.topology import Holder, States
 from sfl.nodes import ServerNode
 from sfl.runtime.access import Access, closing_with_reason
 from sfl.runtime.admission import Admission
@@ -49,6 +49,7 @@ from sfl.runtime.memory import TRAINED_COPIES, sizes_of, why_too_large
 from sfl.runtime.on_end import running_at_end
 from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import Past, open_past, read_shared
+from sfl.runtime.start_weights import read_start
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -238,7 +239,7 @@ def _prepare(
     """Record configuration and environment, and load the weights that the run starts from."""
     run, archive = split.recipe.run, folder.archive
     shared = read_shared(past.files, split, past.first_round) if past else {}
-    shared = shared or {name: Shared(state) for name, state in split.initial(Holder.CLIENT).items()}
+    shared = shared or _initial(split, node, folder)
     archive.discard_from(past.first_round if past else 0, rewritten=REWRITTEN)
     environment = describe(device, command_line()) | {"data": dict(data)}
     about = {"data": dict(data), "fingerprint": environment["fingerprint"]}
@@ -248,6 +249,18 @@ def _prepare(
     folder.events.say(f"averaging the fronts of {counted(len(stores), 'client')}")
     first_round = past.first_round if past else 0
     return FedRounds(network, stores, num_train, split, folder, shared, about, first_round)
+
+
+def _initial(split: SplitModel, node: ServerNode, folder: RunFolder) -> dict[str, Shared]:
+    """Return the fronts' weights that a new run starts from, like the main server's backs."""
+    initial: States = split.initial(Holder.CLIENT)
+    run = split.recipe.run
+    if node.init and not run.init_checksum:
+        raise ConfigError(f"--init {node.init}: the main server was started without --init")
+    if start := read_start(node.init, split.recipe):
+        folder.events.say(start.line(split))
+        initial = start.into(split, initial)
+    return {name: Shared(state) for name, state in initial.items()}
 
 
 def _await_main(network: ServerNetwork, node: ServerNode) -> tuple[Welcome, Recipe, Member]:

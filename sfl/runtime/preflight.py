@@ -12,6 +12,7 @@ from sfl.data.vertical import strip_of
 from sfl.errors import ConfigError, RunError
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
 from sfl.model.class_weights import BALANCED, class_weights
+from sfl.runtime.start_weights import StartWeights
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
@@ -58,6 +59,18 @@ def _models(recipe: Recipe, spec: DatasetSpec) -> Collection[SplitModel]:
     }
     SplitModel(recipe, strip_of(shape, run, run.label_client), num_classes).join(models)
     return models.values()
+
+
+def check_start(start: StartWeights | None, recipe: Recipe) -> None:
+    """Check that a run's model takes these weights, where it is known before clients register.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    run = recipe.run
+    if start and knows_classes(run) and not recipe.joins:
+        spec = dataset_of(run)
+        start.fitting(SplitModel(recipe, spec.input_shape, len(spec.classes)))
 
 
 def knows_classes(run: RunConfig) -> bool:

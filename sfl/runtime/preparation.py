@@ -25,13 +25,14 @@ from sfl.data.vertical import Ids, align
 from sfl.environment import command_line, describe, differences, fingerprint
 from sfl.errors import DataError, RunError
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.topology import Holder, Segments
+from sfl.model.topology import Holder, Segments, States
 from sfl.nodes import NodeConfig, PeerNode
 from sfl.runtime.memory import memory_limit_bytes
 from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_classes
 from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import check_same_model
+from sfl.runtime.start_weights import StartWeights
 from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, fewest_clients
 from sfl.strategy.recipe import Recipe
@@ -71,6 +72,7 @@ class Preparation:
     device: torch.device
     store: Callable[[Link, int], WeightStore]
     past: Past | None = None
+    start: StartWeights | None = None  # that a new run starts from; None: the seed's
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     options: RoundOptions = field(default_factory=RoundOptions)
 
@@ -220,7 +222,7 @@ class Preparation:
         return disk_bytes(recipe, self._split, self._num_train)
 
     def _shared(self) -> dict[str, Shared]:
-        """Return the weights that the first round starts from; load the backs of a resumed run."""
+        """Return the weights that the first round starts from, and load the backs."""
         past, split, first_round = self.past, self._split, self._first_round
         if past:
             shared = read_shared(past.files, split, first_round)
@@ -228,7 +230,13 @@ class Preparation:
             return shared
         has_fronts = self.options.has_fronts and not self.recipe.joins
         holders = tuple(Holder) if has_fronts else (Holder.SERVER,)
-        return {name: Shared(state) for name, state in split.initial(*holders).items()}
+        initial: States = split.initial(*holders)
+        if self.start:
+            self.folder.events.say(self.start.line(split))
+            initial = self.start.into(split, initial)
+            for copy in self._backs.values():
+                copy.load(initial)
+        return {name: Shared(state) for name, state in initial.items()}
 
     def _parties(self) -> dict[int, ServerParty]:
         profile = Profile(self.folder.path, wanted=self.node.profile)

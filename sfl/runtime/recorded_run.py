@@ -87,6 +87,11 @@ class RecordedRun:
         """Return whether a round was completed."""
         return self.archive.lists(f"rounds/round_{round_index:03d}.csv")
 
+    @property
+    def num_finished(self) -> int:
+        """How many rounds were completed."""
+        return sum(map(self.ended, range(self.run.rounds)))
+
     def has_models(self, round_index: int) -> bool:
         """Return whether the weights at a round's start and end were kept."""
         return self.archive.rounds_without_models.isdisjoint((round_index - 1, round_index))

@@ -37,7 +37,7 @@ from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.on_end import running_at_end
-from sfl.runtime.preflight import check_run
+from sfl.runtime.preflight import check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import (
@@ -48,6 +48,7 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel
+from sfl.runtime.start_weights import StartWeights, read_start, started
 from sfl.runtime.whereabouts import in_lobby, in_rounds
 from sfl.strategy.merge import fewest_connected
 from sfl.strategy.recipe import Recipe
@@ -85,6 +86,9 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     trackers = trackers_of(node.track)
     device = set_up_torch(node)
     past = _past_of(recipe, node)
+    start = None if past else read_start(node.init, recipe)
+    check_start(start, recipe)
+    recipe = started(recipe, start)
     guard = guard_of(node, SERVER, run.most_clients)
     with (
         transport.listen(node.host, node.port, node.link_shape) as listener,
@@ -102,7 +106,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
-            server = _Server(recipe, node, device, folder, past, place, trackers)
+            server = _Server(recipe, node, device, folder, past, start, place, trackers)
             server.announce(listener.address)
             lobby = server.lobby(network)
             stack.enter_context(lobby.notice)
@@ -135,6 +139,7 @@ class _Server:
     device: torch.device
     folder: RunFolder
     past: Past | None
+    start: StartWeights | None
     place: ObjectStore | None  # the store of weights
     trackers: Mapping[str, Tracker]
     rounds: Rounds | None = None  # once they are prepared
@@ -193,6 +198,7 @@ class _Server:
             device=self.device,
             store=make if is_here else lambda link, most_bytes: Elsewhere(),
             past=self.past,
+            start=self.start,
             trackers=self.trackers,
             options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
         ).rounds()

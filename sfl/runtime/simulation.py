@@ -37,12 +37,13 @@ from sfl.environment import fingerprint, set_up_torch
 from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
-from sfl.nodes import NodeConfig
-from sfl.runtime.preflight import check_run
+from sfl.nodes import NodeConfig, TrackingNode
+from sfl.runtime.preflight import check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
+from sfl.runtime.start_weights import read_start, started
 from sfl.runtime.whereabouts import in_rounds
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
@@ -220,6 +221,9 @@ def simulate(
     """
     recipe = check_run(run, imports_data=True)
     check_away(recipe, away)
+    start = read_start(node.init if isinstance(node, TrackingNode) else "", recipe)
+    check_start(start, recipe)
+    recipe = started(recipe, start)
     device = set_up_torch(node)
     data = _load_all(recipe, node)
     if recipe.scheme.pooled:
@@ -245,6 +249,7 @@ def simulate(
             node=node,
             device=device,
             store=store_maker(options.open_place(), options),
+            start=start,
             trackers=trackers or {},
             options=RoundOptions(may_skip=bool(away), keeps_answers=False),
         ).rounds()

@@ -6,7 +6,7 @@ on: no code inside a round looks a name up or parses an option.
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ class Recipe:
     joins: bool = False  # whether all clients take part in each step, see ``Topology``
     parties: tuple[Party, ...] = ()  # of each client, where they differ
     withholds_labels: bool = False  # a client's choice, in schemes without a cut as well
+    frozen: frozenset[int] = frozenset()  # segments between the cuts that are not trained, from 0
 
     @property
     def aligns(self) -> bool:
@@ -150,6 +151,7 @@ class Recipe:
         recipe = cls(
             run, row, model, cuts, segments, training, rule, keep, stop,
             joins=placed.joins, parties=parties, withholds_labels=withholds_labels,
+            frozen=_frozen(run, [*placed.segments(len(cuts))]),
         )  # fmt: skip
         if recipe.keeps_labels:
             _check_private(recipe)
@@ -174,6 +176,19 @@ def parse_cuts(cut: int | str | None, default: int | None, model: str) -> tuple[
     if len(cuts) < len(texts) or any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ConfigError(f"--cut {cut}: give numbers of blocks that rise, as 3 or 3,5")
     return cuts
+
+
+def _frozen(run: RunConfig, segments: Sequence[str]) -> frozenset[int]:
+    """Return which segments between the cuts ``--freeze`` names; also in schemes without a cut.
+
+    Raises:
+        ConfigError: there is no such segment.
+    """
+    names = [name.strip() for name in run.freeze.split(",") if name.strip()]
+    for name in names:
+        wanted = f"some of the segments that --cut {run.cut} makes: {', '.join(segments)}"
+        require(name in segments, "freeze", name, wanted)
+    return frozenset(map(segments.index, names))
 
 
 def _check_parts(run: RunConfig, row: Scheme, *, joins: bool) -> None:

@@ -19,7 +19,7 @@ from sfl.files.torch_file import (
     state_spec,
 )
 from sfl.model import structure
-from sfl.model.blocks import Entries, check_no_shared_weights, copied, names_of
+from sfl.model.blocks import Entries, check_no_shared_weights, copied, freeze, names_of
 from sfl.model.fusion import Fusion, Joint
 from sfl.model.segment import Segment
 from sfl.model.topology import Holder, Segments, joined
@@ -67,6 +67,9 @@ class SplitModel:
         self._structure: Callable[[], tuple[str, ...]] = lambda: structure.digests(
             described, lambda: structure.describe(build_it())
         )
+        bounds = [0, *cuts, len(model)]
+        for index in recipe.frozen:
+            freeze(list(model)[bounds[index] : bounds[index + 1]])
         self.recipe = recipe
         self.cuts = cuts if recipe.scheme.exchange is Exchange.CUT else ()
         if not 0 <= cuts[0] <= cuts[-1] <= len(model) or {0, len(model)} & set(self.cuts):
@@ -79,6 +82,8 @@ class SplitModel:
         states = (item for row in rows for item in row.state_dict().items())
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
         self.entries = Entries.of(rows)
+        if recipe.frozen and not self.entries.trained:
+            raise ConfigError(f"--freeze {run.freeze}: leaves nothing of the model to train")
         self._segments = dict(zip(names, rows, strict=True))  # these keep the initial weights
         self._unjoined = rows
         self._first_blocks = dict(zip(names, (0, *self.cuts), strict=True))
@@ -138,6 +143,8 @@ class SplitModel:
                 " smaller"
             )
         fusion = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
+        if len(self.cuts) in self.recipe.frozen:
+            freeze([fusion])
         blocks = [("fusion", fusion), *self._segments[name]._modules.items()]
         self._segments[name] = nn.Sequential(OrderedDict(blocks))
         self.entries = Entries.of(self._rows)

@@ -37,10 +37,12 @@ def all_weights(run: Path) -> dict[str, torch.Tensor]:
 def joined(run: Path, round_index: int = 1, kind: str = "") -> dict[str, torch.Tensor]:
     """Return the whole model after a round, from as many files of segments as there are.
 
-    ``kind``: the beginning of their names; else those of segments that are shared.
+    ``round_index``: -1 is before the first. ``kind``: the beginning of their names; else those of
+    segments that are shared.
     """
     names = rf"{kind}(_\D.*)?" if kind else r"(client|server)_[a-z]\w*"
-    wanted = re.compile(rf"{names}_{round_index:03d}\.pt")
+    last = "init" if round_index < 0 else f"{round_index:03d}"
+    wanted = re.compile(rf"{names}_{last}\.pt")
     files = [path for path in sorted((run / "models").glob("*.pt")) if wanted.fullmatch(path.name)]
     states = [torch.load(file, weights_only=True) for file in files if "optim" not in file.name]
     return {name: tensor for state in states for name, tensor in state.items()}
