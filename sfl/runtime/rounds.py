@@ -161,6 +161,8 @@ class Rounds:
         self.check_space()
         started = time.perf_counter()
         self.network.start_round(round_index)
+        for party in self.parties.values():
+            party.start_round(started)
         self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._active()}
         self._start_shared = self.shared
         self._run_clients(self._active(), lambda k: self._start(k, round_index))
