@@ -164,6 +164,7 @@ _IN_A_CLONE = {
     "client": "run_client.py",
     "simulate": "python -m experiments.simulate",
     "replay": "python -m experiments.replay",
+    "report": "python -m experiments.report",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}

@@ -39,7 +39,8 @@ ROOMS = {
     "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
     "interactive": "ground files options data model archive strategy conversation runtime",
-    "programs": "ground files options wire transport tracking runtime",
+    "reports": "ground files options archive interactive",
+    "programs": "ground files options wire transport tracking runtime interactive reports",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.
 OF_ANY_TRANSPORT = {

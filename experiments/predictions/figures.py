@@ -21,9 +21,10 @@ from sklearn.metrics import (
 import sfl.archive
 from experiments.predictions.reading import Predictions, read_predictions
 from sfl.errors import RunError
+from sfl.interactive.drawing import STYLES, styled
+from sfl.reports.figures import MOST_NAMED, of_confusion
+from sfl.reports.gathered import Confusion
 
-MOST_NAMED = 20  # classes that are told apart by name
-DASHES = ("-", "--", "-.", ":")
 Points = tuple[np.ndarray, np.ndarray, float]  # x, y, the area
 
 
@@ -51,25 +52,9 @@ def draw_confusion(path: Path, title: str, predictions: Predictions) -> None:
     """Draw which share of each class is taken for which, with the counts if there is room."""
     y, p, classes = predictions
     counts = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(4 + 0.45 * len(classes), 16)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the class", shrink=0.8)
-    ticks = range(len(classes))
-    small = 8 if len(classes) <= MOST_NAMED else 5
-    axes.set_xticks(ticks, classes, rotation=90, fontsize=small)
-    axes.set_yticks(ticks, classes, fontsize=small)
-    if len(classes) <= MOST_NAMED:
-        for row in ticks:
-            for column in ticks:
-                shade = "white" if shares[row, column] > 0.5 else "black"
-                text = str(counts[row, column])
-                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
-    axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title(title, loc="left", fontsize=9)
-    figure.savefig(path, dpi=130)
+    side = min(5 + 0.45 * len(classes), 16)
+    picture = of_confusion(Confusion(counts, classes), "confusion", title, side)
+    picture.figure.savefig(path, dpi=130)
 
 
 class CurveKind(NamedTuple):
@@ -112,7 +97,8 @@ def draw_curves(path: Path, title: str, predictions: Predictions, kind: CurveKin
     for index, (name, xs, ys, area) in enumerate(found):
         shown = index < MOST_NAMED
         axes.plot(
-            xs, ys, color=colours(index), linestyle=DASHES[index % len(DASHES)], lw=1.2,
+            xs, ys, color=colours(index), lw=1.2,
+            linestyle=STYLES[index % len(STYLES)]["linestyle"],
             label=f"{name} ({area:.3f})" if shown else None,
         )  # fmt: skip
     one_hot = np.eye(p.shape[1], dtype=bool)[y]
@@ -129,9 +115,11 @@ def draw_curves(path: Path, title: str, predictions: Predictions, kind: CurveKin
     figure.savefig(path, dpi=130)
 
 
-def draw_all(run_dir: Path, client_folders: Sequence[Path] = ()) -> list[Path]:
+def draw_all(
+    run_dir: Path, client_folders: Sequence[Path] = (), allow_import: str = ""
+) -> list[Path]:
     """Write the table and the pictures of a run into its folder, and return their paths."""
-    predictions = read_predictions(run_dir, client_folders)
+    predictions = read_predictions(run_dir, client_folders, allow_import)
     if np.isnan(predictions.probabilities).any():
         raise RunError(f"{run_dir}: the run diverged: its predictions are no numbers")
     config = sfl.archive.open(run_dir).config()
@@ -141,7 +129,8 @@ def draw_all(run_dir: Path, client_folders: Sequence[Path] = ()) -> list[Path]:
         run_dir / f for f in ("classes.csv", "confusion.png", "roc.png", "precision_recall.png")
     ]
     write_classes(table, predictions)
-    draw_confusion(confusion, title, predictions)
-    draw_curves(roc, title, predictions, ROC)
-    draw_curves(precision_recall, title, predictions, PRECISION_RECALL)
+    with styled():
+        draw_confusion(confusion, title, predictions)
+        draw_curves(roc, title, predictions, ROC)
+        draw_curves(precision_recall, title, predictions, PRECISION_RECALL)
     return paths
