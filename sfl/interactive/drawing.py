@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Wide lines are drawn below, so that one that coincides with another (sflv1 and fl do) is seen.
+# Wide lines are drawn below, so that one that coincides with another is seen.
 STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "o", "lw": 1.5},
     {"color": "#0072b2", "linestyle": "-", "marker": "s", "lw": 4.0, "alpha": 0.6},
