@@ -1,4 +1,4 @@
-"""A whole run on this machine: one server and three clients as processes, curves, replay.
+"""A whole run on this machine: one server and three clients as processes, report, replay.
 
 python -m experiments.demo [--rounds N] [--out DIR]
 """
@@ -59,18 +59,19 @@ def main() -> None:
         raise ConfigError(f"--rounds {options.rounds}: must be at least 1")
     from tqdm import tqdm
 
-    from experiments.curves.figure import draw_curves
+    from sfl.interactive.run import open_run
+    from sfl.reports.report import write_report
     from sfl.runtime.recorded_run import load
     from sfl.runtime.replay import check
 
     run_dir = run_demo(options.rounds, options.out.resolve(), tqdm)
     last = print_table(run_dir)
-    curves = draw_curves(run_dir)
+    (report_page,) = write_report([open_run(run_dir)], run_dir / "report.html")
     print("replaying the server's part from its files ...")
     report = check(load(run_dir))
     print(f"logs and tensors  {run_dir}")
     print(f"the clients' logs {run_dir.parent.parent / 'client' / run_dir.name}")
-    print(f"curves            {curves}")
+    print(f"report            {report_page}")
     for finding in report.findings:
         print(finding)
     print(f"test accuracy {float(last['test_acc']):.4f}")

@@ -265,6 +265,60 @@ def replay(options: Namespace) -> int:
     return 1 if report.findings or report.differ else 0
 
 
+def main_report(argv: Sequence[str] | None = None) -> int:
+    """Show recorded runs side by side on one HTML page, and return the exit code."""
+    prog = command("report")
+
+    def program() -> None:
+        options = _report_parser(prog).parse_args(argv)
+        from sfl.interactive.run import open_run
+        from sfl.reports.report import write_report
+
+        machine = {"clients": options.clients, "allow_import": options.allow_import}
+        runs = [open_run(folder, **machine) for folder in options.run_dirs]
+        paths = write_report(
+            runs, options.out, labels=options.labels, formats=options.figures,
+            with_tables=options.tables,
+        )  # fmt: skip
+        sys.stdout.write("".join(f"{path}\n" for path in paths))
+
+    return run_program(_short(prog), program)
+
+
+def _report_parser(prog: str) -> Parser:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = Parser(prog=prog, description="Show recorded runs side by side on one HTML page.")
+    parser.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="+", help="shared_files/server/<run>; runs that differ"
+        " in --seed alone are one curve",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("report.html"), help="the page to write"
+        " (default: report.html); further files lie beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--figures", metavar="pdf,svg,png", type=names, default=[], help="write each figure as"
+        " files of these kinds too",
+    )  # fmt: skip
+    parser.add_argument("--tables", action="store_true", help="write the tables as CSV and LaTeX")
+    parser.add_argument(
+        "--labels", metavar="A,B", type=names, default=[], help="names of the curves; by default"
+        " the options that differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clients", metavar="DIR", type=Path, nargs="+", default=[], help="clients' folders,"
+        " brought here from their machines, for predictions that only they have",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-import",
+        default="",
+        help="package.module:function that a run may import as model",
+    )
+    return parser
+
+
 def _short(prog: str) -> str:
     """Return a program's name for its errors: ``replay`` of ``python -m experiments.replay``."""
     return prog.rpartition("experiments.")[2]

@@ -167,6 +167,7 @@ _IN_A_CLONE = {
     "export": "python -m experiments.export",
     "watch": "python -m experiments.watch",
     "predict": "python -m experiments.predict",
+    "report": "python -m experiments.report",
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}

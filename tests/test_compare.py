@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from experiments.compare.__main__ import parse_sweep
 from experiments.compare.figures import draw_all, looks
 from experiments.compare.results import markdown, read_study
 from experiments.compare.study import NO_CUT, Study, left_out, names, run_name
@@ -27,7 +28,7 @@ from tests.support.programs import ROOT, run_program
 COMMON = ("--model", "mlp", "--rounds", "3", "--batch-size", "64")
 FILES = {
     "compare.csv", "times.csv", "compare.md", "rounds.png", "bytes.png", "flops.png", "final.png",
-    "clients_0.png", "clients_1.png",
+    "clients_0.png", "clients_1.png", "report.html",
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_the_table_is_what_the_runs_say(whole: Path) -> None:
         ]
     accuracies = [float(line["test_acc"]) for line in lines]
     mean, spread = sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5
-    assert rows[0][4] == f"{mean:.4f} ± {spread:.4f}"
+    assert rows[0][5] == f"{mean:.4f} ± {spread:.4f}"
     logs = [(whole / f"server/sl-iid-{seed}/rounds.csv").read_text() for seed in (0, 1)]
     recorded = [float(list(csv.DictReader(log.splitlines()))[-1]["test_acc"]) for log in logs]
     assert recorded == accuracies
@@ -164,7 +165,7 @@ def test_measured_bytes_are_within_five_percent_of_the_formula(
     study, lines = study_of(tmp_path, scheme=scheme, model=model, batch_size=batch_size, cut=cut)
     table = markdown(study, lines).partition("## Measured bytes")[2]
     (row,) = [row for row in table.splitlines() if row.startswith(f"| iid | {scheme} |")]
-    cells = [cell.strip(" %") for cell in row.split("|")[5:-1]]
+    cells = [cell.strip(" %") for cell in row.split("|")[6:-1]]
     formula, measured, percent, *parts = map(float, cells)
     assert 0 < percent < 5
     assert abs(measured / formula - 1 - percent / 100) < 1e-3
@@ -206,9 +207,9 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
     of_clients = lines[(lines["scheme"] == "sl") & (lines["client"] != "all")]
     kinds = ("labels", "activations", "weights", "control")
     up = sum(of_clients[f"bytes_up_{kind}"].mean() for kind in kinds) / 1e6
-    assert row.split(" | ")[5] == f"{up:.2f}"
+    assert row.split(" | ")[6] == f"{up:.2f}"
     (row,) = [row for row in costs.splitlines() if row.startswith("| iid | central |")]
-    assert row.split(" | ")[5:8] == ["-", "-", "-"]
+    assert row.split(" | ")[6:9] == ["-", "-", "-"]
 
 
 @pytest.mark.slow
@@ -270,12 +271,12 @@ def placed(schemes: list[str], cuts: list[str], *topologies: str, **options: Any
 def test_topologies_are_run_with_the_cuts_that_fit() -> None:
     study = placed(["fl", "sl", "central"], ["3", "3,9"], "vanilla", "u-shaped", "alternating")
     assert list(study.cells) == [
-        ("iid", "fl", "-", "-"),
-        ("iid", "sl", "vanilla", "3"),
-        ("iid", "sl", "u-shaped", "3,9"),
-        ("iid", "sl", "alternating", "3"),
-        ("iid", "sl", "alternating", "3,9"),
-        ("iid", "central", "-", "-"),
+        ("iid", "fl", "-", "-", "-"),
+        ("iid", "sl", "vanilla", "3", "-"),
+        ("iid", "sl", "u-shaped", "3,9", "-"),
+        ("iid", "sl", "alternating", "3", "-"),
+        ("iid", "sl", "alternating", "3,9", "-"),
+        ("iid", "central", "-", "-", "-"),
     ]
     assert left_out(study) == [
         "left out, 3 combinations: --topology vanilla takes 1 cut; --cut 3,9 has 2",
@@ -294,7 +295,7 @@ def test_topologies_are_run_with_the_cuts_that_fit() -> None:
 
 def test_a_single_topology_has_the_names_that_it_always_had() -> None:
     study = placed(["sl"], [], cut="3,9")
-    assert list(study.cells) == [("iid", "sl", "u-shaped", "3,9")]
+    assert list(study.cells) == [("iid", "sl", "u-shaped", "3,9", "-")]
     assert [run.run for run in study.runs] == ["sl-iid-0", "sl-iid-1"]
 
 
@@ -324,7 +325,7 @@ def test_whatever_is_drawn_together_can_be_told_apart() -> None:
     alone = looks(placed(["central", "fl", "sl", "sflv1", "sflv2"], []))
     assert [look.label for look in alone.values()] == ["central", "fl", "sl", "sflv1", "sflv2"]
     for cell, look in alone.items():
-        key = cell[1:] if cell.cut == NO_CUT else (cell.scheme, "vanilla", "3")
+        key = cell[1:] if cell.cut == NO_CUT else (cell.scheme, "vanilla", "3", "-")
         assert drawn[key].style == look.style
 
 
@@ -350,7 +351,7 @@ def test_several_topologies_are_in_the_tables_with_their_bytes(tmp_path: Path) -
     flops = 4 * 784 * 128, 6 * 64 * 10
     assert one["client_gflops"] == samples * flops[0] / 1e9
     assert two["client_gflops"] == samples * sum(flops) / 1e9
-    assert "\n| iid | sl | u-shaped | 3,5 | 0." in (tmp_path / "compare.md").read_text()
+    assert "\n| iid | sl | u-shaped | 3,5 | - | 0." in (tmp_path / "compare.md").read_text()
     assert (tmp_path / "bytes.png").stat().st_size > 5000
     said = compare(tmp_path, *options, "--cut", 3, code=2)
     assert "--cut: a comparison has many; give --cuts" in said
@@ -371,3 +372,55 @@ def test_the_formulas_of_splitfed(scheme: str, smashed: int, weights: int) -> No
     config = RunConfig(scheme=scheme, model="mlp")
     split = SplitModel(Recipe.of(config), (1, 28, 28), 10)
     assert formula_bytes(config, split, samples=70, num_steps=5) == (smashed, weights)
+
+
+def test_any_option_is_swept() -> None:
+    """Values are those that the option itself would have."""
+    assert parse_sweep("lr=0.1, 1e-3", []) == ("lr", [0.1, 0.001])
+    assert parse_sweep("--batch-size=16,64", []) == ("batch_size", [16, 64])
+    values = dict([parse_sweep("lr=0.1,0.001", []), parse_sweep("model=mlp,lenet5", [])])
+    study = Study(
+        ["central", "sl"], ["iid"], [0], RunConfig(), NodeConfig(), "simulation", sweeps=values
+    )
+    assert len(study.runs) == len({run.run for run in study.runs}) == 8
+    assert {(run.lr, run.model) for run in study.runs} == {
+        (lr, model) for lr in (0.1, 0.001) for model in ("mlp", "lenet5")
+    }
+    drawn = looks(study)
+    assert len({look.label for look in drawn.values()}) == 8
+    assert "sl, vanilla 3, lr 0.1, model mlp" in {look.label for look in drawn.values()}
+    here, same = study.in_own_folder(), study.in_own_folder()
+    assert here.node.out_path == same.node.out_path
+    other = Study(["sl"], ["iid"], [0], RunConfig(), NodeConfig(), "simulation").in_own_folder()
+    assert other.node.out_path != here.node.out_path
+    assert other.node.out_path.parent == Path("shared_files/compare")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr=1,2", "did you mean --lr"),
+        ("lr=fast", "invalid float value"),
+        ("lr=-1", "must be a number above 0"),
+        ("lr", "give an option and its values"),
+        ("seed=1,2", "--sweep seed: give --seeds"),
+        ("threads=1,2", "is an option of a machine"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_sweep(text, [])
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_in_a_report(tmp_path: Path) -> None:
+    cells = ("--schemes", "sl", "--sweep", "cut=1,3", "--rounds", "1", "--batch-size", "400")
+    said = compare(tmp_path, *cells, "--jobs", 2)
+    assert said.splitlines()[-1] == str(tmp_path / "report.html")
+    assert {path.name for path in (tmp_path / "server").iterdir()} == {
+        "sl-iid-vanilla-1-0", "sl-iid-vanilla-3-0",
+    }  # fmt: skip
+    assert "cut 1" in (tmp_path / "report.html").read_text()
+    for option in (("--sweep", "cut=5"), ("--cut", "1")):
+        assert "give all its values in one --sweep" in compare(tmp_path, *cells, *option, code=2)
+    assert not (tmp_path / "server/sl-iid-vanilla-5-0").exists()

@@ -140,7 +140,8 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--dist"}  # pytest-xdist's
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     # experiments.compare's
-    known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs"}
+    known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs", "--sweep"}
+    known |= {"--figures", "--tables", "--labels"}  # sfl-report's
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--to", "--part", "--round", "--client"}  # experiments.export's
     known |= {"--once", "--interval"}  # experiments.watch's

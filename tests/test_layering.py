@@ -41,7 +41,7 @@ ROOMS = {
     "interactive": "ground files options data model archive strategy conversation runtime",
     "trained": "ground files options wire transport data model archive strategy conversation"
     " runtime interactive",
-    "reports": "ground files options wire archive",
+    "reports": "ground files options wire tracking archive interactive",
     "programs": "ground files options wire transport tracking runtime interactive trained reports",
 }
 # What is not of TCP alone: ``transports`` is the table from which runtime takes a transport.

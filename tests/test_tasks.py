@@ -6,47 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.files.torch_file import TensorSpec
-from sfl.model.task import TASKS, Task
+from sfl.model.task import TASKS
 from sfl.runtime.preflight import check_run
 from sfl.strategy.recipe import Recipe
+from tests.support.regression import REGRESSION
 from tests.support.simulations import simulated
 
 PACKAGE = Path(__file__).parent.parent / "sfl"
-
-
-def squared_error(
-    outputs: Tensor, y: Tensor, weight: object = None, reduction: str = "mean"
-) -> Tensor:
-    return nn.functional.mse_loss(outputs.flatten(), y.float(), reduction=reduction)
-
-
-def near(outputs: Tensor, y: Tensor) -> tuple[int, int]:
-    """Count the samples that are less than one off, and those that are less than two."""
-    off = (outputs.flatten() - y).abs()
-    return int((off < 1).sum()), int((off < 2).sum())
-
-
-# The digit as a number, with two counts and no table.
-REGRESSION = Task(
-    loss=squared_error,
-    label=TensorSpec((), torch.int64),
-    wrong_labels=lambda y, num_classes: "",
-    made_up_labels=lambda num_samples, num_classes: torch.zeros(num_samples),
-    output_shape=lambda num_classes: (1,),
-    output_name="guesses",
-    counted={"near": "share_near", "around": "share_around"},
-    count=near,
-    shown=("share_near", "share of near guesses"),
-)
-
-
-def one_number(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 1))
 
 
 @pytest.mark.parametrize("scheme", ["sflv2", "fl", "sync-sgd"])
@@ -54,7 +23,7 @@ def test_another_task_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     monkeypatch.setitem(TASKS, "regression", REGRESSION)
-    options = {"task": "regression", "model": "tests.test_tasks:one_number", "cut": 2}
+    options = {"task": "regression", "model": "tests.support.regression:one_number", "cut": 2}
     run = simulated(tmp_path, scheme=scheme, batch_size=200, **options)
     with open(run / "rounds.csv") as file:
         last = list(csv.DictReader(file))[-1]
@@ -77,7 +46,7 @@ def test_an_unknown_task_is_one_line() -> None:
 
 def test_a_model_that_ends_in_other_outputs_is_refused() -> None:
     with pytest.raises(ConfigError, match="wanted are 10 logits for each"):
-        check_run(RunConfig(model="tests.test_tasks:one_number", cut=2))
+        check_run(RunConfig(model="tests.support.regression:one_number", cut=2))
 
 
 def test_nothing_else_knows_how_classes_are_counted() -> None:

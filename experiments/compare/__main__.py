@@ -5,31 +5,44 @@ python -m experiments.compare --schemes central,fl,sl,sflv1,sflv2 --partitions i
 python -m experiments.compare --schemes fl,sl,sflv1 --cuts 3 3,9 3,6,9 --model lenet5
 python -m experiments.compare --schemes sl --topologies vanilla,alternating --cuts 3 --model lenet5
 
+python -m experiments.compare --schemes sl --sweep lr=0.1,0.01 --sweep batch_size=16,64
+
 A topology is run with the cuts whose number fits it, a scheme in which nothing crosses a cut once.
-Break it off, and start it again with the same options: runs that are done are not done again, one
-that was going on begins again with its first round. ``--out`` gets
-``compare.csv`` (a line a run, round and client), ``times.csv``, ``compare.md`` and the figures.
+``--sweep`` takes any option of a run; several make every combination, and all are checked before
+the first run. Break it off, and start it again with the same options: runs that are done are not
+done again, one that was going on begins again with its first round. Everything lies in ``--out``,
+by default a folder of this comparison alone: ``compare.csv`` (a line a run, round and client),
+``times.csv``, ``compare.md``, figures, and ``report.html``, which has them side by side.
 """
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sfl.cli import run_program
-from sfl.config import RunConfig
+from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
-from sfl.options import Parser, parse_options
+from sfl.options import Parser, names_of, parse_options
 
 OVER = ("simulation", "sockets")
+PROG = "python -m experiments.compare"
 # Options of a run that a comparison has many values of, and where they stand.
 AXES = {"scheme": "schemes", "partition": "partitions", "topology": "topologies", "cut": "cuts"}
+NOT_SWEPT = {
+    "run": "--out",
+    "seed": "--seeds",
+    "rounds": "--rounds",
+    "keep_tensors": "--keep-tensors",
+}
 
 
 def parse() -> tuple[Namespace, list[str]]:
     """Return this program's options, and those of the runs."""
     parser = Parser(
-        prog="python -m experiments.compare",
+        prog=PROG,
         description="Run every combination of schemes, partitions, topologies, cuts and seeds, and"
         " compare them.",
         epilog="All other options are those of a run: see python -m experiments.simulate --help.",
@@ -44,6 +57,10 @@ def parse() -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--cuts", nargs="+", default=[], metavar="CUT[,CUT...]", help="with spaces: 3 3,9 3,6,9"
     )
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="OPTION=VALUE,VALUE",
+        help="values of any option of a run, as lr=0.1,0.01; several times for every combination",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many, counting on from --seed")
     parser.add_argument("--over", choices=OVER, default=OVER[0], help="one process, or many")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
@@ -53,7 +70,10 @@ def parse() -> tuple[Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def _refuse_overridden(run: RunConfig, own: Namespace) -> None:
+def _refuse_overridden(run: RunConfig, own: Namespace, swept: Sequence[str]) -> None:
+    for name in swept:
+        if swept.count(name) > 1 or getattr(run, name) != getattr(RunConfig, name):
+            raise ConfigError(f"{flag(name)}: give all its values in one --sweep {name}=...")
     for name, instead in AXES.items():
         if getattr(own, instead) and getattr(run, name) != getattr(RunConfig, name):
             raise ConfigError(f"--{name}: a comparison has many; give --{instead}")
@@ -61,34 +81,66 @@ def _refuse_overridden(run: RunConfig, own: Namespace) -> None:
         raise ConfigError("--run: a comparison has many; give --out")
 
 
+def parse_sweep(text: str, rest: Sequence[str]) -> tuple[str, list[Any]]:
+    """Return the option of a run that ``--sweep`` names, and its values, as the option parses them.
+
+    ``rest``: the options of all runs.
+
+    Raises:
+        ConfigError: it is no option of a run, or a value is not one of its values.
+    """
+    name, has_values, values = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    if name in NOT_SWEPT:
+        raise ConfigError(f"--sweep {name}: give {NOT_SWEPT[name]}")
+    if not has_values:
+        raise ConfigError(f"--sweep {text}: give an option and its values, as lr=0.1,0.01")
+    found = []
+    for value in values.split(","):
+        options = [*rest, f"{flag(name)}={value.strip()}"]
+        run, _ = parse_options(options, RunConfig, NodeConfig, prog=PROG, about="")
+        if name not in names_of(RunConfig):
+            raise ConfigError(f"--sweep {name}: is an option of a machine, not of a run")
+        found.append(getattr(run, name))
+    return name, found
+
+
 def main() -> None:
     own, rest = parse()
     if own.seeds < 1 or own.jobs < 1:
         raise ConfigError("--seeds and --jobs: must be at least 1")
-    run, node = parse_options(
-        rest, RunConfig, NodeConfig, prog="python -m experiments.compare", about=""
-    )
-    _refuse_overridden(run, own)
+    run, node = parse_options(rest, RunConfig, NodeConfig, prog=PROG, about="")
+    swept = [parse_sweep(text, rest) for text in own.sweep]
+    _refuse_overridden(run, own, [name for name, _ in swept])
     from tqdm import tqdm
 
     from experiments.compare.figures import draw_all
     from experiments.compare.plan import carry_out, check_all, is_done
     from experiments.compare.results import read_study, write_tables
     from experiments.compare.study import Study, distinct, left_out, names
+    from sfl.interactive.run import open_run
+    from sfl.reports.report import write_report
 
     # The runs are started in another folder.
     paths = {"out": str(node.out_path.resolve()), "data_dir": str(node.data_path.resolve())}
+    values = {name: distinct(f"--sweep {name}", found) for name, found in swept}
+    given = {
+        "scheme": names("--schemes", own.schemes),
+        "partition": names("--partitions", own.partitions),
+        "topology": names("--topologies", own.topologies) if own.topologies else (),
+        "cut": distinct("--cuts", own.cuts),
+    }
     study = Study(
-        schemes=names("--schemes", own.schemes),
-        partitions=names("--partitions", own.partitions),
+        **{AXES[name]: values.pop(name, found) for name, found in given.items()},
         seeds=range(run.seed, run.seed + own.seeds),
         run=replace(run, keep_tensors=own.keep_tensors),
         node=replace(node, **paths),
         over=own.over,
         jobs=own.jobs,
-        topologies=names("--topologies", own.topologies) if own.topologies else (),
-        cuts=distinct("--cuts", own.cuts),
+        sweeps=values,
     )
+    if node.out == NodeConfig.out:
+        study = study.in_own_folder()
     for line in left_out(study):
         print(line, flush=True)
     check_all(study)
@@ -107,6 +159,8 @@ def main() -> None:
     lines = read_study(study)
     for path in write_tables(study, lines) + draw_all(study, lines):
         print(path)
+    runs = [open_run(study.folder(r), allow_import=node.allow_import) for r in study.runs]
+    print(*write_report(runs, study.node.out_path / "report.html"), sep="\n")
 
 
 if __name__ == "__main__":

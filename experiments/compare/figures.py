@@ -1,6 +1,5 @@
 """The figures of a comparison; lines and bars can be told apart in grey."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,30 +7,33 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.compare.results import ALL, of_cell, training_bytes
-from experiments.compare.study import NO_CUT, Cell, Study
+from experiments.compare.study import NO_CUT, NONE, Cell, Study
+from sfl.interactive.drawing import (
+    STYLES,
+    bar_style,
+    count_rounds,
+    draw_line,
+    line_style,
+    name_axes,
+    one_legend,
+    styled,
+)
 from sfl.strategy.schemes import SCHEMES
 
-# Brightness, dashes and markers differ as well as hue; wide lines are drawn below, so that one that
-# coincides with another (sflv1 and fl do) is seen.
-STYLES: list[dict[str, Any]] = [
-    {"color": "#000000", "linestyle": "-", "marker": "o", "lw": 1.5},
-    {"color": "#0072b2", "linestyle": "-", "marker": "s", "lw": 4.0, "alpha": 0.6},
-    {"color": "#e69f00", "linestyle": "-.", "marker": "^", "lw": 1.8},
-    {"color": "#004d38", "linestyle": "--", "marker": "D", "lw": 1.3},
-    {"color": "#cc79a7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v", "lw": 1.5},
-    {"color": "#56b4e9", "linestyle": (0, (8, 3)), "marker": "P", "lw": 1.5},
-    {"color": "#7f7f7f", "linestyle": (0, (1, 3)), "marker": "X", "lw": 1.5},
-]
-HATCHES = ["", "//", "..", "xx", "\\\\", "--", "++"]
 ORDER = ("central", "fl", "sl", "sflv1", "sflv2", "sflv3", "sync-sgd")  # of styles, and of drawing
 MOST_CLIENTS = len(STYLES)  # of whom each has its line and its name
 
 
 def draw_all(study: Study, lines: pd.DataFrame) -> list[Path]:
     """Draw every figure of a study, and return their paths."""
+    with styled():
+        return _draw_all(study, lines)
+
+
+def _draw_all(study: Study, lines: pd.DataFrame) -> list[Path]:
     out = study.node.out_path
     overall, clients = lines[lines["client"] == ALL], lines[lines["client"] != ALL]
     paths = [
@@ -63,8 +65,7 @@ def looks(study: Study) -> dict[Cell, Look]:
     """Return the look of each cell, in the order in which they are drawn.
 
     The first cell of a scheme has the scheme's own style, in every study; further ones, cut in
-    other places, have what is left. From the eighth style on, markers are hollow, and bars have
-    circles.
+    other places, have what is left.
     """
     order = [*ORDER, *(name for name in study.schemes if name not in ORDER)]
     cells = sorted(study.cells, key=lambda cell: order.index(cell.scheme))
@@ -75,19 +76,15 @@ def looks(study: Study) -> dict[Cell, Look]:
     for kind in kinds:
         if kind not in styles:
             styles[kind] = next(free)
-    placed = {kind[2:] for kind in kinds if kind.cut != NO_CUT}
+    placed = {kind[2:4] for kind in kinds if kind.cut != NO_CUT}
     return {cell: _look(cell, styles[cell._replace(partition="")], len(placed)) for cell in cells}
 
 
 def _look(cell: Cell, number: int, num_placed: int) -> Look:
-    lap, index = divmod(number, len(STYLES))
     is_named = num_placed > 1 and cell.cut != NO_CUT
     label = f"{cell.scheme}, {cell.topology} {cell.cut}" if is_named else cell.scheme
-    color = STYLES[index]["color"] if index else "#bbbbbb"
-    hollow = {"markerfacecolor": "white"} if lap else {}
-    return Look(
-        label, STYLES[index] | hollow, {"color": color, "hatch": HATCHES[index] + "o" * lap}
-    )
+    label += f", {cell.swept}" if cell.swept != NONE else ""
+    return Look(label, line_style(number), bar_style(number))
 
 
 def _title(study: Study, spread: str = "range") -> str:
@@ -107,7 +104,7 @@ def _grid(
     for axes, partition in zip(panels, study.partitions, strict=True):
         draw(axes, partition)
         axes[0].set_title(partition, loc="left", fontsize=10)
-    _legend(figure)
+    one_legend(figure, figure.axes)
     figure.suptitle(_title(study), fontsize=10)
     figure.savefig(path, dpi=130)
     return path
@@ -117,13 +114,8 @@ def _plot(axes: Axes, x: Any, by_seed: pd.DataFrame, label: str, style: dict[str
     """Draw the mean over seeds, and a band from the lowest to the highest."""
     known = by_seed.notna().all(axis=1).to_numpy()  # a client may sit rounds out
     x, by_seed = x[known], by_seed[known]
-    every = max(1, len(by_seed) // 8)
-    how = {"markevery": every, "markersize": 4, "zorder": 3 - style["lw"] / 10, **style}
-    axes.plot(x, by_seed.mean(axis=1), label=label, **how)
-    if by_seed.shape[1] > 1:
-        axes.fill_between(
-            x, by_seed.min(axis=1), by_seed.max(axis=1), color=style["color"], alpha=0.15
-        )
+    spread = (by_seed.min(axis=1), by_seed.max(axis=1)) if by_seed.shape[1] > 1 else None
+    draw_line(axes, x, by_seed.mean(axis=1), style, label=label, band=spread)
 
 
 def _by_round(panels: Sequence[Axes], study: Study, overall: pd.DataFrame, partition: str) -> None:
@@ -137,8 +129,8 @@ def _by_round(panels: Sequence[Axes], study: Study, overall: pd.DataFrame, parti
             if cell.partition == partition:
                 by_seed = of_cell(overall, cell).pivot(index="round", columns="seed", values=metric)
                 _plot(axes, by_seed.index + 1, by_seed, look.label, look.style)
-        _label(axes, "round", title)
-        _count_rounds(axes)
+        name_axes(axes, "round", title)
+        count_rounds(axes)
 
 
 def _against(
@@ -168,7 +160,7 @@ def _against(
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _label(
+    name_axes(
         axes,
         {"bytes": "MB a client, training, up and down", "flops": "TFLOPs a client, training"}[cost],
         "validation accuracy",
@@ -198,8 +190,7 @@ def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
                     continue
                 place = number + (index - (len(group) - 1) / 2) * width
                 axes.bar(
-                    place, values.mean(), width * 0.95, edgecolor="black", lw=0.6,
-                    label=look.label, **look.bar,
+                    place, values.mean(), width * 0.95, label=look.label, **look.bar,
                     yerr=values.std(ddof=1) if len(values) > 1 else None, capsize=3,
                 )  # fmt: skip
                 axes.annotate(
@@ -216,7 +207,7 @@ def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     margin = max(0.25 * (highest - lowest), 0.02)
     panels[0].set_ylim(max(0, lowest - 2 * margin), min(1.02, highest + margin))
     panels[0].set_ylabel("share (the axis does not begin at 0)")
-    _legend(figure)
+    one_legend(figure, figure.axes)
     figure.suptitle(f"{_title(study, 'standard deviation')}, round {study.run.rounds}", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
@@ -249,30 +240,13 @@ def _of_clients(path: Path, study: Study, clients: pd.DataFrame, partition: str)
             if many:
                 mean = own.pivot_table(index="round", columns="seed", values=metric)
                 _plot(axes, mean.index + 1, mean, f"mean of {len(ids)} clients", STYLES[0])
-            _label(axes, "round" if metric == "train_loss" else "", title if axes is row[0] else "")
-            _count_rounds(axes)
+            name_axes(
+                axes, "round" if metric == "train_loss" else "", title if axes is row[0] else ""
+            )
+            count_rounds(axes)
             if metric == "val_acc":
                 axes.set_title(shown[cell], loc="left", fontsize=10)
-    _legend(figure)
+    one_legend(figure, figure.axes)
     figure.suptitle(f"{_title(study)}, {partition}", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
-
-
-def _legend(figure: Figure) -> None:
-    """Draw one legend for what the panels have."""
-    named = (axes.get_legend_handles_labels() for axes in figure.axes)
-    pairs = itertools.chain.from_iterable(zip(*of, strict=True) for of in named)
-    handles = {label: handle for handle, label in pairs}
-    figure.legend([*handles.values()], [*handles], loc="outside right center", frameon=False)
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-
-
-def _count_rounds(axes: Axes) -> None:
-    """Let an axis of rounds have whole numbers alone."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -15,6 +15,7 @@ from sfl.config import RunConfig
 from sfl.conversation.cut import kinds_by_link
 from sfl.data.client_data import batch_sizes, num_batches
 from sfl.model.task import TASKS
+from sfl.reports.tables import spread
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import SCHEMES, Exchange
 from sfl.strategy.split_model import SplitModel
@@ -34,7 +35,7 @@ FORMULA = ("formula_smashed_bytes", "formula_weights_bytes")
 COUNTED = ["samples", *LEARNING, *TRAFFIC, "client_gflops", *FORMULA]
 
 
-def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
+def read_run(path: Path, run: RunConfig, cell: Cell) -> pd.DataFrame:
     """Return a line for each round and client of a run, and one for all its clients.
 
     ``client_gflops`` is a client's arithmetic in the round's training (of ``central``, the whole
@@ -71,7 +72,7 @@ def read_run(path: Path, run: RunConfig) -> pd.DataFrame:
         numbers = {n: float(v) for n, v in of_round.items() if v and n in known}
         lines.append({"client": ALL, "round": round_index, **numbers, **sums})
     frame = pd.DataFrame(lines)
-    for name, value in zip(RUN, (*Cell.of(recipe), run.seed), strict=True):
+    for name, value in zip(RUN, (*cell, run.seed), strict=True):
         frame[name] = value
     if pooled:  # nothing crosses anything, and nobody waits
         frame[[*TRAFFIC, *WAITS]] = float("nan")
@@ -102,7 +103,8 @@ def _clients(
 
 def read_study(study: Study) -> pd.DataFrame:
     """Return the lines of all runs of a study."""
-    return pd.concat([read_run(study.folder(run), run) for run in study.runs], ignore_index=True)
+    lines = [read_run(study.folder(run), run, cell) for cell, run in study.runs_of_cells]
+    return pd.concat(lines, ignore_index=True)
 
 
 def write_tables(study: Study, lines: pd.DataFrame) -> list[Path]:
@@ -124,15 +126,6 @@ def last_rounds(lines: pd.DataFrame) -> pd.DataFrame:
     return lines[lines["round"] == lines.groupby(RUN)["round"].transform("max")]
 
 
-def spread(values: Iterable[float], digits: int = 4) -> str:
-    """Return mean and standard deviation over seeds; of one seed, the value."""
-    series = pd.Series(list(values)).dropna()
-    if series.empty:
-        return "-"
-    mean = f"{series.mean():.{digits}f}"
-    return mean if len(series) == 1 else f"{mean} ± {series.std(ddof=1):.{digits}f}"
-
-
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -142,10 +135,11 @@ def markdown(study: Study, lines: pd.DataFrame) -> str:
     """Return the study's tables, with mean and spread over the seeds."""
     run = study.run
     seeds = f"{min(study.seeds)} to {max(study.seeds)}" if len(study.seeds) > 1 else str(run.seed)
+    apart = {*RUN, *study.sweeps, "run", "keep_tensors"}
     named = {
         n: v
         for n, v in vars(run).items()
-        if v != RunConfig.__dataclass_fields__[n].default and n not in (*RUN, "run", "keep_tensors")
+        if v != RunConfig.__dataclass_fields__[n].default and n not in apart
     }
     options = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in named.items())
     node = study.node
@@ -193,7 +187,7 @@ def _accuracies(study: Study, lines: pd.DataFrame) -> str:
     rows = []
     for cell in study.cells:
         own, gap = of_cell(last, cell).set_index("seed"), "-"
-        central = Cell(cell.partition, "central", NO_CUT, NO_CUT)
+        central = cell._replace(scheme="central", topology=NO_CUT, cut=NO_CUT)
         if central in study.cells and cell != central:
             gap = spread(own["test_acc"] - of_cell(last, central).set_index("seed")["test_acc"])
         rows.append([*cell, *(spread(own[m]) for m in metrics), gap])

@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 
 MOST_SHOWN = 40  # characters of a partition, and what else makes a cell, in the name of a run
+NONE = "-"  # what is swept, if nothing is
 NO_CUT = "-"  # topology and cut of a scheme in which nothing crosses a cut
 
 
@@ -27,14 +28,15 @@ class Cell(NamedTuple):
     scheme: str
     topology: str
     cut: str
+    swept: str  # the values of the options of --sweep
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Cell":
+    def of(cls, recipe: Recipe, swept: str) -> "Cell":
         """Return the cell of a run; where nothing crosses a cut, all topologies are the same."""
         run, row = recipe.run, recipe.scheme
         crosses = row.exchange is Exchange.CUT and not row.pooled
         placed = (run.topology, str(run.cut)) if crosses else (NO_CUT, NO_CUT)
-        return cls(run.partition, run.scheme, *placed)
+        return cls(run.partition, run.scheme, *placed, swept or NONE)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Study:
     jobs: int = 1  # runs at a time
     topologies: Sequence[str] = ()  # empty: as the run's options say
     cuts: Sequence[str] = ()  # empty: as the run's options say
+    sweeps: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # values of further options
 
     @property
     def axes(self) -> dict[str, Sequence[Any]]:
@@ -59,6 +62,7 @@ class Study:
             "scheme": self.schemes,
             "topology": self.topologies or [self.run.topology],
             "cut": self.cuts or [self.run.cut],
+            **self.sweeps,
         }
 
     @cached_property
@@ -74,15 +78,21 @@ class Study:
         found: dict[Cell, RunConfig] = {}
         for run, recipe in self.combinations:
             if isinstance(recipe, Recipe):
-                found.setdefault(Cell.of(recipe), run)
+                swept = ", ".join(f"{name} {getattr(run, name)}" for name in self.sweeps)
+                found.setdefault(Cell.of(recipe, swept), run)
         return found
 
     @property
     def runs(self) -> list[RunConfig]:
         """All runs, by partition, seed and the rest of the cell."""
+        return [run for _, run in self.runs_of_cells]
+
+    @property
+    def runs_of_cells(self) -> list[tuple[Cell, RunConfig]]:
+        """All runs, each with its cell."""
         of = itertools.product(self.partitions, self.seeds, self.cells.items())
         return [
-            replace(run, seed=seed, run=self._name(cell, seed))
+            (cell, replace(run, seed=seed, run=self._name(cell, seed)))
             for partition, seed, (cell, run) in of
             if cell.partition == partition
         ]
@@ -90,10 +100,19 @@ class Study:
     def _name(self, cell: Cell, seed: int) -> str:
         is_placed = (self.topologies or self.cuts) and cell.cut != NO_CUT
         placed = (cell.topology, cell.cut) if is_placed else ()
-        return run_name(cell.scheme, " ".join([cell.partition, *placed]), seed)
+        swept = (cell.swept,) if self.sweeps else ()
+        return run_name(cell.scheme, " ".join([cell.partition, *placed, *swept]), seed)
 
     def folder(self, run: RunConfig) -> Path:
         return self.node.out_path / "server" / run.run
+
+    def in_own_folder(self) -> "Study":
+        """Return the study in a folder for it alone: the same one for the same options."""
+        what = repr((self.axes, self.seeds, self.run, self.over, self.node.threads))
+        digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+        name = re.sub("[^A-Za-z0-9.-]", "-", f"{self.run.model}-{self.run.dataset}-{digest}")
+        out = self.node.out_path / "compare" / name
+        return replace(self, node=replace(self.node, out=str(out)))
 
     def over_sockets(self, run: RunConfig) -> bool:
         """Say whether a cell is a run of real processes; ``central`` has no other side."""

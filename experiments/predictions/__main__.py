@@ -24,10 +24,15 @@ def main() -> None:
         "--clients", metavar="FOLDER", type=Path, nargs="+", default=[],
         help="clients' folders, brought here from their machines",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-import",
+        default="",
+        help="package.module:function that the run may import as model",
+    )
     options = parser.parse_args()
     from experiments.predictions.figures import draw_all
 
-    for path in draw_all(options.run_dir, options.clients):
+    for path in draw_all(options.run_dir, options.clients, options.allow_import):
         print(path)
 
 

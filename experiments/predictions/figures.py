@@ -21,10 +21,9 @@ from sklearn.metrics import (
 import sfl.archive
 from experiments.predictions.reading import Predictions, read_predictions
 from sfl.errors import RunError
-from sfl.tracking.pictures import DPI, confusion_figure
+from sfl.interactive.drawing import STYLES, styled
+from sfl.tracking.pictures import DPI, MOST_NAMED, confusion_figure
 
-MOST_NAMED = 20  # classes that are told apart by name
-DASHES = ("-", "--", "-.", ":")
 Points = tuple[np.ndarray, np.ndarray, float]  # x, y, the area
 
 
@@ -95,7 +94,8 @@ def draw_curves(path: Path, title: str, predictions: Predictions, kind: CurveKin
     for index, (name, xs, ys, area) in enumerate(found):
         shown = index < MOST_NAMED
         axes.plot(
-            xs, ys, color=colours(index), linestyle=DASHES[index % len(DASHES)], lw=1.2,
+            xs, ys, color=colours(index), lw=1.2,
+            linestyle=STYLES[index % len(STYLES)]["linestyle"],
             label=f"{name} ({area:.3f})" if shown else None,
         )  # fmt: skip
     one_hot = np.eye(p.shape[1], dtype=bool)[y]
@@ -112,9 +112,11 @@ def draw_curves(path: Path, title: str, predictions: Predictions, kind: CurveKin
     figure.savefig(path, dpi=130)
 
 
-def draw_all(run_dir: Path, client_folders: Sequence[Path] = ()) -> list[Path]:
+def draw_all(
+    run_dir: Path, client_folders: Sequence[Path] = (), allow_import: str = ""
+) -> list[Path]:
     """Write the table and the pictures of a run into its folder, and return their paths."""
-    predictions = read_predictions(run_dir, client_folders)
+    predictions = read_predictions(run_dir, client_folders, allow_import)
     if np.isnan(predictions.probabilities).any():
         raise RunError(f"{run_dir}: the run diverged: its predictions are no numbers")
     config = sfl.archive.open(run_dir).config()
@@ -124,7 +126,8 @@ def draw_all(run_dir: Path, client_folders: Sequence[Path] = ()) -> list[Path]:
         run_dir / f for f in ("classes.csv", "confusion.png", "roc.png", "precision_recall.png")
     ]
     write_classes(table, predictions)
-    draw_confusion(confusion, title, predictions)
-    draw_curves(roc, title, predictions, ROC)
-    draw_curves(precision_recall, title, predictions, PRECISION_RECALL)
+    with styled():
+        draw_confusion(confusion, title, predictions)
+        draw_curves(roc, title, predictions, ROC)
+        draw_curves(precision_recall, title, predictions, PRECISION_RECALL)
     return paths

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import sfl.archive
-from sfl.archive.layout import MANIFEST, PREDICTIONS, model_path
+import sfl
 from sfl.errors import RunError
-from sfl.files.torch_file import TensorSpec
+from sfl.reports.gathered import tested
 
 
 class Predictions(NamedTuple):
@@ -21,36 +20,19 @@ class Predictions(NamedTuple):
     classes: Sequence[str]
 
 
-def read_predictions(run_dir: Path, client_folders: Sequence[Path] = ()) -> Predictions:
+def read_predictions(
+    run_dir: Path, client_folders: Sequence[Path] = (), allow_import: str = ""
+) -> Predictions:
     """Return the predictions of the last round's test.
 
     Raises:
         RunError: predictions are missing.
         IntegrityError: a file is damaged.
     """
-    run = sfl.archive.open(run_dir)
-    data, last = run.environment()["data"], run.last_round
-    beside = run_dir.resolve().parent.parent / "client" / run_dir.resolve().name
-    holders = [run_dir, *client_folders, *sorted(beside.glob("client_*"))]
-    archives = [sfl.archive.open(f) for f in holders if (f / MANIFEST).is_file()]
-    labels, probabilities, missing = [], [], []
-    for client, counts in data["num_samples"].items():
-        path, count = model_path(PREDICTIONS, last, client=client), counts["test"]
-        holder = next((archive for archive in archives if archive.lists(path)), None)
-        if holder is None:
-            missing += [f"client_{client}"] if count else []
-            continue
-        spec = {
-            "labels": TensorSpec((count,), torch.int64),
-            "logits": TensorSpec((count, len(data["classes"])), torch.float32),
-        }
-        both = holder.state(path, spec)
-        labels.append(both["labels"])
-        probabilities.append(both["logits"].double().softmax(1))
-    if missing or not labels:
-        raise RunError(
-            f"no predictions of {', '.join(missing) or 'any client'} after round {last + 1}: where"
-            " clients hold the whole model, give their folders with --clients"
-        )
-    y, p = torch.cat(labels).numpy(), torch.cat(probabilities).numpy()
-    return Predictions(y, p, data["classes"])
+    run = sfl.open_run(run_dir, clients=client_folders, allow_import=allow_import)
+    kept = [run.predictions(client) for client in tested(run)]
+    if not kept:
+        raise RunError(f"{run_dir} has no predictions: no test set was evaluated")
+    labels = torch.cat([both["labels"] for both in kept])
+    logits = torch.cat([both["logits"] for both in kept])
+    return Predictions(labels.numpy(), logits.double().softmax(1).numpy(), run.classes)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
 from sfl.conversation.cut import Cuts
-from sfl.conversation.party import TEST, VALIDATION, ClientParty, Party, ServerParty
+from sfl.conversation.party import EVALUATION, TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.conversation.passes import evaluation_pass
 from sfl.errors import NotFinite, ProtocolError, StepFailed
 from sfl.files.torch_file import encode_state
@@ -59,6 +59,11 @@ def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversa
 
 def server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
     """Evaluate a client's samples with the server's segments, or receive the client's result."""
+    with party.measure_span(EVALUATION):
+        return (yield from _server_evaluate(party, part, round_index))
+
+
+def _server_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:
     link, total, predictions = party.link, Total(), _Predictions(part)
     is_cut = bool(party.split.cuts)
     sizes = party.split.evaluation_sizes(party.num_samples[part]) if is_cut else ()

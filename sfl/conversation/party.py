@@ -30,6 +30,7 @@ from sfl.wire.link import Link
 from sfl.wire.messages import Message
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"  # the parts of a client's data
+TRAINING, EVALUATION = "training", "evaluation"  # the phases of a client's round
 PREFIXES = {VALIDATION: "val", TEST: "test"}  # of an evaluated part's metrics
 
 
@@ -214,7 +215,23 @@ class ServerParty(Party):
     # Over the current connection; a client that reconnects starts at -1 again.
     ready_for_round: int = -1  # the round whose starting weights the client holds
     trained_round: int = -1  # the last round that the client has trained
+    spans: dict[str, float] = field(default_factory=dict)  # start and end of the round's phases
+    _round_began: float = 0.0  # by time.perf_counter
     own_round: int = 0  # the round whose start the client's own state belongs to
+
+    def start_round(self, began: float) -> None:
+        """Begin to measure a round that began at this time of ``time.perf_counter``."""
+        self.spans, self._round_began = {}, began
+
+    @contextmanager
+    def measure_span(self, phase: str) -> Iterator[None]:
+        """Note start and end of the ``with`` block, in seconds since the round began.
+
+        A phase that is repeated lasts from its first start to its last end.
+        """
+        self.spans.setdefault(f"{phase}_start_s", time.perf_counter() - self._round_began)
+        yield
+        self.spans[f"{phase}_end_s"] = time.perf_counter() - self._round_began
 
     @property
     def back_index(self) -> int:

@@ -41,7 +41,14 @@ from typing import Any
 from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, segment_path
 from sfl.conversation.alignment import client_receive_order, server_send_order
 from sfl.conversation.evaluate import client_evaluate, server_evaluate
-from sfl.conversation.party import PREFIXES, ClientParty, Party, RoundResult, ServerParty
+from sfl.conversation.party import (
+    PREFIXES,
+    TRAINING,
+    ClientParty,
+    Party,
+    RoundResult,
+    ServerParty,
+)
 from sfl.conversation.step import STEPS
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
@@ -156,7 +163,10 @@ def server_train(
         steps=steps,
         class_weights=list(party.split.class_weights),
     )
-    with party.profile.round(at, steps, party.clock, link, party.archive):
+    with (
+        party.measure_span(TRAINING),
+        party.profile.round(at, steps, party.clock, link, party.archive),
+    ):
         yield from STEPS[row.exchange].server(party, plan, round_index)
     if party.backs and plan.can_undo(party.client):
         name = f"the server-side weights after client {party.client}'s steps"

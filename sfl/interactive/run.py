@@ -30,12 +30,12 @@ from sfl.data.datasets import dataset_of
 from sfl.errors import RunError
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.dealt import Dealt, StepSamples
-from sfl.interactive.tables import rounds_table, steps_table
+from sfl.interactive.tables import clients_table, events, rounds_table, steps_table
 from sfl.interactive.trained import Holders, Trained
 from sfl.model.topology import BACK, FRONT
 from sfl.nodes import NodeConfig, TrackingNode
 from sfl.options import from_values
-from sfl.runtime.recorded_run import RecordedRun, config_of, load
+from sfl.runtime.recorded_run import RecordedRun, config_of, data_record, load
 from sfl.runtime.simulation import simulate as simulate_run
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -114,6 +114,30 @@ class Run:
         """``round``, ``step``, ``client`` and the metrics of each training step."""
         return steps_table(self._archive)
 
+    @functools.cached_property
+    def clients(self) -> pd.DataFrame:
+        """``round``, ``client`` and the metrics of each client's round."""
+        return clients_table(self._archive)
+
+    @functools.cached_property
+    def events(self) -> Sequence[tuple[str, str]]:
+        """The lines of the server's log, each with its time."""
+        return events(self._archive)
+
+    @functools.cached_property
+    def _data(self) -> Mapping[str, Any]:
+        return data_record(self._archive)
+
+    @property
+    def client_ids(self) -> Sequence[int]:
+        """The clients of the run."""
+        return sorted(map(int, self._data["num_samples"]))
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of what the run's model tells apart."""
+        return tuple(self._data["classes"])
+
     def tensors(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
         """Yield the recorded steps with their tensors, as ``sfl.archive`` does."""
         return self._archive.steps(client=client, round=round)
@@ -127,11 +151,6 @@ class Run:
     def split(self) -> SplitModel:
         """How the run's model is cut, with its initial weights."""
         return self._recorded.split
-
-    @property
-    def clients(self) -> list[int]:
-        """The ids of the clients that have samples of their own."""
-        return self._recorded.clients
 
     def last_round(self, round: int | None = None) -> int:
         """Return the last finished round, or ``round`` if it is finished."""
@@ -222,18 +241,18 @@ class Run:
         return self._dealt.behind(client, round_index, number)
 
     def predictions(self, client: int = 0, round: int | None = None) -> dict[str, Tensor]:
-        """Return the recorded ``labels`` (N,) and outputs (N, classes) of a client's test set.
+        """Return the recorded ``labels`` and outputs of a client's test set, (N,) and (N, classes).
 
         They are kept after the last round.
         """
         data, task = self._recorded.data, self._recorded.recipe.task
         if str(client) not in data["num_samples"]:
             raise RunError(f"{self.path} has no client_{client}")
-        count = data["num_samples"][str(client)][TEST]
+        count, outputs = data["num_samples"][str(client)][TEST], task.output_shape
         path = model_path(PREDICTIONS, self._trained.last(round), client=client)
         spec = {
-            "labels": TensorSpec((count,), torch.int64),
-            task.output_name: TensorSpec((count, len(data["classes"])), torch.float32),
+            "labels": task.labels_spec(count),
+            task.output_name: TensorSpec((count, *outputs(len(data["classes"]))), torch.float32),
         }
         return self._holders.state(path, spec, client)
 
@@ -281,12 +300,12 @@ def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:
     """
     from sfl.interactive.curves import draw  # takes a second to import
 
-    names = labels or _told_apart([run.config for run in runs])
-    metric, title = runs[0]._recorded.recipe.task.shown
+    names = labels or told_apart([run.config for run in runs])
+    metric, title = runs[0].recipe.task.shown
     return draw(dict(zip(names, (run.rounds for run in runs), strict=True)), metric, title)
 
 
-def _told_apart(configs: Sequence[RunConfig]) -> list[str]:
+def told_apart(configs: Sequence[RunConfig]) -> list[str]:
     """Return a label for each run: the options that differ, or else its name."""
     tables: list[Mapping[str, Any]] = [dataclasses.asdict(config) for config in configs]
     differ = [n for n in tables[0] if n != "run" and len({repr(t[n]) for t in tables}) > 1]

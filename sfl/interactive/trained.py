@@ -57,8 +57,8 @@ class Holders:
         raise RunError(
             f"{self.archive.root} has no {path}: it lies at client_{client}, in the folder"
             f" <out>/client/{self.archive.root.resolve().name}/client_{client} of its machine."
-            f" Looked in {of_clients}; bring that folder here and give it:"
-            f" sfl.open_run(..., clients=[FOLDER])"
+            f" Looked in {of_clients}; bring that folder here and give it, with --clients FOLDER or"
+            " sfl.open_run(..., clients=[FOLDER])"
         )
 
 

@@ -1,1 +1,1 @@
-"""A run read from its folder, for people."""
+"""Recorded runs, read from their folders and shown to people."""

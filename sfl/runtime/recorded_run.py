@@ -54,7 +54,7 @@ class RecordedRun:
         self.allowed = allowed
         self.differences = differences
         run = config_of(archive)
-        self.data = data = _read_environment(archive, "data", data_of)
+        self.data = data = data_record(archive)
         self.recipe = Recipe.of(run, allowed)
         self.run = self.recipe.run
         self.split = SplitModel.of_data(self.recipe, data)
@@ -135,6 +135,11 @@ def config_of(archive: RunArchive) -> RunConfig:
     """Return the options of a recorded run, checked."""
     options = {n: v for n, v in archive.config().items() if n in names_of(RunConfig)}
     return from_values(RunConfig, options, str(archive.root / "config.json"))
+
+
+def data_record(archive: RunArchive) -> dict[str, Any]:
+    """Return what a recorded run knows of its clients' data, checked."""
+    return _read_environment(archive, "data", data_of)
 
 
 def _read_environment(

@@ -45,6 +45,7 @@ def client_figures(
         **_bytes_by_link(party.recipe, now, before),
         **{f"client_{name}": seconds[name] for name in TIMES},
         "server_compute_s": party.compute_s,
+        **party.spans,
     }
 
 

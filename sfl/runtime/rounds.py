@@ -29,9 +29,9 @@ from sfl.conversation.round import (
 )
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
-from sfl.errors import PEER_ERRORS, RunError
+from sfl.errors import PEER_ERRORS
 from sfl.files.finite_check import REJECT
-from sfl.files.torch_file import are_finite, encode_state
+from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally
 from sfl.model.segment import Snapshot
 from sfl.model.topology import Holder, Segments, States, joined
@@ -41,6 +41,7 @@ from sfl.strategy.merge import (
     Shared,
     Trained,
     averaging_weights,
+    check_merged,
     merge,
     shared_files,
 )
@@ -170,6 +171,8 @@ class Rounds:
         self.check_space()
         started = time.perf_counter()
         self.network.start_round(round_index)
+        for party in self.parties.values():
+            party.start_round(started)
         self._missing = {k: self.network.why_away(k) for k in self.parties.keys() - self._active()}
         self._start_shared = self.shared
         self._run_clients(self._active(), lambda k: self._start(k, round_index))
@@ -302,7 +305,9 @@ class Rounds:
         crash_point("average.before")
         made = Trained(by_client, by_copy, weights, last=plan.order[-1])
         shared = merge(self.recipe, self.shared, made, self.split.entries)
-        self._check_finite(shared, round_index)
+        in_process = any(party.link.in_process for party in self.parties.values())
+        if self.run.on_nonfinite == REJECT and not in_process:
+            check_merged(shared, self.split, round_index)
         self.shared = shared
         crash_point("average.after")
         self._write_shared(round_index)
@@ -317,22 +322,6 @@ class Rounds:
         names = [name for name in self.split.held_by(Holder.CLIENT) if name in shared]
         states = {name: shared[name].state for name in names}
         return encode_state(joined(states)) if states else b""
-
-    def _check_finite(self, made: Mapping[str, Shared], round_index: int) -> None:
-        """Check that the merged weights are finite, if the run's policy is to reject others.
-
-        Raises:
-            RunError: they are not, and no single client caused it.
-        """
-        in_process = any(party.link.in_process for party in self.parties.values())
-        if in_process or self.run.on_nonfinite != REJECT:
-            return
-        for name, shared in made.items():
-            if not are_finite(self.split.changing(shared.state)):
-                raise RunError(
-                    f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
-                    f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"
-                )
 
     def _write_shared(self, round_index: int) -> None:
         """Record the shared weights and the server's optimisers for the next round's start."""

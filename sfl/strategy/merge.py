@@ -15,14 +15,15 @@ import torch
 
 from sfl.archive.layout import MEMORY, SHARED_MODEL, names_of, segment_path
 from sfl.config import RunConfig
-from sfl.errors import ConfigError, counted
-from sfl.files.torch_file import StateSpec, TensorSpec, encode_state
+from sfl.errors import ConfigError, RunError, counted
+from sfl.files.torch_file import StateSpec, TensorSpec, are_finite, encode_state
 from sfl.model.blocks import Entries
 from sfl.model.topology import Holder, States
 from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import num_drawn
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
+from sfl.strategy.split_model import SplitModel
 
 
 def averaging_weights(run: RunConfig, num_samples: Mapping[int, int]) -> dict[int, int]:
@@ -207,3 +208,17 @@ def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSp
 def has_client_state(recipe: Recipe) -> bool:
     """Return whether rounds start from state that exists at each client only."""
     return recipe.scheme.fronts is Fronts.OWN or recipe.training.keeps_optimizer
+
+
+def check_merged(made: Mapping[str, Shared], split: SplitModel, round_index: int) -> None:
+    """Check that merged weights are finite.
+
+    Raises:
+        RunError: they are not, and no single client caused it.
+    """
+    for name, shared in made.items():
+        if not are_finite(split.changing(shared.state)):
+            raise RunError(
+                f"the weights of the {name} hold NaN, infinity, or numbers whose squares"
+                f" overflow after round {round_index + 1}: a lower --lr or --clip-norm may help"
+            )

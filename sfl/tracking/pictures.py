@@ -1,5 +1,6 @@
 """Pictures of a run's figures, which trackers show; drawn without a display."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sfl.errors import shortened
 from sfl.tracking.tracked import TrackedRound
 
 Array = np.ndarray[Any, Any]
@@ -14,29 +16,32 @@ MOST_NAMED = 20  # classes whose counts are written into the picture
 DPI = 130  # dots an inch
 
 
-def confusion_figure(counts: Array, classes: Sequence[str], title: str) -> Figure:
+def confusion_figure(
+    counts: Array, classes: Sequence[str], title: str, side: float = 0.0
+) -> Figure:
     """Draw which share of each class is taken for which, with the counts if there is room.
 
-    ``counts``: (classes, classes) by class and by what its samples are taken for.
+    ``counts``: (classes, classes) by class and by what its samples are taken for; ``side``: inches,
+    by default as the classes need.
     """
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(4 + 0.45 * len(classes), 16)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    shares, size = counts / np.maximum(counts.sum(1, keepdims=True), 1), len(classes)
+    side = side or min(5 + 0.45 * size, 16)
+    figure = Figure(figsize=(side, 0.88 * side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the class", shrink=0.8)
-    ticks = range(len(classes))
-    small = 8 if len(classes) <= MOST_NAMED else 5
-    axes.set_xticks(ticks, classes, rotation=90, fontsize=small)
-    axes.set_yticks(ticks, classes, fontsize=small)
-    if len(classes) <= MOST_NAMED:
-        for row in ticks:
-            for column in ticks:
-                shade = "white" if shares[row, column] > 0.5 else "black"
-                text = str(counts[row, column])
-                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
+    figure.colorbar(image, label="share of the class", shrink=0.7)
+    named = range(0, size, 1 + (size - 1) // 60)
+    small = 8 if size <= MOST_NAMED else 4.5
+    short = [shortened(classes[k], 24) for k in named]
+    axes.set_xticks(named, short, rotation=90, fontsize=small)
+    axes.set_yticks(named, short, fontsize=small)
+    if size <= MOST_NAMED:
+        for row, column in np.ndindex(size, size):
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            how: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "color": shade}
+            axes.text(column, row, str(counts[row, column]), **how)
     axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_title("\n".join(textwrap.wrap(title, 60)), loc="left", fontsize=9)
     return figure
 
 

@@ -52,7 +52,7 @@ def predict(options: Namespace) -> None:
             run = run_of(first, machine)
             model = RunsModel(run, options.round, options.client, device)
         if tested:
-            clients = tested.clients if options.client is None else [options.client]
+            clients = tested.client_ids if options.client is None else [options.client]
             groups: Sequence[Iterable[Batch]] = [TestSet(tested, k) for k in clients]
         else:
             groups = [Files([Path(path) for path in paths], model.expected, say)]

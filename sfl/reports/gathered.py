@@ -1,0 +1,155 @@
+"""The runs of a report: those that differ in the seed alone belong together."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sfl.config import flag
+from sfl.errors import ConfigError, RunError, SflError, counted
+from sfl.interactive.run import Run, told_apart
+
+MOST_OF_LABEL = 40  # characters of the options that differ; if they are more, names of runs
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same options with different seeds: one curve, one row of each table."""
+
+    label: str
+    runs: Sequence[Run]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often samples of each class are taken for each: ``counts`` (classes, classes)."""
+
+    counts: np.ndarray[Any, Any]  # a row: the samples of one class
+    classes: Sequence[str]
+    missing: Sequence[str] = ()  # why clients' predictions are not in it, a line each
+
+
+def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
+    """Return the groups of these runs, in order.
+
+    A seed that is there twice begins another group. ``labels``: by default the options that differ
+    or, if these are many, the name of the first run of each.
+
+    Raises:
+        ConfigError: there are more or fewer labels than groups.
+    """
+    seen: Counter[object] = Counter()
+    members: dict[object, list[Run]] = {}
+    for run in runs:
+        same = replace(run.config, run="", seed=0)
+        seen[same, run.config.seed] += 1
+        members.setdefault((same, seen[same, run.config.seed]), []).append(run)
+    groups = list(members.values())
+    if labels and len(labels) != len(groups):
+        names = "; ".join(", ".join(run.config.run for run in group) for group in groups)
+        raise ConfigError(
+            f"--labels: has {len(labels)}, for {counted(len(groups), 'curve')} of runs that differ"
+            f" in more than the seed: {names}"
+        )
+    alike = [replace(group[0].config, seed=0) for group in groups]
+    told = labels or told_apart(alike)
+    if max(map(len, told)) > MOST_OF_LABEL and not labels:
+        told = [group[0].config.run for group in groups]
+    if len(set(told)) < len(told):
+        told = [f"{label} #{told[: k + 1].count(label)}" for k, label in enumerate(told)]
+    return [Group(*both) for both in zip(told, groups, strict=True)]
+
+
+def shown_metric(run: Run) -> tuple[str, str]:
+    """Return the metric shown beside the loss and its title, also if the run's task is unknown."""
+    try:
+        return run.recipe.task.shown
+    except SflError:  # a model of a user's own, say
+        names = [n.removeprefix("val_") for n in run.rounds.columns if n.startswith("val_")]
+        own = [name for name in names if name != "loss"] or ["loss"]
+        return own[0], own[0]
+
+
+def confusion(group: Group) -> Confusion:
+    """Return the confusion of a group's recorded predictions, added up over its seeds.
+
+    Raises:
+        RunError: none is recorded on this machine, or they are no classes.
+    """
+    counts: list[np.ndarray[Any, Any]] = []
+    missing: list[str] = []
+    for run in group.runs:
+        for client in tested(run):
+            try:
+                counts.append(_count(run, client))
+            except SflError as error:
+                missing.append(str(error))
+    if not counts:
+        raise RunError(missing[0] if missing else "no test set was evaluated")
+    return Confusion(np.sum(counts, axis=0), group.first.classes, missing)
+
+
+def tested(run: Run) -> list[int]:
+    """Return the clients whose test set was evaluated."""
+    rows = run.clients
+    return sorted(rows[rows["test_loss"].notna()]["client"].unique()) if "test_loss" in rows else []
+
+
+def _count(run: Run, client: int) -> np.ndarray[Any, Any]:
+    kept = run.predictions(client)
+    labels = kept.pop("labels").numpy()
+    (outputs,) = (tensor.numpy() for tensor in kept.values())
+    size = len(run.classes)
+    is_class = labels.dtype == np.int64 and labels.ndim == 1 and outputs.shape[1:] == (size,)
+    if not is_class or not ((labels >= 0) & (labels < size)).all():
+        raise RunError(f"--task {run.config.task} predicts no classes")
+    pairs = labels * size + outputs.argmax(1)
+    return np.bincount(pairs, minlength=size * size).reshape(size, size)
+
+
+def options(group: Group) -> dict[str, str]:
+    """Return the options that the runs of a group have in common, as texts."""
+    return texts(asdict(group.first.config))
+
+
+def texts(config: dict[str, Any]) -> dict[str, str]:
+    """Return the values of options as texts, without those that tell runs of a group apart."""
+    return {flag(n): _text(v) for n, v in config.items() if n not in ("run", "seed")}
+
+
+def environment(group: Group) -> dict[str, str]:
+    """Return what a group's runs were computed with, as texts; where they differ, all values."""
+    return _together([_environment(run) for run in group.runs])
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    record = run.archive.environment()
+    tables = {name: record.get(name) for name in ("fingerprint", "packages")}
+    found: dict[str, Any] = {n: v for n, v in record.items() if isinstance(v, str)}
+    found.pop("started", None)  # stands beside the run's name
+    for table in tables.values():
+        found |= table if isinstance(table, dict) else {}
+    clients = record.get("clients")
+    for name, theirs in (clients if isinstance(clients, dict) else {}).items():
+        own = theirs.items() if isinstance(theirs, dict) else ()
+        found |= {f"{name}: {n}": v for n, v in own if v != found.get(n)}
+    command = record.get("command_line")
+    return found | {"command line": " ".join(map(str, command if command else []))}
+
+
+def _together(tables: Sequence[dict[str, Any]]) -> dict[str, str]:
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {
+        name: "; ".join(dict.fromkeys(_text(table.get(name, "-")) for table in tables))
+        for name in names
+    }
+
+
+def _text(value: object) -> str:
+    return "-" if value in (None, "") else str(value)
