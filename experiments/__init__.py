@@ -5,7 +5,7 @@ package: it parses its options, calls the modules that do the work, and prints.
 
 Imports stand at the top of a module. The exception is a program's ``main``: what needs torch or
 another library is imported there, once the options are parsed. So ``--help`` is quick, and
-``sfl.cli.run_program`` says in one line which package is missing.
+``sfl.program.run_program`` says in one line which package is missing.
 """
 
 import re

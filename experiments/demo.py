@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.support.processes import running
-from sfl.cli import run_program
 from sfl.errors import ConfigError, RunError
 from sfl.options import Parser
+from sfl.program import run_program
 
 NUM_CLIENTS = 3
 OPTIONS = ["--model", "lenet5", "--dataset", "mnist-5k", "--batch-size", "32", "--lr", "0.002"]

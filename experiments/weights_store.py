@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sfl.cli import run_program
 from sfl.errors import ConfigError, IntegrityError, RunError
 from sfl.options import Parser
+from sfl.program import run_program
 from sfl.weights.object_store import ObjectStore
 from sfl.weights.stores import open_place
 

@@ -4,8 +4,8 @@ import secrets
 import sys
 from pathlib import Path
 
-from sfl.cli import run_program
 from sfl.options import Parser
+from sfl.program import run_program
 from sfl.transport.tokens import TOKEN_BYTES, write_tokens
 from sfl.wire.link import MAIN
 

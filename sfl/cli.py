@@ -1,34 +1,24 @@
-"""The programs server, client, simulate and so on; exit codes and errors of all programs.
+"""The programs server, client, simulate and so on: their options, and what they call.
 
 ``pyproject.toml`` has the table of those that are installed as ``sfl-NAME``. In a clone,
 ``run_server.py``, ``run_client.py`` and modules of ``experiments`` such as ``experiments.simulate``
 call them.
-
-Exit codes: 0 done; 1 the run failed; 2 bad options; 3 stopped by Ctrl-C or SIGTERM, the run can be
-resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
 """
 
-import errno
-import io
-import os
-import signal
 import sys
-import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from sfl.errors import ConfigError, command, counted, not_installed, reason_of
+from sfl.errors import ConfigError, command, counted
 from sfl.options import Parser, add_options, parse_options
+from sfl.program import run_program
 from sfl.registry import NAMES
-from sfl.wire.link import one_line
 
 if TYPE_CHECKING:
     from sfl.runtime.recorded_run import RecordedRun
 
-INTERRUPTED = 3  # exit code
 _ALLOW_IMPORT = "package.module:function that the run may import as model"
 
 
@@ -322,100 +312,3 @@ def _report_parser(prog: str) -> Parser:
 def _short(prog: str) -> str:
     """Return a program's name for its errors: ``replay`` of ``python -m experiments.replay``."""
     return prog.rpartition("experiments.")[2]
-
-
-def run_program(name: str, program: Callable[[], int | None]) -> int:
-    """Run a program and return its exit code, with one line on standard error if it fails.
-
-    SIGTERM acts like Ctrl-C: peers are told, and pending files are written. A second signal ends
-    the process at once. ``program`` imports its modules itself, so that an interrupt while torch is
-    imported shows no traceback.
-    """
-    _open_streams()
-    is_interrupted = False
-
-    def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal is_interrupted
-        if is_interrupted:
-            os.write(2, f"{name}: error: interrupted twice\n".encode())
-            os._exit(INTERRUPTED)
-        is_interrupted = True
-        raise KeyboardInterrupt
-
-    # A program that a shell starts in the background ignores Ctrl-C: keep that.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    for number in caught:
-        signal.signal(number, interrupt)
-    try:
-        return program() or 0
-    except ConfigError as error:
-        return _fail(name, error, 2)
-    except KeyboardInterrupt as error:
-        return _fail(name, error, INTERRUPTED)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        is_ours = package in ("", "sfl", "experiments")
-        return _fail(name, error if is_ours else not_installed(package), 1)
-    except Exception as error:  # noqa: BLE001 - the process's edge
-        return _fail(name, error, 1)
-    finally:  # the outcome is decided: ignore later signals
-        for number in caught:
-            signal.signal(number, signal.SIG_IGN)
-
-
-class _Lenient(io.FileIO):
-    """A standard stream that discards output after its reader has closed the pipe."""
-
-    def write(self, data: Any) -> int | None:  # type: ignore[override]
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # no reader or no terminal
-                raise
-            return len(data)
-
-
-def _open_streams() -> None:
-    """Make a program work without standard input, output or error, as some services start it.
-
-    Otherwise a file could be opened under a closed stream's number, and get libraries' output.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
-        elif mode == "w" and stream is getattr(sys, f"__{name}__") and _is_plain(stream, number):
-            setattr(sys, name, _lenient(stream, number))
-
-
-def _is_plain(stream: Any, number: int) -> bool:
-    """Return whether a stream is Python's own for a descriptor, not one replaced by us."""
-    buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
-    return type(raw) is io.FileIO and raw.fileno() == number
-
-
-def _lenient(stream: Any, number: int) -> io.TextIOWrapper:
-    """Return a stream for a descriptor that discards output after its reader has gone."""
-    stream.flush()
-    raw, unbuffered = _Lenient(number, "w", closefd=False), isinstance(stream.buffer, io.FileIO)
-    return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
-
-
-def _fail(name: str, error: BaseException, code: int) -> int:
-    if os.environ.get("SFL_TRACEBACK"):
-        traceback.print_exception(error)
-    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else reason_of(error)
-    sys.stderr.write(f"{name}: error: {one_line(reason, 2000)}\n")
-    return code

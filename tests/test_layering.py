@@ -21,7 +21,7 @@ MODULES = {
 # The files beside the rooms, on three floors.
 GROUND = {"errors", "seeds", "values", "crash"}
 OPTIONS = {"config", "nodes", "options", "registry", "trusted_imports", "environment"}
-PROGRAMS = {"cli", "auth"}
+PROGRAMS = {"cli", "auth", "program"}
 # room -> the rooms that it may import from, beside itself and the floors below it
 ROOMS = {
     "ground": "",

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from experiments.bench.rows import ROWS
-from sfl.cli import run_program
 from sfl.errors import ConfigError
 from sfl.options import Parser
+from sfl.program import run_program
 from sfl.registry import unknown_name
 from sfl.values import LinkShape
 

@@ -17,8 +17,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from sfl.cli import run_program
 from sfl.options import Parser
+from sfl.program import run_program
 
 NUM_CLIENTS = 3
 

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sfl.cli import run_program
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.options import Parser, names_of, parse_options
+from sfl.program import run_program
 
 OVER = ("simulation", "sockets")
 PROG = "python -m experiments.compare"

@@ -13,11 +13,11 @@ import math
 import sys
 from argparse import Namespace
 
-from sfl.cli import run_program
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.options import Parser, parse_options
+from sfl.program import run_program
 
 PROG = "python -m experiments.cuts"
 

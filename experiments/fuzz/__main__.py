@@ -13,9 +13,9 @@ import sys
 import time
 from argparse import Namespace
 
-from sfl.cli import run_program
 from sfl.errors import shortened
 from sfl.options import Parser
+from sfl.program import run_program
 
 # How many of each kind, if not said otherwise.
 KINDS = {

@@ -19,8 +19,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from sfl.cli import run_program
 from sfl.options import Parser
+from sfl.program import run_program
 
 
 def main() -> int:

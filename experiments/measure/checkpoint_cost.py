@@ -17,11 +17,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from experiments.support.processes import ROOT
-from sfl.cli import run_program
 from sfl.config import RunConfig
 from sfl.errors import RunError
 from sfl.nodes import ServerNode
 from sfl.options import Parser, parse_options
+from sfl.program import run_program
 
 NUM_CLIENTS = 3
 

@@ -14,9 +14,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from sfl.cli import run_program
 from sfl.errors import ConfigError
 from sfl.options import Parser
+from sfl.program import run_program
 
 NUM_SAMPLES = 50_000  # training images of CIFAR-10 and CIFAR-100
 METHODS = {"sync-sgd": "large-batch SGD", "fl": "federated learning", "sl": "split learning"}

@@ -14,9 +14,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from sfl.cli import run_program
 from sfl.errors import ConfigError
 from sfl.options import Parser
+from sfl.program import run_program
 
 
 def main() -> None:

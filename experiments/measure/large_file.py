@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, TemporaryFile
 
-from sfl.cli import run_program
 from sfl.files.checksum import checksum
 from sfl.options import Parser
+from sfl.program import run_program
 from sfl.transport.connection import Connection
 from sfl.wire.messages import Limits, MessageType
 from sfl.wire.payload import payload_store_in

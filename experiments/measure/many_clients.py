@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 from experiments.support.process_tree import Tree
 from experiments.support.processes import running
-from sfl.cli import run_program
 from sfl.errors import ConfigError
 from sfl.options import Parser
+from sfl.program import run_program
 
 COLUMNS = ("clients", "participation", "rounds", "s a round", "ms a client", "MiB at most")
 

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 
 from experiments.support.processes import running
 from experiments.support.slow_link import slow_link
-from sfl.cli import run_program
 from sfl.errors import ConfigError
 from sfl.options import Parser
+from sfl.program import run_program
 
 COLUMNS = ("delay", "scheme", "seconds a round", "times as fast as the first", "test accuracy")
 

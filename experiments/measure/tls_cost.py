@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 from experiments.support.processes import Processes, running
 from experiments.support.small_ca import SmallCA
 from sfl.auth import main as auth
-from sfl.cli import run_program
 from sfl.errors import RunError
 from sfl.options import Parser
+from sfl.program import run_program
 
 BLOCK = 4  # rounds of one, rounds of the other, ...; the first of each does not count
 DEFAULTS = ["--model", "lenet5", "--batch-size", "128"]

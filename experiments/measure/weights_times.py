@@ -13,9 +13,9 @@ from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sfl.cli import run_program
 from sfl.errors import SflError
 from sfl.options import Parser
+from sfl.program import run_program
 
 
 def parse() -> Namespace:

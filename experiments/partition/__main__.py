@@ -8,11 +8,11 @@ of it is held out for validation.
 
 import sys
 
-from sfl.cli import run_program
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.options import parse_options
+from sfl.program import run_program
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ RUN_DIR.
 import sys
 from pathlib import Path
 
-from sfl.cli import run_program
 from sfl.options import Parser
+from sfl.program import run_program
 
 
 def main() -> None:

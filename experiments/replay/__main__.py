@@ -10,7 +10,8 @@ The first is the program ``sfl-replay`` of an installed package: it prints the f
 import sys
 from argparse import Namespace
 
-from sfl.cli import load_recorded, replay, replay_parser, run_program
+from sfl.cli import load_recorded, replay, replay_parser
+from sfl.program import run_program
 
 
 def main() -> int:
