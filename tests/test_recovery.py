@@ -383,7 +383,7 @@ def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_pat
 def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:
     """It ends with one line, the server waits; with its folder back the run ends the same."""
     server = launcher.server(*options_of(OWN_STATE))
-    crash = {VARIABLE: "validation.before:3"}
+    crash = {VARIABLE: "trained.before_said:3"}
     other, dies = (
         launcher.client("--client-id", k, *ALLOW, env=crash if k else {}) for k in range(2)
     )
