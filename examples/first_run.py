@@ -43,3 +43,11 @@ behind = run.samples(step)
 print(f"activations {tuple(step.activations.shape)}, labels {step.labels[:8].tolist()}, ...")
 print(f"training samples {behind.indices[:8].tolist()}, ... of client_{behind.client}")
 assert torch.equal(behind.y, step.labels)
+
+# The trained model as one file, which torch opens without SFL; "onnx" is for other runtimes
+# (pip install onnx onnxscript onnxruntime). Then its predictions for some digits.
+done = sfl.export(run, "exported", out=run.path / "first_run.pt2")
+opened = torch.export.load(done.path).module()
+x, y = next(run.batches("test", client=0))
+print(f"predicted {opened(x).argmax(1)[::40].tolist()} for the digits {y[::40].tolist()}")
+assert torch.equal(opened(x).argmax(1), model(x).argmax(1))
