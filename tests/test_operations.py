@@ -75,6 +75,14 @@ def test_the_unit_starts_a_run_goes_on_with_it_and_leaves_it_when_done(
     assert str(again.returncode) in left_alone
 
 
+def test_the_dockerfile_installs_as_the_readme_does_and_leaves_secrets_out() -> None:
+    (dockerfile,) = [text for text in EXAMPLES if text.startswith("FROM")]
+    (install,) = re.findall(r"^RUN (.*)$", dockerfile, re.MULTILINE)
+    assert f"\n{install} && " in (ROOT / "README.md").read_text()
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {"token*", "**/*.pem", "**/*.key", "data", "shared_files", ".venv"} <= {*left_out}
+
+
 def test_the_slurm_script_runs_server_and_clients_and_ends_as_the_server_does(
     clone: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
