@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -20,7 +22,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import Away, simulate
-from sfl.tracking import tracking
+from sfl.tracking import pictures, tracking
 from sfl.tracking.tracked import TrackedRound, TrackedRun, Tracker
 from sfl.tracking.trackers import trackers_of
 from sfl.tracking.tracking import Tracking
@@ -107,6 +109,27 @@ def test_a_tracker_is_given_the_confusion_matrix_of_the_test_set(tmp_path: Path)
     assert last.confusion.tolist() == wanted.tolist()
     assert last.confusion.trace() / last.confusion.sum() == pytest.approx(last.overall["test_acc"])
     assert kept.classes == [str(i) for i in range(10)]
+
+
+def test_names_of_classes_disturb_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what looks like mathematics, nor what no font has, nor a picture that fails."""
+    names, said = (r"cats $x_{$", "a\udc80b", "猫", "\x1b\n"), list[str]()
+    run = TrackedRun("r", tmp_path, {}, 1, 0, is_resumed=False, classes=names, say=said.append)
+    done = TrackedRound(0, {"val_acc": 0.5}, {}, {}, {}, confusion=torch.eye(4, dtype=torch.int64))
+    (tracker,) = trackers_of("tensorboard").values()
+    tracker.start(run)
+    tracker.add(done)
+    monkeypatch.setattr(pictures, "DPI", -1)
+    tracker.add(replace(done, index=1))
+    tracker.end({}, failed=False)
+    events = events_of(tmp_path / "tensorboard")
+    assert events.pictures.keys() == {("round/confusion", 0)}
+    assert events.numbers.keys() == {("round/val_acc", 0), ("round/val_acc", 1)}
+    assert [line[:60] for line in said] == [
+        "warning: --track: no picture of the test set after round 2: "
+    ]
 
 
 def of_round(index: int, value: float) -> TrackedRound:

@@ -1,8 +1,9 @@
 """``--track tensorboard``: event files that TensorBoard reads."""
 
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,11 +25,14 @@ class TensorBoard:
         self.histograms = histograms
         self._num_before: Callable[[int], int] = lambda round_index: 0
         self._events: dict[str, _Events] = {}  # by the folder's name
-        self._classes: Sequence[str] = ()
+        self._draw: Callable[[TrackedRound], Any] = lambda done: None
 
     def start(self, run: TrackedRun) -> str:
+        from sfl.tracking.pictures import confusion_pixels
+
         folder, first = run.folder / "tensorboard", run.first_round
-        self._num_before, self._classes = run.num_before, run.classes
+        self._num_before = run.num_before
+        self._draw = functools.partial(confusion_pixels, run)
         for name, start in ((ROUNDS, first), (STEPS, run.num_before(first))):
             self._events[name] = _Events(folder / name, start)
         options = "\n".join(f"| {name} | {value} |" for name, value in run.config.items())
@@ -45,18 +49,13 @@ class TensorBoard:
             rounds.add_text(f"round/{name}", words, done.index)
         for name, values in done.weights.items():
             rounds.add_histogram(f"weights/{name}", values, done.index)
-        self._add_pictures(done)
+        if (pixels := self._draw(done)) is not None:
+            rounds.add_picture("round/confusion", pixels, done.index)
         for row in done.step_rows():
             at = self._num_before(done.index) + (row.step or 0)
             steps.add_number(title_of(row), row.value, at)
         for events in self._events.values():
             events.flush()
-
-    def _add_pictures(self, done: TrackedRound) -> None:
-        from sfl.tracking.pictures import confusion_pixels
-
-        if (pixels := confusion_pixels(done, self._classes)) is not None:
-            self._events[ROUNDS].add_picture("round/confusion", pixels, done.index)
 
     def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
         """Close the files; the last round's figures are in them."""

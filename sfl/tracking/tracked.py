@@ -1,6 +1,6 @@
 """What trackers are given: of a run at its start, and of each round at its end."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -22,6 +22,7 @@ class TrackedRun:
     first_round: int
     is_resumed: bool
     classes: Sequence[str] = ()  # what the task tells apart
+    say: Callable[[str], None] = lambda line: None  # a line for the user
 
     def num_before(self, round_index: int) -> int:
         """Return where a round's steps begin, counted over the whole run."""

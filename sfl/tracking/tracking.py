@@ -86,7 +86,7 @@ class _Worker:
     def start(self, run: TrackedRun) -> None:
         def start(tracker: Tracker) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
-            self.said.put(f"--track {self._name}: {tracker.start(run)}")
+            self.said.put(f"--track {self._name}: {tracker.start(replace(run, say=self.said.put))}")
 
         self._thread.start()
         self.submit(start)

@@ -1,8 +1,9 @@
 """``--track wandb``: Weights & Biases, offline where it cannot be reached."""
 
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from sfl.errors import told
@@ -18,15 +19,18 @@ class WeightsAndBiases:
         self.histograms = histograms
         self._project = project
         self._num_before: Callable[[int], int] = lambda round_index: 0
-        self._classes: Sequence[str] = ()
+        self._draw: Callable[[TrackedRound], Any] = lambda done: None
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> str:
         import wandb
 
+        from sfl.tracking.pictures import confusion_pixels
+
         mode: Any = os.environ.get("WANDB_MODE")  # the user's word
         offline = "" if mode else _why_offline()
-        self._num_before, self._classes = run.num_before, run.classes
+        self._num_before = run.num_before
+        self._draw = functools.partial(confusion_pixels, run)
         self._run = wandb.init(
             project=self._project,
             id=run.name,
@@ -48,8 +52,6 @@ class WeightsAndBiases:
     def add(self, done: TrackedRound) -> None:
         import wandb
 
-        from sfl.tracking.pictures import confusion_pixels
-
         by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
         for row in done.step_rows():
             at = self._num_before(done.index) + (row.step or 0)
@@ -59,7 +61,7 @@ class WeightsAndBiases:
         figures = {title_of(row): row.value for row in done.rows()}
         texts = {f"round/{name}": text for name, text in done.texts.items()}
         weights = {f"weights/{n}": wandb.Histogram(v.tolist()) for n, v in done.weights.items()}
-        pixels = confusion_pixels(done, self._classes)
+        pixels = self._draw(done)
         pictures = {} if pixels is None else {"round/confusion": wandb.Image(pixels)}
         self._run.log({"round": done.index, **figures, **texts, **weights, **pictures})
 
