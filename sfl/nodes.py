@@ -205,8 +205,10 @@ class ServerNode(PeerNode, TrackingNode):
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
         valid = 1 <= self.max_samples <= _MOST_SAMPLES
         require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
-        if self.serve and (self.resume or self.role != "all" or self.track):
-            raise ConfigError("--serve: leave out --resume, --role and --track: nothing is trained")
+        if self.serve and (self.resume or self.role != "all" or self.track or self.on_end):
+            raise ConfigError(
+                "--serve: leave out --resume, --role, --track and --on-end: nothing is trained"
+            )
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
         if self.tls_ca and self.role != "main":

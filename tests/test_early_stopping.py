@@ -1,9 +1,11 @@
 """``--stop-when`` and ``--keep-models best``: the same rounds however the run is run."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from experiments.predictions.reading import read_predictions
 from sfl.archive.round_log import read_summary
@@ -11,6 +13,8 @@ from sfl.config import RunConfig
 from sfl.crash import VARIABLE
 from sfl.errors import ConfigError, RunError
 from sfl.nodes import NodeConfig
+from sfl.reports.watch_state import Watched
+from sfl.reports.watch_view import frame
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
 from sfl.runtime.simulation import simulate
@@ -61,6 +65,11 @@ def test_a_run_that_stops_is_the_run_of_so_many_rounds(stopped: Path, tmp_path: 
     log = (stopped / "server_log.txt").read_text()
     assert "the run stops after round 7/9: val_loss has not become better than 0.33" in log
     assert "in round 5 for 2 rounds" in log
+    assert "best round" not in log
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(frame(*Watched(stopped).look(), console))
+    assert re.search(r"\[#+\] 100%\n7 of 9 rounds done; val_loss has not become", captured.get())
 
 
 def test_replay_knows_which_rounds_there_are(stopped: Path) -> None:
@@ -126,6 +135,9 @@ def test_the_models_of_the_best_round_stay(tmp_path: Path, text: str, best: int)
     run = simulated(tmp_path, **RUN | options)
     assert model_rounds(run) == [best, 6, 7]  # beside what the last two checkpoints start from
     whole = simulated(tmp_path / "whole", **RUN | {"rounds": best + 1})
+    log = (run / "server_log.txt").read_text()
+    said = r"best round: 5/8, val_loss 0\.33\d\d; its models are models/\*_004\.pt\n"
+    assert re.search(said, log)
     name = f"models/server_model_{best:03d}.pt"
     assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert check(load(run)).findings == []
@@ -179,6 +191,10 @@ def test_what_no_round_can_tell_is_refused(launcher: Launcher, tmp_path: Path) -
     own = RunConfig(partition="own", clients=1, model="mlp", **PATIENCE)  # type: ignore[arg-type]
     with pytest.raises(RunError, match="--stop-when: no client has validation samples"):
         simulate(own, NodeConfig(out=str(tmp_path), data_dir=str(tmp_path)))
+    split = {"topology": "u-shaped", "cut": "1,2", "model": "mlp", "clients": 2}
+    for option in ({"stop_when": "val_macro_f1:patience=1"}, {"keep_models": "best:val_macro_f1"}):
+        with pytest.raises(RunError, match=r"client_0 keeps its labels, .* that val_macro_f1"):
+            simulate(RunConfig(**split | option), NodeConfig(out=str(tmp_path)))  # type: ignore[arg-type]
     apart = ["--role", "main", "--weights", f"dir:{tmp_path}", "--stop-when", "val_acc:patience=1"]
     line = launcher.server("--clients", 2, "--model", "mlp", *apart).ended_with(2)
     assert "a fed server apart sees no metrics, which --stop-when val_acc:patience=1 needs" in line

@@ -10,7 +10,10 @@ from sfl.nodes import ServerNode
 from sfl.options import parse_options
 from tests.support.launch import Launcher, send_signal, wait_for
 
-TELL = 'echo "$SFL_OUTCOME $SFL_RUN_DIR $(tail -n 1 "$SFL_RUN_DIR/server_log.txt")" >> told'
+TELL = (
+    'echo "$SFL_OUTCOME $SFL_RUN_DIR $(tail -n 1 "$SFL_RUN_DIR/server_log.txt")" >> told;'
+    ' ls "$SFL_RUN_DIR" | grep ^status.json >> told'  # it is gone by then: nothing
+)
 FAST = ["--clients", 1, "--model", "mlp", "--batch-size", 500, "--run", "r"]
 
 

@@ -377,6 +377,7 @@ def test_what_cannot_be_served_is_refused(launcher: Launcher, folder: Path) -> N
         (["--serve", fl], 2, "with --scheme fl the server holds no part of the model"),
         (["--serve", fl, "--rounds", 3], 2, "--serve: the model is trained; leave out"),
         (["--serve", fl, "--resume", fl], 2, "--serve: leave out --resume"),
+        (["--serve", fl, "--on-end", "true"], 2, "and --on-end: nothing is trained"),
         (["--serve", folder / "none"], 1, "none"),
     ):
         assert said in launcher.server(*options).ended_with(code)

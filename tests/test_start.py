@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,6 +222,7 @@ def reports(**changed: object) -> Callable[[Connection], None]:
     fields = {
         "num_samples": {"train": 8, "validation": 0, "test": 0}, "classes": ["a", "b"],
         "input_shape": [1, 28, 28], "digest": "0" * 64, "class_counts": [], "rounds": [],
+        "tells_classes": True,
     }  # fmt: skip
 
     def harm(link: Connection) -> None:
@@ -298,3 +300,14 @@ def test_few_of_those_who_have_left_before_the_start_are_named() -> None:
     roster.places = places
     left = ", ".join(f"client_{k} (why {k})" for k in range(3))
     assert roster.missing_message == f"{waiting}; not there any more: {left}, ..."
+
+
+def test_who_loads_data_is_there() -> None:
+    """Also one that has come back to a run."""
+    roster = Roster("r", frozenset(range(12)), 12)
+    assert roster.there_message == "nobody is there"
+    link: Any = object()
+    roster.places = {k: Place(link=link, ready=k == 2) for k in (0, 1, 2)}
+    assert roster.there_message == "there: client_2; loading: client_0, client_1"
+    roster.places = {k: Place(link=link) for k in range(12)}
+    assert roster.there_message == "12 clients loading"

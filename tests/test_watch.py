@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sfl.archive import live_status
 from sfl.archive.layout import STATUS
 from sfl.archive.live_status import (
     AWAY,
@@ -33,7 +34,7 @@ from sfl.reports.watch_state import RUNNING, SILENT, Watched, run_folder
 from sfl.reports.watch_view import ASCII, BLOCKS, frame, sparkline
 from sfl.runtime.waiting_notice import WaitingNotice
 from tests.support.launch import Launcher, send_signal, wait_for
-from tests.support.runs import FAST, start_long_run
+from tests.support.runs import FAST, LONG
 from tests.support.simulations import simulated
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,13 @@ def test_signs_of_life(going_on: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "change",
     [
         {"now": 1},
+        {"written_at": 1e300},
+        {"round_began_at": float("inf")},
+        {"now": {"round": 10**20, "clients": {}}},
+        {
+            "now": {"round": 1, "clients": {"0": asdict(Doing(TRAINING, "", 7, 6))}},
+            "since": {"0": 1.0},
+        },
         {"since": {"0": 1.0}},
         {"written_at": "now"},
         {"now": {"round": 1, "clients": {"0": asdict(Doing("dancing"))}}, "since": {"0": 1.0}},
@@ -217,12 +225,67 @@ def test_a_damaged_status_is_one_line(going_on: Path, change: dict[str, object])
             picture(going_on)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "round,val_loss\n0,1.0",
+        "round,seconds\nabc,1.0",
+        "round,seconds\n0.5,1.0",
+        "round,seconds\n0,inf",
+        "round,seconds\n0,nan",
+        "round,val_loss,seconds\n0,much,1.0",
+        "round,seconds\n0,1.0,2.0",
+        f"round,seconds\n0,{'1' * 200_000}",
+        "round,seconds\n0,\x00\udcff",
+    ],
+)
+def test_a_damaged_table_of_rounds_is_one_line(going_on: Path, lines: str) -> None:
+    data = (lines + "\n").encode(errors="surrogateescape")
+    (going_on / "rounds.csv").write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"rounds\.csv: is damaged: "):
+        picture(going_on)
+
+
+def test_a_strangers_texts_are_texts(tmp_path: Path, going_on: Path) -> None:
+    """Names of metrics, of the model and of the folder; figures of any size."""
+    rows = ["round,val_[/x]\x1b[2J,test_[red],seconds", "0,1e308,1.0,1.0", "1,-1e308,nan,1.0"]
+    (going_on / "rounds.csv").write_text("\n".join(rows) + "\n")
+    config = {"rounds": 10**20, "clients": 3, "port": 1, "model": "a:b\x1b[2J"}
+    (going_on / "config.json").write_text(json.dumps(config))
+    (going_on / "checkpoints").mkdir()
+    (going_on / "checkpoints/round_000.json").touch()
+    os.utime(going_on / SERVER_LOG, (0, 0))
+    odd = going_on.rename(tmp_path.parent / "a\x1b[2J\udc80")
+    shown = picture(odd)
+    assert "\x1b" not in shown
+    assert "run a [2J" in shown
+    assert "val [/x] [2J" in shown
+    assert "--allow-import a:b [2J" in shown.replace("\n", "")
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_a_status_that_cannot_be_written_disturbs_nobody(tmp_path: Path) -> None:
     looked = []
     with LiveStatus(tmp_path / "gone", lambda: looked.append(1) or NOW):
         while not looked:
             time.sleep(0.01)
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_look_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_status, "EVERY_S", 0.01)
+    fails = iter([RuntimeError("dictionary changed size during iteration")])
+
+    def look() -> Now:
+        for error in fails:
+            raise error
+        return NOW
+
+    with LiveStatus(tmp_path, look):
+        until = time.monotonic() + 10
+        while read_status(tmp_path) is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def test_which_run_is_watched(tmp_path: Path) -> None:
@@ -271,7 +334,13 @@ def test_a_waiting_server_says_so_at_growing_intervals(
 
 
 def test_a_server_says_whom_a_round_waits_for(launcher: Launcher) -> None:
-    server, clients = start_long_run(launcher)
+    slow = "tests.support.slow_data:slow_to_load"
+    server = launcher.server("--clients", 2, *LONG, "--run", "r", "--dataset", slow)
+    options = [["--client-id", k, "--allow-import", slow] for k in range(2)]
+    clients = [launcher.client(*of_client) for of_client in options]
+    wait_for(server, "round 2/1000")
     clients[1].process.kill()
     wait_for(server, "there: client_0; for 10 s")
     wait_for(clients[0], "waiting for client_1 (client_1")
+    launcher.client(*options[1])
+    eventually(launcher, r"\n1 +loading its data")

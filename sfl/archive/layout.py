@@ -11,6 +11,7 @@ SHARED_MODEL = "models/{name}_{round}.pt"  # a segment that all clients, or all 
 ONE_CLIENT_MODEL = "models/client_{client}{mark}_{round}.pt"
 SERVER_OPTIMIZER = "models/server_optimizer_{back}{mark}_{round}.pt"
 CLIENT_OPTIMIZER = "models/client_optimizer_{client}{mark}_{round}.pt"
+ANY_MODEL = "models/*_{round}.pt"
 MEMORY = "models/aggregation_{segment}_{round}.pt"
 PREDICTIONS = "predictions/client_{client}_{round}.pt"  # on its test set
 

@@ -60,6 +60,7 @@ SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
 FIRST_STEP = "training begins: the first step is taken"  # line of either log
 # How the lines begin with which the server's log ends; after a failure, GO_ON may follow.
 RUN_OVER, RUN_FAILED, GO_ON = "the run lies in ", "the run failed: ", "go on with: "
+RUN_STOPS = "the run stops after round "  # before that, if it ends early
 # Files that a run's folder, on server or client, may contain before the first step.
 _BEFORE_STEPS = re.compile(
     r"(server|client)_log\.txt|(config|environment)\.json|status\.json(\.tmp)?|manifest\.jsonl|(rounds|profile)\.csv"

@@ -41,10 +41,21 @@ class DataReport:
     rounds: tuple[int, ...] = ()  # whose own state the client has on disk; empty: it needs none
     structure: tuple[str, ...] = ()  # digests of the model it built, see ``sfl.model.structure``
     weights: str = ""  # checksum of the front's initial weights, as drawn at the client
+    tells_classes: bool = True  # whether its evaluations tell figures of each class
 
     @classmethod
-    def of(cls, data: ClientData, run: RunConfig, *, keeps_labels: bool = False) -> "DataReport":
-        """``keeps_labels``: nothing of the labels may be told, not even a hash."""
+    def of(
+        cls,
+        data: ClientData,
+        run: RunConfig,
+        *,
+        keeps_labels: bool = False,
+        shares_figures: bool = False,
+    ) -> "DataReport":
+        """``keeps_labels``: nothing of the labels may be told, not even a hash.
+
+        ``shares_figures``: those of each class are told all the same.
+        """
         parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
         counts = {name: len(samples) for name, samples in parts.items()}
         digest = hashlib.sha256(run.run.encode())
@@ -59,7 +70,10 @@ class DataReport:
         class_counts: list[int] = []
         if run.class_weights == BALANCED:
             class_counts = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
-        return cls(counts, data.classes, data.input_shape, digest.hexdigest(), tuple(class_counts))
+        return cls(
+            counts, data.classes, data.input_shape, digest.hexdigest(), tuple(class_counts),
+            tells_classes=shares_figures or not keeps_labels,
+        )  # fmt: skip
 
 
 def send_report(link: Link, report: DataReport) -> None:
@@ -100,9 +114,11 @@ def parse_report(
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
     structure, weights = _parse_model_report(message, client)
+    tells_classes = message.get("tells_classes", bool)
     return DataReport(
-        samples, names, shape, digest, tuple(counts), tuple(rounds), structure, weights
-    )
+        samples, names, shape, digest, tuple(counts), tuple(rounds), structure, weights,
+        tells_classes,
+    )  # fmt: skip
 
 
 def _parse_model_report(message: Message, client: int) -> tuple[tuple[str, ...], str]:

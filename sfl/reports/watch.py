@@ -18,7 +18,7 @@ def watch(name: str, out: Path, interval_s: float, *, once: bool) -> None:
 
     Raises:
         RunError: there is no such run.
-        IntegrityError: its ``status.json`` is damaged.
+        IntegrityError: its ``status.json`` or ``rounds.csv`` is damaged.
     """
     console, run = Console(highlight=False), Watched(run_folder(name, out))
     if once or not console.is_terminal:

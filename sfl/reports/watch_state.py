@@ -4,18 +4,26 @@ The folder may lie on a network file system, and each file may be in the middle 
 """
 
 import contextlib
+import csv
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sfl.archive.live_status import Status, read_status
+from sfl.archive.live_status import MOST_COUNT, MOST_S, Status, read_status
 from sfl.archive.round_log import read_summary
-from sfl.archive.run_folder import GO_ON, RUN_FAILED, RUN_OVER, SERVER_LOG, resume_hint
-from sfl.errors import RunError
+from sfl.archive.run_folder import (
+    GO_ON,
+    RUN_FAILED,
+    RUN_OVER,
+    RUN_STOPS,
+    SERVER_LOG,
+    resume_hint,
+)
+from sfl.errors import IntegrityError, RunError
 from sfl.files import strict_json
 from sfl.files.regular_files import read_plain
 
@@ -27,13 +35,37 @@ LEAST_SHARE = 0.02  # of the first round, before it says how long the run takes
 RUNNING, OVER, FAILED, SILENT = "running", "over", "failed", "silent"
 
 
+class Line(NamedTuple):
+    """A line of rounds.csv."""
+
+    round_index: int  # from 0
+    seconds: float
+    figures: Mapping[str, float]  # its numbers, by column
+    is_short: bool  # whether a client was missing
+
+    @classmethod
+    def of(cls, row: Mapping[str, str]) -> "Line":
+        """Return what the cells of a line say.
+
+        Raises:
+            ValueError: they are no line of rounds.csv.
+        """
+        if None in row:
+            raise ValueError("a line has more cells than the first")
+        figures = {n: float(v) for n, v in row.items() if v and n not in ("took_part", "missing")}
+        index, seconds = figures.get("round", -1.0), figures.get("seconds", -1.0)
+        if not (0 <= index < MOST_COUNT and index == int(index) and 0 <= seconds <= MOST_S):
+            raise ValueError("a line lacks its round, or its seconds")
+        return cls(int(index), seconds, figures, bool(row.get("missing")))
+
+
 @dataclass(frozen=True)
 class Seen:
     """A run's folder at one moment."""
 
     path: Path
     config: Mapping[str, Any]
-    rounds: Sequence[Mapping[str, str]]  # the lines of rounds.csv
+    rounds: Sequence[Line]  # of rounds.csv
     status: Status | None
     log: Sequence[str]  # its last lines
     log_written_at: float
@@ -42,7 +74,13 @@ class Seen:
     def num_rounds(self) -> int:
         """How many rounds the run has been asked for; 0 if that is not known."""
         found = self.config.get("rounds")
-        return found if isinstance(found, int) else 0
+        return found if type(found) is int and 0 <= found < MOST_COUNT else 0
+
+    @property
+    def why_stopped(self) -> str:
+        """Why the run has ended before its last round; "" if it has not."""
+        stops = [line.partition(RUN_STOPS)[2] for line in self.log if RUN_STOPS in line]
+        return stops[-1].partition(": ")[2] if stops and len(self.rounds) < self.num_rounds else ""
 
     @property
     def written_at(self) -> float:
@@ -97,7 +135,7 @@ class Seen:
         if status is None or status.now.round < 0:
             return None
         spent_s, left = status.written_at - status.round_began_at, self.num_rounds - done
-        recent = [float(row["seconds"]) for row in self.rounds[-MEAN_OF:] if row.get("seconds")]
+        recent = [line.seconds for line in self.rounds[-MEAN_OF:]]
         if recent:
             mean_s = sum(recent) / len(recent)
             return mean_s * max(left - 1, 0) + max(mean_s - spent_s, 0.0)
@@ -110,7 +148,7 @@ def look(path: Path) -> Seen:
 
     Raises:
         RunError: it is no run's folder.
-        IntegrityError: ``status.json`` is damaged.
+        IntegrityError: ``status.json`` or ``rounds.csv`` is damaged.
     """
     log, written_at = _tail(path / SERVER_LOG)
     status = read_status(path)
@@ -138,10 +176,13 @@ def _config(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _rounds(path: Path) -> list[dict[str, str]]:
-    with contextlib.suppress(OSError, ValueError):
-        return read_summary(read_plain(path / "rounds.csv"))
-    return []
+def _rounds(path: Path) -> list[Line]:
+    try:
+        return [Line.of(row) for row in read_summary(read_plain(path / "rounds.csv"))]
+    except OSError:  # not written yet
+        return []
+    except (ValueError, csv.Error) as error:
+        raise IntegrityError(f"{path / 'rounds.csv'}: is damaged: {error}") from error
 
 
 def run_folder(name: str, out: Path) -> Path:

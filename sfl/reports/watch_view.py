@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -11,14 +11,17 @@ from rich.text import Text
 
 from sfl.archive.live_status import AWAY, DOINGS, WAITING, Now
 from sfl.errors import counted, duration
-from sfl.reports.watch_state import FAILED, OVER, RUNNING, SILENT, Seen
+from sfl.reports.watch_state import FAILED, OVER, RUNNING, SILENT, Line, Seen
 from sfl.wire.link import one_line
 
+MOST_TITLE = 30  # characters of a metric
+MOST_HINT = 2000  # characters of a command, with a folder's path
 MOST_CLIENTS, MOST_ROUNDS, MOST_LINES = 8, 5, 5  # that are shown
 BAR = 60  # characters
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=*#"
 STYLES = {RUNNING: "bold green", OVER: "bold", FAILED: "bold red", SILENT: "bold red"}
 AWAY_STYLE = "red"
+MOST = 1e100  # a larger figure is in no curve: the sum of some must be finite
 
 
 def frame(seen: Seen, silent_s: float, console: Console) -> Group:
@@ -39,7 +42,7 @@ def _log(seen: Seen) -> Sequence[str]:
 
 def _title(seen: Seen) -> Text:
     config = seen.config
-    text = Text(f"run {seen.path.resolve().name}", style="bold", overflow="fold")
+    text = Text(f"run {one_line(seen.path.resolve().name)}", style="bold", overflow="fold")
     names = [one_line(str(config[n])) for n in ("scheme", "model", "dataset") if config.get(n)]
     if isinstance(config.get("clients"), int):
         names.append(counted(config["clients"], "client"))
@@ -50,19 +53,22 @@ def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
     """Return what the run is, a bar over all rounds, and the time that is left."""
     state, done, total = seen.state(silent_s), len(seen.rounds), seen.num_rounds
     share = done + (seen.round_share if state == RUNNING and done < total else 0.0)
+    if state == OVER:  # also of a run that has stopped early
+        share = total = max(total, 1)
     width = min(console.width - 8, BAR)
     filled = round(width * share / total) if total else 0
     bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / max(total, 1):.0%}")
     words = Text(_state(seen, state, silent_s), style=STYLES[state], overflow="fold")
     if state == SILENT and (hint := seen.how_to_go_on):
-        words.append(f"\n{hint}", style="not bold")
+        words.append(f"\n{one_line(hint, MOST_HINT)}", style="not bold")
     return Group(bar, words)
 
 
 def _state(seen: Seen, state: str, silent_s: float) -> str:
     if state in (OVER, FAILED):
         rounds = f"{len(seen.rounds)} of {counted(seen.num_rounds, 'round')}"
-        return f"{rounds} done" if state == OVER else f"{rounds} done; {one_line(seen.last_words)}"
+        why = seen.why_stopped if state == OVER else seen.last_words
+        return f"{rounds} done; {one_line(why)}" if why else f"{rounds} done"
     if state == SILENT:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - silent_s))
         return f"not written since {at}, {duration(silent_s)} ago: its process has ended or hangs"
@@ -106,40 +112,45 @@ def _clients(seen: Seen) -> RenderableType:
     return table
 
 
-def _shown(rounds: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def _shown(rounds: Sequence[Line]) -> dict[str, str]:
     """Return the figures that are shown, by their titles: the losses and the task's own metric.
 
     A task's own metric comes behind the loss in ``rounds.csv``.
     """
     titles = {"train_loss": "train loss", "val_loss": "val loss", "test_loss": "test loss"}
     for part in ("val", "test"):
-        names = [n for n in rounds[0] if n.startswith(f"{part}_") and n != f"{part}_loss"]
+        known = dict.fromkeys(n for line in rounds for n in line.figures)
+        names = [n for n in known if n.startswith(f"{part}_") and n != f"{part}_loss"]
         titles |= {names[0]: names[0].replace("_", " ")} if names else {}
-    return {n: title for n, title in titles.items() if any(row.get(n) for row in rounds)}
+    return {n: title for n, title in titles.items() if any(n in line.figures for line in rounds)}
 
 
-def _figures(rounds: Sequence[Mapping[str, str]], console: Console) -> Table:
+def _figures(rounds: Sequence[Line], console: Console) -> Table:
     """Return the last rounds, and a curve over all of them, a line a figure."""
     last = rounds[-MOST_ROUNDS:]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("round")
-    for row in last:
-        table.add_column(str(int(row["round"]) + 1), justify="right")
+    for line in last:
+        table.add_column(str(line.round_index + 1), justify="right")
     blocks = BLOCKS if "utf" in console.encoding.lower() else ASCII
     width = max(min(console.width - 14 - 8 * len(last), 40), 8)
     table.add_column(f"1 to {len(rounds)}" if len(rounds) > 1 else "", no_wrap=True)
     for name, title in _shown(rounds).items():
-        cells = [f"{float(row[name]):.4f}" if row.get(name) else "" for row in last]
-        values = [float(row[name]) for row in rounds if row.get(name)]
-        table.add_row(title, *cells, sparkline(values, width, blocks) if len(values) > 1 else "")
-    seconds = [f"{float(row['seconds']):.1f}" for row in last]
-    table.add_row("seconds", *seconds, "")
+        cells = [_figure(line.figures[name]) if name in line.figures else "" for line in last]
+        values = [line.figures[name] for line in rounds if name in line.figures]
+        curve = sparkline(values, width, blocks) if len(values) > 1 else ""
+        table.add_row(Text(one_line(title, MOST_TITLE)), *cells, curve)
+    table.add_row("seconds", *(f"{line.seconds:.1f}" for line in last), "")
     return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
     """Return a curve of at most ``width`` characters; of a longer one, each is a mean."""
-    finite = [v for v in values if abs(v) < float("inf")]
+    finite = [v for v in values if abs(v) < MOST]
     count = min(len(finite), width)
     cuts = [i * len(finite) // count for i in range(count + 1)] if count else [0]
     means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
@@ -148,17 +159,18 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
     return "".join(blocks[round((v - low) * scale)] for v in means)
 
 
-def _traffic(rounds: Sequence[Mapping[str, str]]) -> Text:
-    up, down = (sum(int(row.get(n) or 0) for row in rounds) for n in ("bytes_up", "bytes_down"))
+def _traffic(rounds: Sequence[Line]) -> Text:
+    up, down = (
+        sum(line.figures.get(n, 0.0) for line in rounds) for n in ("bytes_up", "bytes_down")
+    )
     text = f"{_size(up)} from clients, {_size(down)} to clients in {counted(len(rounds), 'round')}"
-    missing = [row for row in rounds if row.get("missing")]
+    missing = [line for line in rounds if line.is_short]
     if missing:
         text += f"; {counted(len(missing), 'round')} without some"
     return Text(text)
 
 
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
+def _size(size: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

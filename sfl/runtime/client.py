@@ -295,7 +295,7 @@ class _Loaded:
         self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(recipe, shape, num_classes, client=self._client)
-        self._report = report_of(self._data, self._split)
+        self._report = report_of(self._data, self._split, shares_figures=self._node.share_figures)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {recipe.title}, on {self._device}")
         self.log = ClientLog(recipe.task, run, folder, shows_bar=not process.hosts_many)

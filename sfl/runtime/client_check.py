@@ -199,7 +199,7 @@ class _Check:
         """Build the model, and ask the server whether it accepts the model and the data."""
         run = welcome.run
         split = SplitModel(recipe, data.input_shape, len(data.classes), client=welcome.client)
-        report = report_of(data, split)
+        report = report_of(data, split, shares_figures=self._node.share_figures)
         if has_client_state(recipe):
             own = own_state_rounds(_folder(self._node, welcome), run)
             report = dataclasses.replace(report, rounds=own)

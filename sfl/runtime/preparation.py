@@ -295,20 +295,30 @@ class Preparation:
         return self.past.seen(self.recipe) if self.past else RoundsSeen(self.recipe)
 
     def _check_watched(self) -> None:
-        """Check that there are samples for the metrics by which rounds are compared.
+        """Check that the metrics by which rounds are compared will be known.
 
         Raises:
-            RunError: there are none.
+            RunError: no client has samples for one, or some keep what it is made of.
         """
-        recipe = self.recipe
+        recipe, counts = self.recipe, self._num_samples
         watched = {"--stop-when": recipe.stop.metric, "--keep-models best": recipe.keep.best_by}
-        if any(parts[VALIDATION] for parts in self._num_samples.values()):
-            return
+        silent = [
+            k for k, one in self.joined.items()
+            if counts[k][VALIDATION] and not one.data.tells_classes
+        ]  # fmt: skip
+        of_classes = recipe.task.table.columns if recipe.task.table else ()
         for option, metric in watched.items():
-            if metric.startswith(PREFIXES[VALIDATION]):
+            part, _, name = metric.partition("_")
+            if part == PREFIXES[VALIDATION] and not any(n[VALIDATION] for n in counts.values()):
                 raise RunError(
                     f"{option}: no client has validation samples, so that there is no {metric};"
                     " name a metric of training"
+                )
+            if part == PREFIXES[VALIDATION] and name in of_classes and silent:
+                raise RunError(
+                    f"{option}: client_{silent[0]} keeps its labels, and with them the figures of"
+                    f" each class that {metric} needs; name another metric, or start such clients"
+                    " with --share-figures"
                 )
 
     def _about(self) -> dict[str, Any]:

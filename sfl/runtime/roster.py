@@ -8,7 +8,7 @@ from sfl.runtime.client_places import Place
 from sfl.wire.link import ANY_ID
 from sfl.wire.members import Member
 
-MOST_NAMED = 8  # clients that are ready, in one line
+MOST_NAMED = 8  # clients that are ready, or load their data, in one line
 MOST_REASONS = 3  # of clients that have left before the start, in one line
 
 
@@ -42,6 +42,10 @@ class Roster:
     def taken(self) -> set[int]:
         return {k for k, place in self.places.items() if place.link}
 
+    def loading(self) -> set[int]:
+        """Return the clients that are connected and not ready yet."""
+        return self.taken() - self.ready()
+
     @property
     def full_message(self) -> str:
         """A line that says that no other client can join."""
@@ -71,11 +75,16 @@ class Roster:
 
     @property
     def there_message(self) -> str:
-        """Some words that name the clients that are ready."""
-        ready = sorted(self.ready())
-        if len(ready) > MOST_NAMED:
-            return f"{counted(len(ready), 'client')} there"
-        return f"there: {', '.join(f'client_{k}' for k in ready)}" if ready else "nobody is there"
+        """Some words that name the clients that are ready, and those that load their data."""
+        here = {"there": self.ready(), "loading": self.loading()}
+        words = [
+            f"{counted(len(clients), 'client')} {what}"
+            if len(clients) > MOST_NAMED
+            else f"{what}: {', '.join(f'client_{k}' for k in sorted(clients))}"
+            for what, clients in here.items()
+            if clients
+        ]
+        return "; ".join(words) or "nobody is there"
 
     def check_id(self, wanted: int) -> None:
         if wanted not in self.ids:

@@ -22,8 +22,10 @@ MOST_BUILT, MOST_ELEMENTS = 4, 2**18
 BuiltModel = tuple[Sequence[str], Sequence[str]]  # a model's digests, and the names of its blocks
 
 
-def report_of(data: ClientData, split: SplitModel) -> DataReport:
+def report_of(data: ClientData, split: SplitModel, *, shares_figures: bool) -> DataReport:
     """Return a client's report of its data and of the model that it has built for them.
+
+    ``shares_figures``: as in ``DataReport.of``.
 
     Raises:
         DataError: the loss of a step would be a single sample's, though labels are to stay here.
@@ -34,7 +36,9 @@ def report_of(data: ClientData, split: SplitModel) -> DataReport:
             "a single training sample: its loss would be sent, which may tell its label"
         )
     return dataclasses.replace(
-        DataReport.of(data, recipe.run, keeps_labels=recipe.keeps_labels),
+        DataReport.of(
+            data, recipe.run, keeps_labels=recipe.keeps_labels, shares_figures=shares_figures
+        ),
         structure=split.structure,
         weights=weights_checksum(split.front_state()),
     )

@@ -90,15 +90,13 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
     check_start(start, recipe)
     recipe = started(recipe, start)
     guard = guard_of(node, SERVER, run.most_clients)
-    with (
-        transport.listen(node.host, node.port, node.link_shape) as listener,
-        contextlib.ExitStack() as stack,
-    ):
+    with transport.listen(node.host, node.port, node.link_shape) as listener:
         path, recipe, is_reused = _prepare_folder(recipe, node)
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
             running_at_end(node.on_end, path),
+            contextlib.ExitStack() as stack,
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             reporting_failure(folder, network.end, resume_hint(path, run.model)),
@@ -176,7 +174,9 @@ class _Server:
 
     def now(self, lobby: Lobby) -> Now:
         """Return what the run does at the moment; called on another thread."""
-        return in_rounds(self.rounds) if self.rounds else in_lobby(lobby.roster)
+        if self.rounds is None:
+            return in_lobby(lobby.roster)
+        return in_rounds(self.rounds, lobby.roster.loading())
 
     def prepare(self, lobby: Lobby) -> Rounds:
         """Register the clients, and return the rounds with them."""

@@ -59,9 +59,8 @@ class WaitingNotice:
         if self._bar is not None:
             self._bar.close()
             if not self._bar.disable:
-                self._bar.fp.write(
-                    "\r"
-                )  # below a progress bar, tqdm leaves the cursor at the right
+                # Below a progress bar, tqdm leaves the cursor at the right.
+                self._bar.fp.write("\r")
         self._since, self._num_said, self._bar = None, 0, None
 
     def _due_s(self) -> float:

@@ -3,6 +3,8 @@
 Called on another thread than the run's: what it looks at may change between two lines.
 """
 
+from collections.abc import Collection
+
 from sfl.archive.live_status import AWAY, EVALUATING, LOADING, TRAINING, WAITING, Doing, Now
 from sfl.runtime.roster import Roster
 from sfl.runtime.rounds import Rounds
@@ -23,12 +25,14 @@ def in_lobby(roster: Roster) -> Now:
     return Now(-1, doings)
 
 
-def in_rounds(rounds: Rounds) -> Now:
-    """Return what the clients do in a round."""
+def in_rounds(rounds: Rounds, loading: Collection[int] = ()) -> Now:
+    """Return what the clients do in a round; ``loading``: those that have come back to it."""
     plan, network = rounds.plan, rounds.network
     doings: dict[int, Doing] = {}
     for k in rounds.parties:
-        if not network.is_here(k):
+        if k in loading:
+            doings[k] = Doing(LOADING)
+        elif not network.is_here(k):
             doings[k] = Doing(AWAY, network.why_away(k))
         elif plan is None:
             doings[k] = Doing(WAITING)

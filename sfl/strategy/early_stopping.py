@@ -7,6 +7,7 @@ the same round, with the same models kept, as one that was never interrupted.
 import math
 from collections.abc import Mapping
 
+from sfl.archive.layout import ANY_MODEL, model_path
 from sfl.errors import counted
 from sfl.strategy.recipe import Recipe
 
@@ -16,16 +17,16 @@ class BestRound:
 
     def __init__(self, metric: str, *, falls: bool, min_delta: float = 0.0) -> None:
         """``falls``: lower is better; ``min_delta``: a round is better by more than this."""
-        self._metric, self._min_delta = metric, min_delta
+        self.metric, self._min_delta = metric, min_delta
         self._sign = -1.0 if falls else 1.0
         self.round = -1  # none yet
         self.value = -self._sign * math.inf
         self.rounds_since = 0
 
     def see(self, round_index: int, figures: Mapping[str, float]) -> None:
-        if self._metric not in figures:
+        if self.metric not in figures:
             return
-        value = figures[self._metric]
+        value = figures[self.metric]
         if self._sign * (value - self.value) > self._min_delta:  # never true of NaN
             self.round, self.value, self.rounds_since = round_index, value, 0
         else:
@@ -61,6 +62,17 @@ class RoundsSeen:
     @property
     def _stops(self) -> bool:
         return bool(self._stop.metric) and self._watched.rounds_since >= self._stop.patience
+
+    @property
+    def told_best(self) -> str:
+        """A line that names the round whose models stay; "" if none was the best."""
+        best = self.best
+        if best.round < 0:
+            return ""
+        return (
+            f"best round: {best.round + 1}/{self._rounds}, {best.metric} {best.value:.4f}; its"
+            f" models are {model_path(ANY_MODEL, best.round)}"
+        )
 
     @property
     def why_stopped(self) -> str:
