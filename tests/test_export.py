@@ -139,7 +139,7 @@ def test_the_program_is_silent_but_for_its_lines(run: sfl.Run, tmp_path: Path) -
     assert 0 < float(found[1]) < 1e-5
     size = f"{out.stat().st_size:,}"
     assert (
-        written == f"whole of first after round 1 (lenet5, takes [1, 28, 28]): {out}, {size} bytes"
+        written == f"whole of first after round 2 (lenet5, takes [1, 28, 28]): {out}, {size} bytes"
     )
     assert done.stderr == ""
 

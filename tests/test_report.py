@@ -15,6 +15,7 @@ from sfl.archive.manifest import Entry, manifest_line, read_manifest
 from sfl.errors import ConfigError
 from sfl.files.checksum import checksum
 from sfl.model.task import TASKS
+from sfl.reports import figures
 from sfl.reports.gathered import gather
 from sfl.reports.report import write_report
 from tests.support.programs import run_program
@@ -170,6 +171,18 @@ def test_a_run_that_is_not_over(out: Path, tmp_path: Path) -> None:
         assert said in page.text
         assert "no test set was evaluated" in page.text
         assert ("training loss by round" in " ".join(page.images)) == (count == 2)
+
+
+def test_who_trains_again_during_the_evaluation_has_not_waited_between() -> None:
+    times = {"training_start_s": 0.5, "training_end_s": 4.0}
+    times |= {"evaluation_start_s": 3.0, "evaluation_end_s": 5.0}
+    spans = [(title, start, end) for title, _, start, end in figures._spans(times, 6.0)]
+    assert spans == [
+        ("waiting for others", 0.0, 0.5),
+        ("training", 0.5, 4.0),
+        ("evaluation", 3.0, 5.0),
+        ("waiting for others", 5.0, 6.0),
+    ]
 
 
 def test_other_kinds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ The side that computes the outputs records those of the test set.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -142,19 +143,23 @@ class _Predictions:
             self._labels.append(labels)
             self._outputs.append(outputs)
 
+    @functools.cached_property
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """All labels and outputs, once they are there."""
+        return torch.cat(self._labels), torch.cat(self._outputs)
+
     def write(self, party: Party, round_index: int) -> None:
         """Write labels and outputs to the archive, for analyses such as ROC curves."""
         if self._labels:
             path = model_path(PREDICTIONS, round_index, client=party.client)
-            outputs = torch.cat(self._outputs)
-            both = {"labels": torch.cat(self._labels), party.task.output_name: outputs}
+            labels, outputs = self._whole
+            both = {"labels": labels, party.task.output_name: outputs}
             party.archive.write("predictions", path, encode_state(both), round_index)
 
     def tell(self, party: ServerParty) -> None:
         """Tell the run's figures of labels and outputs."""
         if self._labels:
-            labels, outputs = torch.cat(self._labels), torch.cat(self._outputs)
-            party.watcher.predicted(party.client, labels, outputs)
+            party.watcher.predicted(party.client, *self._whole)
 
 
 def _receive_result(party: ServerParty, part: str, round_index: int) -> Conversation[Tally]:

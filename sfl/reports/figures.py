@@ -222,17 +222,21 @@ WAITING = {"color": "white", "hatch": "....", "edgecolor": "#999999", "lw": 0.6}
 
 
 def _spans(row: Mapping[Any, Any], whole: float) -> Iterator[Span]:
-    """Yield what a client did in a round."""
+    """Yield what a client did in a round.
+
+    Of one that came back and trained again, the phases overlap, and there is no wait between.
+    """
     phases = (("training", bar_style(1)), ("evaluation", bar_style(2)))
     at = 0.0
     for phase, style in phases:
         start, end = row.get(f"{phase}_start_s"), row.get(f"{phase}_end_s")
         if start is None or end is None or not np.isfinite([start, end]).all():
             continue
-        yield "waiting for others", WAITING, at, start
+        if start > at:
+            yield "waiting for others", WAITING, at, start
         yield phase, style, start, end
-        at = end
-    if at:
+        at = max(at, end)
+    if 0 < at < whole:
         yield "waiting for others", WAITING, at, whole
 
 

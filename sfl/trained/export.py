@@ -32,7 +32,7 @@ class Exported:
     def lines(self) -> list[str]:
         """What happened, for the user."""
         about, size = self.about, self.path.stat().st_size
-        when = "before round 0" if self.round < 0 else f"after round {self.round}"
+        when = f"after round {self.round + 1}" if self.round >= 0 else "before the first round"
         written = (
             f"{about.part} of {about.run} {when} ({about.model}, takes {list(about.takes)}):"
             f" {self.path}, {size:,} bytes"
