@@ -261,6 +261,8 @@ def test_a_strangers_texts_are_texts(tmp_path: Path, going_on: Path) -> None:
     assert "run a [2J" in shown
     assert "val [/x] [2J" in shown
     assert "--allow-import a:b [2J" in shown.replace("\n", "")
+    assert re.search(r"\] 0%\n", shown)
+    assert "1e+308" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

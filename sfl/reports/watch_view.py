@@ -57,7 +57,7 @@ def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
         share = total = max(total, 1)
     width = min(console.width - 8, BAR)
     filled = round(width * share / total) if total else 0
-    bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / max(total, 1):.0%}")
+    bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / total if total else 0:.0%}")
     words = Text(_state(seen, state, silent_s), style=STYLES[state], overflow="fold")
     if state == SILENT and (hint := seen.how_to_go_on):
         words.append(f"\n{one_line(hint, MOST_HINT)}", style="not bold")
