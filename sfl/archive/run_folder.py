@@ -58,6 +58,7 @@ def create_run_folder(parent: Path, name: str) -> Path:
 WATCHED = ("models", "client_files", "checkpoints", "rounds")  # besides the folder and its log
 SERVER_LOG, CLIENT_LOG = "server_log.txt", "client_log.txt"
 FIRST_STEP = "training begins: the first step is taken"  # line of either log
+STOPS_EARLY = "the run stops after round "  # how the line begins, if --stop-when ends it
 # How the lines begin with which the server's log ends; after a failure, GO_ON may follow.
 RUN_OVER, RUN_FAILED, GO_ON = "the run lies in ", "the run failed: ", "go on with: "
 # Files that a run's folder, on server or client, may contain before the first step.

@@ -42,7 +42,7 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     or, if these are many, the name of the first run of each.
 
     Raises:
-        ConfigError: there are more or fewer labels than groups.
+        ConfigError: there are more or fewer labels than groups, or one is empty.
     """
     seen: Counter[object] = Counter()
     members: dict[object, list[Run]] = {}
@@ -57,6 +57,8 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
             f"--labels: has {len(labels)}, for {counted(len(groups), 'curve')} of runs that differ"
             f" in more than the seed: {names}"
         )
+    if not all(label.strip() for label in labels):
+        raise ConfigError("--labels: one is empty; give a name for each curve, as A,B")
     alike = [replace(group[0].config, seed=0) for group in groups]
     told = labels or told_apart(alike)
     if max(map(len, told)) > MOST_OF_LABEL and not labels:
@@ -98,7 +100,8 @@ def confusion(group: Group) -> Confusion:
 def tested(run: Run) -> list[int]:
     """Return the clients whose test set was evaluated."""
     rows = run.clients
-    return sorted(rows[rows["test_loss"].notna()]["client"].unique()) if "test_loss" in rows else []
+    known = rows.filter(regex="^test_").notna().any(axis=1)  # the loss of a diverged run is none
+    return sorted(rows[known]["client"].unique())
 
 
 def _count(run: Run, client: int) -> np.ndarray[Any, Any]:
@@ -140,7 +143,9 @@ def _environment(run: Run) -> dict[str, Any]:
         own = theirs.items() if isinstance(theirs, dict) else ()
         found |= {f"{name}: {n}": v for n, v in own if v != found.get(n)}
     command = record.get("command_line")
-    return found | {"command line": " ".join(map(str, command if command else []))}
+    words = command if isinstance(command, list) else []
+    is_text = all(isinstance(word, str) for word in words)
+    return found | {"command line": " ".join(words) if is_text else ""}
 
 
 def _together(tables: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, segment_path
 from sfl.archive.round_log import RoundLog
+from sfl.archive.run_folder import STOPS_EARLY
 from sfl.archive.spool import Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
@@ -105,7 +106,7 @@ class Rounds:
             self._round(num_rounds)
             num_rounds += 1
         if why := self.seen.why_stopped:
-            self.log.say(f"the run stops after round {num_rounds}/{self.run.rounds}: {why}")
+            self.log.say(f"{STOPS_EARLY}{num_rounds}/{self.run.rounds}: {why}")
         self.archive.wait_committed()
         self.check_there()
         crash_point("run.before_goodbye")
