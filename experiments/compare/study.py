@@ -108,11 +108,12 @@ class Study:
 
     def in_own_folder(self) -> "Study":
         """Return the study in a folder for it alone: the same one for the same options."""
-        what = repr((self.axes, self.seeds, self.run, self.over, self.node.threads))
+        node = self.node
+        what = repr((self.axes, self.seeds, self.run, self.over, node.threads, node.device))
         digest = hashlib.sha256(what.encode()).hexdigest()[:8]
         name = re.sub("[^A-Za-z0-9.-]", "-", f"{self.run.model}-{self.run.dataset}-{digest}")
-        out = self.node.out_path / "compare" / name
-        return replace(self, node=replace(self.node, out=str(out)))
+        out = node.out_path / "compare" / name
+        return replace(self, node=replace(node, out=str(out)))
 
     def over_sockets(self, run: RunConfig) -> bool:
         """Say whether a cell is a run of real processes; ``central`` has no other side."""
