@@ -18,7 +18,8 @@ from experiments.compare import plan
 from experiments.compare.__main__ import main, parse_sweep
 from experiments.compare.figures import draw_all, looks
 from experiments.compare.results import markdown, read_study
-from experiments.compare.study import NO_CUT, Study, left_out, names, run_name
+from experiments.compare.study import NO_CUT, Study, left_out, run_name
+from experiments.compare.values import names
 from experiments.support.costs import formula_bytes
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, RunError, SflError

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from experiments.compare.values import distinct, names
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
@@ -100,8 +101,6 @@ def parse_sweep(text: str, rest: Sequence[str]) -> tuple[str, list[Any]]:
         raise ConfigError(f"--sweep {name}: give {NOT_SWEPT[name]}")
     if not has_values:
         raise ConfigError(f"--sweep {text}: give an option and its values, as lr=0.1,0.01")
-    from experiments.compare.study import names
-
     # Numbers belong to the name before; a number alone is a value.
     is_text = isinstance(getattr(RunConfig, name, None), str)
     found = []
@@ -126,7 +125,7 @@ def main() -> None:
     from experiments.compare.figures import draw_all
     from experiments.compare.plan import carry_out, check_all, is_done
     from experiments.compare.results import read_study, write_tables
-    from experiments.compare.study import Study, distinct, left_out, names
+    from experiments.compare.study import Study, left_out
     from sfl.interactive.run import open_run
     from sfl.reports.report import write_report
 

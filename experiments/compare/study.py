@@ -139,27 +139,6 @@ def run_name(scheme: str, others: str, seed: int) -> str:
     return f"{scheme}-{shown}-{seed}"
 
 
-def names(option: str, text: str) -> list[str]:
-    """Return the names of a list with commas; numbers belong to the name before them.
-
-    Raises:
-        ConfigError: one of them is there twice.
-    """
-    return distinct(option, re.split(r",(?=[a-z])", re.sub(r"\s", "", text)))
-
-
-def distinct(option: str, found: Sequence[str]) -> Sequence[str]:
-    """Return an option's values.
-
-    Raises:
-        ConfigError: one of them is there twice.
-    """
-    for name in found:
-        if found.count(name) > 1:
-            raise ConfigError(f"{option}: {name} is there twice")
-    return found
-
-
 def left_out(study: Study) -> list[str]:
     """Return a line for each reason why combinations are left out.
 
