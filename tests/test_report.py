@@ -15,6 +15,7 @@ import sfl
 from sfl.archive.manifest import Entry, manifest_line, read_manifest
 from sfl.errors import ConfigError, RunError
 from sfl.files.checksum import checksum
+from sfl.interactive.drawing import bar_style
 from sfl.interactive.run import open_runs
 from sfl.model.task import TASKS
 from sfl.reports.gathered import Group, confusion, gather
@@ -94,6 +95,8 @@ def test_the_page_has_everything_inside(out: Path, tmp_path: Path) -> None:
     assert "The server's log tells of none." in page.text
     assert "AVX" in page.text or "capability" in page.text
     assert path.stat().st_size < 1e6  # two curves
+    looks = {str(bar_style(number)["hatch"]) for number in range(14)}
+    assert not set(".oO*") & set("".join(looks))  # of each such hatch, 100 kB and more
 
 
 def test_figures_are_means_over_the_seeds(out: Path, tmp_path: Path) -> None:
