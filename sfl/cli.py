@@ -261,11 +261,11 @@ def main_report(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         options = _report_parser(prog).parse_args(argv)
-        from sfl.interactive.run import open_run
+        from sfl.interactive.run import open_runs
         from sfl.reports.report import write_report
 
         machine = {"clients": options.clients, "allow_import": options.allow_import}
-        runs = [open_run(folder, **machine) for folder in options.run_dirs]
+        runs = open_runs(options.run_dirs, **machine)
         paths = write_report(
             runs, options.out, labels=options.labels, formats=options.figures,
             with_tables=options.tables,
@@ -286,7 +286,7 @@ def _report_parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("report.html"), help="the page to write"
-        " (default: report.html); further files lie beside it",
+        " (default: report.html), or a folder for it; further files lie beside it",
     )  # fmt: skip
     parser.add_argument(
         "--figures", metavar="pdf,svg,png", type=names, default=[], help="write each figure as"

@@ -6,19 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
-from experiments.compare.__main__ import parse_sweep
+from experiments.compare import plan
+from experiments.compare.__main__ import main, parse_sweep
 from experiments.compare.figures import draw_all, looks
 from experiments.compare.results import markdown, read_study
-from experiments.compare.study import NO_CUT, Study, left_out, names, run_name
+from experiments.compare.study import NO_CUT, Study, left_out, run_name
+from experiments.compare.values import names
 from experiments.support.costs import formula_bytes
 from sfl.config import RunConfig
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError, SflError
 from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
@@ -212,6 +216,23 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
     assert row.split(" | ")[6:9] == ["-", "-", "-"]
 
 
+def test_runs_of_other_lengths_and_other_numbers_of_clients(tmp_path: Path) -> None:
+    config = RunConfig(rounds=3, model="mlp", batch_size=400, keep_tensors="none", clients=2)
+    node = NodeConfig(out=str(tmp_path))
+    sweeps = {"stop_when": ["", "val_loss:patience=1,min_delta=9"], "clients": [2, 3]}
+    study = Study(["fl"], ["iid"], [0], config, node, "simulation", sweeps=sweeps)
+    for run in study.runs:
+        simulate(run, node)
+    lines = read_study(study)
+    rows = [row.split(" | ") for row in markdown(study, lines).splitlines() if "| fl |" in row]
+    assert rows[4][-1] == "- |"  # client 2, where there are two
+    drawn: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "bar", lambda self, *given, label, **how: drawn.append(label))
+        draw_all(study, lines)
+    assert len(set(drawn)) == 4  # those that ended earlier, too
+
+
 @pytest.mark.slow
 def test_central_alone_has_no_clients(tmp_path: Path) -> None:
     study, lines = study_of(tmp_path, scheme="central", model="mlp")
@@ -378,6 +399,10 @@ def test_any_option_is_swept() -> None:
     """Values are those that the option itself would have."""
     assert parse_sweep("lr=0.1, 1e-3", []) == ("lr", [0.1, 0.001])
     assert parse_sweep("--batch-size=16,64", []) == ("batch_size", [16, 64])
+    assert parse_sweep("partition=iid,sizes:0.2,0.2,0.6", []) == (
+        "partition", ["iid", "sizes:0.2,0.2,0.6"],
+    )  # fmt: skip
+    assert parse_sweep("augment=,flip", [])[1] == ["", "flip"]
     values = dict([parse_sweep("lr=0.1,0.001", []), parse_sweep("model=mlp,lenet5", [])])
     study = Study(
         ["central", "sl"], ["iid"], [0], RunConfig(), NodeConfig(), "simulation", sweeps=values
@@ -394,6 +419,8 @@ def test_any_option_is_swept() -> None:
     other = Study(["sl"], ["iid"], [0], RunConfig(), NodeConfig(), "simulation").in_own_folder()
     assert other.node.out_path != here.node.out_path
     assert other.node.out_path.parent == Path("shared_files/compare")
+    on_cuda = replace(study, node=NodeConfig(device="cuda")).in_own_folder()
+    assert on_cuda.node.out_path != here.node.out_path
 
 
 @pytest.mark.parametrize(
@@ -410,6 +437,28 @@ def test_any_option_is_swept() -> None:
 def test_a_sweep_that_cannot_be_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_sweep(text, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "shared_files"), r"^\S*/shared_files$"),  # also if it is the default
+        ((), r"^\S*/shared_files/compare/lenet5-mnist-5k-\w{8}$"),
+        (("--sweep", "scheme=fl,sl"), r"scheme: --schemes has its values already; give one"),
+        (("--scheme", "fl"), r"--scheme: a comparison has many; give --schemes"),
+        (("--partition", "shards:2"), r"--partition: a comparison has many; give --partitions"),
+    ],
+)
+def test_what_is_typed_counts(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(study: Study) -> None:
+        raise RunError(str(study.node.out_path))
+
+    monkeypatch.setattr(plan, "check_all", started)
+    monkeypatch.setattr(sys, "argv", ["compare", "--schemes", "sl", *options])
+    with pytest.raises(SflError, match=message):
+        main()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -179,6 +180,9 @@ def test_normalisation_and_pictures(run: sfl.Run, tmp_path: Path) -> None:
     said = run.normalisation
     assert (said.mean, said.std) == ((0.1307,), (0.3081,))
     assert (said.input_shape, said.classes) == ((1, 28, 28), tuple("0123456789"))
+    with pytest.MonkeyPatch.context() as patch:  # a user's own may have ints
+        patch.setattr(sfl.Run, "data_spec", replace(run.data_spec, mean=0, std=1))
+        assert repr((run.normalisation.mean, run.normalisation.std)) == "((0.0,), (1.0,))"
     axes = run.plot()
     lines = {line.get_label(): list(line.get_ydata()) for line in axes[0].get_lines()}
     assert lines["training"] == run.rounds["train_loss"].tolist()
@@ -186,10 +190,15 @@ def test_normalisation_and_pictures(run: sfl.Run, tmp_path: Path) -> None:
     assert other.normalisation.mean == (0.5,)
     axes = sfl.plot([run, other])
     assert [line.get_label() for line in axes[1].get_lines()][::2] == [
-        "scheme sflv1, lr 0.001, training",
+        "scheme sflv1, normalize -, lr 0.001, training",
         "scheme fl, normalize mean=0.5,std=0.25, lr 0.01, training",
     ]
     assert len(axes[1].get_lines()) == 4
+    axes = sfl.plot([run, other], labels=["_a", "b"])  # of "_..." matplotlib makes no legend
+    assert [text.get_text().strip()[:2] for text in axes[0].get_legend().get_texts()][::2] == [
+        "_a",
+        "b,",
+    ]
     path = tmp_path / "curves.png"
     axes[0].figure.savefig(path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -202,11 +211,17 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         RunError, match=r"a front of its own: say whose, with client= or --client, of 0, 1, 2"
     ):
         own.model()
-    moved = tmp_path / "brought"
+    moved = tmp_path / "brought/r/client_2"
+    moved.parent.mkdir(parents=True)
     shutil.move(tmp_path / "a/client/r/client_2", moved)
     with pytest.raises(RunError, match=r"client_2.*of its machine.*bring that folder here"):
         sfl.open_run(path).front(client=2)
     assert len(sfl.open_run(path, clients=[moved]).front(client=2)) == 3
+    with pytest.raises(RunError, match=r"a is no folder of a run: it has no manifest"):
+        sfl.open_run(path, clients=[tmp_path / "a"])
+    other = shutil.copytree(moved, tmp_path / "brought/s/client_2")
+    with pytest.raises(RunError, match=r"s/client_2 is no client's folder of .*server/r: "):
+        sfl.open_run(path, clients=[moved, other])
     with pytest.raises(RunError, match=r"round 2: .* has finished 2 rounds"):
         own.front(round=2, client=0)
     with pytest.raises(RunError, match="has no client_3"):

@@ -7,16 +7,19 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import sfl
 from sfl.archive.manifest import Entry, manifest_line, read_manifest
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError
 from sfl.files.checksum import checksum
+from sfl.interactive.drawing import bar_style
+from sfl.interactive.run import open_runs
 from sfl.model.task import TASKS
 from sfl.reports import figures
-from sfl.reports.gathered import gather
+from sfl.reports.gathered import Group, confusion, gather
 from sfl.reports.report import write_report
 from tests.support.programs import run_program
 from tests.support.regression import REGRESSION
@@ -92,6 +95,9 @@ def test_the_page_has_everything_inside(out: Path, tmp_path: Path) -> None:
         assert what in shown, what
     assert "The server's log tells of none." in page.text
     assert "AVX" in page.text or "capability" in page.text
+    assert path.stat().st_size < 1e6  # two curves
+    looks = {str(bar_style(number)["hatch"]) for number in range(14)}
+    assert not set(".oO*") & set("".join(looks))  # of each such hatch, 100 kB and more
 
 
 def test_figures_are_means_over_the_seeds(out: Path, tmp_path: Path) -> None:
@@ -118,6 +124,8 @@ def test_the_same_seed_twice_is_another_curve(out: Path, tmp_path: Path) -> None
     assert labels == ["x", "y"]
     with pytest.raises(ConfigError, match="--labels: has 1, for 2 curves"):
         gather(opened(out, "a", "c"), ["x"])
+    with pytest.raises(ConfigError, match="--labels: one is empty"):
+        gather(opened(out, "a", "c"), ["x", ""])
     with pytest.raises(ConfigError, match="--figures gif: give some of pdf, svg, png"):
         write_report(opened(out, "a"), tmp_path / "r.html", formats=["gif"])
 
@@ -137,7 +145,7 @@ def test_a_strangers_texts_are_texts(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "server/a", run)
     environment = json.loads((run / "environment.json").read_text())
     environment["data"]["classes"][3] = f"{SCRIPT}$x_{{$"
-    environment["command_line"] = [SCRIPT]
+    environment["command_line"] = 5
     environment["packages"] = {SCRIPT: SCRIPT}
     changed(run, "environment.json", json.dumps(environment).encode())
     log = (run / "server_log.txt").read_bytes()
@@ -146,7 +154,11 @@ def test_a_strangers_texts_are_texts(out: Path, tmp_path: Path) -> None:
     named, classes = tmp_path / "named.html", tmp_path / "classes.html"
     write_report(opened(tmp_path, "z"), classes)
     changed(run, "config.json", json.dumps(config).encode())
-    write_report([*opened(out, "a"), *opened(tmp_path, "z")], named, labels=["a", SCRIPT])
+    rounds = (run / "rounds.csv").read_text()
+    changed(run, "rounds.csv", rounds.replace("val_acc", "val_a/b").encode())
+    runs = [*opened(tmp_path, "z"), *opened(out, "a")]
+    write_report(runs, named, labels=[SCRIPT, "option"], formats=["svg"])
+    assert (tmp_path / "named_val_a_b.svg").is_file()
     for path in (named, classes):
         page = Page(path)
         assert "script" not in page.tags
@@ -197,7 +209,8 @@ def test_other_kinds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
     for name, own in kinds.items():
         simulated(tmp_path, **{"model": "mlp", "run": name, "batch_size": 400, "rounds": 1} | own)
-    (path,) = write_report(opened(tmp_path, *kinds), tmp_path / "r.html")
+    (path,) = write_report(opened(tmp_path, *kinds), tmp_path)
+    assert path == tmp_path / "report.html"
     page = Page(path)
     shown = " ".join(page.images)
     for name in set(kinds) - {"task"}:
@@ -206,6 +219,42 @@ def test_other_kinds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "activations up, link 1" in page.text or "gradients up, link 1" in page.text
     write_report(opened(tmp_path, "task"), tmp_path / "task.html")
     assert "validation share of near guesses by round" in Page(tmp_path / "task.html").images
+
+
+def test_a_run_that_stopped_early_and_diverged(tmp_path: Path) -> None:
+    simulated(
+        tmp_path, model="mlp", rounds=4, batch_size=800, stop_when="val_loss:patience=1,min_delta=9"
+    )
+    (run,) = opened(tmp_path, "r")
+    names = run.clients.columns
+    run.clients.loc[:, names == "test_loss"] = float("nan")  # as when it overflows
+    page = Page(write_report([run], tmp_path / "r.html")[0])
+    assert "2 rounds of 4, stopped early" in page.text
+    assert "r: the run stops after round 2/4: val_loss has not become better" in page.text
+    assert "taken for: (r)" in " ".join(page.images)
+
+
+def test_clients_folders_go_to_their_own_runs(tmp_path: Path) -> None:
+    """Also runs of one name, which differ in the seed: from two servers."""
+    common = {"model": "mlp", "cut": "3,5", "batch_size": 800, "rounds": 1, "keep_tensors": "none"}
+    brought = []
+    for seed in (1, 2):
+        path = simulated(tmp_path / f"of_{seed}", seed=seed, **common)
+        for k in range(3):
+            brought.append(tmp_path / f"brought/{seed}_{k}")
+            shutil.move(tmp_path / f"of_{seed}/client/r/client_{k}", brought[-1])
+            said = (path / "config.json").read_bytes()
+            entry = Entry("config", "config.json", len(said), checksum(said))
+            with open(brought[-1] / "manifest.jsonl", "a") as manifest:
+                manifest.write(f"{manifest_line(entry)}\n")
+            (brought[-1] / "config.json").write_bytes(said)
+    folders = [tmp_path / f"of_{seed}/server/r" for seed in (1, 2)]
+    runs = open_runs(folders, clients=brought)
+    for run in runs:
+        right = np.trace(confusion(Group("", [run])).counts) / 1000
+        assert right == pytest.approx(run.rounds["test_acc"].iloc[-1])
+    with pytest.raises(RunError, match=r"brought/2_0 is no client's folder of .*of_1/server/r"):
+        open_runs(folders[:1], clients=brought)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from experiments.compare.values import distinct, names
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
@@ -31,6 +32,7 @@ OVER = ("simulation", "sockets")
 PROG = "python -m experiments.compare"
 # Options of a run that a comparison has many values of, and where they stand.
 AXES = {"scheme": "schemes", "partition": "partitions", "topology": "topologies", "cut": "cuts"}
+USUAL = {"schemes": "central,fl,sl,sflv1,sflv2", "partitions": "iid"}  # if none are given
 NOT_SWEPT = {
     "run": "--out",
     "seed": "--seeds",
@@ -47,9 +49,9 @@ def parse() -> tuple[Namespace, list[str]]:
         " compare them.",
         epilog="All other options are those of a run: see python -m experiments.simulate --help.",
     )
-    parser.add_argument("--schemes", default="central,fl,sl,sflv1,sflv2", help="with commas")
+    parser.add_argument("--schemes", default="", help=f"with commas (default: {USUAL['schemes']})")
     parser.add_argument(
-        "--partitions", default="iid", help="with commas: iid,sizes:0.2,0.8,shards:2"
+        "--partitions", default="", help="with commas: iid,sizes:0.2,0.8,shards:2 (default: iid)"
     )
     parser.add_argument(
         "--topologies", default="", help="with commas; if not given, what fits each of --cuts"
@@ -59,7 +61,8 @@ def parse() -> tuple[Namespace, list[str]]:
     )
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="OPTION=VALUE,VALUE",
-        help="values of any option of a run, as lr=0.1,0.01; several times for every combination",
+        help="values of any option of a run, as lr=0.1,0.01; several times for every combination;"
+        " numbers belong to the name before, as in --partitions; for several cuts, give --cuts",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many, counting on from --seed")
     parser.add_argument("--over", choices=OVER, default=OVER[0], help="one process, or many")
@@ -75,7 +78,10 @@ def _refuse_overridden(run: RunConfig, own: Namespace, swept: Sequence[str]) -> 
         if swept.count(name) > 1 or getattr(run, name) != getattr(RunConfig, name):
             raise ConfigError(f"{flag(name)}: give all its values in one --sweep {name}=...")
     for name, instead in AXES.items():
-        if getattr(own, instead) and getattr(run, name) != getattr(RunConfig, name):
+        if getattr(own, instead) and name in swept:
+            raise ConfigError(f"--sweep {name}: --{instead} has its values already; give one")
+        is_axis = getattr(own, instead) or instead in USUAL
+        if is_axis and getattr(run, name) != getattr(RunConfig, name):
             raise ConfigError(f"--{name}: a comparison has many; give --{instead}")
     if run.run:
         raise ConfigError("--run: a comparison has many; give --out")
@@ -95,8 +101,10 @@ def parse_sweep(text: str, rest: Sequence[str]) -> tuple[str, list[Any]]:
         raise ConfigError(f"--sweep {name}: give {NOT_SWEPT[name]}")
     if not has_values:
         raise ConfigError(f"--sweep {text}: give an option and its values, as lr=0.1,0.01")
+    # Numbers belong to the name before; a number alone is a value.
+    is_text = isinstance(getattr(RunConfig, name, None), str)
     found = []
-    for value in values.split(","):
+    for value in names(f"--sweep {name}", values) if is_text else values.split(","):
         options = [*rest, f"{flag(name)}={value.strip()}"]
         run, _ = parse_options(options, RunConfig, NodeConfig, prog=PROG, about="")
         if name not in names_of(RunConfig):
@@ -117,7 +125,7 @@ def main() -> None:
     from experiments.compare.figures import draw_all
     from experiments.compare.plan import carry_out, check_all, is_done
     from experiments.compare.results import read_study, write_tables
-    from experiments.compare.study import Study, distinct, left_out, names
+    from experiments.compare.study import Study, left_out
     from sfl.interactive.run import open_run
     from sfl.reports.report import write_report
 
@@ -125,8 +133,8 @@ def main() -> None:
     paths = {"out": str(node.out_path.resolve()), "data_dir": str(node.data_path.resolve())}
     values = {name: distinct(f"--sweep {name}", found) for name, found in swept}
     given = {
-        "scheme": names("--schemes", own.schemes),
-        "partition": names("--partitions", own.partitions),
+        "scheme": names("--schemes", own.schemes or USUAL["schemes"]),
+        "partition": names("--partitions", own.partitions or USUAL["partitions"]),
         "topology": names("--topologies", own.topologies) if own.topologies else (),
         "cut": distinct("--cuts", own.cuts),
     }
@@ -139,7 +147,8 @@ def main() -> None:
         jobs=own.jobs,
         sweeps=values,
     )
-    if node.out == NodeConfig.out:
+    is_typed = any(option.partition("=")[0] == "--out" for option in rest)
+    if node.out == NodeConfig.out and not is_typed:
         study = study.in_own_folder()
     for line in left_out(study):
         print(line, flush=True)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from experiments.compare.results import ALL, of_cell, training_bytes
+from experiments.compare.results import ALL, last_rounds, of_cell, training_bytes
 from experiments.compare.study import NO_CUT, NONE, Cell, Study
 from sfl.interactive.drawing import (
     STYLES,
@@ -169,7 +169,7 @@ def _against(
 
 def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     """Draw the last round's test accuracies, and the balanced ones, a group a partition."""
-    last = overall[overall["round"] == overall["round"].max()]
+    last = last_rounds(overall)  # of each run: --stop-when may end some earlier
     figure = Figure(figsize=(4.5 + 2.2 * len(study.partitions), 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     groups = [
@@ -208,7 +208,7 @@ def _final(path: Path, study: Study, overall: pd.DataFrame) -> Path:
     panels[0].set_ylim(max(0, lowest - 2 * margin), min(1.02, highest + margin))
     panels[0].set_ylabel("share (the axis does not begin at 0)")
     one_legend(figure, figure.axes)
-    figure.suptitle(f"{_title(study, 'standard deviation')}, round {study.run.rounds}", fontsize=10)
+    figure.suptitle(f"{_title(study, 'standard deviation')}, last round", fontsize=10)
     figure.savefig(path, dpi=130)
     return path
 

@@ -202,6 +202,7 @@ def _of_clients(study: Study, lines: pd.DataFrame) -> str:
         if SCHEMES[cell.scheme].pooled:
             continue
         by_client = of_cell(last, cell).pivot(index="seed", columns="client", values="test_acc")
+        by_client = by_client.reindex(columns=clients)  # --sweep clients=2,3: some have fewer
         if len(clients) > MOST_CLIENTS:
             shown = by_client[clients]
             columns = [shown.min(axis=1), shown.mean(axis=1), shown.max(axis=1)]

@@ -108,11 +108,12 @@ class Study:
 
     def in_own_folder(self) -> "Study":
         """Return the study in a folder for it alone: the same one for the same options."""
-        what = repr((self.axes, self.seeds, self.run, self.over, self.node.threads))
+        node = self.node
+        what = repr((self.axes, self.seeds, self.run, self.over, node.threads, node.device))
         digest = hashlib.sha256(what.encode()).hexdigest()[:8]
         name = re.sub("[^A-Za-z0-9.-]", "-", f"{self.run.model}-{self.run.dataset}-{digest}")
-        out = self.node.out_path / "compare" / name
-        return replace(self, node=replace(self.node, out=str(out)))
+        out = node.out_path / "compare" / name
+        return replace(self, node=replace(node, out=str(out)))
 
     def over_sockets(self, run: RunConfig) -> bool:
         """Say whether a cell is a run of real processes; ``central`` has no other side."""
@@ -136,27 +137,6 @@ def run_name(scheme: str, others: str, seed: int) -> str:
         digest = hashlib.sha256(others.encode()).hexdigest()[:8]
         shown = f"{shown[: MOST_SHOWN - 9]}-{digest}"
     return f"{scheme}-{shown}-{seed}"
-
-
-def names(option: str, text: str) -> list[str]:
-    """Return the names of a list with commas; numbers belong to the name before them.
-
-    Raises:
-        ConfigError: one of them is there twice.
-    """
-    return distinct(option, re.split(r",(?=[a-z])", re.sub(r"\s", "", text)))
-
-
-def distinct(option: str, found: Sequence[str]) -> Sequence[str]:
-    """Return an option's values.
-
-    Raises:
-        ConfigError: one of them is there twice.
-    """
-    for name in found:
-        if found.count(name) > 1:
-            raise ConfigError(f"{option}: {name} is there twice")
-    return found
 
 
 def left_out(study: Study) -> list[str]:

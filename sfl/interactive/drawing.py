@@ -23,7 +23,8 @@ STYLES: list[dict[str, Any]] = [
     {"color": "#56b4e9", "linestyle": (0, (8, 3)), "marker": "P", "lw": 1.5},
     {"color": "#7f7f7f", "linestyle": (0, (1, 3)), "marker": "X", "lw": 1.5},
 ]
-HATCHES = ["", "//", "..", "xx", "\\\\", "--", "++"]
+# Of lines alone: matplotlib writes each dot as a circle of many points into an SVG.
+HATCHES = ["", "//", "||", "xx", "\\\\", "--", "++"]
 _LOOK: Any = {
     "text.parse_math": False,  # names of runs and classes may have a $
     "svg.fonttype": "path",
@@ -47,10 +48,10 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def bar_style(number: int) -> dict[str, Any]:
-    """Return the look of a bar, which goes with the line's; from the eighth on, with circles."""
+    """Return the look of a bar, as the line's; from the eighth on, its edge is thick."""
     lap, index = divmod(number, len(STYLES))
     color = STYLES[index]["color"] if index else "#bbbbbb"
-    return {"color": color, "hatch": HATCHES[index] + "o" * lap, "edgecolor": "black", "lw": 0.6}
+    return {"color": color, "hatch": HATCHES[index], "edgecolor": "black", "lw": 0.6 + 1.4 * lap}
 
 
 def draw_line(
@@ -59,7 +60,8 @@ def draw_line(
     """Draw a line with some markers, and a band of (lowest, highest) around it, if given."""
     every = max(1, len(middle) // 8)
     how = {"markevery": every, "markersize": 4, "zorder": 3 - style["lw"] / 10, **style}
-    axes.plot(x, middle, label=label, **how)
+    # What begins with "_" is left out of a legend.
+    axes.plot(x, middle, label=f" {label}" if label.startswith("_") else label, **how)
     if band is not None:
         axes.fill_between(x, *band, color=style["color"], alpha=0.15, lw=0)
 

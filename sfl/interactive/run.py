@@ -31,7 +31,7 @@ from sfl.errors import RunError
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.dealt import Dealt, StepSamples
 from sfl.interactive.tables import clients_table, events, rounds_table, steps_table
-from sfl.interactive.trained import Holders, Trained
+from sfl.interactive.trained import Holders, Trained, by_run
 from sfl.model.topology import BACK, FRONT
 from sfl.nodes import NodeConfig, TrackingNode
 from sfl.options import from_values
@@ -203,7 +203,9 @@ class Run:
         data, spec = self._recorded.data, self.data_spec
         is_table = len(data["input_shape"]) < len(spec.input_shape)  # own data, aligned by ids
         figures = (0.0, 1.0) if is_table else (spec.mean, spec.std)
-        mean, std = (f if isinstance(f, tuple) else (f,) for f in figures)
+        mean, std = (
+            tuple(map(float, f if isinstance(f, tuple) else (f,))) for f in figures
+        )  # a user's own may be ints
         return Normalisation(mean, std, tuple(data["input_shape"]), tuple(data["classes"]))
 
     @functools.cached_property
@@ -275,6 +277,20 @@ def open_run(path: FolderPath, *, clients: Sequence[FolderPath] = (), **machine:
     return Run(path, clients, **machine)
 
 
+def open_runs(
+    paths: Sequence[FolderPath], *, clients: Sequence[FolderPath] = (), **machine: Any
+) -> list[Run]:
+    """Open several runs as ``open_run`` does; each takes those of the clients' folders of its own.
+
+    Raises:
+        RunError, IntegrityError, ConfigError: as for ``open_run``; or a folder is of no run.
+    """
+    brought = by_run([*map(sfl.archive.open, paths)], [Path(folder) for folder in clients])
+    return [
+        open_run(path, clients=own, **machine) for path, own in zip(paths, brought, strict=True)
+    ]
+
+
 def simulate(config: RunConfig, *, init: FolderPath = "", **machine: Any) -> Run:
     """Run server and clients in this process, as ``experiments.simulate`` does; return the run.
 
@@ -310,7 +326,7 @@ def told_apart(configs: Sequence[RunConfig]) -> list[str]:
     tables: list[Mapping[str, Any]] = [dataclasses.asdict(config) for config in configs]
     differ = [n for n in tables[0] if n != "run" and len({repr(t[n]) for t in tables}) > 1]
     labels = [
-        ", ".join(f"{name} {table[name]}" for name in differ if table[name] != "")
+        ", ".join(f"{name} {'-' if table[name] == '' else table[name]}" for name in differ)
         for table in tables
     ]
     if len(set(labels)) == len(labels) and differ:

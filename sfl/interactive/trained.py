@@ -17,14 +17,44 @@ from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.schemes import Fronts
 
 
+def by_run(runs: Sequence[RunArchive], folders: Sequence[Path]) -> list[list[Path]]:
+    """Return which of these folders of clients belong to each run.
+
+    Raises:
+        RunError: one belongs to none of the runs, or is no folder of a run.
+    """
+    owners = {folder: [_is_of(folder, run) for run in runs] for folder in folders}
+    for folder, found in owners.items():
+        if not any(found):
+            raise RunError(
+                f"{folder} is no client's folder of {', '.join(str(run.root) for run in runs)}:"
+                " their --run or --seed differs; give the folders of these runs' clients"
+            )
+    return [[f for f, found in owners.items() if found[k]] for k in range(len(runs))]
+
+
+def _is_of(folder: Path, run: RunArchive) -> bool:
+    theirs, ours = sfl.archive.open(folder), run.config()
+    if not theirs.lists("config.json"):  # of a simulation: <out>/client/<run>/client_<k>
+        return folder.resolve().parent.name == ours.get("run")
+    said = theirs.config()
+    return all(said.get(name) == ours.get(name) for name in ("run", "seed"))
+
+
 class Holders:
     """The folders of a run on this machine: the server's, the clients' and a fed server's."""
 
     def __init__(self, archive: RunArchive, clients: Sequence[Path]) -> None:
+        """``clients``: folders that were brought here.
+
+        Raises:
+            RunError: one is no folder of this run.
+        """
+        (brought,) = by_run([archive], clients)
         root = archive.root.resolve()
         out, name = root.parent.parent, root.name
         beside = sorted((out / "client" / name).glob("client_*"))
-        others = (*clients, *beside, out / "fed" / name)
+        others = (*brought, *beside, out / "fed" / name)
         self.archive = archive
         self._places = f"{out / 'client' / name}/client_<k>", out / "fed" / name
         self._archives = [

@@ -218,7 +218,7 @@ def gantt(group: Group, name: str) -> Picture | None:
 
 
 Span = tuple[str, dict[str, Any], float, float]  # title, look, start and end
-WAITING = {"color": "white", "hatch": "....", "edgecolor": "#999999", "lw": 0.6}
+WAITING = {"color": "white", "edgecolor": "#999999", "lw": 0.6}
 
 
 def _spans(row: Mapping[Any, Any], whole: float) -> Iterator[Span]:

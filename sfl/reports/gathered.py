@@ -42,7 +42,7 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     or, if these are many, the name of the first run of each.
 
     Raises:
-        ConfigError: there are more or fewer labels than groups.
+        ConfigError: there are more or fewer labels than groups, or one is empty.
     """
     seen: Counter[object] = Counter()
     members: dict[object, list[Run]] = {}
@@ -57,6 +57,8 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
             f"--labels: has {len(labels)}, for {counted(len(groups), 'curve')} of runs that differ"
             f" in more than the seed: {names}"
         )
+    if not all(label.strip() for label in labels):
+        raise ConfigError("--labels: one is empty; give a name for each curve, as A,B")
     alike = [replace(group[0].config, seed=0) for group in groups]
     told = labels or told_apart(alike)
     if max(map(len, told)) > MOST_OF_LABEL and not labels:
@@ -98,19 +100,17 @@ def confusion(group: Group) -> Confusion:
 def tested(run: Run) -> list[int]:
     """Return the clients whose test set was evaluated."""
     rows = run.clients
-    return sorted(rows[rows["test_loss"].notna()]["client"].unique()) if "test_loss" in rows else []
+    known = rows.filter(regex="^test_").notna().any(axis=1)  # the loss of a diverged run is none
+    return sorted(rows[known]["client"].unique())
 
 
 def _count(run: Run, client: int) -> np.ndarray[Any, Any]:
-    kept = run.predictions(client)
-    labels = kept.pop("labels").numpy()
-    (outputs,) = (tensor.numpy() for tensor in kept.values())
-    size = len(run.classes)
-    is_class = labels.dtype == np.int64 and labels.ndim == 1 and outputs.shape[1:] == (size,)
-    if not is_class or not ((labels >= 0) & (labels < size)).all():
+    kept, task = run.predictions(client), run.recipe.task
+    labels = kept["labels"]
+    if task.confusion is None or not ((labels >= 0) & (labels < len(run.classes))).all():
         raise RunError(f"--task {run.config.task} predicts no classes")
-    pairs = labels * size + outputs.argmax(1)
-    return np.bincount(pairs, minlength=size * size).reshape(size, size)
+    counts: np.ndarray[Any, Any] = task.confusion(kept[task.output_name], labels).numpy()
+    return counts
 
 
 def options(group: Group) -> dict[str, str]:
@@ -140,7 +140,9 @@ def _environment(run: Run) -> dict[str, Any]:
         own = theirs.items() if isinstance(theirs, dict) else ()
         found |= {f"{name}: {n}": v for n, v in own if v != found.get(n)}
     command = record.get("command_line")
-    return found | {"command line": " ".join(map(str, command if command else []))}
+    words = command if isinstance(command, list) else []
+    is_text = all(isinstance(word, str) for word in words)
+    return found | {"command line": " ".join(words) if is_text else ""}
 
 
 def _together(tables: Sequence[dict[str, Any]]) -> dict[str, str]:

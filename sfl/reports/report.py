@@ -1,5 +1,6 @@
 """``sfl-report``: runs side by side, on one page; its figures and tables as files, if wanted."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def write_report(
 ) -> list[Path]:
     """Write the page, and beside it the figures in these formats, and the tables as CSV and LaTeX.
 
+    ``out``: the page's file, or a folder that takes it as ``report.html``.
     Return the paths of the files, the page first.
 
     Raises:
@@ -36,6 +38,7 @@ def write_report(
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ConfigError(f"--figures {unknown[0]}: give some of {', '.join(FORMATS)}")
     groups = gather(runs, labels)
+    out = out / "report.html" if out.is_dir() else out
     out.parent.mkdir(parents=True, exist_ok=True)
     with styled():
         sections = list(_sections(groups))
@@ -44,7 +47,7 @@ def write_report(
         write_file(out, page.encode())
         for picture in (p for section in sections for p in section.pictures):
             for kind in formats:
-                paths.append(out.with_name(f"{out.stem}_{picture.name}.{kind}"))
+                paths.append(out.with_name(f"{out.stem}_{_file_name(picture.name)}.{kind}"))
                 picture.figure.savefig(paths[-1], dpi=200)
     for name, table in _tables(groups).items() if with_tables else ():
         csv, tex = (out.with_name(f"{out.stem}_{name}.{kind}") for kind in ("csv", "tex"))
@@ -52,6 +55,11 @@ def write_report(
         table.to_latex(tex, index=False, escape=True)  # with booktabs' lines
         paths += [csv, tex]
     return paths
+
+
+def _file_name(name: str) -> str:
+    """Return a name that may have a strange column's in it as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -107,6 +115,7 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
             " figures, the run is not over, or nobody has a test set.",
             [tables.final(groups)],
             list(figures.curves(groups)),
+            [f"{name}: {shortened(why, MOST_OF_NOTE)}" for name, why in _stopped(groups)],
         ),
         Section(
             "Clients",
@@ -152,6 +161,12 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
             folded={"what is the same" if several else "all of it": environments.same},
         ),
     ]
+
+
+def _stopped(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Return the runs that --stop-when ended, and why."""
+    runs = [run for group in groups for run in group.runs]
+    return [(run.config.run, why) for run in runs if (why := tables.why_stopped(run))]
 
 
 def _confusions(groups: Sequence[Group]) -> tuple[dict[str, Confusion], list[str]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from sfl.archive.run_folder import RUN_STOPS
 from sfl.config import RunConfig
 from sfl.errors import counted, shortened
 from sfl.interactive.run import Run
@@ -74,9 +75,16 @@ def last(run: Run, column: str) -> float:
 def state(run: Run) -> str:
     """Return how far a run has come."""
     done = len(run.rounds)
-    return counted(done, "round") + (
-        "" if done == run.config.rounds else f" of {run.config.rounds}"
+    if done == run.config.rounds:
+        return counted(done, "round")
+    return f"{counted(done, 'round')} of {run.config.rounds}" + (
+        ", stopped early" if why_stopped(run) else ""
     )
+
+
+def why_stopped(run: Run) -> str:
+    """Return the line of the log that says why --stop-when ended the run; "" if it did not."""
+    return next((text for _, text in run.events if text.startswith(RUN_STOPS)), "")
 
 
 def overview(groups: Sequence[Group]) -> pd.DataFrame:
@@ -163,11 +171,12 @@ def _compared(
     name: str, columns: Mapping[str, Mapping[str, str]], usual: Mapping[str, str]
 ) -> Compared:
     table = pd.DataFrame(columns, dtype=str).fillna("-")
-    with_usual = table.assign(usual=[usual.get(n, table.loc[n].iloc[0]) for n in table.index])
-    differ = with_usual.nunique(axis=1) > 1
+    others = pd.Series({n: usual.get(n, table.loc[n].iloc[0]) for n in table.index}, dtype=str)
+    differ = pd.concat([table, others], axis=1).nunique(axis=1) > 1
     shown = table.map(lambda text: shortened(text, MOST_OF_CELL)).rename_axis(name)
     same = shown[~differ].iloc[:, :1].set_axis(["value"], axis=1)
-    return Compared(shown[differ].reset_index(), same.reset_index())
+    # A label may be the name of the first column, too.
+    return Compared(shown[differ].reset_index(allow_duplicates=True), same.reset_index())
 
 
 def troubles(groups: Sequence[Group]) -> pd.DataFrame:
