@@ -207,8 +207,8 @@ def predict_parser(prog: str) -> Parser:
         help="the front as this client has it; with --test-of, its samples alone",
     )  # fmt: skip
     names = (
-        "server connect_timeout peer_timeout token_file tls_ca tls_cert tls_key link device threads"
-        " data_dir cache_dir allow_import"
+        "server connect_timeout peer_timeout token_file tls_ca tls_cert tls_key link memory_limit"
+        " device threads data_dir cache_dir allow_import"
     )
     add_options(parser, ClientNode, names)
     return parser

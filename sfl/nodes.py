@@ -4,7 +4,8 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,11 @@ from sfl.values import KeepTensors, LinkShape
 
 DEFAULT_PORT = 8765
 _MOST_SAMPLES = 2**31 - 1  # as in sfl.archive.records
+# Options of a server's machine that a finished model has no use for.
+_OF_TRAINING = (
+    "resume", "role", "fed_server", "init", "track", "profile", "max_samples", "on_missing",
+    "round_timeout", "min_clients", "at_once", "weights_timeout", "on_end",
+)  # fmt: skip
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -205,10 +211,8 @@ class ServerNode(PeerNode, TrackingNode):
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
         valid = 1 <= self.max_samples <= _MOST_SAMPLES
         require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
-        if self.serve and (self.resume or self.role != "all" or self.track or self.on_end):
-            raise ConfigError(
-                "--serve: leave out --resume, --role, --track and --on-end: nothing is trained"
-            )
+        if self.serve and (given := self._given(_OF_TRAINING)):
+            raise ConfigError(f"--serve: leave out {', '.join(given)}: nothing is trained")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
         if self.tls_ca and self.role != "main":
@@ -221,6 +225,12 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError("--on-missing skip: is for --role all")
         if self.fed_server and self.role != "main":
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
+
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Return those of these options that are not at their defaults, as they are typed."""
+        defaults = {spec.name: spec.default for spec in fields(self)}
+        given = [name for name in names if getattr(self, name) != defaults[name]]
+        return ["--" + name.replace("_", "-") for name in given]
 
     @property
     def skip_after_s(self) -> float | None:

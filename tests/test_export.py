@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError, RunError
 from sfl.model.portable import About, read_portable
 from sfl.model.zoo import MODELS, build, model_spec, split
+from sfl.runtime.start_weights import checksum_of
 from sfl.trained.kinds import KINDS, MOST_DIFFERENCE, NUM_SAMPLES
 from tests.support.programs import run_program
 
@@ -99,7 +101,8 @@ def test_every_kind_says_the_same_of_itself(run: sfl.Run, folder: Path) -> None:
             "part": part, "model": "lenet5", "cuts": [7], "task": "classification",
             "input_shape": [1, 28, 28], "takes": [400] if part == "back" else [1, 28, 28],
             "mean": [0.1307], "std": [0.3081], "classes": list("0123456789"), "run": "first",
-            "seed": 0, "sfl_version": sfl.__version__, "format": 1,
+            "seed": 0, "round": 1, "back_checksum": checksum_of(run.back().state_dict()),
+            "sfl_version": sfl.__version__, "format": 1,
         }  # fmt: skip
 
 
@@ -176,17 +179,25 @@ def test_a_round_and_a_client_are_named(
     run: sfl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for options, name, expected in (
-        (["--part", "front"], "first_front.pt", run.front()),
-        (["--part", "front", "--round", "0"], "first_front.pt", run.front(round=0)),
-        (["--client", "1"], "first_whole_client_1.pt", run.model(client=1)),
-        (["--round", "-1"], "first_whole.pt", run.model(round=-1)),
+    for options, name, after, expected in (
+        (["--part", "front"], "first_front.pt", 1, run.front()),
+        (["--part", "front", "--round", "0"], "first_front.pt", 0, run.front(round=0)),
+        (["--client", "1"], "first_whole_client_1.pt", 1, run.model(client=1)),
+        (["--round", "-1"], "first_whole.pt", -1, run.model(round=-1)),
     ):
         assert main_export([str(run.path), "--to", "torch", *options]) == 0
-        state = read_portable(tmp_path / name).state
+        read = read_portable(tmp_path / name)
         wanted = expected.state_dict()
-        assert state.keys() == wanted.keys()
-        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+        assert read.state.keys() == wanted.keys()
+        assert all(torch.equal(read.state[key], wanted[key]) for key in wanted)
+        assert read.about.round == after
+        assert read.about.back_checksum == checksum_of(run.back(after).state_dict())
+
+
+def test_a_run_keeps_its_name_in_another_folder(run: sfl.Run, tmp_path: Path) -> None:
+    moved = shutil.copytree(run.path, tmp_path / "server/moved")
+    done = sfl.export(sfl.open_run(moved), "torch", "front", out=tmp_path / "front.pt")
+    assert done.about.run == "first"
 
 
 def test_a_missing_package_is_named(
@@ -297,7 +308,7 @@ def about_of(model: str, part: str, takes: tuple[int, ...]) -> About:
     return About(
         part=part, model=model, cuts=(3,), task="classification", input_shape=takes, takes=takes,
         mean=(0.5,), std=(0.5,), classes=tuple("0123456789"), run="r", seed=1,
-        sfl_version=sfl.__version__,
+        round=0, back_checksum="", sfl_version=sfl.__version__,
     )  # fmt: skip
 
 

@@ -62,6 +62,15 @@ def test_what_is_frozen_stays_and_the_rest_is_trained(
     assert replay.check(load(run)).findings == []
 
 
+@pytest.mark.parametrize(("frozen", "cut"), PLACES)
+def test_a_rule_with_steps_of_its_own_leaves_it_alone_too(
+    tmp_path: Path, frozen: str, cut: int | str
+) -> None:
+    rule = {"scheme": "sflv1", "aggregation": "fedadam:lr=0.03"}
+    run = simulated(tmp_path, model=BN_DROPOUT, cut=cut, freeze=frozen, batch_size=200, **rule)
+    assert left_alone(run) == names_in(frozen, cut)
+
+
 def test_one_client_with_a_frozen_front_equals_central_training(tmp_path: Path) -> None:
     """So a segment is frozen alike where the model is not cut."""
     options = {"model": BN_DROPOUT, "cut": CUT, "freeze": "front", "clients": 1}

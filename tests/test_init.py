@@ -59,7 +59,7 @@ def written(path: Path, state: State, part: str) -> Path:
     about = About(
         part=part, model=BN_DROPOUT, cuts=(6,), task="classification", input_shape=SHAPE,
         takes=SHAPE, mean=(0.0,), std=(1.0,), classes=tuple("0123456789"), run="r", seed=0,
-        sfl_version="0",
+        round=0, back_checksum="", sfl_version="0",
     )  # fmt: skip
     write_portable(path, Portable(state, about))
     return path
@@ -236,6 +236,7 @@ def test_what_is_no_start_is_refused(trained: Path, tmp_path: Path) -> None:
         (tmp_path / "junk", "junk"),
         (tmp_path, "is no folder of a run"),
         (own_fronts, "has no weights of the front, which each client or a fed server keeps"),
+        (written(tmp_path / "empty.pt", {}, "front"), r"the file holds no weights \(of the front"),
         (PRETRAINED, f"there are none for --model {BN_DROPOUT}"),
     ]:
         with pytest.raises((ConfigError, RunError, sfl.errors.IntegrityError), match=said):

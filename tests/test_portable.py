@@ -15,7 +15,7 @@ from sfl.model.portable import ENTRY, About, Portable, read_portable, write_port
 ABOUT = About(
     part="front", model="mlp", cuts=(3,), task="classification", input_shape=(1, 28, 28),
     takes=(1, 28, 28), mean=(0.1307,), std=(1 / 3,), classes=("0", "ä ß"), run="r", seed=-1,
-    sfl_version="0.3.0",
+    round=-1, back_checksum="", sfl_version="0.3.0",
 )  # fmt: skip
 STATE = {
     "norm.num": torch.tensor(3),
@@ -96,7 +96,8 @@ STRANGE = {
     "part": ["", 3, "x" * 201], "model": [None], "cuts": [3, [-1], [3.0], ["3"], [True]],
     "task": [[]], "input_shape": [[], [0], [2**40], [1.0], "28"], "takes": [[-1]],
     "mean": [[], 0.1, [float("nan")], [1]], "std": [[0.0], [-1.0], [float("inf")]],
-    "classes": [[], [1], "ab"], "run": [7], "seed": [1.5, "1"], "sfl_version": [1],
+    "classes": [[], [1], "ab"], "run": [7], "seed": [1.5, "1"], "round": [-2, None, 1.0],
+    "back_checksum": [None, "x" * 65], "sfl_version": [1],
     "format": [2, "1", None],
 }  # fmt: skip
 

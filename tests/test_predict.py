@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,27 +15,21 @@ from PIL import Image
 
 import sfl
 from sfl.cli import predict_parser
-from sfl.conversation.inference import InferenceParty, client_begin, client_infer
-from sfl.conversation.limits import inference_limits
-from sfl.errors import ConfigError, DataError, PeerFailed, SflError
+from sfl.errors import ConfigError, DataError, SflError
 from sfl.files.torch_file import encode_file
-from sfl.model.topology import Holder
+from sfl.model.portable import Portable, read_portable, write_portable
 from sfl.nodes import ClientNode
+from sfl.trained import models
 from sfl.trained.models import read_front
 from sfl.trained.predict import predict
-from sfl.transport.connection import Connection
-from sfl.values import Position
-from sfl.wire.driver import run_blocking
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
 from tests.support.certificates import Certificates
 from tests.support.dial import dial
-from tests.support.fronts import write_part
 from tests.support.handshakes import TOKEN, token_file
 from tests.support.launch import Launcher, Program, send_signal, wait_for
+from tests.support.requesters import CPU, Requester
 from tests.support.simulations import simulated
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = simulated(out, model="lenet5", rounds=1, run=name, **options)
         run = sfl.open_run(path)
         if name == "u":
-            write_part(run, "client_head", out / "u_head.pt")
+            sfl.export(run, "torch", "client_head", out=out / "u_head.pt")
         if name != "alone":
-            write_part(run, "front", out / f"{name}_front.pt")
+            sfl.export(run, "torch", "front", out=out / f"{name}_front.pt")
     return out
 
 
@@ -178,6 +174,8 @@ def test_what_cannot_be_predicted_is_one_line(run: sfl.Run, folder: Path, tmp_pa
         (): "give a run's folder, or --server",
         (run.path,): "give images, a folder of them",
         (run.path, tmp_path, "--test-of", run.path): "give images, .*; or --test-of",
+        (run.path, tmp_path, "--csv", tmp_path): "--csv .*: is a folder",
+        (run.path, tmp_path, "--csv", tmp_path / "no/a.csv"): "--csv .*: there is no folder .*no",
         (run.path, tmp_path, "--front", "x"): "--server and --front: give both",
         ("--server", "h:1", tmp_path): "--server and --front: give both",
         ("--server", "h:1", "--front", "x", "--round", 0, tmp_path): "--round: ",
@@ -187,6 +185,18 @@ def test_what_cannot_be_predicted_is_one_line(run: sfl.Run, folder: Path, tmp_pa
             predicted(*argv)
     with pytest.raises(SflError, match="keeps a front of its own"):
         predicted(folder / "server/alone", tmp_path)
+
+
+def test_a_round_that_was_not_tested_has_no_figures_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = simulated(tmp_path, model="mlp")
+    for index in (0, -1):
+        predicted(run, "--test-of", run, "--round", index)
+        said = capsys.readouterr().out
+        assert f"; {run} recorded no test figures for round {index}\n" in said
+    predicted(run, "--test-of", run)
+    assert "exactly as in rounds.csv" in capsys.readouterr().out
 
 
 def test_a_front_of_ones_own_is_predicted_with(
@@ -260,45 +270,34 @@ def test_a_front_that_does_not_fit_is_refused_in_one_line(
     assert "the front that you give has cut '3,9', but the model that is served here '7'" in line
     line = launcher.predict("--front", folder / "u_front.pt", images).ended_with(2)
     assert "given is front; the client's part of lenet5 cut at 3,9, u-shaped is front and " in line
+    assert "export them, and give the 2 files, with a comma between them" in line
     line = launcher.predict("--front", folder / "missing.pt", images).ended_with(1)
     assert "missing.pt: No such file or directory" in line
     line = launcher.client().ended_with(1)
     assert "sent REGISTER, expected was REQUEST_INFERENCE" in line
 
 
-class Requester:
-    """A connected requester that may misbehave."""
+def test_a_strange_front_is_refused_before_its_model_is_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = read_portable(folder / "r_front.pt")
+    about, path = front.about, tmp_path / "front.pt"
+    monkeypatch.setattr(models, "SplitModel", None)
 
-    def __init__(self, link: Connection, front: Path, *, begins: bool) -> None:
-        self.front = read_front([str(front)], ClientNode(device="cpu"), CPU)
-        self.link = link
-        self.link.peer_name = "server"
-        self.party = InferenceParty(
-            holder=Holder.CLIENT,
-            link=self.link,
-            split=self.front.split,
-            own_segments=self.front.segments,
-        )
-        self.offer = run_blocking(client_begin(self.party, 1.0)) if begins else None
-        self.at = Position("r", 0, 0)
+    def refused(said: str, state: Mapping[str, torch.Tensor] = front.state, **changes: Any) -> None:
+        write_portable(path, Portable(state, dataclasses.replace(about, **changes)))
+        with pytest.raises(SflError, match=said) as error:
+            read_front([str(path)], ClientNode(device="cpu"), CPU)
+        assert str(error.value).startswith(str(path))
 
-    def infer(self, size: int = 4) -> torch.Tensor:
-        x = torch.zeros(size, 1, 28, 28)
-        return run_blocking(client_infer(self.party, x, self.at))
-
-    def send(self, size: int, tensor: torch.Tensor | None = None) -> None:
-        self.link.send_message_as_json(
-            MessageType.INFERENCE_BATCH, content={"samples": size}, at=self.at
-        )
-        if tensor is not None:
-            self.link.send_file(
-                MessageType.INFERENCE_FEATURES, encode_file(tensor).data, at=self.at
-            )
-
-    def refused(self) -> str:
-        with pytest.raises(PeerFailed) as error:
-            self.link.receive_message_as_json(MessageType.INFERENCE_OUTPUTS)
-        return str(error.value)
+    refused("has 3 values of mean for samples of shape .1, 28, 28.", mean=(0.1, 0.2, 0.3))
+    refused("has 2 values of std for samples", std=(0.1, 0.2))
+    refused("would take about .* MB of memory here", input_shape=(1, 200_000, 200_000))
+    refused("are not those of the front of mlp", model="mlp", cuts=(3,), input_shape=(1, 900, 900))
+    monkeypatch.undo()
+    state = dict(front.state)
+    name, tensor = state.popitem()
+    refused("hold NaN, infinity", {**state, name: tensor * torch.nan})
 
 
 @pytest.fixture
@@ -345,20 +344,6 @@ def test_whoever_misbehaves_is_ended_alone(
     assert torch.equal(good.infer(), wanted)  # all the while
 
 
-def test_a_requester_too_many_is_told_to_try_again(
-    launcher: Launcher, folder: Path, requester: Callable[..., Requester]
-) -> None:
-    split = sfl.open_run(folder / "server/r").split
-    largest = max(inference_limits(split, Holder.SERVER).payload_bytes.values())
-    server = serve(launcher, folder / "server/r", "--memory-limit", f"{13 * largest // 1000}kb")
-    first, second = requester(), requester()
-    with pytest.raises(PeerFailed, match="2 requesters are served: try again later"):
-        requester()
-    first.link.close()
-    wait_for(server, "for requester_1")
-    assert len(second.infer()) == len(requester().infer()) == 4
-
-
 def test_a_server_that_is_gone_is_said(
     launcher: Launcher, server: Program, folder: Path, tmp_path: Path
 ) -> None:
@@ -376,8 +361,12 @@ def test_what_cannot_be_served_is_refused(launcher: Launcher, folder: Path) -> N
     for options, code, said in (
         (["--serve", fl], 2, "with --scheme fl the server holds no part of the model"),
         (["--serve", fl, "--rounds", 3], 2, "--serve: the model is trained; leave out"),
-        (["--serve", fl, "--resume", fl], 2, "--serve: leave out --resume"),
-        (["--serve", fl, "--on-end", "true"], 2, "and --on-end: nothing is trained"),
+        (["--serve", fl, "--resume", fl], 2, "--serve: leave out --resume: nothing is trained"),
+        (
+            ["--serve", fl, "--init", fl, "--min-clients", 2, "--profile"],
+            2,
+            "--serve: leave out --init, --profile, --min-clients: nothing is trained",
+        ),
         (["--serve", folder / "none"], 1, "none"),
     ):
         assert said in launcher.server(*options).ended_with(code)

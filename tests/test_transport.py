@@ -1,6 +1,7 @@
 """Connections over real sockets: the four calls, deadlines, ends in mid-message, counters."""
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -262,6 +263,27 @@ def test_a_client_that_does_not_read_holds_up_nobody() -> None:
         slow.receive_message_as_json(MessageType.TRAINING_DONE)
         sent = by_name["slow"].counters
         assert (sent.bytes_sent, sent.messages_sent) == (slow.counters.bytes_received, 4)
+
+
+def test_no_reason_is_waited_for_where_nobody_reads() -> None:
+    """A peer fills its inbox, and is gone before it is answered."""
+    board, port = network()
+    with board, dialled(port) as one:
+        link = register(board, one)
+        for _ in range(20):
+            one.send_message_as_json(MessageType.REGISTER)
+        while len(link._inbox) < READ_AHEAD_MESSAGES:
+            board.wait_until(lambda: None, 0.01)
+        sock = one._stream.sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.close()  # which resets the connection
+        began_at = time.monotonic()
+        while not link.is_closed:
+            try:
+                link.send_message_as_json(MessageType.REGISTERED)
+            except ConnectionLost:
+                break
+        assert time.monotonic() - began_at < 1
 
 
 def test_a_client_that_never_reads_is_given_up() -> None:

@@ -6,6 +6,7 @@
     REQUEST_INFERENCE {model, cut, ...}          ->
                                                  <-  INFERENCE_READY {run, round, ...}
                                                  or  INVALID_MESSAGE: why not
+                                                 or  TRY_AGAIN: all places are taken
     a batch, repeated:
       INFERENCE_BATCH {samples}                  ->
       INFERENCE_FEATURES + activations           ->
@@ -20,7 +21,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -106,6 +107,8 @@ class Offer:
 
     run: str
     round: int  # after which its segments were trained so
+    seed: int
+    back_checksum: str  # of its segments
     heartbeat_s: float  # interval at which it expects a requester's messages
     sfl: str = __version__
 
@@ -125,11 +128,12 @@ def client_begin(party: InferenceParty, heartbeat_s: float) -> Conversation[Offe
     yield link
     reply = link.receive_message_as_json(MessageType.INFERENCE_READY)
     link.heartbeat_s = parse_heartbeat(reply)
-    run, round_index = reply.get("run", str), reply.get("round", int)
+    run, sfl = reply.get("run", str), reply.get("sfl", str)[:40]
     if not RUN_NAME.fullmatch(run) or link.proved_run not in ("", run):
         raise ProtocolError(f"the server names its run {quoted(run, 80)}")
     link.limits = inference_limits(party.split, Holder.CLIENT)
-    return Offer(run, round_index, link.heartbeat_s, reply.get("sfl", str)[:40])
+    round_index, seed = reply.get("round", int), reply.get("seed", int)
+    return Offer(run, round_index, seed, reply.get("back_checksum", str), link.heartbeat_s, sfl)
 
 
 def client_infer(party: InferenceParty, x: Tensor, at: Position) -> Conversation[Tensor]:
@@ -171,13 +175,7 @@ def server_serve(
     link.heartbeat_s = parse_heartbeat(hello)
     admit()
     link.limits = inference_limits(party.split, Holder.SERVER)
-    content = {
-        "run": offer.run,
-        "round": offer.round,
-        "heartbeat_s": offer.heartbeat_s,
-        "sfl": offer.sfl,
-    }
-    link.send_message_as_json(MessageType.INFERENCE_READY, content=content)
+    link.send_message_as_json(MessageType.INFERENCE_READY, content=asdict(offer))
     for step in itertools.count():
         at = offer.start._replace(step=step)
         yield link

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import sfl.archive
 from sfl.archive.layout import MANIFEST, ONE_CLIENT_MODEL, SHARED_MODEL, segment_path
 from sfl.archive.reader import RunArchive
-from sfl.errors import RunError
+from sfl.errors import RunError, counted
 from sfl.files.torch_file import StateSpec
 from sfl.model.fusion import pack
 from sfl.model.topology import BACK, FRONT, Holder
@@ -125,8 +125,8 @@ class Trained:
         done = recorded.num_finished
         if round_index is not None and not -1 <= round_index < done:
             raise RunError(
-                f"round {round_index}: {recorded.archive.root} has finished {done} rounds, from 0;"
-                " -1 is before the first"
+                f"round {round_index}: {recorded.archive.root} has finished"
+                f" {counted(done, 'round')}, from 0; -1 is before the first"
             )
         if not done and round_index is None:
             raise RunError(

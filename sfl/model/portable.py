@@ -46,6 +46,8 @@ class About:
     classes: tuple[str, ...]
     run: str
     seed: int
+    round: int  # after which the weights are, from 0; -1: before the first
+    back_checksum: str  # of the server's segments then; "" if there are none, or not with the rest
     sfl_version: str
     format: int = FORMAT
 
@@ -104,6 +106,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: _are(value, lambda name: type(name) is str) and value != [],
     "run": _is_name,
     "seed": lambda value: type(value) is int,
+    "round": lambda value: type(value) is int and -1 <= value < 2**31,
+    "back_checksum": lambda value: type(value) is str and len(value) <= 64,
     "sfl_version": _is_name,
     "format": lambda value: type(value) is int,
 }

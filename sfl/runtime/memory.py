@@ -116,14 +116,14 @@ def _values(model: nn.Module, input_shape: tuple[int, ...]) -> list[int]:
             if isinstance(z, Tensor):
                 values.append(math.prod(z.shape[1:]) * z.itemsize)
 
-        state = {n: _empty_like(t, device) for n, t in model.state_dict().items()}
         hooks = [leaf.register_forward_hook(note) for leaf in _leaves(model)]
         try:
+            state = {n: _empty_like(t, device) for n, t in model.state_dict().items()}
             model.load_state_dict(state, assign=True)
             with torch.no_grad():
                 model(torch.empty(count, *input_shape, device=device))
             return values
-        except Exception:  # noqa: BLE001 - a user's own code; reported when the model is built
+        except Exception:  # noqa: BLE001 - a user's own code, or far too large; reported later
             continue
         finally:
             for hook in hooks:

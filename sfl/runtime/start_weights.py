@@ -25,6 +25,16 @@ from sfl.trusted_imports import remembered
 PRETRAINED = "pretrained"
 
 
+def checksum_of(state: Mapping[str, Tensor]) -> str:
+    """Return a checksum of names, types, shapes and bytes: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        data = tensor.detach().contiguous()
+        digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class StartWeights:
     """Weights by their names in the whole model: of all of it, or of some blocks."""
@@ -36,13 +46,8 @@ class StartWeights:
 
     @functools.cached_property
     def checksum(self) -> str:
-        """A checksum of names, types, shapes and bytes: 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state.items()):
-            data = tensor.detach().contiguous()
-            digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        """Their checksum, see ``checksum_of``."""
+        return checksum_of(self.state)
 
     def into(self, split: SplitModel, initial: States) -> dict[str, Mapping[str, Tensor]]:
         """Return the initial weights of segments with these in place of the seed's.
@@ -181,6 +186,8 @@ def _of_file(path: Path) -> StartWeights:
 
     portable = read_portable(path)
     part = portable.about.part
+    if not portable.state:
+        raise ConfigError(f"--init {path}: the file holds no weights (of the {part})")
     return StartWeights(portable.state, f"the weights in {path} ({part})", part == WHOLE)
 
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from sfl import __version__
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError
 from sfl.files.atomic import write_file
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.run import Run
 from sfl.model.fusion import pack
 from sfl.model.portable import WHOLE, About
-from sfl.model.topology import FRONT, Holder
+from sfl.model.topology import FRONT, Holder, joined
 from sfl.registry import named
+from sfl.runtime.start_weights import checksum_of
 from sfl.trained.kinds import KINDS, NUM_SAMPLES
 
 
@@ -67,7 +68,7 @@ def export(
         raise ConfigError(f"--out {out}: a file of --to {to} has a name that ends in {kind.suffix}")
     is_whole = part == WHOLE
     module = run.model(round, client) if is_whole else run.segment(part, round, client)
-    about = _about(run, part, client)
+    about = _about(run, part, round, client)
     made = kind.make(module, _made_up(_takes(run, part, client)), about)
     whose = "" if client is None else f"_client_{client}"
     path = Path(out or f"{about.run}_{part}{whose}{kind.suffix}")
@@ -87,7 +88,18 @@ def _check_part(run: Run, part: str, client: int | None) -> None:
         raise ConfigError(f"--client {client}: the {part} is the server's; leave --client out")
 
 
-def _about(run: Run, part: str, client: int | None) -> About:
+def back_checksum(run: Run, round: int | None = None) -> str:
+    """Return a checksum of the server's segments after a round; "" if none lie here."""
+    split = run.split
+    names = split.held_by(Holder.SERVER) if split.cuts else []
+    try:
+        states = {name: run.segment(name, round).state_dict() for name in names}
+    except RunError:  # another server has them, or --keep-models has removed them
+        return ""
+    return checksum_of(joined(states)) if states else ""
+
+
+def _about(run: Run, part: str, round: int | None, client: int | None) -> About:
     """Return what a part of a run's model is, and what it expects."""
     said, config = run.normalisation, run.config
     split = run.split if client is None else run.split.of_party(client)
@@ -102,8 +114,10 @@ def _about(run: Run, part: str, client: int | None) -> About:
         mean=said.mean,
         std=said.std,
         classes=said.classes,
-        run=run.path.resolve().name,
+        run=config.run,
         seed=config.seed,
+        round=run.last_round(round),
+        back_checksum=back_checksum(run, round),
         sfl_version=__version__,
     )
 

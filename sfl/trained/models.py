@@ -1,15 +1,18 @@
 """Trained models to predict with: a run's own, or a front here and its back at a server."""
 
 import contextlib
+import itertools
+import math
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfl.archive.run_folder import say
 from sfl.config import RunConfig
@@ -17,17 +20,19 @@ from sfl.conversation.inference import InferenceParty, Offer, client_begin, clie
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError, IntegrityError, counted
-from sfl.files.torch_file import state_spec
+from sfl.files.torch_file import StateSpec, are_finite, state_spec
 from sfl.interactive.run import Run
 from sfl.model.portable import About, Portable, read_portable
 from sfl.model.segment import computing
 from sfl.model.task import Task
 from sfl.model.topology import Holder, Segments
+from sfl.model.zoo import Shape, make_model
 from sfl.nodes import ClientNode
 from sfl.options import from_values
 from sfl.runtime.access import Access, closing_with_reason
+from sfl.runtime.memory import client_bytes, sizes_of, why_too_large
 from sfl.strategy.recipe import Recipe
-from sfl.strategy.split_model import SplitModel
+from sfl.strategy.split_model import MAX_EVALUATION_BATCH, SplitModel
 from sfl.trained.inputs import Expected, expected_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER
@@ -112,17 +117,22 @@ def read_front(files: Sequence[str], node: ClientNode, device: torch.device) -> 
     }
     run = from_values(RunConfig, options, files[0])
     recipe = Recipe.of(run, node.allowed_imports | remembered())
-    split = SplitModel(recipe, about.input_shape, len(about.classes))
-    needed, given = split.held_by(Holder.CLIENT), [part.about.part for part in parts.values()]
+    needed = [name for name, holder in recipe.segments.items() if holder is Holder.CLIENT]
+    given = [part.about.part for part in parts.values()]
     if sorted(needed) != sorted(given):
         raise ConfigError(
             f"--front: given is {', '.join(given)}; the client's part of {recipe.title} is"
-            f" {' and '.join(needed)}: export {'it' if len(needed) == 1 else 'both'}, and give the"
+            f" {' and '.join(needed)}: export {'it' if len(needed) == 1 else 'them'}, and give the"
             f" {counted(len(needed), 'file')}{', with a comma between them' * (len(needed) > 1)}"
         )
+    _check_before_building(parts, recipe, node)
+    split = SplitModel(recipe, about.input_shape, len(about.classes))
     segments = split.segments(Holder.CLIENT, device)
     for path, part in parts.items():
-        _load(segments, path, part, split)
+        _check_fits(path, part, split.specs[part.about.part])
+        if not are_finite(split.changing(part.state)):
+            raise IntegrityError(f"{path}: its weights hold NaN, infinity or huge numbers")
+        segments[part.about.part].load(part.state)
     return Front(about, split, segments)
 
 
@@ -130,14 +140,65 @@ def _model_of(about: About) -> About:
     return replace(about, part="", takes=(), sfl_version="")
 
 
-def _load(segments: Segments, path: str, part: Portable, split: SplitModel) -> None:
-    name = part.about.part
-    if state_spec(part.state) != split.specs[name]:
+def _check_before_building(parts: Mapping[str, Portable], recipe: Recipe, node: ClientNode) -> None:
+    """Check what files say of their model before any of it is allocated.
+
+    Raises:
+        ConfigError: it is too large for this machine.
+        IntegrityError: it does not fit the files' own weights, or is strange.
+    """
+    path, about = next((path, part.about) for path, part in parts.items())
+    shape, num_classes = about.input_shape, len(about.classes)
+    for name, values in (("mean", about.mean), ("std", about.std)):
+        if len(values) not in (1, shape[0]):
+            raise IntegrityError(
+                f"{path}: has {counted(len(values), 'value')} of {name} for samples of shape"
+                f" {list(shape)}: it needs one, or one for each channel"
+            )
+    needed = client_bytes(
+        1, sizes_of(recipe, shape, num_classes), most_samples=MAX_EVALUATION_BATCH, hosted=1
+    )
+    if why := why_too_large(needed, node, f"{path}: {about.model} for samples {list(shape)}"):
+        raise ConfigError(why)
+    for segment, spec in _specs_of(recipe, shape, num_classes).items():
+        for path, part in parts.items():
+            if part.about.part == segment:
+                _check_fits(path, part, spec)
+
+
+def _specs_of(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str, StateSpec]:
+    """Return the specs of a model's segments, without allocating them; none if it needs that."""
+    spec, cuts = recipe.party(0)
+    try:
+        with torch.device("meta"):
+            model = make_model(spec, shape, num_classes, seed=recipe.run.seed)
+    except ConfigError:  # a user's own; or one that cannot be built, which is said then
+        return {}
+    blocks = [(name, block) for name, block in model._modules.items() if block is not None]
+    bounds = itertools.pairwise((0, *cuts, len(blocks)))
+    rows = (nn.Sequential(OrderedDict(blocks[start:end])) for start, end in bounds)
+    return {n: state_spec(row.state_dict()) for n, row in zip(recipe.segments, rows, strict=True)}
+
+
+def _check_fits(path: str, part: Portable, spec: StateSpec) -> None:
+    if state_spec(part.state) != spec:
         raise IntegrityError(
-            f"{path}: its weights are not those of the {name} of {part.about.model} as this SFL"
-            " builds it"
+            f"{path}: its weights are not those of the {part.about.part} of {part.about.model} as"
+            " this SFL builds it"
         )
-    segments[name].load(part.state)
+
+
+def apart(about: About, offer: Offer) -> str:
+    """Return in what a front and a server's part are not of one model; "" if in nothing."""
+    both = {
+        "runs": (about.run, offer.run),
+        "seeds": (about.seed, offer.seed),
+        "rounds": (about.round + 1, offer.round + 1),
+    }
+    differ = [f"{name} {us} and {them}" for name, (us, them) in both.items() if us != them]
+    if about.back_checksum not in ("", offer.back_checksum):
+        differ.append("other weights of the server's part")
+    return ", ".join(differ)
 
 
 class ServedModel:
@@ -166,14 +227,17 @@ class ServedModel:
         if not self._seconds:
             return "nothing was sent"
         sent, received = (now - then for now, then in zip(self._moved, self._began, strict=True))
-        ordered = sorted(self._seconds)
-        median, slow = statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))]
-        count = len(ordered)
-        return (
-            f"{count} batch{'' if count == 1 else 'es'}: median latency"
-            f" {1e3 * median:.1f} ms, 95 % within {1e3 * slow:.1f} ms; {sent:,} bytes sent,"
-            f" {received:,} received"
-        )
+        return f"{latency(self._seconds)}; {sent:,} bytes sent, {received:,} received"
+
+
+def latency(seconds: Sequence[float]) -> str:
+    """Return what batches took: how many, their median, and what 95 % of them stay within."""
+    ordered, count = sorted(seconds), len(seconds)
+    median, slow = statistics.median(ordered), ordered[math.ceil(0.95 * count) - 1]
+    return (
+        f"{count} batch{'' if count == 1 else 'es'}: median latency {1e3 * median:.1f} ms,"
+        f" 95 % within {1e3 * slow:.1f} ms"
+    )
 
 
 @contextlib.contextmanager
@@ -199,10 +263,10 @@ def served(
                 holder=Holder.CLIENT, link=link, split=front.split, own_segments=front.segments
             )
             offer = run_blocking(client_begin(party, interval_s(node.peer_timeout)))
-            if offer.run != front.about.run:
+            if differ := apart(front.about, offer):
                 say(
-                    f"warning: the front is of the run {front.about.run}, the server's part of the"
-                    f" run {offer.run}: they fit, but were not trained together"
+                    "warning: the front and the server's part fit, but were not trained together:"
+                    f" {differ}"
                 )
             yield ServedModel(front, party, link, offer)
             link.send_message_as_json(MessageType.UNREGISTER)

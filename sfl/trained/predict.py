@@ -79,8 +79,16 @@ def _check(options: Namespace, *, is_served: bool) -> None:
         raise ConfigError("--round: the server and the front say which round it is")
     if (len(options.paths) > runs) == bool(options.test_of):
         raise ConfigError("give images, a folder of them or an .npz file; or --test-of RUN")
+    _check_csv(options.csv)
     if is_served and options.client is not None and not options.test_of:
         raise ConfigError("--client: the front says whose it is; with --test-of, whose samples")
+
+
+def _check_csv(csv: str) -> None:
+    if csv and Path(csv).is_dir():
+        raise ConfigError(f"--csv {csv}: is a folder; give a file in it")
+    if csv and not Path(csv).parent.is_dir():
+        raise ConfigError(f"--csv {csv}: there is no folder {Path(csv).parent}")
 
 
 def _predicted(model: Model, groups: Sequence[Iterable[Batch]]) -> tuple[Predictions, Tally]:
@@ -114,12 +122,15 @@ def _compare(run: Run, round_index: int | None, found: Predictions, tally: Tally
     """Say whether the figures are those that the run has recorded."""
     figures = found.task.figures(tally, "test")
     names = [f"test_{name}" for name in found.task.trained]
-    recorded = run.rounds[run.rounds["round"] == run.last_round(round_index)]
+    last = run.last_round(round_index)
+    recorded = run.rounds[run.rounds["round"] == last].dropna(axis="columns")
     theirs = {n: float(recorded[n].iloc[0]) for n in names if n in recorded and len(recorded)}
     ours = {name: figures[name] for name in names if name in figures}
     told = ", ".join(f"{name} {value!r}" for name, value in ours.items())
     if ours == theirs:
         say(f"{told}: exactly as in rounds.csv of {run.path}")
+    elif not theirs:
+        say(f"{told}; {run.path} recorded no test figures for round {last}")
     else:
         others = ", ".join(f"{name} {value!r}" for name, value in theirs.items())
         say(f"{told}; rounds.csv of {run.path} has {others}")

@@ -4,10 +4,12 @@ All of them are served by one thread, a batch of each in turn. One that breaks t
 fails is ended alone; the service goes on until it is told to stop.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,15 +18,17 @@ from sfl.config import RunConfig
 from sfl.conversation.inference import InferenceParty, Offer, server_serve
 from sfl.conversation.limits import inference_limits
 from sfl.environment import set_up_torch
-from sfl.errors import ConfigError, NotYet, SflError, counted
+from sfl.errors import ConfigError, NotYet, SflError, counted, reason_of
 from sfl.interactive.run import Run
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ServerNode
 from sfl.runtime.lobby import POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.memory import memory_limit_bytes
 from sfl.strategy.split_model import SplitModel
+from sfl.trained.export import back_checksum
 from sfl.trained.inputs import expected_of
 from sfl.trained.models import run_of
+from sfl.transport.buffered import READ_AHEAD_MESSAGES
 from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
@@ -36,8 +40,9 @@ from sfl.wire.members import Member
 from sfl.wire.messages import MessageType
 
 MOST_REQUESTERS = 500  # at once
-# Of a requester: messages that are read ahead, one that is computed with, and its answer.
-FILES_EACH = 6
+FILES_EACH = READ_AHEAD_MESSAGES + 1  # of a requester: those read ahead, one that is computed with
+# Where all places are taken, a requester that has had no batch for so long makes room for others.
+IDLE_S = 30.0
 
 
 def serve_model(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> None:
@@ -59,7 +64,13 @@ def serve_model(run: RunConfig, node: ServerNode, transport: Transport = TCP) ->
         transport.serve(listener, terms, guard, RefusalLog(say)) as network,
     ):
         most = most_requesters(holding.split, memory_limit_bytes(node))
-        offer = Offer(served.config.run, served.last_round(), network.heartbeat_s)
+        offer = Offer(
+            run=served.config.run,
+            round=served.last_round(),
+            seed=served.config.seed,
+            back_checksum=back_checksum(served),
+            heartbeat_s=network.heartbeat_s,
+        )
         say(
             f"run {offer.run}, as after round {offer.round + 1} of {served.config.rounds}:"
             f" listening on {listener.address} with the {' and '.join(holding.segments)} of"
@@ -76,11 +87,15 @@ def most_requesters(split: SplitModel, limit_bytes: int) -> int:
     Raises:
         ConfigError: not one does.
     """
-    largest = max(inference_limits(split, Holder.SERVER).payload_bytes.values())
-    most = min(MOST_REQUESTERS, limit_bytes // (FILES_EACH * largest))
+    received, answer = (
+        inference_limits(split, holder).largest_payload_bytes
+        for holder in (Holder.SERVER, Holder.CLIENT)
+    )
+    needed = FILES_EACH * received + answer
+    most = min(MOST_REQUESTERS, limit_bytes // needed)
     if not most:
         raise ConfigError(
-            f"--memory-limit: one requester needs {FILES_EACH * largest / 1e6:,.0f} MB for its"
+            f"--memory-limit: one requester needs {needed / 1e6:,.0f} MB for its"
             f" batches; the limit is {limit_bytes / 1e6:,.0f} MB"
         )
     return most
@@ -112,6 +127,16 @@ class _Holding:
         return cls(split, segments)
 
 
+@dataclass
+class _Requester:
+    """One that is served."""
+
+    name: str
+    address: str  # as it came: a lost connection has none
+    samples: int = 0
+    since: float = field(default_factory=time.monotonic)  # it came, or had its last batch
+
+
 class Service:
     """Serves the requesters of a network."""
 
@@ -119,7 +144,8 @@ class Service:
         """``most``: requesters at once."""
         self._network, self._holding, self._offer, self._most = network, holding, offer, most
         self._talks: dict[Member, Conversation[None]] = {}
-        self._samples: dict[Member, int] = {}  # of the admitted requesters
+        self._served: dict[Member, _Requester] = {}
+        self._here: set[Member] = set()
         self._numbers: Iterator[int] = itertools.count(1)
         self._total = 0
 
@@ -129,12 +155,14 @@ class Service:
         try:
             while True:
                 network.wait_until(network.ready_members, POLL_S)
-                for member in network.ready_members():
-                    if member in network.members:  # one that is just being added, next time
+                ready = network.ready_members()
+                self._here = set(network.members)
+                for member in ready:
+                    if member in self._here:  # one that is just being added, next time
                         self._resume(member)
                 self._drop_idle()
         finally:
-            say(f"served {counted(self._total, 'sample')} in all")
+            _tell(f"served {counted(self._total, 'sample')} in all")
 
     def _begin(self, member: Member) -> Conversation[None]:
         member.name = "server"
@@ -144,12 +172,15 @@ class Service:
         )
 
         def admit() -> None:
-            if len(self._samples) >= self._most:
-                raise NotYet(f"{counted(self._most, 'requester')} are served: try again later")
-            member.peer_name, self._samples[member] = f"requester_{next(self._numbers)}", 0
+            if len(self._served) >= self._most:
+                self._make_room()
+            member.peer_name = f"requester_{next(self._numbers)}"
+            self._served[member] = _Requester(member.peer_name, member.address)
 
         def count(size: int) -> None:
-            self._samples[member] += size
+            requester = self._served[member]
+            requester.samples += size
+            requester.since = time.monotonic()
             self._total += size
 
         talk = self._talks[member] = server_serve(party, self._offer, admit, count)
@@ -165,20 +196,48 @@ class Service:
             self._end(member, "", MessageType.UNREGISTER)
         except SflError as error:
             self._end(member, str(error), last_words_for(error))
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # of this one's batch
+            self._end(member, f"cannot be served now: {reason_of(error)}", MessageType.TRY_AGAIN)
+
+    def _make_room(self) -> None:
+        """End the requester that has been longest without a batch.
+
+        Raises:
+            NotYet: all have had one just now.
+        """
+        member = min(self._served, key=lambda member: self._served[member].since)
+        if time.monotonic() - self._served[member].since < IDLE_S:
+            raise NotYet(f"{counted(self._most, 'requester')} are served: try again later")
+        why = f"no batch for {IDLE_S:g} seconds, and others ask: connect again"
+        self._end(member, why, MessageType.TRY_AGAIN)
 
     def _end(self, member: Member, why: str, last_words: MessageType) -> None:
         self._talks.pop(member, None)
-        samples = self._samples.pop(member, None)
-        if samples is None:
+        self._here.discard(member)
+        requester = self._served.pop(member, None)
+        if requester is None:
             self._network.log_refusal(member.address, why)
         else:
-            told = f"; it was ended: {why}" if why else ""
-            served = f"{counted(samples, 'sample')} for {member.peer_name} at {member.address}"
-            say(f"{served}{told} ({self._total} in all)")
+            self._say_ended(requester, why)
         self._network.drop(member, why, last_words)
+
+    def _say_ended(self, requester: _Requester, why: str) -> None:
+        """Say what a requester has had; of failures and empty visits only so many lines."""
+        samples = f"{counted(requester.samples, 'sample')} for {requester.name}"
+        if requester.samples and not why:
+            _tell(f"{samples} at {requester.address} ({self._total} in all)")
+        else:
+            told = f"it was ended: {why}" if why else "it has left"
+            self._network.log_refusal(requester.address, f"{samples}; {told}")
 
     def _drop_idle(self) -> None:
         for member in self._network.members:
             if not member.peer_name and member.age_s() > REGISTER_WITHIN_S:
                 why = f"ask within {REGISTER_WITHIN_S:g} seconds"
                 self._end(member, why, MessageType.TRY_AGAIN)
+
+
+def _tell(line: str) -> None:
+    """Write a line to the terminal, if there still is one."""
+    with contextlib.suppress(OSError, ValueError):
+        say(line)

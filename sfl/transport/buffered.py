@@ -181,8 +181,8 @@ class BufferedConnection(Connection, Member):
             if not behind:
                 super()._transmit(parts, wait=False)
         except ConnectionLost:
-            # The peer may have sent its reason before it closed.
-            self._reader.wait(lambda: self._failure is not None, FAREWELL_S)
+            # The peer may have sent its reason before it closed; a full inbox is not read.
+            self._reader.wait(lambda: self._failure is not None or self._is_full(), FAREWELL_S)
             why = self.end_reason()
             if isinstance(why, PeerFailed):
                 raise why from None

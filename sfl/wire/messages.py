@@ -49,7 +49,7 @@ class MessageType(StrEnum):
     VALIDATION_DONE = "VALIDATION_DONE"  # S: the round is over; its figures
     TRAINING_DONE = "TRAINING_DONE"  # S: the run is over; its figures
     REQUEST_INFERENCE = "REQUEST_INFERENCE"  # C: ask to use the trained segments; model, cuts
-    INFERENCE_READY = "INFERENCE_READY"  # S: I hold what you lack; the run, largest batch
+    INFERENCE_READY = "INFERENCE_READY"  # S: I hold what you lack; the run, its round
     INFERENCE_BATCH = "INFERENCE_BATCH"  # C: a batch of so many samples follows
     INFERENCE_FEATURES = "INFERENCE_FEATURES"  # C, S: file, the activations of a batch
     INFERENCE_OUTPUTS = "INFERENCE_OUTPUTS"  # S: file, the model's outputs for a batch
