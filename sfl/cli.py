@@ -189,8 +189,8 @@ def predict_parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--front", default="", metavar="FILE",
-        help="the client's part of the model, by sfl-export --to torch; of a u-shaped one both"
-        " files, with a comma between them",
+        help=f"the client's part of the model, by {command('export')} --to torch; of a u-shaped one"
+        " both files, with a comma between them",
     )  # fmt: skip
     parser.add_argument(
         "--test-of",

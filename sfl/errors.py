@@ -137,10 +137,13 @@ def quoted(value: object, most: int = 60) -> str:
     return repr(shortened(value, most)) if isinstance(value, str) else shortened(repr(value), most)
 
 
+WAS_INTERRUPTED = "it was interrupted"
+
+
 def reason_of(error: BaseException) -> str:
     """Return why a party ends, in one line, for its log, its peers and its user."""
     if isinstance(error, KeyboardInterrupt):
-        return "it was interrupted"
+        return WAS_INTERRUPTED
     if isinstance(error, SflError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import sfl
 from sfl.cli import predict_parser
@@ -124,6 +124,17 @@ def test_images_are_read_as_the_data_set_is(
     right = int((found.argmax(1) == y).sum())
     assert f"accuracy {right / 30:.4f}, " in out
     assert ", over 30 samples whose class is known" in out
+    assert "warning" not in out
+
+
+def test_black_on_white_is_told(
+    run: sfl.Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in images.glob("*/*.png"):
+        with Image.open(path) as image:
+            ImageOps.invert(image).save(tmp_path / path.name)
+    predicted(run.path, tmp_path)
+    assert "standard deviations lighter than the model's training data" in capsys.readouterr().out
 
 
 def test_arrays_with_labels_and_without(

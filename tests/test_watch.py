@@ -30,7 +30,8 @@ from sfl.archive.live_status import (
 )
 from sfl.archive.run_folder import SERVER_LOG, EventLog
 from sfl.errors import IntegrityError, RunError
-from sfl.reports.watch_state import RUNNING, SILENT, Watched, run_folder
+from sfl.reports.watch import begun
+from sfl.reports.watch_state import FAILED, RUNNING, SILENT, STOPPED, Watched, run_folder
 from sfl.reports.watch_view import ASCII, BLOCKS, frame, sparkline
 from sfl.runtime.waiting_notice import WaitingNotice
 from tests.support.launch import Launcher, send_signal, wait_for
@@ -303,6 +304,34 @@ def test_which_run_is_watched(tmp_path: Path) -> None:
     assert run_folder(str(tmp_path / "server/old"), Path("no")) == tmp_path / "server/old"
     with pytest.raises(RunError, match="there is no run other"):
         run_folder("other", tmp_path)
+
+
+def test_a_named_run_may_begin_in_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80)
+    folder = tmp_path / "server/r"
+
+    def begin(pause_s: float) -> None:
+        folder.mkdir(parents=True)
+        (folder / SERVER_LOG).touch()
+
+    monkeypatch.setattr("sfl.reports.watch.time.sleep", begin)
+    with console.capture() as captured:
+        assert begun("r", tmp_path, console) == folder
+    assert captured.get() == "waiting for the run r to begin\n"
+    monkeypatch.setattr("sfl.reports.watch.BEGINS_WITHIN_S", -1.0)
+    with pytest.raises(RunError, match="there is no run other"):
+        begun("other", tmp_path, console)
+
+
+def test_an_interrupted_run_may_go_on(going_on: Path) -> None:
+    with open(going_on / SERVER_LOG, "a") as log:
+        log.write("2026-01-01 00:00:01 the run failed: it was interrupted\n")
+        log.write("2026-01-01 00:00:01 go on with: run_server.py\n")
+    seen, silent_s = Watched(going_on).look()
+    assert seen.state(silent_s) == STOPPED
+    assert "2 of 4 rounds done; it was interrupted" in picture(going_on)
+    simulated = dataclasses.replace(seen, config={"rounds": 4})
+    assert simulated.state(silent_s) == FAILED
 
 
 def test_sparklines() -> None:

@@ -30,7 +30,11 @@ class Section:
 _PAGE = """\
 {%- macro show(table) %}
 <div class="wide"><table>
-<thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>
+{%- for name in table.columns %}<th>
+{%- for part in name.split("_") %}{{ part }}{% if not loop.last %}_<wbr>{% endif %}{% endfor -%}
+</th>{% endfor -%}
+</tr></thead>
 <tbody>
 {%- for row in table.itertuples(index=False, name=None) %}
 <tr>

@@ -23,16 +23,17 @@ from sfl.archive.run_folder import (
     SERVER_LOG,
     resume_hint,
 )
-from sfl.errors import IntegrityError, RunError
+from sfl.errors import WAS_INTERRUPTED, IntegrityError, RunError
 from sfl.files import strict_json
 from sfl.files.regular_files import read_plain
 
 SILENT_S = 30.0  # without a sign of life, a run counts as dead
 TAIL_BYTES = 20_000  # of the log
 MEAN_OF = 5  # rounds, for the time that is left
-LEAST_SHARE = 0.02  # of the first round, before it says how long the run takes
+LEAST_SHARE, LEAST_S = 0.02, 1.0  # of the first round, before it says how long the run takes
 # What a run is.
 RUNNING, OVER, FAILED, SILENT = "running", "over", "failed", "silent"
+STOPPED = "stopped"  # by its user, who may go on with it
 
 
 class Line(NamedTuple):
@@ -99,7 +100,10 @@ class Seen:
     def state(self, silent_s: float) -> str:
         """Return what the run is, by how long ago its last sign of life was."""
         if words := self.last_words:
-            return OVER if words.startswith(RUN_OVER) else FAILED
+            if words.startswith(RUN_OVER):
+                return OVER
+            may_go_on = words.endswith(WAS_INTERRUPTED) and self._is_servers
+            return STOPPED if may_go_on else FAILED
         return SILENT if silent_s > SILENT_S or self._is_dead() else RUNNING
 
     def _is_dead(self) -> bool:
@@ -116,10 +120,14 @@ class Seen:
         return False
 
     @property
+    def _is_servers(self) -> bool:
+        return "port" in self.config  # a simulation has none
+
+    @property
     def how_to_go_on(self) -> str:
         """The command that resumes the run; "" if it cannot be."""
-        is_servers = "port" in self.config  # a simulation has none
-        return resume_hint(self.path, str(self.config.get("model", "")))() if is_servers else ""
+        model = str(self.config.get("model", ""))
+        return resume_hint(self.path, model)() if self._is_servers else ""
 
     @property
     def round_share(self) -> float:
@@ -140,7 +148,8 @@ class Seen:
             mean_s = sum(recent) / len(recent)
             return mean_s * max(left - 1, 0) + max(mean_s - spent_s, 0.0)
         share = self.round_share
-        return spent_s / share * left - spent_s if share >= LEAST_SHARE else None
+        tells = share >= LEAST_SHARE and spent_s >= LEAST_S
+        return spent_s / share * left - spent_s if tells else None
 
 
 def look(path: Path) -> Seen:

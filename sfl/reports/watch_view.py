@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sfl.archive.live_status import AWAY, DOINGS, WAITING, Now
-from sfl.errors import counted, duration
-from sfl.reports.watch_state import FAILED, OVER, RUNNING, SILENT, Line, Seen
+from sfl.errors import WAS_INTERRUPTED, counted, duration
+from sfl.reports.watch_state import FAILED, OVER, RUNNING, SILENT, STOPPED, Line, Seen
 from sfl.wire.link import one_line
 
 MOST_TITLE = 30  # characters of a metric
@@ -19,7 +19,13 @@ MOST_HINT = 2000  # characters of a command, with a folder's path
 MOST_CLIENTS, MOST_ROUNDS, MOST_LINES = 8, 5, 5  # that are shown
 BAR = 60  # characters
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=*#"
-STYLES = {RUNNING: "bold green", OVER: "bold", FAILED: "bold red", SILENT: "bold red"}
+STYLES = {
+    RUNNING: "bold green",
+    OVER: "bold",
+    FAILED: "bold red",
+    SILENT: "bold red",
+    STOPPED: "bold",
+}
 AWAY_STYLE = "red"
 MOST = 1e100  # a larger figure is in no curve: the sum of some must be finite
 
@@ -59,15 +65,15 @@ def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
     filled = round(width * share / total) if total else 0
     bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / total if total else 0:.0%}")
     words = Text(_state(seen, state, silent_s), style=STYLES[state], overflow="fold")
-    if state == SILENT and (hint := seen.how_to_go_on):
+    if state in (SILENT, STOPPED) and (hint := seen.how_to_go_on):
         words.append(f"\n{one_line(hint, MOST_HINT)}", style="not bold")
     return Group(bar, words)
 
 
 def _state(seen: Seen, state: str, silent_s: float) -> str:
-    if state in (OVER, FAILED):
-        rounds = f"{len(seen.rounds)} of {counted(seen.num_rounds, 'round')}"
-        why = seen.why_stopped if state == OVER else seen.last_words
+    ends = {OVER: seen.why_stopped, FAILED: seen.last_words, STOPPED: WAS_INTERRUPTED}
+    if state in ends:
+        rounds, why = f"{len(seen.rounds)} of {counted(seen.num_rounds, 'round')}", ends[state]
         return f"{rounds} done; {one_line(why)}" if why else f"{rounds} done"
     if state == SILENT:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - silent_s))

@@ -38,9 +38,7 @@ def predict(options: Namespace) -> None:
     node = from_values(ClientNode, typed, "the options")
     machine = {name: value for name, value in typed.items() if name in OF_A_RUN}
     _check(options, is_served="server" in typed)
-    device = set_up_torch(
-        node
-    )  # a run that is opened sets its own number of threads, if none is typed
+    device = set_up_torch(node)  # a run that is opened sets its own threads, if none are typed
     tested = run_of(options.test_of, machine) if options.test_of else None
     with contextlib.ExitStack() as stack:
         if "server" in typed:
@@ -58,6 +56,8 @@ def predict(options: Namespace) -> None:
             groups = [Files([Path(path) for path in paths], model.expected, say)]
         found, tally = _predicted(model, groups)
     _show(found, tally, options.csv)
+    if not tested and (warning := found.how_strange()):
+        say(warning)
     if tested and options.client is None:
         _compare(tested, options.round, found, tally)
     if isinstance(model, ServedModel):

@@ -17,6 +17,7 @@ from sfl.wire.link import one_line
 
 RANKS = 3  # predictions shown of each sample
 MOST_SHOWN = 50  # samples in a table on the screen; a CSV file has all
+STRANGE = 2.0  # standard deviations of the data set, of the mean of what is predicted
 COLUMNS = ("file", "class", "probability", "second", "probability_2", "third", "probability_3")
 WIDEST = 60  # of a name in the table
 
@@ -50,10 +51,12 @@ class Predictions:
                 " are those of sfl.open_run(...).model() in Python"
             )
         self._ranked = self.task.ranked
+        self._brightness = 0.0  # sum over samples, in the data set's standard deviations
 
     def add(self, batch: Batch, outputs: Tensor) -> Tally:
         """Add a batch; return the tally of its samples whose class is known."""
         found = (tensor.tolist() for tensor in self._ranked(outputs, RANKS))
+        self._brightness += float(batch.x.float().mean()) * len(batch.names)
         for name, label, shares, indices in zip(batch.names, batch.y.tolist(), *found, strict=True):
             ranked = [(self.classes[i], p) for i, p in zip(indices, shares, strict=True)]
             known = "" if label == UNKNOWN else self.classes[label]
@@ -62,6 +65,17 @@ class Predictions:
         if not known_rows.any():
             return Tally()
         return self.task.tally(outputs[known_rows], batch.y[known_rows])
+
+    def how_strange(self) -> str:
+        """Return a line if the samples are far from those that the model knows; "" if not."""
+        mean = self._brightness / max(len(self.rows), 1)
+        if abs(mean) < STRANGE:
+            return ""
+        return (
+            f"warning: these samples are {abs(mean):.1f} standard deviations"
+            f" {'lighter' if mean > 0 else 'darker'} than the model's training data: is black"
+            " taken for white?"
+        )
 
     def table(self) -> str:
         """Return the first rows as a table."""
