@@ -331,6 +331,5 @@ def told_apart(configs: Sequence[RunConfig]) -> list[str]:
     ]
     if len(set(labels)) == len(labels) and differ:
         return labels
-    return [
-        f"{label} ({config.run})".strip() for label, config in zip(labels, configs, strict=True)
-    ]
+    names = [config.run for config in configs]
+    return [f"{label} ({n})" if label else n for label, n in zip(labels, names, strict=True)]
