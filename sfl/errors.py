@@ -142,7 +142,7 @@ WAS_INTERRUPTED = "it was interrupted"
 
 def reason_of(error: BaseException) -> str:
     """Return why a party ends, in one line, for its log, its peers and its user."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):  # the latter in a conversation's frame
         return WAS_INTERRUPTED
     if isinstance(error, SflError):
         return str(error)

@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments.support.same_run import compare
 from sfl.config import RunConfig
-from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed
+from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed, reason_of
 from sfl.files.finite_check import check_finite
 from sfl.model.segment import Segment, train_step
 from sfl.model.training import Training
@@ -270,8 +270,13 @@ def test_a_mask_of_infinity_is_no_statistic() -> None:
         (ProtocolError("x"), "INVALID_MESSAGE"), (RunError("x"), "ABORT"),
         (OSError(28, "x"), "ABORT"), (MemoryError(), "ABORT"),
         (Damaged("x"), "UNREGISTER"), (KeyboardInterrupt(), "UNREGISTER"),
+        (GeneratorExit(), "UNREGISTER"),
     ],
 )  # fmt: skip
 def test_a_client_tells_whether_it_would_fail_again(error: BaseException, kind: str) -> None:
     """``FAILED`` says so: a server does not wait for a client that does what it did again."""
     assert closing_message_type(error) is MessageType(kind)
+
+
+def test_a_conversation_that_is_closed_was_interrupted() -> None:
+    assert reason_of(GeneratorExit()) == reason_of(KeyboardInterrupt()) == "it was interrupted"

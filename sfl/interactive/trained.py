@@ -23,7 +23,9 @@ def by_run(runs: Sequence[RunArchive], folders: Sequence[Path]) -> list[list[Pat
     Raises:
         RunError: one belongs to none of the runs, or is no folder of a run.
     """
-    owners = {folder: [_is_of(folder, run) for run in runs] for folder in folders}
+    owners = {
+        folder: [_is_of(folder, run, is_only=len(runs) == 1) for run in runs] for folder in folders
+    }
     for folder, found in owners.items():
         if not any(found):
             raise RunError(
@@ -33,10 +35,11 @@ def by_run(runs: Sequence[RunArchive], folders: Sequence[Path]) -> list[list[Pat
     return [[f for f, found in owners.items() if found[k]] for k in range(len(runs))]
 
 
-def _is_of(folder: Path, run: RunArchive) -> bool:
+def _is_of(folder: Path, run: RunArchive, *, is_only: bool) -> bool:
+    """Return whether a client's folder is of a run; ``is_only``: no other run is asked for."""
     theirs, ours = sfl.archive.open(folder), run.config()
     if not theirs.lists("config.json"):  # of a simulation: <out>/client/<run>/client_<k>
-        return folder.resolve().parent.name == ours.get("run")
+        return is_only or folder.resolve().parent.name == ours.get("run")
     said = theirs.config()
     return all(said.get(name) == ours.get(name) for name in ("run", "seed"))
 

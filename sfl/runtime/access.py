@@ -107,7 +107,7 @@ def closing_with_reason(channel: Channel) -> Iterator[None]:
 
 def closing_message_type(error: BaseException) -> MessageType:
     """Return the type of a client's closing message, by whether another attempt may succeed."""
-    if isinstance(error, KeyboardInterrupt | Damaged):  # the client may return
+    if isinstance(error, KeyboardInterrupt | GeneratorExit | Damaged):  # the client may return
         return MessageType.UNREGISTER
     if isinstance(error, ProtocolError) and not isinstance(error, NotFinite):
         return MessageType.INVALID_MESSAGE
