@@ -4,13 +4,15 @@ Exit codes: 0 done; 1 the run failed; 2 bad options; 3 stopped by Ctrl-C or SIGT
 resumed. An error is one line on standard error; ``SFL_TRACEBACK=1`` adds the traceback.
 """
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -28,6 +30,24 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
     imported shows no traceback.
     """
     _open_streams()
+    with _interruptible(name):
+        try:
+            return program() or 0
+        except ConfigError as error:
+            return _fail(name, error, 2)
+        except KeyboardInterrupt as error:
+            return _fail(name, error, INTERRUPTED)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            is_ours = package in ("", "sfl", "experiments")
+            return _fail(name, error if is_ours else not_installed(package), 1)
+        except Exception as error:  # noqa: BLE001 - the process's edge
+            return _fail(name, error, 1)
+
+
+@contextlib.contextmanager
+def _interruptible(name: str) -> Iterator[None]:
+    """Raise KeyboardInterrupt at a signal; at the end the outcome is decided: ignore later ones."""
     is_interrupted = False
 
     def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
@@ -38,26 +58,27 @@ def run_program(name: str, program: Callable[[], int | None]) -> int:
         is_interrupted = True
         raise KeyboardInterrupt
 
+    def lost(what: "sys.UnraisableHookArgs") -> None:
+        """An interrupt in a destructor goes no further: interrupt again, outside of it."""
+        nonlocal is_interrupted
+        if what.exc_type is not KeyboardInterrupt:
+            hook(what)
+            return
+        is_interrupted = False
+        threading.Timer(0.05, os.kill, (os.getpid(), caught[-1])).start()
+
     # A program that a shell starts in the background ignores Ctrl-C: keep that.
     numbers = (signal.SIGINT, signal.SIGTERM)
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     for number in caught:
         signal.signal(number, interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, lost
     try:
-        return program() or 0
-    except ConfigError as error:
-        return _fail(name, error, 2)
-    except KeyboardInterrupt as error:
-        return _fail(name, error, INTERRUPTED)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        is_ours = package in ("", "sfl", "experiments")
-        return _fail(name, error if is_ours else not_installed(package), 1)
-    except Exception as error:  # noqa: BLE001 - the process's edge
-        return _fail(name, error, 1)
-    finally:  # the outcome is decided: ignore later signals
+        yield
+    finally:
         for number in caught:
             signal.signal(number, signal.SIG_IGN)
+        sys.unraisablehook = hook
 
 
 class _Lenient(io.FileIO):

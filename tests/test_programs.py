@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +60,27 @@ def test_help_needs_neither_torch_nor_what_draws(program: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: python -m {program} ")
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    code = """
+        import os, signal, sys, time
+        from sfl.program import run_program
+
+        class Interrupted:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+
+        def program():
+            Interrupted()
+            time.sleep(60)
+
+        sys.exit(run_program("p", program))
+    """
+    began_at = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (3, "p: error: interrupted\n")
+    assert time.monotonic() - began_at < 30
