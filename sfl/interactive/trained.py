@@ -1,5 +1,6 @@
 """The trained model of a run: its segments, found wherever on this machine they lie, and joined."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ def _is_of(folder: Path, run: RunArchive, *, is_only: bool) -> bool:
     """Return whether a client's folder is of a run; ``is_only``: no other run is asked for."""
     theirs, ours = sfl.archive.open(folder), run.config()
     if not theirs.lists("config.json"):  # of a simulation: <out>/client/<run>/client_<k>
-        return is_only or folder.resolve().parent.name == ours.get("run")
+        place = folder.resolve()
+        is_renamed = re.fullmatch(r"client_\d+", place.name) is None
+        return place.parent.name == ours.get("run") or (is_only and is_renamed)
     said = theirs.config()
     return all(said.get(name) == ours.get(name) for name in ("run", "seed"))
 
