@@ -93,12 +93,6 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
     drawn = groups[:MOST_DRAWN]
     left_out = [f"Drawn of the first {MOST_DRAWN} of {len(groups)}."] if groups != drawn else []
     found, notes = _confusions(drawn)
-    gantts = [figures.gantt(group, f"round_{k}") for k, group in enumerate(drawn)]
-    no_spans = [
-        f"{group.label}: its files do not tell when clients began and ended."
-        for group, picture in zip(drawn, gantts, strict=True)
-        if picture is None
-    ]
     of_clients = [p for k, g in enumerate(drawn) for p in figures.of_clients(g, f"clients_{k}")]
     options, environments = tables.compared_options(groups), tables.compared_environments(groups)
     troubles, several = tables.troubles(groups), len(groups) > 1
@@ -130,25 +124,7 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
             pictures=list(figures.confusions(drawn, found)),
             notes=[*left_out, *notes],
         ),
-        Section(
-            "Bytes",
-            "MB of a round, all clients together, up to the server and down from it: by content,"
-            " and by link where there are several cuts.",
-            [tables.traffic(groups)],
-            [p for p in figures.costs(groups) if p.name == "bytes"],
-        ),
-        Section(
-            "Time",
-            "Seconds: of a round from start to end, and in it of one client on average.",
-            [tables.times(groups)],
-            [p for p in figures.costs(groups) if p.name == "seconds"],
-        ),
-        Section(
-            "Who waited for whom",
-            "The round of median length of one seed, by the server's clock.",
-            pictures=[picture for picture in gantts if picture],
-            notes=[*left_out, *no_spans],
-        ),
+        *_of_costs(groups, drawn, left_out),
         Section(
             "Failures and recoveries",
             "Lines of the server's log." if len(troubles) else "The server's log tells of none.",
@@ -159,6 +135,40 @@ def _sections(groups: Sequence[Group]) -> list[Section]:
             "What differs." if len(environments.differ) else "",
             [environments.differ] if len(environments.differ) else [],
             folded={"what is the same" if several else "all of it": environments.same},
+        ),
+    ]
+
+
+def _of_costs(
+    groups: Sequence[Group], drawn: Sequence[Group], left_out: Sequence[str]
+) -> list[Section]:
+    """Return what the runs took: bytes, time, and who waited for whom."""
+    costs = {picture.name: [picture] for picture in figures.costs(groups)}
+    gantts = [figures.gantt(group, f"round_{k}") for k, group in enumerate(drawn)]
+    no_spans = [
+        f"{group.label}: its files do not tell when clients began and ended."
+        for group, picture in zip(drawn, gantts, strict=True)
+        if picture is None
+    ]
+    return [
+        Section(
+            "Bytes",
+            "MB of a round, all clients together, up to the server and down from it: by content,"
+            " and by link where there are several cuts.",
+            [tables.traffic(groups)],
+            costs.get("bytes", []),
+        ),
+        Section(
+            "Time",
+            "Seconds: of a round from start to end, and in it of one client on average.",
+            [tables.times(groups)],
+            costs.get("seconds", []),
+        ),
+        Section(
+            "Who waited for whom",
+            "The round of median length of one seed, by the server's clock.",
+            pictures=[picture for picture in gantts if picture],
+            notes=[*left_out, *no_spans],
         ),
     ]
 
