@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def one_thread() -> None:
     """Compute as the programs do by default, and without the caller's data folder."""
     torch.set_num_threads(1)
     os.environ.pop("SFL_DATA_DIR", None)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Undo what a program that runs in a test's process does to signals: its end ignores them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
