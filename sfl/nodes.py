@@ -156,6 +156,10 @@ class ServerNode(PeerNode, TrackingNode):
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
+    transport: str = option(
+        "tcp", "how clients reach the server: tcp or ws (see docs/transports.md); ws: over"
+        " WebSocket as well",
+    )  # fmt: skip
     insecure: bool = option(
         False, "let anyone who reaches the port take part without a token, also from other machines"
     )

@@ -43,10 +43,9 @@ from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.addresses import parse_address
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TCP, Transport
+from sfl.transport.transports import transport_to
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
@@ -55,7 +54,7 @@ from sfl.wire.messages import MessageType
 from sfl.wire.payload import payload_store_in
 
 
-def take_part(node: ClientNode, transport: Transport = TCP) -> None:
+def take_part(node: ClientNode) -> None:
     """Take part in one run as a client; reconnect to a lost server until the node's timeout.
 
     Raises:
@@ -64,7 +63,7 @@ def take_part(node: ClientNode, transport: Transport = TCP) -> None:
         PeerFailed: the server refused this client or ended the run, and gave a reason.
         ProtocolError, IntegrityError, ConnectionLost: from the server.
     """
-    parse_address(node.server)  # a bad address fails before torch starts
+    transport = transport_to(node.server)  # a bad address fails before torch starts
     with transport.client(node, say) as dialler:
         process = ClientProcess(Access.of(node, dialler), set_up_torch(node))
         run_blocking(take_part_in(process, node))

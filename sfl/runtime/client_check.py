@@ -31,7 +31,7 @@ from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TCP, Transport
+from sfl.transport.transports import Transport, transport_to
 from sfl.weights.stores import SOCKET, StoreOptions
 from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer, one_line
@@ -41,14 +41,14 @@ T = TypeVar("T")
 OK, NOT_OK, NOT_CHECKED = "ok", "NOT OK", "not checked"
 
 
-def check(node: ClientNode, transport: Transport = TCP) -> int:
+def check(node: ClientNode) -> int:
     """Check each client of a node; return 0 if all checks pass, else 1."""
     ids: list[int | None] = [*node.hosted] or [node.client_id]
     found = []
     for k in ids:
         with contextlib.ExitStack() as stack:
             own = dataclasses.replace(node, client_id=k, client_ids="")
-            found.append(_Check(own, transport, stack).run(len(node.hosted)))
+            found.append(_Check(own, transport_to(own.server), stack).run(len(node.hosted)))
     return 0 if all(found) else 1
 
 

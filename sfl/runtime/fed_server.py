@@ -41,6 +41,7 @@ from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, States
 from sfl.nodes import ServerNode
+from sfl.registry import named
 from sfl.runtime.access import Access, closing_with_reason
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
@@ -57,7 +58,7 @@ from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import FED
-from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.transport.transports import TRANSPORTS, ServerNetwork, Transport
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, KeepModels
 from sfl.weights.exchange import SocketWeights, WeightStore
@@ -95,7 +96,7 @@ def fed_server(
         channel.close_gracefully()
 
 
-def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
+def serve_fed(run: RunConfig, node: ServerNode) -> Path:
     """Run a fed server for one run; return its folder.
 
     Raises:
@@ -105,6 +106,7 @@ def serve_fed(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> P
     """
     device = set_up_torch(node)
     if run.weights == SOCKET:
+        transport = named("--transport", node.transport, TRANSPORTS)
         return _serve_connections(node, device, transport)
     return _serve_store(run, node, device)
 

@@ -16,14 +16,14 @@ from sfl.runtime.client import take_part_in
 from sfl.runtime.client_process import ClientProcess
 from sfl.transport.guard import max_open_files
 from sfl.transport.tokens import tokens_of
-from sfl.transport.transports import TCP, Transport
+from sfl.transport.transports import transport_to
 from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, run_together
 from sfl.wire.link import one_line
 from sfl.wire.messages import MessageType
 
 
-def host(node: ClientNode, transport: Transport = TCP) -> None:
+def host(node: ClientNode) -> None:
     """Take part in one run as several clients; a failed client does not stop the others.
 
     Raises:
@@ -40,7 +40,7 @@ def host(node: ClientNode, transport: Transport = TCP) -> None:
             failures[client] = error
             say(f"client_{client}: {one_line(reason_of(error))}")
 
-    with transport.clients(node, say) as network:
+    with transport_to(node.server).clients(node, say) as network:
         access = Access(tokens_of(node), network, Calls(network.wake, len(hosted)))
         process = ClientProcess(access, set_up_torch(node), num_hosted=len(hosted))
         clients = {k: one_client(k) for k in hosted}

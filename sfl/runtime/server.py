@@ -32,6 +32,7 @@ from sfl.environment import command_line, set_up_torch
 from sfl.errors import ConfigError, RunError, command, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
+from sfl.registry import named
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
@@ -59,14 +60,14 @@ from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.transport.transports import TRANSPORTS, ServerNetwork
 from sfl.trusted_imports import remember
 from sfl.weights.exchange import Elsewhere
 from sfl.weights.object_store import ObjectStore
 from sfl.weights.stores import SOCKET, StoreOptions, store_maker
 
 
-def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
+def serve(run: RunConfig, node: ServerNode) -> Path:
     """Run a server for one run; return the run's folder.
 
     Raises:
@@ -81,6 +82,7 @@ def serve(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> Path:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: {command('simulate')}"
         )
+    transport = named("--transport", node.transport, TRANSPORTS)
     check_role(recipe, node)
     _check_node_options(recipe, node)
     trackers = trackers_of(node.track)

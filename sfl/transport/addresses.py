@@ -3,9 +3,38 @@
 import ipaddress
 import re
 import socket
+from dataclasses import dataclass
 
 from sfl.errors import ConfigError, quoted
 from sfl.nodes import DEFAULT_PORT
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, and over which transport it is reached."""
+
+    transport: str  # tcp, ws, wss
+    host: str
+    port: int
+    path: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"{self.transport}://{format_address(self.host, self.port)}{self.path or '/'}"
+
+
+def parse_url(text: str) -> Address:
+    """Return the address in ``ws://HOST:PORT/PATH``, ``wss://``, ``tcp://``, or plain HOST:PORT.
+
+    Raises:
+        ConfigError: the text is no such address.
+    """
+    found = re.fullmatch(r"(?:(tcp|wss?)://)?([^/\s]*)(/[!-~]*)?", text)
+    if not found or (found[3] and not (found[1] or "tcp").startswith("ws")):
+        raise ConfigError(
+            f"{quoted(text)} is no address: give HOST:PORT, or ws://HOST:PORT/ for a WebSocket"
+        )
+    return Address(found[1] or "tcp", *parse_address(found[2]), found[3] or "")
 
 
 def parse_address(text: str) -> tuple[str, int]:

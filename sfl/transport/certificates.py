@@ -63,6 +63,13 @@ def client_tls(node: PeerNode) -> ssl.SSLContext | None:
     return context
 
 
+def trusted_by_system() -> ssl.SSLContext:
+    """Return the context of a client that trusts the CAs that this machine does."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
 def _load_certificate(context: ssl.SSLContext, node: PeerNode) -> None:
     def encrypted() -> str:
         raise ConfigError(

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sfl.errors import ConnectionLost, RunError
-from sfl.transport.addresses import format_address, parse_address
+from sfl.errors import ConfigError, ConnectionLost, RunError
+from sfl.transport.addresses import Address, format_address, parse_url
+from sfl.transport.certificates import trusted_by_system
 from sfl.transport.connection import Socket, how_it_ended
 from sfl.transport.shaping import UNSHAPED, shaped
 from sfl.transport.stream import Stream, start_tls
@@ -29,14 +30,26 @@ class Dialling:
     limits: Limits = field(default_factory=Limits)  # at first no files are accepted
 
 
-def _secured(sock: Socket, host: str, dialling: Dialling) -> Stream:
-    if dialling.tls is None:
-        return Stream(sock)
+def _opened(sock: Socket, to: Address, dialling: Dialling) -> Stream:
+    """Return a stream over a connected socket, after the handshakes of TLS and WebSocket."""
+    tls = dialling.tls
+    if to.transport == "wss" and tls is None:
+        tls = trusted_by_system()
+    stream = Stream(sock)
+    stream.set_timeout(dialling.timeout_s)
     try:
-        return start_tls(sock, dialling.tls, host, dialling.timeout_s)
+        if tls is not None:
+            stream = start_tls(sock, tls, to.host, dialling.timeout_s)
+        if to.transport != "tcp":
+            from sfl.transport.websocket import opened  # a library that few runs need
+
+            stream = opened(stream, to.url)
+    except ConnectionRefusedError:  # by a proxy: tried again
+        raise
     except OSError as error:
         how = "is silent" if isinstance(error, TimeoutError) else how_it_ended(error)
-        raise ConnectionLost(f"the server {how} in the middle of TLS's handshake") from error
+        raise ConnectionLost(f"the server {how} in the middle of a handshake") from error
+    return stream
 
 
 def open_stream(
@@ -50,14 +63,16 @@ def open_stream(
     Raises:
         AuthError: the server's certificate is not trusted, or it does not speak TLS.
         ConnectionLost: the connection ended during TLS's handshake.
-        ConfigError: the address is malformed.
+        ConfigError: the address is malformed, or of a transport that --tls-ca does not go with.
         RunError: the host name is invalid, or no server answered in time.
     """
-    host, port = parse_address(address)
+    to = parse_url(address)
+    if to.transport == "ws" and dialling.tls is not None:
+        raise ConfigError(f"{address}: with --tls-ca give wss://, which is a WebSocket under TLS")
     deadline = time.monotonic() + patience_s
     pause_s, has_reported = 0.1, False
-    while isinstance(reached := _try(host, port, dialling, deadline), str):
-        where = f"at {format_address(host, port)}"
+    while isinstance(reached := _try(to, dialling, deadline), str):
+        where = f"at {format_address(to.host, to.port)}"
         if deadline - time.monotonic() <= pause_s:
             raise RunError(
                 f"no server {where} within {patience_s:g} seconds ({reached});"
@@ -72,20 +87,22 @@ def open_stream(
     return reached
 
 
-def _try(host: str, port: int, dialling: Dialling, deadline: float) -> Stream | str:
+def _try(to: Address, dialling: Dialling, deadline: float) -> Stream | str:
     """Connect once; return the stream, or the reason why it failed."""
     # The timeout is short: a firewall that drops packets never answers.
     attempt_s = min(max(deadline - time.monotonic(), 0.1), _MAX_BACKOFF_S)
     try:
-        sock = socket.create_connection((host, port), timeout=attempt_s)
+        sock = socket.create_connection((to.host, to.port), timeout=attempt_s)
         if sock.getsockname() != sock.getpeername():
-            return _secured(shaped(sock, dialling.shape), host, dialling)
+            return _opened(shaped(sock, dialling.shape), to, dialling)
         # No server listens, and our own outgoing port was the same: we connected to ourselves.
         sock.close()
         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
     except socket.gaierror as error:
-        return f"unknown host {host!r}: {error.strerror or error}"
+        return f"unknown host {to.host!r}: {error.strerror or error}"
     except OSError as error:
         return error.strerror or str(error)
     except UnicodeError as error:  # from the codec for host names
-        raise RunError(f"unknown host {host!r}: no host has such a name; see --server") from error
+        raise RunError(
+            f"unknown host {to.host!r}: no host has such a name; see --server"
+        ) from error

@@ -34,6 +34,7 @@ class Guard:
     listener: str = SERVER  # or FED: which kind of server this is
     run: str = ""  # this server's run; "" until it is known
     max_pending: int = 64  # connections that are not admitted yet
+    websocket: bool = False  # whether a peer may open a WebSocket, and talk through it
 
 
 def guard_of(node: ServerNode, listener: str, most_clients: int = 0) -> Guard:

@@ -23,7 +23,8 @@ from sfl.wire.link import Link, Peer, one_line
 from sfl.wire.messages import Limits, Message, MessageType
 
 MAX_BYTES = 4096  # received from a connection before it is admitted
-MAX_RAW_BYTES = 64 * 2**10  # the same including TLS's own bytes, mostly certificates
+MAX_RAW_BYTES = 64 * 2**10  # the same with the bytes of TLS, mostly certificates, and WebSocket
+UPGRADE = b"G"  # of "GET", the first byte of a request for a WebSocket; no message of SFL begins so
 LET_IN_WITHIN_S = 10.0
 LIMITS = Limits(json_bytes=MAX_BYTES - HEAD.size)
 
@@ -43,7 +44,9 @@ class PendingConnection(Link):
         self.version = VERSION  # protocol version for our replies
         self.stream = Stream(sock)
         self._tls = guard.tls
-        self._knows_how_to_answer = guard.tls is None  # with or without TLS
+        wanted = {self._start_tls: guard.tls is not None, self._start_websocket: guard.websocket}
+        self._to_open = [start for start, is_wanted in wanted.items() if is_wanted]
+        self._knows_how_to_answer = not self._to_open  # in the clear, or under what
         self._handshake = self._identify(guard)
         next(self._handshake)
 
@@ -55,7 +58,7 @@ class PendingConnection(Link):
             ConnectionLost, OSError: it has disconnected.
         """
         try:
-            if not self._is_secured():
+            if not self._is_open():
                 return False
             while True:
                 self._receive()
@@ -77,29 +80,48 @@ class PendingConnection(Link):
             return True
         return False
 
-    def _is_secured(self) -> bool:
-        """Continue TLS's handshake, if there is TLS; return whether it is complete."""
-        if self._tls is None or (isinstance(self.stream, TlsStream) and self.stream.is_secured):
-            return True
-        if not isinstance(self.stream, TlsStream):
-            is_tls = speaks_tls(self.stream.sock)
-            self._knows_how_to_answer = True
-            if not is_tls:
-                raise AuthError("this server speaks TLS alone: give --tls-ca")
-            self.stream = TlsStream(self.stream.sock, self._tls.context)
-            self.certificate = self._tls.certificate
-        try:
-            done = self.stream.do_handshake_now()
-        except ssl.SSLError as error:
-            raise AuthError(f"no TLS: {tls_reason(error)}") from error
-        finally:
-            self._check_bounds()
-        return done
+    def _is_open(self) -> bool:
+        """Continue the handshakes of TLS and WebSocket; return whether they are complete."""
+        while self._to_open or not self.stream.is_ready:
+            if self.stream.is_ready:
+                self.stream = self._to_open[0](self.stream)
+                del self._to_open[0]
+            try:
+                if not self.stream.do_handshake_now():
+                    return False
+            except ssl.SSLError as error:
+                raise AuthError(f"no TLS: {tls_reason(error)}") from error
+            finally:
+                self._check_bounds()
+        return True
+
+    def _start_tls(self, stream: Stream) -> Stream:
+        assert self._tls is not None
+        is_tls = speaks_tls(stream.sock)
+        self._knows_how_to_answer = True
+        if not is_tls:
+            raise AuthError("this server speaks TLS alone: give --tls-ca")
+        self.certificate = self._tls.certificate
+        return TlsStream(stream.sock, self._tls.context)
+
+    def _start_websocket(self, stream: Stream) -> Stream:
+        """Start a WebSocket, unless the peer begins with a message of SFL's own."""
+        from sfl.transport.websocket import accepted  # a library that few servers need
+
+        with self.decoder.get_buffer() as buffer:
+            first = bytes(buffer[: stream.receive_now(buffer[:1])])
+        self._knows_how_to_answer = True
+        if first == UPGRADE:
+            return accepted(stream, first)
+        self._take(len(first))
+        return stream
 
     def _check_bounds(self) -> None:
         """Raise ConnectionLost if it has sent too many bytes, or does not read ours."""
         if self.stream.raw_bytes_received > MAX_RAW_BYTES:
-            raise ConnectionLost(f"sent {self.stream.raw_bytes_received} bytes of TLS")
+            raise ConnectionLost(
+                f"sent {self.stream.raw_bytes_received} bytes before it was admitted"
+            )
         if self.stream.has_unsent:
             raise ConnectionLost("takes nothing")
 
@@ -114,6 +136,10 @@ class PendingConnection(Link):
                 num_bytes = self.stream.receive_now(buffer[:room])
         finally:
             self._check_bounds()
+        self._take(num_bytes)
+
+    def _take(self, num_bytes: int) -> None:
+        """Count bytes that the decoder's buffer has been given."""
         if not num_bytes:
             raise ConnectionLost("closed the connection")
         self.decoder.advance(num_bytes)

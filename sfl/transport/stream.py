@@ -33,14 +33,14 @@ class Stream:
     """A connected socket without TLS."""
 
     certificate = b""  # hash of the peer's certificate, if it presented one
-    is_secured = True  # whether the handshake, if any, is complete
+    is_ready = True  # whether the handshake, if any, is complete
     has_unsent = False  # whether accepted bytes are not sent yet
+    raw_bytes_received = 0  # of the socket: including what is TLS's or WebSocket's own
 
     def __init__(self, sock: socket.socket) -> None:
         # Reads and writes on the descriptor would bypass TLS.
         assert not isinstance(sock, ssl.SSLSocket)
         self.sock = sock
-        self.raw_bytes_received = 0  # including TLS's overhead
 
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes, write them to ``buffer`` and return how many; 0: end of stream.
@@ -72,6 +72,10 @@ class Stream:
         """Do as ``send``, but raise ``BlockingIOError`` instead of waiting."""
         return os.writev(self.sock.fileno(), parts)
 
+    def do_handshake_now(self) -> bool:
+        """Continue the handshake without waiting; return whether it is complete."""
+        return True
+
     def set_timeout(self, timeout_s: float) -> None:
         self.sock.settimeout(timeout_s)
 
@@ -90,7 +94,7 @@ class Stream:
 class TlsStream(Stream):
     """A connected socket under TLS."""
 
-    is_secured = False
+    is_ready = False
 
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, *, host: str | None = None
@@ -178,7 +182,7 @@ class TlsStream(Stream):
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 return False
-        self.is_secured = True
+        self.is_ready = True
         return True
 
     def do_handshake_now(self) -> bool:

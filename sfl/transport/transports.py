@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sfl.nodes import PeerNode
+from sfl.transport.addresses import parse_url
 from sfl.transport.guard import Guard, Terms
 from sfl.transport.listener import listen
 from sfl.transport.refusal_log import RefusalLog
@@ -52,4 +53,16 @@ TCP = Transport(
     lambda node, say: TcpClient(dialling_of(node, say)),
     lambda node, say: TcpClients(dialling_of(node, say)),
 )
-TRANSPORTS = {"tcp": TCP}
+WS = replace(TCP, serve=lambda listener, terms, guard, refusals: TcpServer(
+    listener, terms, replace(guard, websocket=True), refusals
+))  # fmt: skip
+TRANSPORTS = {"tcp": TCP, "ws": WS}
+
+
+def transport_to(address: str) -> Transport:
+    """Return the transport that reaches a server, by its address.
+
+    Raises:
+        ConfigError: the address is malformed.
+    """
+    return TRANSPORTS[parse_url(address).transport.replace("wss", "ws")]
