@@ -68,6 +68,23 @@ def main_client(argv: Sequence[str] | None = None) -> int:
     return run_program(prog, program)
 
 
+def main_mpi(argv: Sequence[str] | None = None) -> int:
+    """Take one part in a run whose processes ``mpirun`` has started, and return the exit code."""
+    prog = command("mpi")
+
+    def program() -> None:
+        from sfl.config import RunConfig
+        from sfl.nodes import ServerNode
+
+        about = "Run server (rank 0) and clients in the processes that mpirun has started."
+        run, node = parse_options(argv, RunConfig, ServerNode, prog=prog, about=about)
+        from sfl.runtime.on_mpi import take_rank
+
+        take_rank(run, node)
+
+    return run_program(prog, program)
+
+
 def main_simulate(argv: Sequence[str] | None = None) -> int:
     """Train a configuration in one process, without sockets, and return the exit code."""
     prog = command("simulate")

@@ -165,6 +165,7 @@ def told(error: BaseException) -> str:
 _IN_A_CLONE = {
     "server": "run_server.py",
     "client": "run_client.py",
+    "mpi": "run_mpi.py",
     "simulate": "python -m experiments.simulate",
     "replay": "python -m experiments.replay",
     "export": "python -m experiments.export",

@@ -29,11 +29,13 @@ def parse_url(text: str) -> Address:
     Raises:
         ConfigError: the text is no such address.
     """
-    found = re.fullmatch(r"(?:(tcp|wss?)://)?([^/\s]*)(/[!-~]*)?", text)
+    found = re.fullmatch(r"(?:(tcp|wss?|mpi)://)?([^/\s]*)(/[!-~]*)?", text)
     if not found or (found[3] and not (found[1] or "tcp").startswith("ws")):
         raise ConfigError(
             f"{quoted(text)} is no address: give HOST:PORT, or ws://HOST:PORT/ for a WebSocket"
         )
+    if found[1] == "mpi" and not found[2]:
+        return Address("mpi", "rank", 0)
     return Address(found[1] or "tcp", *parse_address(found[2]), found[3] or "")
 
 

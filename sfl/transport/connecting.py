@@ -1,6 +1,7 @@
 """Connecting to a server over TCP, with retries."""
 
 import errno
+import os
 import socket
 import ssl
 import time
@@ -40,7 +41,7 @@ def _opened(sock: Socket, to: Address, dialling: Dialling) -> Stream:
     try:
         if tls is not None:
             stream = start_tls(sock, tls, to.host, dialling.timeout_s)
-        if to.transport != "tcp":
+        if to.transport in ("ws", "wss"):
             from sfl.transport.websocket import opened  # a library that few runs need
 
             stream = opened(stream, to.url)
@@ -87,17 +88,31 @@ def open_stream(
     return reached
 
 
+def _over_tcp(to: Address, timeout_s: float) -> Socket:
+    sock = socket.create_connection((to.host, to.port), timeout=timeout_s)
+    if sock.getsockname() == sock.getpeername():
+        # No server listens, and our own outgoing port was the same: we connected to ourselves.
+        sock.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return sock
+
+
+def _over_mpi(to: Address, timeout_s: float) -> Socket:
+    from sfl.transport.mpi import world  # importing it starts MPI
+
+    return world().connect()
+
+
+_CONNECTING = {"mpi": _over_mpi}
+
+
 def _try(to: Address, dialling: Dialling, deadline: float) -> Stream | str:
     """Connect once; return the stream, or the reason why it failed."""
     # The timeout is short: a firewall that drops packets never answers.
     attempt_s = min(max(deadline - time.monotonic(), 0.1), _MAX_BACKOFF_S)
     try:
-        sock = socket.create_connection((to.host, to.port), timeout=attempt_s)
-        if sock.getsockname() != sock.getpeername():
-            return _opened(shaped(sock, dialling.shape), to, dialling)
-        # No server listens, and our own outgoing port was the same: we connected to ourselves.
-        sock.close()
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        sock = _CONNECTING.get(to.transport, _over_tcp)(to, attempt_s)
+        return _opened(shaped(sock, dialling.shape), to, dialling)
     except socket.gaierror as error:
         return f"unknown host {to.host!r}: {error.strerror or error}"
     except OSError as error:

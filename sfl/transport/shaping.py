@@ -111,12 +111,20 @@ def shut(sock: socket.socket, how: int) -> None:
 
 
 class _NearEnd(socket.socket):
-    """Our end of a shaped connection; it reports the real peer's address."""
+    """Our end of a connection that others carry; it reports the real peer's address."""
 
     peer: object = None
 
     def getpeername(self) -> object:
         return self.peer
+
+
+def near_end(peer: object) -> tuple[socket.socket, socket.socket]:
+    """Return a socket pair whose first socket reports this address as its peer's."""
+    ours, far = socket.socketpair()
+    near = _NearEnd(ours.family, ours.type, ours.proto, fileno=ours.detach())
+    near.peer = peer
+    return near, far
 
 
 def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
@@ -134,9 +142,7 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    ours, far = socket.socketpair()
-    near = _NearEnd(ours.family, ours.type, ours.proto, fileno=ours.detach())
-    near.peer = peer
+    near, far = near_end(peer)
     up, down = Pipe(far, sock, shape), Pipe(sock, far, shape)
 
     def close() -> None:

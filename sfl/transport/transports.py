@@ -12,6 +12,7 @@ from sfl.transport.listener import listen
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
 from sfl.transport.tcp_server import TcpServer
+from sfl.transport.tunnel import TunnelListener
 from sfl.values import LinkShape
 from sfl.wire.driver import Network
 from sfl.wire.members import Dialler, Members
@@ -56,7 +57,16 @@ TCP = Transport(
 WS = replace(TCP, serve=lambda listener, terms, guard, refusals: TcpServer(
     listener, terms, replace(guard, websocket=True), refusals
 ))  # fmt: skip
-TRANSPORTS = {"tcp": TCP, "ws": WS}
+
+
+def _listen_mpi(host: str, port: int, shape: LinkShape) -> TunnelListener:
+    from sfl.transport.mpi import world  # importing it starts MPI
+
+    return world().listen(shape)
+
+
+MPI = replace(TCP, listen=_listen_mpi)
+TRANSPORTS = {"tcp": TCP, "ws": WS, "mpi": MPI}
 
 
 def transport_to(address: str) -> Transport:
