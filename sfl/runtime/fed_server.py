@@ -121,7 +121,7 @@ def _folder(run: RunConfig, node: ServerNode, *, resumed: bool) -> Path:
 def _serve_connections(node: ServerNode, device: torch.device, transport: Transport) -> Path:
     guard = guard_of(node, FED)
     with (
-        transport.listen(node.host, node.port, node.link_shape) as listener,
+        transport.listen(node, 0) as listener,
         transport.serve(listener, Terms(node.peer_timeout), guard, RefusalLog(say)) as network,
     ):
         for warning in exposure(node):

@@ -26,13 +26,10 @@ def take_rank(run: RunConfig, node: ServerNode) -> None:
             f" --clients {run.clients} needs 1 to {run.clients} of these: give mpirun -n"
             f" {run.clients + 1}, or another --clients"
         )
-    try:
-        if ours.rank == SERVER:
-            serve(run, dataclasses.replace(node, transport="mpi"))
-        else:
-            _take_part(ours, run, node)
-    finally:
-        ours.close()
+    if ours.rank == SERVER:
+        serve(run, dataclasses.replace(node, transport="mpi"))
+    else:
+        _take_part(ours, run, node)
 
 
 def _take_part(ours: World, run: RunConfig, node: ServerNode) -> None:

@@ -92,7 +92,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     check_start(start, recipe)
     recipe = started(recipe, start)
     guard = guard_of(node, SERVER, run.most_clients)
-    with transport.listen(node.host, node.port, node.link_shape) as listener:
+    with transport.listen(node, run.clients) as listener:
         path, recipe, is_reused = _prepare_folder(recipe, node)
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)

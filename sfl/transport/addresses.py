@@ -29,8 +29,8 @@ def parse_url(text: str) -> Address:
     Raises:
         ConfigError: the text is no such address.
     """
-    found = re.fullmatch(r"(?:(tcp|wss?|mpi)://)?([^/\s]*)(/[!-~]*)?", text)
-    if not found or (found[3] and not (found[1] or "tcp").startswith("ws")):
+    found = re.fullmatch(r"(?:(tcp|wss?|mpi|rpc)://)?([^/\s]*)(/[!-~]*)?", text)
+    if not found or (found[3] and found[1] in (None, "tcp", "mpi")):
         raise ConfigError(
             f"{quoted(text)} is no address: give HOST:PORT, or ws://HOST:PORT/ for a WebSocket"
         )

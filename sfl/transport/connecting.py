@@ -103,7 +103,15 @@ def _over_mpi(to: Address, timeout_s: float) -> Socket:
     return world().connect()
 
 
-_CONNECTING = {"mpi": _over_mpi}
+def _over_rpc(to: Address, timeout_s: float) -> Socket:
+    from sfl.transport.rpc import joined
+
+    client, size = map(int, to.path.strip("/").split("/"))
+    joined().join(f"client_{client}", 1 + client, size + 1, format_address(to.host, to.port))
+    return joined().connect()
+
+
+_CONNECTING = {"mpi": _over_mpi, "rpc": _over_rpc}
 
 
 def _try(to: Address, dialling: Dialling, deadline: float) -> Stream | str:

@@ -4,6 +4,7 @@ Bytes travel by MPI's own buffers; nothing that arrives is unpickled. MPI waits 
 using a whole core, so one thread of each process looks for messages instead (``tunnel``).
 """
 
+import atexit
 import functools
 import itertools
 import socket
@@ -96,4 +97,6 @@ class World:
 @functools.cache
 def world() -> World:
     """Return this process's place among those that MPI has started."""
-    return World()
+    place = World()
+    atexit.register(place.close)  # before MPI's own end, which is registered earlier
+    return place

@@ -5,15 +5,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from sfl.nodes import PeerNode
-from sfl.transport.addresses import parse_url
+from sfl.nodes import PeerNode, ServerNode
+from sfl.transport.addresses import format_address, parse_url
 from sfl.transport.guard import Guard, Terms
 from sfl.transport.listener import listen
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
 from sfl.transport.tcp_server import TcpServer
 from sfl.transport.tunnel import TunnelListener
-from sfl.values import LinkShape
 from sfl.wire.driver import Network
 from sfl.wire.members import Dialler, Members
 from sfl.wire.messages import MessageType
@@ -42,14 +41,14 @@ class ClientNetwork(Dialler, Network, Protocol):
 class Transport:
     """How to open both ends of connections."""
 
-    listen: Callable[[str, int, LinkShape], AbstractContextManager[Any]]  # a ``Listening``
+    listen: Callable[[ServerNode, int], AbstractContextManager[Any]]  # for so many clients
     serve: Callable[[Any, Terms, Guard, RefusalLog], AbstractContextManager[ServerNetwork]]
     client: Callable[[PeerNode, Say], AbstractContextManager[Dialler]]
     clients: Callable[[PeerNode, Say], AbstractContextManager[ClientNetwork]]
 
 
 TCP = Transport(
-    listen,
+    lambda node, clients: listen(node.host, node.port, node.link_shape),
     TcpServer,
     lambda node, say: TcpClient(dialling_of(node, say)),
     lambda node, say: TcpClients(dialling_of(node, say)),
@@ -59,14 +58,22 @@ WS = replace(TCP, serve=lambda listener, terms, guard, refusals: TcpServer(
 ))  # fmt: skip
 
 
-def _listen_mpi(host: str, port: int, shape: LinkShape) -> TunnelListener:
+def _listen_mpi(node: ServerNode, clients: int) -> TunnelListener:
     from sfl.transport.mpi import world  # importing it starts MPI
 
-    return world().listen(shape)
+    return world().listen(node.link_shape)
 
 
-MPI = replace(TCP, listen=_listen_mpi)
-TRANSPORTS = {"tcp": TCP, "ws": WS, "mpi": MPI}
+def _listen_rpc(node: ServerNode, clients: int) -> TunnelListener:
+    from sfl.transport.rpc import SERVER, joined
+
+    where = format_address(node.host, node.port)
+    joined().join(SERVER, rank=0, size=clients + 1, address=where)
+    return joined().listen(node.link_shape)
+
+
+MPI, RPC = (replace(TCP, listen=listen) for listen in (_listen_mpi, _listen_rpc))
+TRANSPORTS = {"tcp": TCP, "ws": WS, "mpi": MPI, "rpc": RPC}
 
 
 def transport_to(address: str) -> Transport:
