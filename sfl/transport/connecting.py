@@ -106,8 +106,8 @@ def _over_mpi(to: Address, timeout_s: float) -> Socket:
 def _over_rpc(to: Address, timeout_s: float) -> Socket:
     from sfl.transport.rpc import joined
 
-    client, size = map(int, to.path.strip("/").split("/"))
-    joined().join(f"client_{client}", 1 + client, size + 1, format_address(to.host, to.port))
+    rank, size = map(int, to.path.strip("/").split("/"))
+    joined().join(f"rank {rank}", rank, size, format_address(to.host, to.port))
     return joined().connect()
 
 

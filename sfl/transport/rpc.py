@@ -6,8 +6,10 @@ before anything else happens, and none can come back.
 """
 
 import atexit
+import errno
 import functools
 import itertools
+import os
 import socket
 import threading
 from collections import deque
@@ -30,6 +32,7 @@ class _RpcWay:
     def __init__(self, ours: str, peer: str, number: int) -> None:
         self._ours, self._peer, self._number = ours, peer, number
         self._leaving: Future[None] | None = None
+        self._is_broken = False
         self.arrived: deque[tuple[bytes, Future[None]]] = deque()
 
     def put(self, data: bytes) -> None:
@@ -38,11 +41,17 @@ class _RpcWay:
 
     def has_left(self) -> bool:
         if self._leaving is not None and self._leaving.done():
+            try:
+                self._leaving.value()
+            except RuntimeError:  # the peer has gone
+                self._is_broken = True
             self._leaving = None
         return self._leaving is None
 
     def take(self) -> bytes | None:
         if not self.arrived:
+            if self._is_broken:
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
             return None
         data, answer = self.arrived.popleft()
         answer.set_result(None)
@@ -84,7 +93,7 @@ class Joined:
                 init_method=f"tcp://{address}", rpc_timeout=_JOIN_WITHIN_S
             )
             try:
-                rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)
+                rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
             except (RuntimeError, OSError) as error:
                 raise RunError(
                     f"not all {size} processes have joined at {address}:"
@@ -97,9 +106,14 @@ class Joined:
         number = next(self._numbers)
         return self._open(SERVER, number)
 
-    def listen(self, shape: LinkShape) -> TunnelListener:
-        """Return where the other processes' connections arrive."""
-        self._listener = TunnelListener("rpc://", shape)
+    def listen(self, shape: LinkShape, size: int, address: str) -> TunnelListener:
+        """Return where the other processes' connections arrive, when all have joined.
+
+        Raises:
+            RunError: they have not, in time.
+        """
+        self._listener = TunnelListener("rpc://", shape)  # before any of them can connect
+        self.join(SERVER, 0, size, address)
         return self._listener
 
     def way_of(self, peer: str, number: int) -> _RpcWay:

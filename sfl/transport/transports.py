@@ -65,11 +65,10 @@ def _listen_mpi(node: ServerNode, clients: int) -> TunnelListener:
 
 
 def _listen_rpc(node: ServerNode, clients: int) -> TunnelListener:
-    from sfl.transport.rpc import SERVER, joined
+    from sfl.transport.rpc import joined
 
     where = format_address(node.host, node.port)
-    joined().join(SERVER, rank=0, size=clients + 1, address=where)
-    return joined().listen(node.link_shape)
+    return joined().listen(node.link_shape, clients + 1, where)
 
 
 MPI, RPC = (replace(TCP, listen=listen) for listen in (_listen_mpi, _listen_rpc))
