@@ -107,7 +107,7 @@ def _over_rpc(to: Address, timeout_s: float) -> Socket:
     from sfl.transport.rpc import joined
 
     rank, size = map(int, to.path.strip("/").split("/"))
-    joined().join(f"rank {rank}", rank, size, format_address(to.host, to.port))
+    joined().join(f"rank_{rank}", rank, size, format_address(to.host, to.port))
     return joined().connect()
 
 

@@ -50,6 +50,7 @@ def echoes(link: Channel) -> None:
         assert bytes(file.payload) == _content(size, number)
         link.send_file(MessageType.SEND_MODEL, bytes(file.payload))
         _say(link, number)
+    link.receive_message_as_json(MessageType.UNREGISTER)
 
 
 def sends_in_order(link: Channel) -> None:
@@ -62,6 +63,7 @@ def sends_in_order(link: Channel) -> None:
             file = link.receive_file(MessageType.SEND_MODEL)
             assert bytes(file.payload) == sent[number - 1]
             assert _hear(link) == number - 1
+    link.send_message_as_json(MessageType.UNREGISTER)
 
 
 def gives_a_large_file_back(link: Channel) -> None:
@@ -70,6 +72,7 @@ def gives_a_large_file_back(link: Channel) -> None:
     link.send_file(MessageType.SEND_MODEL, bytes(file.payload))
     now = link.counters
     _say(link, [now.bytes_received - before.bytes_received, now.bytes_sent - before.bytes_sent])
+    link.receive_message_as_json(MessageType.UNREGISTER)
 
 
 def counts_a_large_file(link: Channel) -> None:
@@ -79,7 +82,8 @@ def counts_a_large_file(link: Channel) -> None:
     now = link.counters
     counted = [now.bytes_sent - before.bytes_sent, now.bytes_received - before.bytes_received]
     assert _hear(link) == counted
-    assert LARGE < counted[0] < LARGE + 1000
+    link.send_message_as_json(MessageType.UNREGISTER)
+    assert LARGE < counted[0] < LARGE + 1000  # what a frame adds
 
 
 def refuses_what_is_too_large(link: Channel) -> None:
