@@ -36,7 +36,7 @@ from sfl.strategy.split_model import MAX_EVALUATION_BATCH, SplitModel
 from sfl.trained.inputs import Expected, expected_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TCP, Transport
+from sfl.transport.transports import transport_to
 from sfl.trusted_imports import remembered
 from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID, CLIENT, Peer
@@ -241,9 +241,7 @@ def latency(seconds: Sequence[float]) -> str:
 
 
 @contextlib.contextmanager
-def served(
-    files: Sequence[str], node: ClientNode, device: torch.device, transport: Transport = TCP
-) -> Iterator[ServedModel]:
+def served(files: Sequence[str], node: ClientNode, device: torch.device) -> Iterator[ServedModel]:
     """Connect to a server that holds the back of a run; give it the activations of this front.
 
     Raises:
@@ -252,7 +250,7 @@ def served(
         PeerFailed, ConnectionLost, ProtocolError: the server refused us, or was lost.
     """
     front = read_front(files, node, device)
-    with transport.client(node, say) as dialler:
+    with transport_to(node.server).client(node, say) as dialler:
         access = Access.of(node, dialler)
         link = access.connect(node.server, node)
         link.name, link.peer_name = "requester", "server"

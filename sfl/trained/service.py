@@ -22,6 +22,7 @@ from sfl.errors import ConfigError, NotYet, SflError, counted, reason_of
 from sfl.interactive.run import Run
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ServerNode
+from sfl.registry import named
 from sfl.runtime.lobby import POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.memory import memory_limit_bytes
 from sfl.strategy.split_model import SplitModel
@@ -33,7 +34,7 @@ from sfl.transport.guard import Terms, exposure, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TCP, ServerNetwork, Transport
+from sfl.transport.transports import TRANSPORTS, ServerNetwork
 from sfl.wire.driver import Conversation
 from sfl.wire.link import last_words_for
 from sfl.wire.members import Member
@@ -45,7 +46,7 @@ FILES_EACH = READ_AHEAD_MESSAGES + 1  # of a requester: those read ahead, one th
 IDLE_S = 30.0
 
 
-def serve_model(run: RunConfig, node: ServerNode, transport: Transport = TCP) -> None:
+def serve_model(run: RunConfig, node: ServerNode) -> None:
     """Serve the back of the run in the folder ``node.serve``, until interrupted.
 
     Raises:
@@ -54,13 +55,14 @@ def serve_model(run: RunConfig, node: ServerNode, transport: Transport = TCP) ->
     """
     if run != RunConfig():
         raise ConfigError("--serve: the model is trained; leave out the options of a run")
+    transport = named("--transport", node.transport, TRANSPORTS)
     guard = guard_of(node, SERVER, MOST_REQUESTERS)
     served = run_of(node.serve, {"threads": node.threads, "allow_import": node.allow_import})
     holding = _Holding.of(served, set_up_torch(node))
     guard = dataclasses.replace(guard, run=served.config.run)
     terms = Terms(node.peer_timeout, heartbeat_s=interval_s(node.peer_timeout))
     with (
-        transport.listen(node.host, node.port, node.link_shape) as listener,
+        transport.listen(node, 1) as listener,
         transport.serve(listener, terms, guard, RefusalLog(say)) as network,
     ):
         most = most_requesters(holding.split, memory_limit_bytes(node))
