@@ -157,8 +157,8 @@ class ServerNode(PeerNode, TrackingNode):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
     transport: str = option(
-        "tcp", "how clients reach the server: tcp or ws (see docs/transports.md); ws: over"
-        " WebSocket as well",
+        "tcp", "how clients reach the server: {names} (see docs/transports.md); with ws over TCP as"
+        " well as over WebSocket",
     )  # fmt: skip
     insecure: bool = option(
         False, "let anyone who reaches the port take part without a token, also from other machines"
@@ -215,7 +215,7 @@ class ServerNode(PeerNode, TrackingNode):
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
         valid = 1 <= self.max_samples <= _MOST_SAMPLES
         require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")
-        if self.serve and (given := self._given(_OF_TRAINING)):
+        if self.serve and (given := self.given(_OF_TRAINING)):
             raise ConfigError(f"--serve: leave out {', '.join(given)}: nothing is trained")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
@@ -230,7 +230,7 @@ class ServerNode(PeerNode, TrackingNode):
         if self.fed_server and self.role != "main":
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
 
-    def _given(self, names: Iterable[str]) -> list[str]:
+    def given(self, names: Iterable[str]) -> list[str]:
         """Return those of these options that are not at their defaults, as they are typed."""
         defaults = {spec.name: spec.default for spec in fields(self)}
         given = [name for name in names if getattr(self, name) != defaults[name]]

@@ -27,6 +27,7 @@ REGISTRIES = {
     "optimizer": "sfl.model.optimizers:OPTIMIZERS",
     "lr_schedule": "sfl.model.schedule:SCHEDULES",
     "aggregation": "sfl.strategy.aggregate:RULES",
+    "transport": "sfl.transport.transports:TRANSPORTS",
     "track": "sfl.tracking.trackers:TRACKERS",
     "to": "sfl.trained.kinds:KINDS",
 }

@@ -129,6 +129,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     }
     known |= {"--config", "--help", "--version", "--train-back", "--epochs"}
     known |= {"--allow", "--source-ranges"}  # gcloud's
+    known |= {"--allow-run-as-root", "--map-by"}  # mpirun's
     known |= {
         "--nodes",
         "--ntasks",

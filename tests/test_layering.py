@@ -54,10 +54,14 @@ MAY_IMPORT = {
         "transport.addresses",
         "transport.connecting",
         "transport.connection",
+        "transport.http_proxy",
         "transport.listener",
+        "transport.mpi",
         "transport.pending",
+        "transport.rpc",
         "transport.shaping",
         "transport.stream",
+        "transport.tunnel",
     },
     "ssl": {
         "transport.certificates",
@@ -78,6 +82,7 @@ LOOK_UPS = {
         "model.training",
         "strategy.recipe",
         "trained.export",
+        "transport.transports",
     },
     "with_options": {"data.augment", "model.schedule", "strategy.recipe", "tracking.trackers"},
     "look_up": {"data.datasets", "model.zoo"},
@@ -168,7 +173,7 @@ def test_runtime_knows_no_class_of_one_transport() -> None:
         for other in of_the_package(path)
         if other.startswith("transport.") and other not in of_any
     }
-    assert found == set()
+    assert found == {("runtime.on_mpi", "transport.mpi")}  # what mpirun starts knows its rank
 
 
 def test_the_rooms_are_few_and_their_modules_short() -> None:

@@ -41,7 +41,6 @@ from sfl.errors import ConfigError, SflError, counted
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, States
 from sfl.nodes import ServerNode
-from sfl.registry import named
 from sfl.runtime.access import Access, closing_with_reason
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
@@ -54,11 +53,11 @@ from sfl.runtime.start_weights import read_start
 from sfl.strategy.merge import Shared
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.guard import Terms, exposure, guard_of
+from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import FED
-from sfl.transport.transports import TRANSPORTS, ServerNetwork, Transport
+from sfl.transport.transports import ServerNetwork, Transport, transport_of
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, KeepModels
 from sfl.weights.exchange import SocketWeights, WeightStore
@@ -106,7 +105,7 @@ def serve_fed(run: RunConfig, node: ServerNode) -> Path:
     """
     device = set_up_torch(node)
     if run.weights == SOCKET:
-        transport = named("--transport", node.transport, TRANSPORTS)
+        transport = transport_of(node)
         return _serve_connections(node, device, transport)
     return _serve_store(run, node, device)
 
@@ -124,7 +123,7 @@ def _serve_connections(node: ServerNode, device: torch.device, transport: Transp
         transport.listen(node, 0) as listener,
         transport.serve(listener, Terms(node.peer_timeout), guard, RefusalLog(say)) as network,
     ):
-        for warning in exposure(node):
+        for warning in transport.notes(node):
             say(warning)
         say(f"fed server: listening on {listener.address} for the main server")
         welcome, recipe, main = _await_main(network, node)

@@ -4,7 +4,7 @@ import dataclasses
 
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
-from sfl.nodes import ClientNode, NodeConfig, ServerNode
+from sfl.nodes import ClientNode, PeerNode, ServerNode
 from sfl.runtime.client import take_part
 from sfl.runtime.hosting import host
 from sfl.runtime.server import serve
@@ -34,7 +34,7 @@ def take_rank(run: RunConfig, node: ServerNode) -> None:
 
 def _take_part(ours: World, run: RunConfig, node: ServerNode) -> None:
     ids = range(ours.rank - 1, run.clients, ours.size - 1)
-    common = {f.name: getattr(node, f.name) for f in dataclasses.fields(NodeConfig)}
+    common = {f.name: getattr(node, f.name) for f in dataclasses.fields(PeerNode)}
     own = {"client_ids": ",".join(map(str, ids))} if len(ids) > 1 else {"client_id": ids[0]}
     client = ClientNode(server="mpi://", **common, **own)
     (host if len(ids) > 1 else take_part)(client)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,6 @@ from sfl.environment import command_line, set_up_torch
 from sfl.errors import ConfigError, RunError, command, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
-from sfl.registry import named
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
@@ -56,11 +55,11 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.tracking.tracked import Tracker
 from sfl.tracking.trackers import trackers_of
-from sfl.transport.guard import Terms, exposure, guard_of
+from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TRANSPORTS, ServerNetwork
+from sfl.transport.transports import ServerNetwork, transport_of
 from sfl.trusted_imports import remember
 from sfl.weights.exchange import Elsewhere
 from sfl.weights.object_store import ObjectStore
@@ -82,7 +81,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         raise ConfigError(
             f"--scheme {run.scheme} pools all data in one process: {command('simulate')}"
         )
-    transport = named("--transport", node.transport, TRANSPORTS)
+    transport = transport_of(node)
     check_role(recipe, node)
     _check_node_options(recipe, node)
     trackers = trackers_of(node.track)
@@ -107,8 +106,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
             server = _Server(recipe, node, device, folder, past, start, place, trackers)
-            server.announce(listener.address)
-            lobby = server.lobby(network)
+            server.announce(listener.address, transport.notes(node))
+            lobby = server.lobby(network, may_return=transport.may_return)
             stack.enter_context(lobby.notice)
             stack.enter_context(LiveStatus(path, lambda: server.now(lobby)))
             rounds = server.prepare(lobby)
@@ -158,8 +157,8 @@ class _Server:
         """The fewest connected clients with which a round goes on."""
         return max(self.node.min_clients, fewest_connected(self.recipe))
 
-    def announce(self, address: str) -> None:
-        """Log the run, the address and the number of clients."""
+    def announce(self, address: str, notes: Sequence[str]) -> None:
+        """Log the run, the address, the number of clients, and notes about the transport."""
         events, past = self.folder.events, self.past
         events.note(f"command line: {' '.join(command_line())}")
         needed = counted(past.clients if past else self.run.clients, "client")
@@ -171,7 +170,7 @@ class _Server:
                 f"--aggregation {self.run.aggregation}: a round with fewer than {self._fewest}"
                 " connected clients waits for others"
             )
-        for line in exposure(self.node):
+        for line in notes:
             events.say(line)
 
     def now(self, lobby: Lobby) -> Now:
@@ -214,7 +213,7 @@ class _Server:
             )
         return rounds
 
-    def lobby(self, network: ServerNetwork) -> Lobby:
+    def lobby(self, network: ServerNetwork, *, may_return: bool) -> Lobby:
         """Return the network of this run's clients."""
         recipe, node = self.recipe, self.node
         return Lobby(
@@ -223,7 +222,7 @@ class _Server:
             events=self.folder.events,
             resumed=bool(node.resume),
             fed=self.fed,
-            patience=Patience(self.fed == HERE, node.skip_after_s, self._fewest),
+            patience=Patience(may_return and self.fed == HERE, node.skip_after_s, self._fewest),
             admission=Admission(
                 self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)
             ),

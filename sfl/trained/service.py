@@ -22,7 +22,6 @@ from sfl.errors import ConfigError, NotYet, SflError, counted, reason_of
 from sfl.interactive.run import Run
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ServerNode
-from sfl.registry import named
 from sfl.runtime.lobby import POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.memory import memory_limit_bytes
 from sfl.strategy.split_model import SplitModel
@@ -30,11 +29,11 @@ from sfl.trained.export import back_checksum
 from sfl.trained.inputs import expected_of
 from sfl.trained.models import run_of
 from sfl.transport.buffered import READ_AHEAD_MESSAGES
-from sfl.transport.guard import Terms, exposure, guard_of
+from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tokens import SERVER
-from sfl.transport.transports import TRANSPORTS, ServerNetwork
+from sfl.transport.transports import ServerNetwork, transport_of
 from sfl.wire.driver import Conversation
 from sfl.wire.link import last_words_for
 from sfl.wire.members import Member
@@ -55,7 +54,7 @@ def serve_model(run: RunConfig, node: ServerNode) -> None:
     """
     if run != RunConfig():
         raise ConfigError("--serve: the model is trained; leave out the options of a run")
-    transport = named("--transport", node.transport, TRANSPORTS)
+    transport = transport_of(node)
     guard = guard_of(node, SERVER, MOST_REQUESTERS)
     served = run_of(node.serve, {"threads": node.threads, "allow_import": node.allow_import})
     holding = _Holding.of(served, set_up_torch(node))
@@ -78,7 +77,7 @@ def serve_model(run: RunConfig, node: ServerNode) -> None:
             f" listening on {listener.address} with the {' and '.join(holding.segments)} of"
             f" {holding.split.recipe.title}, for {counted(most, 'requester')} at once"
         )
-        for line in exposure(node):
+        for line in transport.notes(node):
             say(line)
         Service(network, holding, offer, most).run()
 

@@ -70,6 +70,11 @@ def open_stream(
     to = parse_url(address)
     if to.transport == "ws" and dialling.tls is not None:
         raise ConfigError(f"{address}: with --tls-ca give wss://, which is a WebSocket under TLS")
+    if is_reconnect and to.transport in ("mpi", "rpc"):
+        raise RunError(
+            f"over {to.transport} no process can come back: start all again, the server with"
+            " --resume"
+        )
     deadline = time.monotonic() + patience_s
     pause_s, has_reported = 0.1, False
     while isinstance(reached := _try(to, dialling, deadline), str):
@@ -97,6 +102,12 @@ def _over_tcp(to: Address, timeout_s: float) -> Socket:
     return sock
 
 
+def _over_http(to: Address, timeout_s: float) -> Socket:
+    from sfl.transport.http_proxy import connect_through_proxy
+
+    return connect_through_proxy(to, timeout_s) or _over_tcp(to, timeout_s)
+
+
 def _over_mpi(to: Address, timeout_s: float) -> Socket:
     from sfl.transport.mpi import world  # importing it starts MPI
 
@@ -111,7 +122,7 @@ def _over_rpc(to: Address, timeout_s: float) -> Socket:
     return joined().connect()
 
 
-_CONNECTING = {"mpi": _over_mpi, "rpc": _over_rpc}
+_CONNECTING = {"ws": _over_http, "wss": _over_http, "mpi": _over_mpi, "rpc": _over_rpc}
 
 
 def _try(to: Address, dialling: Dialling, deadline: float) -> Stream | str:

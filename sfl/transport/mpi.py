@@ -64,6 +64,7 @@ class World:
     def __init__(self) -> None:
         self.comm = MPI.COMM_WORLD
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.is_one_machine = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == self.size
         self._tags = itertools.count(1)
         self._listener: TunnelListener | None = None
         self._tunnels = Tunnels(self._look)

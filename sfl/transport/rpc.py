@@ -12,17 +12,21 @@ import itertools
 import os
 import socket
 import threading
+import warnings
 from collections import deque
+from pathlib import Path
 
 import torch.distributed.rpc as rpc
 from torch.futures import Future
 
 from sfl.errors import RunError
+from sfl.transport.addresses import is_loopback, parse_address
 from sfl.transport.tunnel import CHUNK, TunnelListener, Tunnels
 from sfl.values import LinkShape
 from sfl.wire.link import one_line
 
 SERVER = "server"
+LOOPBACK = "/sys/class/net/lo"  # Linux's
 _JOIN_WITHIN_S = 600.0
 
 
@@ -89,11 +93,15 @@ class Joined:
         with self._lock:
             if self._name:
                 return
+            if is_loopback(parse_address(address)[0]) and Path(LOOPBACK).exists():
+                # The agent would listen where this machine's name leads, for others as well.
+                os.environ.setdefault("TP_SOCKET_IFNAME", Path(LOOPBACK).name)
             options = rpc.TensorPipeRpcBackendOptions(
                 init_method=f"tcp://{address}", rpc_timeout=_JOIN_WITHIN_S
             )
             try:
-                rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
+                with warnings.catch_warnings(action="ignore"):  # torch's own, about itself
+                    rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
             except (RuntimeError, OSError) as error:
                 raise RunError(
                     f"not all {size} processes have joined at {address}:"
@@ -131,7 +139,7 @@ class Joined:
         """Carry what is on its way, and leave the others."""
         self._tunnels.close()
         if self._name:
-            rpc.shutdown(graceful=False)
+            rpc.shutdown(graceful=False)  # gracefully, it may wait for ever
 
 
 @functools.cache

@@ -1,13 +1,16 @@
 """The table of transports: each opens a server's network and connects to it."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from sfl.errors import ConfigError, command
 from sfl.nodes import PeerNode, ServerNode
-from sfl.transport.addresses import format_address, parse_url
-from sfl.transport.guard import Guard, Terms
+from sfl.registry import named
+from sfl.transport.addresses import format_address, is_loopback, parse_url
+from sfl.transport.guard import Guard, Terms, exposure
 from sfl.transport.listener import listen
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
@@ -45,6 +48,10 @@ class Transport:
     serve: Callable[[Any, Terms, Guard, RefusalLog], AbstractContextManager[ServerNetwork]]
     client: Callable[[PeerNode, Say], AbstractContextManager[Dialler]]
     clients: Callable[[PeerNode, Say], AbstractContextManager[ClientNetwork]]
+    check: Callable[[ServerNode], None] = lambda node: None  # raises ConfigError
+    # What a server says at its start: who can reach it, and what this transport cannot do.
+    notes: Callable[[ServerNode], list[str]] = exposure
+    may_return: bool = True  # whether a client whose connection is lost can come back
 
 
 TCP = Transport(
@@ -58,21 +65,82 @@ WS = replace(TCP, serve=lambda listener, terms, guard, refusals: TcpServer(
 ))  # fmt: skip
 
 
-def _listen_mpi(node: ServerNode, clients: int) -> TunnelListener:
+# What has no use among processes that start together and trust each other.
+_NOT_FIXED = ("token_file", "tls_cert", "tls_key", "tls_client_ca", "serve", "role", "on_missing")
+
+
+def _check_fixed(node: ServerNode) -> None:
+    if given := node.given(_NOT_FIXED):
+        raise ConfigError(
+            f"--transport {node.transport}: leave out {', '.join(given)}: its processes start"
+            " together, trust each other, and none of them can come back"
+        )
+
+
+def _check_mpi(node: ServerNode) -> None:
     from sfl.transport.mpi import world  # importing it starts MPI
 
+    _check_fixed(node)
+    if world().size == 1:
+        raise ConfigError(
+            "--transport mpi: start the server and all clients together: mpirun -n 4 python -m"
+            f" mpi4py {command('mpi')}"
+        )
+    if not (world().is_one_machine or node.insecure):
+        raise ConfigError(
+            "--transport mpi: whoever reaches MPI's ports can take part: give --insecure if only"
+            " trusted peers reach these machines"
+        )
+
+
+def _listen_mpi(node: ServerNode, clients: int) -> TunnelListener:
+    from sfl.transport.mpi import world
+
     return world().listen(node.link_shape)
+
+
+def _check_rpc(node: ServerNode) -> None:
+    _check_fixed(node)
+    if not (is_loopback(node.host) or node.insecure):
+        raise ConfigError(
+            f"--host {node.host}: torch.distributed.rpc runs what its peers send: give --insecure"
+            " if only trusted peers reach this machine, or take --transport tcp"
+        )
 
 
 def _listen_rpc(node: ServerNode, clients: int) -> TunnelListener:
     from sfl.transport.rpc import joined
 
     where = format_address(node.host, node.port)
+    sys.stdout.write(f"waiting until all {clients} clients have joined at {where}\n")
+    sys.stdout.flush()
     return joined().listen(node.link_shape, clients + 1, where)
 
 
-MPI, RPC = (replace(TCP, listen=listen) for listen in (_listen_mpi, _listen_rpc))
+def _fixed_notes(node: ServerNode) -> list[str]:
+    trusted = ["warning: --insecure: whoever reaches these machines' ports can run code on them"]
+    return [
+        f"over {node.transport} no process can come back: if one is lost, start all again with"
+        " --resume",
+        *trusted * node.insecure,
+    ]
+
+
+_FIXED = replace(TCP, notes=_fixed_notes, may_return=False)
+MPI = replace(_FIXED, listen=_listen_mpi, check=_check_mpi)
+RPC = replace(_FIXED, listen=_listen_rpc, check=_check_rpc)
 TRANSPORTS = {"tcp": TCP, "ws": WS, "mpi": MPI, "rpc": RPC}
+
+
+def transport_of(node: ServerNode) -> Transport:
+    """Return the transport of a server.
+
+    Raises:
+        ConfigError: there is no such transport, or it does not go with the node's other options.
+    """
+    row = named("--transport", node.transport, TRANSPORTS)
+    row.check(node)
+    return row
 
 
 def transport_to(address: str) -> Transport:

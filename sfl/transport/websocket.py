@@ -24,11 +24,11 @@ from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
 from sfl.errors import AuthError, ProtocolError
+from sfl.transport.http_proxy import NOT_YET
 from sfl.transport.stream import MAX_UNASKED_BYTES, RAW_BYTES, Stream
 from sfl.wire.link import one_line
 
 MOST_IN_MESSAGE = 2**20  # bytes; who has more to say begins another message
-NOT_YET = (502, 503, 504)  # what a proxy answers while there is no server behind it
 _SILENT = logging.Logger("sfl.transport.websocket", logging.CRITICAL + 1)
 
 
