@@ -13,35 +13,69 @@ from typing import Any
 import torch
 
 from sfl import __version__
-from sfl.errors import ConfigError, RunError, is_clone
+from sfl.errors import ConfigError, RunError, counted, is_clone
 from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
 
 
+class Devices(tuple[torch.device, ...]):
+    """The devices that a process computes on; the first has what there is one of."""
+
+    def of(self, number: int) -> torch.device:
+        """Return the device of a model by its number, which are dealt to the devices in turn."""
+        return self[number % len(self)]
+
+
 def set_up_torch(node: NodeConfig) -> torch.device:
-    """Set threads and determinism of this process; return the device to compute on.
+    """Set up a process that computes on one device, and return it, as ``set_up_devices``."""
+    return set_up_devices(node, 1, "this program").of(0)
+
+
+def set_up_devices(node: NodeConfig, most: int, holder: str) -> Devices:
+    """Set threads and determinism of this process; return the devices to compute on.
+
+    ``most``: the models that the ``holder`` has to spread over devices.
 
     Raises:
-        RunError: there is no such device.
+        ConfigError: there are more devices than models.
+        RunError: there is no such device, or they give different last bits.
     """
+    if len(node.devices) > most:
+        raise ConfigError(
+            f"--device {node.device}: {holder} holds {counted(most, 'model')}; give at most"
+            f" {counted(most, 'device')}"
+        )
     torch.set_num_threads(node.threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    name = node.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = Devices(torch.device(auto if n == "auto" else n) for n in node.devices)
+    if devices[0].type == "cuda":
         # Before the first use of the device: cuBLAS sums in a fixed order only with a fixed
         # workspace. Operations without a deterministic form give a warning.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        _check_gpus(devices)
+    return devices
+
+
+def _check_gpus(devices: Devices) -> None:
+    """Check that these GPUs are there, and of one model.
+
+    Raises:
+        RunError: they are not.
+    """
+    there = torch.cuda.device_count()
+    for device in devices:
+        if (device.index or 0) >= there:
+            raise RunError(f"--device {device}: this machine has {there} such devices")
+    if len(models := {torch.cuda.get_device_name(device): device for device in devices}) > 1:
+        named = ", ".join(f"{device} is {model}" for model, device in models.items())
         raise RunError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} such devices"
+            f"--device: {named}; their last bits differ, so that the run could not be replayed:"
+            " give GPUs of one model"
         )
-    return device
 
 
 def fingerprint(device: torch.device) -> dict[str, str]:

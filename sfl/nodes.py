@@ -42,7 +42,11 @@ class NodeConfig:
 
     table: ClassVar[str] = "server"  # of a TOML configuration file, beside [run]
 
-    device: str = option("auto", "cpu, cuda, cuda:N, or auto: cuda if there is one")
+    device: str = option(
+        "auto", "cpu, cuda, cuda:N, or auto: cuda if there is one; of a server with a copy of its"
+        " model for each client, and of several clients in one process, also a list, as"
+        " cuda:0,cuda:1, over which these are spread",
+    )  # fmt: skip
     threads: int = option(1, "threads that torch computes with; part of what makes a run exact")
     data_dir: str = option("", "folder of the data sets; else $SFL_DATA_DIR, else ./data")
     cache_dir: str = option(
@@ -63,9 +67,17 @@ class NodeConfig:
         """Raise ``ConfigError`` for a value out of range."""
         require(self.threads >= 1, "threads", self.threads, "at least 1")
         _check_timeout("weights_timeout", self.weights_timeout)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"--device {self.device!r}: give auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cuda|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*", self.device, re.ASCII):
+            raise ConfigError(
+                f"--device {self.device!r}: give auto, cpu, cuda or cuda:N, or a list of one kind,"
+                " as cuda:0,cuda:1"
+            )
         check_choices(self)
+
+    @property
+    def devices(self) -> list[str]:
+        """The names of the devices to compute on; a server's models are dealt to them in turn."""
+        return self.device.split(",")
 
     @property
     def data_path(self) -> Path:

@@ -55,7 +55,8 @@ def test_all_is_well_before_a_run_and_the_run_does_not_notice(
     wait_for(server, "client_0 is ready")
     said = lines(launcher.client("--check", "--client-id", 0, "--out", tmp_path / "other"), 0)
     assert said["place"] == "not checked: client_0 is connected, at the moment"
-    said = lines(launcher.client("--check", "--client-ids", "0-1"), 0)
+    said = lines(launcher.client("--check", "--client-ids", "0-1", "--device", "cpu,cpu"), 0)
+    assert said["device"] == "ok: cpu, cpu"
     for program in (server, first, launcher.client("--client-id", 1)):
         program.ended_with(0)
     whole = simulate(RunConfig(**run), NodeConfig(out=str(tmp_path / "whole")))

@@ -13,6 +13,8 @@ from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
 
+TWO = ["--device", "cpu,cpu"]
+
 
 def test_the_ids_are_read() -> None:
     assert ClientNode(client_ids="0-3").hosted == [0, 1, 2, 3]
@@ -32,13 +34,14 @@ def test_what_are_no_ids_is_refused(text: str) -> None:
 def test_hosted_clients_compute_what_processes_of_their_own_would(
     launcher: Launcher, tmp_path: Path, cut: int | str
 ) -> None:
-    """With dropout, which draws from the one generator that they share."""
-    options = ["--model", BN_DROPOUT, "--cut", cut, "--rounds", 2, "--batch-size", 64]
+    """With dropout, which draws from the one generator that they share; spread over devices."""
+    options = ["--model", BN_DROPOUT, "--cut", cut, "--rounds", 2, "--batch-size", 64, *TWO]
     server = launcher.server("--clients", 4, "--run", "r", *options, "--keep-tensors", "none")
     allow = ["--allow-import", BN_DROPOUT]
     hosts = [
-        launcher.client("--client-ids", "0-2", *allow), launcher.client("--client-id", 3, *allow)
-    ]  # fmt: skip
+        launcher.client("--client-ids", "0-2", *allow, *TWO),
+        launcher.client("--client-id", 3, *allow),
+    ]
     for program in [server, *hosts]:
         program.ended_with(0)
     expected = simulated(tmp_path / "simulated", model=BN_DROPOUT, cut=cut, clients=4)

@@ -30,14 +30,14 @@ from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, send_report
 from sfl.conversation.round import client_run
 from sfl.crash import crash_point
-from sfl.environment import command_line, describe, fingerprint, set_up_torch
+from sfl.environment import command_line, describe, fingerprint
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
-from sfl.runtime.client_process import ClientProcess, recipe_of
+from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
 from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_client_state
@@ -65,7 +65,7 @@ def take_part(node: ClientNode) -> None:
     """
     transport = transport_to(node.server)  # a bad address fails before torch starts
     with transport.client(node, say) as dialler:
-        process = ClientProcess(Access.of(node, dialler), set_up_torch(node))
+        process = ClientProcess(Access.of(node, dialler), devices_of(node))
         run_blocking(take_part_in(process, node))
 
 
@@ -123,7 +123,6 @@ class _Client:
         stack: contextlib.ExitStack,
     ) -> None:
         self._node, self._process, self._access = node, process, process.access
-        self._device = process.device
         self._stack = stack
         self._instance = secrets.token_hex(16)
         self._welcome: Welcome | None = None  # of the first connection
@@ -203,7 +202,7 @@ class _Client:
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
         self._access.authenticate(link, peer, SERVER, known.run.run if known else "")
-        ours = fingerprint(self._device)
+        ours = fingerprint(self._process.devices[0])
         joining = client_join(
             link, wanted, ours, instance=self._instance,
             heartbeat_s=interval_s(self._node.peer_timeout),
@@ -239,7 +238,7 @@ class _Client:
             )
         record = options_record(welcome.run, node)
         folder.archive.write("config", "config.json", to_json(record))
-        environment = describe(self._device, command_line())
+        environment = describe(self._process.devices[0], command_line())
         folder.archive.write("environment", "environment.json", to_json(environment))
         return folder
 
@@ -289,7 +288,7 @@ class _Loaded:
     ) -> None:
         self._client, self._recipe = welcome.client, recipe
         self._node, self._access = node, process.access
-        self._folder, self._device = folder, process.device
+        self._folder, self._device = folder, process.device_of(self._client)
         run, events = recipe.run, folder.events
         self._data = process.load(recipe, self._client, node, events.say)
         shape, num_classes = self._data.input_shape, len(self._data.classes)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from sfl import __version__
 from sfl.archive.run_folder import say
 from sfl.config import RunConfig
@@ -19,11 +17,11 @@ from sfl.conversation.check import Answer, client_check
 from sfl.conversation.join import APART, HERE, Welcome
 from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData
-from sfl.environment import fingerprint, set_up_torch
+from sfl.environment import Devices, fingerprint
 from sfl.errors import ConfigError, RunError, SflError, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, allowed_address
-from sfl.runtime.client_process import ClientProcess, recipe_of
+from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
 from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_state_rounds
 from sfl.runtime.same_model import report_of
@@ -48,7 +46,7 @@ def check(node: ClientNode) -> int:
     for k in ids:
         with contextlib.ExitStack() as stack:
             own = dataclasses.replace(node, client_id=k, client_ids="")
-            found.append(_Check(own, transport_to(own.server), stack).run(len(node.hosted)))
+            found.append(_Check(own, transport_to(own.server), stack).run(node))
     return 0 if all(found) else 1
 
 
@@ -73,11 +71,11 @@ class _Check:
         self._say(OK, what, text)
         return value
 
-    def run(self, num_hosted: int) -> bool:
-        """Run all checks; return whether all pass."""
-        device = self._try("device", self._device)
+    def run(self, whole: ClientNode) -> bool:
+        """Run all checks; return whether all pass. ``whole``: the node of all hosted clients."""
+        devices = self._try("device", lambda: _devices(whole))
         access = self._access()
-        process = ClientProcess(access, device, num_hosted) if device and access else None
+        process = ClientProcess(access, devices, whole.hosted) if devices and access else None
         answer = self._ask_which_run(process) if process else None
         if process is not None and answer is not None:
             self._check_run(process, answer.welcome)
@@ -89,7 +87,7 @@ class _Check:
 
     def _ask_which_run(self, process: ClientProcess) -> Answer | None:
         """Ask the server for the run's configuration."""
-        tokens, ours = process.access.tokens, fingerprint(process.device)
+        tokens, ours = process.access.tokens, fingerprint(process.devices[0])
         link = self._try("address", lambda: self._connect(process))
         if link is None:
             return None
@@ -132,10 +130,6 @@ class _Check:
             where = self._node.fed_server or welcome.fed
             self._say(NOT_CHECKED, "weights", f"the fed server at {where} is tried at the start")
 
-    def _device(self) -> tuple[torch.device, str]:
-        device = set_up_torch(self._node)
-        return device, str(device)
-
     def _access(self) -> Access | None:
         try:
             dialler = self._stack.enter_context(self._transport.client(self._node, say))
@@ -171,7 +165,7 @@ class _Check:
         with link:
             if process.access.tokens:
                 self._authenticate(process, link)
-            ours = fingerprint(process.device)
+            ours = fingerprint(process.devices[0])
             talk = client_check(link, self._wanted_id(process), ours, report)
             return run_blocking(talk).problem
 
@@ -231,6 +225,11 @@ class _Check:
             assert place is not None
             place.check()
         return True, f"{place.title} can be used"
+
+
+def _devices(node: ClientNode) -> tuple[Devices, str]:
+    devices = devices_of(node)
+    return devices, ", ".join(map(str, devices))
 
 
 def _folder(node: ClientNode, welcome: Welcome) -> Path:

@@ -1,7 +1,7 @@
 """What the clients of one process share: data, device, and access to the server."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN, deal
 from sfl.data.private_data import load_own, num_images
 from sfl.data.samples import Samples
+from sfl.environment import Devices, set_up_devices
 from sfl.errors import ConfigError
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
@@ -35,18 +36,28 @@ def recipe_of(run: RunConfig, node: ClientNode, client: int) -> Recipe:
     return Recipe.of(run, node.allowed_imports, withholds_labels=True)
 
 
+def devices_of(node: ClientNode) -> Devices:
+    """Set up torch; return the devices of the process's clients, as ``set_up_devices``."""
+    holder = f"--client-ids {node.client_ids}" if node.hosted else "a client without --client-ids"
+    return set_up_devices(node, max(len(node.hosted), 1), holder)
+
+
 @dataclass
 class ClientProcess:
     """What the clients of one process share."""
 
     access: Access
-    device: torch.device
-    num_hosted: int = 0  # clients, with --client-ids; 0: the process is one client
+    devices: Devices
+    hosted: Sequence[int] = ()  # the clients, with --client-ids; empty: the process is one client
     _parts: dict[RunConfig, list[tuple[Samples, Samples]]] = field(default_factory=dict)
 
     @property
     def hosts_many(self) -> bool:
-        return self.num_hosted > 0
+        return bool(self.hosted)
+
+    def device_of(self, client: int) -> torch.device:
+        """Return the device of one of the process's clients."""
+        return self.devices.of(self.hosted.index(client) if self.hosted else 0)
 
     def load(self, recipe: Recipe, client: int, node: ClientNode, notify: Notify) -> ClientData:
         """Load a client's training, validation and test samples.
@@ -73,7 +84,7 @@ class ClientProcess:
         Raises:
             ConfigError: it is more.
         """
-        run, shape, hosted = recipe.run, spec.input_shape, max(self.num_hosted, 1)
+        run, shape, hosted = recipe.run, spec.input_shape, max(len(self.hosted), 1)
         sizes = sizes_of(recipe, shape, len(spec.classes), client)
         known, decoded = spec.num_samples, spec.num_samples if spec.decodes else 0
         if run.partition == OWN:

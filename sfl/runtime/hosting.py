@@ -8,12 +8,11 @@ import contextlib
 import dataclasses
 
 from sfl.archive.run_folder import say
-from sfl.environment import set_up_torch
 from sfl.errors import counted, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access
 from sfl.runtime.client import take_part_in
-from sfl.runtime.client_process import ClientProcess
+from sfl.runtime.client_process import ClientProcess, devices_of
 from sfl.transport.guard import max_open_files
 from sfl.transport.tokens import tokens_of
 from sfl.transport.transports import transport_to
@@ -42,7 +41,7 @@ def host(node: ClientNode) -> None:
 
     with transport_to(node.server).clients(node, say) as network:
         access = Access(tokens_of(node), network, Calls(network.wake, len(hosted)))
-        process = ClientProcess(access, set_up_torch(node), num_hosted=len(hosted))
+        process = ClientProcess(access, devices_of(node), hosted)
         clients = {k: one_client(k) for k in hosted}
         say(f"{counted(len(hosted), 'client')} in this process: {node.client_ids}")
         try:

@@ -35,6 +35,7 @@ def take_rank(run: RunConfig, node: ServerNode) -> None:
 def _take_part(ours: World, run: RunConfig, node: ServerNode) -> None:
     ids = range(ours.rank - 1, run.clients, ours.size - 1)
     common = {f.name: getattr(node, f.name) for f in dataclasses.fields(PeerNode)}
+    common["device"] = node.devices[(ours.rank - 1) % len(node.devices)]
     own = {"client_ids": ",".join(map(str, ids))} if len(ids) > 1 else {"client_id": ids[0]}
     client = ClientNode(server="mpi://", **common, **own)
     (host if len(ids) > 1 else take_part)(client)

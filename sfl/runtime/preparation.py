@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from sfl.archive.layout import TRACKED
 from sfl.archive.profile import Profile
 from sfl.archive.round_log import DOWN, UP, RoundLog
@@ -22,7 +20,7 @@ from sfl.conversation.party import PREFIXES, TRAIN, VALIDATION, ServerParty
 from sfl.conversation.report import describe_data
 from sfl.data.client_data import num_batches
 from sfl.data.vertical import Ids, align
-from sfl.environment import command_line, describe, differences, fingerprint
+from sfl.environment import Devices, command_line, describe, differences, fingerprint
 from sfl.errors import DataError, RunError
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments, States
@@ -69,7 +67,7 @@ class Preparation:
     network: Network
     folder: RunFolder
     node: NodeConfig
-    device: torch.device
+    devices: Devices
     store: Callable[[Link, int], WeightStore]
     past: Past | None = None
     start: StartWeights | None = None  # that a new run starts from; None: the seed's
@@ -87,7 +85,7 @@ class Preparation:
         self._num_samples = {k: parts for k, parts in sorted((int(k), p) for k, p in counts)}
         self._num_train = [parts[TRAIN] for parts in self._num_samples.values()]
         self._first_round = past.first_round if past else 0
-        self._fingerprint = fingerprint(self.device)
+        self._fingerprint = fingerprint(self.devices[0])
 
     def _aligned(self) -> Ids | None:
         """Return the ids that all clients have, if their samples are aligned by them.
@@ -170,7 +168,7 @@ class Preparation:
         if row.exchange is Exchange.NOTHING:
             return {}
         indices = sorted(row.backs_of(self._num_samples))
-        return {b: self._split.segments(Holder.SERVER, self.device) for b in indices}
+        return {b: self._split.segments(Holder.SERVER, self.devices.of(b)) for b in indices}
 
     @cached_property
     def _joint_steps(self) -> JointSteps[Cut] | None:
@@ -207,7 +205,7 @@ class Preparation:
         archive = self.folder.archive
         archive.discard_from(self._first_round, rewritten=REWRITTEN)
         clients = {f"client_{k}": dict(client.fingerprint) for k, client in self.joined.items()}
-        environment = describe(self.device, command_line())
+        environment = describe(self.devices[0], command_line())
         environment |= {"clients": clients, "data": self._data}
         archive.write("config", "config.json", to_json(options_record(self.run, self.node)))
         archive.write("environment", "environment.json", to_json(environment))

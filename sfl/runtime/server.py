@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from sfl.archive.live_status import LiveStatus, Now
 from sfl.archive.run_folder import (
     RUN_OVER,
@@ -28,7 +26,7 @@ from sfl.conversation.fed import put_start
 from sfl.conversation.join import APART, HERE, Joined, reports_of
 from sfl.conversation.report import describe_data
 from sfl.crash import crash_point
-from sfl.environment import command_line, set_up_torch
+from sfl.environment import Devices, command_line, set_up_devices
 from sfl.errors import ConfigError, RunError, command, counted
 from sfl.files.atomic import write_file
 from sfl.nodes import ServerNode
@@ -85,7 +83,8 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
     check_role(recipe, node)
     _check_node_options(recipe, node)
     trackers = trackers_of(node.track)
-    device = set_up_torch(node)
+    num_backs = len(recipe.scheme.backs_of(range(run.most_clients)))
+    devices = set_up_devices(node, num_backs, f"a server of --scheme {run.scheme}")
     past = _past_of(recipe, node)
     start = None if past else read_start(node.init, recipe)
     check_start(start, recipe)
@@ -105,7 +104,7 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
-            server = _Server(recipe, node, device, folder, past, start, place, trackers)
+            server = _Server(recipe, node, devices, folder, past, start, place, trackers)
             server.announce(listener.address, transport.notes(node))
             lobby = server.lobby(network, may_return=transport.may_return)
             stack.enter_context(lobby.notice)
@@ -135,7 +134,7 @@ class _Server:
 
     recipe: Recipe
     node: ServerNode
-    device: torch.device
+    devices: Devices
     folder: RunFolder
     past: Past | None
     start: StartWeights | None
@@ -196,7 +195,7 @@ class _Server:
             network=lobby,
             folder=self.folder,
             node=node,
-            device=self.device,
+            devices=self.devices,
             store=make if is_here else lambda link, most_bytes: Elsewhere(),
             past=self.past,
             start=self.start,

@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sfl.archive.live_status import LiveStatus
 from sfl.archive.profile import Profile
 from sfl.archive.run_folder import (
@@ -33,7 +31,7 @@ from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN, deal
 from sfl.data.private_data import load_own
 from sfl.data.samples import join
-from sfl.environment import fingerprint, set_up_torch
+from sfl.environment import Devices, fingerprint, set_up_devices
 from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder
@@ -224,7 +222,8 @@ def simulate(
     start = read_start(node.init if isinstance(node, TrackingNode) else "", recipe)
     check_start(start, recipe)
     recipe = started(recipe, start)
-    device = set_up_torch(node)
+    num_clients = 1 if recipe.scheme.pooled else run.clients
+    devices = set_up_devices(node, num_clients, f"a simulation of {counted(num_clients, 'client')}")
     data = _load_all(recipe, node)
     if recipe.scheme.pooled:
         data = {0: pooled(data, recipe.run)}
@@ -237,7 +236,7 @@ def simulate(
         reporting_failure(folder),
     ):
         folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
-        clients, network = _Clients(recipe, node, device, data), LocalNetwork(away)
+        clients, network = _Clients(recipe, node, devices, data), LocalNetwork(away)
         options = StoreOptions(
             recipe.run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
@@ -247,7 +246,7 @@ def simulate(
             network=network,
             folder=folder,
             node=node,
-            device=device,
+            devices=devices,
             store=store_maker(options.open_place(), options),
             start=start,
             trackers=trackers or {},
@@ -263,10 +262,10 @@ class _Clients:
     """The clients of a simulation, each a conversation over a link within the process."""
 
     def __init__(
-        self, recipe: Recipe, node: NodeConfig, device: torch.device, data: Mapping[int, ClientData]
+        self, recipe: Recipe, node: NodeConfig, devices: Devices, data: Mapping[int, ClientData]
     ) -> None:
-        self._recipe, self._node, self._device, self._data = recipe, node, device, data
-        self._fingerprint = fingerprint(device)
+        self._recipe, self._node, self._devices, self._data = recipe, node, devices, data
+        self._fingerprint = fingerprint(devices[0])
         self._reports = {
             k: DataReport.of(part, recipe.run, keeps_labels=recipe.keeps_labels)
             for k, part in data.items()
@@ -303,7 +302,7 @@ class _Clients:
 
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
         recipe, split, link = self._recipe, rounds.split, self._ends[client][1]
-        segments = split.of_party(client).segments(Holder.CLIENT, self._device)
+        segments = split.of_party(client).segments(Holder.CLIENT, self._devices.of(client))
         folder = _client_folder(recipe.run, self._node, client)
         return ClientParty(
             client=client,
