@@ -1,6 +1,7 @@
 """experiments.bench: what it reports, and one small run of it."""
 
 import csv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from experiments.bench.contenders import Sample, _span
 from experiments.bench.peers.sockets import COUNT
 from experiments.bench.report import Result, phases_table, table, write_all
 from experiments.bench.rows import Row
+from experiments.bench.transports import TRANSPORTS, Plan
 from experiments.measure.many_clients import numbers
 from sfl.errors import ConfigError
 from sfl.files.torch_file import encode
@@ -69,12 +71,25 @@ def test_a_round_lasts_from_its_first_clients_beginning_to_its_last_ones_end() -
     assert [_span(rows, "at", "took") for rows in (turns, together)] == [6.0, 4.0]
 
 
+def test_all_processes_over_rpc_know_their_rank(tmp_path: Path) -> None:
+    _, over = TRANSPORTS["SFL over rpc"]
+    server, *clients = over(Plan(2, ["--rounds", "3"], ["--threads", "2"], tmp_path))
+    assert server[-2:] == ["--rounds", "3"]
+    port = server[server.index("--port") + 1]
+    for k, command in enumerate(clients):
+        assert f"rpc://127.0.0.1:{port}/{k + 1}/3" in command
+        assert command[-4:] == ["--client-id", str(k), "--threads", "2"]
+
+
 @pytest.mark.slow
 def test_a_step_is_one_round_trip_and_little_more_than_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peers = {"absent": ("none", "no_such_package"), BARE: turns.PEERS[BARE]}
     monkeypatch.setattr(turns, "PEERS", peers)
+    over = {title: TRANSPORTS[title] for title in ("SFL over wss", "SFL over mpi")}
+    monkeypatch.setattr(turns, "TRANSPORTS", over)
+    over = {title: way for title, way in over.items() if find_spec(way[0])}
     options = ["--rows", "mlp-128-1", "--blocks", "1", "--steps", "3", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *options])
     bench.main()
@@ -82,11 +97,11 @@ def test_a_step_is_one_round_trip_and_little_more_than_its_files(
         row["contender"]: row
         for row in csv.DictReader((tmp_path / "bench.csv").read_text().splitlines())
     }
-    assert list(rows) == [turns.ALONE, *turns.ARCHIVES, BARE]
+    assert list(rows) == [turns.ALONE, *turns.ARCHIVES, *over, BARE]
     labels, cut = torch.zeros(128, dtype=torch.int64), torch.zeros(128, 128)
     assert float(rows[BARE]["bytes"]) == COUNT.size + labels.nbytes + 2 * cut.nbytes
     files = len(encode(labels)) + 2 * len(encode(cut))
-    for title in turns.ARCHIVES:
+    for title in [*turns.ARCHIVES, *over]:
         assert float(rows[title]["round_trips"]) == 1.0
         assert files < float(rows[title]["bytes"]) <= 1.02 * files
         assert float(rows[title]["ms"]) > 0

@@ -11,15 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
 from experiments.bench.rows import Row
+from experiments.bench.transports import TCP, Commands, Plan
 from experiments.support.process_tree import Tree
-from experiments.support.processes import ROOT, last_line, running
+from experiments.support.processes import ROOT, last_line
 from sfl.archive.profile import PHASES
 from sfl.errors import RunError
 
@@ -129,18 +130,24 @@ class Sfl:
         folder: Path,
         server_options: Sequence[str],
         client_options: Sequence[str] = (),
+        *,
+        over: Callable[[Plan], Commands] = TCP,
     ) -> None:
         self.title = title
         name = re.sub("[^A-Za-z0-9]+", "-", title)
+        own = folder / f"logs-{name}"
+        own.mkdir()
         out = ["--out", str(folder), "--profile", "--peer-timeout", "3600"]
-        self._processes = stack.enter_context(
-            running([*row.run_options(), "--run", name, *out, *server_options])
-        )
-        address = self._processes.address
-        self._processes.start_clients([address] * row.clients, [*out, *client_options])
-        clients = self._processes.clients
-        self._tree = Tree(self._processes.server.pid, *(c.pid for c in clients))
-        stack.callback(self._tree.signal, signal.SIGCONT)
+        server = [*row.run_options(), "--run", name, *out, *server_options]
+        self._log = own / "errors"
+        self._processes = []
+        for command in over(Plan(row.clients, server, [*out, *client_options], own)):
+            with open(self._log, "a") as errors:
+                self._processes.append(
+                    subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+                )
+        self._tree = Tree(*(process.pid for process in self._processes))
+        stack.callback(self._end)
         self._server = folder / "server" / name / "profile.csv"
         self._clients = [
             folder / "client" / name / f"client_{k}" / "profile.csv" for k in range(row.clients)
@@ -155,10 +162,14 @@ class Sfl:
 
     def _wait_for_rounds(self, wanted: int) -> None:
         while self._num_rounds() < wanted:
-            if self._processes.server.poll() is not None:
-                self._processes.wait()
-                raise RunError(f"{self.title}: the run is over; give it more --rounds")
+            if any(process.poll() is not None for process in self._processes):
+                raise RunError(f"{self.title}: {last_line(self._log)}")
             time.sleep(0.01)
+
+    def _end(self) -> None:
+        self._tree.end()
+        for process in self._processes:
+            process.wait()
 
     def block(self, num_steps: int) -> list[Sample]:
         first = self._num_rounds() + 1  # that counts

@@ -12,6 +12,7 @@ from statistics import fmean
 from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sample, Sfl
 from experiments.bench.report import Result
 from experiments.bench.rows import FEW_DIGITS, Row
+from experiments.bench.transports import TRANSPORTS
 from sfl.values import LinkShape
 
 ALONE = "arithmetic alone"
@@ -63,17 +64,28 @@ def start(
     """Start all contenders of a row; who lacks a package is named and left out."""
     rounds = (options.blocks + 1) * (BLOCK_ROUNDS + 1) + 3
     contenders: list[Contender] = [Peer(stack, ALONE, "alone", row, folder)]
-    client = ["--allow-import", FEW_DIGITS]
+    server, client = ["--rounds", str(rounds)], ["--allow-import", FEW_DIGITS]
     if options.link:
         link, title = ["--link", options.link], f"SFL over {options.link}"
-        server = ["--rounds", str(rounds)]
         return [*contenders, Sfl(stack, title, row, folder, server, [*client, *link])]
     for title, keep in ARCHIVES.items():
-        server = ["--rounds", str(rounds), "--keep-tensors", keep]
-        contenders.append(Sfl(stack, title, row, folder, server, client))
-    for title, (module, package) in PEERS.items() if row.has_peers else ():
-        if importlib.util.find_spec(package):
+        own = [*server, "--keep-tensors", keep]
+        contenders.append(Sfl(stack, title, row, folder, own, client))
+    if not row.has_peers:
+        return contenders
+    for title, (package, over) in TRANSPORTS.items():
+        if is_there(package, title, row):
+            own = [*server, "--keep-tensors", "none"]
+            contenders.append(Sfl(stack, title, row, folder, own, client, over=over))
+    for title, (module, package) in PEERS.items():
+        if is_there(package, title, row):
             contenders.append(Peer(stack, title, module, row, folder))
-        else:
-            print(f"{row.name}: without {title}: there is no {package}; pip install {package}")
     return contenders
+
+
+def is_there(package: str, title: str, row: Row) -> bool:
+    """Return whether the package is there that a contender needs; name it if it is not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{row.name}: without {title}: there is no {package}; pip install {package}")
+    return found
