@@ -150,7 +150,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
-    known |= {"--rows", "--blocks", "--hosts"}  # bench's, measure.many_clients'
+    known |= {"--rows", "--blocks", "--steps", "--hosts"}  # bench's, measure.many_clients'
     known |= set(
         re.findall(r"--[a-z-]+", "\n".join(re.findall(r"(?:gcloud|docker) .*", "\n".join(pages))))
     )
