@@ -14,6 +14,7 @@ import socket
 import threading
 import warnings
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed.rpc as rpc
@@ -73,6 +74,24 @@ def _arrive(sender: str, number: int, data: bytes) -> "Future[None]":
     return answer
 
 
+def _interruptible(call: Callable[[], None]) -> Exception | None:
+    """Run a call that takes no notice of Ctrl-C on a thread; return the error that it raised."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch's own, about itself
+                call()
+        except (RuntimeError, OSError) as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="join", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return errors[0] if errors else None
+
+
 class Joined:
     """The processes that have joined, seen from one of them."""
 
@@ -99,14 +118,13 @@ class Joined:
             options = rpc.TensorPipeRpcBackendOptions(
                 init_method=f"tcp://{address}", rpc_timeout=_JOIN_WITHIN_S
             )
-            try:
-                with warnings.catch_warnings(action="ignore"):  # torch's own, about itself
-                    rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
-            except (RuntimeError, OSError) as error:
+            why = _interruptible(
+                lambda: rpc.init_rpc(name, rank=rank, world_size=size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
+            )
+            if why is not None:
                 raise RunError(
-                    f"not all {size} processes have joined at {address}:"
-                    f" {one_line(str(error), 200)}"
-                ) from error
+                    f"not all {size} processes have joined at {address}: {one_line(str(why), 200)}"
+                ) from why
             self._name = name
 
     def connect(self) -> socket.socket:

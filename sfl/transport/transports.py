@@ -126,9 +126,13 @@ def _fixed_notes(node: ServerNode) -> list[str]:
     ]
 
 
+def _one_a_process(node: PeerNode, say: Say) -> AbstractContextManager[ClientNetwork]:
+    raise ConfigError("over rpc each client is a process of its own: give --client-id, not -ids")
+
+
 _FIXED = replace(TCP, notes=_fixed_notes, may_return=False)
 MPI = replace(_FIXED, listen=_listen_mpi, check=_check_mpi)
-RPC = replace(_FIXED, listen=_listen_rpc, check=_check_rpc)
+RPC = replace(_FIXED, listen=_listen_rpc, check=_check_rpc, clients=_one_a_process)
 TRANSPORTS = {"tcp": TCP, "ws": WS, "mpi": MPI, "rpc": RPC}
 
 
