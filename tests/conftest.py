@@ -48,8 +48,11 @@ def signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path)
+def launcher(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    """What starts programs; its parameter, if it has one, is their transport."""
+    launcher = Launcher(tmp_path, transport=getattr(request, "param", "tcp"))
+    if launcher.transport != "tcp":
+        pytest.importorskip("websockets")
     yield launcher
     launcher.end()
 

@@ -12,7 +12,7 @@ from sfl.nodes import NodeConfig
 from sfl.runtime.simulation import LocalLink, simulate
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
-from tests.support.launch import Launcher
+from tests.support.launch import Launcher, in_turns
 from tests.support.made_data import write_own
 from tests.support.pairwise import pairwise
 from tests.support.plain_training import ordinary_training
@@ -26,8 +26,9 @@ SGD = ["--optimizer", "sgd", "--lr", "0.05", "--momentum", "0.9", "--weight-deca
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "partition", "optimizer", "state"),
-    pairwise(MODELS, ["iid", "sizes:0.2,0.2,0.6"], ["adam", "sgd"], ["reset", "keep"]),
+    ("launcher", "model", "partition", "optimizer", "state"),
+    in_turns(pairwise(MODELS, ["iid", "sizes:0.2,0.2,0.6"], ["adam", "sgd"], ["reset", "keep"])),
+    indirect=["launcher"],
 )
 def test_a_socket_run_equals_the_simulation(
     launcher: Launcher, tmp_path: Path, model: str, partition: str, optimizer: str, state: str

@@ -23,7 +23,15 @@ from sfl.runtime import replay
 from sfl.runtime.recorded_run import load
 from sfl.runtime.simulation import Away
 from sfl.strategy.order import draw
-from tests.support.launch import Launcher, Program, options_of, send_signal, wait_for, was_killed
+from tests.support.launch import (
+    Launcher,
+    Program,
+    in_turns,
+    options_of,
+    send_signal,
+    wait_for,
+    was_killed,
+)
 from tests.support.runs import ALLOW, OWN_STATE, RUN, STEPS
 from tests.support.simulations import reference
 from tests.support.weights import assert_same
@@ -65,7 +73,12 @@ EACH_SCHEME = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", EACH_SCHEME, ids=lambda s: s.get("topology") or s["scheme"])
+@pytest.mark.parametrize(
+    ("launcher", "scheme"),
+    in_turns(EACH_SCHEME),
+    indirect=["launcher"],
+    ids=lambda s: s if isinstance(s, str) else s.get("topology") or s["scheme"],
+)
 def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(
     launcher: Launcher, tmp_path: Path, scheme: dict[str, object], references: References
 ) -> None:
@@ -123,7 +136,7 @@ def test_every_crash_point_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", SERVER_POINTS)
+@pytest.mark.parametrize(("launcher", "point"), in_turns(SERVER_POINTS), indirect=["launcher"])
 def test_a_server_that_dies_anywhere_goes_on(
     launcher: Launcher, point: str, references: References
 ) -> None:
@@ -138,9 +151,12 @@ def test_a_server_that_dies_anywhere_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("point", "count", "run"),
-    [(p, n, OWN_STATE) for p, n in CLIENT_POINTS.items()]
-    + [(p, n, AVERAGED) for p, n in {"front.before_update": 12, **WEIGHTS_POINTS}.items()],
+    ("launcher", "point", "count", "run"),
+    in_turns(
+        [(p, n, OWN_STATE) for p, n in CLIENT_POINTS.items()]
+        + [(p, n, AVERAGED) for p, n in {"front.before_update": 12, **WEIGHTS_POINTS}.items()]
+    ),
+    indirect=["launcher"],
 )
 def test_a_client_that_dies_anywhere_comes_back(
     launcher: Launcher, point: str, count: int, run: dict[str, object], references: References
@@ -161,11 +177,12 @@ def test_a_client_that_dies_anywhere_comes_back(
 
 
 @pytest.mark.parametrize(
-    ("what", "count", "within", "least", "batch"),
+    ("launcher", "what", "count", "within", "least", "batch"),
     [
-        pytest.param("cut", 25, 400_000, 10, 50, marks=pytest.mark.slow),
-        ("flip", 12, 200_000, 5, RUN["batch_size"]),
+        pytest.param("wss", "cut", 25, 400_000, 10, 50, marks=pytest.mark.slow),
+        ("ws", "flip", 12, 200_000, 5, RUN["batch_size"]),
     ],
+    indirect=["launcher"],
 )
 def test_connections_that_break_or_bits_that_flip_anywhere_leave_no_trace(
     launcher: Launcher, references: References,
@@ -183,7 +200,7 @@ def test_connections_that_break_or_bits_that_flip_anywhere_leave_no_trace(
     link = SlowLink("127.0.0.1", launcher.port, **{f"{what}_after": after})
     server = launcher.server(*options_of(run))
     clients = [
-        launcher.client("--client-id", k, *ALLOW, "--server", link.address) for k in range(3)
+        launcher.client("--client-id", k, *ALLOW, *launcher.at(link.address)) for k in range(3)
     ]
     try:
         for program in (server, *clients):

@@ -10,12 +10,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import cycle
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from sfl.cli import main_client, main_predict, main_server, main_watch
+from tests.support.certificates import Certificates
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo when the first optimiser is made: a second for each process.
@@ -30,9 +33,16 @@ _CONTEXT.set_forkserver_preload(
     ]
 )
 TIMEOUT_S = 120
+SCHEMES = {"tcp": "", "ws": "ws://", "wss": "wss://"}  # of addresses, by transport
 # No test reaches out: a download ends at a proxy that is not there.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:1")
 OFFLINE["no_proxy"] = "127.0.0.1"
+
+
+def in_turns(values: Iterable[object]) -> list[tuple[object, ...]]:
+    """Return each value, or tuple of values, behind the next transport: tcp, ws, wss, tcp, ..."""
+    rows = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [(transport, *row) for transport, row in zip(cycle(SCHEMES), rows, strict=False)]
 
 
 def free_port() -> int:
@@ -95,6 +105,21 @@ class Launcher:
     port: int = field(default_factory=free_port)
     programs: list[Program] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    transport: str = "tcp"  # of SCHEMES
+
+    def at(self, address: str) -> list[object]:
+        """Return a client's options that lead it to HOST:PORT over the transport."""
+        trust = ["--tls-ca", self._certificates.trust] if self.transport == "wss" else []
+        return ["--server", f"{SCHEMES[self.transport]}{address}", *trust]
+
+    @cached_property
+    def _certificates(self) -> Certificates:
+        return Certificates(self.folder)
+
+    @cached_property
+    def _of_server(self) -> list[object]:
+        own = self._certificates.issue("server") if self.transport == "wss" else []
+        return [*(["--transport", "ws"] if self.transport != "tcp" else []), *own]
 
     def _start(
         self,
@@ -112,7 +137,7 @@ class Launcher:
         return self.programs[-1]
 
     def server(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
-        argv = ["--port", self.port, "--out", self.folder, *options]
+        argv = ["--port", self.port, "--out", self.folder, *self._of_server, *options]
         return self._start("server", main_server, argv, env)
 
     def fed(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
@@ -120,7 +145,7 @@ class Launcher:
         return self._start("fed", main_server, argv, env)
 
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
-        argv = ["--server", f"127.0.0.1:{self.port}", "--out", self.folder, *options]
+        argv = [*self.at(f"127.0.0.1:{self.port}"), "--out", self.folder, *options]
         return self._start("client", main_client, argv, env)
 
     def watch(self, *options: object) -> str:
@@ -131,7 +156,7 @@ class Launcher:
         return program.out
 
     def predict(self, *options: object) -> Program:
-        argv = ["--server", f"127.0.0.1:{self.port}", *options]
+        argv = [*self.at(f"127.0.0.1:{self.port}"), *options]
         return self._start("predict", main_predict, argv)
 
     def run(
