@@ -19,6 +19,7 @@ from experiments.hostile.files import RunsCode, hostile_files, saved
 from experiments.hostile.insiders import Insider, insiders, try_insider, write_bystander
 from experiments.hostile.strangers import SLOW_ATTACKS, quick_attacks
 from experiments.hostile.target import Target, target_of
+from experiments.hostile.upgrades import FRAMES, SLOW_UPGRADES, try_frames
 from sfl.archive.checkpoint import checkpoint_paths, path_of, round_of
 from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import manifest_line, read_manifest
@@ -45,7 +46,7 @@ JSON = "INVALID_MESSAGE: a message's JSON cannot be read: "
 NAME = "is not up to 128 letters"
 # What a server with tokens answers to whoever reaches its port.
 ANSWERS = {
-    "HTTP": "INVALID_MESSAGE: the peer does not speak the SFL protocol",
+    "HTTP": "(from the server|INVALID_MESSAGE): the peer does not speak the SFL protocol",
     "random bytes": "INVALID_MESSAGE: the peer does not speak the SFL protocol",
     "SFL 0.1": "from the server: it runs SFL 0.1 .protocol 1",
     "a flipped bit in the magic": "TRY_AGAIN: the head of a message arrived damaged",
@@ -86,6 +87,36 @@ ANSWERS = {
     "plain text to a TLS port": "INVALID_MESSAGE: this server speaks TLS alone",
     "TLS 1.0": "no TLS: .*(PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL|NO_PROTOCOLS)",
     "half-open connections": "INVALID_MESSAGE: .*REGISTER, expected was PROOF",
+    "an upgrade to WebSocket 8": "HTTP/1.1 4(00|26) ",
+    "an upgrade without a key": "HTTP/1.1 400 ",
+    "an upgrade with a key of one byte": "HTTP/1.1 400 ",
+    "an upgrade by HTTP/1.0": "HTTP/1.1 505 |closed",
+    "an upgrade by HTTP/3.0": "closed the connection",
+    "an upgrade by POST": "INVALID_MESSAGE: the peer does not speak the SFL protocol",
+    "an upgrade by GETS": "HTTP/1.1 405 |closed",
+    "a browser's Origin": "HTTP/1.1 403 ",
+    "an upgrade with a body": "closed the connection",
+    "an upgrade in chunks": "closed the connection",
+    "a header of 1 MB": "HTTP/1.1 431 |closed",
+    "10,000 headers": "HTTP/1.1 431 |closed",
+    "a header of no name": "closed the connection",
+    "a line that does not end": "HTTP/1.1 414 |closed",
+    "an offer to compress": "INVALID_MESSAGE: this server asks for a token",
+    "a WebSocket's frame of 2^63 bytes": "closed: 1009 .*9223372036854775808 bytes exceeds limit",
+    "a WebSocket's frame of 1 GB": "closed: 1009 .*1000000000 bytes exceeds limit of 1048576",
+    "fragments for ever": "closed the connection|INVALID_MESSAGE: |TRY_AGAIN: the head",
+    "empty fragments for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
+    "a compressed message": "closed: 1002 reserved bits must be 0",
+    "a frame without a mask": "closed: 1002 incorrect masking",
+    "an unknown opcode": "closed: 1002 invalid opcode",
+    "a long ping": "closed: 1002 control frame too long",
+    "pings for ever": "closed the connection",
+    "pongs for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
+    "empty messages for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
+    "closes for ever": "closed",
+    "a close of no code": "closed: 1002 close frame too short",
+    "text": "INVALID_MESSAGE: a WebSocket's text; SFL sends binary messages",
+    "a continuation of nothing": "closed: 1002 unexpected continuation frame",
 }
 
 
@@ -97,7 +128,8 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     write_tokens(every, [f"0 {'t' * 40}", f"3 {'a' * 40}"])
     write_tokens(own, [f"3 {'a' * 40}"])
     ca = Certificates(launcher.folder)
-    options = ["--clients", 1, "--rounds", 1, "--run", "r", "--token-file", every]
+    options = ["--clients", 1, "--rounds", 1, "--run", "r", "--transport", "ws"]
+    options += ["--token-file", every]
     server = launcher.server(*FAST, *options, *ca.issue("server"))
     wait_for(server, "listening")
     yield Target("127.0.0.1", launcher.port, tls=True, tokens=read_tokens(own))
@@ -114,15 +146,19 @@ def test_every_attack_has_its_answer() -> None:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_whoever_reaches_the_port_is_answered_and_closed(attacked: Target, name: str) -> None:
-    assert re.match(ANSWERS[name], quick_attacks()[name](attacked))
+@pytest.mark.parametrize("over", ["tcp", "ws"])
+def test_whoever_reaches_the_port_is_answered_and_closed(
+    attacked: Target, name: str, over: str
+) -> None:
+    target = dataclasses.replace(attacked, websocket=over == "ws")
+    assert re.match(ANSWERS[name], quick_attacks()[name](target))
 
 
 @pytest.fixture(scope="module")
 def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     launcher = Launcher(tmp_path_factory.mktemp("insider"))
     own = ["--partition", "own", "--batch-size", 4, "--clients", 2, "--run", "r", "--rounds", 1]
-    server = launcher.server("--model", "mlp", *own)
+    server = launcher.server("--model", "mlp", *own, "--transport", "ws")
     wait_for(server, "listening")
     data = write_bystander(launcher.folder / "bystander")
     launcher.client("--client-id", 1, "--data-dir", data)
@@ -134,7 +170,8 @@ def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Targe
 
 @pytest.mark.parametrize("name", insiders())
 def test_a_client_that_means_harm_is_refused(open_to_insiders: Target, name: str) -> None:
-    answer = try_insider(open_to_insiders, insiders()[name])
+    target = dataclasses.replace(open_to_insiders, websocket=len(name) % 2 == 0)
+    answer = try_insider(target, insiders()[name])
     # What was damaged on the way may be sent again; whatever else it is, is its own fault.
     passing = name == "a file damaged on the way"
     assert answer.startswith("TRY_AGAIN: " if passing else "INVALID_MESSAGE: ")
@@ -145,6 +182,17 @@ def test_a_client_that_means_harm_is_refused(open_to_insiders: Target, name: str
     if kind == "activations" and what in hostile_files():
         _, reason = hostile_files()[what]
         assert re.search(f"{reason}|at most|expected", answer)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_client_that_sends_odd_frames_loses_its_connection(
+    open_to_insiders: Target, name: str
+) -> None:
+    """All but text could be damage on the way, or endless: the client may come again."""
+    answer = try_frames(open_to_insiders, name)
+    endless = "for ever" in name
+    wanted = ANSWERS[name] + "|TRY_AGAIN: .* arrived damaged" * endless
+    assert re.match(wanted, answer)
 
 
 # Files that somebody gave us
@@ -404,21 +452,19 @@ def test_a_crowd_gets_no_threads_and_little_memory(launcher: Launcher) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["wss"], indirect=True)
 def test_a_run_that_is_attacked_in_every_way_ends_with_the_same_weights(
     launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"model": "mlp", "batch_size": 100, "rounds": 400, "clients": 3, "run": "r"}
     options |= {"keep_tensors": "none"}
     auth_main(["new-token", str(tmp_path / "tokens"), "--clients", "4"])
-    ca = Certificates(tmp_path)
     words = [w for n, v in options.items() for w in (f"--{n.replace('_', '-')}", v)]
-    words += ["--token-file", tmp_path / "tokens", *ca.issue("server")]
-    server = launcher.server(*words)
-    own = ["--tls-ca", ca.trust, "--token-file"]
-    clients = [launcher.client(*own, tmp_path / f"tokens.{k}") for k in range(3)]
+    server = launcher.server(*words, "--token-file", tmp_path / "tokens")
+    clients = [launcher.client("--token-file", tmp_path / f"tokens.{k}") for k in range(3)]
     wait_for(server, "round 2/")
     folder = launcher.folder / "server/r"
-    argv = ["--server", f"127.0.0.1:{launcher.port}", "--seconds", 1, "--folder", folder]
+    argv = ["--server", f"wss://127.0.0.1:{launcher.port}", "--seconds", 1, "--folder", folder]
     argv += ["--token-file", tmp_path / "tokens.3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["hostile", *map(str, argv)])
@@ -428,8 +474,8 @@ def test_a_run_that_is_attacked_in_every_way_ends_with_the_same_weights(
     answers = {line[:50].rstrip(): line[68:] for line in table.splitlines()}
     assert answers.keys() >= quick_attacks().keys() | SLOW_ATTACKS.keys()
     assert answers["1,000 idle connections"].endswith("closed all")
-    for name in ("half a frame, and silence", "a byte every 5 seconds"):
-        assert answers[name].startswith(("closed the connection", "INVALID_MESSAGE: register"))
+    for name in ("half a frame, and silence", "a byte every 5 seconds", *SLOW_UPGRADES):
+        assert answers[name].startswith(("closed the connection", "TRY_AGAIN: register")), name
     # A checkpoint's files are on disk before it is.
     while not any(round_of(path) >= 40 for path in checkpoint_paths(folder)):
         server.process.join(0.02)

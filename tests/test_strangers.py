@@ -90,7 +90,7 @@ def test_what_is_small_adds_up(launcher: Launcher, tmp_path: Path) -> None:
         visitor = PendingConnection(ours, Guard())
         visitor.stream.raw_bytes_received = MAX_RAW_BYTES
         theirs.sendall(b"x")
-        with pytest.raises(ConnectionLost, match="bytes of TLS"):
+        with pytest.raises(ConnectionLost, match="bytes before it was admitted"):
             visitor.process()
 
 

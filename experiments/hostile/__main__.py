@@ -2,15 +2,15 @@
 
 python -m experiments.hostile [--seconds N]
 python -m experiments.hostile --memory
-python -m experiments.hostile --server HOST:PORT [--seconds N] [--token-file FILE] [--folder RUN]
+python -m experiments.hostile --server ADDRESS [--seconds N] [--token-file FILE] [--folder RUN]
 
-The third attacks a server of this machine that runs already, as whoever reaches its port; with
---token-file, as somebody who has a client's token besides. The first starts all itself: a run of
-three honest clients with tokens and TLS, once alone and once with attacks in every other stretch of
-rounds; then a server whose one client means harm, and one that wants clients' certificates; then
-servers and clients whose memory the other side takes, which --memory tries alone. It
-compares all weights, steps and figures of the two honest runs, and a round's time with and without
-the attacker in the same run.
+The third attacks a server of this machine that runs already, at HOST:PORT or ws://HOST:PORT/, as
+whoever reaches its port; with --token-file, as somebody who has a client's token besides. The first
+starts all itself: a run of three honest clients with tokens and TLS, one over TCP and two over
+WebSocket, once alone and once with attacks in every other stretch of rounds; then a server whose
+one client means harm, and one that wants clients' certificates; then servers and clients whose
+memory the other side takes, which --memory tries alone. It compares all weights, steps and figures
+of the two honest runs, and a round's time with and without the attacker in the same run.
 
 Attacks go to this machine's loopback alone. Exit code 0 if nobody was disturbed, else 1.
 """
@@ -40,7 +40,11 @@ def main() -> int:
 
 def parse() -> Namespace:
     parser = Parser(prog="python -m experiments.hostile", description=__doc__.partition("\n")[0])
-    parser.add_argument("--server", metavar="HOST:PORT", help="that runs already, on this machine")
+    parser.add_argument(
+        "--server",
+        metavar="ADDRESS",
+        help="HOST:PORT or ws://HOST:PORT/ of one that runs already, on this machine",
+    )
     parser.add_argument("--memory", action="store_true", help="try alone what takes memory")
     parser.add_argument("--seconds", type=float, default=60.0, help="of attacks (default: 60)")
     parser.add_argument("--token-file", default="", help="the attacker's own, with --server")

@@ -28,6 +28,7 @@ from experiments.hostile.memory import (
 )
 from experiments.hostile.strangers import shows, tls_to_plain_text
 from experiments.hostile.target import Target, target_of
+from experiments.hostile.upgrades import FRAMES, try_frames
 from experiments.support.processes import ROOT, running
 from experiments.support.small_ca import SmallCA
 from sfl.archive.run_folder import create_run_folder
@@ -52,11 +53,15 @@ def lone_server(
 
 
 def insider(out: Path) -> Table:
-    """Let one of two clients do harm; each time it registers anew with a server that goes on."""
+    """Let one of two clients do harm over WebSocket.
+
+    Each time it registers anew with a server that goes on.
+    """
     own_data = write_bystander(out / "bystander")
-    with lone_server(out, "insider", ["--clients", "2"], own_data) as address:
-        target = target_of(address, tls=False)
+    with lone_server(out, "insider", ["--clients", "2", "--transport", "ws"], own_data) as address:
+        target = target_of(f"ws://{address}", tls=False)
         attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
+        attempts |= {f"frames: {n}": functools.partial(try_frames, target, n) for n in FRAMES}
         attempts["its own place, 200 times"] = functools.partial(takes_its_own_place, target)
         attempts["TLS to a plain port"] = functools.partial(tls_to_plain_text, target)
         return try_each(attempts)

@@ -28,6 +28,7 @@ from experiments.hostile.target import (
     raw,
     secured,
 )
+from experiments.hostile.upgrades import SLOW_UPGRADES, upgrade_attacks
 from sfl.environment import FINGERPRINT
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
@@ -267,6 +268,7 @@ def quick_attacks() -> dict[str, Callable[[Target], str]]:
         "plain text to a TLS port": plain_text_to_tls,
         "TLS 1.0": old_tls,
         "half-open connections": half_open,
+        **upgrade_attacks(),
     }
 
 
@@ -275,4 +277,5 @@ SLOW_ATTACKS: Mapping[str, Callable[[Target], str]] = {
     "a byte every 5 seconds": slowloris,
     "1,000 idle connections": idle_crowd,
     "connect and close for 5 s": full_speed,
+    **SLOW_UPGRADES,
 }

@@ -19,9 +19,10 @@ from experiments.support.small_ca import SmallCA
 from sfl.archive.run_folder import create_run_folder
 from sfl.auth import main as auth
 
-NUM_CLIENTS = 3
 CALM_S = 10.0  # between attacks
-RUN = ["--model", "lenet5", "--batch-size", "128", "--run", "r"]
+RUN = ["--model", "lenet5", "--batch-size", "128", "--transport", "ws", "--run", "r"]
+OVER = ["", "wss://", "wss://"]  # how each client reaches the server: TCP, or WebSocket
+NUM_CLIENTS = len(OVER)
 
 
 @dataclass
@@ -44,7 +45,7 @@ def honest_run(
     """Run a server and honest clients to their end, and something else beside them."""
     with running([*server, "--out", str(out)]) as processes:
         common = ["--out", str(out)]
-        addresses = [processes.address] * len(clients)
+        addresses = [f"{scheme}{processes.address}" for scheme in OVER]
         processes.start_clients(addresses, common, lambda k: clients[k])
         run = Honest(out / "server" / processes.run)
         beside = threading.Thread(target=meanwhile, args=(processes.address, run))
@@ -71,7 +72,7 @@ class Attacker:
 
     def attack(self, address: str, run: Honest) -> None:
         """Attack until the run is over or the time is up."""
-        target = target_of(address, self._token_file, tls=True)
+        target = target_of(f"wss://{address}", self._token_file, tls=True)
         watch = Watch(target, run.folder)
         end = time.monotonic() + self._seconds
         while not run.over and time.monotonic() < end:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sfl.errors import ConfigError, SflError
 from sfl.files.checksum import crc32
-from sfl.transport.addresses import is_loopback, parse_address
+from sfl.transport.addresses import is_loopback, parse_url
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream, TlsStream
 from sfl.transport.tokens import Tokens, read_tokens
@@ -30,6 +30,7 @@ class Target:
     host: str
     port: int
     tls: bool = False
+    websocket: bool = False  # whether SFL's messages reach it over WebSocket
     tokens: Tokens | None = None  # of the attacker: it is one client, and no other
 
     @contextlib.contextmanager
@@ -39,10 +40,16 @@ class Target:
             yield sock
 
     @contextlib.contextmanager
-    def reach(self) -> Iterator[Stream]:
-        """Connect as the server wants it; the attacker trusts any certificate."""
+    def connect(self) -> Iterator[Stream]:
+        """Connect, under TLS if the server wants it; the attacker trusts any certificate."""
         with self.plain() as sock:
             yield secured(sock, careless_tls()) if self.tls else Stream(sock)
+
+    @contextlib.contextmanager
+    def reach(self) -> Iterator[Stream]:
+        """Connect as the server wants it, over WebSocket too."""
+        with self.connect() as stream:
+            yield over_websocket(stream) if self.websocket else stream
 
     def ask(self, *sent: bytes) -> str:
         """Send bytes and return what the server says and does."""
@@ -56,10 +63,11 @@ def target_of(address: str, token_file: str = "", *, tls: bool | None = None) ->
     Raises:
         ConfigError: it is a server of another machine.
     """
-    host, port = parse_address(address)
-    if not is_loopback(host):
+    to = parse_url(address)
+    if not is_loopback(to.host):
         raise ConfigError(f"--server {address}: is not on this machine; nothing else is attacked")
-    target = Target(host, port, tokens=read_tokens(Path(token_file)) if token_file else None)
+    tokens = read_tokens(Path(token_file)) if token_file else None
+    target = Target(to.host, to.port, websocket=to.transport in ("ws", "wss"), tokens=tokens)
     if tls is None:
         with target.plain() as sock:
             try:
@@ -77,6 +85,13 @@ def secured(sock: socket.socket, context: ssl.SSLContext) -> TlsStream:
     stream.set_timeout(ANSWER_S)
     stream.finish_handshake()
     return stream
+
+
+def over_websocket(stream: Stream) -> Stream:
+    """Open a WebSocket over a connection."""
+    from sfl.transport.websocket import opened  # a library that only such targets need
+
+    return opened(stream, "ws://127.0.0.1/")
 
 
 def careless_tls(newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:

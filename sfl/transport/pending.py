@@ -58,8 +58,7 @@ class PendingConnection(Link):
             ConnectionLost, OSError: it has disconnected.
         """
         try:
-            if not self._is_open():
-                return False
+            self._open()
             while True:
                 self._receive()
                 while (message := self.decoder.next_message()) is not None:
@@ -80,20 +79,23 @@ class PendingConnection(Link):
             return True
         return False
 
-    def _is_open(self) -> bool:
-        """Continue the handshakes of TLS and WebSocket; return whether they are complete."""
+    def _open(self) -> None:
+        """Continue the handshakes of TLS and WebSocket to their end.
+
+        Raises:
+            BlockingIOError: more bytes are needed. TLS holds none back: they would not wake us.
+        """
         while self._to_open or not self.stream.is_ready:
             if self.stream.is_ready:
                 self.stream = self._to_open[0](self.stream)
                 del self._to_open[0]
+                continue
             try:
-                if not self.stream.do_handshake_now():
-                    return False
+                self.stream.do_handshake_now()
             except ssl.SSLError as error:
                 raise AuthError(f"no TLS: {tls_reason(error)}") from error
             finally:
                 self._check_bounds()
-        return True
 
     def _start_tls(self, stream: Stream) -> Stream:
         assert self._tls is not None

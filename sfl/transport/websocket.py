@@ -23,12 +23,13 @@ from websockets.protocol import Protocol, State
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from sfl.errors import AuthError, ProtocolError
+from sfl.errors import AuthError, ConnectionLost, Damaged, ProtocolError
 from sfl.transport.http_proxy import NOT_YET
 from sfl.transport.stream import MAX_UNASKED_BYTES, RAW_BYTES, Stream
 from sfl.wire.link import one_line
 
 MOST_IN_MESSAGE = 2**20  # bytes; who has more to say begins another message
+MOST_EMPTY = 1000  # frames in a row that carry nothing, such as pings
 _SILENT = logging.Logger("sfl.transport.websocket", logging.CRITICAL + 1)
 
 
@@ -43,6 +44,7 @@ class WebSocketStream(Stream):
         self._received = memoryview(b"")
         self._due: list[bytes] = []  # what the protocol wants to send
         self._unsent = memoryview(b"")
+        self._num_empty = 0  # frames in a row that carry nothing
         self.certificate = below.certificate
 
     @property
@@ -79,7 +81,8 @@ class WebSocketStream(Stream):
         """Take raw bytes of the stream below; 0: it has ended.
 
         Raises:
-            ProtocolError: they are no WebSocket's, or hold text or more than a message may have.
+            ProtocolError: they open no WebSocket, or hold text, or nothing again and again.
+            Damaged: a frame is none, or is longer than a message may be.
         """
         protocol = self._protocol
         with self._lock:
@@ -94,12 +97,17 @@ class WebSocketStream(Stream):
         frames = [event for event in events if isinstance(event, Frame)]
         kinds = (Opcode.BINARY, Opcode.CONT)
         self._received = memoryview(b"".join(f.data for f in frames if f.opcode in kinds))
+        self._num_empty = 0 if self._received else self._num_empty + len(frames)
         if any(frame.opcode is Opcode.TEXT for frame in frames):
             raise ProtocolError("a WebSocket's text; SFL sends binary messages")
-        if sum(map(len, self._due)) > MAX_UNASKED_BYTES:
-            raise ProtocolError("a WebSocket's pings without end")
-        if num_raw and (error := protocol.handshake_exc or protocol.parser_exc):
-            raise ProtocolError(f"no WebSocket: {_told(error)}")
+        if self._num_empty > MOST_EMPTY or sum(map(len, self._due)) > MAX_UNASKED_BYTES:
+            raise ProtocolError("a WebSocket's pings or empty messages without end")
+        if num_raw and protocol.handshake_exc:
+            raise ProtocolError(f"no WebSocket: {_told(protocol.handshake_exc)}")
+        if (
+            num_raw and protocol.parser_exc
+        ):  # nothing tells a fault of the peer's from one on the way
+            raise Damaged(f"a WebSocket's frame arrived damaged: {_told(protocol.parser_exc)}")
 
     def send(self, parts: Sequence[memoryview]) -> int:
         taken = self._wrap(parts)
@@ -169,10 +177,10 @@ class WebSocketStream(Stream):
 
     def shut_sending(self) -> None:
         with contextlib.suppress(OSError):
-            if not self.has_unsent and self._protocol.state is State.OPEN:
-                with self._lock:
+            with self._lock:
+                if not self.has_unsent and self._protocol.state is State.OPEN:
                     self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
-                self.send_now([])
+            self.send_now([])  # else why it has been closed already
         self._below.shut_sending()
 
     def close(self) -> None:
@@ -195,6 +203,7 @@ def opened(below: Stream, url: str) -> WebSocketStream:
     Raises:
         ConnectionRefusedError: a proxy says that there is no server behind it now.
         AuthError: the server opens no WebSocket.
+        ConnectionLost: what follows its answer is damaged.
         TimeoutError, OSError: the connection has ended.
     """
     protocol = ClientProtocol(parse_uri(url), max_size=MOST_IN_MESSAGE, logger=_SILENT)
@@ -210,6 +219,9 @@ def opened(below: Stream, url: str) -> WebSocketStream:
             f"{url} opens no WebSocket ({error}): start the server with --transport ws, or give"
             " --server HOST:PORT"
         ) from error
+    except Damaged as error:
+        stream.close()
+        raise ConnectionLost(str(error)) from error
     return stream
 
 
