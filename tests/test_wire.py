@@ -27,11 +27,16 @@ STEP = [
 ]
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Recorded]]:
+@pytest.fixture(scope="module", params=["tcp", "ws"])
+def recorded(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, list[Recorded]]:
     """Run two clients through a proxy; return the run's folder and what passed."""
+    if request.param == "ws":
+        pytest.importorskip("websockets")
     options = ["--rounds", ROUNDS, "--batch-size", BATCH]
-    return record(tmp_path_factory.mktemp("wire"), CLIENTS, options)
+    folder = tmp_path_factory.mktemp("wire")
+    return record(folder, CLIENTS, options, transport=request.param)
 
 
 def test_a_training_step_is_one_round_trip_and_three_files(
@@ -62,7 +67,7 @@ def test_bytes_on_the_wire_are_at_most_five_percent_over_the_files(
     training = {kind for _, kind in STEP}
     payloads = sum(len(m.payload) for c in connections for _, m in c.messages if m.type in training)
     assert payloads == files
-    total = sum(len(stream) for c in connections for stream in c.streams.values())
+    total = sum(c.num_raw for c in connections)
     all_files = sum(
         len(m.payload) for c in connections for _, m in c.messages if m.type in FILE_TYPES
     )

@@ -97,17 +97,20 @@ class WebSocketStream(Stream):
         frames = [event for event in events if isinstance(event, Frame)]
         kinds = (Opcode.BINARY, Opcode.CONT)
         self._received = memoryview(b"".join(f.data for f in frames if f.opcode in kinds))
+        self._check(frames, has_ended=not num_raw)
+
+    def _check(self, frames: Sequence[Frame], *, has_ended: bool) -> None:
+        """Raise what is wrong with the frames just received; who has gone did no wrong."""
         self._num_empty = 0 if self._received else self._num_empty + len(frames)
         if any(frame.opcode is Opcode.TEXT for frame in frames):
             raise ProtocolError("a WebSocket's text; SFL sends binary messages")
         if self._num_empty > MOST_EMPTY or sum(map(len, self._due)) > MAX_UNASKED_BYTES:
             raise ProtocolError("a WebSocket's pings or empty messages without end")
-        if num_raw and protocol.handshake_exc:
-            raise ProtocolError(f"no WebSocket: {_told(protocol.handshake_exc)}")
-        if (
-            num_raw and protocol.parser_exc
-        ):  # nothing tells a fault of the peer's from one on the way
-            raise Damaged(f"a WebSocket's frame arrived damaged: {_told(protocol.parser_exc)}")
+        refusal, broken = self._protocol.handshake_exc, self._protocol.parser_exc
+        if refusal and (not has_ended or isinstance(refusal, InvalidStatus)):
+            raise ProtocolError(f"no WebSocket: {_told(refusal)}")
+        if broken and not has_ended:  # by the peer, or on the way: nothing tells which
+            raise Damaged(f"a WebSocket's frame arrived damaged: {_told(broken)}")
 
     def send(self, parts: Sequence[memoryview]) -> int:
         taken = self._wrap(parts)

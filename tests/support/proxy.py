@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from sfl.wire.framing import Decoder
 from sfl.wire.messages import FILE_TYPES, Limits, Message
@@ -13,12 +14,38 @@ UP, DOWN = "up", "down"
 
 @dataclass
 class Recorded:
-    """One connection: the bytes each way, and the messages in the order they were complete."""
+    """One connection: SFL's bytes each way, and the messages in the order they were complete."""
 
+    num_raw: int = 0  # bytes both ways, with those of a WebSocket
     streams: dict[str, bytearray] = field(
         default_factory=lambda: {UP: bytearray(), DOWN: bytearray()}
     )
     messages: list[tuple[str, Message]] = field(default_factory=list)
+
+
+class Unwrapped:
+    """SFL's bytes in a stream that may be a WebSocket's, in one direction."""
+
+    def __init__(self, way: str) -> None:
+        self._way, self._head = way, b""
+        self._frames: Any = None  # a WebSocket's, behind its request or the answer to it
+        self._is_websocket: bool | None = None  # None: nothing has come yet
+
+    def take(self, data: bytes) -> bytes:
+        if self._is_websocket is None:
+            self._is_websocket = data.startswith((b"GET ", b"HTTP/"))
+        if not self._is_websocket:
+            return data
+        if self._frames is None:
+            head, end, data = (self._head + data).partition(b"\r\n\r\n")
+            if not end:
+                self._head = head
+                return b""
+            from websockets.protocol import CLIENT, SERVER, Protocol
+
+            self._frames = Protocol(SERVER if self._way == UP else CLIENT)
+        self._frames.receive_data(data)
+        return b"".join(f.data for f in self._frames.events_received() if f.opcode in (0, 2))
 
 
 class Proxy:
@@ -56,11 +83,14 @@ class Proxy:
         self, source: socket.socket, target: socket.socket, recorded: Recorded, way: str
     ) -> None:
         decoder = Decoder(Limits(payload_bytes=dict.fromkeys(FILE_TYPES, 2**30)))
+        inside = Unwrapped(way)
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 with self._lock:  # decoded before it is passed on: an answer comes after it
-                    recorded.streams[way] += data
-                    self._decode(decoder, data, recorded, way)
+                    recorded.num_raw += len(data)
+                    plain = inside.take(data)
+                    recorded.streams[way] += plain
+                    self._decode(decoder, plain, recorded, way)
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)

@@ -12,14 +12,15 @@ def record(
     num_clients: int,
     options: Sequence[object],
     client_options: Sequence[object] = (),
+    transport: str = "tcp",
 ) -> tuple[Path, list[Recorded]]:
     """Run clients through a proxy; return the run's folder and what passed."""
-    launcher = Launcher(folder)
+    launcher = Launcher(folder, transport=transport)
     proxy = Proxy(launcher.port)
     server = launcher.server("--clients", num_clients, "--run", "r", *options)
     while "listening" not in server.out and server.process.is_alive():
         server.process.join(0.05)
-    to_proxy = ["--server", f"127.0.0.1:{proxy.port}"]
+    to_proxy = launcher.at(f"127.0.0.1:{proxy.port}")
     clients = [
         launcher.client(*to_proxy, "--client-id", k, *client_options) for k in range(num_clients)
     ]
