@@ -20,7 +20,7 @@ from sfl.wire.link import ANY_ID, CLIENT, MAIN, Peer
 from sfl.wire.messages import Limits, MessageType
 from tests.support.certificates import Certificates
 from tests.support.handshakes import FAST, HELLO, OTHER, TOKEN, frame, refusal, token_file
-from tests.support.launch import Launcher, Program, wait_for
+from tests.support.launch import SCHEMES, Launcher, Program, wait_for
 
 # Token files
 
@@ -202,7 +202,7 @@ def test_a_client_with_a_token_wants_a_server_with_one(launcher: Launcher, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize(("launcher", "tls"), [("ws", False), ("tcp", True)], indirect=["launcher"])
 def test_clients_and_a_fed_server_with_tokens_of_their_own(
     launcher: Launcher, tmp_path: Path, certificates: Certificates, tls: bool
 ) -> None:
@@ -217,7 +217,8 @@ def test_clients_and_a_fed_server_with_tokens_of_their_own(
     port = parse_address(address[1])[1]
     early = frame(MessageType.REGISTER, {"role": "main"})
     assert ("speaks TLS alone" if tls else "asks for a token") in refusal(port, early)
-    as_client = [*FAST, "--clients", 2, "--role", "main", "--fed-server", address[1], "--run", "r"]
+    over = f"{SCHEMES[launcher.transport]}{address[1]}"
+    as_client = [*FAST, "--clients", 2, "--role", "main", "--fed-server", over, "--run", "r"]
     server = launcher.server(*as_client, "--token-file", every, *shown, *trust)
     clients = [launcher.client("--token-file", path, *trust) for path in own[:2]]
     for program in (server, fed, *clients):

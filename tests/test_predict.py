@@ -230,7 +230,9 @@ def serve(launcher: Launcher, run: Path, *options: object) -> Program:
     return server
 
 
-@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize(
+    ("launcher", "protected"), [("ws", False), ("tcp", True)], indirect=["launcher"]
+)
 def test_split_inference_over_sockets_gives_the_runs_figures(
     launcher: Launcher,
     certificates: Certificates,

@@ -11,7 +11,7 @@ from sfl.nodes import PeerNode, ServerNode
 from sfl.registry import named
 from sfl.transport.addresses import format_address, is_loopback, parse_url
 from sfl.transport.guard import Guard, Terms, exposure
-from sfl.transport.listener import listen
+from sfl.transport.listener import Listener, listen
 from sfl.transport.refusal_log import RefusalLog
 from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
 from sfl.transport.tcp_server import TcpServer
@@ -60,9 +60,14 @@ TCP = Transport(
     lambda node, say: TcpClient(dialling_of(node, say)),
     lambda node, say: TcpClients(dialling_of(node, say)),
 )
-WS = replace(TCP, serve=lambda listener, terms, guard, refusals: TcpServer(
-    listener, terms, replace(guard, websocket=True), refusals
-))  # fmt: skip
+
+
+def _serve_ws(listener: Listener, terms: Terms, guard: Guard, refusals: RefusalLog) -> TcpServer:
+    guard.websocket = True  # the same guard: a fed server names its run in it later
+    return TcpServer(listener, terms, guard, refusals)
+
+
+WS = replace(TCP, serve=_serve_ws)
 
 
 # What has no use among processes that start together and trust each other.

@@ -141,7 +141,7 @@ class Launcher:
         return self._start("server", main_server, argv, env)
 
     def fed(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
-        argv = ["--role", "fed", "--out", self.folder, *options]
+        argv = ["--role", "fed", "--out", self.folder, *self._of_server, *options]
         return self._start("fed", main_server, argv, env)
 
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
