@@ -40,7 +40,7 @@ def opened_with(*answer: bytes, endless: bytes = b"", is_open: bool = False) -> 
         asked = theirs.recv(2**16)
         with contextlib.suppress(OSError):
             theirs.sendall((accepting(asked) if is_open else b"") + b"".join(answer))
-            while endless:
+            while endless and num_sent < 2 * MOST_BYTES:
                 num_sent += theirs.send(endless * (2**16 // len(endless)))
         theirs.shutdown(socket.SHUT_WR)
 
