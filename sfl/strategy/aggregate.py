@@ -53,7 +53,7 @@ def fed_avg(
 
     def add(sums: Tensor) -> None:
         sums[0] += sum(weights)
-        parts = dict(zip(like, sums[1:].split(sizes), strict=True))
+        parts = dict(zip(like, torch.split(sums[1:], sizes), strict=True))
         for state, weight in zip(states, weights, strict=True):
             for name, part in parts.items():
                 part += state[name].detach().cpu().double().flatten() * weight
@@ -62,7 +62,7 @@ def fed_avg(
     pass_on(add, sums)
     if (total := sums[0].item()) <= 0:
         raise ValueError(NO_AVERAGE)
-    averages = zip(like.items(), (sums[1:] / total).split(sizes), strict=True)
+    averages = zip(like.items(), torch.split(sums[1:] / total, sizes), strict=True)
     return {name: _like(entry, value.reshape(entry.shape)) for (name, entry), value in averages}
 
 
