@@ -27,7 +27,7 @@ from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import MessageType
 from tests.support.handshakes import TOKEN, token_file
-from tests.support.launch import Launcher, finish, options_of, send_signal, wait_for
+from tests.support.launch import TIMEOUT_S, Launcher, finish, options_of, send_signal, wait_for
 from tests.support.ranks import (
     kill_rank,
     start_ranks,
@@ -125,12 +125,9 @@ def test_a_client_comes_back_while_its_rank_waits_for_another(
     ranks = start_ranks(launcher, 2, *options_of(options))
     first, slow = (launcher.client("--client-id", k) for k in range(2))
     log = launcher.folder / "server/r/server_log.txt"
-    until = time.monotonic() + 60
-    while "client_1 is ready" not in _text(log.parent / "rank_1/server_log.txt"):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    _wait_for(log.parent / "rank_1/server_log.txt", "client_1 is ready")
     send_signal(slow, signal.SIGSTOP)
-    wait_for(ranks[0], "client_0 is ready")
+    _wait_for(log.parent / "status.json", "evaluating")  # client_0 has trained: rank 0 waits
     first.process.kill()
     wait_for(ranks[0], "client_0 is away")
     again = launcher.client("--client-id", 0)
@@ -141,8 +138,11 @@ def test_a_client_comes_back_while_its_rank_waits_for_another(
     assert_equal(weights_of_ranks(log.parent), weights(alone))
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _wait_for(path: Path, text: str) -> None:
+    until = time.monotonic() + TIMEOUT_S
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < until, f"no {text!r} in {path}"
+        time.sleep(0.01)
 
 
 FINE = {"run": "r", "clients": 4}
