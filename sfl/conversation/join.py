@@ -26,6 +26,7 @@ from sfl.conversation.report import DataReport, parse_report
 from sfl.data.vertical import Ids
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, ProtocolError, Redirected, quoted
+from sfl.nodes import HOST
 from sfl.options import from_values
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, CLIENT, Link, Peer, one_line
@@ -98,9 +99,6 @@ def client_join(
     return parse_welcome(link, reply, wanted)
 
 
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")  # a name or address
-
-
 def check_stays(reply: Message) -> None:
     """Check that a server's answer does not send us to another server.
 
@@ -111,7 +109,7 @@ def check_stays(reply: Message) -> None:
     if reply.type is not MessageType.GO_TO:
         return
     host, port = reply.get("host", str), reply.get("port", int)
-    if not (0 < port < 65536 and (not host or _HOST.fullmatch(host))):
+    if not (0 < port < 65536 and (not host or HOST.fullmatch(host))):
         raise ProtocolError(f"the server sends us to {quoted(host)}, port {port}")
     raise Redirected(host, port)
 
