@@ -5,7 +5,7 @@ and folders. Later ``Ranks`` takes over, which lets the network work while it wa
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, TypeVar
 
 from sfl.archive.layout import run_of
@@ -93,8 +93,8 @@ def common_past(past: Past | None, group: Group) -> Past | None:
         ours = block(sorted(past.num_samples), group.rank, group.size)
         if sorted(past.own_rounds) != ours:
             raise RunError(
-                f"{past.files.root} has the clients {sorted(past.own_rounds)}, and this process"
-                f" would serve {ours}: go on with as many processes as the run had"
+                f"{past.files.root} has the clients {_span(past.own_rounds)}, and this process"
+                f" would serve {_span(ours)}: go on with as many processes as the run had"
             )
     known = group.gather([c.round for c in past.checkpoints] if past else [])
     common = set(known[0]).intersection(*known)
@@ -104,6 +104,10 @@ def common_past(past: Past | None, group: Group) -> Past | None:
         shown = ", ".join(f"{r}: {rounds or 'none'}" for r, rounds in enumerate(known))
         raise RunError(f"the server's processes have no round in common to go on with: {shown}")
     return None  # a rank was lost before any had taken a step
+
+
+def _span(clients: Collection[int]) -> str:
+    return f"{min(clients)} to {max(clients)}"
 
 
 def hint_of(group: Group, folder: RunFolder, model: str) -> Callable[[], str]:
