@@ -5,6 +5,7 @@
 call them.
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
         about = f"Start the server of a split-learning run; the clients are {command('client')}."
         run, node = parse_options(argv, RunConfig, ServerNode, prog=prog, about=about)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            from sfl.runtime.torchrun import serve_rank
+
+            return serve_rank(run, node)
         if node.serve:
             from sfl.trained.service import serve_model
 

@@ -18,6 +18,7 @@
      |   `- PeerStopped    ... for a reason of its own
      |       |- PeerLeft   ... it was told to stop, and may come back
      |       `- LetGo      ... it closed this connection, and accepts a new one
+     |           `- Redirected  ... at another address
      `- IntegrityError     a file or payload differs from what was written or sent
          `- Damaged        ... it changed in transit
 
@@ -100,6 +101,14 @@ class PeerLeft(PeerStopped):
 
 class LetGo(PeerStopped):
     """The peer closed this connection, through no fault of ours, and accepts a new one."""
+
+
+class Redirected(LetGo):
+    """The server sends us to another of its processes; ``host`` "": on the same machine."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(f"the server sends us on, to port {port} of {host or 'the same host'}")
+        self.host, self.port = host, port
 
 
 class IntegrityError(SflError):

@@ -14,6 +14,7 @@ from sfl.errors import ConfigError
 from sfl.values import KeepTensors, LinkShape
 
 DEFAULT_PORT = 8765
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")  # a name or address
 _MOST_SAMPLES = 2**31 - 1  # as in sfl.archive.records
 # Options of a server's machine that a finished model has no use for.
 _OF_TRAINING = (
@@ -168,6 +169,10 @@ class ServerNode(PeerNode, TrackingNode):
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
+    advertise: str = option(
+        "", "host at which clients reach this machine, if the server is started by torchrun on"
+        " several; else the machine's name",
+    )  # fmt: skip
     transport: str = option(
         "tcp", "how clients reach the server: {names} (see docs/transports.md); with ws over TCP as"
         " well as over WebSocket",
@@ -224,6 +229,8 @@ class ServerNode(PeerNode, TrackingNode):
         super().check()
         require(0 <= self.port < 65536, "port", self.port, "in [0, 65535]")
         _check_timeout("round_timeout", self.round_timeout)
+        is_host = not self.advertise or bool(HOST.fullmatch(self.advertise))
+        require(is_host, "advertise", self.advertise, "a host's name or address, without a port")
         require(self.max_pending >= 0, "max_pending", self.max_pending, "0 or more")
         valid = 1 <= self.max_samples <= _MOST_SAMPLES
         require(valid, "max_samples", self.max_samples, f"at least 1 and at most {_MOST_SAMPLES}")

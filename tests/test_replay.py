@@ -194,7 +194,7 @@ def test_an_average_that_was_computed_wrongly_is_named(
 ) -> None:
     from sfl.strategy import aggregate
 
-    monkeypatch.setattr(aggregate, "fed_avg", lambda states, weights: dict(states[0]))
+    monkeypatch.setattr(aggregate, "fed_avg", lambda states, *_: dict(states[0]))
     run = recorded(tmp_path, rounds=1)
     monkeypatch.undo()
     _, lines = run_replay(run)

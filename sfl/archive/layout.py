@@ -16,6 +16,9 @@ MEMORY = "models/aggregation_{segment}_{round}.pt"
 PREDICTIONS = "predictions/client_{client}_{round}.pt"  # on its test set
 
 
+_SHARE = re.compile(r"rank_[1-9]\d{0,5}")
+
+
 def names_of(segment: str) -> tuple[str, str]:
     """Return {name} and {mark} in a segment's paths; the first of each party has no mark."""
     first = {"front": "client_model", "back": "server_model"}
@@ -42,6 +45,22 @@ MODELS = "models/"  # the folder of a run's weights
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"
 TENSOR_KINDS = (LABELS, ACTIVATIONS, GRADS)  # of a step with a cut; without, WEIGHT_GRADS alone
+
+
+def share_path(run: Path, rank: int) -> Path:
+    """Return the folder of a rank's share of a run; that of rank 0 is the run's own."""
+    return run / f"rank_{rank}" if rank else run
+
+
+def shares_in(run: Path) -> list[Path]:
+    """Return the folders of the shares that lie in a run's folder, by their ranks."""
+    found = [path for path in run.glob("rank_*") if _SHARE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("_")[2]))
+
+
+def run_of(share: Path) -> Path:
+    """Return the folder of the run of which a share is."""
+    return share.parent if _SHARE.fullmatch(share.name) else share
 
 
 def tensor_name(kind: str, at: Position) -> str:

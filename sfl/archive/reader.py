@@ -26,6 +26,7 @@ from sfl.archive.layout import (
     MODELS,
     WEIGHT_GRADS,
     round_of_folder,
+    shares_in,
 )
 from sfl.archive.manifest import DROPPED, ROUND_LOG, Entry, read_checked, read_manifest
 from sfl.errors import IntegrityError, RunError, quoted
@@ -101,7 +102,9 @@ class Step:
 
 
 class RunArchive:
-    """A recorded run on disk.
+    """A recorded run on disk, with the shares of other ranks that lie in its folder.
+
+    A file that several shares have, such as a merged model, is read from the run's own.
 
     Raises (from any method):
         IntegrityError: a file that the run's manifests list is damaged or missing.
@@ -114,6 +117,7 @@ class RunArchive:
         newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
         self._dropped = newest.keys() - self._listed.keys()
+        self.shares = [RunArchive(path) for path in shares_in(root) if (path / MANIFEST).is_file()]
         self.rounds_without_models = frozenset(  # removed, as --keep-models asks
             newest[p].round for p in self._dropped if p.startswith(MODELS)
         )
@@ -124,8 +128,8 @@ class RunArchive:
         return list(self._listed.values())
 
     def lists(self, path: str) -> bool:
-        """Return whether the run's own manifest lists a file."""
-        return path in self._listed
+        """Return whether the run's own manifest, or a share's, lists a file."""
+        return path in self._listed or any(share.lists(path) for share in self.shares)
 
     def was_listed(self, path: str) -> bool:
         """Return whether the manifest lists a file, or did before the file was removed."""
@@ -139,6 +143,9 @@ class RunArchive:
     def read(self, path: str) -> bytes:
         """Return the bytes of a listed file, verified, by its path in the run's folder."""
         if path not in self._listed:
+            for share in self.shares:
+                if share.lists(path):
+                    return share.read(path)
             raise IntegrityError(f"{self.root / path}: is not in the run's manifest")
         return read_checked(self.root / path, self._listed[path])
 
@@ -171,8 +178,10 @@ class RunArchive:
         """
         listed = {self.root / e.path for e in self.listed if e.kind == "manifest"}
         present = set(self.root.glob(f"client_files/client_*/round_*/{MANIFEST}"))
+        folders = {path.parent for path in listed | present}
+        folders |= {folder for share in self.shares for folder in share.folders(client, round)}
         found = []
-        for folder in {path.parent for path in listed | present}:
+        for folder in folders:
             place = round_of_folder(folder)
             if place and client in (None, place[0]) and round in (None, place[1]):
                 found.append((place[1], place[0], folder))
@@ -189,7 +198,8 @@ class RunArchive:
         """
         by_round: dict[str, list[Step]] = {}
         for folder in self.folders(client, round):
-            by_round.setdefault(folder.name, []).extend(self._steps_in(folder))
+            whose = next(own for own in (self, *self.shares) if folder.parents[2] == own.root)
+            by_round.setdefault(folder.name, []).extend(whose._steps_in(folder))
         for steps in by_round.values():
             yield from sorted(steps, key=lambda step: (step.order, step.client, step.link))
 

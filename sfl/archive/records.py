@@ -14,6 +14,7 @@ MAX_CLASSES = 1000
 MAX_DIMENSIONS = 4  # of a sample
 MAX_ELEMENTS = 2**24  # of a sample: 4096 x 4096
 MAX_COUNT = 2**31
+MAX_RANKS = 100_000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CLIENT = re.compile(r"0|[1-9]\d{0,8}")
 
@@ -114,6 +115,17 @@ def data_of(value: object) -> dict[str, Any]:
         "num_samples": samples,
         "digests": by_client(value.get("digests"), digest_of),
     }
+
+
+def ranks_of(value: object) -> dict[str, int]:
+    """Return of which of how many ranks a record is; without one, it is of a server in one."""
+    if value is None:
+        return {"rank": 0, "size": 1}
+    if not isinstance(value, dict) or not all(is_count(value.get(n)) for n in ("rank", "size")):
+        raise ValueError("no record of the server's ranks")
+    if not value["rank"] < value["size"] <= MAX_RANKS:
+        raise ValueError(f"rank {value['rank']} of {value['size']}")
+    return {"rank": value["rank"], "size": value["size"]}
 
 
 def about_of(value: object) -> dict[str, Any]:

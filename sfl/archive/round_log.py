@@ -149,6 +149,14 @@ class RoundLog:
         """Return how many steps of a client the round has so far."""
         return len(self._steps.get(client, ())) // (len(self._task.trained) + 1)
 
+    def steps_so_far(self) -> dict[int, list[float]]:
+        """Return the numbers of each client's steps in the round, for other ranks' logs."""
+        return {client: list(own) for client, own in self._steps.items()}
+
+    def add_steps(self, steps: Mapping[int, Sequence[float]]) -> None:
+        """Log the steps of clients as another log, or this one, returned them."""
+        self._steps |= {client: array("d", own) for client, own in steps.items()}
+
     def _rows(self, client: int) -> Iterator[tuple[float, ...]]:
         """Yield loss, counts and samples of each step of a client."""
         own = iter(self._steps.get(client, ()))

@@ -63,8 +63,8 @@ RUN_OVER, RUN_FAILED, GO_ON = "the run lies in ", "the run failed: ", "go on wit
 RUN_STOPS = "the run stops after round "  # before that, if it ends early
 # Files that a run's folder, on server or client, may contain before the first step.
 _BEFORE_STEPS = re.compile(
-    r"(server|client)_log\.txt|(config|environment)\.json|status\.json(\.tmp)?|manifest\.jsonl|(rounds|profile)\.csv"
-    r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*"
+    r"(rank_\d+/)?((server|client)_log\.txt|(config|environment)\.json|status\.json(\.tmp)?|manifest\.jsonl|(rounds|profile)\.csv"
+    r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*)"
 )
 
 
@@ -246,18 +246,22 @@ def reporting_failure(
         if hint := resume_hint():
             with contextlib.suppress(OSError):
                 events.note(hint)
-            say(hint)
+            if not events.is_quiet:
+                say(hint)
         if gone and isinstance(error, Exception):
             raise RunError(gone) from error
         raise
 
 
-def resume_hint(path: Path, model: str) -> Callable[[], str]:
-    """Return a function that gives the command for resuming a run; "" without a checkpoint."""
+def resume_hint(path: Path, model: str, server: str = "") -> Callable[[], str]:
+    """Return a function that gives the command for resuming a run; "" without a checkpoint.
+
+    ``server``: how it is started; else as in one process.
+    """
     allow = f" --allow-import {model}" if ":" in model else ""
 
     def hint() -> str:
-        resume = f"{command('server')} --resume {path}{allow}"
+        resume = f"{server or command('server')} --resume {path}{allow}"
         return f"{GO_ON}{resume}" if checkpoint_paths(path) else ""
 
     return hint

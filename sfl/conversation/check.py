@@ -5,7 +5,7 @@
     client (client_check)                            server (server_check)
     CHECK {client_id, fingerprint}               ->
                                                  <-  CHECKED {as REGISTERED, and place}
-                                                 or  INVALID_MESSAGE: why not
+                                                 or  GO_TO, INVALID_MESSAGE: as REGISTER
     REQUEST_TO_START {as when it joins}          ->  if it has loaded its data
                                                  <-  CHECKED {problem}
     UNREGISTER                                   ->
@@ -19,7 +19,14 @@ report; "" if it would not.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sfl.conversation.join import Joined, Welcome, parse_hello, parse_welcome, welcome_content
+from sfl.conversation.join import (
+    Joined,
+    Welcome,
+    check_stays,
+    parse_hello,
+    parse_welcome,
+    welcome_content,
+)
 from sfl.conversation.report import DataReport, parse_report, send_report
 from sfl.errors import ProtocolError
 from sfl.wire.driver import Conversation
@@ -39,12 +46,17 @@ class Answer:
 def client_check(
     link: Link, wanted: int | None, fingerprint: Mapping[str, str], report: DataReport | None
 ) -> Conversation[Answer]:
-    """Ask whether the server would accept a registration, and a report if one is given."""
+    """Ask whether the server would accept a registration, and a report if one is given.
+
+    Raises:
+        Redirected: as ``client_join``.
+    """
     wanted = ANY_ID if wanted is None else wanted
     content = {"client_id": wanted, "fingerprint": dict(fingerprint)}
     link.send_message_as_json(MessageType.CHECK, content=content)
     yield link
-    reply = link.receive_message_as_json(MessageType.CHECKED)
+    reply = link.receive_message_as_json(MessageType.CHECKED, MessageType.GO_TO)
+    check_stays(reply)
     welcome, place, problem = parse_welcome(link, reply, wanted), reply.get("place", str), ""
     if report is not None:
         send_report(link, report)

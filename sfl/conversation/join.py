@@ -5,6 +5,8 @@
     client (client_join)                             server (server_join)
     REGISTER {client_id, instance, fingerprint}  ->
                                                  <-  REGISTERED {client_id, config, round, ...}
+                                                 or  GO_TO {host, port}: another rank of
+                                                     the server serves this client
                                                  or  INVALID_MESSAGE: why not
     REQUEST_TO_START {samples, classes, ...}     ->  once its data are loaded
                                                  <-  MESSAGE: which clients are still missing
@@ -23,7 +25,8 @@ from sfl.conversation.alignment import server_receive_ids
 from sfl.conversation.report import DataReport, parse_report
 from sfl.data.vertical import Ids
 from sfl.environment import check_fingerprint
-from sfl.errors import ConfigError, ProtocolError, quoted
+from sfl.errors import ConfigError, ProtocolError, Redirected, quoted
+from sfl.nodes import HOST
 from sfl.options import from_values
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, CLIENT, Link, Peer, one_line
@@ -77,6 +80,10 @@ def client_join(
 
     ``instance`` is a random id of this process: a reconnect with it is the same client. The server
     is asked to send a message every ``heartbeat_s``.
+
+    Raises:
+        Redirected: the server sends us to another one.
+        ProtocolError: its answer is invalid.
     """
     wanted = ANY_ID if wanted_id is None else wanted_id
     content = {
@@ -87,7 +94,24 @@ def client_join(
     }
     link.send_message_as_json(MessageType.REGISTER, content=content)
     yield link
-    return parse_welcome(link, link.receive_message_as_json(MessageType.REGISTERED), wanted)
+    reply = link.receive_message_as_json(MessageType.REGISTERED, MessageType.GO_TO)
+    check_stays(reply)
+    return parse_welcome(link, reply, wanted)
+
+
+def check_stays(reply: Message) -> None:
+    """Check that a server's answer does not send us to another server.
+
+    Raises:
+        Redirected: it does.
+        ProtocolError: to no place.
+    """
+    if reply.type is not MessageType.GO_TO:
+        return
+    host, port = reply.get("host", str), reply.get("port", int)
+    if not (0 < port < 65536 and (not host or HOST.fullmatch(host))):
+        raise ProtocolError(f"the server sends us to {quoted(host)}, port {port}")
+    raise Redirected(host, port)
 
 
 def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
@@ -132,17 +156,24 @@ def server_join(
     answer_check: Callable[[Message], Conversation[None]],
     *,
     claim_error: Callable[[Joined], str] | None = None,
+    elsewhere: Callable[[int], Mapping[str, Any] | None] = lambda wanted: None,
 ) -> Conversation[Joined | None]:
-    """Register one client and wait until its data are loaded; return None if it only checked.
+    """Register one client and wait until its data are loaded.
+
+    Return None if it only checked, or was sent to another rank.
 
     ``take_id`` assigns an id, given the wanted one and the client's instance, or raises
     ``RunError`` to refuse the client. The rest of ``welcome`` is the same for all clients.
     ``claim_error``: where clients' samples are aligned (``Recipe.aligns``), returns why a report is
-    refused before the ids of its samples are asked for.
+    refused before the ids of its samples are asked for. ``elsewhere``: returns where a client goes
+    that wants this id, or ``ANY_ID``; None: it stays here.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
     wanted, fingerprint = parse_hello(link, hello)
+    if (place := elsewhere(wanted)) is not None:
+        link.send_message_as_json(MessageType.GO_TO, content=dict(place))
+        return None
     if hello.type is MessageType.CHECK:
         yield from answer_check(hello)
         return None

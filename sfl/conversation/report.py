@@ -75,6 +75,15 @@ class DataReport:
             tells_classes=shares_figures or not keeps_labels,
         )  # fmt: skip
 
+    @classmethod
+    def unpacked(cls, values: Mapping[str, Any]) -> "DataReport":
+        """Return the report that ``asdict`` made a table of JSON of."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
+
 
 def send_report(link: Link, report: DataReport) -> None:
     """Send the report of the loaded data.

@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sfl.archive.run_folder import RunFolder, say
 from sfl.config import RunConfig
@@ -18,6 +19,7 @@ from sfl.errors import (
     NotFinite,
     PeerFailed,
     ProtocolError,
+    Redirected,
     RunError,
     SflError,
     quoted,
@@ -26,6 +28,7 @@ from sfl.errors import (
 from sfl.files.checksum import checksum
 from sfl.files.torch_reader import Buffer
 from sfl.nodes import ClientNode, PeerNode
+from sfl.transport.addresses import format_address, parse_address
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import FED, Tokens, client_authenticate, tokens_of
 from sfl.weights.exchange import SocketWeights, WeightKey, WeightStore
@@ -36,6 +39,9 @@ from sfl.wire.driver import Conversation, run_blocking
 from sfl.wire.link import CLIENT, Link, Peer
 from sfl.wire.members import Channel, Dialler
 from sfl.wire.messages import MessageType
+
+T = TypeVar("T")
+MOST_HOPS = 256  # from rank to rank of a server, for a client without an id
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,29 @@ class Access:
         channel = self.dialler.connect(address, patience_s, is_reconnect=reconnect_s is not None)
         channel.on_notice = say
         return channel
+
+    def follow(self, address: str, attempt: Callable[[str], T]) -> T:
+        """Return ``attempt(address)``, or that of the address to which a server sends us instead.
+
+        Transport and path stay the same, and so do the checks of TLS and token.
+
+        Raises:
+            ProtocolError: servers send us on for ever.
+        """
+        for _ in range(MOST_HOPS):
+            try:
+                return attempt(address)
+            except Redirected as error:
+                address = moved(address, error)
+        raise ProtocolError(f"servers have sent us on {MOST_HOPS} times, at last to {address}")
+
+
+def moved(address: str, error: Redirected) -> str:
+    """Return the address to which a server at ``address`` sends us."""
+    named, mark, rest = address.rpartition("://")
+    before, slash, path = rest.partition("/")
+    host = error.host or parse_address(before)[0]
+    return f"{named}{mark}{format_address(host, error.port)}{slash}{path}"
 
 
 @dataclass(frozen=True)

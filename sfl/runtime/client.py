@@ -156,7 +156,10 @@ class _Client:
         self.lost, self._registered_at = None, math.inf
         calls = self._access.calls
         try:
-            registered = yield from calls.run(functools.partial(self._connect, reconnect_s))
+            attempt = functools.partial(self._connect, reconnect_s)
+            registered = yield from calls.run(
+                lambda: self._access.follow(self._node.server, attempt)
+            )
             self._registered_at = time.monotonic()
             with registered.link as link, closing_with_reason(link):
                 yield from self._join(registered)
@@ -190,9 +193,9 @@ class _Client:
         told = self._node.client_id
         return tokens.only_client if told is None and tokens else told
 
-    def _connect(self, reconnect_s: float | None) -> Registered:
+    def _connect(self, reconnect_s: float | None, address: str) -> Registered:
         """Connect and register in one call: servers drop connections that register late."""
-        link = self._access.connect(self._node.server, self._node, reconnect_s)
+        link = self._access.connect(address, self._node, reconnect_s)
         link.peer_name = "server"
         with closing_with_reason(link):
             return self._register(link)

@@ -5,6 +5,7 @@ The client is not registered, nothing is written, and a run in progress is not a
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from sfl.conversation.join import APART, HERE, Welcome
 from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData
 from sfl.environment import Devices, fingerprint
-from sfl.errors import ConfigError, RunError, SflError, reason_of
+from sfl.errors import ConfigError, ProtocolError, Redirected, RunError, SflError, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, allowed_address
 from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
@@ -76,7 +77,7 @@ class _Check:
         devices = self._try("device", lambda: _devices(whole))
         access = self._access()
         process = ClientProcess(access, devices, whole.hosted) if devices and access else None
-        answer = self._ask_which_run(process) if process else None
+        answer = self._ask(process) if process else None
         if process is not None and answer is not None:
             self._check_run(process, answer.welcome)
             return self._all_ok
@@ -85,8 +86,18 @@ class _Check:
         self._try("disk", lambda: _writable(self._node.out_path))
         return self._all_ok
 
-    def _ask_which_run(self, process: ClientProcess) -> Answer | None:
-        """Ask the server for the run's configuration."""
+    def _ask(self, process: ClientProcess) -> Answer | None:
+        """Ask the server, or the process of it that serves this client."""
+        ask = functools.partial(self._ask_which_run, process)
+        try:
+            return process.access.follow(self._node.server, ask)
+        except ProtocolError as error:
+            self._say_error("run", error)
+            return None
+
+    def _ask_which_run(self, process: ClientProcess, address: str) -> Answer | None:
+        """Ask the server at an address for the run's configuration."""
+        self._node = dataclasses.replace(self._node, server=address)
         tokens, ours = process.access.tokens, fingerprint(process.devices[0])
         link = self._try("address", lambda: self._connect(process))
         if link is None:
@@ -96,6 +107,8 @@ class _Check:
                 return None
             try:
                 answer = run_blocking(client_check(link, self._wanted_id(process), ours, None))
+            except Redirected:
+                raise
             except SflError as error:
                 self._say_error("run", error)
                 return None

@@ -7,8 +7,9 @@ refused or has failed needs a corrected process.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sfl.archive.run_folder import EventLog
 from sfl.conversation.check import server_check
@@ -19,7 +20,6 @@ from sfl.errors import (
     PEER_ERRORS,
     ConnectionLost,
     NotYet,
-    PeerFailed,
     ProtocolError,
     RunError,
     SflError,
@@ -27,6 +27,7 @@ from sfl.errors import (
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience, Place, check_any_can_return, is_refusal
 from sfl.runtime.roster import Roster
+from sfl.runtime.share import Share
 from sfl.runtime.waiting_notice import WaitingNotice
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation, Gate
@@ -52,15 +53,15 @@ class Lobby:
     fed: str = HERE
     patience: Patience = field(default_factory=Patience)
     admission: Admission = field(default_factory=Admission)
+    share: Share = field(default_factory=Share)
     # called with a returned client, whose new link replaces the old one
     on_return: Callable[[Joined], None] = lambda joined: None
 
     def __post_init__(self) -> None:
-        past, run = self.admission.past, self.recipe.run
-        if past:
-            self.roster = Roster(run.run, frozenset(past.num_samples), past.clients)
-        else:
-            self.roster = Roster(run.run, frozenset(range(run.most_clients)), run.clients)
+        past, run, ours = self.admission.past, self.recipe.run, self.share.ours
+        self._all_ids = sorted(past.num_samples) if past else range(run.most_clients)
+        needed = len(ours(self._all_ids if past else range(run.clients)))
+        self.roster = Roster(run.run, frozenset(ours(self._all_ids)), needed)
         self._joining: dict[Member, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._is_ending = False
@@ -148,6 +149,11 @@ class Lobby:
         place.link, place.instance, place.ready = link, instance, False
         return wanted
 
+    def _elsewhere(self, wanted: int) -> Mapping[str, Any] | None:
+        """Return where a client goes that another rank serves, see ``Share.elsewhere``."""
+        is_full = not self.roster.ids - self.roster.taken()
+        return self.share.elsewhere(wanted, self._all_ids, is_full=is_full)
+
     def _why_refused(self, joined: Joined, place: Place | None) -> str:
         before = place.joined if place else None
         return self.admission.why_refused(joined, before, has_begun=self.roster.has_begun)
@@ -182,6 +188,7 @@ class Lobby:
                 lambda wanted, instance: self._take_id(wanted, instance, connection),
                 lambda hello: self._answer_check(connection, hello),
                 claim_error=self.admission.claim_error if self.recipe.aligns else None,
+                elsewhere=self._elsewhere,
             )
             next(self._joining[connection])
         was_known = bool(connection.peer_name)
@@ -237,7 +244,7 @@ class Lobby:
         self._warn_of_difference(joined)
         if not self.roster.complete:
             self.events.say(self.roster.missing_message)
-            self._notify()
+            self.roster.notify()
 
     def _warn_of_difference(self, joined: Joined) -> None:
         """Warn if a client's data are incompatible with another's; the majority decides later."""
@@ -306,17 +313,8 @@ class Lobby:
             self._drop_stalled(links, min(elapsed_s, 2 * POLL_S))
             if not self._is_ending:
                 check_any_can_return(self.roster.places.values())
-        if self.notice.update(self._whom_it_waits_for()):
-            self._notify()
-
-    def _whom_it_waits_for(self) -> str:
-        """Return a line about who is missing and who is there; "" if nobody is missing."""
-        places = self.roster.places.values()
-        if self.roster.has_begun and all(p.is_here or p.is_skipped for p in places):
-            return ""
-        limit = self.patience.skip_after_s
-        until = f", at most {limit:g} s" if limit and self.roster.has_begun else ""
-        return f"{self.roster.missing_message}; {self.roster.there_message}{until}"
+        if self.notice.update(self.roster.waiting_message(self.patience.skip_after_s)):
+            self.roster.notify()
 
     def _drop_stalled(self, links: Collection[Link], elapsed_s: float) -> None:
         """Drop clients that the round waits for and that make no progress."""
@@ -357,7 +355,7 @@ class Lobby:
         free = "" if self.roster.has_begun else "; its place is free"
         self.events.say(f"client_{client} is {'refused' if refused else 'away'}: {error}{free}")
         if not place.is_skipped:
-            self._notify()
+            self.roster.notify()
 
     def take_changes(self) -> list[tuple[int, bool]]:
         changes, self._changes = self._changes, []
@@ -386,14 +384,3 @@ class Lobby:
         self._is_ending, self._round = True, -1
         for place in self.roster.places.values():
             place.skipped_round = -2
-
-    def _notify(self) -> None:
-        """Tell the ready clients which ones are missing; ``_wait_and_handle`` notices lost ones."""
-        for place in self.roster.places.values():
-            if place.is_here and place.link:
-                try:
-                    place.link.send_message_as_json(
-                        MessageType.MESSAGE, content=self.roster.missing_message
-                    )
-                except (ConnectionLost, PeerFailed):
-                    continue

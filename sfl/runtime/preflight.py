@@ -12,12 +12,14 @@ from sfl.data.vertical import strip_of
 from sfl.errors import ConfigError, RunError
 from sfl.files.torch_file import max_file_bytes, max_state_bytes
 from sfl.model.class_weights import BALANCED, class_weights
+from sfl.nodes import ServerNode
 from sfl.runtime.start_weights import StartWeights
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
+from sfl.weights.stores import SOCKET
 from sfl.wire.payload import LARGE_BYTES
 
 
@@ -180,3 +182,50 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+def check_role(recipe: Recipe, node: ServerNode) -> None:
+    """Check that the run can have a separate fed server, if ``--role main`` asks for one.
+
+    Raises:
+        ConfigError: it cannot, or the fed server's place is not given.
+    """
+    if node.role != "main":
+        return
+    run = recipe.run
+    if recipe.joins:
+        raise ConfigError(
+            f"--role main: with --topology {run.topology} no weights are averaged, so that there is"
+            " nothing for a fed server to do"
+        )
+    if recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
+        raise ConfigError(
+            f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
+            " fed server to part from"
+        )
+    for name, given in {"stop_when": run.stop_when, "keep_models": recipe.keep.best_by}.items():
+        if given:
+            raise ConfigError(
+                f"--role main: a fed server apart sees no metrics, which"
+                f" {flag(name)} {getattr(run, name)} needs; give both roles to one server"
+            )
+    if (run.weights == SOCKET) != bool(node.fed_server):
+        raise ConfigError(
+            "--role main needs to know where the fed server is: give --fed-server HOST:PORT, or"
+            " let the weights go through a store, --weights dir:PATH or gs://BUCKET/PREFIX"
+        )
+
+
+def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
+    """Check the server's options about clients against the run's.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    run = recipe.run
+    if node.min_clients > run.most_clients:
+        raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
+    if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:
+        raise ConfigError(
+            f"--at-once {node.at_once}: with {run.scheme} not every client has a copy of the back"
+        )

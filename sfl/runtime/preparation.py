@@ -17,7 +17,7 @@ from sfl.conversation.cut import Cut, kinds_by_link
 from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.party import PREFIXES, TRAIN, VALIDATION, ServerParty
-from sfl.conversation.report import describe_data
+from sfl.conversation.report import DataReport, describe_data
 from sfl.data.client_data import num_batches
 from sfl.data.vertical import Ids, align
 from sfl.environment import Devices, command_line, describe, differences, fingerprint
@@ -33,6 +33,7 @@ from sfl.runtime.same_model import check_same_model
 from sfl.runtime.start_weights import StartWeights
 from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, fewest_clients
+from sfl.strategy.ranks import OneRank, Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
@@ -73,17 +74,19 @@ class Preparation:
     start: StartWeights | None = None  # that a new run starts from; None: the seed's
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     options: RoundOptions = field(default_factory=RoundOptions)
+    ranks: Ranks = field(default_factory=OneRank)
 
     def __post_init__(self) -> None:
         past, self._order = self.past, self._aligned()
+        own = reports_of(self.joined)
+        self._reports = self.ranks.gather(own, asdict, DataReport.unpacked)
         self._data = (
-            dict(past.data)
-            if past
-            else describe_data(reports_of(self.joined), self.recipe, self._order)
+            dict(past.data) if past else describe_data(self._reports, self.recipe, self._order)
         )
         counts = self._data["num_samples"].items()
         self._num_samples = {k: parts for k, parts in sorted((int(k), p) for k, p in counts)}
-        self._num_train = [parts[TRAIN] for parts in self._num_samples.values()]
+        self._ours = self.ranks.ours(list(self._num_samples))
+        self._num_train = [self._num_samples[k][TRAIN] for k in self._ours]
         self._first_round = past.first_round if past else 0
         self._fingerprint = fingerprint(self.devices[0])
 
@@ -167,7 +170,7 @@ class Preparation:
         row = self.recipe.scheme
         if row.exchange is Exchange.NOTHING:
             return {}
-        indices = sorted(row.backs_of(self._num_samples))
+        indices = sorted(row.backs_of(self._ours))
         return {b: self._split.segments(Holder.SERVER, self.devices.of(b)) for b in indices}
 
     @cached_property
@@ -206,7 +209,7 @@ class Preparation:
         archive.discard_from(self._first_round, rewritten=REWRITTEN)
         clients = {f"client_{k}": dict(client.fingerprint) for k, client in self.joined.items()}
         environment = describe(self.devices[0], command_line())
-        environment |= {"clients": clients, "data": self._data}
+        environment |= {"clients": clients, "data": self._data, **self.ranks.record()}
         archive.write("config", "config.json", to_json(options_record(self.run, self.node)))
         archive.write("environment", "environment.json", to_json(environment))
 
@@ -239,9 +242,7 @@ class Preparation:
     def _parties(self) -> dict[int, ServerParty]:
         profile = Profile(self.folder.path, wanted=self.node.profile)
         own_rounds = self.past.own_rounds if self.past else {}
-        links = {
-            k: self.joined[k].link if k in self.joined else Absent(k) for k in self._num_samples
-        }
+        links = {k: self.joined[k].link if k in self.joined else Absent(k) for k in self._ours}
         return {
             k: ServerParty(
                 client=k,
@@ -255,10 +256,10 @@ class Preparation:
                 backs=self._backs,
                 joint_steps=self._joint_steps,
                 order=self._order,
-                num_samples=parts,
+                num_samples=self._num_samples[k],
                 own_round=own_rounds.get(k, 0),
             )
-            for k, parts in self._num_samples.items()
+            for k in self._ours
         }
 
     def _rounds(self, parties: Mapping[int, ServerParty], shared: dict[str, Shared]) -> Rounds:
@@ -267,6 +268,7 @@ class Preparation:
         rounds = Rounds(
             network=self.network,
             parties=parties,
+            num_samples=self._num_samples,
             backs=self._backs,
             split=self._split,
             archive=archive,
@@ -284,6 +286,7 @@ class Preparation:
             may_skip=self.options.may_skip,
             fewest=fewest_clients(self.recipe),
             at_once=self.options.at_once,
+            ranks=self.ranks,
         )
         for k in parties:
             rounds.set_limits(k)
@@ -301,8 +304,8 @@ class Preparation:
         recipe, counts = self.recipe, self._num_samples
         watched = {"--stop-when": recipe.stop.metric, "--keep-models best": recipe.keep.best_by}
         silent = [
-            k for k, one in self.joined.items()
-            if counts[k][VALIDATION] and not one.data.tells_classes
+            k for k, one in self._reports.items()
+            if counts[k][VALIDATION] and not one.tells_classes
         ]  # fmt: skip
         of_classes = recipe.task.table.columns if recipe.task.table else ()
         for option, metric in watched.items():

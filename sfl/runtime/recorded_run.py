@@ -13,7 +13,7 @@ import sfl.archive
 from sfl.archive.layout import ONE_CLIENT_MODEL, SHARED_MODEL, round_of_folder, segment_path
 from sfl.archive.manifest import ROUND_LOG
 from sfl.archive.reader import RunArchive
-from sfl.archive.records import data_of, texts_of
+from sfl.archive.records import data_of, ranks_of, texts_of
 from sfl.config import RunConfig
 from sfl.conversation.party import TRAIN
 from sfl.environment import differences, fingerprint, set_up_torch
@@ -24,6 +24,7 @@ from sfl.options import from_values, names_of
 from sfl.runtime.resume import load_backs, read_shared
 from sfl.strategy.merge import Shared, averaging_weights
 from sfl.strategy.order import draw
+from sfl.strategy.ranks import block
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
@@ -59,6 +60,7 @@ class RecordedRun:
         self.run = self.recipe.run
         self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
+        self.clients = _clients_here(archive, sorted(self.num_train))
         self.scheme = self.recipe.scheme
         is_fed = archive.config().get("role") == "fed"  # a fed server sees no steps
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
@@ -80,8 +82,9 @@ class RecordedRun:
             )
 
     @property
-    def clients(self) -> list[int]:
-        return sorted(self.num_train)
+    def is_whole(self) -> bool:
+        """Whether the files of all clients are here, and not those of some ranks alone."""
+        return len(self.clients) == len(self.num_train)
 
     def ended(self, round_index: int) -> bool:
         """Return whether a round was completed."""
@@ -101,7 +104,7 @@ class RecordedRun:
         for entry in self.archive.listed:
             if entry.kind == ROUND_LOG and entry.round == round_index:
                 return list(entry.clients)
-        return draw(self.run, self.clients, round_index)
+        return draw(self.run, sorted(self.num_train), round_index)
 
     def weights(self, round_index: int) -> dict[int, int]:
         """Return each participating client's weight in the averages."""
@@ -129,6 +132,12 @@ class RecordedRun:
         for back in backs.values():
             back.start_round(round_index)
         return backs
+
+
+def _clients_here(archive: RunArchive, clients: list[int]) -> list[int]:
+    """Return the clients whose files an archive has: of its rank, and of those that lie in it."""
+    shares = [_read_environment(share, "ranks", ranks_of) for share in (archive, *archive.shares)]
+    return sorted({k for share in shares for k in block(clients, share["rank"], share["size"])})
 
 
 def config_of(archive: RunArchive) -> RunConfig:

@@ -107,12 +107,13 @@ def check(recorded: RecordedRun, client: int | None = None, round: int | None = 
 
 def _check_listed(recorded: RecordedRun, report: Report) -> None:
     """Check the bytes of every model, log, manifest and checkpoint of the run."""
-    for entry in recorded.archive.listed:
-        with report.reporting():
-            recorded.archive.read(entry.path)
     damage: list[str] = []
-    with report.reporting(RunError):
-        list(valid_checkpoints(recorded.archive.root, recorded.run, damage))
+    for archive in (recorded.archive, *recorded.archive.shares):
+        for entry in archive.listed:
+            with report.reporting():
+                archive.read(entry.path)
+        with report.reporting(RunError):
+            list(valid_checkpoints(archive.root, recorded.run, damage))
     for line in damage:
         report.add(line)
 
@@ -138,7 +139,8 @@ class _Round:
             self._check_updates(backs, steps)
         else:
             self._check_steps(backs, steps)
-        if self._client is None and not self._broken and recorded.ended(self._round):
+        is_whole = self._client is None and recorded.is_whole
+        if is_whole and not self._broken and recorded.ended(self._round):
             # Without recorded steps, or with pooled gradients, the backs are not recomputed here.
             has_results = steps and recorded.exchange is not Exchange.WEIGHT_GRADS
             self._check_outcome(backs if has_results else {})

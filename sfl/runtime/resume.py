@@ -28,6 +28,7 @@ from sfl.model.topology import Holder, Segments
 from sfl.options import check_goes_on
 from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, has_client_state, memory_spec
+from sfl.strategy.ranks import OneRank, Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -211,32 +212,42 @@ class Past:
         """Return whether no round is left."""
         return self.seen(recipe).is_over(self.first_round)
 
+    def only(self, rounds: Collection[int]) -> "Past":
+        """Keep only the checkpoints of these rounds, of which there is one."""
+        return replace(self, checkpoints=[c for c in self.checkpoints if c.round in rounds])
+
     def at(self, round_index: int) -> "Past":
         """Keep only this round's checkpoint.
 
         Raises:
             RunError: there is no checkpoint of it.
         """
-        left = [c for c in self.checkpoints if c.round == round_index]
-        if not left:
+        left = self.only([round_index])
+        if not left.checkpoints:
             there = ", ".join(str(c.round + 1) for c in self.checkpoints)
             raise RunError(
                 f"{self.files.root} can go on with round {there}, the others with {round_index + 1}"
             )
-        return replace(self, checkpoints=left)
+        return left
 
-    def common_to_all(self, rounds: Mapping[int, Collection[int]]) -> "Past":
-        """Keep only the checkpoint of the newest round that all clients can start.
+    def common_to_all(
+        self, rounds: Mapping[int, Collection[int]], ranks: Ranks | None = None
+    ) -> "Past":
+        """Keep only the checkpoint of the newest round that all clients of all ranks can start.
 
         ``rounds``: the rounds whose own state each client has; empty: it needs none.
 
         Raises:
             RunError: there is no such round.
         """
-        for checkpoint in self.checkpoints:
-            own = own_rounds(checkpoint)
-            if all(not has or own.get(k, 0) in has for k, has in rounds.items()):
-                return self.at(checkpoint.round)
+        possible = {
+            k: [c.round for c in self.checkpoints if not has or own_rounds(c).get(k, 0) in has]
+            for k, has in rounds.items()
+        }
+        of_all = (ranks or OneRank()).gather(possible)
+        left = set(c.round for c in self.checkpoints).intersection(*of_all.values())
+        if left:
+            return self.at(max(left))
         ours = ", ".join(str(c.round + 1) for c in self.checkpoints)
         has = {k: ", ".join(str(n + 1) for n in r) for k, r in rounds.items() if r}
         theirs = "; ".join(f"client_{k} {of_client}" for k, of_client in has.items())

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 from sfl.conversation.report import DataReport
-from sfl.errors import RunError, counted
+from sfl.errors import ConnectionLost, PeerFailed, RunError, counted
 from sfl.runtime.client_places import Place
 from sfl.wire.link import ANY_ID
 from sfl.wire.members import Member
+from sfl.wire.messages import MessageType
 
 MOST_NAMED = 8  # clients that are ready, or load their data, in one line
 MOST_REASONS = 3  # of clients that have left before the start, in one line
@@ -72,6 +73,27 @@ class Roster:
         if left:
             names += f"; not there any more: {', '.join(left)}"
         return f"waiting for {count} of {counted(self.needed, 'client')}{names}"
+
+    def waiting_message(self, limit_s: float | None) -> str:
+        """Return a line about who is missing and who is there; "" if nobody is missing.
+
+        ``limit_s``: how long a round waits for a client that is away.
+        """
+        if self.has_begun and all(p.is_here or p.is_skipped for p in self.places.values()):
+            return ""
+        until = f", at most {limit_s:g} s" if limit_s and self.has_begun else ""
+        return f"{self.missing_message}; {self.there_message}{until}"
+
+    def notify(self) -> None:
+        """Tell the ready clients which ones are missing; who is lost, the lobby notices."""
+        for place in self.places.values():
+            if place.is_here and place.link:
+                try:
+                    place.link.send_message_as_json(
+                        MessageType.MESSAGE, content=self.missing_message
+                    )
+                except (ConnectionLost, PeerFailed):
+                    continue
 
     @property
     def there_message(self) -> str:

@@ -1,6 +1,9 @@
 """The figures of a round, for each client and for all: bytes, messages, times, and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from sfl.archive.round_log import DOWN, TRAFFIC, UP
 from sfl.conversation.cut import kinds_by_link
@@ -55,6 +58,18 @@ def evaluated_figures(task: Task, tallies: Tallies) -> dict[str, float]:
     for part, by_client in tallies.items():
         figures |= task.figures(add_up(by_client.values()), PREFIXES[part])
     return figures
+
+
+def packed(tally: Tally) -> list[Any]:
+    """Return a tally as a value of JSON, which keeps every bit of it."""
+    table = None if tally.table is None else tally.table.tolist()
+    return [tally.samples, tally.counts, tally.loss_sum, table]
+
+
+def unpacked(values: Sequence[Any]) -> Tally:
+    """Return the tally that was ``packed``."""
+    samples, counts, loss_sum, table = values
+    return Tally(samples, tuple(counts), loss_sum, None if table is None else torch.tensor(table))
 
 
 def _bytes_by_link(recipe: Recipe, now: Counters, before: Counters) -> Mapping[str, int]:

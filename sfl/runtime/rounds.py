@@ -11,7 +11,7 @@ from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from sfl.archive.layout import ONE_CLIENT_MODEL, SERVER_OPTIMIZER, segment_path
+from sfl.archive.layout import ONE_CLIENT_MODEL, segment_path
 from sfl.archive.round_log import RoundLog
 from sfl.archive.run_folder import RUN_STOPS
 from sfl.archive.spool import Spool
@@ -35,8 +35,9 @@ from sfl.files.finite_check import REJECT
 from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally
 from sfl.model.segment import Snapshot
-from sfl.model.topology import Holder, Segments, States, joined
-from sfl.runtime.round_figures import client_figures, evaluated_figures, sums
+from sfl.model.topology import Segments, States
+from sfl.runtime.round_figures import client_figures, evaluated_figures, packed, sums, unpacked
+from sfl.runtime.round_files import front_file, optimizer_files
 from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import (
     Shared,
@@ -47,6 +48,7 @@ from sfl.strategy.merge import (
     shared_files,
 )
 from sfl.strategy.order import RoundPlan
+from sfl.strategy.ranks import OneRank, Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.strategy.split_model import SplitModel
@@ -64,7 +66,8 @@ class Rounds:
     """The server's part of a run, for all clients."""
 
     network: Network
-    parties: Mapping[int, ServerParty]  # in the order of their clients
+    parties: Mapping[int, ServerParty]  # of this rank's clients, in their order
+    num_samples: Mapping[int, Mapping[str, int]]  # of all clients, in their order
     backs: Mapping[int, Segments]  # the copies of the server's segments
     split: SplitModel
     archive: ArchiveWriter
@@ -82,6 +85,7 @@ class Rounds:
     may_skip: bool = False
     fewest: int = 1  # clients with which a round can be merged
     at_once: int = 0  # most clients that train at the same time, each with a copy; 0: all
+    ranks: Ranks = field(default_factory=OneRank)
     plan: RoundPlan | None = None  # of this round
     _start_shared: Mapping[str, Shared] = field(default_factory=dict)  # at this round's start
     _missing: dict[int, str] = field(default_factory=dict)  # clients absent in the round, and why
@@ -101,6 +105,8 @@ class Rounds:
         if self.first_round == 0:
             self._write_shared(-1)
             self._commit(0)
+            self.archive.wait_committed()
+            self.ranks.gather({})  # no rank takes a step before all can resume
         num_rounds = self.first_round
         while not self.seen.is_over(num_rounds):
             self._round(num_rounds)
@@ -181,17 +187,20 @@ class Rounds:
         self._run_clients(self._active(), lambda k: self._start(k, round_index))
         before = {k: party.link.counters.copy() for k, party in self._items()}
         plan, trained = self._train(round_index)
-        while not trained:  # all participants have left: restart the round with those present
+        while not plan.order:  # all participants have left: restart the round with those present
             self.network.wait_for_client()
             self._reset_round(round_index)
             plan, trained = self._train(round_index)
-        # Stay at most one round ahead of the last commit: clients keep two rounds' own state.
+        # Stay at most one round ahead of the last commit, as all ranks do: clients keep two rounds'
+        # own state, and ranks two checkpoints.
         self.archive.wait_committed()
+        self.log.add_steps(self.ranks.gather(self.log.steps_so_far()))
         self._merge(round_index, plan, trained)
         tallies = self._evaluate(round_index, plan)
         crash_point("validation.after")
         overall = self.log.train_figures() | evaluated_figures(self.recipe.task, tallies)
-        ended = [*tallies.values()][-1]  # the clients that have evaluated all parts
+        # The clients that have evaluated all parts.
+        ended = [k for k in [*tallies.values()][-1] if k in self.parties]
         for k in ended:
             at = self.parties[k].at(round_index)
             with contextlib.suppress(*PEER_ERRORS):  # a lost client is noticed in the next round
@@ -205,6 +214,7 @@ class Rounds:
         }
         for k in ended:  # a client that has evaluated has saved its own state
             self.parties[k].own_round = round_index + 1
+        clients = self.ranks.gather(clients)
         overall |= sums(clients)
         overall["seconds"] = time.perf_counter() - started
         self.log.end_round(round_index, clients, overall, plan.order, self._missing, self._states())
@@ -220,7 +230,7 @@ class Rounds:
         has_own = keeps_own and (round_index > 0 or self.recipe.joins)
         if not self.seen.is_over(round_index) and not has_own:
             # Those of the round's start, even after its merge; empty if a fed server has them.
-            front = NamedWeights(INITIAL, self._front_file(self._start_shared))
+            front = NamedWeights(INITIAL, front_file(self.split, self._start_shared))
         yield from server_start(self.parties[client], front, round_index)
 
     def _goodbye(
@@ -246,7 +256,8 @@ class Rounds:
             if self.may_skip and self.recipe.training.keeps_optimizer:
                 self._optimizers[b] = copy.snapshot(weights=False)
         self.spool.start_round()
-        num_steps = {k: n for k, n in self.num_steps.items() if k in self._active()}
+        away = self.parties.keys() - self._active()
+        num_steps = {k: n for k, n in self.num_steps.items() if k not in away}
         plan = RoundPlan(
             self.recipe, round_index, num_steps, self.backs,
             spool=self.spool, may_skip=self.may_skip, at_once=self.at_once,
@@ -254,7 +265,7 @@ class Rounds:
         self.plan = plan
         if self.joint_steps:
             self.joint_steps.start(plan.order)
-        self.log.start_round(round_index, plan.num_own_steps)
+        self.log.start_round(round_index, plan.num_own_steps(self.parties))
         for party in self.parties.values():
             party.compute_s = 0.0
 
@@ -269,7 +280,7 @@ class Rounds:
                 self.fewest == 1 or len(plan.order) > self.fewest
             )
 
-        drawn = tuple(plan.order)
+        drawn = [k for k in plan.order if k in self.parties]
         for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
         trained = self._run_clients(
@@ -290,10 +301,10 @@ class Rounds:
 
     @property
     def num_steps(self) -> dict[int, int]:
-        """Each client's steps in a round."""
-        counts = {k: party.num_samples[TRAIN] for k, party in self._items()}
-        run = self.run
-        return {k: num_batches(n, run.batch_size) * run.local_epochs for k, n in counts.items()}
+        """Each client's steps in a round, of all ranks."""
+        run, counts = self.run, self.num_samples
+        one = {k: num_batches(counts[k][TRAIN], run.batch_size) for k in counts}
+        return {k: count * run.local_epochs for k, count in one.items()}
 
     def _merge(self, round_index: int, plan: RoundPlan, trained: Mapping[int, RoundResult]) -> None:
         """Merge the round's trained weights into the shared ones, and record both."""
@@ -302,11 +313,11 @@ class Rounds:
             for name, state in states.items():
                 path = segment_path(ONE_CLIENT_MODEL, name, round_index, client=k)
                 self.archive.write("one_client_model", path, encode_state(state), round_index)
-        num_train = {k: self.parties[k].num_samples[TRAIN] for k in sorted(plan.order)}
+        num_train = {k: self.num_samples[k][TRAIN] for k in sorted(plan.order)}
         by_copy = {b: copy.states() for b, copy in self.backs.items()}
         weights = averaging_weights(self.run, num_train)
         crash_point("average.before")
-        made = Trained(by_client, by_copy, weights, last=plan.order[-1])
+        made = Trained(by_client, by_copy, weights, last=plan.order[-1], ranks=self.ranks)
         shared = merge(self.recipe, self.shared, made, self.split.entries)
         in_process = any(party.link.in_process for party in self.parties.values())
         if self.run.on_nonfinite == REJECT and not in_process:
@@ -320,21 +331,11 @@ class Rounds:
     def _states(self) -> States:
         return {name: shared.state for name, shared in self.shared.items()}
 
-    def _front_file(self, shared: Mapping[str, Shared]) -> bytes:
-        """Return the file of the clients' weights; b"" if a separate fed server has them."""
-        names = [name for name in self.split.held_by(Holder.CLIENT) if name in shared]
-        states = {name: shared[name].state for name in names}
-        return encode_state(joined(states)) if states else b""
-
     def _write_shared(self, round_index: int) -> None:
         """Record the shared weights and the server's optimisers for the next round's start."""
         files = [f for item in self.shared.items() for f in shared_files(*item, round_index)]
         if self.recipe.training.keeps_optimizer and round_index >= 0:
-            for b, copy in self.backs.items():
-                for name, segment in copy.items():
-                    path = segment_path(SERVER_OPTIMIZER, name, round_index, back=b)
-                    state = encode_state(segment.optimizer.state())
-                    files.append(("server_optimizer", path, state))
+            files += optimizer_files(self.backs, round_index)
         for kind, path, data in files:
             self.archive.write(kind, path, data, round_index)
         self._paths = [path for _, path, _ in files]
@@ -358,7 +359,7 @@ class Rounds:
         figures = self.log.train_figures() | evaluated_figures(self.recipe.task, tallies)
         self.seen.see(round_index, figures)
         if self.seen.is_tested(round_index + 1):
-            there = [k for k in validated if not self.network.is_skipped(k)]
+            there = [k for k in self._active() if k in validated]
             tested = self._evaluate_part(round_index, plan, TEST, clients=there, best=best)
             tallies[TEST] = tested
         return tallies
@@ -366,13 +367,16 @@ class Rounds:
     def _evaluate_part(
         self, round_index: int, plan: RoundPlan, part: str, *, clients: Sequence[int], best: int
     ) -> dict[int, Tally]:
-        """Evaluate the round's weights at these clients; a relay's last client has its front."""
+        """Evaluate the round's weights at these clients of this rank; return all ranks' tallies.
+
+        A relay's last client has its front.
+        """
         front, policy = None, self.recipe.scheme.fronts
         if policy is Fronts.RELAYED:
             front = plan.relayed
         elif policy is Fronts.AVERAGED:
-            samples = sum(self.parties[k].num_samples[TRAIN] for k in plan.order)
-            front = NamedWeights(AVERAGE, self._front_file(self.shared), samples)
+            samples = sum(self.num_samples[k][TRAIN] for k in plan.order)
+            front = NamedWeights(AVERAGE, front_file(self.split, self.shared), samples)
 
         def evaluate(client: int) -> Conversation[Tally]:
             party, has_it = self.parties[client], front and front.name == client_weights(client)
@@ -390,4 +394,5 @@ class Rounds:
         if self.joint_steps:
             self.joint_steps.start(clients)
         # A client that starts again may not have its own state of this round on disk.
-        return self._run_clients(clients, evaluate, keep_results=False)
+        own = self._run_clients(clients, evaluate, keep_results=False)
+        return self.ranks.gather(own, packed, unpacked)

@@ -15,13 +15,13 @@ from sfl.archive.run_folder import (
     EventLog,
     RunFolder,
     create_run_folder,
+    new_run_name,
     open_folder,
     options_record,
     reporting_failure,
-    resume_hint,
     to_json,
 )
-from sfl.config import RunConfig, flag
+from sfl.config import RunConfig
 from sfl.conversation.fed import put_start
 from sfl.conversation.join import APART, HERE, Joined, reports_of
 from sfl.conversation.report import describe_data
@@ -33,9 +33,10 @@ from sfl.nodes import ServerNode
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience
 from sfl.runtime.fed_server import fed_server
+from sfl.runtime.group import ALONE, Group, common_past, hint_of, in_turn, share_of
 from sfl.runtime.lobby import Lobby
 from sfl.runtime.on_end import running_at_end
-from sfl.runtime.preflight import check_run, check_start
+from sfl.runtime.preflight import check_clients_options, check_role, check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import (
@@ -46,11 +47,12 @@ from sfl.runtime.resume import (
 )
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.same_model import ServersModel
+from sfl.runtime.share import Share
 from sfl.runtime.start_weights import StartWeights, read_start, started
 from sfl.runtime.whereabouts import in_lobby, in_rounds
 from sfl.strategy.merge import fewest_connected
+from sfl.strategy.ranks import Ranks, block
 from sfl.strategy.recipe import Recipe
-from sfl.strategy.schemes import Exchange
 from sfl.tracking.tracked import Tracker
 from sfl.tracking.trackers import trackers_of
 from sfl.transport.guard import Terms, guard_of
@@ -61,11 +63,13 @@ from sfl.transport.transports import ServerNetwork, transport_of
 from sfl.trusted_imports import remember
 from sfl.weights.exchange import Elsewhere
 from sfl.weights.object_store import ObjectStore
-from sfl.weights.stores import SOCKET, StoreOptions, store_maker
+from sfl.weights.stores import StoreOptions, store_maker
 
 
-def serve(run: RunConfig, node: ServerNode) -> Path:
+def serve(run: RunConfig, node: ServerNode, group: Group = ALONE) -> Path:
     """Run a server for one run; return the run's folder.
+
+    ``group``: the processes of which this one serves a share of the clients.
 
     Raises:
         ConfigError: the options cannot be used together, or on this machine.
@@ -81,17 +85,20 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
         )
     transport = transport_of(node)
     check_role(recipe, node)
-    _check_node_options(recipe, node)
+    check_clients_options(recipe, node)
     trackers = trackers_of(node.track)
-    num_backs = len(recipe.scheme.backs_of(range(run.most_clients)))
+    ours = block(range(run.most_clients), group.rank, group.size)
+    num_backs = len(recipe.scheme.backs_of(ours))
     devices = set_up_devices(node, num_backs, f"a server of --scheme {run.scheme}")
-    past = _past_of(recipe, node)
+    past = common_past(_past_of(recipe, node), group)
     start = None if past else read_start(node.init, recipe)
     check_start(start, recipe)
     recipe = started(recipe, start)
     guard = guard_of(node, SERVER, run.most_clients)
     with transport.listen(node, run.clients) as listener:
-        path, recipe, is_reused = _prepare_folder(recipe, node)
+        share = share_of(group, listener.address, node.advertise)
+        begun = functools.partial(_prepare_folder, recipe, node, share)
+        path, recipe, is_reused = in_turn(group, begun)
         run = recipe.run
         guard = dataclasses.replace(guard, run=run.run)
         with (
@@ -99,12 +106,15 @@ def serve(run: RunConfig, node: ServerNode) -> Path:
             contextlib.ExitStack() as stack,
             open_folder(path, SERVER_LOG, recipe.keep) as folder,
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
-            reporting_failure(folder, network.end, resume_hint(path, run.model)),
+            reporting_failure(folder, network.end, hint_of(group, folder, run.model)),
         ):
+            folder.events.is_quiet = group.rank > 0
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
-            server = _Server(recipe, node, devices, folder, past, start, place, trackers)
+            server = _Server(
+                recipe, node, devices, folder, past, start, place, trackers, group, share
+            )
             server.announce(listener.address, transport.notes(node))
             lobby = server.lobby(network, may_return=transport.may_return)
             stack.enter_context(lobby.notice)
@@ -140,6 +150,8 @@ class _Server:
     start: StartWeights | None
     place: ObjectStore | None  # the store of weights
     trackers: Mapping[str, Tracker]
+    group: Group
+    share: Share
     rounds: Rounds | None = None  # once they are prepared
 
     @property
@@ -160,8 +172,10 @@ class _Server:
         """Log the run, the address, the number of clients, and notes about the transport."""
         events, past = self.folder.events, self.past
         events.note(f"command line: {' '.join(command_line())}")
-        needed = counted(past.clients if past else self.run.clients, "client")
-        events.say(f"run {self.run.run}: listening on {address} for {needed}")
+        clients = self.share.ours(range(past.clients if past else self.run.clients))
+        events.say(
+            f"run {self.run.run}: listening on {address} for {counted(len(clients), 'client')}"
+        )
         if past:
             _say_resume_state(past, self.recipe, events)
         if self.node.skip_after_s and self._fewest > self.node.min_clients:
@@ -183,9 +197,9 @@ class _Server:
         run, node, is_here = self.run, self.node, self.fed == HERE
         if self.past and self.past.is_over(self.recipe):  # only TRAINING_DONE is left to send
             lobby.end_soon()
-        joined = lobby.gather()
+        joined, ranks = lobby.gather(), self.group.ranks(lobby)
         if self.past:
-            self.past = _agree_on_round(self.past, joined, self.fed, self.folder.events)
+            self.past = _agree_on_round(self.past, joined, ranks, self.fed, self.folder.events)
         crash_point("start.ready")
         options = _store_options(run, node, self.folder.path, self.folder.events)
         make = store_maker(self.place, options, lobby.wake)
@@ -201,6 +215,7 @@ class _Server:
             start=self.start,
             trackers=self.trackers,
             options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
+            ranks=ranks,
         ).rounds()
         lobby.on_return = rounds.reconnect
         if self.place is not None and self.fed == APART:
@@ -221,25 +236,11 @@ class _Server:
             events=self.folder.events,
             resumed=bool(node.resume),
             fed=self.fed,
+            share=self.share,
             patience=Patience(may_return and self.fed == HERE, node.skip_after_s, self._fewest),
             admission=Admission(
                 self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)
             ),
-        )
-
-
-def _check_node_options(recipe: Recipe, node: ServerNode) -> None:
-    """Check the server's options about clients against the run's.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-    run = recipe.run
-    if node.min_clients > run.most_clients:
-        raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
-    if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:
-        raise ConfigError(
-            f"--at-once {node.at_once}: with {run.scheme} not every client has a copy of the back"
         )
 
 
@@ -261,13 +262,16 @@ def _past_of(recipe: Recipe, node: ServerNode) -> Past | None:
     return past
 
 
-def _agree_on_round(past: Past, joined: Mapping[int, Joined], fed: str, events: EventLog) -> Past:
+def _agree_on_round(
+    past: Past, joined: Mapping[int, Joined], ranks: Ranks, fed: str, events: EventLog
+) -> Past:
     """Keep only the checkpoint of the newest round that the server and all clients have.
 
     Raises:
         RunError: there is no such round.
     """
-    agreed = past.common_to_all({k: client.data.rounds for k, client in joined.items()})
+    rounds = {k: client.data.rounds for k, client in joined.items()}
+    agreed = past.common_to_all(rounds, ranks)
     if agreed.first_round != past.first_round:
         why = f"a client has only what round {agreed.first_round + 1} starts from"
         if fed != HERE:
@@ -283,38 +287,6 @@ def _say_resume_state(past: Past, recipe: Recipe, events: EventLog) -> None:
         events.say("all rounds are done")
     else:
         events.say(f"going on with round {past.first_round + 1}/{recipe.run.rounds}")
-
-
-def check_role(recipe: Recipe, node: ServerNode) -> None:
-    """Check that the run can have a separate fed server, if ``--role main`` asks for one.
-
-    Raises:
-        ConfigError: it cannot, or the fed server's place is not given.
-    """
-    if node.role != "main":
-        return
-    run = recipe.run
-    if recipe.joins:
-        raise ConfigError(
-            f"--role main: with --topology {run.topology} no weights are averaged, so that there is"
-            " nothing for a fed server to do"
-        )
-    if recipe.scheme.exchange is Exchange.WEIGHT_GRADS:
-        raise ConfigError(
-            f"--role main: in --scheme {run.scheme} the server updates all weights; there is no"
-            " fed server to part from"
-        )
-    for name, given in {"stop_when": run.stop_when, "keep_models": recipe.keep.best_by}.items():
-        if given:
-            raise ConfigError(
-                f"--role main: a fed server apart sees no metrics, which"
-                f" {flag(name)} {getattr(run, name)} needs; give both roles to one server"
-            )
-    if (run.weights == SOCKET) != bool(node.fed_server):
-        raise ConfigError(
-            "--role main needs to know where the fed server is: give --fed-server HOST:PORT, or"
-            " let the weights go through a store, --weights dir:PATH or gs://BUCKET/PREFIX"
-        )
 
 
 def _store_options(run: RunConfig, node: ServerNode, path: Path, events: EventLog) -> StoreOptions:
@@ -343,20 +315,21 @@ def _open_place(
     return place
 
 
-def _prepare_folder(recipe: Recipe, node: ServerNode) -> tuple[Path, Recipe, bool]:
-    """Return the run's folder, its recipe by that name, and whether a failed start left the folder.
+def _prepare_folder(recipe: Recipe, node: ServerNode, share: Share) -> tuple[Path, Recipe, bool]:
+    """Return the folder of this server's share of a run, the run's recipe by its name, and whether
+    a failed start left the folder.
 
     The options are written first, so that the run can be resumed whenever it is killed.
     """
     if node.resume:
         return Path(node.resume), recipe, False
-    run = recipe.run
-    parent = node.out_path / "server"
-    was_there = bool(run.run) and (parent / run.run).exists()
-    path = create_run_folder(parent, run.run)
-    recipe = recipe.changed(run=path.name)
+    name = recipe.run.run or new_run_name()
+    own = share.folder(node.out_path / "server" / name)
+    was_there = own.exists()
+    path = create_run_folder(own.parent, own.name)
+    recipe = recipe.changed(run=name)
     write_file(path / "config.json", to_json(options_record(recipe.run, node)), durable=True)
-    remember([run.model])
+    remember([recipe.run.model])
     return path, recipe, was_there
 
 

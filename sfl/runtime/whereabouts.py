@@ -44,7 +44,7 @@ def in_rounds(rounds: Rounds, loading: Collection[int] = ()) -> Now:
 def _in_round(rounds: Rounds, plan: RoundPlan, client: int) -> Doing:
     of_steps = plan.num_steps.get(client, 0)  # none if it sits the round out
     steps = min(_steps(rounds, plan, client), of_steps)
-    if plan.all_have_trained:
+    if plan.all_have_trained(rounds.parties):
         return Doing(EVALUATING, steps=steps, of_steps=of_steps)
     what = TRAINING if plan.is_training(client) else WAITING
     return Doing(what, steps=steps, of_steps=of_steps)

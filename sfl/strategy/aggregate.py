@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sfl.strategy.ranks import PassOn, add_here
+
 State = Mapping[str, Tensor]
 Result = tuple[dict[str, Tensor], dict[str, Tensor]]  # the new state, the rule's memory
+NO_AVERAGE = "give one state and one weight a client, not all of weight 0"
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,43 @@ class Update:
     start: State = field(default_factory=dict)  # the state that all were trained from
     trained: Collection[str] = ()  # names of parameters; other entries are buffers
     memory: State = field(default_factory=dict)  # from the rule's last call; empty at first
+    pass_on: PassOn = add_here  # for sums that other ranks add to as well
 
 
-def fed_avg(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+def fed_avg(
+    states: Sequence[State],
+    weights: Sequence[float],
+    like: State | None = None,
+    pass_on: PassOn = add_here,
+) -> dict[str, Tensor]:
     """Return the weighted average of states.
 
     FedAvg, McMahan et al. 2017, Algorithm 1: ``w = sum_k (n_k / n) w_k``, with ``weights`` n_k.
     It divides once, so that the average of identical float32 models equals that model exactly, for
     integer weights up to 2^29: n_k * w fits into float64's 53 bits.
+
+    ``like``: a state with the same entries, for a rank without states; ``pass_on``: lets other
+    ranks add theirs.
     """
-    if not states or len(states) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError("give one state and one weight a client, not all of weight 0")
-    total = sum(weights)
-    average = {}
-    for name, first in states[0].items():
-        summed = torch.zeros(first.shape, dtype=torch.float64)
+    if like is None and states:
+        like = states[0]
+    if like is None or len(states) != len(weights) or min(weights, default=0) < 0:
+        raise ValueError(NO_AVERAGE)
+    sizes = [entry.numel() for entry in like.values()]
+
+    def add(sums: Tensor) -> None:
+        sums[0] += sum(weights)
+        parts = dict(zip(like, torch.split(sums[1:], sizes), strict=True))
         for state, weight in zip(states, weights, strict=True):
-            summed += state[name].detach().cpu().double() * weight
-        average[name] = _like(first, summed / total)
-    return average
+            for name, part in parts.items():
+                part += state[name].detach().cpu().double().flatten() * weight
+
+    sums = torch.zeros(1 + sum(sizes), dtype=torch.float64)  # the weights', then each entry's
+    pass_on(add, sums)
+    if (total := sums[0].item()) <= 0:
+        raise ValueError(NO_AVERAGE)
+    averages = zip(like.items(), torch.split(sums[1:] / total, sizes), strict=True)
+    return {name: _like(entry, value.reshape(entry.shape)) for (name, entry), value in averages}
 
 
 def _like(entry: Tensor, value: Tensor) -> Tensor:
@@ -51,7 +72,7 @@ def _like(entry: Tensor, value: Tensor) -> Tensor:
 
 
 def _fed_avg(update: Update) -> Result:
-    return fed_avg(update.states, update.weights), {}
+    return fed_avg(update.states, update.weights, update.start, update.pass_on), {}
 
 
 Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta) -> v of the next round

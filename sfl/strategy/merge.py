@@ -21,6 +21,7 @@ from sfl.model.blocks import Entries
 from sfl.model.topology import Holder, States
 from sfl.strategy.aggregate import State, Update
 from sfl.strategy.order import num_drawn
+from sfl.strategy.ranks import OneRank, Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
@@ -116,6 +117,7 @@ class Trained:
     by_copy: Mapping[int, States]  # the server's segments, of each copy
     weights: Mapping[int, int]  # of the clients in averages
     last: int  # the client whose turn was last
+    ranks: Ranks = field(default_factory=OneRank)  # which have trained the other clients' states
 
 
 def shared_files(name: str, shared: Shared, round_index: int) -> Iterator[tuple[str, str, bytes]]:
@@ -151,7 +153,7 @@ def _merge_clients(
         return None
     if policy is Fronts.RELAYED:
         return Shared(states[trained.last])
-    return _aggregate(recipe, states, trained.weights, start, entries)
+    return _aggregate(recipe, states, trained.weights, start, entries, trained.ranks)
 
 
 def _merge_copies(
@@ -165,7 +167,7 @@ def _merge_copies(
     served = {b: sum(w for k, w in trained.weights.items() if back_of(k) == b) for b in states}
     used = {b: states[b] for b in sorted(states) if served[b]}
     if averages_backs(recipe):
-        return _aggregate(recipe, used, served, start, entries)
+        return _aggregate(recipe, used, served, start, entries, trained.ranks)
     (only,) = used.values()
     return Shared(only)
 
@@ -176,21 +178,24 @@ def _aggregate(
     weights: Mapping[int, int],
     start: Shared,
     entries: Entries,
+    ranks: Ranks,
 ) -> Shared:
     chosen = sorted(states)
-    merged = [name for name in start.state if name not in entries.frozen]
+    began = {n: entry for n, entry in start.state.items() if n not in entries.frozen}
     update = Update(
-        [{n: states[k][n] for n in merged} for k in chosen],
+        [{n: states[k][n] for n in began} for k in chosen],
         [weights[k] for k in chosen],
-        start=start.state,
+        start=began,
         trained=sorted(entries.trained & start.state.keys()),
         memory=start.memory,
+        pass_on=ranks.pass_on,
     )
     new, memory = recipe.rule(update)
-    for name in merged:
-        theirs = [state[name] for state in update.states]
-        if name not in entries.trained and all(torch.equal(t, start.state[name]) for t in theirs):
-            new[name] = start.state[name]
+    buffers = [name for name in began if name not in entries.trained]
+    changed = ranks.gather(
+        {k: [n for n in buffers if not torch.equal(states[k][n], began[n])] for k in chosen}
+    )
+    new |= {name: began[name] for name in set(buffers).difference(*changed.values())}
     state = {n: new.get(n, start.state[n]) for n in start.state if n not in entries.same}
     return Shared({n: state[entries.same.get(n, n)] for n in start.state}, memory)
 
@@ -200,8 +205,9 @@ def memory_spec(recipe: Recipe, weights: StateSpec, entries: Entries) -> StateSp
     state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in weights.items()}
     clients = range(num_drawn(recipe.run, recipe.run.clients))
     merged = _aggregate(
-        recipe, dict.fromkeys(clients, state), dict.fromkeys(clients, 1), Shared(state), entries
-    )
+        recipe, dict.fromkeys(clients, state), dict.fromkeys(clients, 1), Shared(state), entries,
+        OneRank(),
+    )  # fmt: skip
     return {name: TensorSpec.of(tensor) for name, tensor in merged.memory.items()}
 
 

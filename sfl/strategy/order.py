@@ -13,7 +13,7 @@ A copy of the back that serves one client takes its steps as they arrive.
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -138,14 +138,13 @@ class RoundPlan:
         gathers = row.exchange is Exchange.WEIGHT_GRADS
         self.pool = GradientPool(run, backs[0].last, self.num_steps, spool) if gathers else None
 
-    @property
-    def num_own_steps(self) -> int:
-        """The steps of the round, where those that clients take together count once."""
-        return sum(self.num_steps[k] for k in self._leaders)
+    def num_own_steps(self, clients: Collection[int]) -> int:
+        """Return the round's steps of these clients; those that all take together count once."""
+        return sum(self.num_steps[k] for k in self._leaders if k in clients)
 
-    @property
-    def all_have_trained(self) -> bool:
-        return not self._training and self.starts.keys() >= set(self.order)
+    def all_have_trained(self, clients: Collection[int]) -> bool:
+        """Return whether those of these clients that are in the round have trained."""
+        return not self._training and all(k in self.starts for k in self.order if k in clients)
 
     def is_training(self, client: int) -> bool:
         return client in self._training

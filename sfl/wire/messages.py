@@ -23,6 +23,7 @@ class MessageType(StrEnum):
     PROOF = "PROOF"  # C: the client's proof
     REGISTER = "REGISTER"  # C: ask for a place; wanted client id, fingerprint
     REGISTERED = "REGISTERED"  # S: you are client k of this run; the RunConfig
+    GO_TO = "GO_TO"  # S: another process of this server serves you; host ("": the same), port
     CHECK = "CHECK"  # C: ask whether REGISTER would succeed; client id, fingerprint
     CHECKED = "CHECKED"  # S: as REGISTERED, but takes no place; then, the report's faults
     REQUEST_TO_START = "REQUEST_TO_START"  # C: data are loaded; samples, classes, shape

@@ -1,0 +1,115 @@
+"""The processes of one server, called ranks; a server in one process is alone.
+
+``Group`` is what ranks need before there is a network of clients: to agree on options, addresses
+and folders. Later ``Ranks`` takes over, which lets the network work while it waits.
+"""
+
+import platform
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, TypeVar
+
+from sfl.archive.layout import run_of
+from sfl.archive.run_folder import RunFolder, resume_hint
+from sfl.errors import RunError
+from sfl.runtime.resume import Past
+from sfl.runtime.share import Share
+from sfl.strategy.ranks import OneRank, Ranks, block
+from sfl.wire.driver import Network
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The ranks of a server, as one of them sees them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def command(self) -> str:
+        """How the server is started, for users; "": in one process."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, each a value of JSON; wait for all.
+
+        Raises:
+            RunError: another rank has ended.
+        """
+
+    def ranks(self, network: Network) -> Ranks:
+        """Return what the ranks of a run do together, while ``network`` goes on working."""
+
+
+class Alone:
+    """A server in one process."""
+
+    rank, size, command = 0, 1, ""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def ranks(self, network: Network) -> Ranks:
+        return OneRank()
+
+
+ALONE = Alone()
+
+
+def in_turn(group: Group, call: Callable[[], T]) -> T:
+    """Make a call at each rank, one after the other; return this rank's result."""
+    results = []
+    for turn in range(group.size):
+        if turn == group.rank:
+            results.append(call())
+        group.gather(None)
+    return results[0]
+
+
+def share_of(group: Group, address: str, advertise: str) -> Share:
+    """Return this rank's share, with the places at which clients reach all ranks.
+
+    ``address``: that it listens on; ``advertise``: a host at which other machines reach it. A rank
+    on the machine of this one is reached at the host that the client has used for this one.
+    """
+    machine = platform.node()
+    port = int(address.rpartition(":")[2])
+    known = group.gather([machine, advertise or machine, port])
+    places = [
+        {"host": "" if theirs == machine else host, "port": port} for theirs, host, port in known
+    ]
+    return Share(group.rank, group.size, places)
+
+
+def common_past(past: Past | None, group: Group) -> Past | None:
+    """Keep the checkpoints of rounds that all ranks have; None: all begin.
+
+    Raises:
+        RunError: the run was not one of so many ranks, or one lacks its share of it.
+    """
+    if past and past.own_rounds:
+        ours = block(sorted(past.num_samples), group.rank, group.size)
+        if sorted(past.own_rounds) != ours:
+            raise RunError(
+                f"{past.files.root} has the clients {_span(past.own_rounds)}, and this process"
+                f" would serve {_span(ours)}: go on with as many processes as the run had"
+            )
+    known = group.gather([c.round for c in past.checkpoints] if past else [])
+    common = set(known[0]).intersection(*known)
+    if past and common:
+        return past.only(common)
+    if any(max(rounds, default=0) > 0 for rounds in known):
+        shown = ", ".join(f"{r}: {rounds or 'none'}" for r, rounds in enumerate(known))
+        raise RunError(f"the server's processes have no round in common to go on with: {shown}")
+    return None  # a rank was lost before any had taken a step
+
+
+def _span(clients: Collection[int]) -> str:
+    return f"{min(clients)} to {max(clients)}"
+
+
+def hint_of(group: Group, folder: RunFolder, model: str) -> Callable[[], str]:
+    """Return ``resume_hint`` for the whole run."""
+    return resume_hint(run_of(folder.path), model, group.command)
