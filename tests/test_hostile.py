@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("websockets")
+
 import sfl.archive
 from experiments.fuzz import cases, workers
 from experiments.hostile import __main__ as hostile

@@ -15,6 +15,7 @@ from sfl.transport.addresses import is_loopback, parse_url
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream, TlsStream
 from sfl.transport.tokens import Tokens, read_tokens
+from sfl.transport.websocket import opened
 from sfl.wire.framing import encode_head, pack_head
 from sfl.wire.link import is_last
 from sfl.wire.messages import Limits, Message, MessageType
@@ -89,8 +90,6 @@ def secured(sock: socket.socket, context: ssl.SSLContext) -> TlsStream:
 
 def over_websocket(stream: Stream) -> Stream:
     """Open a WebSocket over a connection."""
-    from sfl.transport.websocket import opened  # a library that only such targets need
-
     return opened(stream, "ws://127.0.0.1/")
 
 
