@@ -74,7 +74,8 @@ class Lines:
     """Lines of text from processes of a cluster to the program; travels to them."""
 
     def __init__(self) -> None:
-        self._kept = ray.remote(_Kept).options(num_cpus=0).remote()
+        again = {"max_restarts": -1, "max_task_retries": -1}  # without what it had kept
+        self._kept = ray.remote(_Kept).options(num_cpus=0, **again).remote()
 
     def put(self, text: str) -> ray.ObjectRef:
         """Send a line; it does not wait."""
