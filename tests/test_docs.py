@@ -143,6 +143,10 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     # experiments.compare's
     known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs", "--sweep"}
+    # experiments.on_ray's
+    known |= {"--address", "--virtual-clients", "--clients-per-actor"}
+    known |= {f"--{kind}-per-{of}" for kind in ("cpus", "gpus") for of in ("server", "actor")}
+    known |= {"--head"}  # ray start's
     known |= {"--figures", "--tables", "--labels"}  # sfl-report's
     known |= {"--kills", "--cuts", "--flips", "--delay-ms", "--blackouts"}  # experiments.chaos's
     known |= {"--to", "--part", "--round", "--client"}  # experiments.export's

@@ -15,6 +15,7 @@ by default a folder of this comparison alone: ``compare.csv`` (a line a run, rou
 ``times.csv``, ``compare.md``, figures, and ``report.html``, which has them side by side.
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,13 +23,14 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.compare.values import distinct, names
+from experiments.support import quiet_ray
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.options import Parser, names_of, parse_options
 from sfl.program import run_program
 
-OVER = ("simulation", "sockets")
+OVER = ("simulation", "sockets", "ray")
 PROG = "python -m experiments.compare"
 # Options of a run that a comparison has many values of, and where they stand.
 AXES = {"scheme": "schemes", "partition": "partitions", "topology": "topologies", "cut": "cuts"}
@@ -65,8 +67,18 @@ def parse() -> tuple[Namespace, list[str]]:
         " numbers belong to the name before, as in --partitions; for several cuts, give --cuts",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many, counting on from --seed")
-    parser.add_argument("--over", choices=OVER, default=OVER[0], help="one process, or many")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--over", choices=OVER, default=OVER[0],
+        help="a run is one process, or many; ray: one, placed by Ray on a machine of its cluster",
+    )  # fmt: skip
+    parser.add_argument(
+        "--address", default="local", metavar="ADDRESS",
+        help="of the cluster, with --over ray: auto, HOST:PORT, or local for this machine alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int,
+        help="runs at a time (default: 1; over ray, as many as its CPUs have room for)",
+    )  # fmt: skip
     parser.add_argument(
         "--keep-tensors", default="none", help="as a run's; tables need none (default: none)"
     )
@@ -113,9 +125,20 @@ def parse_sweep(text: str, rest: Sequence[str]) -> tuple[str, list[Any]]:
     return name, found
 
 
+def axes_of(own: Namespace, swept: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Return the values of each axis, and take those out of ``swept`` that it has."""
+    given = {
+        "scheme": names("--schemes", own.schemes or USUAL["schemes"]),
+        "partition": names("--partitions", own.partitions or USUAL["partitions"]),
+        "topology": names("--topologies", own.topologies) if own.topologies else (),
+        "cut": distinct("--cuts", own.cuts),
+    }
+    return {AXES[name]: swept.pop(name, found) for name, found in given.items()}
+
+
 def main() -> None:
     own, rest = parse()
-    if own.seeds < 1 or own.jobs < 1:
+    if own.seeds < 1 or (own.jobs is not None and own.jobs < 1):
         raise ConfigError("--seeds and --jobs: must be at least 1")
     run, node = parse_options(rest, RunConfig, NodeConfig, prog=PROG, about="")
     swept = [parse_sweep(text, rest) for text in own.sweep]
@@ -123,28 +146,26 @@ def main() -> None:
     from tqdm import tqdm
 
     from experiments.compare.figures import draw_all
-    from experiments.compare.plan import carry_out, check_all, is_done
+    from experiments.compare.plan import carry_out, check_all, is_done, on_this_machine
     from experiments.compare.results import read_study, write_tables
     from experiments.compare.study import Study, left_out
     from sfl.interactive.run import open_run
     from sfl.reports.report import write_report
 
+    placed = on_this_machine
+    if own.over == "ray":
+        os.environ.update(quiet_ray.ENVIRONMENT)
+        from experiments.compare.ray_tasks import on_ray as placed
+
     # The runs are started in another folder.
     paths = {"out": str(node.out_path.resolve()), "data_dir": str(node.data_path.resolve())}
     values = {name: distinct(f"--sweep {name}", found) for name, found in swept}
-    given = {
-        "scheme": names("--schemes", own.schemes or USUAL["schemes"]),
-        "partition": names("--partitions", own.partitions or USUAL["partitions"]),
-        "topology": names("--topologies", own.topologies) if own.topologies else (),
-        "cut": distinct("--cuts", own.cuts),
-    }
     study = Study(
-        **{AXES[name]: values.pop(name, found) for name, found in given.items()},
+        **axes_of(own, values),
         seeds=range(run.seed, run.seed + own.seeds),
         run=replace(run, keep_tensors=own.keep_tensors),
         node=replace(node, **paths),
         over=own.over,
-        jobs=own.jobs,
         sweeps=values,
     )
     is_typed = any(option.partition("=")[0] == "--out" for option in rest)
@@ -155,7 +176,8 @@ def main() -> None:
     check_all(study)
     total = len(study.runs) * run.rounds
     done = sum(is_done(study, r) for r in study.runs) * run.rounds
-    with tqdm(total=total, initial=done, unit="round", desc="all runs", disable=None) as bar:
+    counted = {"total": total, "initial": done, "unit": "round", "disable": None}
+    with placed(study, own) as (study, simulation), tqdm(desc="all runs", **counted) as bar:
 
         def on_round(of: RunConfig, line: str) -> None:
             bar.update()
@@ -164,7 +186,7 @@ def main() -> None:
                 tqdm.write(f"{of.run}: {line}")
                 sys.stdout.flush()
 
-        carry_out(study, on_round)
+        carry_out(study, on_round, simulation)
     lines = read_study(study)
     for path in write_tables(study, lines) + draw_all(study, lines):
         print(path)

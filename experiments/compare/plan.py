@@ -1,13 +1,15 @@
 """The runs of a comparison: whether they can be run, which are done, and doing the others."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import sfl.archive
 from experiments.compare.study import Study
@@ -57,17 +59,24 @@ def is_done(study: Study, run: RunConfig) -> bool:
     return sfl.archive.open(path).lists(LAST_FILE)
 
 
-def carry_out(study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
+Register = Callable[[Callable[[], None]], None]  # is told how to end what has been started
+# Carries out a simulation, and yields its lines.
+Simulation = Callable[[RunConfig, NodeConfig, Register], Iterable[str]]
+
+
+def carry_out(
+    study: Study, on_round: Callable[[RunConfig, str], None], simulation: Simulation
+) -> None:
     """Do what is missing, so many runs at a time; a run that was broken off begins again.
 
-    ``on_round`` hears a line of each round that ends.
+    ``on_round`` hears a line of each round that ends; ``simulation``: as ``in_one_process``.
 
     Raises:
         RunError: some runs failed; the text says why. The others were carried out.
     """
     missing = [run for run in study.runs if not is_done(study, run)]
     failed: list[str] = []
-    workers = _Workers(study, on_round)
+    workers = _Workers(study, on_round, simulation)
 
     def work(run: RunConfig) -> None:
         try:
@@ -86,11 +95,42 @@ def carry_out(study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
         raise RunError("; ".join(failed))
 
 
+def in_one_process(run: RunConfig, node: NodeConfig, register: Register) -> Iterator[str]:
+    """Carry out a simulation as a process of this machine, and yield its lines.
+
+    Raises:
+        RunError: it failed; the text is its last line.
+    """
+    command = [sys.executable, "-m", "experiments.simulate", *options_of(run, node)]
+    log = node.out_path / f"{run.run}.err"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        register(process.kill)
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        raise RunError(last_line(log))
+    log.unlink()
+
+
+@contextlib.contextmanager
+def on_this_machine(study: Study, own: Namespace) -> Iterator[tuple[Study, Simulation]]:
+    """Yield a study and how each of its simulations is carried out."""
+    yield replace(study, jobs=own.jobs or 1), in_one_process
+
+
 class _Workers:
     """Runs that are going on; they can be ended from another thread."""
 
-    def __init__(self, study: Study, on_round: Callable[[RunConfig, str], None]) -> None:
-        self._study = study
+    def __init__(
+        self, study: Study, on_round: Callable[[RunConfig, str], None], simulation: Simulation
+    ) -> None:
+        self._study, self._simulation = study, simulation
         self._on_round = on_round
         self._lock = threading.Lock()
         self._stopped = False
@@ -118,34 +158,17 @@ class _Workers:
         if self._study.over_sockets(run):
             self._over_sockets(run)
         else:
-            self._in_one_process(run)
-
-    def _in_one_process(self, run: RunConfig) -> None:
-        command = [sys.executable, "-m", "experiments.simulate", *_options(run, self._study.node)]
-        log = self._study.node.out_path / f"{run.run}.err"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            open(log, "w") as errors,
-            subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
-            ) as process,
-        ):
-            self._register(process.kill)
-            assert process.stdout is not None
-            for line in process.stdout:
+            for line in self._simulation(run, self._study.node, self._register):
                 self._hear(run, line)
-        if process.returncode:
-            raise RunError(last_line(log))
-        log.unlink()
 
     def _over_sockets(self, run: RunConfig) -> None:
         node = self._study.node
-        with running(_options(run, node)) as processes:
+        with running(options_of(run, node)) as processes:
             self._register(processes.kill)
             trusted = [] if run.weights == SOCKET else ["--allow-weights", run.weights]
             processes.start_clients(
                 [processes.address] * run.clients,
-                [*_options(None, node), *trusted],
+                [*options_of(None, node), *trusted],
                 lambda k: _own_data(run, node, k),
             )
             if self._stopped:  # while they were being started
@@ -164,7 +187,7 @@ def _own_data(run: RunConfig, node: NodeConfig, client: int) -> list[str]:
     return ["--data-dir", str(node.data_path / f"client_{client}")] if run.partition == OWN else []
 
 
-def _options(run: RunConfig | None, node: NodeConfig) -> list[str]:
+def options_of(run: RunConfig | None, node: NodeConfig) -> list[str]:
     """Return a configuration as a command line, without what is the default."""
     options = []
     for config in (run, node):

@@ -1,0 +1,1 @@
+"""A run whose server and clients are placed, watched and started again by Ray."""
