@@ -73,7 +73,7 @@ def test_a_comparison_on_ray_has_the_same_table_and_outlasts_a_run_that_fails(
     failed = run_program(*compare, *sweep, "--over", "ray", code=1)
     (line,) = failed.stderr.splitlines()[-1:]
     for scheme in ("sl", "central"):
-        assert f"{scheme}-iid-dataset-fashion-mnist-0: FashionMNIST is not in " in line
+        assert f"{scheme}-iid-dataset-fashion-mnist-0: simulate: error: FashionMNIST is" in line
         assert f"{scheme}-iid-dataset-mnist-5k-0: round 2/2: " in failed.stdout
     tables = run_program(*compare, "--sweep", "dataset=mnist-5k")
     assert "round 2/2" not in tables.stdout  # the runs were done
