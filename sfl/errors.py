@@ -184,8 +184,9 @@ _IN_A_CLONE = {
 }
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}
-# Packages of extras, which are needed together, and which requirements.txt leaves out.
-_TOGETHER = {"onnx", "onnxscript", "onnxruntime"}
+# Packages of extras, which requirements.txt leaves out -> what pip installs.
+_LEFT_OUT = {name: name for name in ("mpi4py", "ray", "tensorboard", "wandb", "websockets")}
+_LEFT_OUT |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx onnxruntime onnxscript")
 
 
 def is_clone() -> bool:
@@ -201,8 +202,8 @@ def command(program: str) -> str:
 def not_installed(package: str) -> ConfigError:
     """Return the error for a package that is missing, with what to do."""
     what, hint = _INSTALLED_FROM.get(package, package), ""
-    if package in _TOGETHER:
-        what = " ".join(sorted(_TOGETHER))
+    if package in _LEFT_OUT:
+        what = _LEFT_OUT[package]
     elif is_clone():
         what, hint = "-r requirements.txt", "start the program with .venv/bin/python, or "
     return ConfigError(

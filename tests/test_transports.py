@@ -12,7 +12,10 @@ from experiments.bench.peers.mpi import launcher
 from sfl.nodes import ClientNode, ServerNode
 from tests.support.certificates import Certificates
 from tests.support.contract import CLAUSES, TIMEOUT_S, call_over, serve_over
-from tests.support.launch import free_port
+from tests.support.launch import free_port, options_of
+from tests.support.runs import ALLOW, RUN
+from tests.support.simulations import reference
+from tests.support.weights import assert_same
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +46,7 @@ def test_the_contract_holds_over_sockets(transport: str, tmp_path: Path) -> None
 
     thread = threading.Thread(target=serve)
     thread.start()
-    listening.wait(30)
+    assert listening.wait(30), failures
     scheme = "" if transport == "tcp" else f"{transport}://"
     call_over(ClientNode(server=f"{scheme}{address}", peer_timeout=TIMEOUT_S, **theirs))
     thread.join()
@@ -66,6 +69,22 @@ def test_the_contract_holds_over_mpi() -> None:
     pytest.importorskip("mpi4py")
     module = (sys.executable, "-m", "mpi4py", "-m", "tests.support.contract", "mpi")
     ended_well(start(*launcher(2), *module))
+
+
+@pytest.mark.slow
+def test_a_run_over_rpc_gives_the_same_weights(tmp_path: Path) -> None:
+    port, out = free_port(), ("--out", str(tmp_path))
+    words = [str(w) for w in (*options_of(RUN), *ALLOW, *out, "--port", port)]
+    server = start(sys.executable, "run_server.py", "--transport", "rpc", *words)
+    run_client = (sys.executable, "run_client.py", *out, *map(str, ALLOW), "--server")
+    clients = [
+        start(*run_client, f"rpc://127.0.0.1:{port}/{k + 1}/4", "--client-id", str(k))
+        for k in range(3)
+    ]
+    for program in (server, *clients):
+        said, _ = program.communicate(timeout=180)
+        assert program.returncode == 0, said
+    assert_same(reference(tmp_path / "whole", RUN), tmp_path / "server/r")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import itertools
 import socket
 import threading
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("websockets")
 
-from experiments.hostile.upgrades import BINARY, PING, piece, request
+from experiments.hostile.upgrades import BINARY, CLOSE, PING, TEXT, piece, request
 from sfl.errors import AuthError, Damaged, ProtocolError, SflError
 from sfl.transport.connection import Connection
 from sfl.transport.stream import Stream
@@ -150,6 +151,29 @@ def test_frames_that_carry_nothing_do_not_keep_the_reading_thread(
     client.sendall(piece() * (MOST_EMPTY + 1))
     with pytest.raises(ProtocolError, match="pings or empty messages without end"):
         received(stream)
+
+
+CLOSING = piece(b"\x03\xe8", CLOSE)
+BEHIND = [piece(b"junk"), piece(), piece(b"p", PING), piece(b"t", TEXT), piece(mask=0), CLOSING]
+
+
+@pytest.mark.parametrize(
+    "asked", [request(), request(key=""), request(version=8), b"GET /\r\n\r\n"]
+)
+def test_what_comes_before_the_answer_is_refused(asked: bytes) -> None:
+    """At once with the request, whatever it is; how the server then ends never fails."""
+    for behind in itertools.chain(BEHIND, itertools.permutations(BEHIND, 2)):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            stream = accepted(Stream(ours), b"G")
+            theirs.sendall(asked[1:] + b"".join([behind] if isinstance(behind, bytes) else behind))
+            with pytest.raises((ProtocolError, Damaged, OSError)):
+                stream.do_handshake_now()
+            with contextlib.suppress(OSError):
+                stream.send_now([memoryview(b"why")])
+            stream.shut_sending()
+            assert b" 101 " not in theirs.recv(2**16)
 
 
 def flips(data: bytes) -> Iterable[bytes]:

@@ -49,6 +49,7 @@ def repeated(data: bytes) -> list[bytes]:
     return [block] * (FOR_EVER // len(block))
 
 
+_CLOSE = piece(struct.pack("!H", 1000), CLOSE)
 FRAMES: dict[str, Iterable[bytes]] = {
     "a WebSocket's frame of 2^63 bytes": [piece(size=2**63)],
     "a WebSocket's frame of 1 GB": [piece(size=10**9)],
@@ -61,13 +62,16 @@ FRAMES: dict[str, Iterable[bytes]] = {
     "pings for ever": repeated(piece(bytes(100), PING)),
     "pongs for ever": repeated(piece(b"", PONG)),
     "empty messages for ever": repeated(piece()),
-    "closes for ever": repeated(piece(struct.pack("!H", 1000), CLOSE)),
+    "closes for ever": repeated(_CLOSE),
     "a close of no code": [piece(b"\0", CLOSE)],
     "text": [piece(frame(), TEXT)],
     "a continuation of nothing": [piece(frame(), CONT)],
 }
 FRAGMENTED = {"fragments for ever", "empty fragments for ever"}
 REQUESTS: dict[str, Iterable[bytes]] = {
+    "an upgrade, junk and a close at once": [request() + piece(b"junk") + _CLOSE],
+    "an upgrade, a message and a close at once": [request() + piece(frame()) + _CLOSE],
+    "half an upgrade and a close at once": [request(key="") + _CLOSE],
     "an upgrade to WebSocket 8": [request(version=8)],
     "an upgrade without a key": [request(key="")],
     "an upgrade with a key of one byte": [request(key="eA==")],

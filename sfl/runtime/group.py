@@ -68,14 +68,13 @@ def in_turn(group: Group, call: Callable[[], T]) -> T:
     return results[0]
 
 
-def share_of(group: Group, address: str, advertise: str) -> Share:
+def share_of(group: Group, port: int, advertise: str) -> Share:
     """Return this rank's share, with the places at which clients reach all ranks.
 
-    ``address``: that it listens on; ``advertise``: a host at which other machines reach it. A rank
+    ``port``: that it listens on; ``advertise``: a host at which other machines reach it. A rank
     on the machine of this one is reached at the host that the client has used for this one.
     """
     machine = platform.node()
-    port = int(address.rpartition(":")[2])
     known = group.gather([machine, advertise or machine, port])
     places = [
         {"host": "" if theirs == machine else host, "port": port} for theirs, host, port in known

@@ -96,7 +96,7 @@ def serve(run: RunConfig, node: ServerNode, group: Group = ALONE) -> Path:
     recipe = started(recipe, start)
     guard = guard_of(node, SERVER, run.most_clients)
     with transport.listen(node, run.clients) as listener:
-        share = share_of(group, listener.address, node.advertise)
+        share = share_of(group, listener.port, node.advertise)
         begun = functools.partial(_prepare_folder, recipe, node, share)
         path, recipe, is_reused = in_turn(group, begun)
         run = recipe.run

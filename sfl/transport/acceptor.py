@@ -112,6 +112,13 @@ class Acceptor:
             self._refuse(pending, error)
 
     def _refuse(self, pending: PendingConnection, error: Exception) -> None:
+        """Turn a connection away, with the reason if it is of any use."""
+        try:
+            self._tell(pending, error)
+        except Exception:  # noqa: BLE001 - the edge of one connection
+            self._close_one(pending)
+
+    def _tell(self, pending: PendingConnection, error: Exception) -> None:
         if pending.is_dismissed:
             self._close_one(pending)
             return

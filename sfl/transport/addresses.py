@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from sfl.errors import ConfigError, quoted
 from sfl.nodes import DEFAULT_PORT
 
+# Transport -> what may follow host and port.
+_WEB = r"(/[^#]*)?"
+_PATHS = {"tcp": "/?", "ws": _WEB, "wss": _WEB, "mpi": "", "rpc": r"/[1-9]\d{0,3}/[1-9]\d{0,3}"}
+
 
 @dataclass(frozen=True)
 class Address:
     """Where a server is, and over which transport it is reached."""
 
-    transport: str  # tcp, ws, wss
+    transport: str  # tcp, ws, wss, mpi, rpc
     host: str
     port: int
     path: str = ""
@@ -24,19 +28,22 @@ class Address:
 
 
 def parse_url(text: str) -> Address:
-    """Return the address in ``ws://HOST:PORT/PATH``, ``wss://``, ``tcp://``, or plain HOST:PORT.
+    """Return the address in plain HOST:PORT, ``ws://HOST:PORT/PATH``, or another transport's.
 
     Raises:
         ConfigError: the text is no such address.
     """
-    found = re.fullmatch(r"(?:(tcp|wss?|mpi|rpc)://)?([^/\s]*)(/[!-~]*)?", text)
-    if not found or (found[3] and found[1] in (None, "tcp", "mpi")):
+    found = re.fullmatch(r"(?:(\w+)://)?([^/\s@]*)(/[!-~]*)?", text, re.ASCII)
+    transport, where, path = found.groups() if found else ("", "", "")
+    transport, path = (transport or "tcp").lower(), path or ""
+    if not found or not re.fullmatch(_PATHS.get(transport, "(?!)"), path):
         raise ConfigError(
-            f"{quoted(text)} is no address: give HOST:PORT, or ws://HOST:PORT/ for a WebSocket"
+            f"{quoted(text)} is no address: give HOST:PORT, ws://HOST:PORT/ for a WebSocket,"
+            " wss://HOST:PORT/ for one under TLS, or rpc://HOST:PORT/RANK/SIZE"
         )
-    if found[1] == "mpi" and not found[2]:
+    if transport == "mpi" and not where:
         return Address("mpi", "rank", 0)
-    return Address(found[1] or "tcp", *parse_address(found[2]), found[3] or "")
+    return Address(transport, *parse_address(where), path)
 
 
 def parse_address(text: str) -> tuple[str, int]:

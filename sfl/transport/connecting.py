@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sfl.errors import ConfigError, ConnectionLost, RunError
+from sfl.errors import ConfigError, ConnectionLost, RunError, command
 from sfl.transport.addresses import Address, format_address, parse_url
 from sfl.transport.certificates import trusted_by_system
 from sfl.transport.connection import Socket, how_it_ended
@@ -46,8 +46,10 @@ def _opened(sock: Socket, to: Address, dialling: Dialling) -> Stream:
 
             stream = opened(stream, to.url)
     except ConnectionRefusedError:  # by a proxy: tried again
+        stream.close()
         raise
     except OSError as error:
+        stream.close()
         how = "is silent" if isinstance(error, TimeoutError) else how_it_ended(error)
         raise ConnectionLost(f"the server {how} in the middle of a handshake") from error
     return stream
@@ -109,8 +111,10 @@ def _over_http(to: Address, timeout_s: float) -> Socket:
 
 
 def _over_mpi(to: Address, timeout_s: float) -> Socket:
-    from sfl.transport.mpi import world  # importing it starts MPI
+    from sfl.transport.mpi import SERVER, world  # importing it starts MPI
 
+    if world().rank == SERVER:
+        raise ConfigError(f"--server mpi://: the clients are started by mpirun: {command('mpi')}")
     return world().connect()
 
 

@@ -32,10 +32,14 @@ def connect_through_proxy(to: Address, timeout_s: float) -> socket.socket | None
         return None
     try:
         proxy = parse_proxy(address)
-    except InvalidProxy as error:
-        raise ConfigError(f"https_proxy, http_proxy: {one_line(str(error))}") from error
-    if proxy.scheme != "http":
-        raise ConfigError(f"https_proxy, http_proxy: {quoted(address)} is no proxy by http://")
+        if proxy.scheme != "http":
+            raise ValueError(proxy.scheme)
+    except (InvalidProxy, ValueError) as error:
+        shown = quoted(address.rpartition("@")[2])  # without a password
+        raise ConfigError(
+            f"the proxy that this machine's environment names, {shown}, is none of the form"
+            " http://HOST:PORT; see https_proxy, http_proxy, no_proxy"
+        ) from error
     name = f"the proxy at {format_address(proxy.host, proxy.port)}"
     try:
         sock = socket.create_connection((proxy.host, proxy.port), timeout=timeout_s)

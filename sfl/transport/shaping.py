@@ -140,8 +140,9 @@ def shaped(sock: socket.socket, shape: LinkShape) -> socket.socket:
         sock.close()
         raise ConnectionAbortedError(*error.args) from error
     sock.setblocking(True)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     near, far = near_end(peer)
     up, down = Pipe(far, sock, shape), Pipe(sock, far, shape)
 

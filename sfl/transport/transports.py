@@ -67,7 +67,11 @@ def _serve_ws(listener: Listener, terms: Terms, guard: Guard, refusals: RefusalL
     return TcpServer(listener, terms, guard, refusals)
 
 
-WS = replace(TCP, serve=_serve_ws)
+def _check_ws(node: ServerNode) -> None:
+    import sfl.transport.websocket  # noqa: F401 - who lacks its library is told at the start
+
+
+WS = replace(TCP, check=_check_ws, serve=_serve_ws)
 
 
 # What has no use among processes that start together and trust each other.

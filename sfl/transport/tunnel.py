@@ -69,8 +69,8 @@ class _End:
             return False
         except OSError:
             data = b""
-        self._way.put(data)
         self._has_said_all = not data
+        self._way.put(data)
         return True
 
     def _carry_in(self) -> bool:
@@ -123,23 +123,38 @@ class Tunnels:
 
     def _run(self) -> None:
         pause_s, until = _SHORTEST_S, float("inf")
-        while (self._ends and time.monotonic() < until) or not self._is_closing:
-            if self._is_closing:
-                until = min(until, time.monotonic() + _END_WITHIN_S)
-            moved = self._look()
-            with self._lock:
-                ends = list(self._ends)
-            for end in ends:
-                moved |= end.move()
-                if end.is_over:
-                    end.sock.close()
-            with self._lock:
-                self._ends = [end for end in self._ends if not end.is_over]
-            pause_s = _SHORTEST_S if moved else min(2 * pause_s, _LONGEST_S)
-            if not moved:
-                select.select([e.sock for e in self._ends if e.listens], [], [], pause_s)
+        try:
+            while (self._ends and time.monotonic() < until) or not self._is_closing:
+                if self._is_closing:
+                    until = min(until, time.monotonic() + _END_WITHIN_S)
+                moved = self._look() | self._move()
+                pause_s = _SHORTEST_S if moved else min(2 * pause_s, _LONGEST_S)
+                if not moved:
+                    self._wait(pause_s)
+        finally:  # who holds a connection notices
+            for end in self._ends:
+                end.sock.close()
+
+    def _move(self) -> bool:
+        """Carry a piece of each connection each way; return whether there was one."""
+        with self._lock:
+            ends = list(self._ends)
+        moved = False
+        for end in ends:
+            moved |= end.move()
+            if end.is_over:
+                end.sock.close()
+        with self._lock:
+            self._ends = [end for end in self._ends if not end.is_over]
+        return moved
+
+    def _wait(self, pause_s: float) -> None:
+        """Wait until the program says something, or for so long."""
+        poll = select.poll()
         for end in self._ends:
-            end.sock.close()
+            if end.listens:
+                poll.register(end.sock, select.POLLIN)
+        poll.poll(pause_s * 1000)
 
 
 class TunnelListener:
@@ -152,6 +167,7 @@ class TunnelListener:
         self._arrived: deque[socket.socket] = deque()
         self._waiting, self._bell = socket.socketpair()
         self._waiting.setblocking(False)
+        self._bell.setblocking(False)
 
     def __enter__(self) -> "TunnelListener":
         return self
@@ -173,10 +189,10 @@ class TunnelListener:
 
     def accept(self) -> socket.socket | None:
         """Return the socket of the next connection; None: there is none."""
-        if not self._arrived:
-            return None
         with contextlib.suppress(BlockingIOError):
             self._waiting.recv(1)
+        if not self._arrived:
+            return None
         return shaped(self._arrived.popleft(), self._shape)
 
     def close(self) -> None:

@@ -92,6 +92,8 @@ class WebSocketStream(Stream):
                 protocol.receive_eof()
             events = protocol.events_received()
             if events and isinstance(protocol, ServerProtocol) and isinstance(events[0], Request):
+                if events[1:] or protocol.close_rcvd is not None or protocol.parser_exc:
+                    raise ProtocolError("a WebSocket's frames before it was opened")
                 protocol.send_response(protocol.accept(events[0]))
             self._due += protocol.data_to_send()
         frames = [event for event in events if isinstance(event, Frame)]
@@ -181,7 +183,8 @@ class WebSocketStream(Stream):
     def shut_sending(self) -> None:
         with contextlib.suppress(OSError):
             with self._lock:
-                if not self.has_unsent and self._protocol.state is State.OPEN:
+                is_open = self._protocol.state is State.OPEN and not self._is_over
+                if is_open and not self.has_unsent:
                     self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
             self.send_now([])  # else why it has been closed already
         self._below.shut_sending()

@@ -24,6 +24,7 @@ from sfl.wire.messages import Limits, MessageType
 
 LARGE = 64 * 2**20  # bytes
 TIMEOUT_S = 5.0
+LINK = "10gbit,1ms"  # of the processes, which have no sockets to shape
 LIMITS = Limits(json_bytes=100_000, payload_bytes={MessageType.SEND_MODEL: LARGE})
 Side = Callable[[Channel], None]
 
@@ -179,10 +180,10 @@ def main(transport: str, side: str = "", address: str = "") -> None:
     if side == "server":
         host, _, port = address.partition(":")
         own = {"host": host, "port": int(port)} if address else {}
-        serve_over(ServerNode(transport=transport, peer_timeout=TIMEOUT_S, **own))
+        serve_over(ServerNode(transport=transport, peer_timeout=TIMEOUT_S, link=LINK, **own))
     else:
         where = f"rpc://{address}/1/2" if address else "mpi://"
-        call_over(ClientNode(server=where, peer_timeout=TIMEOUT_S))
+        call_over(ClientNode(server=where, peer_timeout=TIMEOUT_S, link=LINK))
     sys.stdout.write(f"{side}: {len(CLAUSES)} clauses hold\n")
 
 
