@@ -315,6 +315,7 @@ class Lobby:
                 check_any_can_return(self.roster.places.values())
         if self.notice.update(self.roster.waiting_message(self.patience.skip_after_s)):
             self.roster.notify()
+        self.roster.notify_if_due()
 
     def _drop_stalled(self, links: Collection[Link], elapsed_s: float) -> None:
         """Drop clients that the round waits for and that make no progress."""

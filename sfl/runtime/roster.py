@@ -1,5 +1,8 @@
 """The ids of a run's clients, and which of them are registered and ready."""
 
+import contextlib
+import math
+import time
 from dataclasses import dataclass, field
 
 from sfl.conversation.report import DataReport
@@ -9,7 +12,8 @@ from sfl.wire.link import ANY_ID
 from sfl.wire.members import Member
 from sfl.wire.messages import MessageType
 
-MOST_NAMED = 8  # clients that are ready, or load their data, in one line
+MOST_NAMED = 8  # clients that are ready, load their data, or are missing, in one line
+TELL_EVERY_S = 0.5
 MOST_REASONS = 3  # of clients that have left before the start, in one line
 
 
@@ -22,6 +26,8 @@ class Roster:
     needed: int  # ready clients that start the run; more may register before that
     places: dict[int, Place] = field(default_factory=dict)
     has_begun: bool = False
+    _told_at: float = -math.inf  # when clients were told last who is missing
+    _is_due: bool = False  # whether something has changed since
 
     def begin(self) -> None:
         """Begin the run: no other ids can register from now on."""
@@ -66,7 +72,8 @@ class Roster:
         any_will_do = len(self.ids) > self.needed
         ids = sorted((self.taken() if any_will_do else self.ids) - ready)
         count = max(self.needed - len(ready), len(self.taken()) - len(ready))
-        names = f": {', '.join(map(str, ids))}" if ids else ""
+        names = f": {', '.join([*map(str, ids[:MOST_NAMED]), *['...'] * (len(ids) > MOST_NAMED)])}"
+        names *= bool(ids)
         left = [f"client_{k} ({p.why})" for k, p in sorted(self.places.items()) if p.has_left]
         if len(left) > MOST_REASONS:
             left[MOST_REASONS:] = ["..."]
@@ -85,15 +92,24 @@ class Roster:
         return f"{self.missing_message}; {self.there_message}{until}"
 
     def notify(self) -> None:
-        """Tell the ready clients which ones are missing; who is lost, the lobby notices."""
+        """Tell the ready clients which ones are missing; who is lost, the lobby notices.
+
+        A thousand clients that come one after another are told twice a second, not a thousand times
+        each: ``notify_if_due`` makes up for what is left out here.
+        """
+        now = time.monotonic()
+        self._is_due = now < self._told_at + TELL_EVERY_S
+        if self._is_due:
+            return
+        self._told_at, line = now, self.missing_message
         for place in self.places.values():
             if place.is_here and place.link:
-                try:
-                    place.link.send_message_as_json(
-                        MessageType.MESSAGE, content=self.missing_message
-                    )
-                except (ConnectionLost, PeerFailed):
-                    continue
+                with contextlib.suppress(ConnectionLost, PeerFailed):
+                    place.link.send_message_as_json(MessageType.MESSAGE, content=line)
+
+    def notify_if_due(self) -> None:
+        if self._is_due and self.waiting_message(None):  # else all are there again
+            self.notify()
 
     @property
     def there_message(self) -> str:
