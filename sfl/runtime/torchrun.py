@@ -26,6 +26,7 @@ from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError, RunError, command
 from sfl.nodes import ServerNode
 from sfl.runtime.preflight import check_run
+from sfl.runtime.rank_store import JOIN_WITHIN_S, Store, meet, note_own_folders, owns_folders
 from sfl.runtime.resume import has_begun
 from sfl.runtime.server import serve
 from sfl.strategy.merge import averages_backs
@@ -49,17 +50,18 @@ def serve_rank(run: RunConfig, node: ServerNode) -> None:
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_shared(check_run(run, imports_data=not node.resume), node, size)
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    group = GlooGroup(rank, size, attempt)
+    group = GlooGroup(rank, size)
     check_same_options(group.gather([__version__, dataclasses.asdict(run)]))
-    serve(run, node_of(node, run, rank, attempt), group)
+    serve(run, node_of(node, run, group), group)
 
 
-def node_of(node: ServerNode, run: RunConfig, rank: int, attempt: int) -> ServerNode:
+def node_of(node: ServerNode, run: RunConfig, group: "GlooGroup") -> ServerNode:
     """Return a rank's own options; one that torchrun has started again resumes its share."""
+    rank = group.rank
     folder = Path(node.resume) if node.resume else node.out_path / "server" / run.run
     own = share_path(folder, rank)
-    goes_on = bool(node.resume) or (attempt > 0 and has_begun(own))
+    is_of_earlier_attempt = group.owns_folders(has_begun(own))
+    goes_on = bool(node.resume) or (is_of_earlier_attempt and has_begun(own))
     port = node.port and node.port + int(os.environ["LOCAL_RANK"])
     node = dataclasses.replace(node, port=port, resume=str(own) if goes_on else "")
     return node if rank == 0 else dataclasses.replace(node, track="", on_end="")
@@ -120,20 +122,24 @@ def check_same_options(known: Sequence[Any]) -> None:
 class GlooGroup:
     """The ranks that torchrun has started, before there is a network."""
 
-    def __init__(self, rank: int, size: int, attempt: int) -> None:
-        """Join the others; ``attempt``: how often torchrun has started them again."""
+    def __init__(self, rank: int, size: int) -> None:
+        """Join the others."""
         self.rank, self.size = rank, size
         local = os.environ.get("LOCAL_WORLD_SIZE", str(size))
         self.command = f"torchrun --nproc-per-node {local} {command('server')}"
         self._has_returned = threading.Event()
 
-        def join() -> None:
-            store, _, _ = next(rendezvous("env://", rank, size, timeout=FOR_EVER))
-            # An earlier attempt's addresses stay in the store.
-            own = dist.PrefixStore(f"sfl_{attempt}", store)  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOR_EVER)
+        self._store = self._run(lambda: _join(rank, size))
 
-        self._run(join)
+    def owns_folders(self, has_begun: bool) -> bool:
+        """Return whether the folders of the run are of an earlier attempt of this torchrun.
+
+        ``has_begun``: whether this rank's share of the run has.
+        """
+        known = self.gather([owns_folders(self._store), has_begun])
+        if self.rank == 0 and not any(begun for _, begun in known):
+            note_own_folders(self._store)
+        return any(is_noted for is_noted, _ in known)
 
     def _run(self, call: Callable[[], T]) -> T:
         """Make a blocking call that Ctrl-C can interrupt."""
@@ -200,8 +206,20 @@ def result_of(calls: Calls, call: Callable[[], T], wait: Callable[[Gate], object
         result: T = end.value
         return result
     except RuntimeError as error:  # of torch.distributed
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"another process of the server has ended: {reason}") from error
+        raise RunError("another process of the server has ended: see its log") from error
+
+
+def _join(rank: int, size: int) -> Store:
+    """Set up torch.distributed with the other ranks; return torchrun's store."""
+    within = datetime.timedelta(seconds=JOIN_WITHIN_S)
+    try:
+        store = next(rendezvous("env://", rank, size, timeout=within))[0]
+        own = dist.PrefixStore(meet(store, rank, size), store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOR_EVER)
+    except RuntimeError as error:  # of torch.distributed
+        why = str(error).partition("\n")[0]
+        raise RunError(f"rank {rank} cannot reach the server's other processes: {why}") from error
+    return store  # type: ignore[no-any-return]
 
 
 def _all_gather(value: Any, size: int) -> list[Any]:

@@ -5,29 +5,50 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
+from sfl.crash import VARIABLE
 from tests.support.launch import OFFLINE, Launcher, Program, free_port
 from tests.support.programs import ROOT
 from tests.support.weights import weights
 
 
-def start_ranks(launcher: Launcher, size: int, *options: object) -> list[Program]:
-    """Start a server of so many ranks, each with the environment that torchrun gives it."""
+def start_ranks(
+    launcher: Launcher,
+    size: int,
+    *options: object,
+    store: TCPStore | None = None,
+    crash: Mapping[int, str] | None = None,
+) -> list[Program]:
+    """Start a server of so many ranks, each with the environment that torchrun gives it.
+
+    ``store``: torchrun's, which outlives the ranks; else rank 0 makes one. ``crash``: points of
+    ``SFL_CRASH_AT``, by rank.
+    """
     shared = {
         "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(store.port if store else free_port()),
     }
-    return [
-        launcher.server("--run", "r", *options, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)})
+    own = [
+        # On machines of their own, ranks have been started again differently often.
+        {"RANK": str(r), "LOCAL_RANK": str(r), "TORCHELASTIC_RESTART_COUNT": str(r)}
+        | ({VARIABLE: crash[r]} if crash and r in crash else {})
         for r in range(size)
     ]
+    return [launcher.server("--run", "r", *options, env=shared | of_rank) for of_rank in own]
+
+
+def agent_store() -> TCPStore:
+    """Return a store as torchrun has one."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def torchrun(launcher: Launcher, size: int, *options: object) -> "subprocess.Popen[str]":
