@@ -170,8 +170,8 @@ class ServerNode(PeerNode, TrackingNode):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 or :: for other machines")
     port: int = option(DEFAULT_PORT, "port to listen on; 0 takes a free one and prints it")
     advertise: str = option(
-        "", "host at which clients reach this machine, if the server is started by torchrun on"
-        " several; else the machine's name",
+        "", "host at which clients reach this machine, if torchrun starts the server; else, from"
+        " another machine, its name",
     )  # fmt: skip
     transport: str = option(
         "tcp", "how clients reach the server: {names} (see docs/transports.md); with ws over TCP as"

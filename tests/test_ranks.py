@@ -1,19 +1,25 @@
 """A server in several processes, ranks, trains what a server in one process trains."""
 
+import platform
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+import sfl.archive
 from sfl.config import RunConfig
 from sfl.conversation.join import client_join
 from sfl.errors import ConfigError, ProtocolError, Redirected, RunError
 from sfl.nodes import ServerNode
 from sfl.runtime.access import Access
-from sfl.runtime.group import common_past
+from sfl.runtime.group import common_past, share_of
+from sfl.runtime.rank_store import meet
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
 from sfl.runtime.resume import open_past
@@ -27,8 +33,17 @@ from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import MessageType
 from tests.support.handshakes import TOKEN, token_file
-from tests.support.launch import TIMEOUT_S, Launcher, finish, options_of, send_signal, wait_for
+from tests.support.launch import (
+    TIMEOUT_S,
+    Launcher,
+    finish,
+    options_of,
+    send_signal,
+    wait_for,
+    was_killed,
+)
 from tests.support.ranks import (
+    agent_store,
     kill_rank,
     start_ranks,
     torchrun,
@@ -139,6 +154,40 @@ def test_a_client_comes_back_while_its_rank_waits_for_another(
     assert_equal(weights_of_ranks(log.parent), weights(alone))
 
 
+def test_a_rank_that_dies_after_the_last_round_is_restarted_and_ends(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = MLP | {"clients": 2, "keep_tensors": "none"}
+    store = agent_store()
+    ranks = start_ranks(
+        launcher, 2, *options_of(options), store=store, crash={1: "run.before_goodbye"}
+    )
+    own = launcher.client("--client-ids", "0-1")
+    was_killed(ranks[1])
+    ranks[0].ended_with(1)
+    again = start_ranks(launcher, 2, *options_of(options), store=store)
+    finish([*again, own])
+    run = launcher.folder / "server/r"
+    assert "all rounds are done" in (run / "rank_1/server_log.txt").read_text()
+    log = (run / "server_log.txt").read_text()
+    assert log.count("client_0 registered") == 2  # the first attempt has not let it go
+    assert_equal(weights_of_ranks(run), weights(simulated(tmp_path / "alone", **options)))
+
+
+def test_an_old_run_of_that_name_is_refused_by_every_attempt(launcher: Launcher) -> None:
+    options = ["--clients", 2, "--rounds", 1, "--model", "mlp", "--keep-tensors", "none"]
+    ranks = start_ranks(launcher, 2, *options, crash={1: "run.after_goodbye"})
+    launcher.client("--client-ids", "0-1").ended_with(0)
+    was_killed(ranks[1])
+    assert "another process of the server has ended: see its log" in ranks[0].ended_with(1)
+    assert not sfl.archive.open(launcher.folder / "server/r").lists("rounds.csv")  # unfinished
+    store = agent_store()  # of another torchrun
+    for _ in range(2):
+        ranks = start_ranks(launcher, 2, *options, store=store)
+        assert "a run r exists" in ranks[0].ended_with(2)
+        ranks[1].ended_with(1)
+
+
 def _wait_for(path: Path, text: str) -> None:
     until = time.monotonic() + TIMEOUT_S
     while not (path.exists() and text in path.read_text()):
@@ -181,15 +230,44 @@ def test_what_ranks_can_share_is_not_refused(scheme: str) -> None:
     check_shared(Recipe.of(RunConfig(**FINE, scheme=scheme)), ServerNode(), 4)
 
 
-def test_a_run_goes_on_with_as_many_ranks_as_it_had(tmp_path: Path) -> None:
-    class SecondOfTwo:
-        rank, size, command = 1, 2, ""
+class WithOther:
+    """A group of two, of which the other gathers what the test says."""
 
+    size, command = 2, ""
+
+    def __init__(self, rank: int, *others: object) -> None:
+        self.rank, self._others = rank, list(others)
+
+    def gather(self, value: object) -> list[object]:
+        return [value, self._others.pop(0)][:: -1 if self.rank else 1]
+
+
+def test_a_run_goes_on_with_as_many_ranks_as_it_had_until_all_are_finished(tmp_path: Path) -> None:
     options = {"model": "mlp", "rounds": 1, "clients": 3, "keep_tensors": "none", "run": "r"}
     options |= {"batch_size": 100}
-    past = open_past(simulated(tmp_path, **options), Recipe.of(RunConfig(**options)).run)
+    recipe = Recipe.of(RunConfig(**options))
+    past = open_past(simulated(tmp_path, **options), recipe.run)
     with pytest.raises(RunError, match=r"clients 0 to 2, .*would serve 1 to 2"):
-        common_past(past, SecondOfTwo())  # type: ignore[arg-type]
+        common_past(past, recipe, WithOther(1))
+    whole = replace(
+        past, checkpoints=[replace(past.files, about=past.files.about | {"own": {0: 1}})]
+    )
+    with pytest.raises(ConfigError, match="has done its 1 round"):
+        common_past(whole, recipe, WithOther(0, "it has done them as well", [1]))
+    kept = common_past(whole, recipe, WithOther(0, "", [1]))
+    assert kept is not None
+    assert kept.first_round == 1
+
+
+def test_clients_are_sent_to_the_host_that_a_rank_advertises() -> None:
+    here = platform.node()
+    for host, theirs, wanted in (
+        ("", here, ""), ("", "other", "other"), ("lab", here, "lab"), ("lab", "other", "lab"),
+    ):  # fmt: skip
+        places = share_of(WithOther(0, [theirs, host, 9000]), 8765, "").places
+        assert places == [{"host": "", "port": 8765}, {"host": wanted, "port": 9000}]
+    with pytest.raises(ConfigError, match=r"rank 1: its machine's name, 'my_m/x'.*--advertise"):
+        share_of(WithOther(0, ["my_m/x", "", 9000]), 8765, "")
 
 
 @pytest.mark.parametrize(("clients", "size"), [(3, 2), (8, 3), (5, 5), (100, 7)])
@@ -231,6 +309,36 @@ def test_a_sum_that_ranks_hand_on_has_the_additions_of_one_rank() -> None:
     assert torch.equal(last, whole)
     backwards = fed_avg(states[::-1], weights[::-1])["w"]
     assert not torch.equal(backwards, whole)
+
+
+# How ranks find each other in torchrun's store
+
+
+def test_ranks_meet_whatever_earlier_attempts_have_left_in_the_store() -> None:
+    store, names = HashStore(), []
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):
+            store.set("sfl/word_2", "of a process that was killed before it was answered")
+            found = [*threads.map(lambda rank: meet(store, rank, 3, TIMEOUT_S), range(3))]
+            assert len({*found}) == 1
+            names.append(found[0])
+    assert names[0] != names[1]
+
+
+def test_a_rank_that_starts_again_while_others_are_awaited_is_answered() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(meet, store, 0, 3, TIMEOUT_S)
+        names = [meet(store, 1, 3, TIMEOUT_S) for _ in range(2)]
+        assert not first.done()
+        names.append(meet(store, 2, 3, TIMEOUT_S))
+        assert {*names} == {first.result()}
+
+
+@pytest.mark.parametrize(("rank", "named"), [(0, "1, 2"), (1, "0")])
+def test_a_rank_that_does_not_come_is_named(rank: int, named: str) -> None:
+    with pytest.raises(RunError, match=f"waited 0 s for rank {named}: start torchrun on every"):
+        meet(HashStore(), rank, 3, 0.1)
 
 
 # Where a server may send a client

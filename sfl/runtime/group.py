@@ -10,10 +10,12 @@ from typing import Any, Protocol, TypeVar
 
 from sfl.archive.layout import run_of
 from sfl.archive.run_folder import RunFolder, resume_hint
-from sfl.errors import RunError
-from sfl.runtime.resume import Past
+from sfl.errors import ConfigError, RunError
+from sfl.nodes import HOST
+from sfl.runtime.resume import Past, why_finished
 from sfl.runtime.share import Share
 from sfl.strategy.ranks import OneRank, Ranks, block
+from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Network
 
 T = TypeVar("T")
@@ -71,21 +73,32 @@ def in_turn(group: Group, call: Callable[[], T]) -> T:
 def share_of(group: Group, port: int, advertise: str) -> Share:
     """Return this rank's share, with the places at which clients reach all ranks.
 
-    ``port``: that it listens on; ``advertise``: a host at which other machines reach it. A rank
-    on the machine of this one is reached at the host that the client has used for this one.
+    ``port``: that it listens on; ``advertise``: a host at which clients reach it. Without one, a
+    rank on the machine of this one is reached at the host that the client has used for this one.
+
+    Raises:
+        ConfigError: a machine's name is no name of a host.
     """
     machine = platform.node()
-    known = group.gather([machine, advertise or machine, port])
+    known = group.gather([machine, advertise, port])
     places = [
-        {"host": "" if theirs == machine else host, "port": port} for theirs, host, port in known
+        {"host": host or ("" if theirs == machine else theirs), "port": port}
+        for theirs, host, port in known
     ]
+    for rank, place in enumerate(places):
+        if place["host"] and not HOST.fullmatch(place["host"]):
+            raise ConfigError(
+                f"clients cannot be sent to rank {rank}: its machine's name, {place['host']!r}, is"
+                " no host name: give --advertise HOST there"
+            )
     return Share(group.rank, group.size, places)
 
 
-def common_past(past: Past | None, group: Group) -> Past | None:
+def common_past(past: Past | None, recipe: Recipe, group: Group) -> Past | None:
     """Keep the checkpoints of rounds that all ranks have; None: all begin.
 
     Raises:
+        ConfigError: the run is finished, at all ranks.
         RunError: the run was not one of so many ranks, or one lacks its share of it.
     """
     if past and past.own_rounds:
@@ -95,6 +108,8 @@ def common_past(past: Past | None, group: Group) -> Past | None:
                 f"{past.files.root} has the clients {_span(past.own_rounds)}, and this process"
                 f" would serve {_span(ours)}: go on with as many processes as the run had"
             )
+    if all(ends := group.gather(why_finished(past, recipe) if past else "")):
+        raise ConfigError(ends[group.rank])
     known = group.gather([c.round for c in past.checkpoints] if past else [])
     common = set(known[0]).intersection(*known)
     if past and common:

@@ -291,25 +291,22 @@ def open_past(folder: Path, run: RunConfig) -> Past:
     return Past(checkpoints, damage)
 
 
-def check_unfinished(past: Past, recipe: Recipe) -> None:
-    """Check that a run has rounds left, or has not yet told its clients that it is over.
-
-    Raises:
-        ConfigError: it is finished.
-    """
+def why_finished(past: Past, recipe: Recipe) -> str:
+    """Return how a run has ended; "" if it has rounds left, or may not have told its clients."""
     folder, done, rounds = past.files.root, past.first_round, recipe.run.rounds
     finished = any(entry.kind == "summary" for entry in sfl.archive.open(folder).listed)
     seen = past.seen(recipe)
     if finished and seen.why_stopped:
-        raise ConfigError(
+        return (
             f"the run in {folder} has stopped after {counted(done, 'round')} of its own accord:"
             f" {seen.why_stopped}"
         )
     if rounds < done or (seen.is_over(done) and finished):
-        raise ConfigError(
+        return (
             f"the run in {folder} has done its {counted(done, 'round')};"
             " say with --rounds how many it shall have in all"
         )
+    return ""
 
 
 def own_state_rounds(folder: Path, run: RunConfig) -> tuple[int, ...]:

@@ -41,7 +41,6 @@ from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.report_limits import claim_error
 from sfl.runtime.resume import (
     Past,
-    check_unfinished,
     has_begun,
     open_past,
 )
@@ -90,7 +89,7 @@ def serve(run: RunConfig, node: ServerNode, group: Group = ALONE) -> Path:
     ours = block(range(run.most_clients), group.rank, group.size)
     num_backs = len(recipe.scheme.backs_of(ours))
     devices = set_up_devices(node, num_backs, f"a server of --scheme {run.scheme}")
-    past = common_past(_past_of(recipe, node), group)
+    past = common_past(_past_of(recipe, node), recipe, group)
     start = None if past else read_start(node.init, recipe)
     check_start(start, recipe)
     recipe = started(recipe, start)
@@ -257,9 +256,7 @@ def _past_of(recipe: Recipe, node: ServerNode) -> Past | None:
     """Return the state that a run resumes from; None if it starts from the beginning."""
     if not (node.resume and has_begun(Path(node.resume))):
         return None
-    past = open_past(Path(node.resume), recipe.run)
-    check_unfinished(past, recipe)
-    return past
+    return open_past(Path(node.resume), recipe.run)
 
 
 def _agree_on_round(
@@ -337,6 +334,7 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     """Run all rounds; log the result and the run's folder."""
     with rounds.log:
         figures = rounds.run_all()
+    rounds.ranks.gather({})  # none is finished before all have let their clients go
     folder.archive.write("summary", "rounds.csv", (folder.path / "rounds.csv").read_bytes())
     folder.archive.flush()
     metric, title = rounds.recipe.task.shown
