@@ -110,14 +110,16 @@ class RunArchive:
         IntegrityError: a file that the run's manifests list is damaged or missing.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_share: bool = False) -> None:
         self.root = root
         if not (root / MANIFEST).is_file():
             raise RunError(f"{root} is no folder of a run: it has no {MANIFEST}")
         newest = {entry.path: entry for entry in read_manifest(root)}
         self._listed = {p: entry for p, entry in newest.items() if entry.kind != DROPPED}
         self._dropped = newest.keys() - self._listed.keys()
-        self.shares = [RunArchive(path) for path in shares_in(root) if (path / MANIFEST).is_file()]
+        shares = [] if is_share else shares_in(root)
+        there = [path for path in shares if (path / MANIFEST).is_file()]
+        self.shares = [RunArchive(path, is_share=True) for path in there]
         self.rounds_without_models = frozenset(  # removed, as --keep-models asks
             newest[p].round for p in self._dropped if p.startswith(MODELS)
         )
