@@ -1,6 +1,7 @@
 """A server in several processes, ranks, trains what a server in one process trains."""
 
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch.distributed import HashStore
 import sfl.archive
 from sfl.config import RunConfig
 from sfl.conversation.join import client_join
+from sfl.environment import FINGERPRINT
 from sfl.errors import ConfigError, ProtocolError, Redirected, RunError
+from sfl.model.structure import weights_checksum
 from sfl.nodes import ServerNode
 from sfl.runtime.access import Access
 from sfl.runtime.group import common_past, share_of
@@ -23,11 +26,13 @@ from sfl.runtime.rank_store import meet
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
 from sfl.runtime.resume import open_past
+from sfl.runtime.same_model import check_same_start
 from sfl.runtime.share import Share
 from sfl.runtime.simulation import local_pair
 from sfl.runtime.torchrun import check_shared
 from sfl.strategy.aggregate import fed_avg
-from sfl.strategy.ranks import block
+from sfl.strategy.merge import Shared
+from sfl.strategy.ranks import OneRank, block
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import run_blocking
 from sfl.wire.link import ANY_ID
@@ -124,7 +129,13 @@ def test_clients_without_an_id_find_a_place_and_are_checked_there(launcher: Laun
     checked = launcher.client("--client-id", 2, "--check", *token)
     checked.ended_with(0)
     assert f"127.0.0.1:{launcher.port + 1} answers" in checked.out
+    refused = launcher.client("--client-id", 9, *token).ended_with(1)
+    assert "--client-id 9: this run has the ids 0 to 2" in refused
     finish([*ranks, *(launcher.client(*token) for _ in range(3))])
+    assert {line[:8] for line in ranks[1].out.splitlines()} == {"rank 1: "}
+    assert "client_2 is ready" in ranks[1].out
+    shown = [["round 2/2:" in rank.out, "the run lies in" in rank.out] for rank in ranks]
+    assert shown == [[True, True], [False, False]]
     logs = [
         (launcher.folder / "server/r" / name).read_text()
         for name in ("server_log.txt", "rank_1/server_log.txt")
@@ -268,6 +279,44 @@ def test_clients_are_sent_to_the_host_that_a_rank_advertises() -> None:
         assert places == [{"host": "", "port": 8765}, {"host": wanted, "port": 9000}]
     with pytest.raises(ConfigError, match=r"rank 1: its machine's name, 'my_m/x'.*--advertise"):
         share_of(WithOther(0, ["my_m/x", "", 9000]), 8765, "")
+
+
+def test_ranks_start_from_the_same_weights() -> None:
+    class Gathered(OneRank):
+        """Ranks, of which the other has ``theirs``."""
+
+        theirs: tuple[object, ...] = ()
+
+        def gather(self, own: object, *packs: object) -> dict[int, object]:
+            return {**own, 3: self.theirs}  # type: ignore[dict-item]
+
+    ranks, said = Gathered(), []
+    shared = {"front": Shared({"w": torch.ones(2)})}
+    known = dict.fromkeys(FINGERPRINT, "1")
+
+    def check(weights: torch.Tensor, torch_version: str) -> None:
+        ranks.theirs = (
+            {"front": weights_checksum({"w": weights})},
+            known | {"torch": torch_version},
+        )
+        check_same_start(shared, known, ranks, ours=[0, 1, 2], say=said.append)
+
+    check(torch.ones(2), "1")
+    assert not said
+    check(torch.ones(2), "2")
+    assert "client_3 has torch 2 against 1 of that with client_0" in said[0]
+    with pytest.raises(RunError, match=r"client_3 starts from other weights .*--init"):
+        check(torch.tensor([1.0, 1.0000001]), "1")
+
+
+def test_a_share_has_no_shares_of_its_own(tmp_path: Path) -> None:
+    options = {"model": "mlp", "rounds": 1, "batch_size": 500, "keep_tensors": "all"}
+    run = simulated(tmp_path / "a", **options)
+    num_steps = len([*sfl.archive.open(run).steps()])
+    shutil.copytree(run, tmp_path / "copy")
+    for folder in (run / "rank_1", run / "rank_1/rank_1"):
+        shutil.copytree(tmp_path / "copy", folder)
+    assert len([*sfl.archive.open(run).steps()]) == 2 * num_steps
 
 
 @pytest.mark.parametrize(("clients", "size"), [(3, 2), (8, 3), (5, 5), (100, 7)])

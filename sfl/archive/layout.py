@@ -58,11 +58,6 @@ def shares_in(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("_")[2]))
 
 
-def run_of(share: Path) -> Path:
-    """Return the folder of the run of which a share is."""
-    return share.parent if _SHARE.fullmatch(share.name) else share
-
-
 def tensor_name(kind: str, at: Position) -> str:
     """Return the name of a tensor's file; it contains the cut, except for the first one."""
     link = f"_{at.link}" if at.link else ""

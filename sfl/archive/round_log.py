@@ -177,6 +177,10 @@ class RoundLog:
         """Write a line to the terminal and the log."""
         self._folder.events.say(line)
 
+    def say_of_run(self, line: str) -> None:
+        """Do as ``say``, for a line that is the same at all processes of a server."""
+        self._folder.events.say_of_run(line)
+
     def train_figures(self) -> dict[str, float]:
         """Return the round's metrics over all steps, each weighted by its samples."""
         samples = sum(size for *_, size in self._all_rows())
@@ -208,7 +212,7 @@ class RoundLog:
         self.figures = dict(overall)
         row = {"round": round_index, **overall, "took_part": who, "missing": why}
         archive.append("rounds.csv", _csv([[row.get(name, "") for name in self._columns]]))
-        self._folder.events.say(self._summary(round_index, overall))
+        self._folder.events.say_of_run(self._summary(round_index, overall))
         texts = {"took_part": who, "missing": why}
         self._tracking.add(lambda: self._tracked(round_index, clients, texts), weights)
 

@@ -136,6 +136,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.is_quiet = False  # whether lines go to the file alone
+        self.prefix = ""  # of lines on the terminal: whose they are, if another speaks for the run
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - see close
         if importlib.util.find_spec("fcntl"):  # not on Windows
             import fcntl
@@ -157,7 +158,11 @@ class EventLog:
         """Write one line to terminal and file."""
         self.note(line)
         if not self.is_quiet:
-            say(one_line(line, MAX_LINE))
+            say(one_line(f"{self.prefix}{line}", MAX_LINE))
+
+    def say_of_run(self, line: str) -> None:
+        """Write one line about the whole run; of several processes, one tells the terminal."""
+        (self.note if self.prefix else self.say)(line)
 
     def note(self, line: str) -> None:
         """Write one line to the file alone."""
@@ -246,7 +251,7 @@ def reporting_failure(
         if hint := resume_hint():
             with contextlib.suppress(OSError):
                 events.note(hint)
-            if not events.is_quiet:
+            if not events.is_quiet and not events.prefix:
                 say(hint)
         if gone and isinstance(error, Exception):
             raise RunError(gone) from error

@@ -8,8 +8,7 @@ import platform
 from collections.abc import Callable, Collection
 from typing import Any, Protocol, TypeVar
 
-from sfl.archive.layout import run_of
-from sfl.archive.run_folder import RunFolder, resume_hint
+from sfl.archive.run_folder import EventLog, RunFolder, resume_hint
 from sfl.errors import ConfigError, RunError
 from sfl.nodes import HOST
 from sfl.runtime.resume import Past, why_finished
@@ -41,8 +40,11 @@ class Group(Protocol):
             RunError: another rank has ended.
         """
 
-    def ranks(self, network: Network) -> Ranks:
-        """Return what the ranks of a run do together, while ``network`` goes on working."""
+    def ranks(self, network: Network, events: EventLog) -> Ranks:
+        """Return what the ranks of a run do together, while ``network`` goes on working.
+
+        ``events`` are told when that takes long.
+        """
 
 
 class Alone:
@@ -53,7 +55,7 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def ranks(self, network: Network) -> Ranks:
+    def ranks(self, network: Network, events: EventLog) -> Ranks:
         return OneRank()
 
 
@@ -126,4 +128,5 @@ def _span(clients: Collection[int]) -> str:
 
 def hint_of(group: Group, folder: RunFolder, model: str) -> Callable[[], str]:
     """Return ``resume_hint`` for the whole run."""
-    return resume_hint(run_of(folder.path), model, group.command)
+    run = folder.path.parent if group.rank else folder.path
+    return resume_hint(run, model, group.command)

@@ -61,7 +61,8 @@ class Lobby:
         past, run, ours = self.admission.past, self.recipe.run, self.share.ours
         self._all_ids = sorted(past.num_samples) if past else range(run.most_clients)
         needed = len(ours(self._all_ids if past else range(run.clients)))
-        self.roster = Roster(run.run, frozenset(ours(self._all_ids)), needed)
+        of_run = self._all_ids if self.share.size > 1 else ()
+        self.roster = Roster(run.run, frozenset(ours(self._all_ids)), needed, of_run=of_run)
         self._joining: dict[Member, Conversation[Joined | None]] = {}
         self._changes: list[tuple[int, bool]] = []
         self._is_ending = False

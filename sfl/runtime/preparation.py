@@ -29,7 +29,7 @@ from sfl.runtime.memory import memory_limit_bytes
 from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_classes
 from sfl.runtime.resume import Past, load_backs, read_shared
 from sfl.runtime.rounds import Rounds
-from sfl.runtime.same_model import check_same_model
+from sfl.runtime.same_model import check_same_model, check_same_start
 from sfl.runtime.start_weights import StartWeights
 from sfl.strategy.early_stopping import RoundsSeen
 from sfl.strategy.merge import Shared, fewest_clients
@@ -132,7 +132,8 @@ class Preparation:
         self._warn_of_differences()
         self._record()
         self._check_disk()
-        shared = self._shared()
+        shared, say = self._shared(), self.folder.events.say_of_run
+        check_same_start(shared, self._fingerprint, self.ranks, ours=self._ours, say=say)
         return self._rounds(self._parties(), shared)
 
     @cached_property

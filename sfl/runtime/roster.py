@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sfl.conversation.report import DataReport
@@ -28,6 +29,7 @@ class Roster:
     has_begun: bool = False
     _told_at: float = -math.inf  # when clients were told last who is missing
     _is_due: bool = False  # whether something has changed since
+    of_run: Sequence[int] = ()  # with several ranks, the ids of all clients of the run
 
     def begin(self) -> None:
         """Begin the run: no other ids can register from now on."""
@@ -56,7 +58,7 @@ class Roster:
     @property
     def full_message(self) -> str:
         """A line that says that no other client can join."""
-        return f"the run {self.run} has its {counted(len(self.places), 'client')}"
+        return f"the run {self.run} has its {counted(len(self.of_run or self.places), 'client')}"
 
     @property
     def missing_message(self) -> str:
@@ -126,7 +128,7 @@ class Roster:
 
     def check_id(self, wanted: int) -> None:
         if wanted not in self.ids:
-            every = sorted(self.ids)
+            every = sorted(self.of_run or self.ids)
             is_contiguous = every == list(range(len(every)))
             known = f"0 to {every[-1]}" if is_contiguous else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")

@@ -112,9 +112,9 @@ class Rounds:
             self._round(num_rounds)
             num_rounds += 1
         if why := self.seen.why_stopped:
-            self.log.say(f"{RUN_STOPS}{num_rounds}/{self.run.rounds}: {why}")
+            self.log.say_of_run(f"{RUN_STOPS}{num_rounds}/{self.run.rounds}: {why}")
         if told := self.seen.told_best:
-            self.log.say(told)
+            self.log.say_of_run(told)
         self.archive.wait_committed()
         self.check_there()
         crash_point("run.before_goodbye")

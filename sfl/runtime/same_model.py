@@ -10,8 +10,11 @@ from sfl.conversation.join import Joined
 from sfl.conversation.party import TRAIN
 from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData
+from sfl.environment import differences
 from sfl.errors import DataError, RunError
 from sfl.model.structure import difference, weights_checksum
+from sfl.strategy.merge import Shared
+from sfl.strategy.ranks import Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import needs_several_samples
@@ -95,6 +98,37 @@ def _why_different(run: RunConfig, built: BuiltModel, joined: Joined) -> str:
         f" {found}; the client runs SFL {joined.fingerprint['sfl']}, the server {__version__}: have"
         " the same release, and the same code of your own, on every machine"
     )
+
+
+def check_same_start(
+    shared: Mapping[str, Shared],
+    fingerprint: Mapping[str, str],
+    ranks: Ranks,
+    *,
+    ours: Sequence[int],
+    say: Callable[[str], None],
+) -> None:
+    """Check that all ranks of a server start from the same weights; warn of other machines.
+
+    ``ours``: the clients of this rank.
+
+    Raises:
+        RunError: they start from different ones.
+    """
+    own = {name: weights_checksum(weights.state) for name, weights in shared.items()}
+    mine, *others = ranks.gather({ours[0]: [own, dict(fingerprint)]}).items()
+    first, (weights, known) = mine
+    for client, (theirs, their_fingerprint) in others:
+        if theirs != weights:
+            raise RunError(
+                f"the server's process with client_{client} starts from other weights than that"
+                f" with client_{first}: give all the same --init, and one version of torch"
+            )
+        for found in differences(known, their_fingerprint):
+            say(
+                f"warning: the server's process with client_{client} has {found} of that with"
+                f" client_{first}: the last bit may differ from that of one process"
+            )
 
 
 def check_same_model(

@@ -107,7 +107,7 @@ def serve(run: RunConfig, node: ServerNode, group: Group = ALONE) -> Path:
             transport.serve(listener, _terms(run, node), guard, _refusals(folder)) as network,
             reporting_failure(folder, network.end, hint_of(group, folder, run.model)),
         ):
-            folder.events.is_quiet = group.rank > 0
+            folder.events.prefix = f"rank {group.rank}: " if group.rank else ""
             place = _open_place(run, node, path, folder.events, removes_leftovers=is_reused)
             if node.fed_server:
                 stack.enter_context(fed_server(node, run, past, transport))
@@ -196,7 +196,7 @@ class _Server:
         run, node, is_here = self.run, self.node, self.fed == HERE
         if self.past and self.past.is_over(self.recipe):  # only TRAINING_DONE is left to send
             lobby.end_soon()
-        joined, ranks = lobby.gather(), self.group.ranks(lobby)
+        joined, ranks = lobby.gather(), self.group.ranks(lobby, self.folder.events)
         if self.past:
             self.past = _agree_on_round(self.past, joined, ranks, self.fed, self.folder.events)
         crash_point("start.ready")
@@ -340,10 +340,10 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     metric, title = rounds.recipe.task.shown
     if f"test_{metric}" in figures:
         shown, loss = figures[f"test_{metric}"], figures["test_loss"]
-        folder.events.say(f"test {title} {shown:.4f}, test loss {loss:.4f}")
+        folder.events.say_of_run(f"test {title} {shown:.4f}, test loss {loss:.4f}")
     else:
-        folder.events.say(f"no client has a test set: there is no test {title}")
-    folder.events.say(f"{RUN_OVER}{folder.path}")
+        folder.events.say_of_run(f"no client has a test set: there is no test {title}")
+    folder.events.say_of_run(f"{RUN_OVER}{folder.path}")
     folder.archive.write("events", SERVER_LOG, (folder.path / SERVER_LOG).read_bytes())
     folder.archive.flush()
     return figures

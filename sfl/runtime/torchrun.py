@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sfl import __version__
 from sfl.archive.layout import share_path
+from sfl.archive.run_folder import EventLog
 from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError, RunError, command
 from sfl.nodes import ServerNode
@@ -29,6 +30,7 @@ from sfl.runtime.preflight import check_run
 from sfl.runtime.rank_store import JOIN_WITHIN_S, Store, meet, note_own_folders, owns_folders
 from sfl.runtime.resume import has_begun
 from sfl.runtime.server import serve
+from sfl.runtime.waiting_notice import WaitingNotice
 from sfl.strategy.merge import averages_backs
 from sfl.strategy.ranks import Add, Ranks, as_it_is, block
 from sfl.strategy.recipe import Recipe
@@ -125,8 +127,7 @@ class GlooGroup:
     def __init__(self, rank: int, size: int) -> None:
         """Join the others."""
         self.rank, self.size = rank, size
-        local = os.environ.get("LOCAL_WORLD_SIZE", str(size))
-        self.command = f"torchrun --nproc-per-node {local} {command('server')}"
+        self.command = f"torchrun (its options as before) -- {command('server')}"
         self._has_returned = threading.Event()
 
         self._store = self._run(lambda: _join(rank, size))
@@ -149,19 +150,26 @@ class GlooGroup:
     def gather(self, value: Any) -> list[Any]:
         return self._run(lambda: _all_gather(value, self.size))
 
-    def ranks(self, network: Network) -> Ranks:
-        return GlooRanks(self.rank, self.size, network)
+    def ranks(self, network: Network, events: EventLog) -> Ranks:
+        return GlooRanks(self.rank, self.size, network, WaitingNotice(events))
 
 
 class GlooRanks:
     """``Ranks`` over gloo."""
 
-    def __init__(self, rank: int, size: int, network: Network) -> None:
+    def __init__(self, rank: int, size: int, network: Network, notice: WaitingNotice) -> None:
         self._rank, self._size, self._network = rank, size, network
+        self._notice = notice
         self._calls = Calls(network.wake)
 
     def _run(self, call: Callable[[], T]) -> T:
-        return result_of(self._calls, call, lambda gate: self._network.wait((), (gate,)))
+        with self._notice:
+            return result_of(self._calls, call, self._wait)
+
+    def _wait(self, gate: Gate) -> None:
+        self._network.wait((), (gate,))
+        if not gate():
+            self._notice.update("waiting for the server's other processes")
 
     def ours(self, clients: Sequence[int]) -> list[int]:
         return block(clients, self._rank, self._size)
