@@ -139,7 +139,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
         "--time",
     }  # srun's
     known |= {"--dist"}  # pytest-xdist's
-    known |= {"--nproc-per-node", "--max-restarts"}  # torchrun's
+    known |= {"--nproc-per-node", "--max-restarts", "--no-python"}  # torchrun's
     known |= {"--schemes", "--delays-ms"}  # experiments.measure.run_times'
     # experiments.compare's
     known |= {"--partitions", "--topologies", "--seeds", "--over", "--jobs", "--sweep"}

@@ -27,9 +27,9 @@ class Roster:
     needed: int  # ready clients that start the run; more may register before that
     places: dict[int, Place] = field(default_factory=dict)
     has_begun: bool = False
+    of_run: Sequence[int] = ()  # with several ranks, the ids of all clients of the run
     _told_at: float = -math.inf  # when clients were told last who is missing
     _is_due: bool = False  # whether something has changed since
-    of_run: Sequence[int] = ()  # with several ranks, the ids of all clients of the run
 
     def begin(self) -> None:
         """Begin the run: no other ids can register from now on."""
