@@ -11,6 +11,7 @@ A word is new in each process. So what earlier attempts have left in the store d
 ranks need not have been started equally often: each of torchrun's agents counts its own failures.
 """
 
+import contextlib
 import time
 import uuid
 from typing import Protocol
@@ -18,6 +19,7 @@ from typing import Protocol
 from sfl.errors import RunError, duration
 
 JOIN_WITHIN_S = 600.0  # as torchrun gives its agents on several machines to meet
+LEAVE_WITHIN_S = 30.0
 POLL_S = 0.05
 _OWN_FOLDERS = "sfl/own_folders"
 
@@ -69,6 +71,18 @@ def _has_taken(store: Store, word: str, other: int) -> bool:
         store.set(f"sfl/answer_{theirs}", word)
     is_ours = store.get(f"sfl/answer_{theirs}") == word.encode()
     return is_ours and store.check([f"sfl/taken_{theirs}"])
+
+
+def leave(store: Store, rank: int, size: int, within_s: float = LEAVE_WITHIN_S) -> None:
+    """Wait until all ranks have come here; ``store`` is this attempt's alone.
+
+    Without rank 0's process there may be no store: then all have.
+    """
+    until = time.monotonic() + within_s
+    with contextlib.suppress(RuntimeError):
+        store.set(f"left_{rank}", "")
+        while not store.check([f"left_{r}" for r in range(size)]) and time.monotonic() < until:
+            time.sleep(POLL_S)
 
 
 def owns_folders(store: Store) -> bool:

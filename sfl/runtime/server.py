@@ -346,4 +346,5 @@ def finish(rounds: Rounds, folder: RunFolder) -> dict[str, float]:
     folder.events.say_of_run(f"{RUN_OVER}{folder.path}")
     folder.archive.write("events", SERVER_LOG, (folder.path / SERVER_LOG).read_bytes())
     folder.archive.flush()
+    rounds.ranks.leave()
     return figures

@@ -27,7 +27,7 @@ from sfl.config import RunConfig, flag
 from sfl.errors import ConfigError, RunError, command
 from sfl.nodes import ServerNode
 from sfl.runtime.preflight import check_run
-from sfl.runtime.rank_store import JOIN_WITHIN_S, Store, meet, note_own_folders, owns_folders
+from sfl.runtime.rank_store import JOIN_WITHIN_S, Store, leave, meet, note_own_folders, owns_folders
 from sfl.runtime.resume import has_begun
 from sfl.runtime.server import serve
 from sfl.runtime.waiting_notice import WaitingNotice
@@ -129,8 +129,7 @@ class GlooGroup:
         self.rank, self.size = rank, size
         self.command = f"torchrun (its options as before) -- {command('server')}"
         self._has_returned = threading.Event()
-
-        self._store = self._run(lambda: _join(rank, size))
+        self._store, self._attempt = self._run(lambda: _join(rank, size))
 
     def owns_folders(self, has_begun: bool) -> bool:
         """Return whether the folders of the run are of an earlier attempt of this torchrun.
@@ -151,15 +150,17 @@ class GlooGroup:
         return self._run(lambda: _all_gather(value, self.size))
 
     def ranks(self, network: Network, events: EventLog) -> Ranks:
-        return GlooRanks(self.rank, self.size, network, WaitingNotice(events))
+        return GlooRanks(self.rank, self.size, network, WaitingNotice(events), self._attempt)
 
 
 class GlooRanks:
     """``Ranks`` over gloo."""
 
-    def __init__(self, rank: int, size: int, network: Network, notice: WaitingNotice) -> None:
+    def __init__(
+        self, rank: int, size: int, network: Network, notice: WaitingNotice, attempt: Store
+    ) -> None:
         self._rank, self._size, self._network = rank, size, network
-        self._notice = notice
+        self._notice, self._attempt = notice, attempt
         self._calls = Calls(network.wake)
 
     def _run(self, call: Callable[[], T]) -> T:
@@ -194,6 +195,9 @@ class GlooRanks:
             self._run(lambda: dist.send(sums, after))
         self._run(lambda: dist.broadcast(sums, last))
 
+    def leave(self) -> None:
+        leave(self._attempt, self._rank, self._size)
+
     def record(self) -> dict[str, Any]:
         return {"ranks": {"rank": self._rank, "size": self._size}}
 
@@ -217,8 +221,8 @@ def result_of(calls: Calls, call: Callable[[], T], wait: Callable[[Gate], object
         raise RunError("another process of the server has ended: see its log") from error
 
 
-def _join(rank: int, size: int) -> Store:
-    """Set up torch.distributed with the other ranks; return torchrun's store."""
+def _join(rank: int, size: int) -> tuple[Store, Store]:
+    """Set up torch.distributed; return torchrun's store, and the part of it for this attempt."""
     within = datetime.timedelta(seconds=JOIN_WITHIN_S)
     try:
         store = next(rendezvous("env://", rank, size, timeout=within))[0]
@@ -227,7 +231,7 @@ def _join(rank: int, size: int) -> Store:
     except RuntimeError as error:  # of torch.distributed
         why = str(error).partition("\n")[0]
         raise RunError(f"rank {rank} cannot reach the server's other processes: {why}") from error
-    return store  # type: ignore[no-any-return]
+    return store, own
 
 
 def _all_gather(value: Any, size: int) -> list[Any]:

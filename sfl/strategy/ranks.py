@@ -54,6 +54,9 @@ class Ranks(Protocol):
     def pass_on(self, add: Add, sums: Tensor) -> None:
         """Let all ranks add to ``sums`` (N,) float64, one after the other; all get the result."""
 
+    def leave(self) -> None:
+        """Wait until all have come here: a rank that ends breaks calls that others are still in."""
+
     def record(self) -> dict[str, Any]:
         """Return what a share's record says of the ranks; nothing with one rank."""
 
@@ -74,6 +77,8 @@ class OneRank:
 
     def pass_on(self, add: Add, sums: Tensor) -> None:
         add_here(add, sums)
+
+    def leave(self) -> None: ...
 
     def record(self) -> dict[str, Any]:
         return {}
