@@ -76,13 +76,21 @@ def _has_taken(store: Store, word: str, other: int) -> bool:
 def leave(store: Store, rank: int, size: int, within_s: float = LEAVE_WITHIN_S) -> None:
     """Wait until all ranks have come here; ``store`` is this attempt's alone.
 
-    Without rank 0's process there may be no store: then all have.
+    Rank 0, which may hold the store, leaves when the others ask it nothing more.
     """
     until = time.monotonic() + within_s
     with contextlib.suppress(RuntimeError):
-        store.set(f"left_{rank}", "")
-        while not store.check([f"left_{r}" for r in range(size)]) and time.monotonic() < until:
-            time.sleep(POLL_S)
+        store.set(f"come_{rank}", "")
+        _wait_for(store, [f"come_{r}" for r in range(size)], until)
+        if rank > 0:
+            store.set(f"gone_{rank}", "")
+        else:
+            _wait_for(store, [f"gone_{r}" for r in range(1, size)], until)
+
+
+def _wait_for(store: Store, keys: list[str], until: float) -> None:
+    while not store.check(keys) and time.monotonic() < until:
+        time.sleep(POLL_S)
 
 
 def owns_folders(store: Store) -> bool:
