@@ -273,7 +273,9 @@ class ClientNode(PeerNode):
     table: ClassVar[str] = "client"
 
     server: str = option(
-        f"127.0.0.1:{DEFAULT_PORT}", f"HOST:PORT of the server; without a port, {DEFAULT_PORT}"
+        f"127.0.0.1:{DEFAULT_PORT}",
+        f"HOST:PORT of the server; without a port, {DEFAULT_PORT};"
+        " ws://HOST:PORT/ and others: see docs/transports.md",
     )
     client_id: int | None = option(None, "0 to clients-1; the lowest free one if not given")
     client_ids: str = option(
