@@ -110,6 +110,11 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]
     return [f"{name} {one} against {other}" for name, (one, other) in pairs.items() if one != other]
 
 
+def other_runtime(fields: Mapping[str, str]) -> str:
+    """Return what a machine computes with, by its fingerprint, if that is not torch; else ""."""
+    return "" if fields["torch"][:1].isdigit() else fields["torch"]
+
+
 def describe(device: torch.device, command_line: Sequence[str]) -> dict[str, Any]:
     """Return the record of this process: versions, git commit, command line, fingerprint."""
     packages = ("torch", "torchvision", "numpy", "mlxtend")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -335,3 +336,14 @@ def test_every_built_in_model_becomes_onnx(name: str, tmp_path: Path) -> None:
     for theirs in found:
         assert float((theirs - ours).abs().max()) <= MOST_DIFFERENCE
         assert torch.equal(theirs.argmax(1), ours.argmax(1))
+
+
+def test_two_threads_export_at_once(run: sfl.Run, tmp_path: Path) -> None:
+    """As a site does whose pages ask for two files: torch's exporter fails if it is not alone."""
+    parts = ("front", "whole")
+    with ThreadPoolExecutor(len(parts)) as threads:
+        done = [
+            threads.submit(sfl.export, run, "onnx", part, out=tmp_path / f"{part}.onnx")
+            for part in parts
+        ]
+    assert [future.result().about.part for future in done] == list(parts)

@@ -10,17 +10,19 @@
     a batch, repeated:
       INFERENCE_BATCH {samples}                  ->
       INFERENCE_FEATURES + activations           ->
-                                                 <-  INFERENCE_OUTPUTS + outputs
+                                                 <-  INFERENCE_OUTPUTS + outputs {seconds}
     UNREGISTER                                   ->
 
 A requester that holds the model's last segment is sent INFERENCE_FEATURES of the next cut instead,
-and computes the outputs itself. Tensors pass through ``Cut``, as in training.
+and computes the outputs itself. ``seconds``: how long the server computed. Tensors pass through
+``Cut``, as in training.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,6 +55,7 @@ class InferenceParty:
     split: SplitModel
     own_segments: Segments
     clock: Stopwatch = field(default_factory=Stopwatch)
+    compute_s: float = 0.0  # spent on the current batch
 
     @property
     def task(self) -> Task:
@@ -62,8 +65,11 @@ class InferenceParty:
     def route(self) -> tuple[Stop, ...]:
         return route(self.split.recipe.segments, self.holder)
 
-    def measure_compute(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextlib.contextmanager
+    def measure_compute(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.compute_s += time.perf_counter() - started
 
     def end_wait(self) -> None: ...
 
@@ -188,11 +194,12 @@ def server_serve(
 
 
 def _serve_batch(party: InferenceParty, cuts: _Cuts) -> Conversation[None]:
+    party.compute_s = 0.0
     outputs = yield from outputs_pass(party, cuts, None)
     if outputs is not None:
         last = party.route[-1].takes
         assert last is not None
-        cuts[last].send(OUTPUTS, outputs)
+        cuts[last].send(OUTPUTS, outputs, {"seconds": round(party.compute_s, 6)})
 
 
 def check_alike(hello: Message, ours: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def _weights(part: nn.Module, samples: Tensor, about: About) -> Made:
 
 def _exported(part: nn.Module, samples: Tensor, about: About) -> Made:
     """Make what ``torch.export.load`` loads: weights and graph, without the model's code."""
-    with _exporter(about):
+    with exporting(about.part, about.model):
         program = torch.export.export(part, (samples[:2],), dynamic_shapes=(_any_batch(),))
         stream = io.BytesIO()
         torch.export.save(program, stream, extra_files={ENTRY: about.to_json()})
@@ -59,18 +60,13 @@ def _onnx(part: nn.Module, samples: Tensor, about: About) -> Made:
         ConfigError: a package is missing.
         RunError: the part cannot be exported, or gives other outputs than with torch.
     """
-    try:
-        import onnx  # noqa: F401 - torch's exporter needs both
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise not_installed((error.name or "").partition(".")[0]) from error
+    check_onnx_installed()
     if (size := sum(t.nbytes for t in part.state_dict().values())) > _MOST_BYTES:
         raise RunError(
             f"the {about.part} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2:"
             " write it with --to exported"
         )
-    with _exporter(about):
+    with exporting(about.part, about.model):
         program = torch.onnx.export(
             part,
             (samples[:2],),
@@ -83,10 +79,7 @@ def _onnx(part: nn.Module, samples: Tensor, about: About) -> Made:
         assert program is not None
         program.model.metadata_props[ENTRY] = about.to_json()
         data: bytes = program.model_proto.SerializeToString()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors alone
-        session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
-        worst = _largest_difference(part, session, samples)
+        worst = _largest_difference(part, onnx_session(data), samples)
     if not worst <= MOST_DIFFERENCE:  # NaN is refused as well
         raise RunError(
             f"onnxruntime and torch differ by {worst:.1e} in an output of the {about.part}, more"
@@ -98,6 +91,29 @@ def _onnx(part: nn.Module, samples: Tensor, about: About) -> Made:
         data,
         f"onnxruntime and torch differ by at most {worst:.1e} on made-up batches of {sizes}",
     )
+
+
+def check_onnx_installed() -> None:
+    """Check that ONNX files can be made here.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    try:
+        import onnx  # noqa: F401 - torch's exporter needs both
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise not_installed((error.name or "").partition(".")[0]) from error
+
+
+def onnx_session(data: bytes) -> Any:
+    """Return onnxruntime's session of an ONNX file, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    return onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
 
 
 def _largest_difference(part: nn.Module, session: Any, samples: Tensor) -> float:
@@ -116,26 +132,40 @@ def _any_batch() -> dict[int, Any]:
     return {0: torch.export.Dim("batch", min=1)}
 
 
+# Torch's exporter, and what is ignored of warnings and logs, belong to the whole process.
+_EXPORTER = threading.Lock()
+
+
 @contextlib.contextmanager
-def _exporter(about: About) -> Iterator[None]:
-    """Keep warnings and log lines of torch's exporter from the user; say what it cannot do.
+def exporter_alone() -> Iterator[None]:
+    """Let one thread at a time export; keep the exporter's warnings and log lines from the user."""
+    with _EXPORTER, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def exporting(part: str, model: str) -> Iterator[None]:
+    """Export in the ``with`` block, as ``exporter_alone``; say what the exporter cannot do.
+
+    ``part``: what is exported, of ``model``.
 
     Raises:
         RunError: it raised anything.
     """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with exporter_alone():
             yield
     except Exception as error:  # torch and onnxruntime raise dozens of types
         raise RunError(
-            f"torch's exporter does not take the {about.part} of {about.model}:"
+            f"torch's exporter does not take the {part} of {model}:"
             f" {reason_of(error)}; --to torch writes its weights"
         ) from error
-    finally:
-        logging.disable(disabled)
 
 
 NUM_SAMPLES = sum(_BATCHES)

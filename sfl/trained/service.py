@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +54,20 @@ def serve_model(run: RunConfig, node: ServerNode) -> None:
     """
     if run != RunConfig():
         raise ConfigError("--serve: the model is trained; leave out the options of a run")
+    with open_service(node) as service:
+        say(service.title)
+        for line in transport_of(node).notes(node):
+            say(line)
+        service.run()
+
+
+@contextlib.contextmanager
+def open_service(node: ServerNode) -> Iterator["Service"]:
+    """Listen for requesters of the run in the folder ``node.serve``.
+
+    Raises:
+        ConfigError, RunError: as ``serve_model``.
+    """
     transport = transport_of(node)
     guard = guard_of(node, SERVER, MOST_REQUESTERS)
     served = run_of(node.serve, {"threads": node.threads, "allow_import": node.allow_import})
@@ -72,14 +86,14 @@ def serve_model(run: RunConfig, node: ServerNode) -> None:
             back_checksum=back_checksum(served),
             heartbeat_s=network.heartbeat_s,
         )
-        say(
+        title = (
             f"run {offer.run}, as after round {offer.round + 1} of {served.config.rounds}:"
             f" listening on {listener.address} with the {' and '.join(holding.segments)} of"
             f" {holding.split.recipe.title}, for {counted(most, 'requester')} at once"
         )
-        for line in transport.notes(node):
-            say(line)
-        Service(network, holding, offer, most).run()
+        service = Service(network, holding, offer, most)
+        service.address, service.title = listener.address, title
+        yield service
 
 
 def most_requesters(split: SplitModel, limit_bytes: int) -> int:
@@ -141,6 +155,8 @@ class _Requester:
 class Service:
     """Serves the requesters of a network."""
 
+    address = title = ""  # where it listens; what it serves, in a line
+
     def __init__(self, network: ServerNetwork, holding: _Holding, offer: Offer, most: int) -> None:
         """``most``: requesters at once."""
         self._network, self._holding, self._offer, self._most = network, holding, offer, most
@@ -150,11 +166,11 @@ class Service:
         self._numbers: Iterator[int] = itertools.count(1)
         self._total = 0
 
-    def run(self) -> None:
-        """Serve until interrupted."""
+    def run(self, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Serve until interrupted, or until ``is_over``, which is asked every ``POLL_S``."""
         network = self._network
         try:
-            while True:
+            while not is_over():
                 network.wait_until(network.ready_members, POLL_S)
                 ready = network.ready_members()
                 self._here = set(network.members)
