@@ -9,6 +9,7 @@ from hypothesis import settings
 
 import tests.support.digits  # noqa: F401
 from tests.support.certificates import Certificates
+from tests.support.chromium import Chromium
 from tests.support.emulator import Emulator, Gate, emulated
 from tests.support.handshakes import FAST, OTHER, TOKEN, token_file
 from tests.support.launch import Launcher, Program, wait_for
@@ -90,3 +91,10 @@ def guarded(launcher: Launcher, tmp_path: Path) -> Program:
     server = launcher.server(*FAST, "--clients", 1, "--run", "r", "--token-file", path)
     wait_for(server, "listening")
     return server
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """One browser for all tests; each opens tabs of its own."""
+    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser

@@ -21,6 +21,11 @@ def _copy(samples: Samples) -> Samples:
     return dataclasses.replace(samples, stored=samples.stored.clone(), y=samples.y.clone())
 
 
+def both() -> tuple[Samples, Samples]:
+    """Return the training and the test set."""
+    return _BOTH
+
+
 def _load(source: Source) -> tuple[Samples, Samples]:
     train, test = map(_copy, _BOTH)
     return train, test

@@ -17,7 +17,9 @@ from itertools import cycle
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from experiments.web.__main__ import main as serve_web
 from sfl.cli import main_client, main_predict, main_server, main_watch
+from sfl.program import run_program
 from tests.support.certificates import Certificates
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -48,6 +50,10 @@ def in_turns(values: Iterable[object]) -> list[tuple[object, ...]]:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+def main_web(argv: list[str]) -> int:
+    return run_program("web", lambda: serve_web(argv))
 
 
 def _child(
@@ -158,6 +164,10 @@ class Launcher:
     def predict(self, *options: object) -> Program:
         argv = [*self.at(f"127.0.0.1:{self.port}"), *options]
         return self._start("predict", main_predict, argv)
+
+    def web(self, *options: object) -> Program:
+        argv = ["--port", self.port, "--out", self.folder, "--no-decoder", *options]
+        return self._start("web", main_web, argv)
 
     def run(
         self, *options: object, clients: int = 3, client_options: Sequence[object] = ()

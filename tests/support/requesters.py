@@ -35,8 +35,8 @@ class Requester:
         self.offer = run_blocking(client_begin(self.party, 1.0)) if begins else None
         self.at = self.offer.start._replace(step=0) if self.offer else Position("r", 0, 0)
 
-    def infer(self, size: int = 4) -> torch.Tensor:
-        x = torch.zeros(size, 1, 28, 28)
+    def infer(self, size: int = 4, x: torch.Tensor | None = None) -> torch.Tensor:
+        x = torch.zeros(size, 1, 28, 28) if x is None else x
         outputs = run_blocking(client_infer(self.party, x, self.at))
         self.at = self.at._replace(step=self.at.step + 1)
         return outputs
