@@ -1,0 +1,438 @@
+"""The site for browsers: what it serves and carries, whom it lets in, what it bounds."""
+
+import contextlib
+import gzip
+import http.client
+import json
+import signal
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("websockets")
+pytest.importorskip("onnxruntime")
+import onnxruntime
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+import sfl
+from experiments.hostile.memory import peak_bytes
+from experiments.hostile.target import Target
+from experiments.hostile.upgrades import FRAMES, first_part, heard_from, piece, sent, told
+from experiments.web import doors, pages
+from experiments.web.__main__ import main
+from experiments.web.model_files import ModelFiles
+from sfl.errors import ConfigError, RunError
+from sfl.nodes import ServerNode
+from sfl.transport.connection import Connection
+from sfl.transport.websocket import opened
+from sfl.wire.messages import Limits
+from tests.support.handshakes import TOKEN, token_file
+from tests.support.launch import Launcher, Program, finish, send_signal, wait_for
+from tests.support.requesters import Requester
+from tests.support.simulations import simulated
+
+MIB = 2**20
+CLOSE = piece(struct.pack("!H", 1000), 8)
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
+
+@dataclass
+class Served:
+    """A site that runs, and what it was started with."""
+
+    launcher: Launcher
+    program: Program
+    run: sfl.Run
+
+    @property
+    def port(self) -> int:
+        return self.launcher.port
+
+    @property
+    def is_tls(self) -> bool:
+        return self.launcher.transport == "wss"
+
+    def ask(self, path: str, *, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
+        """Return the response to one request, read to its end as ``.content``."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        if self.is_tls:
+            trust = ssl.create_default_context(cafile=str(self.launcher.folder / "ca.pem"))
+            connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=trust)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, headers=named)
+        response = connection.getresponse()
+        response.content = response.read()
+        connection.close()
+        return response
+
+    def target(self) -> Target:
+        return Target("127.0.0.1", self.port, tls=self.is_tls)
+
+    def request(self, path: str = "/predict", *more: str, host: str = "") -> bytes:
+        lines = [f"GET {path} HTTP/1.1", f"Host: {host or f'127.0.0.1:{self.port}'}"]
+        lines += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", *more]
+        return "\r\n".join([*lines, f"Sec-WebSocket-Key: {KEY}", "", ""]).encode()
+
+    def answers(self, request: bytes, frames: Iterable[bytes] = ()) -> str:
+        """Send a request, then frames; return in words what the site says until it closes."""
+        with self.target().connect() as stream:
+            sent(stream, [request])
+            first = memoryview(bytearray(2**16))
+            answer = bytes(first[: stream.receive_into(first)])
+            sent(stream, frames)
+            return told(answer + heard_from(stream))
+
+
+@contextlib.contextmanager
+def serving(folder: Path, run: sfl.Run, *options: object, tls: bool = False) -> Iterator[Served]:
+    launcher = Launcher(folder, transport="wss" if tls else "ws")
+    own = launcher._certificates if tls else None
+    with_tls = [*own.issue("site"), "--name", "localhost"] if own else []
+    program = launcher.web(run.path, "--no-decoder", *with_tls, *options)
+    try:
+        if own:
+            _ = own.trust
+        wait_for(program, "in a browser")
+        yield Served(launcher, program, run)
+        assert "Traceback" not in program.out + program.err
+    finally:
+        launcher.end()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> sfl.Run:
+    out = tmp_path_factory.mktemp("run")
+    run = sfl.open_run(simulated(out, model="lenet5", rounds=1))
+    sfl.export(run, "torch", "front", out=out / "front.pt")
+    return run
+
+
+def out_of(run: sfl.Run) -> Path:
+    return run.path.parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(run: sfl.Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("site"), run) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def secure(run: sfl.Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("secure"), run, tls=True) as site:
+        yield site
+
+
+def test_the_model_is_described_and_its_files_are_those_of_the_run(site: Served) -> None:
+    about = json.loads(site.ask("/model.json").content)
+    assert about["input_shape"] == [1, 28, 28]
+    (features,) = about["features"]
+    assert (features["link"], features["shape"], features["sent"]) == (0, [400], True)
+    assert [s["file"] for s in about["segments"]] == ["model/front.onnx", ""]
+    assert about["num_samples"] == 1000
+    sample = json.loads(site.ask("/sample?index=999").content)
+    x = torch.tensor(sample["pixels"]).reshape(1, *sample["shape"]) / 255
+    x = (x - about["mean"][0]) / about["std"][0]
+    for name, module in (("front", site.run.front()), ("whole", site.run.model())):
+        session = onnxruntime.InferenceSession(site.ask(f"/model/{name}.onnx").content)
+        (outputs,) = session.run(None, {"input": x.numpy()})
+        assert np.abs(outputs - module(x).detach().numpy()).max() < 1e-5
+    assert sample["label"] == 9
+
+
+def test_pages_are_packed_and_closed_to_others(site: Served, secure: Served) -> None:
+    for served in (site, secure):
+        page, packed = served.ask("/"), served.ask("/", Accept_Encoding="br, gzip")
+        assert gzip.decompress(packed.content) == page.content
+        assert page.content == (pages.HERE / "page/index.html").read_bytes()
+        assert int(served.ask("/", method="HEAD").headers["Content-Length"]) == len(page.content)
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'self'; script-src 'self' 'wasm-unsafe-eval';" in policy
+        scheme = "wss" if served.is_tls else "ws"
+        assert f"connect-src 'self' {scheme}://127.0.0.1:{served.port};" in policy
+        for header, value in {
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Embedder-Policy": "require-corp",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }.items():
+            assert page.headers[header] == value
+
+
+def test_without_the_runtime_the_page_says_what_to_do(tmp_path: Path) -> None:
+    found = pages.Pages({}, print)
+    found_runtime, pages._RUNTIME = pages._RUNTIME, tmp_path
+    try:
+        missing = found.respond("/ort/ort.wasm.min.mjs", accepts_gzip=False)
+        assert missing.status == 404
+        assert b"npm ci --ignore-scripts" in missing.body
+        assert found.respond("/", accepts_gzip=False).status == 200
+    finally:
+        pages._RUNTIME = found_runtime
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../__main__.py", "/..%2f__main__.py", "/page/../../README.md", "//etc/passwd",
+        "/etc/passwd",
+        "/ort/../package.json", "/ort/..", "/ort/ort.all.min.js", "/index.html/", "/.", "/%00.js",
+        "/nothing.js?" + "a=1&" * 100, "/model/back.onnx", "/model/../front.onnx",
+        "http://127.0.0.1/x.js",
+    ],
+)  # fmt: skip
+def test_no_other_file_is_given(site: Served, path: str) -> None:
+    response = site.ask(path)
+    assert (response.status, response.content) == (404, b"there is no such page\n")
+
+
+def test_what_is_wrong_is_said_in_one_line(site: Served) -> None:
+    for path, why in {
+        "/sample": "index='': give 0 to 999",
+        "/sample?index=1000": "index='1000': give 0 to 999",
+        "/sample?index=-1": "index='-1': give 0 to 999",
+        "/sample?" + "a=1&" * 100: "Max number of fields exceeded",
+    }.items():
+        response = site.ask(path)
+        assert (response.status, response.content.decode().count("\n")) == (400, 1)
+        assert why in response.content.decode()
+    assert site.ask("/", method="POST").status == 405
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("", "", 101),
+        ("", "http://127.0.0.1:PORT", 101),
+        ("localhost:9999", "http://localhost:9999", 101),  # the port is another one behind a tunnel
+        ("", "https://example.org", 403),
+        ("", "null", 403),
+        ("", "http://127.0.0.1:1", 403),
+        ("", "http://localhost:PORT", 403),
+        ("example.org", "http://example.org", 421),  # a name that was let point here
+        ("10.0.0.2", "", 421),
+        ("127.0.0.1@example.org", "", 421),
+        ("localhost:x", "", 421),
+        ("[::1", "", 421),
+    ],
+)
+def test_pages_of_strangers_are_refused(site: Served, host: str, origin: str, status: int) -> None:
+    own = [f"Origin: {origin.replace('PORT', str(site.port))}"] if origin else []
+    said = site.answers(site.request("/predict", *own, host=host), [CLOSE])
+    assert said.startswith("closed: 1000" if status == 101 else f"HTTP/1.1 {status}")
+
+
+def test_which_hosts_are_ours() -> None:
+    everywhere = doors.Doors("0.0.0.0", ["digits.example"], is_tls=False)
+    assert [everywhere._is_ours(h) for h in ("digits.example:8080", "10.0.0.2", "x.example")] == [
+        True, True, False
+    ]  # fmt: skip
+    assert [everywhere.is_isolated(h) for h in ("localhost:1", "10.0.0.2")] == [True, False]
+    assert "Cross-Origin-Embedder-Policy" not in everywhere.headers("10.0.0.2")
+
+
+@contextlib.contextmanager
+def requester(served: Served) -> Iterator[Requester]:
+    """Ask for predictions over the site."""
+    with served.target().connect() as stream:
+        over = opened(stream, f"ws://127.0.0.1:{served.port}/predict")
+        link = Connection(over, timeout_s=30, limits=Limits())
+        yield Requester(link, out_of(served.run) / "front.pt", begins=True)
+
+
+@pytest.mark.parametrize("name", ["site", "secure"])
+def test_predictions_over_the_site_are_the_local_ones(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    served: Served = request.getfixturevalue(name)
+    whole = served.run.model()
+    x = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with requester(served) as asks, torch.no_grad():
+        for size in (8, 1):
+            assert torch.equal(asks.infer(x=x[:size]), whole(x[:size]))
+
+
+def test_the_last_words_of_the_server_arrive(site: Served) -> None:
+    with requester(site) as asks:
+        asks.send(0)
+        assert "a batch of 0 samples; served are 1 to 256 at once" in asks.refused()
+    with requester(site) as asks:
+        asks.send(4, torch.full((4, 400), float("nan")))
+        assert "hold NaN, infinity or huge numbers" in asks.refused()
+
+
+# What a frame that no page sends is answered with; the library's words behind the number.
+CLOSED = {
+    "a WebSocket's frame of 1 GB": "closed: 1009",
+    "a WebSocket's frame of 2^63 bytes": "closed: 1009",
+    "fragments for ever": "closed: 1009",
+    "a compressed message": "closed: 1002",
+    "a frame without a mask": "closed: 1002",
+    "an unknown opcode": "closed: 1002",
+    "a long ping": "closed: 1002",
+    "a continuation of nothing": "closed: 1002",
+    "text": "closed: 1007",  # a head is no UTF-8
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_strange_frame_ends_its_websocket_alone(site: Served, name: str) -> None:
+    assert CLOSED[name] in site.answers(site.request(), first_part(name, FRAMES[name]))
+
+
+def test_text_is_refused_with_a_reason(site: Served) -> None:
+    with connect(f"ws://127.0.0.1:{site.port}/predict") as socket:
+        socket.send("hello")
+        with pytest.raises(ConnectionClosed, match=r"1003 .*text; SFL sends binary messages"):
+            socket.recv(timeout=10)
+
+
+def silent(served: Served, count: int, data: bytes) -> list[socket.socket]:
+    """Open connections that say something and wait."""
+    sockets = []
+    for _ in range(count):
+        sockets.append(socket.create_connection(("127.0.0.1", served.port), timeout=30))
+        sockets[-1].sendall(data)
+    return sockets
+
+
+@pytest.mark.parametrize("name", ["site", "secure"])
+def test_who_floods_takes_little_and_hinders_nobody(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    served: Served = request.getfixturevalue(name)
+    served.ask("/model/front.onnx")
+    before = peak_bytes(served.program.process.pid)
+    half = b"" if served.is_tls else b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"x" * 8000
+    with contextlib.ExitStack() as stack:
+        for sock in silent(served, 2 * doors.MOST_SOCKETS, half):
+            stack.enter_context(sock)
+        for _ in range(50):  # each with a message that does not end
+            stream = stack.enter_context(served.target().connect())
+            sent(stream, [served.request(), piece(bytes(MIB), flags=0)[: MIB - 100]])
+        with ThreadPoolExecutor(8) as pool:
+            asked = pool.map(lambda _: served.ask("/model/front.onnx").status, range(40))
+        assert set(asked) == {200}
+        with requester(served) as asks:
+            assert len(asks.infer(4)) == 4
+    grown = peak_bytes(served.program.process.pid) - before
+    assert grown < 300 * MIB, f"grew by {grown / MIB:.0f} MiB"
+
+
+def test_too_many_websockets_are_refused(site: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(doors.MOST_WEBSOCKETS):
+            stream = stack.enter_context(site.target().connect())
+            sent(stream, [site.request()])
+            stream.receive_into(memoryview(bytearray(2**16)))
+        assert "503" in site.answers(site.request())
+        assert site.ask("/").status == 200
+    until = time.monotonic() + 20
+    while "503" in site.answers(site.request(), [CLOSE]):  # until it has seen that they left
+        assert time.monotonic() < until
+
+
+def test_a_server_that_trains_is_joined_with_the_token_of_the_site(
+    run: sfl.Run, tmp_path: Path
+) -> None:
+    """The client here has neither token nor certificate authority, as a page has none."""
+    secret = token_file(tmp_path, f"0 {TOKEN}")
+    trainer = Launcher(tmp_path / "trainer", transport="wss")
+    trainer.folder.mkdir()
+    options = ["--clients", 1, "--rounds", 1, "--model", "mlp", "--batch-size", 200, "--run", "t"]
+    server = trainer.server("--token-file", secret, *options)
+    try:
+        wait_for(server, "listening on")
+        trains = ["--train", f"127.0.0.1:{trainer.port}", "--token-file", secret]
+        trains += ["--tls-ca", trainer._certificates.trust]
+        with serving(tmp_path, run, *trains) as site:
+            assert json.loads(site.ask("/model.json").content)["train"] is True
+            assert "HTTP/1.1 400" in site.answers(site.request("/train?client=x"))
+            with (
+                connect(f"ws://127.0.0.1:{site.port}/train?client=1") as socket,
+                pytest.raises(ConnectionClosed, match="no token for --client-id 1"),
+            ):
+                socket.recv(timeout=20)
+            at = ["--server", f"ws://127.0.0.1:{site.port}/train?client=0", "--client-id", 0]
+            finish([site.launcher.client(*at), server])
+            with (
+                connect(f"ws://127.0.0.1:{site.port}/train?client=0") as socket,
+                pytest.raises(ConnectionClosed, match=r"1013 .*behind this site is not there"),
+            ):
+                socket.recv(timeout=20)
+    finally:
+        trainer.end()
+
+
+def test_a_signal_ends_it_with_its_websockets(run: sfl.Run, tmp_path: Path) -> None:
+    with serving(tmp_path, run) as site:
+        with connect(f"ws://127.0.0.1:{site.port}/predict") as socket:
+            idle = silent(site, 3, b"GET /")
+            send_signal(site.program, signal.SIGTERM)
+            with pytest.raises(ConnectionClosed, match=r"1001 .*the site is ending"):
+                socket.recv(timeout=20)
+        assert site.program.ended_with(3) == "web: error: interrupted"
+        for sock in idle:
+            sock.close()
+
+
+def test_a_port_in_use_is_said(site: Served, run: sfl.Run, tmp_path: Path) -> None:
+    program = Launcher(tmp_path, port=site.port).web(run.path)
+    assert "another --port or --host may be free" in program.ended_with(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--host", "0.0.0.0"], "give --tls-cert and --tls-key, or --insecure"),
+        (["--port", "70000"], "port .*must be in"),
+        (["--token-file", "x"], "--token-file: is for the server of --train"),
+        (["--train", "rpc://127.0.0.1:1/1/2"], "give HOST:PORT of a server over tcp or ws"),
+        (["--train", "wss://127.0.0.1:1"], "give --tls-ca"),
+        (["--client", "7"], "--client 7: the run has 3 clients"),
+        (["--tls-cert", "x"], "--tls-cert and --tls-key: give both"),
+        (["--seed", "1"], "--seed is an option of"),
+        (["--name", "a b"], "no host's name"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run: sfl.Run, options: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        main([str(run.path), *options, "--port", "0"] if "--port" not in options else options)
+
+
+def test_which_runs_have_a_page(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"there is no finished run in .*experiments.demo"):
+        main(["--out", str(tmp_path)])
+    for options, why in (
+        ({"scheme": "fl"}, "no server holds a part of the model"),
+        ({"scheme": "sflv3"}, "each client keeps .* --client"),
+        (
+            {"topology": "vertical", "partition": "vertical", "model": "mlp"},
+            "a part of each sample",
+        ),
+    ):
+        simulated(tmp_path, run="x".join(options.values()), rounds=1, **{"model": "mlp"} | options)
+        with pytest.raises((ConfigError, RunError), match=why):
+            main(["--out", str(tmp_path)])  # the newest
+
+
+def test_a_u_shaped_run_has_two_segments_in_the_page(tmp_path: Path) -> None:
+    run = sfl.open_run(simulated(tmp_path, model="lenet5", rounds=1, cut="3,9", clients=1))
+    files = ModelFiles(run, ServerNode())
+    about = json.loads(files.about(dict).body)
+    assert [(s["name"], s["file"]) for s in about["segments"]] == [
+        ("front", "model/front.onnx"), ("back", ""), ("client_head", "model/client_head.onnx"),
+    ]  # fmt: skip
+    assert [(f["link"], f["sent"]) for f in about["features"]] == [(0, True), (1, False)]
+    assert {"/model/client_head.onnx", "/model/whole.onnx"} < files.routes().keys()
