@@ -1,0 +1,107 @@
+// A client's samples, which stay in this page: divided, normalised, counted.
+
+import { TrainingError } from "./asking.js";
+
+/**
+ * One part of the samples: pixels as bytes, and labels.
+ * @typedef {{pixels: Uint8Array, labels: number[]}} Part
+ */
+
+/** A client's samples: which are trained on, and how batches are made of them. */
+export class Samples {
+  /**
+   * @param {object} plan
+   * @param {{train: Part, validation?: Part, test?: Part, classes?: string[]}} given without a
+   *   validation part, a fifth is held out, as a Python client does with its own data
+   */
+  constructor(plan, given) {
+    this.plan = plan;
+    this.size = plan.input_shape.reduce((product, side) => product * side, 1);
+    this.classes = given.classes ?? plan.classes;
+    this.given = given;
+    for (const part of [given.train, given.validation, given.test]) if (part) this.check(part);
+    if (!given.train.labels.length) throw new TrainingError("there are no samples to train on");
+    if (given.train.labels.length > plan.most_samples) {
+      throw new TrainingError(`more than ${plan.most_samples} samples`);
+    }
+  }
+
+  check({ pixels, labels }) {
+    const isClass = (y) => Number.isInteger(y) && y >= 0 && y < this.classes.length;
+    if (pixels.length !== labels.length * this.size || !labels.every(isClass)) {
+      throw new TrainingError(
+        `${labels.length} labels of ${this.classes.length} classes do not go with ${pixels.length}` +
+          ` pixels; wanted are ${this.size} for each sample`,
+      );
+    }
+  }
+
+  /** Divide the samples as the run's seed says, for this client. */
+  async divide(site, client) {
+    const { train, validation, test } = this.given;
+    const all = train.labels.map((_, index) => index);
+    this.parts = { train: this.rows(train, all), test: this.rows(test ?? NOTHING) };
+    if (validation) {
+      // The training samples are drawn in the client's order, though none is held out.
+      const { train: kept, validation: held } = await site(`split?client=${client}&samples=${all.length}`);
+      this.parts.train = this.rows(train, [...held, ...kept]);
+      this.parts.validation = this.rows(validation);
+      return;
+    }
+    const found = await site(`split?client=${client}&samples=${all.length}`);
+    this.parts.train = this.rows(train, found.train);
+    this.parts.validation = this.rows(train, found.validation);
+  }
+
+  rows({ pixels, labels }, indices = labels.map((_, index) => index)) {
+    return { pixels, labels: indices.map((row) => labels[row]), indices };
+  }
+
+  count(part) {
+    return this.parts[part].labels.length;
+  }
+
+  /**
+   * Return normalised samples of a part, and their labels.
+   * @param {number[]} rows of the part
+   * @returns {{x: Float32Array, y: BigInt64Array}} x (rows, *input)
+   */
+  batch(part, rows) {
+    const { pixels, labels, indices } = this.parts[part];
+    const { size, plan } = this;
+    const perChannel = size / plan.mean.length;
+    const x = new Float32Array(rows.length * size);
+    rows.forEach((row, at) => {
+      const start = indices[row] * size;
+      for (let i = 0; i < size; i++) {
+        const channel = Math.floor(i / perChannel);
+        const centred = Math.fround(Math.fround(pixels[start + i] / 255) - Math.fround(plan.mean[channel]));
+        x[at * size + i] = centred / Math.fround(plan.std[channel]);
+      }
+    });
+    return { x, y: BigInt64Array.from(rows, (row) => BigInt(labels[row])) };
+  }
+
+  /** Return how many training samples each class has. */
+  classCounts() {
+    const counts = this.classes.map(() => 0);
+    for (const label of this.parts.train.labels) counts[label] += 1;
+    return counts;
+  }
+
+  /** Return the SHA-256 of the run's name and all samples, as a Python client's. */
+  async digest(run) {
+    if (!globalThis.crypto?.subtle) {
+      throw new TrainingError("this browser computes no SHA-256 here: open the page as localhost, or by https");
+    }
+    const pieces = [new TextEncoder().encode(run)];
+    for (const { pixels, labels, indices } of ["train", "validation", "test"].map((p) => this.parts[p])) {
+      for (const row of indices) pieces.push(pixels.subarray(row * this.size, (row + 1) * this.size));
+      pieces.push(new Uint8Array(BigInt64Array.from(labels, BigInt).buffer));
+    }
+    const whole = await crypto.subtle.digest("SHA-256", await new Blob(pieces).arrayBuffer());
+    return Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  }
+}
+
+const NOTHING = { pixels: new Uint8Array(0), labels: [] };

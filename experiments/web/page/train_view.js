@@ -1,0 +1,247 @@
+// The part of the page that trains: samples of one's own, start and stop, and how it goes.
+
+import { loadPlan, Trainer } from "./training.js";
+import { readFolder } from "./folder.js";
+import { Front } from "./front.js";
+import { Samples } from "./samples.js";
+import { bytesText } from "./show.js";
+import { Templates } from "./torchfile.js";
+
+const RUNTIME = "/ort/ort.wasm.min.mjs?training"; // an instance of its own, beside the predictions'
+const HTML = `
+  <h2 id="training-title">Take part in training</h2>
+  <p class="quiet" data-is="about"></p>
+  <div class="row tools">
+    <label for="training-label">Label</label>
+    <select id="training-label"></select>
+    <button type="button" data-is="add">Add the drawing</button>
+    <button type="button" data-is="pick">Folder …</button>
+    <button type="button" data-is="forget">Remove all</button>
+    <input type="file" class="hidden-input" data-is="files" webkitdirectory multiple tabindex="-1"
+      aria-label="a folder with a folder of images for each class">
+  </div>
+  <p class="note" data-is="samples" aria-live="polite"></p>
+  <div class="row tools">
+    <label for="training-client">Client</label>
+    <input id="training-client" type="number" min="0" step="1" placeholder="any">
+    <button type="button" data-is="start">Start</button>
+    <button type="button" data-is="stop" disabled>Stop</button>
+  </div>
+  <progress class="training-progress" data-is="bar" max="1" value="0" aria-label="steps of the round"></progress>
+  <p class="connection" data-is="state" data-state="off" role="status" aria-live="polite">not started</p>
+  <dl class="figures">
+    <div><dt>round</dt><dd data-is="round">–</dd></div>
+    <div><dt>loss</dt><dd data-is="loss">–</dd></div>
+    <div><dt>accuracy, training</dt><dd data-is="accuracy">–</dd></div>
+    <div><dt>accuracy, all clients</dt><dd data-is="figures">–</dd></div>
+    <div><dt>sent up</dt><dd data-is="sent">–</dd></div>
+    <div><dt>came down</dt><dd data-is="received">–</dd></div>
+  </dl>`;
+const STATES = {
+  connecting: "waiting", waiting: "connected", training: "connected", evaluating: "connected",
+  lost: "waiting", done: "off",
+};
+
+/**
+ * Show the part, and let the user begin.
+ * @param {HTMLElement} section
+ * @param {import("./main.js").Context} context
+ */
+export async function mount(section, context) {
+  section.innerHTML = HTML;
+  const style = document.createElement("link");
+  style.rel = "stylesheet";
+  style.href = "train_view.css";
+  document.head.append(style);
+  const view = new TrainView(section, context);
+  window.sfl.training = view;
+  await view.show();
+}
+
+class TrainView {
+  #section;
+  #context;
+  #stopping = null; // ends the training that runs
+  #given = null; // samples of a folder or of a program: {train, validation, test, classes}
+  #drawn = { pixels: [], labels: [] };
+  plan = null;
+  progress = null; // the last one that was told
+
+  constructor(section, context) {
+    this.#section = section;
+    this.#context = context;
+    const on = (name, act) => this.#part(name).addEventListener("click", () => this.#guarded(act));
+    on("add", () => this.addDrawing());
+    on("pick", () => this.#part("files").click());
+    on("forget", () => this.setSamples(null));
+    on("start", () => this.start(this.#wantedClient()));
+    on("stop", () => this.stop());
+    this.#part("files").addEventListener("change", (event) => this.#guarded(() => this.#pick(event.target)));
+  }
+
+  #part(name) {
+    return this.#section.querySelector(`[data-is="${name}"]`);
+  }
+
+  async #guarded(act) {
+    try {
+      await act();
+    } catch (error) {
+      this.#say(error.message, "refused");
+    }
+  }
+
+  #say(text, state) {
+    this.#part("state").textContent = text;
+    this.#part("state").dataset.state = state;
+  }
+
+  /** Ask the site for the run. */
+  async show() {
+    try {
+      this.plan = await loadPlan(location.href);
+    } catch (error) {
+      this.#part("about").textContent = `${error.message}: Start tries again.`;
+      return;
+    }
+    const { config, classes, most_samples: most } = this.plan;
+    this.#part("about").textContent =
+      `Run ${config.run}: ${config.model}, ${config.scheme}, ${config.rounds} rounds. Your samples (at most` +
+      ` ${most}) never leave this browser. Their activations and labels do, and the front's weights.`;
+    const select = this.#section.querySelector("#training-label");
+    select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
+    this.#part("add").disabled = !this.#fitsDrawing();
+    this.#showSamples();
+  }
+
+  #fitsDrawing() {
+    const pad = this.#context.input?.pad;
+    return Boolean(pad) && String(pad.shape) === String(this.plan.input_shape);
+  }
+
+  /** Add the drawing with the chosen label. */
+  addDrawing() {
+    const { pad } = this.#context.input;
+    if (pad.isEmpty) throw new Error("draw something first");
+    this.#given = null;
+    this.#drawn.pixels.push(pad.pixels());
+    this.#drawn.labels.push(Number(this.#section.querySelector("#training-label").value));
+    pad.clear();
+    this.#showSamples();
+  }
+
+  /**
+   * Take samples that a program gives, in place of all others.
+   * @param {{train: object, validation?: object, test?: object, classes?: string[]} | null} given as
+   *   samples.js takes them; null: none
+   */
+  setSamples(given) {
+    this.#given = given;
+    this.#drawn = { pixels: [], labels: [] };
+    this.#showSamples();
+  }
+
+  async #pick(input) {
+    const note = this.#part("samples");
+    const onProgress = (done, of) => (note.textContent = `reading image ${done} of ${of} …`);
+    const given = await readFolder(input.files, this.plan.input_shape, onProgress);
+    input.value = "";
+    this.setSamples(given);
+  }
+
+  #samples() {
+    if (this.#given) return this.#given;
+    const { pixels, labels } = this.#drawn;
+    const size = this.plan.input_shape.reduce((product, side) => product * side, 1);
+    const whole = new Uint8Array(pixels.length * size);
+    pixels.forEach((one, row) => whole.set(one, row * size));
+    return { train: { pixels: whole, labels } };
+  }
+
+  #showSamples() {
+    const { train, test, classes = this.plan.classes } = this.#samples();
+    const counts = classes.map((name, index) => [name, train.labels.filter((y) => y === index).length]);
+    const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count}`);
+    const more = test ? `, and ${test.labels.length} to test` : "";
+    this.#part("samples").textContent = train.labels.length
+      ? `${train.labels.length} samples (${some.slice(0, 20).join(", ")})${more}`
+      : "no samples yet: draw and add, or pick a folder";
+  }
+
+  #wantedClient() {
+    const text = this.#section.querySelector("#training-client").value.trim();
+    if (text && !/^\d{1,6}$/.test(text)) throw new Error("the client's number is 0 or more; leave it empty for any");
+    return text ? Number(text) : null;
+  }
+
+  /**
+   * Take part until the run ends, or `stop`.
+   * @param {number | null} client the wanted number; null: any
+   */
+  async start(client = null) {
+    if (this.#stopping) return;
+    this.#stopping = new AbortController();
+    this.#running(true);
+    try {
+      await this.#train(client, this.#stopping.signal);
+      this.#say("the run is over", "off");
+    } catch (error) {
+      this.#say(error.message, this.#stopping.signal.aborted ? "off" : "refused");
+    } finally {
+      this.#stopping = null;
+      this.#running(false);
+    }
+  }
+
+  /** Leave the run; whoever has the same samples may go on in this place. */
+  stop() {
+    this.#stopping?.abort();
+  }
+
+  #running(isRunning) {
+    for (const name of ["start", "add", "pick", "forget"]) this.#part(name).disabled = isRunning;
+    this.#part("add").disabled = isRunning || !this.plan || !this.#fitsDrawing();
+    this.#part("stop").disabled = !isRunning;
+  }
+
+  async #train(client, signal) {
+    const base = location.href;
+    this.#say("loading the front …", "waiting");
+    this.plan = await loadPlan(base);
+    const ort = await import(RUNTIME);
+    ort.env.wasm.wasmPaths = "/ort/";
+    ort.env.wasm.numThreads = 1;
+    const front = await Front.load(ort, this.plan, base);
+    const samples = new Samples(this.plan, this.#samples());
+    const url = new URL("train", base.replace(/^http/, "ws"));
+    if (client !== null) url.searchParams.set("client", client);
+    const trainer = new Trainer({
+      url, base, plan: this.plan, front, samples, client, signal,
+      templates: new Templates(base),
+      runtime: `onnxruntime-web ${ort.env.versions.web}`,
+      onProgress: (progress) => this.#show(progress),
+    });
+    await trainer.run();
+  }
+
+  #show(progress) {
+    this.progress = progress;
+    const { state, note, client, round, rounds, step, steps, loss, accuracy, figures } = progress;
+    const who = client === null ? "" : `client ${client}, `;
+    this.#say(`${who}${state}${note ? `: ${note}` : ""}`, STATES[state]);
+    this.#part("bar").value = steps ? step / steps : 0;
+    const shown = {
+      round: `${round + 1} of ${rounds}`,
+      loss: Number.isNaN(loss) ? "–" : loss.toFixed(4),
+      accuracy: percent(accuracy),
+      figures: percent(figures.test_acc ?? figures.val_acc),
+      sent: bytesText(progress.bytesSent),
+      received: bytesText(progress.bytesReceived),
+    };
+    for (const [name, text] of Object.entries(shown)) this.#part(name).textContent = text;
+  }
+}
+
+function percent(share) {
+  return Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–";
+}
