@@ -18,10 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.web.decoder import STEPS, make_decoder, shadow_images
 from experiments.web.pages import JSON, ONNX, Answer, Route
 from sfl.archive.run_folder import say
 from sfl.errors import RunError, SflError, reason_of
+from sfl.interactive.run import open_run
 from sfl.nodes import NodeConfig
+from sfl.options import from_values
 
 END_WITHIN_S = 5.0
 NONE, TRAINING, READY, FAILED = "none", "training", "ready", "failed"
@@ -159,11 +162,6 @@ def _make(order: Order, to_parent: Connection) -> None:
 
 
 def _made(order: Order, progress: Any) -> Any:
-    # Imports of a second, which the parent has no need of.
-    from experiments.web.decoder import STEPS, make_decoder, shadow_images
-    from sfl.interactive.run import open_run
-    from sfl.options import from_values
-
     run = open_run(order.path, threads=1, **order.machine)
     images = shadow_images(run, from_values(NodeConfig, dict(order.machine), "the options"))
     steps = order.steps or STEPS
