@@ -41,6 +41,10 @@ def main_server(argv: Sequence[str] | None = None) -> int:
             from sfl.trained.service import serve_model
 
             return serve_model(run, node)
+        if node.is_hop:
+            from sfl.runtime.hop import serve_hop
+
+            return serve_hop(run, node)
         from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while
         from sfl.runtime.server import serve
 
@@ -102,7 +106,8 @@ def main_simulate(argv: Sequence[str] | None = None) -> int:
             "Train a configuration in one process; with --partition own from DATA_DIR/client_0 ..."
         )
         run, node = parse_options(argv, RunConfig, SimulationNode, prog=prog, about=about)
-        from sfl.runtime.simulation import Away, simulate
+        from sfl.runtime.local_network import Away
+        from sfl.runtime.simulation import simulate
         from sfl.tracking.trackers import trackers_of
 
         away = [Away.parse(text) for text in node.away.split(",") if text]

@@ -185,7 +185,8 @@ _IN_A_CLONE = {
 # Package that is imported -> what pip installs it from, where the two names differ.
 _INSTALLED_FROM = {"google": "google-cloud-storage"}
 # Packages of extras, which requirements.txt leaves out -> what pip installs.
-_LEFT_OUT = {name: name for name in ("mpi4py", "ray", "tensorboard", "wandb", "websockets")}
+_EXTRAS = "cryptography", "mpi4py", "ray", "tensorboard", "wandb", "websockets"
+_LEFT_OUT = {name: name for name in _EXTRAS}
 _LEFT_OUT |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx onnxruntime onnxscript")
 
 

@@ -21,6 +21,12 @@ _OF_TRAINING = (
     "resume", "role", "fed_server", "init", "track", "profile", "max_samples", "on_missing",
     "round_timeout", "min_clients", "at_once", "weights_timeout", "on_end",
 )  # fmt: skip
+# Options that a hop has no use for; it goes on by itself with the run that its server has.
+_OF_MAIN = (
+    "resume", "serve", "fed_server", "track", "max_samples", "on_missing", "round_timeout",
+    "min_clients", "at_once", "weights_timeout",
+)  # fmt: skip
+MOST_HOPS = 8
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -111,6 +117,10 @@ class PeerNode(NodeConfig):
     token_file: str = option(
         "", "file of the secret that server and clients share, or of one for each client; made by"
         " python -m sfl.auth new-token FILE",
+    )  # fmt: skip
+    seal_file: str = option(
+        "", "with hops: file of a secret of clients and server that the hops do not have, so that"
+        " not even a hop that lies reads what passes it; made like a token",
     )  # fmt: skip
     tls_cert: str = option(
         "", "certificate (PEM) of the server, or of a client whose server requires one"
@@ -208,7 +218,15 @@ class ServerNode(PeerNode, TrackingNode):
         " the copies of those that wait take less memory; 0: all",
     )  # fmt: skip
     role: str = option(
-        "all", "main server, fed server, or both in one process", ("all", "main", "fed")
+        "all", "main server, fed server, or both in one process; or hop:1, hop:2 ... between the"
+        " clients and the server (see docs/topologies.md)",
+        ("all", "main", "fed", *(f"hop:{place}" for place in range(1, MOST_HOPS + 1))),
+    )  # fmt: skip
+    next: str = option(
+        "", "HOST:PORT of the next hop towards the server, or of the server, for --role hop:N"
+    )
+    next_token_file: str = option(
+        "", "file of the token that a hop shows there; else its --token-file"
     )
     fed_server: str = option(
         "", "HOST:PORT of the fed server, for --role main; clients connect to it as well"
@@ -238,8 +256,12 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError(f"--serve: leave out {', '.join(given)}: nothing is trained")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
-        if self.tls_ca and self.role != "main":
-            raise ConfigError("--tls-ca: is for clients, and for --role main")
+        if self.tls_ca and not (self.role == "main" or self.is_hop):
+            raise ConfigError("--tls-ca: is for clients, for --role main, and for hops")
+        if bool(self.next) != self.is_hop:
+            raise ConfigError("--next: is for --role hop:N, which wants it")
+        if self.is_hop and (given := self.given(_OF_MAIN)):
+            raise ConfigError(f"--role {self.role}: leave out {', '.join(given)}")
         require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
         require(self.at_once >= 0, "at_once", self.at_once, "0 or more")
         if self.at_once and self.role == "fed":
@@ -248,6 +270,10 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError("--on-missing skip: is for --role all")
         if self.fed_server and self.role != "main":
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
+
+    @property
+    def is_hop(self) -> bool:
+        return self.role.startswith("hop:")
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Return those of these options that are not at their defaults, as they are typed."""

@@ -21,14 +21,14 @@ T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.
 GROUPS = {
     "run": "run resume serve scheme clients max_clients participation rounds test_every stop_when"
-    " local_epochs server_order seed role server fed_server client_id client_ids check_ away",
+    " local_epochs server_order seed role next server fed_server client_id client_ids check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
     "model": "model init init_checksum cut topology fusion label_client party_models task",
     "training": "optimizer lr lr_schedule lr_rounds momentum weight_decay optimizer_state clip_norm"
     " class_weights freeze fedprox_mu aggregation aggregation_weights",
     "weights": "weights weights_timeout allow_weights",
-    "security": "keep_labels share_figures token_file tls_cert tls_key tls_ca tls_client_ca"
-    " insecure allow_import memory_limit max_samples max_pending",
+    "security": "keep_labels share_figures token_file next_token_file seal_file tls_cert tls_key"
+    " tls_ca tls_client_ca insecure allow_import memory_limit max_samples max_pending",
     "failures": "on_missing round_timeout min_clients peer_timeout connect_timeout"
     " reconnect_timeout on_nonfinite",
     "this machine": "device threads host port advertise transport at_once out on_end keep_tensors"

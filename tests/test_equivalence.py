@@ -9,7 +9,8 @@ import torch
 from sfl.config import RunConfig
 from sfl.model.segment import Segment
 from sfl.nodes import NodeConfig
-from sfl.runtime.simulation import LocalLink, simulate
+from sfl.runtime.local_network import LocalLink
+from sfl.runtime.simulation import simulate
 from sfl.wire.link import Link
 from sfl.wire.messages import MessageType
 from tests.support.launch import Launcher, in_turns

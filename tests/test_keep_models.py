@@ -12,8 +12,9 @@ from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
 from sfl.runtime import replay
+from sfl.runtime.local_network import Away
 from sfl.runtime.recorded_run import load
-from sfl.runtime.simulation import Away, simulate
+from sfl.runtime.simulation import simulate
 from sfl.values import KeepModels
 from tests.support.launch import Launcher, finish
 from tests.support.runs import start_all

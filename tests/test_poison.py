@@ -18,7 +18,7 @@ from sfl.files.finite_check import check_finite
 from sfl.model.segment import Segment, train_step
 from sfl.model.training import Training
 from sfl.runtime.access import closing_message_type
-from sfl.runtime.simulation import Away
+from sfl.runtime.local_network import Away
 from sfl.values import Position
 from sfl.wire.messages import MessageType
 from tests.support import poison

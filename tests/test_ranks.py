@@ -22,13 +22,13 @@ from sfl.model.structure import weights_checksum
 from sfl.nodes import ServerNode
 from sfl.runtime.access import Access
 from sfl.runtime.group import common_past, share_of
+from sfl.runtime.local_network import local_pair
 from sfl.runtime.rank_store import meet
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
 from sfl.runtime.resume import open_past
 from sfl.runtime.same_model import check_same_start
 from sfl.runtime.share import Share
-from sfl.runtime.simulation import local_pair
 from sfl.runtime.torchrun import check_shared
 from sfl.strategy.aggregate import fed_avg
 from sfl.strategy.merge import Shared

@@ -20,8 +20,8 @@ from sfl.crash import POINTS, VARIABLE
 from sfl.errors import ConfigError
 from sfl.options import from_values
 from sfl.runtime import replay
+from sfl.runtime.local_network import Away
 from sfl.runtime.recorded_run import load
-from sfl.runtime.simulation import Away
 from sfl.strategy.order import draw
 from tests.support.launch import (
     Launcher,

@@ -21,7 +21,8 @@ from sfl.archive.round_log import read_summary
 from sfl.config import RunConfig
 from sfl.errors import ConfigError
 from sfl.nodes import NodeConfig
-from sfl.runtime.simulation import Away, simulate
+from sfl.runtime.local_network import Away
+from sfl.runtime.simulation import simulate
 from sfl.tracking import pictures, tracking
 from sfl.tracking.tracked import TrackedRound, TrackedRun, Tracker
 from sfl.tracking.trackers import trackers_of

@@ -32,10 +32,11 @@ from sfl.files.torch_file import TensorSpec, encode
 from sfl.model.fusion import Joint
 from sfl.nodes import ClientNode, NodeConfig
 from sfl.runtime.client_process import recipe_of
+from sfl.runtime.local_network import Away, local_pair
 from sfl.runtime.preflight import check_run
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
-from sfl.runtime.simulation import Away, check_away, local_pair, simulate
+from sfl.runtime.simulation import check_away, simulate
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position

@@ -20,9 +20,12 @@ _SHARE = re.compile(r"rank_[1-9]\d{0,5}")
 
 
 def names_of(segment: str) -> tuple[str, str]:
-    """Return {name} and {mark} in a segment's paths; the first of each party has no mark."""
+    """Return {name} and {mark} in a segment's paths; front and back have no mark."""
     first = {"front": "client_model", "back": "server_model"}
-    return (first[segment], "") if segment in first else (segment, f"_{segment.partition('_')[2]}")
+    if segment in first:
+        return first[segment], ""
+    of_hop = segment.startswith("hop_")
+    return segment, f"_{segment if of_hop else segment.partition('_')[2]}"
 
 
 def segment_path(template: str, segment: str, round_index: int, **which: int) -> str:

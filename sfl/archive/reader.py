@@ -77,7 +77,7 @@ class Step:
 
     @property
     def labels(self) -> Tensor:
-        """(B,) int64; recorded at the first cut, and only if labels are sent."""
+        """(B,) int64; of the first cut that is recorded here, and only if labels are sent."""
         return self.tensor(LABELS)
 
     @property
@@ -210,12 +210,20 @@ class RunArchive:
         if name in self._listed:  # its round was finished
             self.read(name)
         files: dict[tuple[int, int], dict[str, Entry]] = {}
+        labels: dict[
+            int, Entry
+        ] = {}  # they travel at the model's first cut, which may lie elsewhere
         for entry in read_manifest(folder):
-            files.setdefault((entry.step, entry.link), {})[entry.kind] = entry
+            if entry.kind == LABELS:
+                labels[entry.step] = entry
+            else:
+                files.setdefault((entry.step, entry.link), {})[entry.kind] = entry
         steps = []
         for (step, link), entries in sorted(files.items()):
             # Gradients are listed last: a step without them was interrupted and does not count.
             if last := entries.get(GRADS) or entries.get(WEIGHT_GRADS):
+                of_step = {LABELS: labels.pop(step)} if step in labels else {}
+                entries = of_step | entries
                 steps.append(Step(last.client, last.round, step, link, last.order, folder, entries))
         return steps
 

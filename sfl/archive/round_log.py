@@ -259,8 +259,7 @@ class ClientLog:
         self.run = run
         self._shown = task.shown
         self._events = folder.events
-        self._loss_sum = 0.0
-        self._samples = 0
+        self.start_over()
         self.progress = Progress(run.rounds, shown=shows_bar)
         self.num_steps = 0  # taken so far, including repeated ones
 
@@ -269,32 +268,40 @@ class ClientLog:
         self._events.say(line)
 
     def start_over(self) -> None:
-        """Discard the figures of a round that is started again."""
-        self._loss_sum, self._samples = 0.0, 0
+        """Discard the figures of a round that is over, or started again."""
+        self._loss_sum, self._samples, self._trains = 0.0, 0, False
 
     def start_round(self, round_index: int, num_steps: int) -> None:
         self.progress.start(round_index, num_steps)
 
     def step(self, at: Position, figures: StepFigures) -> None:
+        self._loss_sum += figures.loss * figures.samples
+        self._samples += figures.samples
+        self._count(figures.loss)
+
+    def untold_step(self, at: Position) -> None:
+        """Count a step whose figures are not told us."""
+        self._count(math.nan)
+
+    def _count(self, loss: float) -> None:
         if self.num_steps == 0:
             self._events.note(FIRST_STEP)
         self.num_steps += 1
-        self._loss_sum += figures.loss * figures.samples
-        self._samples += figures.samples
-        self.progress.step(figures.loss)
+        self._trains = True
+        self.progress.step(loss)
 
     def end_round(self, round_index: int, figures: Mapping[str, float]) -> None:
         self.progress.close()
-        trained = self._samples > 0
-        own = {"training loss": self._loss_sum / self._samples} if trained else {}
-        self._loss_sum, self._samples = 0.0, 0
+        told = self._samples > 0
+        own = {"training loss": self._loss_sum / self._samples} if told else {}
         metric, title = self._shown
         titles = {"val_loss": "validation loss", f"val_{metric}": f"validation {title}"}
         titles |= {"test_loss": "test loss", f"test_{metric}": f"test {title}"}
         own |= {title: figures[name] for name, title in titles.items() if name in figures}
         shown = ", ".join(f"{title} {value:.4f}" for title, value in own.items())
-        took = "own" if trained else "sat out; own"
+        took = "own" if self._trains else "sat out; own"
         self._events.say(f"round {round_index + 1}/{self.run.rounds}: {took} {shown}")
+        self.start_over()
 
 
 def _csv(rows: Iterable[Sequence[object]]) -> bytes:

@@ -11,8 +11,7 @@ Extension points: a defence changes the tensor at the start of ``encode``; a cod
 """
 
 import contextlib
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -28,12 +27,13 @@ from sfl.files.checksum import File
 from sfl.files.torch_file import TensorSpec, decode_file, encode_file
 from sfl.model.fusion import Joint
 from sfl.model.task import Task
-from sfl.model.topology import Holder, Stop, first_link, route
+from sfl.model.topology import Holder, Relay, Route, first_link, route, stops
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.driver import Conversation
 from sfl.wire.link import Link, kind_of
 from sfl.wire.messages import Message, MessageType
+from sfl.wire.passing import pass_on
 
 TRAINING = {
     LABELS: MessageType.TRAINING_LABELS,
@@ -58,7 +58,10 @@ class Side(Protocol):
     """What a cut needs of the party whose end it is."""
 
     @property
-    def link(self) -> Link: ...
+    def onward(self) -> Link | None: ...
+
+    def link_at(self, cut: int) -> Link:
+        """Return the link to the party on the other side of a cut."""
 
     @property
     def split(self) -> SplitModel: ...
@@ -118,7 +121,7 @@ class Cut:
         """Send an encoded tensor."""
         if kind != LABELS:
             self.sent = Sent(self.at.link, kind, file, content)
-        self._party.link.send_file(
+        self._party.link_at(self.at.link).send_file(
             self._messages[kind], file.data, content=content, at=self.at, checksum=file.checksum
         )
         self._party.clock.lap("send")
@@ -143,7 +146,7 @@ class Cut:
 
     def receive_message(self, kind: str) -> Conversation[Message]:
         """Receive a tensor's message without decoding it."""
-        link = self._party.link
+        link = self._party.link_at(self.at.link)
         yield link
         message = link.receive_file(self._messages[kind], at=self.at)
         if kind != LABELS:
@@ -205,8 +208,10 @@ class JoinedCut(Cut):
         return self._files[kind]
 
     def send_file(self, kind: str, file: File, content: Any = "") -> None:
+        # What a hop passes on is sealed for the leader alone.
+        theirs = {} if self._party.onward else content
         for end in self._ends.values():
-            end.sent = Sent(self.at.link, kind, end._files[kind], content)
+            end.sent = Sent(self.at.link, kind, end._files[kind], theirs)
         super().send_file(kind, file, content)
 
 
@@ -222,15 +227,15 @@ class Cuts(dict[int, Cut]):
     ) -> None:
         """``phase``: training, or the evaluated part of the data."""
         self._party, self._phase = party, phase
+        self._messages = TRAINING if phase == TRAIN else EVALUATION
         self.at, self.num_samples = at, num_samples
 
     def __missing__(self, link: int) -> Cut:
         at, step = self.at._replace(link=link), self.joint_step
-        messages = TRAINING if self._phase == TRAIN else EVALUATION
-        if step and self._party.leads:
-            self[link] = JoinedCut(self._party, at, self.num_samples, messages, step=step)
+        if step and self._party.leads and self._party.joins and link == self._first_link:
+            self[link] = JoinedCut(self._party, at, self.num_samples, self._messages, step=step)
         else:
-            self[link] = Cut(self._party, at, self.num_samples, messages)
+            self[link] = Cut(self._party, at, self.num_samples, self._messages)
         return self[link]
 
     @property
@@ -259,9 +264,39 @@ class Cuts(dict[int, Cut]):
             yield from self[link].ends
 
     @property
+    def _first_link(self) -> int:
+        return first_link(self._party.recipe.segments)
+
+    @property
     def first(self) -> Cut:
         """The first cut between two parties, at which labels travel."""
-        return self[first_link(self._party.recipe.segments)]
+        return self[self._first_link]
+
+    @property
+    def own_first(self) -> Cut:
+        """The cut at which a server's or hop's first segment takes its input."""
+        taken = (stop.takes for stop in stops(self._party.route) if stop.takes is not None)
+        return self[next(taken)]
+
+    def receive_labels(self) -> Conversation[tuple[Tensor, Message] | None]:
+        """Receive the labels where this side computes the loss; else pass them on: None."""
+        if self._party.computes_loss:
+            return (yield from self.first.receive(LABELS))
+        yield from self.pass_labels_on()
+        return None
+
+    def pass_labels_on(self) -> Conversation[None]:
+        """Pass the labels on to the party that computes the loss, unread."""
+        yield from self.pass_on(LABELS, Relay(self._first_link, is_onward=True))
+
+    def pass_on(self, kind: str, relay: Relay) -> Conversation[None]:
+        """Pass a tensor between two other parties on, unread."""
+        party = self._party
+        assert party.onward is not None
+        ends = party.link, party.onward
+        source, target = ends if relay.is_onward == (kind != GRADS) else reversed(ends)
+        at = self.at._replace(link=relay.link)
+        yield from pass_on(source, target, self._messages[kind], at=at)
 
     def record(self, order: int) -> None:
         """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
@@ -277,20 +312,37 @@ class Transfer(NamedTuple):
     link: int
 
 
-def transfers(route: Sequence[Stop]) -> list[Transfer]:
-    """Return what a party sends and receives in a step, in order, except for labels."""
-    forward = ((stop.takes, stop.gives, ACTIVATIONS) for stop in route)
-    backward = ((stop.gives, stop.takes, GRADS) for stop in reversed(route))
-    return [
-        Transfer(sends, kind, link)
-        for receives_over, sends_over, kind in itertools.chain(forward, backward)
-        for sends, link in ((False, receives_over), (True, sends_over))
-        if link is not None
-    ]
+class Relayed(NamedTuple):
+    """A tensor that a party passes on in a step."""
+
+    kind: str
+    relay: Relay
+
+
+def transfers(route: Route) -> list[Transfer | Relayed]:
+    """Return what a party sends, receives and passes on in a step, in order, without labels."""
+    found: list[Transfer | Relayed] = []
+    for way, kind in ((route, ACTIVATIONS), (tuple(reversed(route)), GRADS)):
+        for stop in way:
+            if isinstance(stop, Relay):
+                found.append(Relayed(kind, stop))
+                continue
+            beside = [stop.takes, stop.gives] if kind == ACTIVATIONS else [stop.gives, stop.takes]
+            found += [
+                Transfer(sends, kind, link)
+                for sends, link in zip((False, True), beside, strict=True)
+                if link is not None
+            ]
+    return found
+
+
+def own_transfers(route: Route) -> list[Transfer]:
+    """Return what a party sends and receives in a step, in order, without labels."""
+    return [transfer for transfer in transfers(route) if isinstance(transfer, Transfer)]
 
 
 def kinds_by_link(segments: Mapping[str, Holder]) -> tuple[list[str], list[str]]:
     """Return the kinds of ``link.kind_of`` at further cuts, up to the server and down from it."""
-    found = transfers(route(segments, Holder.SERVER))
+    found = own_transfers(route(segments, Holder.SERVER))
     further = [(t.sends, kind_of(TRAINING[t.kind], t.link)) for t in found if t.link]
     return [kind for sends, kind in further if not sends], [k for sends, k in further if sends]

@@ -7,8 +7,10 @@
       VALIDATION_LABELS   + labels {part}        ->
       VALIDATION_FEATURES + activations          ->
                                                  <-  VALIDATION_RESULT {samples, correct, loss_sum}
-    a client that holds the whole model:
+    a client that holds the last segment:
       VALIDATION_RESULT {part, per_class, ...}   ->
+
+Between the two, ``hop_evaluate``.
 
 The side that computes the outputs records those of the test set.
 """
@@ -29,6 +31,7 @@ from sfl.files.torch_file import encode_state
 from sfl.model.metrics import Tally, Total, checked
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message, MessageType
+from sfl.wire.passing import pass_on
 
 
 def client_evaluate(party: ClientParty, part: str, round_index: int) -> Conversation[Tally]:
@@ -88,6 +91,37 @@ def _server_evaluate(party: ServerParty, part: str, round_index: int) -> Convers
     return (yield from _receive_result(party, part, round_index))
 
 
+def hop_evaluate(party: ServerParty, part: str, round_index: int) -> Conversation[None]:
+    """Evaluate a client's samples with a hop's segments; pass on what is for the other end."""
+    client, onward, shares = party.link, party.onward, party.recipe.shares_labels
+    assert onward is not None
+    for step, size in enumerate(party.split.evaluation_sizes(party.num_samples[part])):
+        cuts = Cuts(party, party.at(round_index, step), size, part)
+        if party.sends_labels:
+            yield from cuts.pass_labels_on()
+        yield from _pass_batch(party, cuts)
+        if shares:
+            yield from pass_on(onward, client, MessageType.VALIDATION_RESULT, at=cuts.at)
+    if not shares:
+        at = party.at(round_index)
+        yield from pass_on(client, onward, MessageType.VALIDATION_RESULT, at=at)
+
+
+def _pass_batch(party: ServerParty, cuts: Cuts) -> Conversation[None]:
+    """Compute a hop's part of a batch's evaluation; once, if all clients evaluate it together."""
+    step = cuts.joint_step
+    if step and not party.leads:
+        if step.is_done():
+            yield from cuts.first.receive_message(ACTIVATIONS)
+            return
+        z, _ = yield from cuts.first.receive(ACTIVATIONS)
+        yield from step.contribute(cuts.first, z)
+        return
+    yield from evaluation_pass(party, cuts, None, None)
+    if step:
+        step.finish(None)
+
+
 def _evaluate_batch(
     party: ServerParty, cuts: Cuts, part: str, y: Tensor | None
 ) -> Conversation[tuple[Tally, Tensor] | None]:
@@ -96,9 +130,12 @@ def _evaluate_batch(
     A batch that all clients evaluate together is computed once, even if a client repeats its part.
     """
     step = cuts.joint_step
-    if step and step.is_done():
-        yield from cuts.first.receive_message(ACTIVATIONS)
+    if step and not (party.leads or party.joins):  # a hop joins them
+        yield step.is_done
         found: tuple[Tally, Tensor] | None = step.reply
+    elif step and step.is_done():
+        yield from cuts.own_first.receive_message(ACTIVATIONS)
+        found = step.reply
     elif step and not party.leads:
         z, _ = yield from cuts.first.receive(ACTIVATIONS)
         found = yield from step.contribute(cuts.first, z)

@@ -38,7 +38,7 @@ from sfl.conversation.passes import outputs_pass
 from sfl.errors import NotFinite, ProtocolError, quoted
 from sfl.files.torch_file import are_finite
 from sfl.model.task import Task
-from sfl.model.topology import Holder, Segments, Stop, route
+from sfl.model.topology import Holder, Relay, Route, Segments, route, stops
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -54,6 +54,7 @@ class InferenceParty:
     link: Link
     split: SplitModel
     own_segments: Segments
+    onward: None = None  # no hops stand between a requester and its server
     clock: Stopwatch = field(default_factory=Stopwatch)
     compute_s: float = 0.0  # spent on the current batch
 
@@ -61,8 +62,11 @@ class InferenceParty:
     def task(self) -> Task:
         return self.split.recipe.task
 
+    def link_at(self, cut: int) -> Link:
+        return self.link
+
     @functools.cached_property
-    def route(self) -> tuple[Stop, ...]:
+    def route(self) -> Route:
         return route(self.split.recipe.segments, self.holder)
 
     @contextlib.contextmanager
@@ -93,6 +97,9 @@ class _Cuts(dict[int, Cut]):
         at = self.at._replace(link=link)
         self[link] = Cut(self._party, at, self.num_samples, INFERENCE)
         return self[link]
+
+    def pass_on(self, kind: str, relay: Relay) -> Conversation[None]:
+        raise AssertionError("no hops stand between a requester and its server")
 
 
 def described(split: SplitModel) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def client_infer(party: InferenceParty, x: Tensor, at: Position) -> Conversation
     party.link.send_message_as_json(MessageType.INFERENCE_BATCH, content={"samples": len(x)}, at=at)
     outputs = yield from outputs_pass(party, cuts, x)
     if outputs is None:
-        last = party.route[-1].gives
+        last = stops(party.route)[-1].gives
         assert last is not None
         outputs, _ = yield from cuts[last].receive(OUTPUTS)
     return outputs.cpu()
@@ -197,7 +204,7 @@ def _serve_batch(party: InferenceParty, cuts: _Cuts) -> Conversation[None]:
     party.compute_s = 0.0
     outputs = yield from outputs_pass(party, cuts, None)
     if outputs is not None:
-        last = party.route[-1].takes
+        last = stops(party.route)[-1].takes
         assert last is not None
         cuts[last].send(OUTPUTS, outputs, {"seconds": round(party.compute_s, 6)})
 

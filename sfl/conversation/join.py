@@ -31,6 +31,7 @@ from sfl.options import from_values
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, CLIENT, Link, Peer, one_line
 from sfl.wire.messages import Message, MessageType
+from sfl.wire.seal import About, SealKey
 
 SHORTEST_HEARTBEAT_S = 0.01
 
@@ -65,6 +66,10 @@ class Welcome:
     fed: str = HERE  # where the fed server is: HERE, APART, or HOST:PORT
     heartbeat_s: float = 0.0  # interval at which the server expects a client's messages
     known: frozenset[int] = frozenset()  # clients that have registered before
+    # Links of the cuts between client and server, if hops stand between these, see ``wire.seal``.
+    passing: frozenset[int] | None = None
+    tells: Callable[[int], bool] = lambda client: True  # as ``Recipe.is_told_figures``
+    seal: str = ""  # the server's public key for this connection, if they do
     sfl: str = __version__  # the server's version
 
 
@@ -135,7 +140,8 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
         raise ProtocolError(f"the server goes on with round {first_round + 1} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
     resumed, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
-    return Welcome(client, run, first_round, resumed, fed, sfl=one_line(version, 40))
+    seal = reply.get("seal", str)
+    return Welcome(client, run, first_round, resumed, fed, seal=seal, sfl=one_line(version, 40))
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -157,6 +163,7 @@ def server_join(
     *,
     claim_error: Callable[[Joined], str] | None = None,
     elsewhere: Callable[[int], Mapping[str, Any] | None] = lambda wanted: None,
+    secret: bytes = b"",
 ) -> Conversation[Joined | None]:
     """Register one client and wait until its data are loaded.
 
@@ -166,7 +173,8 @@ def server_join(
     ``RunError`` to refuse the client. The rest of ``welcome`` is the same for all clients.
     ``claim_error``: where clients' samples are aligned (``Recipe.aligns``), returns why a report is
     refused before the ids of its samples are asked for. ``elsewhere``: returns where a client goes
-    that wants this id, or ``ANY_ID``; None: it stays here.
+    that wants this id, or ``ANY_ID``; None: it stays here. ``secret``: what clients and server know
+    and hops do not.
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
@@ -182,9 +190,17 @@ def server_join(
     link.heartbeat_s = parse_heartbeat(hello)
     client = take_id(wanted, instance)
     link.peer_name = f"client_{client}"
+    key = None if welcome.passing is None else SealKey()
+    welcome = replace(welcome, seal=key.public if key else "")
     link.send_message_as_json(MessageType.REGISTERED, content=welcome_content(client, welcome))
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
+    if key and welcome.passing is not None:
+        about = About(
+            welcome.run.run, client, is_client=False, passing=welcome.passing,
+            has_figures=welcome.tells(client),
+        )  # fmt: skip
+        link.seal = key.agree(message.get("seal", str), about, secret)
     aligns = claim_error is not None
     report = parse_report(message, client, welcome.run, aligns=aligns)
     joined = Joined(client, link, fingerprint, report)
@@ -218,5 +234,6 @@ def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
         "goes_on": welcome.resumed or client in welcome.known,
         "fed": welcome.fed,
         "heartbeat_s": welcome.heartbeat_s,
+        "seal": welcome.seal,
         "sfl": welcome.sfl,
     }

@@ -38,12 +38,17 @@ class JointSteps(Generic[E]):
     def __init__(self, joint: Joint, leader: int) -> None:
         self.joint, self._leader = joint, leader
         self._present: set[int] = set(joint.samples)
-        self._given: dict[object, dict[int, Given[E]]] = {}
-        self._replies: dict[object, Any] = {}
+        self._given: dict[tuple[str, Position], dict[int, Given[E]]] = {}
+        self._replies: dict[tuple[str, Position], Any] = {}
 
     def start(self, present: Collection[int]) -> None:
         """Forget earlier steps; from now on these clients take part."""
         self._present, self._given, self._replies = set(present), {}, {}
+
+    def forget_before(self, round_index: int) -> None:
+        """Forget the steps of rounds before this one."""
+        self._given = {key: g for key, g in self._given.items() if key[1].round >= round_index}
+        self._replies = {key: r for key, r in self._replies.items() if key[1].round >= round_index}
 
     def drop(self, client: int) -> None:
         """Go on without a client: in steps that it has not given to, zeros take its place."""
@@ -57,7 +62,7 @@ class JointSteps(Generic[E]):
 class JointStep(Generic[E]):
     """One client's view of a step of ``JointSteps``."""
 
-    def __init__(self, steps: JointSteps[E], key: object, client: int) -> None:
+    def __init__(self, steps: JointSteps[E], key: tuple[str, Position], client: int) -> None:
         self._steps, self._key, self._client = steps, key, client
 
     def give(self, end: E, z: Tensor, until: Gate) -> Conversation[None]:

@@ -1,13 +1,14 @@
 """Limits on what each side accepts from the other: files, their sizes and where they are stored."""
 
-from sfl.archive.layout import ACTIVATIONS
-from sfl.conversation.cut import EVALUATION, TRAINING, transfers
+from sfl.archive.layout import ACTIVATIONS, LABELS
+from sfl.conversation.cut import EVALUATION, TRAINING, own_transfers
 from sfl.files.torch_file import TensorSpec, max_file_bytes, max_state_bytes
-from sfl.model.topology import Holder, holds_last, route
+from sfl.model.topology import Holder, holds_last, hops_of, route
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.wire.messages import Limits, MessageType
 from sfl.wire.payload import MakeStore
+from sfl.wire.seal import OVERHEAD_BYTES
 
 
 def client_limits(split: SplitModel, store: MakeStore) -> Limits:
@@ -16,7 +17,13 @@ def client_limits(split: SplitModel, store: MakeStore) -> Limits:
     limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
     if split.cuts:
         limits |= _tensor_limits(split, Holder.CLIENT)
-    return Limits(payload_bytes=limits, store=store)
+    return Limits(payload_bytes=_sealed(split, limits), store=store)
+
+
+def _sealed(split: SplitModel, limits: dict[MessageType, int]) -> dict[MessageType, int]:
+    """Return limits with room for what sealing adds, where hops stand in between."""
+    more = OVERHEAD_BYTES if hops_of(split.recipe.segments) else 0
+    return {kind: size + more for kind, size in limits.items()}
 
 
 def _tensor_limits(split: SplitModel, holder: Holder) -> dict[MessageType, int]:
@@ -24,7 +31,7 @@ def _tensor_limits(split: SplitModel, holder: Holder) -> dict[MessageType, int]:
     way = route(split.recipe.segments, holder)
     step, evaluation = split.recipe.run.batch_size + 1, split.largest_evaluation_batch
     specs: dict[MessageType, list[TensorSpec]] = {}
-    for transfer in transfers(way):
+    for transfer in own_transfers(way):
         for messages, size in ((TRAINING, step), (EVALUATION, evaluation)):
             if not transfer.sends and transfer.kind in messages:
                 spec = split.features_spec(size, transfer.link)
@@ -47,7 +54,20 @@ def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits
     else:
         figures = max_file_bytes([task.steps_spec(num_steps)])
         limits[MessageType.TRAINING_FIGURES] = figures
-    return Limits(payload_bytes=limits, store=store)
+    return Limits(payload_bytes=_sealed(split, limits), store=store)
+
+
+def hop_limits(split: SplitModel, store: MakeStore) -> Limits:
+    """Return a hop's limits, for either of its neighbours: what it computes with or passes on."""
+    weights, run = max_state_bytes(split.front_spec), split.recipe.run
+    largest = [(TRAINING, run.batch_size + 1), (EVALUATION, split.largest_evaluation_batch)]
+    limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
+    for messages, size in largest:
+        specs = [split.features_spec(size, link) for link in range(len(split.cuts))]
+        tensors = max(max_file_bytes([spec]) for spec in specs)
+        labels = max_file_bytes([split.recipe.task.labels_spec(size)])
+        limits |= {kind: labels if name == LABELS else tensors for name, kind in messages.items()}
+    return Limits(payload_bytes=_sealed(split, limits), store=store)
 
 
 def inference_limits(split: SplitModel, holder: Holder) -> Limits:
@@ -55,7 +75,7 @@ def inference_limits(split: SplitModel, holder: Holder) -> Limits:
     way, size = route(split.recipe.segments, holder), split.evaluation_batch
     specs = [
         split.features_spec(size, transfer.link)
-        for transfer in transfers(way)
+        for transfer in own_transfers(way)
         if transfer.kind == ACTIVATIONS and not transfer.sends
     ]
     of_one = [max_file_bytes([spec]) for spec in specs]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from sfl.files.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures, checked
 from sfl.model.segment import Segment
 from sfl.model.task import Task
-from sfl.model.topology import Holder, Segments, States, Stop, holds_last, route
+from sfl.model.topology import Holder, Route, Segments, States, holds_last, is_onward, route
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
@@ -44,6 +44,13 @@ class Watcher(Protocol):
     def say(self, line: str) -> None: ...
 
 
+class ClientWatcher(Watcher, Protocol):
+    """Receives one client's progress."""
+
+    def untold_step(self, at: Position) -> None:
+        """Take note of a step whose figures are not told this client."""
+
+
 class ServerWatcher(Watcher, Protocol):
     """Receives the progress of all clients."""
 
@@ -56,12 +63,17 @@ class ServerWatcher(Watcher, Protocol):
 
 @dataclass(kw_only=True)
 class Party:
-    """State that client and server both have for one client."""
+    """State that each party of the chain has for one client.
 
-    holder: ClassVar[Holder]
+    ``link``: to the server, or to the next hop before it; at server and hop, to the client, or to
+    the hop before this one. ``onward``: of a hop, to the server or the hop behind this one.
+    """
+
+    holder: Holder
     client: int
     recipe: Recipe
     link: Link
+    onward: Link | None = None
     weights: WeightStore
     split: SplitModel
     archive: ArchiveWriter
@@ -86,14 +98,24 @@ class Party:
         raise NotImplementedError
 
     @functools.cached_property
-    def route(self) -> tuple[Stop, ...]:
+    def route(self) -> Route:
         """This side's segments on the way through the model."""
         return route(self.recipe.segments, self.holder)
+
+    def link_at(self, cut: int) -> Link:
+        """Return the link to the party on the other side of a cut."""
+        leads_on = self.onward and is_onward(self.recipe.segments, self.holder, cut)
+        return self.onward if self.onward and leads_on else self.link
 
     @property
     def leads(self) -> bool:
         """Whether this client's steps are its own, or it leads those of all; it has labels."""
         return self.recipe.has_labels(self.client)
+
+    @property
+    def joins(self) -> bool:
+        """Whether this side joins the activations of all clients."""
+        return self.recipe.joins_at(self.holder)
 
     @property
     def sends_labels(self) -> bool:
@@ -122,7 +144,11 @@ class Party:
         policy = LOG if self.link.in_process else self.run.on_nonfinite
         check_finite(tensors, name, policy, warn)
 
-    def told_figures(self, message: Message, size: int) -> StepFigures:
+    def carried(self, message: Message) -> Any:
+        """Return what goes on with our gradients of what has come with the peer's."""
+        return {}
+
+    def told_figures(self, message: Message, size: int) -> StepFigures | None:
         """Return the peer's figures of a step over ``size`` samples, checked."""
         counts = [message.get(name, int) for name in self.task.counted]
         return StepFigures(*checked(message.get("loss", float), counts, size), size)
@@ -170,7 +196,8 @@ class Party:
 class ClientParty(Party):
     """A client's side."""
 
-    holder = Holder.CLIENT
+    holder: Holder = Holder.CLIENT
+    watcher: ClientWatcher
     segments: Segments  # the client's
     data: ClientData
     shares_figures: bool = False  # of each class, though its labels stay here
@@ -178,6 +205,10 @@ class ClientParty(Party):
     # Given the first round to run, and the round whose start its own state is to be loaded from.
     # Own state exists at this client only: an optimiser's state, a front that is not shared.
     on_start: Callable[[int, int], None] = lambda round_index, own: None
+
+    def told_figures(self, message: Message, size: int) -> StepFigures | None:
+        is_told = self.recipe.is_told_figures(self.client)
+        return super().told_figures(message, size) if is_told else None
 
     @property
     def own_segments(self) -> Segments:
@@ -205,9 +236,9 @@ class RoundResult:
 
 @dataclass(kw_only=True)
 class ServerParty(Party):
-    """The server's side, for one client."""
+    """The side of the server, or of a hop, for one client."""
 
-    holder = Holder.SERVER
+    holder: Holder = Holder.SERVER
     watcher: ServerWatcher
     backs: Mapping[int, Segments]  # copies of the server's segments; empty if clients train alone
     num_samples: Mapping[str, int]  # of "train", "validation" and "test"
@@ -238,8 +269,14 @@ class ServerParty(Party):
         """The index of the back's copy that takes this client's steps."""
         return self.recipe.scheme.back_of(self.client)
 
-    def told_figures(self, message: Message, size: int) -> StepFigures:
+    def carried(self, message: Message) -> Any:
+        return message.content if self.onward else {}
+
+    def told_figures(self, message: Message, size: int) -> StepFigures | None:
+        if self.onward:  # they are sealed for the other end of the chain
+            return None
         figures = super().told_figures(message, size)
+        assert figures is not None
         self.check_loss(figures.loss, self.link.peer_title, message.at)
         return figures
 

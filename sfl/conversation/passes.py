@@ -9,7 +9,7 @@ and replay run this text, whatever the topology::
     inference:   forward in order
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from sfl.files.checksum import File
 from sfl.model.metrics import StepFigures, Tally
 from sfl.model.segment import Segment, tally_of, train_step
 from sfl.model.task import Task
-from sfl.model.topology import Segments, Stop
+from sfl.model.topology import Relay, Route, Segments, stops
 from sfl.values import Position
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message
@@ -32,7 +32,7 @@ class Computing(Protocol):
     """A party with its segments on the way through the model."""
 
     @property
-    def route(self) -> Sequence[Stop]: ...
+    def route(self) -> Route: ...
 
     @property
     def own_segments(self) -> Segments: ...
@@ -49,11 +49,14 @@ class Side(Computing, Protocol):
     def task(self) -> Task: ...
 
     def told_figures(self, message: Message, size: int) -> StepFigures | None:
-        """Return the figures that come with the first gradients; None in a replay.
+        """Return the figures that come with the first gradients; None where they cannot be read.
 
         Raises:
             ProtocolError: they are missing, or impossible for so many samples.
         """
+
+    def carried(self, message: Message) -> Any:
+        """Return what goes on with our gradients of what has come with the peer's."""
 
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
         """Check that a step's results are finite.
@@ -81,6 +84,9 @@ class Ends(Protocol):
 
     def __getitem__(self, link: int) -> End: ...
 
+    def pass_on(self, kind: str, relay: Relay) -> Conversation[None]:
+        """Pass a tensor between two other parties on, unread."""
+
 
 class Sent(NamedTuple):
     """A tensor that is sent at a cut."""
@@ -106,9 +112,9 @@ def train_pass(
     """Compute a party's part of a step: forward through its segments, and backward.
 
     ``x``, ``y``: samples and labels, where the party has them. ``meanwhile`` is called before each
-    wait; ``begin`` runs before the first computation. Return the step's figures, None in a replay
-    where the peer has computed them, and the gradients in front of the first segment, which the
-    caller sends. On failure all segments are as before.
+    wait; ``begin`` runs before the first computation. Return the step's figures, None where another
+    party has computed them and told us none, and the gradients in front of the first segment, which
+    the caller sends. On failure all segments are as before.
 
     Raises:
         StepFailed: the step cannot be computed, or its results are not finite.
@@ -130,12 +136,15 @@ def _forward(
     begin: Callable[[], Conversation[None]],
 ) -> Conversation[Tensor]:
     """Return the output of the party's last segment, or the input of the model's last one."""
-    z = x
+    z, first = x, stops(party.route)[0]
     for stop in party.route:
+        if isinstance(stop, Relay):
+            yield from cuts.pass_on(ACTIVATIONS, stop)
+            continue
         if stop.takes is not None:
             meanwhile()
             z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
-        if stop is party.route[0]:
+        if stop is first:
             yield from begin()
         assert z is not None
         if not stop.is_last:
@@ -156,15 +165,19 @@ def _backward(
     grads: Tensor | None = None
     figures: StepFigures | None = None
     last: Sent | None = None
-    content: dict[str, float] = {}  # goes with the first gradients behind the loss
+    content: Any = {}  # goes with the next gradients: figures, with the first behind the loss
     for stop in reversed(party.route):
         if last:
             cuts[last.link].send_file(*last[1:])
             last = None
+        if isinstance(stop, Relay):
+            yield from cuts.pass_on(GRADS, stop)
+            continue
         if stop.gives is not None:
             meanwhile()
             grads, reply = yield from cuts[stop.gives].receive(GRADS)
             figures = figures or party.told_figures(reply, cuts.num_samples)
+            content = party.carried(reply)
         segment = party.own_segments[stop.segment]
         with party.measure_compute():
             if stop.is_last:
@@ -228,6 +241,9 @@ def outputs_pass(party: Computing, cuts: Ends, x: Tensor | None) -> Conversation
     """
     z = x
     for stop in party.route:
+        if isinstance(stop, Relay):
+            yield from cuts.pass_on(ACTIVATIONS, stop)
+            continue
         if stop.takes is not None:
             z, _ = yield from cuts[stop.takes].receive(ACTIVATIONS)
         assert z is not None

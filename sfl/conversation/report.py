@@ -51,8 +51,11 @@ class DataReport:
         *,
         keeps_labels: bool = False,
         shares_figures: bool = False,
+        passes_hops: bool = False,
     ) -> "DataReport":
         """``keeps_labels``: nothing of the labels may be told, not even a hash.
+
+        ``passes_hops``: hops read the report, and may not be told a hash of the labels either.
 
         ``shares_figures``: those of each class are told all the same.
         """
@@ -63,7 +66,7 @@ class DataReport:
         for samples in parts.values():
             for rows in torch.split(torch.arange(len(samples)), at_once):
                 digest.update(samples.take(rows).x.numpy().tobytes())
-            if not keeps_labels:
+            if not (keeps_labels or passes_hops):
                 digest.update(samples.y.numpy().tobytes())
         for ids in data.identified.ids.values() if data.identified else ():
             digest.update(ids.numpy().tobytes())
@@ -85,8 +88,8 @@ class DataReport:
         return cls(**fields)
 
 
-def send_report(link: Link, report: DataReport) -> None:
-    """Send the report of the loaded data.
+def send_report(link: Link, report: DataReport, seal: str = "") -> None:
+    """Send the report of the loaded data; ``seal``: our public key, where hops stand in between.
 
     Raises:
         DataError: there are more classes than a report may have.
@@ -94,6 +97,7 @@ def send_report(link: Link, report: DataReport) -> None:
     if len(report.classes) > MAX_CLASSES:
         raise DataError(f"{len(report.classes)} classes; at most {MAX_CLASSES} can be reported")
     content = dataclasses.asdict(report) | {"classes": [one_line(c, 40) for c in report.classes]}
+    content |= {"seal": seal} if seal else {}
     link.send_message_as_json(MessageType.REQUEST_TO_START, content=content)
 
 

@@ -28,14 +28,14 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
-from sfl.conversation.cut import Cuts, transfers
+from sfl.conversation.cut import Cuts, Relayed, transfers
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.conversation.passes import compute, figures_content, train_pass
 from sfl.crash import crash_point
@@ -99,7 +99,9 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
     turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
         cuts = Cuts(party, at, size)
-        if plan.spool.has(cuts.first.at):
+        if not (party.leads or party.joins):
+            return  # a hop joins this client's activations to the leader's
+        if plan.spool.has(cuts.own_first.at):
             yield from server_repeat_step(party, cuts, plan)
         elif not party.leads:
             yield from server_contribute(cuts)
@@ -119,13 +121,12 @@ def client_step(
     if party.sends_labels:
         cuts.first.send(LABELS, y)
     figures, _ = yield from train_pass(party, cuts, x, y, meanwhile)
-    assert figures is not None
     crash_point("front.before_update")
     party.own_segments.update_weights()
     crash_point("front.after_update")
     clock.lap("update")
     cuts.record(order=at.step)
-    party.watcher.step(at, figures)
+    party.watcher.step(at, figures) if figures else party.watcher.untold_step(at)
     clock.lap("archive")
 
 
@@ -139,7 +140,7 @@ def server_step(
     The last gradients are sent before the update. The step counts as done even if sending fails: a
     client that reconnects gets the stored answers, see ``server_repeat_step``.
     """
-    clock, at, y = party.clock, cuts.at, None
+    clock, at, labels = party.clock, cuts.at, None
     turns = plan.steps[party.back_index]
 
     def begin() -> Conversation[None]:
@@ -148,10 +149,10 @@ def server_step(
         held.enter_context(turns.step(party.client))
 
     if party.sends_labels:
-        y, _ = yield from cuts.first.receive(LABELS)  # decoded while the client computes
+        labels = yield from cuts.receive_labels()  # decoded while the client computes
+    y = labels[0] if labels else None
     with cuts.blaming_nobody(StepFailed):
         figures, last = yield from train_pass(party, cuts, None, y, begin=begin)
-    assert figures is not None
     assert last is not None
     crash_point("step.before_answer")
     try:
@@ -167,7 +168,8 @@ def server_step(
         if cuts.joint_step:
             cuts.joint_step.finish(figures)
         plan.steps[party.back_index].done()
-        party.watcher.step(at, figures)
+        if figures is not None:  # a hop is told none
+            party.watcher.step(at, figures)
         clock.lap("archive")
 
 
@@ -192,17 +194,26 @@ def server_contribute(cuts: Cuts) -> Conversation[None]:
 
 def server_repeat_step(party: ServerParty, cuts: Cuts, plan: RoundPlan) -> Conversation[None]:
     """Send the stored answers of a step that is already done; faces ``client_step``."""
-    if party.sends_labels:
+    if party.sends_labels and party.computes_loss:
         yield from cuts.first.receive_message(LABELS)
-    due = transfers(party.route)
-    answers = {t.link: plan.spool.get(cuts[t.link].at) for t in due if t.sends}
+    elif party.sends_labels:
+        yield from cuts.pass_labels_on()
+    due, first = transfers(party.route), cuts.own_first.at.link
+    if not party.leads:  # the rest of the step is the leader's
+        due = [t for t in due if not isinstance(t, Relayed) and t.link == first]
+    sent = {t.link for t in due if not isinstance(t, Relayed) and t.sends}
+    answers = {link: plan.spool.get(cuts[link].at) for link in sent}
+    carried: Any = {}
     for transfer in due:
+        if isinstance(transfer, Relayed):
+            yield from cuts.pass_on(*transfer)
+            continue
         cut, answer = cuts[transfer.link], answers[transfer.link]
         assert answer is not None
         if transfer.sends:
-            cut.send_file(transfer.kind, File(answer.data), answer.content)
+            cut.send_file(transfer.kind, File(answer.data), carried or answer.content)
             continue
-        yield from cut.receive_message(transfer.kind)
+        carried = party.carried((yield from cut.receive_message(transfer.kind)))
         if cut.received != answer.asked:
             plan.mismatched.add(cut.at.client)
 
@@ -266,6 +277,7 @@ def _add_gradients(
     grads = decode_state(message.payload, party.split.parameters_spec, name)
     party.check_finite(grads.values(), name, at)
     figures = party.told_figures(message, num_samples)
+    assert figures is not None
     pool.add(party.client, grads, num_samples)
     if party.archive.records(at.round):
         _record_gradients(party, at, num_samples, encode_state(grads))

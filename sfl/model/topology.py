@@ -3,6 +3,9 @@
 A model is a row of blocks; each cut makes one segment more. From the row of a topology every party
 derives its part of a step (``route``): forward in order, the loss at the holder of the last
 segment, backward in reverse order. The link of a tensor is the index of its cut; the first is 0.
+
+Hops stand between the clients and the server, in a chain: a tensor between two parties that are no
+neighbours passes through those between them.
 """
 
 import itertools
@@ -17,10 +20,34 @@ from sfl.model.segment import Segment, Snapshot
 
 
 class Holder(Enum):
-    """The party that holds a segment and keeps its weights from round to round."""
+    """The party that holds a segment and keeps its weights from round to round.
+
+    In the order of the chain: what clients send reaches the server through the hops.
+    """
 
     CLIENT = "each client"
+    HOP_1 = "hop 1"
+    HOP_2 = "hop 2"
+    HOP_3 = "hop 3"
+    HOP_4 = "hop 4"
+    HOP_5 = "hop 5"
+    HOP_6 = "hop 6"
+    HOP_7 = "hop 7"
+    HOP_8 = "hop 8"
     SERVER = "the server"
+
+    @property
+    def place(self) -> int:
+        """The place in the chain: 0 for the clients, K for hop K."""
+        return _CHAIN.index(self)
+
+    @property
+    def is_hop(self) -> bool:
+        return self in HOPS
+
+
+_CHAIN = tuple(Holder)
+HOPS = _CHAIN[1:-1]  # as many as ``sfl.nodes.MOST_HOPS``
 
 
 FRONT = "front"  # the first segment; without a cut, the whole model
@@ -49,6 +76,9 @@ class Topology:
         names = [
             f"{h.name.lower()}_{_PLACES.get(i, f'segment_{i}')}" for i, h in enumerate(holders)
         ]
+        for hop in HOPS:
+            if hop in holders:
+                names[holders.index(hop)] = hop.name.lower()
         names[0] = FRONT
         if Holder.SERVER in holders:
             names[holders.index(Holder.SERVER)] = BACK
@@ -83,6 +113,22 @@ TOPOLOGIES: dict[str, Topology] = {
         num_cuts=range(1, 2),
         joins=True,
     ),
+    "extended-vanilla": Topology(
+        source="Vepakomma et al., 2018 (arXiv 1812.00564), extended vanilla split learning",
+        holders=lambda _: [Holder.CLIENT, Holder.HOP_1, Holder.SERVER],
+        num_cuts=range(2, 3),
+        joins=True,
+    ),
+    "multi-hop": Topology(
+        source="Vepakomma et al., 2018 (arXiv 1812.00564), Tor-like multi-hop split learning",
+        holders=lambda num_cuts: [Holder.CLIENT, *HOPS[: num_cuts - 1], Holder.SERVER],
+        num_cuts=range(2, len(HOPS) + 2),
+    ),
+    "u-shaped-hop": Topology(
+        source="u-shaped, over one hop: no label leaves a client",
+        holders=lambda _: [Holder.CLIENT, Holder.HOP_1, Holder.SERVER, Holder.CLIENT],
+        num_cuts=range(3, 4),
+    ),
 }
 
 
@@ -104,6 +150,16 @@ def check_cuts(name: str, row: Topology, cuts: Sequence[int]) -> None:
         raise ConfigError(f"--topology {name} takes {wanted}; --cut {shown} has {len(cuts)}")
 
 
+def hop_of(role: str) -> Holder | None:
+    """Return the hop that ``--role`` names, as ``hop:1``; None if it names another party."""
+    return {f"hop:{hop.place}": hop for hop in HOPS}.get(role)
+
+
+def hops_of(segments: Mapping[str, Holder]) -> list[Holder]:
+    """Return the hops that hold segments, in the order of the chain."""
+    return [hop for hop in HOPS if hop in segments.values()]
+
+
 @dataclass(frozen=True)
 class Stop:
     """One of a party's segments on the way through the model, and the links beside it.
@@ -118,18 +174,60 @@ class Stop:
     is_last: bool  # the loss follows
 
 
-def route(segments: Mapping[str, Holder], holder: Holder) -> tuple[Stop, ...]:
-    """Return a party's segments, from input to output, with the links beside them."""
+@dataclass(frozen=True)
+class Relay:
+    """A cut whose tensors pass through a party that holds neither of the segments beside it."""
+
+    link: int
+    is_onward: bool  # whether activations go towards the server, and gradients come back
+
+
+Route = tuple[Stop | Relay, ...]
+
+
+def route(segments: Mapping[str, Holder], holder: Holder) -> Route:
+    """Return a party's segments, from input to output, with the links beside them, and relays."""
     holders = [*segments.values()]
-    pairs = enumerate(itertools.pairwise(holders))
-    links = [link if one is not other else None for link, (one, other) in pairs]
-    beside = zip([None, *links], [*links, None], strict=True)
-    last = len(holders) - 1
-    return tuple(
-        Stop(name, *between, is_last=index == last)
-        for index, (name, between) in enumerate(zip(segments, beside, strict=True))
-        if segments[name] is holder
-    )
+    pairs = [*itertools.pairwise(holders)]
+    links = [link if one is not other else None for link, (one, other) in enumerate(pairs)]
+    between = zip([None, *links], [*links, None], strict=True)
+    found: list[Stop | Relay] = []
+    for index, (name, (takes, gives)) in enumerate(zip(segments, between, strict=True)):
+        if holders[index] is holder:
+            found.append(Stop(name, takes, gives, is_last=index == len(pairs)))
+        if gives is not None and _passes(holder, *pairs[index]):
+            one, other = pairs[index]
+            found.append(Relay(gives, is_onward=one.place < other.place))
+    return tuple(found)
+
+
+def _passes(holder: Holder, one: Holder, other: Holder) -> bool:
+    """Return whether what one party sends another passes through a third."""
+    first, last = sorted((one.place, other.place))
+    return first < holder.place < last
+
+
+def stops(way: Route) -> tuple[Stop, ...]:
+    """Return the segments of a party's route, without relays."""
+    return tuple(stop for stop in way if isinstance(stop, Stop))
+
+
+def is_onward(segments: Mapping[str, Holder], holder: Holder, link: int) -> bool:
+    """Return whether the other side of one of a party's cuts lies towards the server."""
+    one, other = [*segments.values()][link : link + 2]
+    return max(one.place, other.place) > holder.place
+
+
+def passing_links(segments: Mapping[str, Holder]) -> frozenset[int] | None:
+    """Return the links of cuts between client and server, if hops stand between these; else None.
+
+    What crosses such a cut passes through the hops.
+    """
+    if not hops_of(segments):
+        return None
+    ends = {Holder.CLIENT, Holder.SERVER}
+    pairs = enumerate(itertools.pairwise(segments.values()))
+    return frozenset(link for link, pair in pairs if set(pair) == ends)
 
 
 def first_link(segments: Mapping[str, Holder]) -> int:
@@ -138,9 +236,9 @@ def first_link(segments: Mapping[str, Holder]) -> int:
     return next(link for link, (one, other) in enumerate(pairs) if one is not other)
 
 
-def holds_last(way: Sequence[Stop]) -> bool:
+def holds_last(way: Route) -> bool:
     """Return whether a party's way ends at the model's last segment, so that it has the loss."""
-    return any(stop.is_last for stop in way)
+    return any(stop.is_last for stop in stops(way))
 
 
 States = Mapping[str, Mapping[str, Tensor]]  # weights by segment

@@ -33,7 +33,7 @@ from sfl.crash import crash_point
 from sfl.environment import command_line, describe, fingerprint
 from sfl.errors import PASSING, ConfigError, LetGo, PeerStopped, RunError, SflError
 from sfl.files.torch_file import max_state_bytes
-from sfl.model.topology import Holder, Segments
+from sfl.model.topology import Holder, Segments, passing_links
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
@@ -44,7 +44,7 @@ from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.heartbeat import interval_s
-from sfl.transport.tokens import SERVER
+from sfl.transport.tokens import SERVER, seal_secret
 from sfl.transport.transports import transport_to
 from sfl.weights.exchange import WeightStore
 from sfl.wire.driver import Conversation, run_blocking
@@ -52,6 +52,7 @@ from sfl.wire.link import ANY_ID, CLIENT, Peer
 from sfl.wire.members import Channel
 from sfl.wire.messages import MessageType
 from sfl.wire.payload import payload_store_in
+from sfl.wire.seal import About, SealKey
 
 
 def take_part(node: ClientNode) -> None:
@@ -316,7 +317,7 @@ class _Loaded:
             store, fed = yield from weights.open(stack, max_state_bytes(split.front_spec))
             if fed is not None:
                 fed.limits = link.limits
-            send_report(link, report)
+            self._send_report(registered, recipe, report)
             if identified := self._data.identified:
                 yield from client_send_ids(link, identified.ids)
             party = self._party(registered.link, store, functools.partial(self._start, fed, report))
@@ -330,6 +331,20 @@ class _Loaded:
                 fed.send_message_as_json(MessageType.UNREGISTER)
                 yield from self._access.calls.run(fed.close_gracefully)
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
+
+    def _send_report(self, registered: Registered, recipe: Recipe, report: DataReport) -> None:
+        """Report the data; agree with the server on a seal, if hops stand in between."""
+        passing, link = passing_links(recipe.segments), registered.link
+        if passing is None:
+            send_report(link, report)
+            return
+        key = SealKey()
+        about = About(
+            recipe.run.run, self._client, is_client=True, passing=passing,
+            has_figures=recipe.is_told_figures(self._client),
+        )  # fmt: skip
+        send_report(link, report, key.public)
+        link.seal = key.agree(registered.welcome.seal, about, seal_secret(self._node))
 
     def _party(
         self, link: Channel, store: WeightStore, begin: Callable[[Segments, int, int], None]

@@ -24,6 +24,7 @@ from sfl.errors import (
     RunError,
     SflError,
 )
+from sfl.model.topology import passing_links
 from sfl.runtime.admission import Admission
 from sfl.runtime.client_places import Patience, Place, check_any_can_return, is_refusal
 from sfl.runtime.roster import Roster
@@ -54,6 +55,7 @@ class Lobby:
     patience: Patience = field(default_factory=Patience)
     admission: Admission = field(default_factory=Admission)
     share: Share = field(default_factory=Share)
+    secret: bytes = b""  # that hops do not have, see ``wire.seal``
     # called with a returned client, whose new link replaces the old one
     on_return: Callable[[Joined], None] = lambda joined: None
 
@@ -190,6 +192,7 @@ class Lobby:
                 lambda hello: self._answer_check(connection, hello),
                 claim_error=self.admission.claim_error if self.recipe.aligns else None,
                 elsewhere=self._elsewhere,
+                secret=self.secret,
             )
             next(self._joining[connection])
         was_known = bool(connection.peer_name)
@@ -216,7 +219,8 @@ class Lobby:
         return Welcome(
             ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
             resumed=self.resumed, fed=self.fed, known=known,
-            heartbeat_s=self.members.heartbeat_s,
+            heartbeat_s=self.members.heartbeat_s, passing=passing_links(self.recipe.segments),
+            tells=self.recipe.is_told_figures,
         )  # fmt: skip
 
     def _set_ready(self, joined: Joined, connection: Member) -> None:

@@ -216,6 +216,9 @@ def check_role(recipe: Recipe, node: ServerNode) -> None:
         )
 
 
+_NOT_WITH_HOPS = ("role", "on_missing")
+
+
 def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
     """Check the server's options about clients against the run's.
 
@@ -223,6 +226,10 @@ def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
         ConfigError: they do not fit.
     """
     run = recipe.run
+    for given in node.given(_NOT_WITH_HOPS) if recipe.has_hops else ():
+        raise ConfigError(
+            f"{given}: leave it out with --topology {run.topology}, whose hops need all clients"
+        )
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:

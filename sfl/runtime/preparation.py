@@ -244,7 +244,7 @@ class Preparation:
             load_backs(past.files, self.run, self._backs, shared, first_round)
             return shared
         has_fronts = self.options.has_fronts and not self.recipe.joins
-        holders = tuple(Holder) if has_fronts else (Holder.SERVER,)
+        holders = (Holder.CLIENT, Holder.SERVER) if has_fronts else (Holder.SERVER,)
         initial: States = split.initial(*holders)
         if self.start:
             self.folder.events.say(self.start.line(split))

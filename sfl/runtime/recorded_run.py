@@ -18,7 +18,7 @@ from sfl.config import RunConfig
 from sfl.conversation.party import TRAIN
 from sfl.environment import differences, fingerprint, set_up_torch
 from sfl.errors import IntegrityError
-from sfl.model.topology import Holder, Segments
+from sfl.model.topology import Holder, Segments, hop_of
 from sfl.nodes import NodeConfig
 from sfl.options import from_values, names_of
 from sfl.runtime.resume import load_backs, read_shared
@@ -62,7 +62,9 @@ class RecordedRun:
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.clients = _clients_here(archive, sorted(self.num_train))
         self.scheme = self.recipe.scheme
-        is_fed = archive.config().get("role") == "fed"  # a fed server sees no steps
+        role = archive.config().get("role")
+        self.holder = hop_of(str(role)) or Holder.SERVER
+        is_fed = role == "fed"  # a fed server sees no steps
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:
             raise IntegrityError(
@@ -127,7 +129,7 @@ class RecordedRun:
     def backs_at(self, round_index: int) -> dict[int, Segments]:
         """Return the server's copies of its segments as at a round's start."""
         indices = self.scheme.backs_of(self.clients)
-        backs = {b: self.split.segments(Holder.SERVER, self.device) for b in indices}
+        backs = {b: self.split.segments(self.holder, self.device) for b in indices}
         load_backs(self.archive, self.run, backs, self.shared_at(round_index), round_index)
         for back in backs.values():
             back.start_round(round_index)

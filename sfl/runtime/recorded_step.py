@@ -12,7 +12,7 @@ from sfl.errors import IntegrityError
 from sfl.files.checksum import File
 from sfl.model.fusion import Joint
 from sfl.model.segment import Segment
-from sfl.model.topology import Holder, Segments, holds_last, route
+from sfl.model.topology import Relay, Segments, holds_last, route, stops
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -24,7 +24,7 @@ class RecordedServer:
 
     def __init__(self, recorded: RecordedRun, segments: Segments) -> None:
         self.task, self.own_segments = recorded.recipe.task, segments
-        self.route = route(recorded.recipe.segments, Holder.SERVER)
+        self.route = stops(route(recorded.recipe.segments, recorded.holder))
         self.clock = Stopwatch()
 
     @property
@@ -36,6 +36,9 @@ class RecordedServer:
 
     def told_figures(self, message: Message, size: int) -> None:
         """The client's figures are not recorded with its gradients."""
+
+    def carried(self, message: Message) -> Any:
+        return {}
 
     def check_step(self, segment: Segment, at: Position, *computed: Tensor) -> None:
         """Accept all results: they are compared with the recorded ones."""
@@ -54,7 +57,7 @@ class RecordedEnds:
         compare: Callable[[Step, str, Tensor], None],
         joint: Joint | None = None,
     ) -> None:
-        """``steps``: at each cut; of all clients, if they are ``joint``."""
+        """``steps``: at each cut; of all clients, if they are ``joint`` at the first."""
         self.at, self._steps, self.compare, self._joint = at, steps, compare, joint
         self.num_samples = steps[0].num_samples
 
@@ -65,7 +68,10 @@ class RecordedEnds:
             raise IntegrityError(
                 f"{folder}: step {self.at.step} has nothing recorded at cut {link}"
             )
-        return _RecordedEnd(self, at_cut, self._joint)
+        return _RecordedEnd(self, at_cut, None if link else self._joint)
+
+    def pass_on(self, kind: str, relay: Relay) -> Conversation[None]:
+        raise AssertionError("what is passed on is not recorded")
 
 
 class _RecordedEnd:

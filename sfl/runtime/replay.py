@@ -33,7 +33,7 @@ from sfl.archive.layout import (
 from sfl.archive.reader import Step
 from sfl.archive.round_log import read_round
 from sfl.archive.spool import Spool
-from sfl.conversation.cut import transfers
+from sfl.conversation.cut import own_transfers
 from sfl.conversation.passes import train_pass
 from sfl.data.client_data import num_batches
 from sfl.errors import IntegrityError, RunError
@@ -193,10 +193,11 @@ class _Round:
     def _is_broken_off(self, leader: int, ends: Sequence[Step]) -> bool:
         """Return whether a step lacks a cut, since the run was killed while it was written."""
         recorded = self._recorded
-        due = transfers(route(recorded.recipe.segments, Holder.SERVER))
+        due = own_transfers(route(recorded.recipe.segments, recorded.holder))
         links = {step.link for step in ends if step.client == leader}
         present = {step.client for step in ends}
-        wanted = set(recorded.order(self._round)) if recorded.recipe.joins else {leader}
+        joins = recorded.recipe.joins_at(recorded.holder)
+        wanted = set(recorded.order(self._round)) if joins else {leader}
         is_whole = {t.link for t in due} <= links and wanted <= present
         return not recorded.ended(self._round) and not is_whole
 
@@ -223,7 +224,8 @@ class _Round:
                 different.add(step.client)
 
         side = RecordedServer(self._recorded, back)
-        ends = RecordedEnds(at, recorded, compare, self._recorded.split.joint)
+        joins = self._recorded.recipe.joins_at(self._recorded.holder)
+        ends = RecordedEnds(at, recorded, compare, self._recorded.split.joint if joins else None)
         y = first.labels if side.computes_loss else None
         figures, _ = run_blocking(train_pass(side, ends, None, y))
         back.update_weights()
@@ -276,8 +278,8 @@ class _Round:
         with self._report.reporting():
             if backs:
                 by_copy = {b: copy.states() for b, copy in backs.items()}
-                self._check_merged(Holder.SERVER, {}, by_copy)
-            if recorded.scheme.fronts is not Fronts.OWN:
+                self._check_merged(recorded.holder, {}, by_copy)
+            if recorded.scheme.fronts is not Fronts.OWN and not recorded.holder.is_hop:
                 self._check_merged(Holder.CLIENT, recorded.trained_states(self._round), {})
 
     def _check_merged(

@@ -285,8 +285,9 @@ class Rounds:
         for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
         trained = self._run_clients(
-            drawn, lambda k: self._train_one(k, plan, round_index), leave, may_leave=may_leave
-        )
+            drawn, lambda k: self._train_one(k, plan, round_index), leave, may_leave=may_leave,
+            keep_results=not self.recipe.has_hops,  # a hop that comes back repeats all steps
+        )  # fmt: skip
         for k in sorted(plan.mismatched):
             self.log.say(
                 f"warning: client_{k} has sent other activations than before when it redid its"

@@ -40,7 +40,11 @@ def report_of(data: ClientData, split: SplitModel, *, shares_figures: bool) -> D
         )
     return dataclasses.replace(
         DataReport.of(
-            data, recipe.run, keeps_labels=recipe.keeps_labels, shares_figures=shares_figures
+            data,
+            recipe.run,
+            keeps_labels=recipe.keeps_labels,
+            shares_figures=shares_figures,
+            passes_hops=recipe.has_hops,
         ),
         structure=split.structure,
         weights=weights_checksum(split.front_state()),

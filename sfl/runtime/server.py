@@ -57,7 +57,7 @@ from sfl.tracking.trackers import trackers_of
 from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
-from sfl.transport.tokens import SERVER
+from sfl.transport.tokens import SERVER, seal_secret
 from sfl.transport.transports import ServerNetwork, transport_of
 from sfl.trusted_imports import remember
 from sfl.weights.exchange import Elsewhere
@@ -236,6 +236,7 @@ class _Server:
             resumed=bool(node.resume),
             fed=self.fed,
             share=self.share,
+            secret=seal_secret(node),
             patience=Patience(may_return and self.fed == HERE, node.skip_after_s, self._fewest),
             admission=Admission(
                 self.past, ServersModel(recipe), functools.partial(claim_error, recipe, node)

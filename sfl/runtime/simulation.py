@@ -5,10 +5,8 @@ Both ends of the conversations are the same code; only the links are queues in m
 
 import contextlib
 import dataclasses
-import re
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sfl.archive.live_status import LiveStatus
@@ -22,6 +20,7 @@ from sfl.archive.run_folder import (
 )
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
+from sfl.conversation.hop import hop_run
 from sfl.conversation.join import Joined
 from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, check_agreement
@@ -32,16 +31,18 @@ from sfl.data.partition import OWN, deal
 from sfl.data.private_data import load_own
 from sfl.data.samples import join
 from sfl.environment import Devices, fingerprint, set_up_devices
-from sfl.errors import ConfigError, ConnectionLost, SflError, counted, quoted
+from sfl.errors import ConfigError, counted
 from sfl.model.metrics import StepFigures
-from sfl.model.topology import Holder
+from sfl.model.topology import Holder, hops_of
 from sfl.nodes import NodeConfig, TrackingNode
+from sfl.runtime.hop_rounds import Hop, hop_folder
+from sfl.runtime.local_network import Away, LocalLink, LocalNetwork, local_pair
 from sfl.runtime.preflight import check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
 from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
-from sfl.runtime.start_weights import read_start, started
+from sfl.runtime.start_weights import StartWeights, read_start, started
 from sfl.runtime.whereabouts import in_rounds
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
@@ -50,71 +51,6 @@ from sfl.tracking.tracked import Tracker
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
-from sfl.wire.driver import Conversation, Gate, NoReconnects
-from sfl.wire.framing import encode_head
-from sfl.wire.link import Link
-from sfl.wire.messages import Message
-
-
-class LocalLink(Link):
-    """One end of a link within a process; counts the bytes that a socket would carry."""
-
-    in_process = True
-
-    def __init__(self, name: str, peer_name: str) -> None:
-        super().__init__(name, peer_name)
-        self.inbox: deque[Message] = deque()
-        self.peer: LocalLink = self
-        self.is_lost = False
-
-    def _send(self, message: Message) -> int:
-        head_bytes = len(encode_head(message))
-        num_bytes = head_bytes + len(message.payload)
-        self.counters.bytes_sent += num_bytes
-        self.counters.messages_sent += 1
-        self.peer.counters.bytes_received += num_bytes
-        self.peer.counters.messages_received += 1
-        self.peer.inbox.append(dataclasses.replace(message, head_bytes=head_bytes))
-        return num_bytes
-
-    def _next(self) -> Message:
-        if self.is_lost:
-            raise ConnectionLost(f"{self.peer_title} is away")
-        return self.inbox.popleft()
-
-
-def local_pair(client: int) -> tuple[LocalLink, LocalLink]:
-    """Return the server's and the client's end of a link."""
-    server, end = LocalLink("server", f"client_{client}"), LocalLink(f"client_{client}", "server")
-    server.peer, end.peer = end, server
-    return server, end
-
-
-@dataclass(frozen=True)
-class Away:
-    """A client's absence, as with ``--on-missing skip`` but without the wait."""
-
-    client: int
-    round: int  # in which the client is lost
-    step: int = 0  # before which the client is lost
-    back: int | None = None  # the round in which it returns; None: never
-
-    @classmethod
-    def parse(cls, text: str) -> "Away":
-        """Parse ``CLIENT:ROUND[.STEP][-BACK]``.
-
-        Raises:
-            ConfigError: the text has another form.
-        """
-        found = re.fullmatch(r"(\d+):(\d+)(?:\.(\d+))?(?:-(\d+))?", text, re.ASCII)
-        if not found:
-            raise ConfigError(f"--away {quoted(text, 40)}: give CLIENT:ROUND[.STEP][-BACK], from 0")
-        client, first, step, back = (int(n) if n else None for n in found.groups())
-        assert client is not None
-        assert first is not None
-        if back is not None and back <= first:
-            raise ConfigError(f"--away {text}: BACK must be {first + 1} or more")
-        return cls(client, first, step or 0, back)
 
 
 def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
@@ -145,61 +81,6 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
                 " --aggregation"
                 f" {run.aggregation} needs {needed} in --scheme {run.scheme}"
             )
-
-
-class LocalNetwork(NoReconnects):
-    """Runs the clients whenever the server waits for them; simulates absences."""
-
-    def __init__(self, away: Sequence[Away] = ()) -> None:
-        self._away = list(away)
-        self._clients: dict[Link, Conversation[None]] = {}  # by the server's end of the link
-        self._out: set[int] = set()
-        self.bring_back: Callable[[int], None] = lambda client: None
-
-    def add(self, link: LocalLink, conversation: Conversation[None]) -> None:
-        self._clients[link] = conversation
-
-    def start_round(self, round_index: int) -> None:
-        for away in tuple(self._away):
-            if away.back == round_index and away.client in self._out:
-                self._away.remove(away)
-                self._out.remove(away.client)
-                self.bring_back(away.client)
-
-    def is_here(self, client: int) -> bool:
-        return client not in self._out
-
-    def is_skipped(self, client: int) -> bool:
-        return client in self._out
-
-    def lost(self, client: int, error: SflError) -> None:
-        if not isinstance(error, ConnectionLost):
-            raise error
-        self._out.add(client)
-
-    def decide_skip(self, client: int) -> bool:
-        return True
-
-    def why_away(self, client: int) -> str:
-        return "away"
-
-    def wait(self, links: Collection[Link], gates: Collection[Gate]) -> Link | None:
-        """Run the first link's client until it has sent a message; return the link."""
-        for link in links:
-            assert isinstance(link, LocalLink)
-            while not link.inbox:
-                try:
-                    next(self._clients[link])  # up to the client's next receive
-                except StopIteration:
-                    assert link.inbox, "the server waits for a client that has ended"
-            at = link.inbox[0].at
-            link.is_lost = any(
-                (at.client, at.round) == (away.client, away.round)
-                and (at.step >= away.step or at.step < 0)
-                for away in self._away
-            )
-            return link
-        raise AssertionError("the server waits for nobody")
 
 
 def simulate(
@@ -236,7 +117,7 @@ def simulate(
         reporting_failure(folder),
     ):
         folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
-        clients, network = _Clients(recipe, node, devices, data), LocalNetwork(away)
+        clients, network = _Clients(recipe, node, devices, data, start), LocalNetwork(away)
         options = StoreOptions(
             recipe.run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )
@@ -262,21 +143,37 @@ class _Clients:
     """The clients of a simulation, each a conversation over a link within the process."""
 
     def __init__(
-        self, recipe: Recipe, node: NodeConfig, devices: Devices, data: Mapping[int, ClientData]
+        self,
+        recipe: Recipe,
+        node: NodeConfig,
+        devices: Devices,
+        data: Mapping[int, ClientData],
+        start: StartWeights | None,
     ) -> None:
         self._recipe, self._node, self._devices, self._data = recipe, node, devices, data
+        self._start = start
         self._fingerprint = fingerprint(devices[0])
         self._reports = {
-            k: DataReport.of(part, recipe.run, keeps_labels=recipe.keeps_labels)
+            k: DataReport.of(
+                part, recipe.run, keeps_labels=recipe.keeps_labels, passes_hops=recipe.has_hops
+            )
             for k, part in data.items()
         }
-        self._ends = {k: local_pair(k) for k in data}  # the server's, the client's
+        self._hops = hops_of(recipe.segments)
+        self._ends = {k: self._chain(k) for k in data}
+
+    def _chain(self, client: int) -> list[tuple[LocalLink, LocalLink]]:
+        """Return the links between a client and the server: both ends of each, the server's first.
+
+        The client's come last.
+        """
+        return [local_pair(client) for _ in range(len(self._hops) + 1)]
 
     def joined(self, client: int) -> Joined:
         """Return a client's registration, as the server would receive it."""
         known = self._data[client].identified
         return Joined(
-            client, self._ends[client][0], self._fingerprint, self._reports[client],
+            client, self._ends[client][0][0], self._fingerprint, self._reports[client],
             known.ids if known else None,
         )  # fmt: skip
 
@@ -287,12 +184,19 @@ class _Clients:
             k: archives.enter_context(_client_archive(recipe, node, k)) for k in self._data
         }
 
+        hops = [archives.enter_context(self._hop(hop, rounds)) for hop in self._hops]
+
         def connect(client: int) -> None:
-            party = self._party(client, rounds, of_clients[client])
-            network.add(self._ends[client][0], client_run(party))
+            party, chain = self._party(client, rounds, of_clients[client]), self._ends[client]
+            own = zip(reversed(hops), itertools.pairwise(chain), strict=True)
+            through = [
+                hop_run(hop.party(client, nearer[0], further[1]), hop.rounds)
+                for hop, (further, nearer) in own
+            ]
+            network.add(chain[0][0], client_run(party), *reversed(through))
 
         def bring_back(client: int) -> None:
-            self._ends[client] = local_pair(client)
+            self._ends[client] = self._chain(client)
             connect(client)
             rounds.reconnect(self.joined(client))
 
@@ -300,8 +204,24 @@ class _Clients:
             connect(k)
         network.bring_back = bring_back
 
+    @contextlib.contextmanager
+    def _hop(self, holder: Holder, rounds: Rounds) -> Iterator[Hop]:
+        recipe, node = self._recipe, self._node
+        path = create_run_folder(hop_folder(node, holder), recipe.run.run)
+        with open_folder(path, SERVER_LOG, recipe.keep) as folder:
+            yield Hop(
+                holder=holder,
+                split=rounds.split,
+                data=rounds.about["data"],
+                folder=folder,
+                node=node,
+                devices=self._devices,
+                start=self._start,
+                keeps_answers=False,
+            )
+
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
-        recipe, split, link = self._recipe, rounds.split, self._ends[client][1]
+        recipe, split, link = self._recipe, rounds.split, self._ends[client][-1][1]
         segments = split.of_party(client).segments(Holder.CLIENT, self._devices.of(client))
         folder = _client_folder(recipe.run, self._node, client)
         return ClientParty(
@@ -364,6 +284,9 @@ class _NoWatcher:
         pass
 
     def step(self, at: Position, figures: StepFigures) -> None:
+        pass
+
+    def untold_step(self, at: Position) -> None:
         pass
 
     def say(self, line: str) -> None:

@@ -114,7 +114,7 @@ class Trained:
     """The states that a round has trained."""
 
     by_client: Mapping[int, States]  # clients' segments, of the clients in the round
-    by_copy: Mapping[int, States]  # the server's segments, of each copy
+    by_copy: Mapping[int, States]  # the server's or a hop's segments, of each copy
     weights: Mapping[int, int]  # of the clients in averages
     last: int  # the client whose turn was last
     ranks: Ranks = field(default_factory=OneRank)  # which have trained the other clients' states
@@ -135,11 +135,10 @@ def merge(
     """Return the merged segments of those in ``start``, except for ones that clients keep."""
     merged = {}
     for name, shared in start.items():
-        theirs, merge_one = {
-            Holder.CLIENT: (trained.by_client, _merge_clients),
-            Holder.SERVER: (trained.by_copy, _merge_copies),
-        }[recipe.segments[name]]
+        of_clients = recipe.segments[name] is Holder.CLIENT
+        theirs = trained.by_client if of_clients else trained.by_copy
         states = {k: states[name] for k, states in theirs.items() if name in states}
+        merge_one = _merge_clients if of_clients else _merge_copies
         merged[name] = merge_one(recipe, states, trained, shared, entries)
     return {name: shared for name, shared in merged.items() if shared is not None}
 
@@ -159,7 +158,7 @@ def _merge_clients(
 def _merge_copies(
     recipe: Recipe, states: Mapping[int, State], trained: Trained, start: Shared, entries: Entries
 ) -> Shared:
-    """Return the merged segment of the server.
+    """Return the merged segment of the server, or of a hop.
 
     The weight of each copy is the sum over its clients; copies without clients are left out.
     """

@@ -17,16 +17,17 @@ from sfl.data.client_data import parse_normalize
 from sfl.data.partition import OWN, VERTICAL, check_partition
 from sfl.errors import ConfigError, counted
 from sfl.model import class_weights
+from sfl.model.class_weights import BALANCED
 from sfl.model.fusion import FUSIONS
 from sfl.model.task import Task
-from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology
+from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology, hops_of
 from sfl.model.training import Training
 from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
 from sfl.strategy.aggregate import RULES, Result
 from sfl.strategy.schemes import SCHEMES, Exchange, Fronts, Scheme, shared
 from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors, StopWhen
-from sfl.weights.stores import check_address
+from sfl.weights.stores import SOCKET, check_address
 
 Party = tuple[ModelSpec, tuple[int, ...]]  # the model of a client's segments, and its cuts
 
@@ -57,6 +58,18 @@ class Recipe:
     def leader(self, client: int) -> int:
         """Return the client in whose name a client's steps are drawn and taken, with its labels."""
         return self.run.label_client if self.joins else client
+
+    @property
+    def has_hops(self) -> bool:
+        return bool(hops_of(self.segments))
+
+    def joins_at(self, holder: Holder) -> bool:
+        """Return whether a party joins the activations of all clients: the one behind them."""
+        return self.joins and [*self.segments.values()][1] is holder
+
+    def is_told_figures(self, client: int) -> bool:
+        """Return whether a client is told the figures of each step: not past a hop that joins."""
+        return self.has_labels(client) or self.joins_at(Holder.SERVER)
 
     def has_labels(self, client: int) -> bool:
         return self.leader(client) == client
@@ -155,6 +168,8 @@ class Recipe:
         )  # fmt: skip
         if recipe.keeps_labels:
             _check_private(recipe)
+        if recipe.has_hops:
+            _check_hops(recipe)
         return recipe
 
     def changed(self, **options: Any) -> "Recipe":
@@ -257,7 +272,7 @@ def _check_private(recipe: Recipe) -> None:
             f"{named}: the server runs --topology {run.topology} with --cut {run.cut}, which sends"
             f" it the labels; they would stay here with {_private_choices()}"
         )
-    if run.class_weights == "balanced":
+    if run.class_weights == BALANCED:
         raise ConfigError(
             f"--class-weights balanced: with {named} no client tells how many"
             " samples it has of each class; give a weight for each class"
@@ -267,6 +282,28 @@ def _check_private(recipe: Recipe) -> None:
             f"--batch-size 1: with {named} the loss of a single sample would be"
             " sent, which may tell its label; give at least 2"
         )
+
+
+def _check_hops(recipe: Recipe) -> None:
+    """Check that a run's hops can do their part, and are told no labels.
+
+    Raises:
+        ConfigError: they cannot, or are.
+    """
+    run = recipe.run
+    conditions = [
+        (not recipe.aligns, "partition", f"{VERTICAL}: ids of samples do not pass through hops"),
+        (run.server_order == "fixed", "server_order", "fixed: after a restart of a hop, too"),
+        (run.weights == SOCKET, "weights", "left out: weights pass through the hops"),
+        (run.most_clients == run.clients, "max_clients", "the number of clients known"),
+        (
+            run.class_weights != BALANCED,
+            "class_weights",
+            "a weight for each class: hops would be told how often each one comes",
+        ),
+    ]
+    for holds, name, wanted in conditions:
+        require(holds, name, getattr(run, name), f"{wanted}, with --topology {run.topology}")
 
 
 def _private_choices() -> str:

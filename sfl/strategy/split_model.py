@@ -122,14 +122,14 @@ class SplitModel:
         }
 
     def join(self, parties: Mapping[int, "SplitModel"], most_bytes: float = math.inf) -> None:
-        """Let the server's segment begin with the fusion of all clients' activations.
+        """Let the segment behind the clients' begin with the fusion of all their activations.
 
         ``most_bytes``: of the fusion's weights.
 
         Raises:
             ConfigError: they cannot be joined, or the fusion is larger.
         """
-        run, name = self.recipe.run, self.held_by(Holder.SERVER)[0]
+        run, name = self.recipe.run, [*self._segments][1]
         self._parties = parties
         self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
         wanted = self.features_sample(0).shape
@@ -143,10 +143,12 @@ class SplitModel:
                 " smaller"
             )
         fusion = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
-        if len(self.cuts) in self.recipe.frozen:
+        if 1 in self.recipe.frozen:
             freeze([fusion])
         blocks = [("fusion", fusion), *self._segments[name]._modules.items()]
         self._segments[name] = nn.Sequential(OrderedDict(blocks))
+        for further in [*self._segments][2:]:  # draws as if the model were cut once
+            self._first_blocks[further] += 1
         self.entries = Entries.of(self._rows)
         self.specs[name] = state_spec(self._segments[name].state_dict())
 

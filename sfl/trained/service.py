@@ -132,6 +132,11 @@ class _Holding:
         """
         expected_of(run)  # refuses those that are joined
         split = run.split
+        if run.recipe.has_hops:
+            raise ConfigError(
+                f"--serve {run.path}: hops hold parts of this model, and requesters reach none of"
+                " them: predict with the whole model where all parts lie"
+            )
         if not split.cuts:
             raise ConfigError(
                 f"--serve {run.path}: with --scheme {run.config.scheme} the server holds no part of"

@@ -57,6 +57,7 @@ class BufferedConnection(Connection, Member):
         self._failure: SflError | None = None
         self._discards = False
         self._unregistered = False
+        self.is_assigned = pending is None
         if pending:
             self.must_prove, self.proved = pending.must_prove, pending.proved
             self.certificate, self.counters = pending.certificate, pending.counters

@@ -45,6 +45,20 @@ class TcpClient:
         return connection
 
 
+class Outgoing:
+    """Makes connections that the thread of a network reads."""
+
+    def __init__(self, network: TcpNetwork, dialling: Dialling) -> None:
+        self._network, self._dialling = network, dialling
+
+    def connect(
+        self, address: str, patience_s: float, *, is_reconnect: bool = False
+    ) -> BufferedConnection:
+        """Do as ``open_stream``; safe to call from several threads."""
+        stream = open_stream(address, self._dialling, patience_s, is_reconnect=is_reconnect)
+        return self._network.add(stream)
+
+
 class TcpClients(TcpNetwork):
     """Makes connections that a background thread reads, for many clients in one process."""
 
@@ -52,14 +66,4 @@ class TcpClients(TcpNetwork):
 
     def __init__(self, dialling: Dialling) -> None:
         super().__init__(dialling.timeout_s, dialling.limits)
-        self._dialling = dialling
-
-    def connect(
-        self, address: str, patience_s: float, *, is_reconnect: bool = False
-    ) -> BufferedConnection:
-        """Do as ``open_stream``; safe to call from several threads."""
-        connection = self._add(
-            open_stream(address, self._dialling, patience_s, is_reconnect=is_reconnect)
-        )
-        connection.is_assigned = True
-        return connection
+        self.connect = Outgoing(self, dialling).connect

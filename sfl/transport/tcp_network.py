@@ -45,7 +45,11 @@ class TcpNetwork(NoReconnects):
         with self._lock:
             return [c for c in self._connections if not c.is_closed]
 
-    def _add(self, stream: Stream, pending: PendingConnection | None = None) -> BufferedConnection:
+    def add(self, stream: Stream, pending: PendingConnection | None = None) -> BufferedConnection:
+        """Read a stream; ``pending``: the same connection before it was admitted.
+
+        Without it, the connection is ours, and assigned to whoever has made it.
+        """
         connection = BufferedConnection(stream, self._reading, pending)
         with self._lock:
             self._connections = [*self.members, connection]

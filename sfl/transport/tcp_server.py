@@ -37,7 +37,7 @@ class TcpServer(TcpNetwork):
             if len(strangers) + self._num_leaving >= self._max_unregistered:
                 pending.stream.close()
                 return
-        self._add(pending.stream, pending)
+        self.add(pending.stream, pending)
 
     def wait(self, links: Collection[Link], gates: Collection[Gate] = ()) -> Link | None:
         def ended() -> SflError | None:

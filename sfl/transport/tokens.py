@@ -105,6 +105,19 @@ def tokens_of(node: PeerNode) -> Tokens | None:
     return read_tokens(Path(node.token_file).expanduser()) if node.token_file else None
 
 
+def seal_secret(node: PeerNode) -> bytes:
+    """Return the secret of a node's ``--seal-file``; empty without one.
+
+    Raises:
+        ConfigError: the file holds none, or cannot be used.
+    """
+    if not node.seal_file:
+        return b""
+    if secret := read_tokens(Path(node.seal_file).expanduser()).shared:
+        return secret.encode()
+    raise ConfigError(f"--seal-file {node.seal_file}: give one secret for server and all clients")
+
+
 def write_tokens(path: Path, lines: list[str]) -> None:
     """Write a new token file that only its owner may read.
 

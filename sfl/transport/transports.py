@@ -13,7 +13,7 @@ from sfl.transport.addresses import format_address, is_loopback, parse_url
 from sfl.transport.guard import Guard, Terms, exposure
 from sfl.transport.listener import Listener, listen
 from sfl.transport.refusal_log import RefusalLog
-from sfl.transport.tcp_client import TcpClient, TcpClients, dialling_of
+from sfl.transport.tcp_client import Outgoing, TcpClient, TcpClients, dialling_of
 from sfl.transport.tcp_server import TcpServer
 from sfl.transport.tunnel import TunnelListener
 from sfl.wire.driver import Network
@@ -48,6 +48,8 @@ class Transport:
     serve: Callable[[Any, Terms, Guard, RefusalLog], AbstractContextManager[ServerNetwork]]
     client: Callable[[PeerNode, Say], AbstractContextManager[Dialler]]
     clients: Callable[[PeerNode, Say], AbstractContextManager[ClientNetwork]]
+    # Makes connections of a hop to the next party, which are read along with those it accepts.
+    dial: Callable[[Any, PeerNode, Say], Dialler]
     check: Callable[[ServerNode], None] = lambda node: None  # raises ConfigError
     # What a server says at its start: who can reach it, and what this transport cannot do.
     notes: Callable[[ServerNode], list[str]] = exposure
@@ -59,6 +61,7 @@ TCP = Transport(
     TcpServer,
     lambda node, say: TcpClient(dialling_of(node, say)),
     lambda node, say: TcpClients(dialling_of(node, say)),
+    lambda network, node, say: Outgoing(network, dialling_of(node, say)),
 )
 
 

@@ -31,6 +31,7 @@ from sfl.errors import (
 from sfl.files.torch_reader import Buffer
 from sfl.values import Position
 from sfl.wire.messages import Limits, Message, MessageType
+from sfl.wire.seal import Seal
 
 _NOWHERE = Position()
 CLIENT, MAIN = "client", "main"  # roles: a client, or the main server at the fed server
@@ -149,6 +150,7 @@ class Link(ABC):
         self.certificate = b""  # hash of the server's certificate, under TLS
         self.on_notice: Callable[[str], None] | None = None
         self.at = _NOWHERE  # this side's position in the run, for its heartbeats
+        self.seal: Seal | None = None  # with the other end of a chain of hops
         self._has_received = False  # whether the peer has sent a message since our last
 
     def check_proved(self, peer: Peer) -> None:
@@ -177,6 +179,8 @@ class Link(ABC):
         """Wait for the next message and return it."""
 
     def _send_counted(self, message: Message) -> None:
+        if self.seal:
+            message = self.seal.close(message)
         num_bytes = self._send(message)
         self.counters.sent[kind_of(message.type, message.at.link)] += num_bytes
         self.counters.round_trips += self._has_received
@@ -186,7 +190,7 @@ class Link(ABC):
         message = self._next()
         self._count_received(message)
         self._has_received = True
-        return message
+        return self.seal.open(message) if self.seal else message
 
     def _count_received(self, message: Message) -> None:
         num_bytes = message.head_bytes + len(message.payload)

@@ -150,6 +150,14 @@ class Launcher:
         argv = ["--role", "fed", "--out", self.folder, *self._of_server, *options]
         return self._start("fed", main_server, argv, env)
 
+    def hop(
+        self, place: int, port: int, to: int, *options: object, env: Mapping[str, str] | None = None
+    ) -> Program:
+        """Start a hop that listens on ``port`` and goes on to ``to``."""
+        onward = [f"{SCHEMES[self.transport]}127.0.0.1:{to}", *self.at("")[2:]]
+        argv = ["--role", f"hop:{place}", "--port", port, "--out", self.folder, *self._of_server]
+        return self._start(f"hop_{place}", main_server, [*argv, "--next", *onward, *options], env)
+
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = [*self.at(f"127.0.0.1:{self.port}"), "--out", self.folder, *options]
         return self._start("client", main_client, argv, env)

@@ -6,7 +6,8 @@ from pathlib import Path
 from sfl.config import RunConfig
 from sfl.nodes import NodeConfig
 from sfl.options import from_values
-from sfl.runtime.simulation import Away, simulate
+from sfl.runtime.local_network import Away
+from sfl.runtime.simulation import simulate
 from tests.support.runs import BN_DROPOUT
 
 

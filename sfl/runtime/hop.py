@@ -1,0 +1,359 @@
+"""Run a hop: between the clients, or an earlier hop, and the server, or a later one.
+
+For each client one connection comes from before and one goes on. If either is lost, the hop closes
+both: the client comes back, and repeats its part of the round. All conversations run on one thread.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sfl.archive.run_folder import SERVER_LOG, make_folder, open_folder, reporting_failure, say
+from sfl.config import RunConfig
+from sfl.conversation.hop import HopJoined, hop_join, hop_run
+from sfl.conversation.join import Welcome
+from sfl.conversation.limits import hop_limits
+from sfl.conversation.report import describe_data
+from sfl.environment import set_up_devices
+from sfl.errors import (
+    PEER_ERRORS,
+    AuthError,
+    ConfigError,
+    ConnectionLost,
+    LetGo,
+    NotYet,
+    PeerCannot,
+    PeerLeft,
+    ProtocolError,
+    RunError,
+    SflError,
+    counted,
+)
+from sfl.model.topology import Holder, hop_of
+from sfl.nodes import ServerNode
+from sfl.options import check_goes_on
+from sfl.runtime.hop_rounds import Hop, hop_folder
+from sfl.runtime.lobby import GOODBYE_S, LINGER_S, POLL_S, REGISTER_WITHIN_S
+from sfl.runtime.on_end import running_at_end
+from sfl.runtime.resume import has_begun, open_past
+from sfl.runtime.start_weights import read_start, started
+from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
+from sfl.transport.guard import Terms, guard_of
+from sfl.transport.heartbeat import interval_s
+from sfl.transport.refusal_log import RefusalLog
+from sfl.transport.tokens import SERVER, client_authenticate, read_tokens, tokens_of
+from sfl.transport.transports import ServerNetwork, transport_of, transport_to
+from sfl.wire.blocking_calls import Calls
+from sfl.wire.driver import Conversation, Gate, run_blocking
+from sfl.wire.link import CLIENT, Link, Peer, last_words_for
+from sfl.wire.members import Dialler, Member
+from sfl.wire.messages import Message, MessageType
+from sfl.wire.payload import payload_store_in
+
+MOST_CLIENTS = 1000  # before the run's number is known
+NEXT_WITHIN_S = 60.0  # in which the next party must answer
+
+
+def serve_hop(run: RunConfig, node: ServerNode) -> None:
+    """Run a hop for one run.
+
+    Raises:
+        ConfigError: the options cannot be used together, or on this machine.
+        RunError: the port, the folder or the disk cannot be used.
+    """
+    holder = hop_of(node.role)
+    assert holder is not None
+    if run != RunConfig():
+        raise ConfigError(f"--role {node.role}: the server has the options of the run; leave out")
+    transport = transport_of(node)
+    transport_to(node.next)  # a bad address fails at once
+    guard = guard_of(node, SERVER, MOST_CLIENTS)
+    terms = Terms(
+        node.peer_timeout, max_unregistered=64 + 2 * MOST_CLIENTS,
+        heartbeat_s=interval_s(node.peer_timeout),
+    )  # fmt: skip
+    with (
+        transport.listen(node, MOST_CLIENTS) as listener,
+        transport.serve(listener, terms, guard, RefusalLog(say)) as network,
+        contextlib.ExitStack() as stack,
+    ):
+        for line in transport.notes(node):
+            say(line)
+        say(f"hop {holder.place}: listening on {listener.address}; on to {node.next}")
+        dialler = transport.dial(network, node, say)
+        _Hop(holder, node, network, dialler, stack).run()
+
+
+@dataclass
+class _Talk:
+    """One client's conversation, and what it waits for."""
+
+    member: Member
+    conversation: Conversation[None]
+    due: Link | Gate | None = None
+    onward: Member | None = None
+    client: int = -1  # once it has registered
+
+
+@dataclass
+class _Hop:
+    """A hop with an open port."""
+
+    holder: Holder
+    node: ServerNode
+    network: ServerNetwork
+    dialler: Dialler
+    stack: contextlib.ExitStack
+    run_config: RunConfig | None = None  # once the server has told it
+    hop: Hop | None = None  # once all clients have joined
+    _talks: dict[Member, _Talk] = field(default_factory=dict)  # by the client's connection
+    _joined: dict[int, HopJoined] = field(default_factory=dict)
+    _notices: deque[tuple[Member, str]] = field(default_factory=deque)
+    _is_known: bool = False  # whether the next party has been reached before
+    _over_since: float = math.inf  # when we have seen that a client was told that the run is over
+
+    def __post_init__(self) -> None:
+        file = self.node.next_token_file
+        self._tokens = read_tokens(Path(file).expanduser()) if file else tokens_of(self.node)
+        self._calls = Calls(self.network.wake)
+
+    def run(self) -> None:
+        """Pass on and compute until the run is over."""
+        while not self._is_over():
+            self.network.wait_until(self._is_ready, POLL_S)
+            while self._notices:
+                member, line = self._notices.popleft()
+                with contextlib.suppress(SflError):
+                    member.send_message_as_json(MessageType.MESSAGE, content=line)
+            here = set(self.network.members)
+            for member in self.network.ready_members():
+                if member in here:  # one that is just being added, next time
+                    self._take(member)
+            if talk := self._next_talk():
+                self._resume(talk)
+            self._drop_idle()
+        say("the run is over")
+
+    def _is_over(self) -> bool:
+        """Return whether all clients have left at the run's end, or have had time to."""
+        if not (self.hop and self.hop.rounds.is_over):
+            return False
+        self._over_since = min(self._over_since, time.monotonic())
+        is_here = any(talk.client in self._joined for talk in self._talks.values())
+        patience_s = (LINGER_S if is_here else GOODBYE_S) if self._joined else 0.0
+        return time.monotonic() - self._over_since >= patience_s
+
+    # Waiting
+
+    def _links(self) -> Collection[Link]:
+        return {talk.due for talk in self._talks.values() if isinstance(talk.due, Link)}
+
+    def _is_ready(self) -> bool:
+        return bool(
+            self._notices or self.network.ready_members()
+            or self.network.first_arrived(self._links()) or self._open()
+        )  # fmt: skip
+
+    def _open(self) -> _Talk | None:
+        """Return a conversation whose gate is open."""
+        waiting = (t for t in self._talks.values() if t.due and not isinstance(t.due, Link))
+        return next((t for t in waiting if t.due()), None)  # type: ignore[operator, misc]
+
+    def _next_talk(self) -> _Talk | None:
+        if talk := self._open():
+            return talk
+        if not (arrived := self.network.first_arrived(self._links())):
+            return None
+        return next((t for t in self._talks.values() if t.due is arrived), None)
+
+    def _take(self, member: Member) -> None:
+        """Begin with a new connection; end the conversation of one that has failed."""
+        talk = next((t for t in self._talks.values() if member in (t.member, t.onward)), None)
+        if talk is None and member.end_reason() is None and not member.is_assigned:
+            member.name, member.is_assigned = f"hop_{self.holder.place}", True
+            talk = self._talks[member] = _Talk(member, self._converse(member))
+            self._resume(talk)
+        elif talk is None:
+            self.network.drop(member, "", MessageType.UNREGISTER)
+        elif talk.due is not member and (why := member.end_reason()):
+            self._end(talk, why)
+
+    def _resume(self, talk: _Talk) -> None:
+        try:
+            talk.due = next(talk.conversation)
+        except StopIteration:
+            self._talks.pop(talk.member)
+            for link in filter(None, (talk.member, talk.onward)):
+                self.network.drop(link, "", MessageType.UNREGISTER)
+        except (*PEER_ERRORS, NotYet) as error:
+            self._end(talk, error)
+
+    def _end(self, talk: _Talk, error: SflError) -> None:
+        """End a client's conversation on both sides, each with its last words."""
+        if self._talks.pop(talk.member, None) is None:
+            return
+        talk.conversation.close()
+        who = f"client_{talk.client}" if talk.client >= 0 else talk.member.address
+        (say if talk.client >= 0 else functools.partial(self.network.log_refusal, ""))(
+            f"{who}: {error}"
+        )
+        self.network.drop(talk.member, str(error), last_words_for(error))
+        if talk.onward:
+            kinds = {PeerLeft: MessageType.UNREGISTER, PeerCannot: MessageType.FAILED}
+            last = next((m for kind, m in kinds.items() if isinstance(error, kind)), None)
+            self.network.drop(talk.onward, str(error), last or MessageType.ABORT)
+
+    def _drop_idle(self) -> None:
+        why = f"register within {REGISTER_WITHIN_S:g} seconds"
+        for member in self.network.members:
+            if not member.is_assigned and member.age_s() > REGISTER_WITHIN_S:
+                self.network.drop(member, why, MessageType.TRY_AGAIN)
+        limit_s = NEXT_WITHIN_S + REGISTER_WITHIN_S
+        for talk in [t for t in self._talks.values() if t.client < 0]:
+            if talk.member.age_s() > limit_s:  # one that only checks, and says no more
+                self._end(talk, NotYet(why))
+
+    # One client
+
+    def _converse(self, member: Member) -> Conversation[None]:
+        """Hold one client's conversation, from its first message to its last."""
+        talk = self._talks[member]
+        yield member
+        joined = yield from hop_join(
+            member, functools.partial(self._connect, talk), functools.partial(self._welcome, talk),
+            self._rounds_here, self.network.heartbeat_s,
+        )  # fmt: skip
+        if joined is None:
+            return
+        self._joined[joined.client] = joined
+        yield joined.onward
+        yield self._has_all
+        hop = self.hop or self._prepare()
+        limits = hop_limits(hop.split, payload_store_in(hop.folder.path))
+        joined.link.limits = joined.onward.limits = limits
+        yield from hop_run(hop.party(joined.client, joined.link, joined.onward), hop.rounds)
+        self._joined.pop(joined.client, None)
+
+    def _connect(self, talk: _Talk, hello: Message) -> Conversation[Link]:
+        """Connect to the next party on behalf of a client, and prove the token, if there is one."""
+
+        def connect() -> Member:
+            try:
+                link = self.dialler.connect(
+                    self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known
+                )
+            except RunError as error:
+                raise ConnectionLost(f"hop {self.holder.place}: {error}") from error
+            assert isinstance(link, Member)
+            if self._tokens is not None:
+                peer = Peer(CLIENT, hello.get("client_id", int))
+                authenticate = client_authenticate(link, self._tokens, peer, listener=SERVER)
+                try:
+                    link.proved_run = run_blocking(authenticate)
+                except ConfigError as error:
+                    raise AuthError(f"hop {self.holder.place}: {error}") from error
+            if talk.member not in self._talks:  # lost meanwhile
+                self.network.drop(link, "the client has left", MessageType.ABORT)
+            return link
+
+        link = yield from self._calls.run(connect)
+        self._is_known, talk.onward = True, link
+        link.name, link.peer_name = f"hop_{self.holder.place}", "server"
+
+        def note(line: str) -> None:
+            self._notices.append((talk.member, line))
+            self.network.wake()
+
+        link.on_notice = note
+        return link
+
+    def _welcome(self, talk: _Talk, told: Welcome) -> None:
+        """Take note of the server's answer to a client.
+
+        Raises:
+            RunError: it has another run than before, or one that this hop has no part of.
+        """
+        for other in [t for t in self._talks.values() if t.client == told.client]:
+            self._end(other, ConnectionLost(f"client_{told.client} has connected anew"))
+        talk.client = told.client
+        if told.run == self.run_config:
+            return
+        if self.run_config is None:
+            recipe = Recipe.of(told.run, self.node.allowed_imports)
+            if self.holder not in recipe.segments.values():
+                raise RunError(
+                    f"--role {self.node.role}: {recipe.title} has no part for it; give the server"
+                    " --topology multi-hop and a cut for each hop"
+                )
+        else:
+            try:
+                check_goes_on(dataclasses.asdict(self.run_config), dataclasses.asdict(told.run))
+            except ConfigError as error:
+                raise ProtocolError(f"the server has another run now: {error}") from error
+            self._end_others(talk.client)
+            self.hop = None
+        self.run_config = told.run
+
+    def _end_others(self, client: int) -> None:
+        for talk in [t for t in self._talks.values() if t.client != client]:
+            self._end(talk, LetGo("the server goes on from an earlier round"))
+
+    @property
+    def _path(self) -> Path:
+        assert self.run_config is not None
+        return hop_folder(self.node, self.holder) / self.run_config.run
+
+    def _rounds_here(self, run: RunConfig) -> tuple[int, ...]:
+        """Return the rounds whose start lies here; without any, the first, which needs nothing."""
+        if not has_begun(self._path):
+            return (0,)
+        return tuple(checkpoint.round for checkpoint in open_past(self._path, run).checkpoints)
+
+    def _has_all(self) -> bool:
+        """Return whether a run's first conversation can begin: all clients have told their data."""
+        assert self.run_config is not None
+        there = len(self._joined) == self.run_config.clients
+        return self.hop is not None or there or has_begun(self._path)
+
+    def _prepare(self) -> Hop:
+        """Open the folder, and build this hop's segments.
+
+        Raises:
+            RunError: the folder is another's, or cannot be written.
+            ConfigError: the model does not fit this machine.
+        """
+        assert self.run_config is not None
+        recipe, path = Recipe.of(self.run_config, self.node.allowed_imports), self._path
+        past = open_past(path, recipe.run) if has_begun(path) else None
+        if past is None and not make_folder(path, SERVER_LOG):
+            raise RunError(f"{path} is of another run of this name: give another --out")
+        start = None if past else read_start(self.node.init, recipe)
+        recipe = started(recipe, start)
+        reports = {k: joined.report for k, joined in sorted(self._joined.items())}
+        data = past.data if past else describe_data(reports, recipe)
+        copies = len(recipe.scheme.backs_of(range(recipe.run.most_clients)))
+        devices = set_up_devices(self.node, copies, f"a hop of --scheme {recipe.run.scheme}")
+        self.stack.close()  # of an earlier folder
+        self.stack.enter_context(running_at_end(self.node.on_end, path))
+        folder = self.stack.enter_context(open_folder(path, SERVER_LOG, recipe.keep))
+        self.stack.enter_context(reporting_failure(folder, self.network.end))
+        split = SplitModel.of_data(recipe, data)
+        names = " and ".join(split.held_by(self.holder))
+        folder.events.say(
+            f"run {recipe.run.run}: the {names} of {recipe.title}, for"
+            f" {counted(len(data['num_samples']), 'client')}; files lie in {path}"
+        )
+        self.hop = Hop(
+            holder=self.holder, split=split, data=data, folder=folder, node=self.node,
+            devices=devices, start=start, past=past,
+        )  # fmt: skip
+        self.stack.callback(self.hop.rounds.spool.close)
+        self.hop.rounds.end_others = self._end_others
+        return self.hop
