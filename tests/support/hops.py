@@ -1,0 +1,99 @@
+"""Runs over hops, as processes: their parties, and what they leave."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sfl.runtime.recorded_run import load
+from sfl.runtime.replay import check
+from tests.support.launch import Launcher, Program, free_port
+from tests.support.weights import weights
+
+SERVER = "server"
+
+
+@dataclass
+class Chain:
+    """The parties of a run over hops, by name: server, hop_1 ..., client_0 ..."""
+
+    launcher: Launcher
+    num_hops: int
+    num_clients: int
+    of_server: list[object]
+    of_others: list[object]  # options of hops and clients
+    programs: dict[str, Program] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        places = range(1, self.num_hops + 1)
+        self.ports = {place: free_port() for place in places}
+        self._next = {**self.ports, self.num_hops + 1: self.launcher.port}
+        self.first_port = self._next[1]
+
+    @property
+    def names(self) -> list[str]:
+        hops = [f"hop_{place}" for place in self.ports]
+        return [SERVER, *reversed(hops), *(f"client_{k}" for k in range(self.num_clients))]
+
+    def start(self, name: str, crash_at: str = "") -> Program:
+        """Start a party, or start it again."""
+        kind, _, number = name.partition("_")
+        env = {"SFL_CRASH_AT": crash_at} if crash_at else {}
+        if name == SERVER:
+            program = self.launcher.server(*self.of_server, env=env)
+        elif kind == "hop":
+            place = int(number)
+            program = self.launcher.hop(
+                place, self.ports[place], self._next[place + 1], *self.of_others, env=env
+            )
+        else:
+            address = self.launcher.at(f"127.0.0.1:{self.first_port}")
+            program = self.launcher.client(
+                *address, "--client-id", number, *self.of_others, env=env
+            )
+        self.programs[name] = program
+        return program
+
+    def run(self, crashes: Mapping[str, str] | None = None) -> Path:
+        """Start all parties, and return the server's folder at the end.
+
+        ``crashes``: where parties are killed, by name; each is started again.
+        """
+        crashes = crashes or {}
+        for name in self.names:
+            self.start(name, crashes.get(name, ""))
+        for name in crashes:
+            victim = self.programs[name].process
+            victim.join(60)
+            assert victim.exitcode == -9, self.programs[name].out + self.programs[name].err
+            if name == SERVER:
+                self.of_server = ["--resume", self.folder, *self.of_others]
+            self.start(name)
+        for program in self.programs.values():
+            program.ended_with(0)
+        return self.folder
+
+    @property
+    def folder(self) -> Path:
+        return self.launcher.folder / "server" / "r"
+
+
+def hop_folders(run: Path) -> list[Path]:
+    """Return the folders of a run's hops, which lie beside its server's."""
+    return sorted(run.parent.parent.glob(f"hop_*/{run.name}"))
+
+
+def weights_of_all(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights that server and hops have recorded."""
+    found = weights(run)
+    for folder in hop_folders(run):
+        found |= weights(folder)
+    return found
+
+
+def replayed(folder: Path, model: str) -> tuple[int, int]:
+    """Return how many gradients and models of a party a replay has found equal; none differs."""
+    report = check(load(folder, allow_import=model))
+    assert report.findings == [], report.summary
+    return report.checked, report.models
