@@ -2,12 +2,12 @@
 
 python -m experiments.chaos --scheme S --kills N --seed K [--cuts N] [--flips N] [run options]
 
-Server and clients are real processes; clients reach the server through a TCP proxy of this program,
-which delays, breaks and blacks out connections, and flips bits of what passes. What is killed is
-started again, the server with --resume. One run after the other is disturbed until there were as
-many kills, cuts and flips as asked for; then every file of weights, every recorded step and every
-figure is compared with those of a run
-that was left alone, and the disturbed runs are replayed.
+Server, hops and clients are real processes; clients reach the server, or the first hop, through a
+TCP proxy of this program, which delays, breaks and blacks out connections, and flips bits of what
+passes. What is killed is started again, the server with --resume. One run after the other is
+disturbed until there were as many kills, cuts and flips as asked for; then every file of weights,
+every recorded step and every figure is compared with those of a run that was left alone, and the
+disturbed runs are replayed.
 
 Exit code 0 if nothing differs, else 1.
 """
@@ -25,7 +25,7 @@ NUM_CLIENTS = 3
 
 def main() -> int:
     options, rest = parse()
-    from experiments.chaos.disturbed import Disturbance, Trouble, undisturbed
+    from experiments.chaos.disturbed import Disturbance, Parties, Trouble, undisturbed
     from experiments.support.same_run import compare
     from sfl.archive.run_folder import create_run_folder
 
@@ -33,7 +33,8 @@ def main() -> int:
     print(f"everything lies in {out}")
     run_options = ["--scheme", options.scheme, "--rounds", str(options.rounds), *rest]
     print(f"undisturbed: {options.rounds} rounds of {options.scheme}", flush=True)
-    whole, round_s, round_bytes = undisturbed(out / "undisturbed", run_options, NUM_CLIENTS)
+    parties = Parties(NUM_CLIENTS, options.hops)
+    whole, round_s, round_bytes = undisturbed(out / "undisturbed", run_options, parties)
     trouble = Trouble(
         kills=options.kills,
         stops=options.kills // 4 if options.stops is None else options.stops,
@@ -50,7 +51,7 @@ def main() -> int:
         number += 1
         folder = out / f"disturbed_{number}"
         print(f"run {number}: {trouble.left}", flush=True)
-        disturbance = Disturbance(folder, run_options, NUM_CLIENTS, trouble, draws)
+        disturbance = Disturbance(folder, run_options, parties, trouble, draws)
         differences = compare(whole, disturbance.run())
         checked += differences.tensors
         found += differences.count
@@ -79,6 +80,7 @@ def parse() -> tuple[Namespace, list[str]]:
     parser.add_argument("--delay-ms", type=float, default=0.0, help="each way (default: 0)")
     parser.add_argument("--blackouts", type=int, default=0, help="times that nothing arrives")
     parser.add_argument("--blackout-s", type=float, default=20.0, help="for how long (default: 20)")
+    parser.add_argument("--hops", type=int, default=0, help="of --topology (default: 0)")
     parser.add_argument("--rounds", type=int, default=12, help="of each run (default: 12)")
     parser.add_argument("--out", default="shared_files/chaos", help="for folders by start time")
     return parser.parse_known_args()

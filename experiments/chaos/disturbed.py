@@ -64,12 +64,45 @@ class Trouble:
         return f"{', '.join(counts) or 'nothing'} to go"
 
 
-def undisturbed(out: Path, options: Sequence[str], num_clients: int) -> tuple[Path, float, float]:
+@dataclass(frozen=True)
+class Parties:
+    """Who takes part beside the server."""
+
+    num_clients: int
+    num_hops: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        hops = (f"hop_{place}" for place in range(self.num_hops, 0, -1))
+        return [SERVER, *hops, *(f"client_{k}" for k in range(self.num_clients))]
+
+    def ports(self, server_port: int) -> list[int]:
+        """Return free ports of the hops, from the first on, and the server's behind them."""
+        return [*(free_port() for _ in range(self.num_hops)), server_port]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def hop_command(place: int, ports: Sequence[int]) -> list[str]:
+    """Return the command of a hop, which listens at ``ports[place - 1]``."""
+    to = f"127.0.0.1:{ports[place]}"
+    listens = ["--role", f"hop:{place}", "--port", str(ports[place - 1]), "--next", to]
+    return ["run_server.py", *listens, *CLIENT_OPTIONS]
+
+
+def undisturbed(out: Path, options: Sequence[str], parties: Parties) -> tuple[Path, float, float]:
     """Run a configuration; return its folder, and a round's seconds and bytes for each client."""
-    common = ["--out", str(out)]
+    common, num_clients = ["--out", str(out)], parties.num_clients
     server = [*DEFAULTS, "--clients", str(num_clients), *options, *common]
     with running(server) as processes:
-        addresses = [processes.address] * num_clients
+        ports = parties.ports(int(processes.address.rpartition(":")[2]))
+        for place in range(parties.num_hops, 0, -1):
+            processes.start(f"hop_{place}", [*hop_command(place, ports), *common])
+        addresses = [f"127.0.0.1:{ports[0]}"] * num_clients
         processes.start_clients(addresses, [*CLIENT_OPTIONS, *common])
         for _ in processes.lines():
             pass
@@ -89,21 +122,21 @@ class Disturbance:
         self,
         out: Path,
         options: Sequence[str],
-        num_clients: int,
+        parties: Parties,
         trouble: Trouble,
         draws: random.Random,
     ) -> None:
         self._out, self._options, self._trouble, self._draws = out, options, trouble, draws
-        self._names = [SERVER, *(f"client_{k}" for k in range(num_clients))]
+        self._parties, self._names = parties, parties.names
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._restart_at: dict[str, float] = {}
         self._began_at = time.monotonic()
         self._folder = out / "server" / "r"
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self._port = listener.getsockname()[1]
+        self._port = free_port()
+        self._ports = parties.ports(self._port)
         self._link = SlowLink(
             "127.0.0.1",
-            self._port,
+            self._ports[0],
             delay_s=trouble.delay_s,
             cut_after=lambda: self._after("cut", self._trouble.cuts),
             flip_after=lambda: self._after("flip", self._trouble.flips),
@@ -165,14 +198,16 @@ class Disturbance:
 
     def _start(self, name: str) -> None:
         common = ["--out", str(self._out)]
-        if name != SERVER:
+        if name.startswith("hop_"):
+            command = [*hop_command(int(name.removeprefix("hop_")), self._ports), *common]
+        elif name != SERVER:
             client = name.removeprefix("client_")
             command = ["run_client.py", "--server", self._link.address, "--client-id", client]
             command += [*CLIENT_OPTIONS, *common]
         elif (self._folder / "config.json").exists():
             command = ["run_server.py", "--port", str(self._port), "--resume", str(self._folder)]
         else:
-            clients = str(len(self._names) - 1)
+            clients = str(self._parties.num_clients)
             command = ["run_server.py", "--port", str(self._port), *DEFAULTS]
             command += ["--clients", clients, *self._options, *common]
         with (
@@ -247,7 +282,7 @@ class Disturbance:
             RunError: it failed.
         """
         try:
-            if self._processes[name].wait(10) > 0:
+            if self._processes[name].wait(20) > 0:
                 why = last_line(self._out / f"{name}.err")
                 raise RunError(f"{name} ended by itself: {why}")
         except subprocess.TimeoutExpired:

@@ -43,7 +43,18 @@ def compare(whole: Path, other: Path) -> Differences:
         found.add(str(error))
     for finding in check(theirs).findings:
         found.add(f"replay: {finding}")
+    for hop in sorted(whole.parent.parent.glob(f"hop_*/{whole.name}")):
+        _compare_hop(hop, other.parent.parent / hop.parent.name / other.name, found)
     return found
+
+
+def _compare_hop(whole: Path, other: Path, found: Differences) -> None:
+    """Compare what a hop wrote in two runs, and replay the second."""
+    _compare_files(whole, other, found)
+    theirs = load(other)
+    _compare_steps(load(whole).archive, theirs.archive, found)
+    for finding in check(theirs).findings:
+        found.add(f"replay of {whole.parent.name}: {finding}")
 
 
 def _client_folder(server_folder: Path) -> Path:
