@@ -1,11 +1,14 @@
 """The device, its determinism, and the record of what can change the last bit of a result."""
 
+import contextlib
+import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ from sfl.errors import ConfigError, RunError, counted, is_clone
 from sfl.nodes import NodeConfig
 
 FINGERPRINT = ("sfl", "torch", "capability", "threads", "device")
+_MOST_CHARACTERS = 120  # of a field; GPU, driver, CUDA and cuDNN together take about 80
+# Workspaces with which cuBLAS sums in a fixed order: NVIDIA's manual of cuBLAS, "Results
+# Reproducibility". It reads the variable when a process first uses it.
+_CUBLAS, _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 class Devices(tuple[torch.device, ...]):
@@ -46,26 +53,48 @@ def set_up_devices(node: NodeConfig, most: int, holder: str) -> Devices:
             f"--device {node.device}: {holder} holds {counted(most, 'model')}; give at most"
             f" {counted(most, 'device')}"
         )
+    os.environ.setdefault(_CUBLAS, _WORKSPACES[0])  # before anything asks for a GPU
     torch.set_num_threads(node.threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    devices = Devices(torch.device(auto if n == "auto" else n) for n in node.devices)
+    devices = named_devices(node)
     if devices[0].type == "cuda":
-        # Before the first use of the device: cuBLAS sums in a fixed order only with a fixed
-        # workspace. Operations without a deterministic form give a warning.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Operations without a deterministic form are named at the start, by
+        # strategy/start_check.py; later they give a warning.
         torch.use_deterministic_algorithms(True, warn_only=True)
         _check_gpus(devices)
     return devices
 
 
+def named_devices(node: NodeConfig) -> Devices:
+    """Return the devices that ``--device`` names; "auto" is a GPU if there is one."""
+    auto = "cuda" if "auto" in node.devices and torch.cuda.is_available() else "cpu"
+    return Devices(torch.device(auto if n == "auto" else n) for n in node.devices)
+
+
+@contextlib.contextmanager
+def deterministic_alone() -> Iterator[None]:
+    """Let an operation without a deterministic form raise RuntimeError, in the ``with`` block."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
 def _check_gpus(devices: Devices) -> None:
-    """Check that these GPUs are there, and of one model.
+    """Check that these GPUs are there, of one model, and sum in a fixed order.
 
     Raises:
-        RunError: they are not.
+        RunError: they are or do not.
     """
+    if (workspace := os.environ[_CUBLAS]) not in _WORKSPACES:
+        raise RunError(
+            f"{_CUBLAS}={workspace}: with it a GPU gives other last bits each time; unset it, or"
+            f" set {' or '.join(_WORKSPACES)}"
+        )
     there = torch.cuda.device_count()
     for device in devices:
         if (device.index or 0) >= there:
@@ -83,14 +112,36 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 
     AVX2 and AVX512, and different numbers of threads, sum in different orders.
     """
-    on_gpu = device.type == "cuda"
     return {
         "sfl": __version__,
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "device": f"cuda: {torch.cuda.get_device_name(device)}" if on_gpu else "cpu",
+        "device": _gpu(device)[:_MOST_CHARACTERS] if device.type == "cuda" else "cpu",
     }
+
+
+def _gpu(device: torch.device) -> str:
+    """Return a GPU's name, its driver, and the libraries that compute there."""
+    name, cuda = torch.cuda.get_device_name(device), torch.version.cuda
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    libraries = f"CUDA {cuda}, cuDNN {cudnn}"
+    return f"cuda: {name}, driver {driver_version()}, {libraries}"
+
+
+@functools.cache
+def driver_version(module: Path = Path("/sys/module/nvidia/version")) -> str:
+    """Return the version of NVIDIA's driver; "unknown" if neither kernel nor nvidia-smi says."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        text = module.read_text()
+    except OSError:
+        try:
+            text = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            text = ""
+    found = re.match(r"\d+(\.\d+)+", text)
+    return found[0] if found else "unknown"
 
 
 def check_fingerprint(fields: object) -> dict[str, str]:
@@ -101,7 +152,7 @@ def check_fingerprint(fields: object) -> dict[str, str]:
     """
     if not isinstance(fields, dict) or not all(type(fields.get(n)) is str for n in FINGERPRINT):
         raise ConfigError(f"a fingerprint has the fields {', '.join(FINGERPRINT)}")
-    return {name: fields[name][:80] for name in FINGERPRINT}
+    return {name: fields[name][:_MOST_CHARACTERS] for name in FINGERPRINT}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:

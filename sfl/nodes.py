@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,12 +74,16 @@ class NodeConfig:
         """Raise ``ConfigError`` for a value out of range."""
         require(self.threads >= 1, "threads", self.threads, "at least 1")
         _check_timeout("weights_timeout", self.weights_timeout)
+        self.check_device()
+        check_choices(self)
+
+    def check_device(self) -> None:
+        """Raise ``ConfigError`` if the device is none."""
         if not re.fullmatch(r"auto|cuda|cpu(,cpu)*|cuda:\d+(,cuda:\d+)*", self.device, re.ASCII):
             raise ConfigError(
                 f"--device {self.device!r}: give auto, cpu, cuda or cuda:N, or a list of one kind,"
                 " as cuda:0,cuda:1"
             )
-        check_choices(self)
 
     @property
     def devices(self) -> list[str]:
@@ -380,6 +384,18 @@ class SimulationNode(TrackingNode):
         "", "comma-separated CLIENT:ROUND[.STEP][-BACK], counted from 0: the client is lost in this"
         " round, before this step, and takes part again from round BACK on",
     )  # fmt: skip
+    client_device: str = option(
+        "", "device that the clients compute on, as --device; --device if not given"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.of_clients.check_device()
+
+    @property
+    def of_clients(self) -> NodeConfig:
+        """The same machine, as the clients of the simulation use it."""
+        return replace(self, device=self.client_device or self.device)
 
 
 def _check_timeout(name: str, value: float) -> None:

@@ -31,8 +31,8 @@ GROUPS = {
     " tls_ca tls_client_ca insecure allow_import memory_limit max_samples max_pending",
     "failures": "on_missing round_timeout min_clients peer_timeout connect_timeout"
     " reconnect_timeout on_nonfinite",
-    "this machine": "device threads host port advertise transport at_once out on_end keep_tensors"
-    " keep_models profile track link",
+    "this machine": "device client_device threads host port advertise transport at_once out"
+    " on_end keep_tensors keep_models profile track link",
 }
 
 

@@ -1,6 +1,7 @@
 """What cannot be split or trained as it was written is refused before the start, by block."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from sfl.model.topology import Holder, joined
 from sfl.model.zoo import MODELS, build, model_spec, split
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.strategy.start_check import check_model, needs_several_samples
+from sfl.strategy.start_check import (
+    check_model,
+    needs_several_samples,
+    try_in_order,
+    unordered,
+)
 from tests.support import odd_models
 from tests.support.launch import Launcher
 
@@ -200,3 +206,35 @@ def counts_if_two(shape: tuple[int, ...], classes: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(784, 8), block, torch.nn.Linear(8, classes)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_order", r"block 2 \(Apply\): put_ has no deterministic form"),
+        (
+            "no_order_backward",
+            r"block 3 \(Apply\): made_up_backward_cuda has no deterministic form",
+        ),
+        ("lenet5", "^$"),
+    ],
+)
+@pytest.mark.parametrize("cut", [2, 4])
+def test_what_has_no_deterministic_form_is_named_by_its_block(
+    name: str, said: str, cut: int
+) -> None:
+    made = tried(name, cut=cut)  # fine, as far as the CPU's order is fixed
+    devices = {Holder.SERVER: torch.device("cpu")}
+    assert re.search(said, try_in_order(made, devices))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert unordered(made, devices) == ""
+
+
+def test_a_model_that_fails_elsewhere_is_no_matter_of_order() -> None:
+    with pytest.raises(ConfigError, match=r"block 3 \(Apply\) cannot train on a batch of 3"):
+        try_in_order(split_model("pairs"), {})
+
+
+def test_only_the_parties_of_this_machine_are_tried_on_its_device() -> None:
+    trial = split_model("lenet5", cut="3,9").trial(devices={Holder.SERVER: torch.device("meta")})
+    assert [segment.device.type for segment in trial._segments] == ["cpu", "meta", "cpu"]

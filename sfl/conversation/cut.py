@@ -28,6 +28,7 @@ from sfl.files.torch_file import TensorSpec, decode_file, encode_file
 from sfl.model.fusion import Joint
 from sfl.model.task import Task
 from sfl.model.topology import Holder, Relay, Route, first_link, route, stops
+from sfl.model.transfer import to_host
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -113,7 +114,7 @@ class Cut:
 
     def encode(self, kind: str, tensor: Tensor) -> File:
         """Encode a tensor as the file that is sent and recorded."""
-        file = self._files[kind] = encode_file(tensor)
+        file = self._files[kind] = encode_file(to_host(tensor))
         self._party.clock.lap("serialise")
         return file
 

@@ -206,7 +206,7 @@ def compute(
     """
     try:
         figures, dz = train_step(last, *batch, at)
-        given = torch.tensor(figures.loss, device=last.device), *([] if dz is None else [dz])
+        given = torch.tensor(figures.loss), *([] if dz is None else [dz])
         party.check_step(last, at, *given)
     except BaseException:
         last.undo_step()

@@ -283,5 +283,8 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     """
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
     flat = (t.detach().reshape(-1).float() for t in dense if t.is_floating_point())
-    squares = [torch.dot(values, values) for values in flat]
-    return not squares or bool(torch.stack(squares).isfinite().all())
+    squares: dict[torch.device, list[Tensor]] = {}
+    for values in flat:
+        squares.setdefault(values.device, []).append(torch.dot(values, values))
+    # One wait for each device.
+    return all(bool(torch.stack(found).isfinite().all()) for found in squares.values())

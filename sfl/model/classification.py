@@ -8,9 +8,9 @@ from torch import Tensor
 from sfl.errors import ProtocolError
 
 
-def count_correct(logits: Tensor, y: Tensor) -> tuple[int]:
-    """Return the number of correctly classified samples."""
-    return (int((logits.argmax(1) == y).sum()),)
+def count_correct(logits: Tensor, y: Tensor) -> tuple[Tensor]:
+    """Return the number of correctly classified samples: () int64."""
+    return ((logits.argmax(1) == y).sum(),)
 
 
 def most_likely(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:

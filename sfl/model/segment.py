@@ -19,6 +19,7 @@ from sfl.model.metrics import StepFigures, Tally
 from sfl.model.segment_optimizer import SegmentOptimizer
 from sfl.model.task import Task
 from sfl.model.training import Training
+from sfl.model.transfer import to_device
 from sfl.values import Position
 
 
@@ -105,7 +106,7 @@ class Segment:
         if self._statistics:
             self._before = {name: b.clone() for name, b in self.blocks.named_buffers()}
         self._set_mode(training=True)
-        z = z.detach().to(self.device)
+        z = to_device(z.detach(), self.device)
         self._input = z.requires_grad_() if self._first_block else z
         # A copy, since an in-place block must not overwrite the leaf that gets the gradient.
         out = self._input.clone() if self._first_block else z
@@ -139,7 +140,7 @@ class Segment:
         gradient and silently stay untrained. Return None for the model's first segment.
         """
         assert self._output is not None, "backward without forward"
-        return self._backward(self._output, grad.to(self.device))
+        return self._backward(self._output, to_device(grad, self.device))
 
     def backward_of(self, loss: Tensor) -> Tensor | None:
         """Do as ``backward``, from a scalar loss that was computed from the last output."""
@@ -225,7 +226,7 @@ class Segment:
             StepFailed: a block cannot evaluate this batch; the message names the block.
         """
         self._set_mode(training=False)
-        out = z.to(self.device)
+        out = to_device(z, self.device)
         for index, block in enumerate(self.blocks, self._first_block):
             out = self._run_block(index, block, out, f"evaluate a batch of {len(z)}")
         return out
@@ -263,7 +264,7 @@ def train_step(
     samples' weights. The caller calls ``update()`` after sending the gradient. The gradient has the
     shape of ``z``; it is None if the segment is the whole model.
     """
-    y = y.to(last.device)
+    y = to_device(y, last.device)
     outputs = last.forward(z, at)
     with computing("the loss cannot be computed"):
         loss = last.task.loss(outputs, y, weight=last.class_weights)
@@ -279,4 +280,4 @@ def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
 def tally_of(last: Segment, outputs: Tensor, y: Tensor) -> tuple[Tally, Tensor]:
     """Return the tally of a batch by its outputs, and these outputs on the CPU."""
     with computing("the figures of an evaluation cannot be computed"):
-        return last.task.tally(outputs, y.to(last.device)), outputs.cpu()
+        return last.task.tally(outputs, to_device(y, last.device)), outputs.cpu()

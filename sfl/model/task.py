@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfl.files.torch_file import TensorSpec
 from sfl.model import classification
 from sfl.model.metrics import StepFigures, Tally
+from sfl.model.transfer import numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class Task:
     output_name: str  # in the file of predictions, and in messages
     # Counts of a batch: name on the wire -> name of the metric, count / samples.
     counted: Mapping[str, str]
-    count: Callable[[Tensor, Tensor], tuple[int, ...]]  # (outputs, labels) -> these counts
+    # (outputs, labels) -> these counts, as numbers or tensors of one element each, which are
+    # fetched from a GPU together with the loss
+    count: Callable[[Tensor, Tensor], tuple[int | Tensor, ...]]
     # (outputs, most) -> for each sample the most likely classes, at most so many: their
     # probabilities (B, most) and indices (B, most); None: what is predicted is no class
     ranked: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
@@ -78,13 +81,15 @@ class Task:
 
     def step_figures(self, outputs: Tensor, y: Tensor, loss: Tensor) -> StepFigures:
         """Return the figures of a step with this loss."""
-        return StepFigures(loss.item(), self.count(outputs, y), len(y))
+        mean, *counts = numbers([loss, *self.count(outputs, y)])
+        return StepFigures(mean, tuple(map(int, counts)), len(y))
 
     def tally(self, outputs: Tensor, y: Tensor) -> Tally:
         """Return the tally of an evaluated batch."""
         loss_sum = self.loss(outputs, y, reduction="sum")
         table = self.table.count(outputs, y).cpu() if self.table else None
-        return Tally(len(y), self.count(outputs, y), loss_sum.item(), table)
+        summed, *counts = numbers([loss_sum, *self.count(outputs, y)])
+        return Tally(len(y), tuple(map(int, counts)), summed, table)
 
     def named_counts(self, counts: Sequence[int]) -> dict[str, int]:
         """Return counts by their names on the wire; zeros for empty ``counts``."""

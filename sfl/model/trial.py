@@ -35,11 +35,12 @@ class BlockOutput(NamedTuple):
 
 
 @contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
+def _own_random_state(devices: Collection[torch.device]) -> Iterator[None]:
     """Seed all generators alike for each pass, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
+    gpus = {device.index or 0 for device in devices if device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=sorted(gpus)):
             torch.default_generator.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
@@ -116,7 +117,7 @@ def _checksum(output: object) -> int:
     """Return a checksum of a block's output, which may be several tensors."""
     if isinstance(output, Tensor) and output.layout is torch.strided:
         flat = output.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return crc32(flat.view(torch.uint8).numpy()) if output.numel() else 0
+        return crc32(flat.view(torch.uint8).cpu().numpy()) if output.numel() else 0
     if isinstance(output, (dict, list, tuple)):
         parts = output.values() if isinstance(output, dict) else output
         return hash(tuple(_checksum(part) for part in parts))
@@ -127,7 +128,8 @@ class Trial:
     """Copies of a model's segments, for passes of a few samples.
 
     ``cuts``: for a model in one piece, the blocks at which it is otherwise cut, so that it computes
-    the same bits. ``samples``: expected spec of one sample at each cut.
+    the same bits. ``samples``: expected spec of one sample at each cut. ``devices``: of each
+    segment; the CPU if not given.
 
     Raises (from each method):
         ConfigError: the model cannot be run like this; the message names the block.
@@ -142,13 +144,15 @@ class Trial:
         *,
         cuts: Collection[int] = (),
         samples: Sequence[TensorSpec] = (),
+        devices: Sequence[torch.device] = (),
     ) -> None:
+        self._devices = devices or [CPU] * len(rows)
         self._rows, self._input_shape, self._num_classes = rows, input_shape, num_classes
         self._task, self._samples = training.task, samples
         self._segments = []
         firsts = itertools.accumulate(map(len, rows), initial=0)
-        for first, row in zip(firsts, rows, strict=False):
-            segment = _Watched(copied(row, first), first, training, CPU, cuts=cuts)
+        for first, row, device in zip(firsts, rows, self._devices, strict=False):
+            segment = _Watched(copied(row, first), first, training, device, cuts=cuts)
             self._segments.append(segment)
 
     def evaluate(self, size: int) -> tuple[list[Tensor], list[BlockOutput]]:
@@ -181,7 +185,7 @@ class Trial:
             segment.load(row.state_dict())
             segment.start_pass(outputs)
         try:
-            with _own_random_state():
+            with _own_random_state(self._devices):
                 yield outputs
         except StepFailed as error:
             raise ConfigError(str(error)) from error
@@ -219,7 +223,7 @@ class Trial:
     def _go_backward(self, outputs: Tensor, inputs: Sequence[Tensor]) -> None:
         """Go back from the loss through all segments, with what each has been given."""
         weights = self._segments[-1].class_weights
-        y = self._task.made_up_labels(len(outputs), self._num_classes)
+        y = self._task.made_up_labels(len(outputs), self._num_classes).to(outputs.device)
         grad: Tensor | None = self._task.loss(outputs, y, weight=weights)
         learns = any(p.requires_grad for row in self._rows for p in row.parameters())
         for index in reversed(range(len(self._segments))):
@@ -277,6 +281,7 @@ def _check_given(out: object, size: int, title: str) -> Tensor:
 
 def _backward_fault(segment: _Watched, z: Tensor, *, needs_gradient: bool) -> str:
     """Return the title of the first block that passes no gradient; else of the whole row."""
+    z = z.to(segment.device)
     for title, block in zip(segment.titles, segment.blocks, strict=True):
         try:
             given = z.detach().requires_grad_()

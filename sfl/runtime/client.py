@@ -43,6 +43,7 @@ from sfl.runtime.same_model import report_of
 from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
+from sfl.strategy.start_check import unordered
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.tokens import SERVER, seal_secret
 from sfl.transport.transports import transport_to
@@ -300,6 +301,8 @@ class _Loaded:
         self._report = report_of(self._data, self._split, shares_figures=self._node.share_figures)
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {recipe.title}, on {self._device}")
+        if found := unordered(self._split, {Holder.CLIENT: self._device}):
+            events.say(f"warning: {found}")
         self.log = ClientLog(recipe.task, run, folder, shows_bar=not process.hosts_many)
         self.num_starts = 0  # how often the server has started this client
 

@@ -26,12 +26,13 @@ from sfl.environment import (
     describe,
     differences,
     fingerprint,
+    named_devices,
     other_runtime,
 )
 from sfl.errors import DataError, RunError
 from sfl.files.torch_file import max_state_bytes
 from sfl.model.topology import Holder, Segments, States
-from sfl.nodes import NodeConfig, PeerNode
+from sfl.nodes import NodeConfig, PeerNode, SimulationNode
 from sfl.runtime.memory import memory_limit_bytes
 from sfl.runtime.preflight import check_disk, check_space, disk_bytes, knows_classes
 from sfl.runtime.resume import Past, load_backs, read_shared
@@ -44,7 +45,7 @@ from sfl.strategy.ranks import OneRank, Ranks
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
-from sfl.strategy.start_check import check_model
+from sfl.strategy.start_check import check_model, unordered
 from sfl.tracking.tracked import TrackedRun, Tracker
 from sfl.tracking.tracking import Tracking
 from sfl.weights.exchange import WeightStore
@@ -199,6 +200,11 @@ class Preparation:
                 "warning: the model came in eval() and stays in it while it is trained: it has no"
                 " dropout, and BatchNorm keeps its statistics"
             )
+        devices = {Holder.SERVER: self.devices[0]}
+        if isinstance(self.node, SimulationNode):  # which computes for the clients as well
+            devices[Holder.CLIENT] = named_devices(self.node.of_clients)[0]
+        if found := unordered(split, devices):
+            say(f"warning: {found}")
         if not split.front_spec:
             say("warning: the front has no weights: what clients send are their raw data")
 

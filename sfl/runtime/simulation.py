@@ -34,7 +34,7 @@ from sfl.environment import Devices, fingerprint, set_up_devices
 from sfl.errors import ConfigError, counted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder, hops_of
-from sfl.nodes import NodeConfig, TrackingNode
+from sfl.nodes import NodeConfig, SimulationNode, TrackingNode
 from sfl.runtime.hop_rounds import Hop, hop_folder
 from sfl.runtime.local_network import Away, LocalLink, LocalNetwork, local_pair
 from sfl.runtime.preflight import check_run, check_start
@@ -104,7 +104,10 @@ def simulate(
     check_start(start, recipe)
     recipe = started(recipe, start)
     num_clients = 1 if recipe.scheme.pooled else run.clients
-    devices = set_up_devices(node, num_clients, f"a simulation of {counted(num_clients, 'client')}")
+    where = f"a simulation of {counted(num_clients, 'client')}"
+    of_clients = node.of_clients if isinstance(node, SimulationNode) else node
+    clients_devices = set_up_devices(of_clients, num_clients, where)
+    devices = set_up_devices(node, num_clients, where)
     data = _load_all(recipe, node)
     if recipe.scheme.pooled:
         data = {0: pooled(data, recipe.run)}
@@ -117,7 +120,8 @@ def simulate(
         reporting_failure(folder),
     ):
         folder.events.say(f"run {path.name}: {counted(len(data), 'client')} in this process")
-        clients, network = _Clients(recipe, node, devices, data, start), LocalNetwork(away)
+        clients = _Clients(recipe, node, clients_devices, data, start)
+        network = LocalNetwork(away)
         options = StoreOptions(
             recipe.run.weights, path / "downloads", node.weights_timeout, node.weights_timeout, say
         )

@@ -24,7 +24,7 @@ from sfl.model.fusion import Fusion, Joint
 from sfl.model.segment import Segment
 from sfl.model.topology import Holder, Segments, joined
 from sfl.model.training import Training
-from sfl.model.trial import Trial, sample_specs, where_to_cut
+from sfl.model.trial import CPU, Trial, sample_specs, where_to_cut
 from sfl.model.zoo import build, split
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
@@ -168,9 +168,15 @@ class SplitModel:
         """Return a copy of a segment's blocks, with initial weights."""
         return copied(self._segments[name], self._first_blocks[name])
 
-    def trial(self, *, whole: bool = False) -> Trial:
-        """Return a trial with copies of the segments, or of the ``whole`` model in one piece."""
+    def trial(
+        self, *, whole: bool = False, devices: Mapping[Holder, torch.device] | None = None
+    ) -> Trial:
+        """Return a trial with copies of the segments, or of the ``whole`` model in one piece.
+
+        ``devices``: those of the parties that do not compute on the CPU, of segments alone.
+        """
         blocks = OrderedDict(item for row in self._unjoined for item in row._modules.items())
+        own = [(devices or {}).get(holder, CPU) for holder in self.recipe.segments.values()]
         return Trial(
             [nn.Sequential(blocks)] if whole else self._unjoined,
             self._training,
@@ -178,6 +184,7 @@ class SplitModel:
             self.num_classes,
             cuts=self.cuts if whole else (),
             samples=() if whole else self._cut_samples,
+            devices=() if whole else own,
         )
 
     def where_to_cut(self) -> str:

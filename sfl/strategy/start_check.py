@@ -5,14 +5,24 @@ batch or training mode, by state that a block keeps between calls, or by tensors
 other than as the tensor that is sent.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
+import torch
+
+from sfl.environment import deterministic_alone
 from sfl.errors import ConfigError, SflError, told
+from sfl.model.topology import Holder
 from sfl.model.trial import BlockOutput, Trial
 from sfl.strategy.split_model import SplitModel
 
 # BatchNorm needs two samples to train; three reveal code that only works for pairs.
 NUM_SAMPLES, MORE_SAMPLES = 2, 3
+# torch's message behind a block's title: "put_ does not have a deterministic implementation, ..."
+_NO_FORM = re.compile(
+    r"(.*?)(?: cannot train on a batch of \d+| fail): "
+    r"(?:\w+: )?(\S+) does not have a deterministic "
+)
 Pass = Callable[[Trial], list[BlockOutput]]
 _PASSES: tuple[Pass, ...] = (lambda t: t.evaluate(1)[1], lambda t: t.train(MORE_SAMPLES))
 
@@ -51,6 +61,37 @@ def needs_several_samples(split: SplitModel) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def unordered(split: SplitModel, devices: Mapping[Holder, torch.device]) -> str:
+    """Return which block some GPU computes in another order each time; "" if there is none.
+
+    ``devices``: of the parties that compute here. Nothing is tried where all of them are CPUs.
+    """
+    has_gpu = any(device.type == "cuda" for device in devices.values())
+    return try_in_order(split, devices) if has_gpu else ""
+
+
+def try_in_order(split: SplitModel, devices: Mapping[Holder, torch.device]) -> str:
+    """Train on a few samples, where operations without a deterministic form raise an error.
+
+    Return which block the first of them is in; "" if there is none.
+
+    Raises:
+        ConfigError: the model cannot be tried on these devices.
+    """
+    try:
+        with deterministic_alone():
+            split.trial(devices=devices).train(MORE_SAMPLES, backward=True)
+    except ConfigError as error:
+        if found := _NO_FORM.search(str(error)):
+            where, operation = found.groups()
+            return (
+                f"{where}: {operation} has no deterministic form on this device, so that the last"
+                " bit may differ when the run goes on after a failure, or is replayed"
+            )
+        raise
+    return ""
 
 
 def _run(make: Pass, trial: Trial) -> tuple[list[BlockOutput], str]:
