@@ -22,6 +22,7 @@ class Differences:
     """What was compared, and what differs."""
 
     tensors: int = 0
+    replayed: int = 0  # gradients of the second run
     count: int = 0  # of tensors, steps and figures that differ, or are there once
     lines: list[str] = field(default_factory=list)
 
@@ -41,7 +42,9 @@ def compare(whole: Path, other: Path) -> Differences:
         _compare_figures(ours, theirs, found)
     except IntegrityError as error:
         found.add(str(error))
-    for finding in check(theirs).findings:
+    report = check(theirs)
+    found.replayed = report.checked
+    for finding in report.findings:
         found.add(f"replay: {finding}")
     for hop in sorted(whole.parent.parent.glob(f"hop_*/{whole.name}")):
         _compare_hop(hop, other.parent.parent / hop.parent.name / other.name, found)

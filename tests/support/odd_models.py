@@ -431,3 +431,32 @@ def frozen_back(shape: Shape, classes: int) -> nn.Sequential:
 
 def all_in_eval(shape: Shape, classes: int) -> nn.Sequential:
     return norm_over_one_pixel(shape, classes).eval()
+
+
+# Operations without a deterministic form, in blocks 2 and 3
+
+
+class _NoOrder(torch.autograd.Function):
+    """Fails in its backward pass as torch does where a GPU sums in no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                "made_up_backward_cuda does not have a deterministic implementation, but you set"
+                " 'torch.use_deterministic_algorithms(True)'. You can turn off determinism ..."
+            )
+        return grads[0]
+
+
+def no_order_backward(shape: Shape, classes: int) -> nn.Sequential:
+    return around(nn.ReLU(), Apply(_NoOrder.apply))
+
+
+def no_order(shape: Shape, classes: int) -> nn.Sequential:
+    index = torch.zeros(1, dtype=torch.int64)
+    return around(Apply(lambda z: z.clone().put_(index, z.detach()[0, :1])), nn.ReLU())

@@ -3,6 +3,8 @@
 python -m experiments.bench.peers.alone SOCKET [run options]
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -10,14 +12,13 @@ from experiments.bench.peers.blocks import arguments, serve_blocks
 from experiments.bench.peers.task import Task
 
 
-def main() -> None:
-    address, options = arguments()
-    task = Task("alone", options)
+def stepper(task: Task) -> Callable[[], None]:
+    """Return a function that takes one step of each client, on the task's device."""
     clients = [(task.front(), task.back(), task.batches(k)) for k in range(task.run.clients)]
 
     def step() -> None:
         for front, back, batches in clients:
-            x, y = next(batches)
+            x, y = (tensor.to(task.device) for tensor in next(batches))
             z = front.blocks(x)
             cut = z.detach().requires_grad_()
             loss = nn.functional.cross_entropy(back.blocks(cut), y)
@@ -29,7 +30,12 @@ def main() -> None:
             front.optimizer.step()
             loss.item()
 
-    serve_blocks(address, 0, step)
+    return step
+
+
+def main() -> None:
+    address, options = arguments()
+    serve_blocks(address, 0, stepper(Task("alone", options)))
 
 
 if __name__ == "__main__":

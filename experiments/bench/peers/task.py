@@ -37,12 +37,14 @@ class Task:
         self.run, self._node = parse_options(options, RunConfig, NodeConfig, prog=prog, about=about)
         self._spec = dataset_of(self.run)
         torch.set_num_threads(self._node.threads)
+        named = self._node.device
+        self.device = torch.device("cpu" if named == "auto" else named)  # the peers' is the CPU
 
     def _half(self, index: int) -> Half:
         run, spec = self.run, self._spec
         recipe = Recipe.of(run)
         blocks = build(recipe.model, spec.input_shape, len(spec.classes), seed=run.seed)
-        half = split(blocks, *recipe.cuts)[index]
+        half = split(blocks, *recipe.cuts)[index].to(self.device)
         return Half(half, torch.optim.Adam(half.parameters(), lr=run.lr, fused=True))
 
     def front(self) -> Half:
