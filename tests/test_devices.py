@@ -1,12 +1,22 @@
 """--device cuda:0,cuda:1: the models of a process are spread over its devices, in turn."""
 
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from sfl import environment
 from sfl.config import RunConfig
-from sfl.environment import Devices, set_up_torch
+from sfl.environment import (
+    Devices,
+    check_fingerprint,
+    differences,
+    driver_version,
+    fingerprint,
+    set_up_torch,
+)
 from sfl.errors import ConfigError, RunError
 from sfl.model.topology import Holder
 from sfl.nodes import ClientNode, NodeConfig, ServerNode
@@ -96,3 +106,53 @@ def test_gpus_must_be_there_and_of_one_model(monkeypatch: pytest.MonkeyPatch) ->
         of("cuda:0,cuda:2")
     with pytest.raises(RunError, match="--device cuda:3: this machine has 3 such devices"):
         of("cuda:0,cuda:3")
+
+
+def test_a_gpu_is_known_by_name_driver_and_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version").write_text("570.86.15\n")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(
+        environment, "driver_version", partial(driver_version, tmp_path / "version")
+    )
+    found = fingerprint(torch.device("cuda"))
+    assert found["device"] == "cuda: NVIDIA H200, driver 570.86.15, CUDA 12.8, cuDNN 91002"
+    sent = {name: str(value) for name, value in found.items()}
+    assert check_fingerprint(sent) == found  # nothing is cut off on its way
+    (tmp_path / "other").write_text("570.99.1\n")
+    monkeypatch.setattr(environment, "driver_version", partial(driver_version, tmp_path / "other"))
+    (line,) = differences(found, fingerprint(torch.device("cuda")))
+    assert "570.99.1" in line
+    assert fingerprint(torch.device("cpu"))["device"] == "cpu"
+
+
+def test_without_a_driver_its_version_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no nvidia-smi
+    assert driver_version(tmp_path / "none") == "unknown"
+
+
+def test_cublas_has_a_fixed_order_before_a_gpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def device_count() -> int:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return 1
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(device_count()))
+    monkeypatch.setattr(torch.cuda, "device_count", device_count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restored at the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert set_up_torch(NodeConfig()).type == "cuda"
+    assert set(seen) == {":4096:8"}
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(RunError, match=r"CUBLAS_WORKSPACE_CONFIG=:0:0: .* set :4096:8 or :16:8"):
+        set_up_torch(NodeConfig(device="cuda"))

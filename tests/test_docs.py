@@ -155,6 +155,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--train", "--name", "--no-decoder"}  # experiments.web's
     known |= {"--ignore-scripts", "--prefix"}  # npm's
     known |= {"--num-cuts"}  # experiments.cuts's
+    known |= {"--minutes"}  # experiments.gpu_check's
     known |= {"--memory"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
     known |= {"--rows", "--blocks", "--steps", "--hosts"}  # bench's, measure.many_clients'
