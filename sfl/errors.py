@@ -13,6 +13,7 @@
      |   |- NotFinite      ... by NaN, infinity, or numbers whose squares overflow
      |   `- OtherVersion   ... by speaking another version of it
      |- ConnectionLost     the connection broke, or was silent for too long
+     |   `- HasClosed      ... the peer closed it between two messages
      |- PeerFailed         the peer reported why it cannot go on
      |   |- PeerCannot     ... for a reason that a retry does not remove
      |   `- PeerStopped    ... for a reason of its own
@@ -81,6 +82,10 @@ class OtherVersion(ProtocolError):
 
 class ConnectionLost(SflError):
     """The connection ended, or nothing arrived before the deadline."""
+
+
+class HasClosed(ConnectionLost):
+    """The peer closed the connection between two messages."""
 
 
 class PeerFailed(SflError):

@@ -47,11 +47,22 @@ def serve_site(options: Namespace, node: ServerNode, to_train: ClientNode) -> No
     check_packages()
     check_names(options.names)
     check_exposure(node, to_train, options.train)
+    refusals = RefusalLog(say)
+    with BoundedListener.on(node.host, node.port, refusals) as listener:  # before what takes long
+        _serve_at(listener, refusals, options, node, to_train)
+
+
+def _serve_at(
+    listener: BoundedListener,
+    refusals: RefusalLog,
+    options: Namespace,
+    node: ServerNode,
+    to_train: ClientNode,
+) -> None:
     path = chosen_run(options.run, node.out_path)
     machine = {name: getattr(node, name) for name in ("threads", "data_dir", "cache_dir")}
     run = open_run(path, allow_import=node.allow_import, **machine)
-    files = ModelFiles(run, node, options.client)
-    refusals, tls = RefusalLog(say), server_tls(node)
+    files, tls = ModelFiles(run, node, options.client), server_tls(node)
     serves = ServerNode(serve=str(path), port=0, **{n: getattr(node, n) for n in _OF_SERVICE})
     doors = Doors(node.host, options.names, is_tls=tls is not None)
     behind = {"/train": trainer_of(options.train, to_train)} if options.train else {}
@@ -60,7 +71,7 @@ def serve_site(options: Namespace, node: ServerNode, to_train: ClientNode) -> No
         behind["/predict"] = service_of(service.address)
         pages = Pages(routes_of(files, decoder, options.train, to_train), say)
         parts = Parts(pages, behind, doors, tls.context if tls else None)
-        with Site(parts, BoundedListener.on(node.host, node.port, refusals), refusals) as site:
+        with Site(parts, listener, refusals) as site:
             for line in told(node, options.names, site.port, files):
                 say(line)
             _wait(site, ended)
@@ -100,7 +111,7 @@ def chosen_run(name: str, out: Path) -> Path:
         return max(tables, key=lambda path: path.stat().st_mtime).parent
     raise RunError(
         f"there is no finished run in {out / 'server'}: make one, for example with python -m"
-        " experiments.demo, or give a run's folder"
+        " experiments.demo, or give a run's folder; --train needs one too, for the predictions"
     )
 
 

@@ -9,6 +9,7 @@ import http
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request
 
-from experiments.web.carry import MOST_IN_MESSAGE, Open, carry
+from experiments.web.carry import MOST_IN_MESSAGE, NotThere, Open, carry
 from experiments.web.doors import MOST_WEBSOCKETS, BoundedListener, Doors, Visitor
 from experiments.web.pages import MOST_PARAMETERS, Pages, Response, refusal
+from sfl.archive.run_folder import say
 from sfl.errors import RunError, SflError, counted, reason_of
 from sfl.transport.addresses import address_of
-from sfl.transport.refusal_log import RefusalLog
+from sfl.transport.refusal_log import EVERY_S, RefusalLog
 
 ANSWER_WITHIN_S = 300.0  # a request: making a model's file, and sending it over a slow link
 SAY_GOODBYE_S = 3.0
@@ -51,6 +53,7 @@ class Site:
         self.port: int = listener.getsockname()[1]
         self._workers = ThreadPoolExecutor(AT_ONCE, "sfl-web")
         self._num_websockets = 0
+        self._said_at: dict[str, float] = {}  # a line about a server that is not there
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._ready, self.has_ended = threading.Event(), threading.Event()
@@ -176,14 +179,24 @@ class Site:
 
     async def _handle(self, visitor: ServerConnection) -> None:
         self._num_websockets += 1
+        address = _address(visitor)  # a closed connection has none
         try:
             why = await carry(visitor, visitor.open_server)  # type: ignore[attr-defined]
             if why:
-                self._refusals.add(_address(visitor), why)
+                self._refusals.add(address, why)
+        except NotThere as error:
+            self._say_not_there(f"{visitor.request.path.partition('?')[0]}: {error}")
         except OSError as error:
-            self._refusals.add(_address(visitor), reason_of(error))
+            self._refusals.add(address, reason_of(error))
         finally:
             self._num_websockets -= 1
+
+    def _say_not_there(self, line: str) -> None:
+        """Say that a server behind the site does not answer; pages ask again and again."""
+        now = time.monotonic()
+        if now - self._said_at.get(line, -EVERY_S) >= EVERY_S:
+            self._said_at[line] = now
+            say(line)
 
 
 def _address(visitor: ServerConnection) -> str:

@@ -29,7 +29,7 @@ from sfl.data.client_data import DatasetSpec, batch_indices, held_out, normalise
 from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.partition import OWN
 from sfl.environment import fingerprint
-from sfl.errors import ConfigError, quoted
+from sfl.errors import ConfigError, SflError, quoted, reason_of
 from sfl.files.torch_file import encode_state
 from sfl.model.class_weights import BALANCED
 from sfl.model.structure import weights_checksum
@@ -59,7 +59,7 @@ def routes(address: str, node: ClientNode) -> dict[str, Route]:
     """Return the routes by which a page takes part in the run of the server at an address."""
     desk = _Desk(address, node)
     return {
-        "/training.json": lambda query: _json(desk.ask().described()),
+        "/training.json": lambda query: _json(_told(desk)),
         "/training/forward.onnx": lambda query: Answer(ONNX, desk.run().graphs.forward),
         "/training/step.onnx": lambda query: Answer(ONNX, desk.run().graphs.step),
         "/training/front.pt": lambda query: Answer(ONNX, desk.run().initial),
@@ -71,6 +71,15 @@ def routes(address: str, node: ClientNode) -> dict[str, Route]:
             desk.run().order(*_client_and_samples(query), _number(query, "round", 0, 2**31 - 1))
         ),
     }
+
+
+def _told(desk: "_Desk") -> dict[str, Any]:
+    """Return what a page knows of the run, or the problem: a page asks until there is a run."""
+    try:
+        return desk.ask().described()
+    except SflError as error:
+        problem = reason_of(error).partition("; see --server")[0]  # a page has no such options
+        return {"problem": problem}
 
 
 def _json(value: object) -> Answer:

@@ -18,7 +18,7 @@ from sfl.config import RunConfig
 from sfl.conversation.inference import InferenceParty, Offer, server_serve
 from sfl.conversation.limits import inference_limits
 from sfl.environment import set_up_torch
-from sfl.errors import ConfigError, NotYet, SflError, counted, reason_of
+from sfl.errors import ConfigError, HasClosed, NotYet, SflError, counted, reason_of
 from sfl.interactive.run import Run
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ServerNode
@@ -211,6 +211,8 @@ class Service:
             next(talk)
         except StopIteration:
             self._end(member, "", MessageType.UNREGISTER)
+        except HasClosed as error:  # as a closed tab leaves: no failure of one that was served
+            self._end(member, "" if member in self._served else str(error), MessageType.UNREGISTER)
         except SflError as error:
             self._end(member, str(error), last_words_for(error))
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # of this one's batch

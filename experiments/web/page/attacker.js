@@ -20,7 +20,7 @@ const TEXT = `
   <div id="attacker-view" hidden>
     <p id="attacker-note" class="quiet" aria-live="polite"></p>
     <progress id="attacker-progress" aria-label="training of the decoder" hidden></progress>
-    <div class="attacker-pair">
+    <div id="attacker-pair" class="attacker-pair">
       <figure>
         <canvas id="attacker-original" role="img" aria-label="the image that was sent last"></canvas>
         <figcaption class="quiet">stays here</figcaption>
@@ -87,9 +87,26 @@ class Attacker {
       const where = of ? `step ${done} of ${of}` : "it starts";
       this.part("note").textContent = `The decoder is being trained where this page comes from: ${where}.`;
     } else if (state === READY) {
+      this.part("pair").hidden = false;
       this.part("note").textContent = this.seen ? "" : NOTHING_SENT;
       this.part("about").textContent = aboutText(this.decoder, this.context.model);
-    } else this.part("note").textContent = `There is no decoder: ${note}`;
+    } else {
+      this.part("pair").hidden = true;
+      this.part("note").textContent = `This cannot be shown for this run: ${note}.`;
+    }
+  }
+
+  /** Show that nothing is sent of the sample that the page has now. */
+  wipe() {
+    this.seen = null;
+    if (this.decoder.state !== READY) return;
+    for (const name of ["original", "made"]) {
+      const canvas = this.part(name);
+      canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+    }
+    this.part("similarity").textContent = "–";
+    this.part("meter").value = 0;
+    this.part("note").textContent = NOTHING_SENT;
   }
 
   /** Make the image of what was sent last; what is in flight comes first. */
@@ -101,6 +118,7 @@ class Attacker {
       this.isOutdated = false;
       try {
         await this.make(this.seen);
+        if (!this.seen) this.wipe(); // nothing is sent any more
       } catch (error) {
         this.part("note").textContent = `the decoder cannot be run here: ${error.message}`;
       }
@@ -124,7 +142,7 @@ class Attacker {
   }
 }
 
-const NOTHING_SENT = "Nothing was sent yet: draw something in split inference.";
+const NOTHING_SENT = "Nothing is sent: draw something in split inference.";
 
 /** @returns {string} what the decoder is, and what its figures mean */
 function aboutText({ similarity, baseline, num_shadow: shadow, num_held_out: heldOut }, model) {
@@ -150,6 +168,7 @@ export function mount(section, context) {
   section.setAttribute("aria-labelledby", "attacker-title");
   const attacker = new Attacker(section, context);
   context.onFeatures((seen) => {
+    if (!seen) return attacker.wipe();
     if (seen.features.length !== 1) return; // of several cuts, the first tells most
     attacker.seen = seen;
     attacker.changed();

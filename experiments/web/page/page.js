@@ -84,8 +84,10 @@ export class Page {
     const x = normalised(pixels, this.model);
     const local = mode === "split" ? null : await whole(this.model, this.runtime, x);
     let far = null;
-    if (mode !== "whole") {
+    if (mode === "whole") this.tellFeatures(null);
+    else {
       if (!this.server.isConnected) {
+        this.tellFeatures(null);
         if (local) this.showFound(mode, local, null, pixels);
         else this.showNothing(); // what is shown was of another sample
         return tell(NO_ANSWER, "error");
@@ -140,23 +142,26 @@ export class Page {
     element("bytes-down").textContent = show.bytesText(bytesReceived);
     show.showTimes(element("times"), times);
     for (const [part, ms] of Object.entries(times)) {
-      element(`ms-${part}`).textContent = show.msText(ms);
+      element(`ms-${part}`).textContent = isSplit || part === "front" ? show.msText(ms) : NONE;
     }
+    const numbers = features.reduce((sum, { data }) => sum + 4 * data.length, 0);
+    element("wire-bytes").textContent = isSplit ? show.bytesText(numbers) : NONE;
     show.showMaps(element("maps"), features);
     element("maps-note").textContent = isSplit
       ? features.map(describedFeature).join("; ")
-      : "Nothing is sent: the whole model is computed here.";
+      : WHOLE;
   }
 
   showNothing() {
+    this.tellFeatures(null);
     show.showClass(element("class"), "–");
     element("wire-class").textContent = "class";
     this.bars.show(null);
     show.showMaps(element("maps"), []);
-    element("maps-note").textContent = EMPTY;
+    element("maps-note").textContent = chosen("mode") === "whole" ? WHOLE : EMPTY;
     element("compared").hidden = true;
-    for (const id of ["bytes-up", "bytes-down", "ms-front", "ms-way", "ms-back"]) {
-      element(id).textContent = "–";
+    for (const id of ["wire-bytes", "bytes-up", "bytes-down", "ms-front", "ms-way", "ms-back"]) {
+      element(id).textContent = NONE;
     }
     element("times").replaceChildren();
     this.last = null;
@@ -208,6 +213,7 @@ export class Page {
 
   useMode() {
     element("diagram").dataset.mode = chosen("mode");
+    element("lead").textContent = LEADS[chosen("mode")];
     this.changed();
   }
 }
@@ -215,7 +221,16 @@ export class Page {
 const QUIET_MS = 250;
 const READY = "Ready: draw, take a sample, or pick an image.";
 const NO_ANSWER = "The server does not answer; the whole model locally still works.";
-const EMPTY = "Draw something: these numbers, and nothing else, go to the server.";
+const NONE = "–";
+const EMPTY = "Draw something: these numbers of it, and nothing else, go to the server.";
+const WHOLE = "Nothing is sent: the whole model is computed here.";
+const LEADS = {
+  split: "The front of a trained network runs in this browser; only its activations go to the server.",
+  whole: "The whole of a trained network runs in this browser; nothing is sent.",
+  both:
+    "A trained network runs twice: all of it in this browser, and its front here with the rest at the" +
+    " server, to which only activations go.",
+};
 const WHERE = {
   split: "the front computed here, the back at the server",
   whole: "computed here, nothing was sent",

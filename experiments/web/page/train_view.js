@@ -4,7 +4,7 @@ import { loadPlan, Trainer } from "./training.js";
 import { readFolder } from "./folder.js";
 import { Front } from "./front.js";
 import { Samples } from "./samples.js";
-import { bytesText } from "./show.js";
+import { bytesText, counted } from "./show.js";
 import { Templates } from "./torchfile.js";
 
 const RUNTIME = "/ort/ort.wasm.min.mjs?training"; // an instance of its own, beside the predictions'
@@ -37,6 +37,8 @@ const HTML = `
     <div><dt>sent up</dt><dd data-is="sent">–</dd></div>
     <div><dt>came down</dt><dd data-is="received">–</dd></div>
   </dl>`;
+const LOOK_AGAIN_S = 3; // while there is no run
+const NO_RUN = "there is no run yet: the page looks for one by itself";
 const STATES = {
   connecting: "waiting", waiting: "connected", training: "connected", evaluating: "connected",
   lost: "waiting", done: "off",
@@ -72,7 +74,10 @@ class TrainView {
     this.#context = context;
     const on = (name, act) => this.#part(name).addEventListener("click", () => this.#guarded(act));
     on("add", () => this.addDrawing());
-    on("pick", () => this.#part("files").click());
+    on("pick", () => {
+      if (!this.plan) throw new Error(NO_RUN);
+      this.#part("files").click();
+    });
     on("forget", () => this.setSamples(null));
     on("start", () => this.start(this.#wantedClient()));
     on("stop", () => this.stop());
@@ -96,22 +101,39 @@ class TrainView {
     this.#part("state").dataset.state = state;
   }
 
-  /** Ask the site for the run. */
+  /** Ask the site for the run; while there is none and nothing runs, again and again. */
   async show() {
     try {
-      this.plan = await loadPlan(location.href);
+      if (!this.#stopping) this.#use(await loadPlan(location.href));
     } catch (error) {
-      this.#part("about").textContent = `${error.message}: Start tries again.`;
-      return;
+      this.#part("about").textContent =
+        `There is no run for this page yet: ${error.message}. The page looks again every ${LOOK_AGAIN_S} seconds.`;
     }
-    const { config, classes, most_samples: most } = this.plan;
+    if (!this.plan) setTimeout(() => this.show(), 1000 * LOOK_AGAIN_S);
+  }
+
+  /** Take a run as it is told, and show it. */
+  #use(plan) {
+    const before = this.plan?.classes ?? plan.classes;
+    if (this.#drawn.labels.length && String(before) !== String(plan.classes)) {
+      throw new Error("the run has other classes now: remove all samples, and add them with its labels");
+    }
+    const { config, classes, most_samples: most } = (this.plan = plan);
     this.#part("about").textContent =
       `Run ${config.run}: ${config.model}, ${config.scheme}, ${config.rounds} rounds. Your samples (at most` +
-      ` ${most}) never leave this browser. Their activations and labels do, and the front's weights.`;
+      ` ${most.toLocaleString("en")}) never leave this browser. Their activations and labels do, and the front's weights.`;
     const select = this.#section.querySelector("#training-label");
-    select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
-    this.#part("add").disabled = !this.#fitsDrawing();
+    if (String([...select.options].map(({ text }) => text)) !== String(classes)) {
+      select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
+    }
+    this.#part("add").disabled = this.#stopping !== null || !this.#fitsDrawing();
+    this.#settle();
     this.#showSamples();
+  }
+
+  /** Take back what was refused, once something else has been done. */
+  #settle() {
+    if (this.#part("state").dataset.state === "refused") this.#say("not started", "off");
   }
 
   #fitsDrawing() {
@@ -122,11 +144,15 @@ class TrainView {
   /** Add the drawing with the chosen label. */
   addDrawing() {
     const { pad } = this.#context.input;
+    if (!this.plan) throw new Error(`${NO_RUN}; the drawing stays`);
     if (pad.isEmpty) throw new Error("draw something first");
+    const label = this.#section.querySelector("#training-label").value;
+    if (label === "") throw new Error("choose a label first");
     this.#given = null;
     this.#drawn.pixels.push(pad.pixels());
-    this.#drawn.labels.push(Number(this.#section.querySelector("#training-label").value));
+    this.#drawn.labels.push(Number(label));
     pad.clear();
+    this.#settle();
     this.#showSamples();
   }
 
@@ -134,10 +160,14 @@ class TrainView {
    * Take samples that a program gives, in place of all others.
    * @param {{train: object, validation?: object, test?: object, classes?: string[]} | null} given as
    *   samples.js takes them; null: none
+   * @throws {Error} there is no run yet, or they are laid out otherwise
    */
   setSamples(given) {
+    if (given && !this.plan) throw new Error(NO_RUN);
+    if (given) new Samples(this.plan, given); // checks them
     this.#given = given;
     this.#drawn = { pixels: [], labels: [] };
+    this.#settle();
     this.#showSamples();
   }
 
@@ -159,12 +189,13 @@ class TrainView {
   }
 
   #showSamples() {
+    if (!this.plan) return;
     const { train, test, classes = this.plan.classes } = this.#samples();
     const counts = classes.map((name, index) => [name, train.labels.filter((y) => y === index).length]);
-    const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count}`);
-    const more = test ? `, and ${test.labels.length} to test` : "";
+    const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count.toLocaleString("en")}`);
+    const more = test ? `, and ${test.labels.length.toLocaleString("en")} to test` : "";
     this.#part("samples").textContent = train.labels.length
-      ? `${train.labels.length} samples (${some.slice(0, 20).join(", ")})${more}`
+      ? `${counted(train.labels.length, "sample")} (${some.slice(0, 20).join(", ")})${more}`
       : "no samples yet: draw and add, or pick a folder";
   }
 
@@ -186,7 +217,7 @@ class TrainView {
       await this.#train(client, this.#stopping.signal);
       this.#say("the run is over", "off");
     } catch (error) {
-      this.#say(error.message, this.#stopping.signal.aborted ? "off" : "refused");
+      this.#say(inWords(error.message), this.#stopping.signal.aborted ? "off" : "refused");
     } finally {
       this.#stopping = null;
       this.#running(false);
@@ -200,14 +231,15 @@ class TrainView {
 
   #running(isRunning) {
     for (const name of ["start", "add", "pick", "forget"]) this.#part(name).disabled = isRunning;
-    this.#part("add").disabled = isRunning || !this.plan || !this.#fitsDrawing();
+    this.#part("add").disabled = isRunning || (this.plan !== null && !this.#fitsDrawing());
     this.#part("stop").disabled = !isRunning;
+    document.querySelector("#leaves-training").hidden = !isRunning;
   }
 
   async #train(client, signal) {
     const base = location.href;
     this.#say("loading the front …", "waiting");
-    this.plan = await loadPlan(base);
+    this.#use(await loadPlan(base));
     const ort = await import(RUNTIME);
     ort.env.wasm.wasmPaths = "/ort/";
     ort.env.wasm.numThreads = 1;
@@ -240,6 +272,14 @@ class TrainView {
     };
     for (const [name, text] of Object.entries(shown)) this.#part(name).textContent = text;
   }
+}
+
+/** Return a server's refusal as a page says it, which has no options. */
+function inWords(text) {
+  return text
+    .replace(/^the server [a-z ]+: --client-id (\d+)/, "client $1")
+    .replace("this run has the ids", "this run has")
+    .replace(/;? ?see --server and --(re)?connect-timeout/, "");
 }
 
 function percent(share) {

@@ -27,9 +27,12 @@ const FREE = ["rounds", "keep_tensors", "keep_models", "test_every", "stop_when"
 /**
  * Return what the site knows of the run.
  * @param {URL | string} base the site's address
+ * @throws {TrainingError} there is no run now in which a page can take part
  */
 export async function loadPlan(base, fetcher = (url) => fetch(url)) {
-  return getJson(fetcher, new URL("training.json", base));
+  const plan = await getJson(fetcher, new URL("training.json", base));
+  if (plan.problem) throw new TrainingError(oneLine(plan.problem));
+  return plan;
 }
 
 /**
