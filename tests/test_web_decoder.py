@@ -153,6 +153,10 @@ def ended(process: DecoderProcess) -> dict[str, object]:
     raise AssertionError(told)
 
 
+BLANK = """[...document.querySelectorAll("#attacker-pair canvas")].every((c) =>
+  c.getContext("2d").getImageData(0, 0, c.width, c.height).data.every((level) => !level))"""
+
+
 @needs_chromium
 @needs_runtime
 def test_the_page_shows_what_an_attacker_sees(
@@ -182,6 +186,16 @@ def test_the_page_shows_what_an_attacker_sees(
         tab.draw("#pad", [(0.2, 0.5), (0.8, 0.5)], "pen")
         tab.wait_for(f"{attacker}.last.similarity !== {first!r}")
         assert f"{ended(process)['similarity']:.2f} on average" in tab.text("#attacker-about")
+        similarity = "document.querySelector('#attacker-similarity').innerText"
+        tab.click("input[value=whole]")
+        tab.wait_for(f"{similarity} === '\N{EN DASH}'")
+        assert tab.text("#attacker-note").startswith("Nothing is sent")
+        assert tab.evaluate(BLANK)
+        tab.click("input[value=split]")
+        tab.wait_for(f"{similarity} !== '\N{EN DASH}'")
+        tab.click("#clear")
+        tab.wait_for(f"{similarity} === '\N{EN DASH}'")
+        assert tab.evaluate(BLANK)
         assert (tab.errors, tab.hosts) == ([], {site.host})
         tab.close()
 

@@ -143,6 +143,7 @@ def test_only_the_cut_tensor_leaves_the_machine(browser: Chromium, site: Website
         tensor = np.array(tab.evaluate("[...sfl.page.last.far.features[0].data]"), np.float32)
         assert tensor.shape == (400,)
         eventually(lambda: tensor.tobytes() in sent_by(tab))
+        assert tab.text("#wire-bytes") == "1.6 kB"
         assert tab.text("#maps-note").startswith("16 maps of 5 \N{MULTIPLICATION SIGN} 5, 1.6 kB")
         assert tab.evaluate("document.querySelectorAll('#maps canvas').length") == 16
         batches = sent_by(tab).count(b"INFERENCE_BATCH")
@@ -150,6 +151,9 @@ def test_only_the_cut_tensor_leaves_the_machine(browser: Chromium, site: Website
         tab.draw("#pad", ONE)
         found = predicted(tab, "whole")
         assert tab.text("#bytes-up") == "0 B"
+        for place in ("#wire-bytes", "#ms-way", "#ms-back"):
+            assert tab.text(place) == NONE
+        assert "nothing is sent" in tab.text("#lead")
         leaks = {
             "bytes": "sfl.page.input.pad.pixels()",
             "floats": "sfl.page.input.values()",

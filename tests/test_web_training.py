@@ -218,6 +218,7 @@ def check_steps(run: Path, client: int, data_dir: Path) -> int:
     return count
 
 
+PART = "((name) => document.querySelector(`#training [data-is=${name}]`).innerText)"
 BEGIN = """
 (async () => {
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -250,8 +251,22 @@ def test_two_tabs_beside_a_python_client(
 ) -> None:
     """One of them is closed in the second round, and another tab goes on with its samples."""
     owns = [Own.of(k, 480, 200) for k in range(3)]
+    one = chromium.open(site)  # before the server is there
+    one.wait_for(f"{PART}('about').startsWith('There is no run for this page yet: no server at')")
+    assert "--" not in one.text("#training [data-is=about]")
+    one.draw("#pad", [(0.3, 0.3), (0.7, 0.7)])
+    one.click("#training [data-is=add]")
+    one.wait_for(f"{PART}('state').startsWith('there is no run yet')")
     server = start(launcher, tmp_path, owns, "--rounds", 3, "--model", "mlp", "--batch-size", 32)
-    one, closed = (chromium.open(site) for _ in range(2))
+    one.wait_for("document.querySelector('#training-label').options.length === 10")
+    assert one.text("#training [data-is=state]") == "not started"
+    one.evaluate("document.querySelector('#training-label').value = 7")
+    one.click("#training [data-is=add]")
+    one.wait_for(f"{PART}('samples') === '1 sample (7: 1)'")
+    one.evaluate("sfl.training.start(9)")
+    one.wait_for(f"{PART}('state') === 'client 9: this run has 0 to 2'")
+    one.evaluate("sfl.training.setSamples(null)")
+    closed = chromium.open(site)
     begin(one, owns[1], 1)
     begin(closed, owns[2], 2, sends=46)
     closed.wait_for("window.hangs")
