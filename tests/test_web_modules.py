@@ -17,7 +17,7 @@ import sfl
 from experiments.web.templates import parse_spec, state_template, tensor_template
 from sfl.conversation.inference import described
 from sfl.errors import ConfigError
-from sfl.files.torch_file import TensorSpec, encode, encode_state, state_spec
+from sfl.files.torch_file import TensorSpec, encode, encode_state, max_file_bytes, state_spec
 from sfl.trained.export import back_checksum
 from sfl.values import Position
 from sfl.wire.framing import Decoder, encode_head
@@ -232,6 +232,7 @@ def test_split_inference_from_javascript(
         "hello": described(run.split),
         "features": [{"link": 0, "shape": [128]}],
         "back_checksum": back_checksum(run),
+        "overhead_bytes": max_file_bytes([TensorSpec((0,), torch.float32)]),
         "sfl": "test",
     }
     shapes = [(size, width) for size in (1, 5) for width in (128, 10)]

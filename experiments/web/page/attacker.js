@@ -92,6 +92,25 @@ class Attacker {
     } else this.part("note").textContent = `There is no decoder: ${note}`;
   }
 
+  /** Take what was sent; null: what is shown now was not, or is nothing. */
+  sees(seen) {
+    const hadSome = this.seen !== null;
+    this.seen = seen;
+    if (seen) this.changed();
+    else if (hadSome) this.showNothing();
+  }
+
+  showNothing() {
+    this.last = null;
+    for (const name of ["original", "made"]) {
+      const canvas = this.part(name);
+      canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+    }
+    this.part("similarity").textContent = "–";
+    this.part("meter").value = 0;
+    if (this.decoder.state === READY) this.part("note").textContent = NOTHING_SENT;
+  }
+
   /** Make the image of what was sent last; what is in flight comes first. */
   async changed() {
     this.isOutdated = true;
@@ -113,6 +132,7 @@ class Attacker {
     const sent = this.context.model.features.find((feature) => feature.link === link).shape;
     const session = await this.context.sessionFor("/decoder.onnx");
     const made = await session.compute(data, [1, ...sent]);
+    if (!this.seen) return; // the drawing was cleared meanwhile
     const similarity = ssim(pixels, made.data, shape);
     const bytes = (values) => Array.from(values, (value) => Math.round(255 * value));
     showPixels(this.part("original"), bytes(pixels), shape);
@@ -150,9 +170,8 @@ export function mount(section, context) {
   section.setAttribute("aria-labelledby", "attacker-title");
   const attacker = new Attacker(section, context);
   context.onFeatures((seen) => {
-    if (seen.features.length !== 1) return; // of several cuts, the first tells most
-    attacker.seen = seen;
-    attacker.changed();
+    if (seen?.features.length > 1) return; // of several cuts, the first tells most
+    attacker.sees(seen);
   });
   attacker.part("on").addEventListener("change", () => attacker.switched());
   section.attacker = attacker;

@@ -1,7 +1,8 @@
 /** The page's parts together: predicts as the sample or the way of computing it changes. */
 
 import { Input } from "./input.js";
-import { normalised, split, whole } from "./predict.js";
+import { normalised } from "./normalise.js";
+import { split, whole } from "./predict.js";
 import { Runtime } from "./runtime.js";
 import { Server } from "./server.js";
 import * as show from "./show.js";
@@ -99,6 +100,7 @@ export class Page {
     return this.showFound(mode, local, far, pixels);
   }
 
+  /** Tell the other parts what is sent; null: nothing that is shown was. */
   tellFeatures(seen) {
     for (const listener of this.listeners) {
       try {
@@ -143,12 +145,14 @@ export class Page {
       element(`ms-${part}`).textContent = show.msText(ms);
     }
     show.showMaps(element("maps"), features);
+    if (!isSplit) this.tellFeatures(null);
     element("maps-note").textContent = isSplit
       ? features.map(describedFeature).join("; ")
       : "Nothing is sent: the whole model is computed here.";
   }
 
   showNothing() {
+    this.tellFeatures(null);
     show.showClass(element("class"), "–");
     element("wire-class").textContent = "class";
     this.bars.show(null);
@@ -171,7 +175,7 @@ export class Page {
     if (state === "connected") {
       if (this.input.isEmpty && this.isReady) tell(READY);
       this.changed();
-    } else if (isNew && state !== "connecting" && chosen("mode") !== "whole") {
+    } else if (isNew && !QUIET.has(state) && chosen("mode") !== "whole") {
       tell(state === "refused" ? words : NO_ANSWER, "error");
     }
   }
@@ -213,6 +217,7 @@ export class Page {
 }
 
 const QUIET_MS = 250;
+const QUIET = new Set(["connecting", "off"]); // states of the connection that need no message
 const READY = "Ready: draw, take a sample, or pick an image.";
 const NO_ANSWER = "The server does not answer; the whole model locally still works.";
 const EMPTY = "Draw something: these numbers, and nothing else, go to the server.";

@@ -1,5 +1,6 @@
 // The part of the page that trains: samples of one's own, start and stop, and how it goes.
 
+import { Collection } from "./collection.js";
 import { loadPlan, Trainer } from "./training.js";
 import { readFolder } from "./folder.js";
 import { Front } from "./front.js";
@@ -62,8 +63,7 @@ class TrainView {
   #section;
   #context;
   #stopping = null; // ends the training that runs
-  #given = null; // samples of a folder or of a program: {train, validation, test, classes}
-  #drawn = { pixels: [], labels: [] };
+  #samples = new Collection([]);
   plan = null;
   progress = null; // the last one that was told
 
@@ -111,7 +111,7 @@ class TrainView {
     const select = this.#section.querySelector("#training-label");
     select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
     this.#part("add").disabled = !this.#fitsDrawing();
-    this.#showSamples();
+    this.setSamples(null);
   }
 
   #fitsDrawing() {
@@ -123,9 +123,7 @@ class TrainView {
   addDrawing() {
     const { pad } = this.#context.input;
     if (pad.isEmpty) throw new Error("draw something first");
-    this.#given = null;
-    this.#drawn.pixels.push(pad.pixels());
-    this.#drawn.labels.push(Number(this.#section.querySelector("#training-label").value));
+    this.#samples.draw(pad.pixels(), Number(this.#section.querySelector("#training-label").value));
     pad.clear();
     this.#showSamples();
   }
@@ -136,30 +134,24 @@ class TrainView {
    *   samples.js takes them; null: none
    */
   setSamples(given) {
-    this.#given = given;
-    this.#drawn = { pixels: [], labels: [] };
+    this.#samples = new Collection(this.plan.classes);
+    if (given) this.#samples.take(given);
     this.#showSamples();
   }
 
   async #pick(input) {
     const note = this.#part("samples");
     const onProgress = (done, of) => (note.textContent = `reading image ${done} of ${of} …`);
-    const given = await readFolder(input.files, this.plan.input_shape, onProgress);
-    input.value = "";
-    this.setSamples(given);
-  }
-
-  #samples() {
-    if (this.#given) return this.#given;
-    const { pixels, labels } = this.#drawn;
-    const size = this.plan.input_shape.reduce((product, side) => product * side, 1);
-    const whole = new Uint8Array(pixels.length * size);
-    pixels.forEach((one, row) => whole.set(one, row * size));
-    return { train: { pixels: whole, labels } };
+    try {
+      this.#samples.take(await readFolder(input.files, this.plan.input_shape, onProgress));
+    } finally {
+      input.value = "";
+      this.#showSamples();
+    }
   }
 
   #showSamples() {
-    const { train, test, classes = this.plan.classes } = this.#samples();
+    const { train, test, classes } = this.#samples.all();
     const counts = classes.map((name, index) => [name, train.labels.filter((y) => y === index).length]);
     const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count}`);
     const more = test ? `, and ${test.labels.length} to test` : "";
@@ -207,12 +199,13 @@ class TrainView {
   async #train(client, signal) {
     const base = location.href;
     this.#say("loading the front …", "waiting");
+    if (!this.plan) await this.show();
     this.plan = await loadPlan(base);
     const ort = await import(RUNTIME);
     ort.env.wasm.wasmPaths = "/ort/";
     ort.env.wasm.numThreads = 1;
     const front = await Front.load(ort, this.plan, base);
-    const samples = new Samples(this.plan, this.#samples());
+    const samples = new Samples(this.plan, this.#samples.all({ withPixels: true }));
     const url = new URL("train", base.replace(/^http/, "ws"));
     if (client !== null) url.searchParams.set("client", client);
     const trainer = new Trainer({
