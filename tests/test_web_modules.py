@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import math
+import struct
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import sfl
 from experiments.web.templates import parse_spec, state_template, tensor_template
 from sfl.conversation.inference import described
 from sfl.errors import ConfigError
-from sfl.files.torch_file import TensorSpec, encode, encode_state, state_spec
+from sfl.files.torch_file import TensorSpec, encode, encode_state, max_file_bytes, state_spec
 from sfl.trained.export import back_checksum
 from sfl.values import Position
 from sfl.wire.framing import Decoder, encode_head
@@ -66,7 +68,7 @@ def decoded(data: bytes) -> Message:
 
 FRAMES = """
 import { Decoder, encode } from "./frames.js";
-const [stream, frame] = args;
+const [stream, frame, strange] = args;
 const limits = { TRAINING_GRADS: 20000 };
 const found = {};
 for (const size of [1, 7, 100, 1e6]) {
@@ -94,15 +96,37 @@ const damaged = Array.from(frame, (byte, at) => {
   return caught(limits, copy);
 });
 const tooLarge = caught({ TRAINING_GRADS: 9 }, frame);
-answer({ found, damaged, tooLarge, fine: caught(limits, frame) });
+const refused = strange.map((one) => caught(limits, one));
+answer({ found, damaged, tooLarge, refused, fine: caught(limits, frame) });
 """
+
+
+def strange_frames() -> dict[str, bytes]:
+    """Return frames with right checksums that the protocol forbids, by what the page says."""
+    plain, json_bytes = frame(Message(MessageType.MESSAGE))[:20], frame(MESSAGES[0])[28:]
+    deep = json_bytes.replace(b'"content":""', b'"content":' + b"[" * 16 + b"]" * 16)
+    twice = json_bytes[:-1] + b',"ro\\u0075nd":1}'
+    found = {
+        "flags": (plain[:5] + b"\x80" + plain[6:], json_bytes),
+        "that this page does not know": (plain[:6] + b"\0\x09" + plain[8:], json_bytes),
+        "names a field twice": (plain, twice),
+        "nested more than 16 deep": (plain, deep),
+    }
+    return {why: _with_checksums(head, text) for why, (head, text) in found.items()}
+
+
+def _with_checksums(head: bytes, text: bytes) -> bytes:
+    head = head[:8] + struct.pack(">I", len(text)) + head[12:20]
+    head += struct.pack(">I", zlib.crc32(text))
+    return head + struct.pack(">I", zlib.crc32(head)) + text
 
 
 @needs_node
 def test_frames_pass_both_ways_and_damage_is_found() -> None:
     stream = b"".join(map(frame, MESSAGES))
     small = Message(MessageType.TRAINING_GRADS, content="x", payload=b"0123456789")
-    result = run_module(FRAMES, stream, frame(small))
+    strange = strange_frames()
+    result = run_module(FRAMES, stream, frame(small), list(strange.values()))
     for again in result["found"].values():
         assert len(again) == len(MESSAGES)
         for sent, data in zip(MESSAGES, again, strict=True):
@@ -114,6 +138,8 @@ def test_frames_pass_both_ways_and_damage_is_found() -> None:
     assert result["fine"] == "whole"
     assert result["damaged"].count("whole") == 0
     assert "at most 9 are accepted" in result["tooLarge"]
+    for why, said in zip(strange, result["refused"], strict=True):
+        assert why in said
 
 
 TORCH = """
@@ -232,6 +258,7 @@ def test_split_inference_from_javascript(
         "hello": described(run.split),
         "features": [{"link": 0, "shape": [128]}],
         "back_checksum": back_checksum(run),
+        "overhead_bytes": max_file_bytes([TensorSpec((0,), torch.float32)]),
         "sfl": "test",
     }
     shapes = [(size, width) for size in (1, 5) for width in (128, 10)]
@@ -265,6 +292,10 @@ for (const type of ["TRY_AGAIN", "END_RUN", "INVALID_MESSAGE", "GO_ON"]) {
   const one = await Connection.open(`${url}${type}`);
   found[type] = await one.receive(["REGISTERED"]).catch(told);
 }
+for (const path of ["close/1013", "close/1003", "close/1000", "unknown"]) {
+  const one = await Connection.open(`${url}${path}`);
+  found[path] = await one.receive(["REGISTERED"]).catch(told);
+}
 const stops = new AbortController();
 const stopped = await Connection.open(`${url}silent`, { signal: stops.signal });
 stopped.farewell = "UNREGISTER";
@@ -282,7 +313,12 @@ def test_silence_and_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     def handle(socket: ServerConnection) -> None:
         assert socket.request
         name = socket.request.path[1:]
-        if name != "silent":
+        if name.startswith("close/"):
+            return socket.close(int(name[6:]), "the site\nsays why")
+        if name == "unknown":
+            text = b'{"type":"constructor","run":"","round":-1,"step":-1,"client":-1,"link":0}'
+            socket.send(_with_checksums(frame(MESSAGES[0])[:20], text))
+        elif name != "silent":
             socket.send(frame(Message(MessageType(name), content="not\nnow")))
         with contextlib.suppress(ConnectionClosed):
             for data in socket:
@@ -302,6 +338,10 @@ def test_silence_and_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["INVALID_MESSAGE"]["said"] == "the server refused this page: not now"
     assert found["GO_ON"]["said"] == "the server sent GO_ON, expected was REGISTERED"
     assert found["stopped"]["said"] == "stopped in the page"
+    assert found["close/1013"] == {"said": "the site says why", "again": True}
+    assert found["close/1003"] == {"said": "the site says why", "again": False}
+    assert found["close/1000"]["again"]
+    assert found["unknown"]["said"] == "the server sent constructor, expected was REGISTERED"
     assert came.count(MessageType.HEARTBEAT) >= 3
     assert came[-2:] == [MessageType.INVALID_MESSAGE, MessageType.UNREGISTER]
 

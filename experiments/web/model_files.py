@@ -18,6 +18,7 @@ from sfl.conversation.inference import described
 from sfl.data.client_data import Source, load
 from sfl.data.samples import Samples, nothing
 from sfl.errors import ConfigError, DataError, counted, quoted, reason_of
+from sfl.files.torch_file import TensorSpec, max_file_bytes
 from sfl.interactive.run import Run
 from sfl.model.portable import WHOLE
 from sfl.model.topology import Holder, route
@@ -123,6 +124,7 @@ class ModelFiles:
             "back_checksum": back_checksum(run),
             "sfl": __version__,
             "hello": described(run.split),
+            "overhead_bytes": max_file_bytes([TensorSpec((0,), torch.float32)]),
             "features": [
                 {"link": link, "shape": list(shape), "maps": maps[link], "sent": link in sent}
                 for link, shape in enumerate(shapes)

@@ -30,17 +30,18 @@ from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.partition import OWN
 from sfl.environment import fingerprint
 from sfl.errors import ConfigError, SflError, quoted, reason_of
-from sfl.files.torch_file import encode_state
+from sfl.files.torch_file import encode_state, max_file_bytes
 from sfl.model.class_weights import BALANCED
 from sfl.model.structure import weights_checksum
 from sfl.model.topology import Holder
 from sfl.model.zoo import MODELS
 from sfl.nodes import ClientNode
+from sfl.options import CAN_GROW
 from sfl.runtime.access import Access
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.tokens import SERVER
+from sfl.transport.tokens import SERVER, tokens_of
 from sfl.transport.transports import transport_to
 from sfl.weights.stores import SOCKET
 from sfl.wire.driver import run_blocking
@@ -57,9 +58,10 @@ _OPTIMIZERS: Final = ("adam", "sgd")
 
 def routes(address: str, node: ClientNode) -> dict[str, Route]:
     """Return the routes by which a page takes part in the run of the server at an address."""
-    desk = _Desk(address, node)
+    desk, tokens = _Desk(address, node), tokens_of(node)
+    client = {"client": tokens.only_client if tokens else None}
     return {
-        "/training.json": lambda query: _json(_told(desk)),
+        "/training.json": lambda query: _json(_told(desk, client)),
         "/training/forward.onnx": lambda query: Answer(ONNX, desk.run().graphs.forward),
         "/training/step.onnx": lambda query: Answer(ONNX, desk.run().graphs.step),
         "/training/front.pt": lambda query: Answer(ONNX, desk.run().initial),
@@ -73,10 +75,10 @@ def routes(address: str, node: ClientNode) -> dict[str, Route]:
     }
 
 
-def _told(desk: "_Desk") -> dict[str, Any]:
+def _told(desk: "_Desk", more: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a page knows of the run, or the problem: a page asks until there is a run."""
     try:
-        return desk.ask().described()
+        return desk.ask().described() | dict(more)
     except SflError as error:
         problem = reason_of(error).partition("; see --server")[0]  # a page has no such options
         return {"problem": problem}
@@ -206,6 +208,8 @@ class TrainedRun:
                 "proximal_mu": run.fedprox_mu,
             },
             "most_samples": MOST_SAMPLES,
+            "most_gradients": max_file_bytes([split.features_spec(run.batch_size + 1)]),
+            "may_differ": sorted(CAN_GROW),
             "worst": self.graphs.worst,
             "sfl": __version__,
         }

@@ -96,17 +96,23 @@ class Attacker {
     }
   }
 
-  /** Show that nothing is sent of the sample that the page has now. */
-  wipe() {
-    this.seen = null;
-    if (this.decoder.state !== READY) return;
+  /** Take what was sent; null: what is shown now was not, or is nothing. */
+  sees(seen) {
+    const hadSome = this.seen !== null;
+    this.seen = seen;
+    if (seen) this.changed();
+    else if (hadSome) this.showNothing();
+  }
+
+  showNothing() {
+    this.last = null;
     for (const name of ["original", "made"]) {
       const canvas = this.part(name);
       canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
     }
     this.part("similarity").textContent = "–";
     this.part("meter").value = 0;
-    this.part("note").textContent = NOTHING_SENT;
+    if (this.decoder.state === READY) this.part("note").textContent = NOTHING_SENT;
   }
 
   /** Make the image of what was sent last; what is in flight comes first. */
@@ -118,7 +124,6 @@ class Attacker {
       this.isOutdated = false;
       try {
         await this.make(this.seen);
-        if (!this.seen) this.wipe(); // nothing is sent any more
       } catch (error) {
         this.part("note").textContent = `the decoder cannot be run here: ${error.message}`;
       }
@@ -131,6 +136,7 @@ class Attacker {
     const sent = this.context.model.features.find((feature) => feature.link === link).shape;
     const session = await this.context.sessionFor("/decoder.onnx");
     const made = await session.compute(data, [1, ...sent]);
+    if (!this.seen) return; // the drawing was cleared meanwhile
     const similarity = ssim(pixels, made.data, shape);
     const bytes = (values) => Array.from(values, (value) => Math.round(255 * value));
     showPixels(this.part("original"), bytes(pixels), shape);
@@ -168,10 +174,8 @@ export function mount(section, context) {
   section.setAttribute("aria-labelledby", "attacker-title");
   const attacker = new Attacker(section, context);
   context.onFeatures((seen) => {
-    if (!seen) return attacker.wipe();
-    if (seen.features.length !== 1) return; // of several cuts, the first tells most
-    attacker.seen = seen;
-    attacker.changed();
+    if (seen?.features.length > 1) return; // of several cuts, the first tells most
+    attacker.sees(seen);
   });
   attacker.part("on").addEventListener("change", () => attacker.switched());
   section.attacker = attacker;

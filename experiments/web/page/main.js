@@ -14,9 +14,9 @@ import { startTheme } from "./theme.js";
  * @property {(url: string) => Promise<object>} sessionFor  a model: `compute(data, shape)`, `run(feeds)`
  * @property {() => Float32Array} canvasPixels  the sample, flat, of `input_shape`, before
  *   normalisation; of images in [0, 1]
- * @property {(listener: (seen: Seen | null) => void) => () => void} onFeatures  told of what is sent to
- *   the server, each time, with the sample that it was made of, and by null that nothing is sent of
- *   what is shown; returns what ends this
+ * @property {(listener: (seen: Seen | null) => void) => () => void} onFeatures  told of what is sent to the
+ *   server, each time, with the sample that it was made of, and null once nothing that is shown was
+ *   sent; returns what ends this
  * @property {import("./input.js").Input} input  the drawing: `input.pad` is null where samples are no images
  * @property {(error: Error | string) => void} tell  shows an error in the status line
  *
@@ -67,7 +67,6 @@ async function start() {
     event.preventDefault();
     connect();
   });
-  addEventListener("pagehide", () => page.server.leave());
   element("modes").addEventListener("change", () => page.useMode());
   element("backends").addEventListener("change", () => page.useBackend());
   page.useMode();
@@ -76,7 +75,11 @@ async function start() {
     element("modes").querySelector("[value=whole]").checked = true;
     page.useMode();
     element("connection").textContent = "this model has no cut: nothing is sent";
-  } else connect();
+  } else {
+    connect();
+    addEventListener("pagehide", () => page.server.leave());
+    addEventListener("pageshow", ({ persisted }) => persisted && connect()); // kept, and come back to
+  }
   if (model.runtime) await page.useBackend();
   else tell(`onnxruntime-web is not installed where this page comes from. There: ${model.install}`, "error");
   await mountOthers(model, context);

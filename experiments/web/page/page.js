@@ -1,7 +1,8 @@
 /** The page's parts together: predicts as the sample or the way of computing it changes. */
 
 import { Input } from "./input.js";
-import { normalised, split, whole } from "./predict.js";
+import { normalised } from "./normalise.js";
+import { split, whole } from "./predict.js";
 import { Runtime } from "./runtime.js";
 import { Server } from "./server.js";
 import * as show from "./show.js";
@@ -84,10 +85,8 @@ export class Page {
     const x = normalised(pixels, this.model);
     const local = mode === "split" ? null : await whole(this.model, this.runtime, x);
     let far = null;
-    if (mode === "whole") this.tellFeatures(null);
-    else {
+    if (mode !== "whole") {
       if (!this.server.isConnected) {
-        this.tellFeatures(null);
         if (local) this.showFound(mode, local, null, pixels);
         else this.showNothing(); // what is shown was of another sample
         return tell(NO_ANSWER, "error");
@@ -101,6 +100,7 @@ export class Page {
     return this.showFound(mode, local, far, pixels);
   }
 
+  /** Tell the other parts what is sent; null: nothing that is shown was. */
   tellFeatures(seen) {
     for (const listener of this.listeners) {
       try {
@@ -147,6 +147,7 @@ export class Page {
     const numbers = features.reduce((sum, { data }) => sum + 4 * data.length, 0);
     element("wire-bytes").textContent = isSplit ? show.bytesText(numbers) : NONE;
     show.showMaps(element("maps"), features);
+    if (!isSplit) this.tellFeatures(null);
     element("maps-note").textContent = isSplit
       ? features.map(describedFeature).join("; ")
       : WHOLE;
@@ -176,7 +177,7 @@ export class Page {
     if (state === "connected") {
       if (this.input.isEmpty && this.isReady) tell(READY);
       this.changed();
-    } else if (isNew && state !== "connecting" && chosen("mode") !== "whole") {
+    } else if (isNew && !QUIET.has(state) && chosen("mode") !== "whole") {
       tell(state === "refused" ? words : NO_ANSWER, "error");
     }
   }
@@ -219,6 +220,7 @@ export class Page {
 }
 
 const QUIET_MS = 250;
+const QUIET = new Set(["connecting", "off"]); // states of the connection that need no message
 const READY = "Ready: draw, take a sample, or pick an image.";
 const NO_ANSWER = "The server does not answer; the whole model locally still works.";
 const NONE = "–";

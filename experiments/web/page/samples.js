@@ -1,6 +1,7 @@
 // A client's samples, which stay in this page: divided, normalised, counted.
 
 import { TrainingError } from "./asking.js";
+import { normalised, scaled } from "./normalise.js";
 
 /**
  * One part of the samples: pixels as bytes, and labels.
@@ -81,15 +82,10 @@ export class Samples {
   batch(part, rows) {
     const { pixels, labels, indices } = this.parts[part];
     const { size, plan } = this;
-    const perChannel = size / plan.mean.length;
     const x = new Float32Array(rows.length * size);
     rows.forEach((row, at) => {
       const start = indices[row] * size;
-      for (let i = 0; i < size; i++) {
-        const channel = Math.floor(i / perChannel);
-        const centred = Math.fround(Math.fround(pixels[start + i] / 255) - Math.fround(plan.mean[channel]));
-        x[at * size + i] = centred / Math.fround(plan.std[channel]);
-      }
+      x.set(normalised(scaled(pixels.subarray(start, start + size)), plan), at * size);
     });
     return { x, y: BigInt64Array.from(rows, (row) => BigInt(labels[row])) };
   }

@@ -1,5 +1,6 @@
 // The part of the page that trains: samples of one's own, start and stop, and how it goes.
 
+import { Collection } from "./collection.js";
 import { loadPlan, Trainer } from "./training.js";
 import { readFolder } from "./folder.js";
 import { Front } from "./front.js";
@@ -64,8 +65,7 @@ class TrainView {
   #section;
   #context;
   #stopping = null; // ends the training that runs
-  #given = null; // samples of a folder or of a program: {train, validation, test, classes}
-  #drawn = { pixels: [], labels: [] };
+  #samples = new Collection([]);
   plan = null;
   progress = null; // the last one that was told
 
@@ -114,9 +114,11 @@ class TrainView {
 
   /** Take a run as it is told, and show it. */
   #use(plan) {
-    const before = this.plan?.classes ?? plan.classes;
-    if (this.#drawn.labels.length && String(before) !== String(plan.classes)) {
-      throw new Error("the run has other classes now: remove all samples, and add them with its labels");
+    if (String(this.#samples.classes) !== String(plan.classes)) {
+      if (this.#samples.all().train.labels.length) {
+        throw new Error("the run has other classes now: load the page again, and add samples with its labels");
+      }
+      this.#samples = new Collection(plan.classes);
     }
     const { config, classes, most_samples: most } = (this.plan = plan);
     this.#part("about").textContent =
@@ -148,9 +150,7 @@ class TrainView {
     if (pad.isEmpty) throw new Error("draw something first");
     const label = this.#section.querySelector("#training-label").value;
     if (label === "") throw new Error("choose a label first");
-    this.#given = null;
-    this.#drawn.pixels.push(pad.pixels());
-    this.#drawn.labels.push(Number(label));
+    this.#samples.draw(pad.pixels(), Number(label));
     pad.clear();
     this.#settle();
     this.#showSamples();
@@ -165,8 +165,8 @@ class TrainView {
   setSamples(given) {
     if (given && !this.plan) throw new Error(NO_RUN);
     if (given) new Samples(this.plan, given); // checks them
-    this.#given = given;
-    this.#drawn = { pixels: [], labels: [] };
+    this.#samples = new Collection(this.plan?.classes ?? []);
+    if (given) this.#samples.take(given);
     this.#settle();
     this.#showSamples();
   }
@@ -174,23 +174,17 @@ class TrainView {
   async #pick(input) {
     const note = this.#part("samples");
     const onProgress = (done, of) => (note.textContent = `reading image ${done} of ${of} …`);
-    const given = await readFolder(input.files, this.plan.input_shape, onProgress);
-    input.value = "";
-    this.setSamples(given);
-  }
-
-  #samples() {
-    if (this.#given) return this.#given;
-    const { pixels, labels } = this.#drawn;
-    const size = this.plan.input_shape.reduce((product, side) => product * side, 1);
-    const whole = new Uint8Array(pixels.length * size);
-    pixels.forEach((one, row) => whole.set(one, row * size));
-    return { train: { pixels: whole, labels } };
+    try {
+      this.#samples.take(await readFolder(input.files, this.plan.input_shape, onProgress));
+    } finally {
+      input.value = "";
+      this.#showSamples();
+    }
   }
 
   #showSamples() {
     if (!this.plan) return;
-    const { train, test, classes = this.plan.classes } = this.#samples();
+    const { train, test, classes } = this.#samples.all();
     const counts = classes.map((name, index) => [name, train.labels.filter((y) => y === index).length]);
     const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count.toLocaleString("en")}`);
     const more = test ? `, and ${test.labels.length.toLocaleString("en")} to test` : "";
@@ -244,7 +238,7 @@ class TrainView {
     ort.env.wasm.wasmPaths = "/ort/";
     ort.env.wasm.numThreads = 1;
     const front = await Front.load(ort, this.plan, base);
-    const samples = new Samples(this.plan, this.#samples());
+    const samples = new Samples(this.plan, this.#samples.all({ withPixels: true }));
     const url = new URL("train", base.replace(/^http/, "ws"));
     if (client !== null) url.searchParams.set("client", client);
     const trainer = new Trainer({
