@@ -145,6 +145,7 @@ def test_what_is_wrong_is_said_in_one_line(site: Served) -> None:
         ("", "null", 403),
         ("", "http://127.0.0.1:1", 403),
         ("", "http://localhost:PORT", 403),
+        ("", "http://[", 403),
         ("example.org", "http://example.org", 421),  # a name that was let point here
         ("10.0.0.2", "", 421),
         ("127.0.0.1@example.org", "", 421),
@@ -158,6 +159,33 @@ def test_pages_of_strangers_are_refused(site: Served, host: str, origin: str, st
     assert said.startswith("closed: 1000" if status == 101 else f"HTTP/1.1 {status}")
 
 
+@pytest.mark.parametrize(
+    ("path", "where", "how", "status"),
+    [
+        ("/", "cross-site", "navigate document", 200),
+        ("/?from=a-link", "same-site", "navigate document", 200),
+        ("/sample?index=0", "cross-site", "navigate document", 403),
+        ("/sample?index=0", "cross-site", "no-cors image", 403),
+        ("/sample?index=0", "same-site", "no-cors script", 403),  # of another port
+        ("/", "cross-site", "navigate iframe", 403),
+        ("/sample?index=0", "same-origin", "cors empty", 200),
+        ("/sample?index=0", "none", "navigate document", 200),  # typed by the user
+    ],
+)
+def test_pages_of_strangers_may_only_link_here(
+    site: Served, path: str, where: str, how: str, status: int
+) -> None:
+    mode, dest = how.split()
+    named = {"Sec_Fetch_Site": where, "Sec_Fetch_Mode": mode, "Sec_Fetch_Dest": dest}
+    assert site.ask(path, **named).status == status
+
+
+def test_a_refusal_repeats_nothing_of_the_request(site: Served) -> None:
+    refused = site.ask("/", Host="x;script-src *")
+    assert refused.status == 421
+    assert "script-src *" not in refused.headers["Content-Security-Policy"]
+
+
 def test_which_hosts_are_ours() -> None:
     everywhere = doors.Doors("0.0.0.0", ["digits.example"], is_tls=False)
     assert [everywhere._is_ours(h) for h in ("digits.example:8080", "10.0.0.2", "x.example")] == [
@@ -165,6 +193,8 @@ def test_which_hosts_are_ours() -> None:
     ]  # fmt: skip
     assert [everywhere.is_isolated(h) for h in ("localhost:1", "10.0.0.2")] == [True, False]
     assert "Cross-Origin-Embedder-Policy" not in everywhere.headers("10.0.0.2")
+    # A browser logs an error for an IPv6 address in a policy.
+    assert "connect-src 'self';" in everywhere.headers("[::1]:80")["Content-Security-Policy"]
 
 
 @contextlib.contextmanager

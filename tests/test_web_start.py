@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import sfl
+from experiments.web import training
 from experiments.web.__main__ import main
 from experiments.web.model_files import ModelFiles
 from sfl.errors import ConfigError, RunError
@@ -58,6 +61,29 @@ def test_a_server_that_trains_is_joined_with_the_token_of_the_site(
                 socket.recv(timeout=20)
     finally:
         trainer.end()
+
+
+def test_a_silent_server_that_trains_holds_up_nothing(
+    run: sfl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "WAIT_S", 1.0)  # of the forked program, too
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent_server,
+        serving(tmp_path, run, "--train", f"127.0.0.1:{silent_server.getsockname()[1]}") as site,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        began = time.monotonic()
+        asking = [pool.submit(site.ask, "/training.json") for _ in range(6)]
+        time.sleep(0.3)  # until they are being answered
+        assert [site.ask(path).status for path in ("/", "/model.json")] == [200, 200]
+        assert not any(asked.done() for asked in asking)
+        for asked in asking:
+            assert b"does not answer: is it a server that trains?" in asked.result().content
+        assert time.monotonic() - began < 2 * training.WAIT_S  # all share one question
+        send_signal(site.program, signal.SIGTERM)
+        began = time.monotonic()
+        assert site.program.ended_with(3) == "web: error: interrupted"
+        assert time.monotonic() - began < 3
 
 
 def test_a_signal_ends_it_with_its_websockets(run: sfl.Run, tmp_path: Path) -> None:
