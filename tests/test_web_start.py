@@ -63,10 +63,9 @@ def test_a_server_that_trains_is_joined_with_the_token_of_the_site(
         trainer.end()
 
 
-def test_a_silent_server_that_trains_holds_up_nothing(
-    run: sfl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
+    run: sfl.Run, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(training, "WAIT_S", 1.0)  # of the forked program, too
     with (
         socket.create_server(("127.0.0.1", 0)) as silent_server,
         serving(tmp_path, run, "--train", f"127.0.0.1:{silent_server.getsockname()[1]}") as site,
@@ -80,20 +79,14 @@ def test_a_silent_server_that_trains_holds_up_nothing(
         for asked in asking:
             assert b"does not answer: is it a server that trains?" in asked.result().content
         assert time.monotonic() - began < 2 * training.WAIT_S  # all share one question
-        send_signal(site.program, signal.SIGTERM)
-        began = time.monotonic()
-        assert site.program.ended_with(3) == "web: error: interrupted"
-        assert time.monotonic() - began < 3
-
-
-def test_a_signal_ends_it_with_its_websockets(run: sfl.Run, tmp_path: Path) -> None:
-    with serving(tmp_path, run) as site:
-        with connect(f"ws://127.0.0.1:{site.port}/predict") as socket:
+        with connect(f"ws://127.0.0.1:{site.port}/predict") as predicting:
             idle = silent(site, 3, b"GET /")
             send_signal(site.program, signal.SIGTERM)
+            began = time.monotonic()
             with pytest.raises(ConnectionClosed, match=r"1001 .*the site is ending"):
-                socket.recv(timeout=20)
+                predicting.recv(timeout=20)
         assert site.program.ended_with(3) == "web: error: interrupted"
+        assert time.monotonic() - began < 3 * training.SILENT_S
         for sock in idle:
             sock.close()
 
