@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -11,6 +11,8 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,7 +31,7 @@ from sfl.data.client_data import DatasetSpec, batch_indices, held_out, normalise
 from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.partition import OWN
 from sfl.environment import fingerprint
-from sfl.errors import ConfigError, SflError, quoted, reason_of
+from sfl.errors import ConfigError, RunError, SflError, quoted, reason_of
 from sfl.files.torch_file import encode_state, max_file_bytes
 from sfl.model.class_weights import BALANCED
 from sfl.model.structure import weights_checksum
@@ -49,6 +51,8 @@ from sfl.wire.link import ANY_ID, CLIENT, Peer
 
 ASK_AGAIN_S: Final = 2.0  # the server is asked for its run so often at most
 CONNECT_WITHIN_S: Final = 5.0
+SILENT_S: Final = 5.0  # of a server that is asked, until it counts as lost
+WAIT_S: Final = 3.0  # for its answer, from the question on; a page asks again
 MOST_SAMPLES: Final = 100_000  # of a page, and in a round's order
 MOST_INPUTS: Final = 3 * 64 * 64  # of a sample: a server of ill will names no larger model
 MOST_CLIENT: Final = 10**6
@@ -257,23 +261,25 @@ class _Desk:
     address: str
     node: ClientNode
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _question: "_Question | None" = None  # the last one
+    _preparing: threading.Lock = field(default_factory=threading.Lock)
     _found: tuple[RunConfig, TrainedRun] | None = None
-    _asked: float = -ASK_AGAIN_S
 
     def ask(self) -> TrainedRun:
-        """Ask the server which run it has.
+        """Ask the server which run it has; who comes meanwhile or just after gets the same answer.
 
         Raises:
             ConfigError, RunError, PeerFailed, ProtocolError: it is not there, refuses, or has a run
                 in which a page cannot take part.
         """
         with self._lock:
-            now = time.monotonic()
-            if self._found is None or now - self._asked >= ASK_AGAIN_S:
-                welcome = asked_run(self.address, self.node)
-                self._asked = now
-                if self._found is None or self._found[0] != welcome.run:
-                    self._found = welcome.run, TrainedRun.of(welcome.run, welcome.fed)
+            if self._question is None or self._question.is_old:
+                self._question = _Question(self.address, self.node)
+            question = self._question
+        welcome = question.answer()
+        with self._preparing:
+            if self._found is None or self._found[0] != welcome.run:
+                self._found = welcome.run, TrainedRun.of(welcome.run, welcome.fed)
             return self._found[1]
 
     def run(self) -> TrainedRun:
@@ -285,13 +291,54 @@ class _Desk:
         return self._found[1] if self._found else self.ask()
 
 
+class _Question:
+    """One question to a server. Nobody waits long for its thread, not even the end of the site."""
+
+    def __init__(self, address: str, node: ClientNode) -> None:
+        self._address, self._node = address, node
+        self._until = time.monotonic() + WAIT_S
+        self._answered = 0.0
+        self._answer: Future[Welcome] = Future()
+        threading.Thread(target=self._ask, name="sfl-web-question", daemon=True).start()
+
+    def _ask(self) -> None:
+        try:
+            answer = asked_run(self._address, self._node)
+        except BaseException as error:  # noqa: BLE001 - raised by ``answer``
+            self._answered = time.monotonic()
+            self._answer.set_exception(error)
+        else:
+            self._answered = time.monotonic()
+            self._answer.set_result(answer)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it was answered, or failed, some time ago."""
+        return self._answer.done() and time.monotonic() - self._answered >= ASK_AGAIN_S
+
+    def answer(self) -> Welcome:
+        """Return what the server has answered.
+
+        Raises:
+            ConfigError, RunError, PeerFailed, ProtocolError: it is not there, refuses, or is late.
+        """
+        try:
+            return self._answer.result(max(0.0, self._until - time.monotonic()))
+        except FutureTimeout:
+            raise RunError(
+                f"{self._address} does not answer: is it a server that trains?"
+            ) from None
+
+
 def asked_run(address: str, node: ClientNode) -> Welcome:
     """Return what a server that trains answers to a check.
 
     Raises:
         ConfigError, RunError, PeerFailed, ProtocolError: it is not there, or refuses.
     """
-    node = dataclasses.replace(node, server=address, connect_timeout=CONNECT_WITHIN_S)
+    node = dataclasses.replace(
+        node, server=address, connect_timeout=CONNECT_WITHIN_S, peer_timeout=SILENT_S
+    )
     with transport_to(address).client(node, lambda line: None) as dialler:
         access = Access.of(node, dialler)
         link = access.connect(address, node)

@@ -91,9 +91,7 @@ def open_service(node: ServerNode) -> Iterator["Service"]:
             f" listening on {listener.address} with the {' and '.join(holding.segments)} of"
             f" {holding.split.recipe.title}, for {counted(most, 'requester')} at once"
         )
-        service = Service(network, holding, offer, most)
-        service.address, service.title = listener.address, title
-        yield service
+        yield Service(network, holding, offer, most, listener.address, title)
 
 
 def most_requesters(split: SplitModel, limit_bytes: int) -> int:
@@ -155,10 +153,17 @@ class _Requester:
 class Service:
     """Serves the requesters of a network."""
 
-    address = title = ""  # where it listens; what it serves, in a line
-
-    def __init__(self, network: ServerNetwork, holding: _Holding, offer: Offer, most: int) -> None:
-        """``most``: requesters at once."""
+    def __init__(
+        self,
+        network: ServerNetwork,
+        holding: _Holding,
+        offer: Offer,
+        most: int,
+        address: str = "",
+        title: str = "",
+    ) -> None:
+        """``most``: requesters at once; ``address``: where it listens; ``title``: for the user."""
+        self.address, self.title = address, title
         self._network, self._holding, self._offer, self._most = network, holding, offer, most
         self._talks: dict[Member, Conversation[None]] = {}
         self._served: dict[Member, _Requester] = {}
