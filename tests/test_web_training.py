@@ -252,7 +252,7 @@ def test_two_tabs_beside_a_python_client(
     """One of them is closed in the second round, and another tab goes on with its samples."""
     owns = [Own.of(k, 480, 200) for k in range(3)]
     one = chromium.open(site)  # before the server is there
-    one.wait_for(f"{PART}('about').startsWith('There is no run for this page yet: no server at')")
+    one.wait_for(f"{PART}('about').startsWith('There is no run for this page yet; it looks again')")
     assert "--" not in one.text("#training [data-is=about]")
     one.draw("#pad", [(0.3, 0.3), (0.7, 0.7)])
     one.click("#training [data-is=add]")

@@ -107,7 +107,7 @@ class TrainView {
       if (!this.#stopping) this.#use(await loadPlan(location.href));
     } catch (error) {
       this.#part("about").textContent =
-        `There is no run for this page yet: ${error.message}. The page looks again every ${LOOK_AGAIN_S} seconds.`;
+        `There is no run for this page yet; it looks again every ${LOOK_AGAIN_S} seconds. The reason: ${error.message}`;
     }
     if (!this.plan) setTimeout(() => this.show(), 1000 * LOOK_AGAIN_S);
   }
