@@ -26,9 +26,10 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from tests.support.chromium import Chromium, needs_chromium
+from tests.support.handshakes import TOKEN, token_file
 from tests.support.javascript import needs_node, needs_runtime, run_module
 from tests.support.launch import Launcher, Program, wait_for
-from tests.support.pages_that_train import HOSTILE, TRAIN, Own, run_pages
+from tests.support.pages_that_train import HOSTILE, TRAIN, UNLUCKY, Own, run_pages
 from tests.support.simulations import simulated
 from tests.support.tab import Tab
 
@@ -119,10 +120,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(launcher: Launcher, served: Path, tmp_path: Path) -> Iterator[str]:
-    """A site in front of the launcher's server; return its address."""
+    """A site in front of the launcher's server, with a token; return its address."""
     (tmp_path / "site").mkdir()
     own = Launcher(tmp_path / "site")
-    program = own.web(served, "--train", f"127.0.0.1:{launcher.port}")
+    secret = token_file(tmp_path, TOKEN)
+    program = own.web(served, "--train", f"127.0.0.1:{launcher.port}", "--token-file", secret)
     wait_for(program, "in a browser")
     yield f"http://127.0.0.1:{own.port}/"
     assert "Traceback" not in program.out + program.err
@@ -131,11 +133,13 @@ def site(launcher: Launcher, served: Path, tmp_path: Path) -> Iterator[str]:
 
 def start(launcher: Launcher, tmp_path: Path, owns: list[Own], *options: object) -> Program:
     """Start a server, and client 0 in Python."""
+    secret = ["--token-file", tmp_path / "token"]
     server = launcher.server(
-        "--clients", len(owns), "--partition", "own", "--run", "r", "--seed", 3, *options,
+        "--clients", len(owns), "--partition", "own", "--run", "r", "--seed", 3, *secret, *options,
     )  # fmt: skip
     wait_for(server, "listening")
-    launcher.client("--client-id", 0, "--data-dir", owns[0].write(tmp_path / "own_0"))
+    own = owns[0].write(tmp_path / "own_0")
+    launcher.client("--client-id", 0, "--data-dir", own, *secret)
     return server
 
 
@@ -157,7 +161,10 @@ REFUSED = {
 def test_a_page_trains_as_a_python_client(
     launcher: Launcher, site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Hostile pages come first; then a good one, which is closed in the middle of a round."""
+    """Hostile pages come first; then a good one, which is closed in the middle of a round.
+
+    Another with its samples goes on, which asks for no number, and gives way to no bad luck.
+    """
     owns = [Own.of(k, 320, 60) for k in (0, 1)]
     server = start(launcher, tmp_path, owns, "--rounds", 2, "--model", "lenet5", "--batch-size", 64)
     until = {"round": 1, "step": 2}
@@ -167,9 +174,11 @@ def test_a_page_trains_as_a_python_client(
     wrong = {k: v for k, v in refusals.items() if not re.match(start_of + f".*{REFUSED[k]}", v)}
     assert wrong == {}
     assert refusals.keys() == REFUSED.keys()
-    code, (told,) = run_pages(TRAIN, site, 1, owns[1])
+    code, (told,) = run_pages(UNLUCKY + TRAIN, site, None, owns[1])
     assert code == 0
     assert told["state"] == "done", told
+    assert told["client"] == 1
+    assert not any("trying" in note for note in told["notes"])  # it is told only while it is so
     server.ended_with(0)
     launcher.programs[1].ended_with(0)
     assert "client_1 computes with onnxruntime-web 1.30.0 in a browser: its steps" in server.out
