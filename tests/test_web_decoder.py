@@ -185,6 +185,9 @@ def test_the_page_shows_what_an_attacker_sees(
         assert tab.text("#attacker-similarity") == f"{first:.2f}"
         tab.draw("#pad", [(0.2, 0.5), (0.8, 0.5)], "pen")
         tab.wait_for(f"{attacker}.last.similarity !== {first!r}")
+        tab.click("#clear")
+        tab.wait_for(f"{attacker}.last === null")
+        assert tab.text("#attacker-similarity") == "\N{EN DASH}"
         assert f"{ended(process)['similarity']:.2f} on average" in tab.text("#attacker-about")
         similarity = "document.querySelector('#attacker-similarity').innerText"
         tab.click("input[value=whole]")
