@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import sfl
-from experiments.web import training
+from experiments.web import question
 from experiments.web.__main__ import main
 from experiments.web.model_files import ModelFiles
 from sfl.errors import ConfigError, RunError
@@ -78,7 +78,7 @@ def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
         assert not any(asked.done() for asked in asking)
         for asked in asking:
             assert b"does not answer: is it a server that trains?" in asked.result().content
-        assert time.monotonic() - began < 2 * training.WAIT_S  # all share one question
+        assert time.monotonic() - began < 2 * question.WAIT_S  # all share one question
         with connect(f"ws://127.0.0.1:{site.port}/predict") as predicting:
             idle = silent(site, 3, b"GET /")
             send_signal(site.program, signal.SIGTERM)
@@ -86,7 +86,7 @@ def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
             with pytest.raises(ConnectionClosed, match=r"1001 .*the site is ending"):
                 predicting.recv(timeout=20)
         assert site.program.ended_with(3) == "web: error: interrupted"
-        assert time.monotonic() - began < 3 * training.SILENT_S
+        assert time.monotonic() - began < 3 * question.SILENT_S
         for sock in idle:
             sock.close()
 
