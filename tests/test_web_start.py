@@ -1,9 +1,11 @@
 """The site for browsers as a command: what it serves, which options fit, how it ends."""
 
 import json
+import os
 import signal
 import socket
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import sfl
 from experiments.web import question
 from experiments.web.__main__ import main
 from experiments.web.model_files import ModelFiles
+from experiments.web.serving import chosen_files, told
 from sfl.errors import ConfigError, RunError
 from sfl.nodes import ServerNode
 from tests.support.handshakes import TOKEN, token_file
@@ -116,7 +119,7 @@ def test_what_does_not_fit_is_refused(run: sfl.Run, options: list[str], why: str
         main([str(run.path), *options, "--port", "0"] if "--port" not in options else options)
 
 
-def test_which_runs_have_a_page(tmp_path: Path) -> None:
+def test_which_runs_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"there is no finished run in .*experiments.demo"):
         main(["--out", str(tmp_path)])
     for options, why in (
@@ -130,6 +133,33 @@ def test_which_runs_have_a_page(tmp_path: Path) -> None:
         simulated(tmp_path, run="x".join(options.values()), rounds=1, **{"model": "mlp"} | options)
         with pytest.raises((ConfigError, RunError), match=why):
             main(["--out", str(tmp_path)])  # the newest
+    usable = simulated(tmp_path, run="usable", rounds=1, model="mlp")
+    os.utime(usable / "rounds.csv", (0, 0))
+    options = Namespace(run="", client=None, share_samples=False)
+    assert chosen_files(options, ServerNode(out=str(tmp_path))).run.path == usable
+    assert "newer, but not for a page: fl: " in capsys.readouterr().out
+
+
+def test_samples_are_shown_to_this_machine_alone(run: sfl.Run) -> None:
+    def served(host: str, **options: bool) -> tuple[ModelFiles, str]:
+        given = {"share_samples": False, "no_decoder": True} | options
+        typed = Namespace(run=str(run.path), client=None, names=[], **given)
+        node = ServerNode(host=host, insecure=True)
+        files = chosen_files(typed, node)
+        return files, "\n".join(told(node, typed, 80, files))
+
+    files, said = served("127.0.0.1")
+    assert len(files.test_set) == 1000
+    assert "samples" not in said
+    files, said = served("0.0.0.0")
+    with pytest.raises(ConfigError, match="stay on the site's machine: see --share-samples"):
+        files.sample({"index": "0"})
+    assert json.loads(files.about(dict).body)["num_samples"] == 0
+    assert "samples" not in said
+    files, said = served("0.0.0.0", share_samples=True, no_decoder=False)
+    assert files.sample({"index": "0"}).body
+    assert "--share-samples: they have the test samples of the run's data set, too" in said
+    assert "a decoder that was trained on test samples" in said
 
 
 def test_a_u_shaped_run_has_two_segments_in_the_page(tmp_path: Path) -> None:

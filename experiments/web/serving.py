@@ -109,8 +109,8 @@ def chosen_files(options: Namespace, node: ServerNode) -> ModelFiles:
         except SflError as error:
             passed_over.append((path, error))
             continue
-        for newer, error in passed_over:
-            say(f"newer, but not for a page: {newer.name}: {reason_of(error)}")
+        for newer, why in passed_over:
+            say(f"newer, but not for a page: {newer.name}: {reason_of(why)}")
         return found
     if passed_over:
         raise passed_over[0][1]
@@ -185,7 +185,7 @@ def told(node: ServerNode, options: Namespace, port: int, files: ModelFiles) -> 
     if not has_runtime():
         yield f"warning: pages cannot compute yet: the inference runtime is missing: {INSTALL}"
     if not is_local:
-        yield "warning: whoever reaches the port can ask for predictions, and has the front"
+        yield "warning: whoever reaches the port can ask for predictions, and has the model"
         if files.shares_samples:
             yield "warning: --share-samples: they have the test samples of the run's data set, too"
         if not options.no_decoder:
