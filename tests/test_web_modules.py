@@ -16,9 +16,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 import sfl
-from experiments.web.templates import parse_spec, state_template, tensor_template
+from experiments.web.templates import parse_spec, state_template, template, tensor_template
 from sfl.conversation.inference import described
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, RunError, reason_of
 from sfl.files.torch_file import TensorSpec, encode, encode_state, max_file_bytes, state_spec
 from sfl.trained.export import back_checksum
 from sfl.values import Position
@@ -216,6 +216,24 @@ def test_torch_files_are_written_as_torch_does_and_read_back() -> None:
         assert "is damaged" in result["damaged"]
         assert result["cut"]
         assert "bytes of" in result["short"]
+
+
+def test_files_of_another_layout_have_no_template() -> None:
+    specs = {"": TensorSpec((2,), torch.float32)}
+    file = encode(torch.zeros(2))
+    assert template(specs, file)
+    for name in (b"data.pkl", b"data/0", b".data/serialization_id"):  # its CRC, or the id itself
+        at = file.rindex(b"archive/" + name) - 30
+        damaged = file[:at] + bytes([file[at] ^ 1]) + file[at + 1 :]
+        with pytest.raises(RunError, match="in a layout that pages do not know"):
+            template(specs, damaged)
+    with pytest.raises(RunError, match="in a layout that pages do not know"):
+        template({"": TensorSpec((3,), torch.float32)}, file)
+
+
+def test_errors_of_the_exporter_have_no_colours() -> None:
+    error = ValueError("Failed. \x1b[96mThis is step 1/3\x1b[0m of exporting\nmore")
+    assert reason_of(error) == "ValueError: Failed. This is step 1/3 of exporting"
 
 
 @pytest.mark.parametrize("shape", ["", "0", "1,-2", "1,x", "9" * 9 + ",9", ",".join("1" * 9), "٣"])

@@ -65,7 +65,9 @@ def test_the_model_is_described_and_its_files_are_those_of_the_run(site: Served)
     assert (features["link"], features["shape"], features["sent"]) == (0, [400], True)
     assert [s["file"] for s in about["segments"]] == ["model/front.onnx", ""]
     assert about["num_samples"] == 1000
-    sample = json.loads(site.ask("/sample?index=999").content)
+    asked = site.ask("/sample?index=999")
+    assert asked.headers["Cache-Control"] == "no-cache"  # the next site there may have another run
+    sample = json.loads(asked.content)
     x = torch.tensor(sample["pixels"]).reshape(1, *sample["shape"]) / 255
     x = (x - about["mean"][0]) / about["std"][0]
     for name, module in (("front", site.run.front()), ("whole", site.run.model())):

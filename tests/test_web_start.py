@@ -1,9 +1,11 @@
 """The site for browsers as a command: what it serves, which options fit, how it ends."""
 
 import json
+import os
 import signal
 import socket
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import sfl
-from experiments.web import training
+from experiments.web import question
 from experiments.web.__main__ import main
 from experiments.web.model_files import ModelFiles
+from experiments.web.serving import chosen_files, told
 from sfl.errors import ConfigError, RunError
 from sfl.nodes import ServerNode
 from tests.support.handshakes import TOKEN, token_file
@@ -59,6 +62,8 @@ def test_a_server_that_trains_is_joined_with_the_token_of_the_site(
                 pytest.raises(ConnectionClosed, match=r"1013 .*behind this site is not there"),
             ):
                 socket.recv(timeout=20)
+            wait_for(site.program, "/train: the server behind this site is not there")
+            assert "an unknown address" not in site.program.out
     finally:
         trainer.end()
 
@@ -78,7 +83,7 @@ def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
         assert not any(asked.done() for asked in asking)
         for asked in asking:
             assert b"does not answer: is it a server that trains?" in asked.result().content
-        assert time.monotonic() - began < 2 * training.WAIT_S  # all share one question
+        assert time.monotonic() - began < 2 * question.WAIT_S  # all share one question
         with connect(f"ws://127.0.0.1:{site.port}/predict") as predicting:
             idle = silent(site, 3, b"GET /")
             send_signal(site.program, signal.SIGTERM)
@@ -86,7 +91,7 @@ def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
             with pytest.raises(ConnectionClosed, match=r"1001 .*the site is ending"):
                 predicting.recv(timeout=20)
         assert site.program.ended_with(3) == "web: error: interrupted"
-        assert time.monotonic() - began < 3 * training.SILENT_S
+        assert time.monotonic() - began < 3 * question.SILENT_S
         for sock in idle:
             sock.close()
 
@@ -95,6 +100,7 @@ def test_a_port_in_use_is_said(run: sfl.Run, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         program = Launcher(tmp_path, port=taken.getsockname()[1]).web(run.path)
         assert "another --port or --host may be free" in program.ended_with(1)
+        assert program.out == ""  # it is the first that is tried
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_what_does_not_fit_is_refused(run: sfl.Run, options: list[str], why: str
         main([str(run.path), *options, "--port", "0"] if "--port" not in options else options)
 
 
-def test_which_runs_have_a_page(tmp_path: Path) -> None:
+def test_which_runs_have_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"there is no finished run in .*experiments.demo"):
         main(["--out", str(tmp_path)])
     for options, why in (
@@ -130,6 +136,33 @@ def test_which_runs_have_a_page(tmp_path: Path) -> None:
         simulated(tmp_path, run="x".join(options.values()), rounds=1, **{"model": "mlp"} | options)
         with pytest.raises((ConfigError, RunError), match=why):
             main(["--out", str(tmp_path)])  # the newest
+    usable = simulated(tmp_path, run="usable", rounds=1, model="mlp")
+    os.utime(usable / "rounds.csv", (0, 0))
+    options = Namespace(run="", client=None, share_samples=False)
+    assert chosen_files(options, ServerNode(out=str(tmp_path))).run.path == usable
+    assert "newer, but not for a page: fl: " in capsys.readouterr().out
+
+
+def test_samples_are_shown_to_this_machine_alone(run: sfl.Run) -> None:
+    def served(host: str, **options: bool) -> tuple[ModelFiles, str]:
+        given = {"share_samples": False, "no_decoder": True} | options
+        typed = Namespace(run=str(run.path), client=None, names=[], **given)
+        node = ServerNode(host=host, insecure=True)
+        files = chosen_files(typed, node)
+        return files, "\n".join(told(node, typed, 80, files))
+
+    files, said = served("127.0.0.1")
+    assert len(files.test_set) == 1000
+    assert "samples" not in said
+    files, said = served("0.0.0.0")
+    with pytest.raises(ConfigError, match="stay on the site's machine: see --share-samples"):
+        files.sample({"index": "0"})
+    assert json.loads(files.about(dict).body)["num_samples"] == 0
+    assert "samples" not in said
+    files, said = served("0.0.0.0", share_samples=True, no_decoder=False)
+    assert files.sample({"index": "0"}).body
+    assert "--share-samples: they have the test samples of the run's data set, too" in said
+    assert "a decoder that was trained on test samples" in said
 
 
 def test_a_u_shaped_run_has_two_segments_in_the_page(tmp_path: Path) -> None:

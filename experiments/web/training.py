@@ -9,29 +9,25 @@ import dataclasses
 import functools
 import json
 import threading
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
 from experiments.web.pages import JSON, ONNX, Answer, Route
+from experiments.web.question import Question
 from experiments.web.step_graph import Graphs, step_graphs, why_not
 from experiments.web.templates import MOST_BYTES, state_template
 from sfl import __version__, seeds
 from sfl.archive.records import MAX_CLASSES
 from sfl.config import RunConfig
-from sfl.conversation.check import client_check
-from sfl.conversation.join import HERE, Welcome
+from sfl.conversation.join import HERE
 from sfl.data.augment import NONE
 from sfl.data.client_data import DatasetSpec, batch_indices, held_out, normalised
 from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.partition import OWN
-from sfl.environment import fingerprint
-from sfl.errors import ConfigError, RunError, SflError, quoted, reason_of
+from sfl.errors import ConfigError, SflError, quoted, reason_of
 from sfl.files.torch_file import encode_state, max_file_bytes
 from sfl.model.class_weights import BALANCED
 from sfl.model.structure import weights_checksum
@@ -39,20 +35,12 @@ from sfl.model.topology import Holder
 from sfl.model.zoo import MODELS
 from sfl.nodes import ClientNode
 from sfl.options import CAN_GROW
-from sfl.runtime.access import Access
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.tokens import SERVER, tokens_of
-from sfl.transport.transports import transport_to
+from sfl.transport.tokens import tokens_of
 from sfl.weights.stores import SOCKET
-from sfl.wire.driver import run_blocking
-from sfl.wire.link import ANY_ID, CLIENT, Peer
 
-ASK_AGAIN_S: Final = 2.0  # the server is asked for its run so often at most
-CONNECT_WITHIN_S: Final = 5.0
-SILENT_S: Final = 5.0  # of a server that is asked, until it counts as lost
-WAIT_S: Final = 3.0  # for its answer, from the question on; a page asks again
 MOST_SAMPLES: Final = 100_000  # of a page, and in a round's order
 MOST_INPUTS: Final = 3 * 64 * 64  # of a sample: a server of ill will names no larger model
 MOST_CLIENT: Final = 10**6
@@ -261,7 +249,7 @@ class _Desk:
     address: str
     node: ClientNode
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _question: "_Question | None" = None  # the last one
+    _question: "Question | None" = None  # the last one
     _preparing: threading.Lock = field(default_factory=threading.Lock)
     _found: tuple[RunConfig, TrainedRun] | None = None
 
@@ -274,7 +262,7 @@ class _Desk:
         """
         with self._lock:
             if self._question is None or self._question.is_old:
-                self._question = _Question(self.address, self.node)
+                self._question = Question(self.address, self.node)
             question = self._question
         welcome = question.answer()
         with self._preparing:
@@ -289,63 +277,3 @@ class _Desk:
             ConfigError, RunError, PeerFailed, ProtocolError: as ``ask``.
         """
         return self._found[1] if self._found else self.ask()
-
-
-class _Question:
-    """One question to a server. Nobody waits long for its thread, not even the end of the site."""
-
-    def __init__(self, address: str, node: ClientNode) -> None:
-        self._address, self._node = address, node
-        self._until = time.monotonic() + WAIT_S
-        self._answered = 0.0
-        self._answer: Future[Welcome] = Future()
-        threading.Thread(target=self._ask, name="sfl-web-question", daemon=True).start()
-
-    def _ask(self) -> None:
-        try:
-            answer = asked_run(self._address, self._node)
-        except BaseException as error:  # noqa: BLE001 - raised by ``answer``
-            self._answered = time.monotonic()
-            self._answer.set_exception(error)
-        else:
-            self._answered = time.monotonic()
-            self._answer.set_result(answer)
-
-    @property
-    def is_old(self) -> bool:
-        """Whether it was answered, or failed, some time ago."""
-        return self._answer.done() and time.monotonic() - self._answered >= ASK_AGAIN_S
-
-    def answer(self) -> Welcome:
-        """Return what the server has answered.
-
-        Raises:
-            ConfigError, RunError, PeerFailed, ProtocolError: it is not there, refuses, or is late.
-        """
-        try:
-            return self._answer.result(max(0.0, self._until - time.monotonic()))
-        except FutureTimeout:
-            raise RunError(
-                f"{self._address} does not answer: is it a server that trains?"
-            ) from None
-
-
-def asked_run(address: str, node: ClientNode) -> Welcome:
-    """Return what a server that trains answers to a check.
-
-    Raises:
-        ConfigError, RunError, PeerFailed, ProtocolError: it is not there, or refuses.
-    """
-    node = dataclasses.replace(
-        node, server=address, connect_timeout=CONNECT_WITHIN_S, peer_timeout=SILENT_S
-    )
-    with transport_to(address).client(node, lambda line: None) as dialler:
-        access = Access.of(node, dialler)
-        link = access.connect(address, node)
-        link.peer_name = "server"
-        with link:
-            wanted = access.tokens.only_client if access.tokens else None
-            peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
-            access.authenticate(link, peer, SERVER)
-            ours = fingerprint(torch.device("cpu"))
-            return run_blocking(client_check(link, wanted, ours, None)).welcome
