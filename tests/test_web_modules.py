@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import threading
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -222,11 +223,19 @@ def test_files_of_another_layout_have_no_template() -> None:
     specs = {"": TensorSpec((2,), torch.float32)}
     file = encode(torch.zeros(2))
     assert template(specs, file)
-    for name in (b"data.pkl", b"data/0", b".data/serialization_id"):  # its CRC, or the id itself
-        at = file.rindex(b"archive/" + name) - 30
-        damaged = file[:at] + bytes([file[at] ^ 1]) + file[at + 1 :]
+    with zipfile.ZipFile(io.BytesIO(file)) as container:
+        contents = {name: container.read(name) for name in container.namelist()}
+    plain = io.BytesIO()  # without CRCs behind the contents
+    with zipfile.ZipFile(plain, "w") as container:
+        for name, content in contents.items():
+            container.writestr(name, content)
+    known = contents["archive/.data/serialization_id"]
+    changed = known[:-1] + bytes([known[-1] ^ 1])  # of another hash, with its own CRC
+    crcs = [zlib.crc32(digits).to_bytes(4, "little") for digits in (known, changed)]
+    other = file.replace(known, changed).replace(*crcs)
+    for strange in (plain.getvalue(), other, file[:-30]):
         with pytest.raises(RunError, match="in a layout that pages do not know"):
-            template(specs, damaged)
+            template(specs, strange)
     with pytest.raises(RunError, match="in a layout that pages do not know"):
         template({"": TensorSpec((3,), torch.float32)}, file)
 
