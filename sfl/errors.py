@@ -13,6 +13,7 @@
      |   |- NotFinite      ... by NaN, infinity, or numbers whose squares overflow
      |   `- OtherVersion   ... by speaking another version of it
      |- ConnectionLost     the connection broke, or was silent for too long
+     |   `- HasClosed      ... the peer closed it between two messages
      |- PeerFailed         the peer reported why it cannot go on
      |   |- PeerCannot     ... for a reason that a retry does not remove
      |   `- PeerStopped    ... for a reason of its own
@@ -26,6 +27,7 @@
 """
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -81,6 +83,10 @@ class OtherVersion(ProtocolError):
 
 class ConnectionLost(SflError):
     """The connection ended, or nothing arrived before the deadline."""
+
+
+class HasClosed(ConnectionLost):
+    """The peer closed the connection between two messages."""
 
 
 class PeerFailed(SflError):
@@ -149,6 +155,9 @@ def quoted(value: object, most: int = 60) -> str:
 WAS_INTERRUPTED = "it was interrupted"
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, as torch's exporter has in its errors
+
+
 def reason_of(error: BaseException) -> str:
     """Return why a party ends, in one line, for its log, its peers and its user."""
     if isinstance(error, KeyboardInterrupt | GeneratorExit):  # the latter in a conversation's frame
@@ -157,7 +166,7 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the system'}: {error.strerror}"
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return _COLOUR.sub("", f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def told(error: BaseException) -> str:

@@ -152,7 +152,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--to", "--part", "--round", "--client"}  # experiments.export's
     known |= {"--once", "--interval"}  # experiments.watch's
     known |= {"--front", "--test-of", "--csv"}  # experiments.predict's
-    known |= {"--train", "--name", "--no-decoder"}  # experiments.web's
+    known |= {"--train", "--name", "--no-decoder", "--share-samples"}  # experiments.web's
     known |= {"--ignore-scripts", "--prefix"}  # npm's
     known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--minutes"}  # experiments.gpu_check's

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -263,3 +264,19 @@ def test_what_95_percent_stay_within() -> None:
         seconds = [0.007] * slow + [0.001] * (20 - slow)
         assert latency(seconds) == f"20 batches: median latency 1.0 ms, 95 % within {said} ms"
     assert latency([0.002, 0.004]) == "2 batches: median latency 3.0 ms, 95 % within 4.0 ms"
+
+
+def test_one_that_closes_between_batches_has_just_left(
+    requester: Callable[[], Requester], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a closed tab does: no word of farewell, and no failure."""
+    leaving, seen = requester(), ""
+    leaving.infer()
+    leaving.link.close()
+    end = time.monotonic() + 20
+    while "samples for requester_" not in seen:
+        assert time.monotonic() < end
+        seen += capsys.readouterr().out
+        time.sleep(0.01)
+    assert re.search(r"^4 samples for requester_1 at 127\.0\.0\.1:\d+ \(4 in all\)$", seen, re.M)
+    assert "turned away" not in seen

@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("onnxruntime")
 
 from experiments.web.decoder import ImageDecoder, Made, make_decoder, observer, shadow_images, train
+from experiments.web.decoder_cache import made_once
 from experiments.web.decoder_process import FAILED, READY, TRAINING, DecoderProcess
 from experiments.web.similarity import C1, C2, SIGMA, WINDOW, ssim
 from sfl.errors import RunError
@@ -137,8 +138,13 @@ def test_activations_of_any_shape_are_taken(
 
 
 @pytest.fixture(scope="module")
-def process(run: Run) -> Iterator[DecoderProcess]:
-    with DecoderProcess(run.path, NodeConfig(), steps=STEPS) as process:
+def node(tmp_path_factory: pytest.TempPathFactory) -> NodeConfig:
+    return NodeConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def process(run: Run, node: NodeConfig) -> Iterator[DecoderProcess]:
+    with DecoderProcess(run.path, node, steps=STEPS) as process:
         yield process
 
 
@@ -151,6 +157,10 @@ def ended(process: DecoderProcess) -> dict[str, object]:
             return told
         time.sleep(0.1)
     raise AssertionError(told)
+
+
+BLANK = """[...document.querySelectorAll("#attacker-pair canvas")].every((c) =>
+  c.getContext("2d").getImageData(0, 0, c.width, c.height).data.every((level) => !level))"""
 
 
 @needs_chromium
@@ -181,7 +191,20 @@ def test_the_page_shows_what_an_attacker_sees(
         assert tab.text("#attacker-similarity") == f"{first:.2f}"
         tab.draw("#pad", [(0.2, 0.5), (0.8, 0.5)], "pen")
         tab.wait_for(f"{attacker}.last.similarity !== {first!r}")
+        tab.click("#clear")
+        tab.wait_for(f"{attacker}.last === null")
+        assert tab.text("#attacker-similarity") == "\N{EN DASH}"
         assert f"{ended(process)['similarity']:.2f} on average" in tab.text("#attacker-about")
+        similarity = "document.querySelector('#attacker-similarity').innerText"
+        tab.click("input[value=whole]")
+        tab.wait_for(f"{similarity} === '\N{EN DASH}'")
+        assert tab.text("#attacker-note").startswith("Nothing is sent")
+        assert tab.evaluate(BLANK)
+        tab.click("input[value=split]")
+        tab.wait_for(f"{similarity} !== '\N{EN DASH}'")
+        tab.click("#clear")
+        tab.wait_for(f"{similarity} === '\N{EN DASH}'")
+        assert tab.evaluate(BLANK)
         assert (tab.errors, tab.hosts) == ([], {site.host})
         tab.close()
 
@@ -193,6 +216,24 @@ def test_a_process_makes_it_beside_the_site(process: DecoderProcess, made: Made)
     assert told["num_held_out"] == 200
     assert told["similarity"] > told["baseline"] + MARGIN
     assert process.routes()["/decoder.onnx"]({}).body[:1] == made.data[:1]
+
+
+def test_it_is_made_once(
+    run: Run, process: DecoderProcess, node: NodeConfig, made: Made, tmp_path: Path
+) -> None:
+    ended(process)
+    data = process.routes()["/decoder.onnx"]({}).body
+
+    def kept(path: Path = node.cache_path, run: Run = run, steps: int = STEPS) -> bytes:
+        return made_once(path, run, None, steps, lambda: made).data
+
+    assert kept() == data != made.data
+    assert kept(steps=STEPS + 1) == kept(tmp_path) == made.data
+    (one,) = (tmp_path / "decoders").iterdir()
+    for damaged in (one.read_bytes()[:-1], b"{}\n", b"[]", b"1", b"{", b""):
+        one.write_bytes(damaged)
+        assert kept(tmp_path) == made.data
+    assert made_once(tmp_path, run, None, STEPS, pytest.fail) == made
 
 
 def test_what_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,8 +248,10 @@ def test_what_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
-def test_a_site_that_ends_leaves_no_process(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    process = DecoderProcess(run.path, NodeConfig())
+def test_a_site_that_ends_leaves_no_process(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = DecoderProcess(run.path, NodeConfig(cache_dir=str(tmp_path)))
     with process:
         (child,) = [p for p in multiprocessing.active_children() if p.name == "decoder"]
     assert child not in multiprocessing.active_children()

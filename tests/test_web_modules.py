@@ -4,7 +4,10 @@ import contextlib
 import io
 import json
 import math
+import struct
 import threading
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 import sfl
-from experiments.web.templates import parse_spec, state_template, tensor_template
+from experiments.web.templates import parse_spec, state_template, template, tensor_template
 from sfl.conversation.inference import described
-from sfl.errors import ConfigError
-from sfl.files.torch_file import TensorSpec, encode, encode_state, state_spec
+from sfl.errors import ConfigError, RunError, reason_of
+from sfl.files.torch_file import TensorSpec, encode, encode_state, max_file_bytes, state_spec
 from sfl.trained.export import back_checksum
 from sfl.values import Position
 from sfl.wire.framing import Decoder, encode_head
@@ -66,7 +69,7 @@ def decoded(data: bytes) -> Message:
 
 FRAMES = """
 import { Decoder, encode } from "./frames.js";
-const [stream, frame] = args;
+const [stream, frame, strange] = args;
 const limits = { TRAINING_GRADS: 20000 };
 const found = {};
 for (const size of [1, 7, 100, 1e6]) {
@@ -94,15 +97,37 @@ const damaged = Array.from(frame, (byte, at) => {
   return caught(limits, copy);
 });
 const tooLarge = caught({ TRAINING_GRADS: 9 }, frame);
-answer({ found, damaged, tooLarge, fine: caught(limits, frame) });
+const refused = strange.map((one) => caught(limits, one));
+answer({ found, damaged, tooLarge, refused, fine: caught(limits, frame) });
 """
+
+
+def strange_frames() -> dict[str, bytes]:
+    """Return frames with right checksums that the protocol forbids, by what the page says."""
+    plain, json_bytes = frame(Message(MessageType.MESSAGE))[:20], frame(MESSAGES[0])[28:]
+    deep = json_bytes.replace(b'"content":""', b'"content":' + b"[" * 16 + b"]" * 16)
+    twice = json_bytes[:-1] + b',"ro\\u0075nd":1}'
+    found = {
+        "flags": (plain[:5] + b"\x80" + plain[6:], json_bytes),
+        "that this page does not know": (plain[:6] + b"\0\x09" + plain[8:], json_bytes),
+        "names a field twice": (plain, twice),
+        "nested more than 16 deep": (plain, deep),
+    }
+    return {why: _with_checksums(head, text) for why, (head, text) in found.items()}
+
+
+def _with_checksums(head: bytes, text: bytes) -> bytes:
+    head = head[:8] + struct.pack(">I", len(text)) + head[12:20]
+    head += struct.pack(">I", zlib.crc32(text))
+    return head + struct.pack(">I", zlib.crc32(head)) + text
 
 
 @needs_node
 def test_frames_pass_both_ways_and_damage_is_found() -> None:
     stream = b"".join(map(frame, MESSAGES))
     small = Message(MessageType.TRAINING_GRADS, content="x", payload=b"0123456789")
-    result = run_module(FRAMES, stream, frame(small))
+    strange = strange_frames()
+    result = run_module(FRAMES, stream, frame(small), list(strange.values()))
     for again in result["found"].values():
         assert len(again) == len(MESSAGES)
         for sent, data in zip(MESSAGES, again, strict=True):
@@ -114,6 +139,8 @@ def test_frames_pass_both_ways_and_damage_is_found() -> None:
     assert result["fine"] == "whole"
     assert result["damaged"].count("whole") == 0
     assert "at most 9 are accepted" in result["tooLarge"]
+    for why, said in zip(strange, result["refused"], strict=True):
+        assert why in said
 
 
 TORCH = """
@@ -192,6 +219,32 @@ def test_torch_files_are_written_as_torch_does_and_read_back() -> None:
         assert "bytes of" in result["short"]
 
 
+def test_files_of_another_layout_have_no_template() -> None:
+    specs = {"": TensorSpec((2,), torch.float32)}
+    file = encode(torch.zeros(2))
+    assert template(specs, file)
+    with zipfile.ZipFile(io.BytesIO(file)) as container:
+        contents = {name: container.read(name) for name in container.namelist()}
+    plain = io.BytesIO()  # without CRCs behind the contents
+    with zipfile.ZipFile(plain, "w") as container:
+        for name, content in contents.items():
+            container.writestr(name, content)
+    known = contents["archive/.data/serialization_id"]
+    changed = known[:-1] + bytes([known[-1] ^ 1])  # of another hash, with its own CRC
+    crcs = [zlib.crc32(digits).to_bytes(4, "little") for digits in (known, changed)]
+    other = file.replace(known, changed).replace(*crcs)
+    for strange in (plain.getvalue(), other, file[:-30]):
+        with pytest.raises(RunError, match="in a layout that pages do not know"):
+            template(specs, strange)
+    with pytest.raises(RunError, match="in a layout that pages do not know"):
+        template({"": TensorSpec((3,), torch.float32)}, file)
+
+
+def test_errors_of_the_exporter_have_no_colours() -> None:
+    error = ValueError("Failed. \x1b[96mThis is step 1/3\x1b[0m of exporting\nmore")
+    assert reason_of(error) == "ValueError: Failed. This is step 1/3 of exporting"
+
+
 @pytest.mark.parametrize("shape", ["", "0", "1,-2", "1,x", "9" * 9 + ",9", ",".join("1" * 9), "٣"])
 def test_templates_of_bounded_size_alone(shape: str) -> None:
     with pytest.raises(ConfigError, match="/template"):
@@ -232,6 +285,7 @@ def test_split_inference_from_javascript(
         "hello": described(run.split),
         "features": [{"link": 0, "shape": [128]}],
         "back_checksum": back_checksum(run),
+        "overhead_bytes": max_file_bytes([TensorSpec((0,), torch.float32)]),
         "sfl": "test",
     }
     shapes = [(size, width) for size in (1, 5) for width in (128, 10)]
@@ -265,6 +319,10 @@ for (const type of ["TRY_AGAIN", "END_RUN", "INVALID_MESSAGE", "GO_ON"]) {
   const one = await Connection.open(`${url}${type}`);
   found[type] = await one.receive(["REGISTERED"]).catch(told);
 }
+for (const path of ["close/1013", "close/1003", "close/1000", "unknown"]) {
+  const one = await Connection.open(`${url}${path}`);
+  found[path] = await one.receive(["REGISTERED"]).catch(told);
+}
 const stops = new AbortController();
 const stopped = await Connection.open(`${url}silent`, { signal: stops.signal });
 stopped.farewell = "UNREGISTER";
@@ -282,7 +340,12 @@ def test_silence_and_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     def handle(socket: ServerConnection) -> None:
         assert socket.request
         name = socket.request.path[1:]
-        if name != "silent":
+        if name.startswith("close/"):
+            return socket.close(int(name[6:]), "the site\nsays why")
+        if name == "unknown":
+            text = b'{"type":"constructor","run":"","round":-1,"step":-1,"client":-1,"link":0}'
+            socket.send(_with_checksums(frame(MESSAGES[0])[:20], text))
+        elif name != "silent":
             socket.send(frame(Message(MessageType(name), content="not\nnow")))
         with contextlib.suppress(ConnectionClosed):
             for data in socket:
@@ -302,5 +365,40 @@ def test_silence_and_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["INVALID_MESSAGE"]["said"] == "the server refused this page: not now"
     assert found["GO_ON"]["said"] == "the server sent GO_ON, expected was REGISTERED"
     assert found["stopped"]["said"] == "stopped in the page"
+    assert found["close/1013"] == {"said": "the site says why", "again": True}
+    assert found["close/1003"] == {"said": "the site says why", "again": False}
+    assert found["close/1000"]["again"]
+    assert found["unknown"]["said"] == "the server sent constructor, expected was REGISTERED"
     assert came.count(MessageType.HEARTBEAT) >= 3
     assert came[-2:] == [MessageType.INVALID_MESSAGE, MessageType.UNREGISTER]
+
+
+LAYOUTS = """
+import { Samples } from "./samples.js";
+const plan = { input_shape: [1, 2, 2], classes: ["a", "b"], most_samples: 1200 };
+const told = (train) => {
+  try { return new Samples(plan, { train }) && ""; } catch (error) { return error.message; }
+};
+answer([
+  { pixels: new Uint8Array(8), labels: [0, 1] },
+  { pixels: [0, 0, 0, 0], labels: [0] },
+  { pixels: new Uint8Array(8) },
+  undefined,
+  { pixels: new Uint8Array(9), labels: [0, 1] },
+  { pixels: new Uint8Array(4), labels: [2] },
+  { pixels: new Uint8Array(0), labels: [] },
+  { pixels: new Uint8Array(4 * 1201), labels: Array(1201).fill(0) },
+].map(told));
+"""
+
+
+@needs_node
+def test_samples_of_another_layout_are_refused_in_words() -> None:
+    layout = "train: give {pixels: a Uint8Array, labels: an array of numbers}"
+    assert run_module(LAYOUTS) == [
+        "", layout, layout, layout,
+        "train: 2 labels need 8 pixels, 4 for each sample; there are 9",
+        "train: there is no class 2: classes are numbered from 0 to 1",
+        "there are no samples to train on",
+        "more than 1,200 samples",
+    ]  # fmt: skip

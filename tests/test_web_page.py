@@ -2,8 +2,7 @@
 
 import contextlib
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from tests.support.javascript import needs_runtime
 from tests.support.made_data import write_ham10000
 from tests.support.sent_bytes import check_nothing_else, messages_in, rows_found
 from tests.support.simulations import simulated
-from tests.support.tab import Tab
+from tests.support.tab import Tab, eventually
 from tests.support.websites import Website
 
 pytestmark = [needs_chromium, needs_runtime]
@@ -112,14 +111,6 @@ def sent_by(tab: Tab) -> bytes:
     return b"".join(frame.data for frame in tab.frames if frame.sent)
 
 
-def eventually(is_so: Callable[[], bool], timeout_s: float = 20) -> None:
-    """Wait for something: the browser tells of frames when they have been sent."""
-    end = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.03)
-
-
 def test_a_drawing_is_predicted_as_python_does(
     browser: Chromium, site: Website, trained: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +134,7 @@ def test_only_the_cut_tensor_leaves_the_machine(browser: Chromium, site: Website
         tensor = np.array(tab.evaluate("[...sfl.page.last.far.features[0].data]"), np.float32)
         assert tensor.shape == (400,)
         eventually(lambda: tensor.tobytes() in sent_by(tab))
+        assert tab.text("#wire-bytes") == "1.6 kB"
         assert tab.text("#maps-note").startswith("16 maps of 5 \N{MULTIPLICATION SIGN} 5, 1.6 kB")
         assert tab.evaluate("document.querySelectorAll('#maps canvas').length") == 16
         batches = sent_by(tab).count(b"INFERENCE_BATCH")
@@ -150,6 +142,9 @@ def test_only_the_cut_tensor_leaves_the_machine(browser: Chromium, site: Website
         tab.draw("#pad", ONE)
         found = predicted(tab, "whole")
         assert tab.text("#bytes-up") == "0 B"
+        for place in ("#wire-bytes", "#ms-way", "#ms-back"):
+            assert tab.text(place) == NONE
+        assert "nothing is sent" in tab.text("#lead")
         leaks = {
             "bytes": "sfl.page.input.pad.pixels()",
             "floats": "sfl.page.input.values()",
@@ -189,6 +184,9 @@ def test_the_server_may_go_and_come_back(browser: Chromium, trained: Path) -> No
         assert all("ERR_CONNECTION_REFUSED" in e or "WebSocket" in e for e in tab.errors), (
             tab.errors
         )
+        for name, state in (("pagehide", "off"), ("pageshow", "connected")):  # as Back does
+            tab.evaluate(f"dispatchEvent(new PageTransitionEvent('{name}', {{persisted: true}}))")
+            tab.wait_for(f"document.querySelector('#connection').dataset.state === '{state}'")
         tab.evaluate("document.querySelector('#address').value = 'ws://example.org/predict'")
         tab.click("#server button")
         tab.wait_for("document.querySelector('#connection').dataset.state === 'refused'")
@@ -228,8 +226,13 @@ def test_keys_samples_and_pictures(browser: Chromium, site: Website, tmp_path: P
         tab.click("#undo")
         assert tab.evaluate(count) == 0
         assert tab.text("#class") == NONE
-        tab.evaluate("sfl.page.input.takeSample(5)")
+        tab.evaluate("void sfl.context.onFeatures((seen) => (window.told ??= []).push(seen))")
+        tab.evaluate("sfl.page.input.takeSample(4); sfl.page.input.takeSample(5)")
         found = predicted(tab)
+        assert tab.evaluate("told.length") <= 2  # of the mode before and of this one
+        assert tab.evaluate(
+            "told.every((seen) => seen.pixels.join() === [...sfl.page.input.values()].join())"
+        )
         sample = site.files.test_set.take(torch.tensor([5]))
         assert found["pixels"] == sample.x.flatten().tolist()
         check_agrees(site.run, found)
@@ -302,6 +305,7 @@ def test_a_u_shaped_model_gives_the_server_no_outputs(browser: Chromium, folder:
         assert b"INFERENCE_FEATURES" in received
         assert b"INFERENCE_OUTPUTS" not in received
         assert len(tab.evaluate("sfl.page.last.far.features")) == 1
+        assert tab.evaluate("sfl.page.last.far.times.back") > 0  # ms, as the server tells
         if "finds no" in use(tab, "webgpu"):
             return  # no software adapter in this browser
         assert tab.evaluate("sfl.page.runtime.backend") == "webgpu"  # multiplies matrices well

@@ -2,16 +2,11 @@
 
 import contextlib
 import gzip
-import http.client
 import json
-import signal
-import socket
-import ssl
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,87 +21,17 @@ from websockets.sync.client import connect
 
 import sfl
 from experiments.hostile.memory import peak_bytes
-from experiments.hostile.target import Target
-from experiments.hostile.upgrades import FRAMES, first_part, heard_from, piece, sent, told
+from experiments.hostile.upgrades import FRAMES, first_part, piece, sent
 from experiments.web import doors, pages
-from experiments.web.__main__ import main
-from experiments.web.model_files import ModelFiles
-from sfl.errors import ConfigError, RunError
-from sfl.nodes import ServerNode
 from sfl.transport.connection import Connection
 from sfl.transport.websocket import opened
 from sfl.wire.messages import Limits
-from tests.support.handshakes import TOKEN, token_file
-from tests.support.launch import Launcher, Program, finish, send_signal, wait_for
 from tests.support.requesters import Requester
+from tests.support.served_site import Served, serving, silent
 from tests.support.simulations import simulated
 
 MIB = 2**20
 CLOSE = piece(struct.pack("!H", 1000), 8)
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-
-
-@dataclass
-class Served:
-    """A site that runs, and what it was started with."""
-
-    launcher: Launcher
-    program: Program
-    run: sfl.Run
-
-    @property
-    def port(self) -> int:
-        return self.launcher.port
-
-    @property
-    def is_tls(self) -> bool:
-        return self.launcher.transport == "wss"
-
-    def ask(self, path: str, *, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
-        """Return the response to one request, read to its end as ``.content``."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        if self.is_tls:
-            trust = ssl.create_default_context(cafile=str(self.launcher.folder / "ca.pem"))
-            connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=trust)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, headers=named)
-        response = connection.getresponse()
-        response.content = response.read()
-        connection.close()
-        return response
-
-    def target(self) -> Target:
-        return Target("127.0.0.1", self.port, tls=self.is_tls)
-
-    def request(self, path: str = "/predict", *more: str, host: str = "") -> bytes:
-        lines = [f"GET {path} HTTP/1.1", f"Host: {host or f'127.0.0.1:{self.port}'}"]
-        lines += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", *more]
-        return "\r\n".join([*lines, f"Sec-WebSocket-Key: {KEY}", "", ""]).encode()
-
-    def answers(self, request: bytes, frames: Iterable[bytes] = ()) -> str:
-        """Send a request, then frames; return in words what the site says until it closes."""
-        with self.target().connect() as stream:
-            sent(stream, [request])
-            first = memoryview(bytearray(2**16))
-            answer = bytes(first[: stream.receive_into(first)])
-            sent(stream, frames)
-            return told(answer + heard_from(stream))
-
-
-@contextlib.contextmanager
-def serving(folder: Path, run: sfl.Run, *options: object, tls: bool = False) -> Iterator[Served]:
-    launcher = Launcher(folder, transport="wss" if tls else "ws")
-    own = launcher._certificates if tls else None
-    with_tls = [*own.issue("site"), "--name", "localhost"] if own else []
-    program = launcher.web(run.path, "--no-decoder", *with_tls, *options)
-    try:
-        if own:
-            _ = own.trust
-        wait_for(program, "in a browser")
-        yield Served(launcher, program, run)
-        assert "Traceback" not in program.out + program.err
-    finally:
-        launcher.end()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +65,9 @@ def test_the_model_is_described_and_its_files_are_those_of_the_run(site: Served)
     assert (features["link"], features["shape"], features["sent"]) == (0, [400], True)
     assert [s["file"] for s in about["segments"]] == ["model/front.onnx", ""]
     assert about["num_samples"] == 1000
-    sample = json.loads(site.ask("/sample?index=999").content)
+    asked = site.ask("/sample?index=999")
+    assert asked.headers["Cache-Control"] == "no-cache"  # the next site there may have another run
+    sample = json.loads(asked.content)
     x = torch.tensor(sample["pixels"]).reshape(1, *sample["shape"]) / 255
     x = (x - about["mean"][0]) / about["std"][0]
     for name, module in (("front", site.run.front()), ("whole", site.run.model())):
@@ -220,6 +147,7 @@ def test_what_is_wrong_is_said_in_one_line(site: Served) -> None:
         ("", "null", 403),
         ("", "http://127.0.0.1:1", 403),
         ("", "http://localhost:PORT", 403),
+        ("", "http://[", 403),
         ("example.org", "http://example.org", 421),  # a name that was let point here
         ("10.0.0.2", "", 421),
         ("127.0.0.1@example.org", "", 421),
@@ -233,6 +161,33 @@ def test_pages_of_strangers_are_refused(site: Served, host: str, origin: str, st
     assert said.startswith("closed: 1000" if status == 101 else f"HTTP/1.1 {status}")
 
 
+@pytest.mark.parametrize(
+    ("path", "where", "how", "status"),
+    [
+        ("/", "cross-site", "navigate document", 200),
+        ("/?from=a-link", "same-site", "navigate document", 200),
+        ("/sample?index=0", "cross-site", "navigate document", 403),
+        ("/sample?index=0", "cross-site", "no-cors image", 403),
+        ("/sample?index=0", "same-site", "no-cors script", 403),  # of another port
+        ("/", "cross-site", "navigate iframe", 403),
+        ("/sample?index=0", "same-origin", "cors empty", 200),
+        ("/sample?index=0", "none", "navigate document", 200),  # typed by the user
+    ],
+)
+def test_pages_of_strangers_may_only_link_here(
+    site: Served, path: str, where: str, how: str, status: int
+) -> None:
+    mode, dest = how.split()
+    named = {"Sec_Fetch_Site": where, "Sec_Fetch_Mode": mode, "Sec_Fetch_Dest": dest}
+    assert site.ask(path, **named).status == status
+
+
+def test_a_refusal_repeats_nothing_of_the_request(site: Served) -> None:
+    refused = site.ask("/", Host="x;script-src *")
+    assert refused.status == 421
+    assert "script-src *" not in refused.headers["Content-Security-Policy"]
+
+
 def test_which_hosts_are_ours() -> None:
     everywhere = doors.Doors("0.0.0.0", ["digits.example"], is_tls=False)
     assert [everywhere._is_ours(h) for h in ("digits.example:8080", "10.0.0.2", "x.example")] == [
@@ -240,6 +195,8 @@ def test_which_hosts_are_ours() -> None:
     ]  # fmt: skip
     assert [everywhere.is_isolated(h) for h in ("localhost:1", "10.0.0.2")] == [True, False]
     assert "Cross-Origin-Embedder-Policy" not in everywhere.headers("10.0.0.2")
+    # A browser logs an error for an IPv6 address in a policy.
+    assert "connect-src 'self';" in everywhere.headers("[::1]:80")["Content-Security-Policy"]
 
 
 @contextlib.contextmanager
@@ -298,15 +255,6 @@ def test_text_is_refused_with_a_reason(site: Served) -> None:
             socket.recv(timeout=10)
 
 
-def silent(served: Served, count: int, data: bytes) -> list[socket.socket]:
-    """Open connections that say something and wait."""
-    sockets = []
-    for _ in range(count):
-        sockets.append(socket.create_connection(("127.0.0.1", served.port), timeout=30))
-        sockets[-1].sendall(data)
-    return sockets
-
-
 @pytest.mark.parametrize("name", ["site", "secure"])
 def test_who_floods_takes_little_and_hinders_nobody(
     name: str, request: pytest.FixtureRequest
@@ -341,98 +289,3 @@ def test_too_many_websockets_are_refused(site: Served) -> None:
     until = time.monotonic() + 20
     while "503" in site.answers(site.request(), [CLOSE]):  # until it has seen that they left
         assert time.monotonic() < until
-
-
-def test_a_server_that_trains_is_joined_with_the_token_of_the_site(
-    run: sfl.Run, tmp_path: Path
-) -> None:
-    """The client here has neither token nor certificate authority, as a page has none."""
-    secret = token_file(tmp_path, f"0 {TOKEN}")
-    trainer = Launcher(tmp_path / "trainer", transport="wss")
-    trainer.folder.mkdir()
-    options = ["--clients", 1, "--rounds", 1, "--model", "mlp", "--batch-size", 200, "--run", "t"]
-    server = trainer.server("--token-file", secret, *options)
-    try:
-        wait_for(server, "listening on")
-        trains = ["--train", f"127.0.0.1:{trainer.port}", "--token-file", secret]
-        trains += ["--tls-ca", trainer._certificates.trust]
-        with serving(tmp_path, run, *trains) as site:
-            assert json.loads(site.ask("/model.json").content)["train"] is True
-            assert "HTTP/1.1 400" in site.answers(site.request("/train?client=x"))
-            with (
-                connect(f"ws://127.0.0.1:{site.port}/train?client=1") as socket,
-                pytest.raises(ConnectionClosed, match="no token for"),
-            ):
-                socket.recv(timeout=20)
-            at = ["--server", f"ws://127.0.0.1:{site.port}/train?client=0", "--client-id", 0]
-            finish([site.launcher.client(*at), server])
-            with (
-                connect(f"ws://127.0.0.1:{site.port}/train?client=0") as socket,
-                pytest.raises(ConnectionClosed, match=r"1013 .*behind this site is not there"),
-            ):
-                socket.recv(timeout=20)
-    finally:
-        trainer.end()
-
-
-def test_a_signal_ends_it_with_its_websockets(run: sfl.Run, tmp_path: Path) -> None:
-    with serving(tmp_path, run) as site:
-        with connect(f"ws://127.0.0.1:{site.port}/predict") as socket:
-            idle = silent(site, 3, b"GET /")
-            send_signal(site.program, signal.SIGTERM)
-            with pytest.raises(ConnectionClosed, match=r"1001 .*the site is ending"):
-                socket.recv(timeout=20)
-        assert site.program.ended_with(3) == "web: error: interrupted"
-        for sock in idle:
-            sock.close()
-
-
-def test_a_port_in_use_is_said(site: Served, run: sfl.Run, tmp_path: Path) -> None:
-    program = Launcher(tmp_path, port=site.port).web(run.path)
-    assert "another --port or --host may be free" in program.ended_with(1)
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (["--host", "0.0.0.0"], "give --tls-cert and --tls-key, or --insecure"),
-        (["--port", "70000"], "port .*must be in"),
-        (["--token-file", "x"], "--token-file: is for the server of --train"),
-        (["--train", "rpc://127.0.0.1:1/1/2"], "give HOST:PORT of a server over tcp or ws"),
-        (["--train", "wss://127.0.0.1:1"], "give --tls-ca"),
-        (["--client", "7"], "--client 7: the run has 3 clients"),
-        (["--tls-cert", "x"], "--tls-cert and --tls-key: give both"),
-        (["--seed", "1"], "--seed is an option of"),
-        (["--name", "a b"], "no host's name"),
-    ],
-)
-def test_what_does_not_fit_is_refused(run: sfl.Run, options: list[str], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        main([str(run.path), *options, "--port", "0"] if "--port" not in options else options)
-
-
-def test_which_runs_have_a_page(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"there is no finished run in .*experiments.demo"):
-        main(["--out", str(tmp_path)])
-    for options, why in (
-        ({"scheme": "fl"}, "no server holds a part of the model"),
-        ({"scheme": "sflv3"}, "each client keeps .* --client"),
-        (
-            {"topology": "vertical", "partition": "vertical", "model": "mlp"},
-            "a part of each sample",
-        ),
-    ):
-        simulated(tmp_path, run="x".join(options.values()), rounds=1, **{"model": "mlp"} | options)
-        with pytest.raises((ConfigError, RunError), match=why):
-            main(["--out", str(tmp_path)])  # the newest
-
-
-def test_a_u_shaped_run_has_two_segments_in_the_page(tmp_path: Path) -> None:
-    run = sfl.open_run(simulated(tmp_path, model="lenet5", rounds=1, cut="3,9", clients=1))
-    files = ModelFiles(run, ServerNode())
-    about = json.loads(files.about(dict).body)
-    assert [(s["name"], s["file"]) for s in about["segments"]] == [
-        ("front", "model/front.onnx"), ("back", ""), ("client_head", "model/client_head.onnx"),
-    ]  # fmt: skip
-    assert [(f["link"], f["sent"]) for f in about["features"]] == [(0, True), (1, False)]
-    assert {"/model/client_head.onnx", "/model/whole.onnx"} < files.routes().keys()

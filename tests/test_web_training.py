@@ -1,5 +1,7 @@
 """Training in the page: its arithmetic against torch's, its conversation, and hostile pages."""
 
+import base64
+import contextlib
 import csv
 import json
 import re
@@ -9,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("websockets")
+from websockets.protocol import State
+from websockets.sync.client import ClientConnection, connect
 
 import sfl
 from experiments.web.training import TrainedRun, why_a_page_cannot
@@ -25,12 +31,15 @@ from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
+from sfl.wire.framing import encode_head
+from sfl.wire.messages import Message, MessageType
 from tests.support.chromium import Chromium, needs_chromium
+from tests.support.handshakes import TOKEN, token_file
 from tests.support.javascript import needs_node, needs_runtime, run_module
-from tests.support.launch import Launcher, Program, wait_for
-from tests.support.pages_that_train import HOSTILE, TRAIN, Own, run_pages
+from tests.support.launch import Launcher, Program, wait_for, was_killed
+from tests.support.pages_that_train import HOSTILE, TRAIN, UNLUCKY, Own, run_pages
 from tests.support.simulations import simulated
-from tests.support.tab import Tab
+from tests.support.tab import Tab, eventually
 
 OWN = RunConfig(partition="own", model="lenet5", batch_size=64, run="r", seed=3)
 
@@ -119,10 +128,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(launcher: Launcher, served: Path, tmp_path: Path) -> Iterator[str]:
-    """A site in front of the launcher's server; return its address."""
+    """A site in front of the launcher's server, with a token; return its address."""
     (tmp_path / "site").mkdir()
     own = Launcher(tmp_path / "site")
-    program = own.web(served, "--train", f"127.0.0.1:{launcher.port}")
+    secret = token_file(tmp_path, TOKEN)
+    program = own.web(served, "--train", f"127.0.0.1:{launcher.port}", "--token-file", secret)
     wait_for(program, "in a browser")
     yield f"http://127.0.0.1:{own.port}/"
     assert "Traceback" not in program.out + program.err
@@ -131,11 +141,13 @@ def site(launcher: Launcher, served: Path, tmp_path: Path) -> Iterator[str]:
 
 def start(launcher: Launcher, tmp_path: Path, owns: list[Own], *options: object) -> Program:
     """Start a server, and client 0 in Python."""
+    secret = ["--token-file", tmp_path / "token"]
     server = launcher.server(
-        "--clients", len(owns), "--partition", "own", "--run", "r", "--seed", 3, *options,
+        "--clients", len(owns), "--partition", "own", "--run", "r", "--seed", 3, *secret, *options,
     )  # fmt: skip
     wait_for(server, "listening")
-    launcher.client("--client-id", 0, "--data-dir", owns[0].write(tmp_path / "own_0"))
+    own = owns[0].write(tmp_path / "own_0")
+    launcher.client("--client-id", 0, "--data-dir", own, *secret)
     return server
 
 
@@ -157,7 +169,10 @@ REFUSED = {
 def test_a_page_trains_as_a_python_client(
     launcher: Launcher, site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Hostile pages come first; then a good one, which is closed in the middle of a round."""
+    """Hostile pages come first; then a good one, which is closed in the middle of a round.
+
+    Another with its samples goes on, which asks for no number, and gives way to no bad luck.
+    """
     owns = [Own.of(k, 320, 60) for k in (0, 1)]
     server = start(launcher, tmp_path, owns, "--rounds", 2, "--model", "lenet5", "--batch-size", 64)
     until = {"round": 1, "step": 2}
@@ -167,9 +182,11 @@ def test_a_page_trains_as_a_python_client(
     wrong = {k: v for k, v in refusals.items() if not re.match(start_of + f".*{REFUSED[k]}", v)}
     assert wrong == {}
     assert refusals.keys() == REFUSED.keys()
-    code, (told,) = run_pages(TRAIN, site, 1, owns[1])
+    code, (told,) = run_pages(UNLUCKY + TRAIN, site, None, owns[1])
     assert code == 0
     assert told["state"] == "done", told
+    assert told["client"] == 1
+    assert not any("trying" in note for note in told["notes"])  # it is told only while it is so
     server.ended_with(0)
     launcher.programs[1].ended_with(0)
     assert "client_1 computes with onnxruntime-web 1.30.0 in a browser: its steps" in server.out
@@ -218,6 +235,7 @@ def check_steps(run: Path, client: int, data_dir: Path) -> int:
     return count
 
 
+PART = "((name) => document.querySelector(`#training [data-is=${name}]`).innerText)"
 BEGIN = """
 (async () => {
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -248,10 +266,28 @@ def begin(tab: Tab, own: Own, client: int, **more: Any) -> None:
 def test_two_tabs_beside_a_python_client(
     launcher: Launcher, site: str, tmp_path: Path, chromium: Chromium
 ) -> None:
-    """One of them is closed in the second round, and another tab goes on with its samples."""
+    """One is closed in the second round, and another goes on with its samples.
+
+    In the third the server is killed, and started again. Meanwhile 50 others hold the site's
+    WebSockets, each with half a message.
+    """
     owns = [Own.of(k, 480, 200) for k in range(3)]
+    one = chromium.open(site)  # before the server is there
+    one.wait_for(f"{PART}('about').startsWith('There is no run for this page yet; it looks again')")
+    assert "--" not in one.text("#training [data-is=about]")
+    one.draw("#pad", [(0.3, 0.3), (0.7, 0.7)])
+    one.click("#training [data-is=add]")
+    one.wait_for(f"{PART}('state').startsWith('there is no run yet')")
     server = start(launcher, tmp_path, owns, "--rounds", 3, "--model", "mlp", "--batch-size", 32)
-    one, closed = (chromium.open(site) for _ in range(2))
+    one.wait_for("document.querySelector('#training-label').options.length === 10")
+    assert one.text("#training [data-is=state]") == "not started"
+    one.evaluate("document.querySelector('#training-label').value = 7")
+    one.click("#training [data-is=add]")
+    one.wait_for(f"{PART}('samples') === '1 sample (7: 1)'")
+    one.evaluate("sfl.training.start(9)")
+    one.wait_for(f"{PART}('state') === 'client 9: this run has 0 to 2'")
+    one.evaluate("sfl.training.setSamples(null)")
+    closed = chromium.open(site)
     begin(one, owns[1], 1)
     begin(closed, owns[2], 2, sends=46)
     closed.wait_for("window.hangs")
@@ -259,14 +295,24 @@ def test_two_tabs_beside_a_python_client(
     closed.close()
     wait_for(server, "client_2 is away")
     other = chromium.open(site)
-    begin(other, owns[2], 2)
-    server.ended_with(0)
-    launcher.programs[1].ended_with(0)
+    with waiting(site, 50) as sockets:
+        begin(other, owns[2], 2)
+        assert sum(socket.state is State.OPEN for socket in sockets) == 50
+        other.wait_for("sfl.training.progress?.round === 2 && sfl.training.progress.step > 2")
+        server.process.kill()
+        was_killed(server)
+        for tab in (one, other):
+            tab.wait_for("sfl.training.progress.state === 'lost'")
+        server = launcher.server(
+            "--resume", launcher.folder / "server/r", "--token-file", tmp_path / "token"
+        )
+        server.ended_with(0)
+        launcher.programs[1].ended_with(0)
     for tab in (one, other):
         tab.wait_for("sfl.training.progress.state === 'done'")
         assert tab.text("#training [data-is=state]") == "the run is over"
         assert tab.errors == []
-    check_nothing_leaves(one, owns[1])
+        check_nothing_leaves(tab, owns[1 if tab is one else 2])
     for k in (1, 2):
         own = owns[k].write(tmp_path / f"own/client_{k}")
         assert check_steps(launcher.folder / "server/r", k, own) == 36
@@ -282,12 +328,47 @@ def test_two_tabs_beside_a_python_client(
     assert abs(with_tabs - in_python) <= 0.01, (with_tabs, in_python)
 
 
+@contextlib.contextmanager
+def waiting(site: str, count: int) -> Iterator[list[ClientConnection]]:
+    """Open WebSockets for predictions, each with the first half of a message."""
+    half = encode_head(Message(MessageType.REQUEST_INFERENCE))[:40]
+    with contextlib.ExitStack() as stack:
+        url = site.replace("http", "ws") + "predict"
+        sockets = [stack.enter_context(connect(url)) for _ in range(count)]
+        for socket in sockets:
+            socket.send(half)
+        yield sockets
+
+
+# Sends samples as they are, and normalised as the page does it.
+LEAK = """
+(async () => {
+  const { normalised, scaled } = await import("/normalise.js");
+  const socket = new WebSocket(new URL("predict", location.href.replace("http", "ws")));
+  await new Promise((resolve) => (socket.onopen = resolve));
+  const bytes = Uint8Array.from(atob(PIXELS), (letter) => letter.charCodeAt(0));
+  for (const x of [bytes, normalised(scaled(bytes), sfl.training.plan)]) socket.send(x);
+  socket.close();
+})()
+"""
+
+
 def check_nothing_leaves(tab: Tab, own: Own) -> None:
-    """Look for the samples in what a tab sent to the server: as bytes, and normalised."""
-    sent = b"".join(f.data for f in tab.frames if f.sent and "/train" in f.url)
+    """Look for the samples in what a tab sent: as bytes, and normalised.
+
+    Then let the page send the sixth, and see that both are found.
+    """
     plain = torch.from_numpy(own.x)
-    normalised = (plain.float().div(255) - 0.1307) / 0.3081
+    normalised = plain.float().div(255).sub(0.1307).div(0.3081)
     rows = [row.numpy().tobytes() for x in (plain, normalised) for row in x[:, 0, 12:16].flatten(1)]
-    assert len(sent) > 10**6
-    assert not any(row in sent for row in rows)
-    assert any(row in sent + rows[5] for row in rows)  # a leak would be found
+
+    def found() -> list[int]:
+        sent = b"".join(frame.data for frame in tab.frames if frame.sent)
+        assert len(sent) > 10**6
+        return [index for index, row in enumerate(rows) if row in sent]
+
+    assert found() == []
+    sixth = base64.b64encode(own.x[5].tobytes()).decode()
+    tab.evaluate(LEAK.replace("PIXELS", json.dumps(sixth)))
+    eventually(lambda: len(found()) == 2)
+    assert found() == [5, 5 + len(plain)]

@@ -47,6 +47,10 @@ def _parser() -> Parser:
         "--no-decoder", action="store_true", help="do not train, in the background, what shows"
         " what an attacker sees",
     )  # fmt: skip
+    parser.add_argument(
+        "--share-samples", action="store_true", help="with --host, show the test samples of the"
+        " run's data set to other machines as well",
+    )  # fmt: skip
     add_options(parser, ServerNode, _OF_SERVER)
     add_options(parser, ClientNode, "token_file tls_ca")
     return parser

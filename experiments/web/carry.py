@@ -16,7 +16,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from sfl.errors import SflError, reason_of
+from sfl.errors import RunError, SflError, reason_of
 
 MOST_IN_MESSAGE = 2**20  # bytes
 PIECE = 2**16  # bytes that are read from the server at once
@@ -28,14 +28,24 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Open = Callable[[], Awaitable[Ends]]  # connects to the server
 
 
+class NotThere(RunError):
+    """The server behind the site does not answer."""
+
+
 async def carry(socket: ServerConnection, open_server: Open) -> str:
-    """Carry until one side ends; return why, "" if a side has just left."""
+    """Carry until one side ends; return why, "" if a side has just left.
+
+    Raises:
+        NotThere: there is nobody to carry to.
+    """
     try:
         async with asyncio.timeout(OPEN_WITHIN_S):
             reader, writer = await open_server()
     except (OSError, SflError) as error:  # includes TimeoutError
         why = _told(error)
         await socket.close(CloseCode.TRY_AGAIN_LATER, _short(why))
+        if isinstance(error, OSError):
+            raise NotThere(why) from error
         return why
     up = asyncio.create_task(_up(socket, writer))
     down = asyncio.create_task(_down(reader, socket))

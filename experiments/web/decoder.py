@@ -104,7 +104,9 @@ def shadow_images(run: Run, node: NodeConfig) -> Tensor:
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ConfigError(f"samples of shape {list(shape)} are no images to be made again")
     if run.config.partition == "own":
-        raise DataError("the clients' data are their own: there are no shadow images here")
+        raise DataError(
+            "the clients trained on data of their own, and the decoder needs images like theirs"
+        )
     test = spec.load(Source(node.data_path, node.cache_path, shape))[1].sized(shape)
     most = min(_MOST_SHADOW, _MOST_BYTES // (4 * math.prod(shape)))
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(run.config.seed))

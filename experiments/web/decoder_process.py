@@ -1,4 +1,4 @@
-"""The decoder for a site's pages: made by a process of its own, while the pages work already.
+"""The decoder for a site's pages: made once by a process of its own, while the pages work already.
 
 torch's number of threads is a process's: training beside the model's back would change its speed,
 and even the last bit of its results.
@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.web.decoder import STEPS, make_decoder, shadow_images
+from experiments.web.decoder import STEPS, Made, make_decoder, shadow_images
+from experiments.web.decoder_cache import made_once
 from experiments.web.pages import JSON, ONNX, Answer, Route
 from sfl.archive.run_folder import say
 from sfl.errors import RunError, SflError, reason_of
@@ -161,8 +162,17 @@ def _make(order: Order, to_parent: Connection) -> None:
         to_parent.send((table | {"state": READY} | figures, made.data))
 
 
-def _made(order: Order, progress: Any) -> Any:
+def _made(order: Order, progress: Callable[[int, int], None]) -> Made:
+    """Return the decoder that was made before, or make it.
+
+    Raises:
+        SflError: it cannot be made.
+    """
     run = open_run(order.path, threads=1, **order.machine)
-    images = shadow_images(run, from_values(NodeConfig, dict(order.machine), "the options"))
-    steps = order.steps or STEPS
-    return make_decoder(run, images, client=order.client, steps=steps, on_progress=progress)
+    node, steps = from_values(NodeConfig, dict(order.machine), "the options"), order.steps or STEPS
+
+    def make() -> Made:
+        images = shadow_images(run, node)
+        return make_decoder(run, images, client=order.client, steps=steps, on_progress=progress)
+
+    return made_once(node.cache_path, run, order.client, steps, make)

@@ -1,8 +1,9 @@
 """Who may open a connection to the site, and what a request must look like.
 
 A page of a stranger must not reach the site through its reader's browser: neither from its own
-address (a request names the page that it comes from, ``Origin``) nor by a name that it lets point
-to this machine (DNS rebinding: a request names the host that it is for, ``Host``).
+address (a request names the page that it comes from, ``Origin``, or at least whether that is one of
+this site, ``Sec-Fetch-Site``) nor by a name that it lets point to this machine (DNS rebinding: a
+request names the host that it is for, ``Host``). Only a link to the page may be followed.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request
 
+from experiments.web.carry import Open
 from experiments.web.pages import Response, refusal
 from sfl.transport.addresses import address_of, is_loopback
 from sfl.transport.listener import listen
@@ -28,6 +30,8 @@ MOST_SOCKETS = 192  # open at once
 MOST_WEBSOCKETS = 128
 REQUEST_WITHIN_S = 10.0  # of a connection, from its first byte to the end of its headers
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+_OWN = ("", "same-origin", "none")  # of Sec-Fetch-Site: a program; our page; what a user has typed
+_FOLLOWED = ("navigate", "document")  # Sec-Fetch-Mode and -Dest of a link that is followed
 
 
 class BoundedListener(socket.socket):
@@ -83,6 +87,18 @@ class BoundedListener(socket.socket):
 class Visitor(ServerConnection):
     """A connection whose request must come in time."""
 
+    _open_server: Open | None = None
+
+    @property
+    def open_server(self) -> Open:
+        """What connects to the server that its WebSocket is for."""
+        assert self._open_server is not None, "a WebSocket that was not let in"
+        return self._open_server
+
+    def let_in(self, open_server: Open) -> None:
+        """Note the server that its WebSocket is for."""
+        self._open_server = open_server
+
     async def handshake(self, *args: Any, **options: Any) -> None:
         awaited: list[Awaitable[None]] = [self.request_rcvd, self.connection_lost_waiter]
         async with asyncio.timeout(REQUEST_WITHIN_S):
@@ -104,7 +120,7 @@ class Doors:
         if not self._is_ours(host):
             given = "give --name NAME to the site to let pages come by another name"
             return refusal(http.HTTPStatus.MISDIRECTED_REQUEST, f"this is not that host: {given}")
-        if origin and urlsplit(origin).netloc.lower() != host.lower():
+        if (origin and _host_of(origin) != host.lower()) or _is_strangers(request):
             return refusal(http.HTTPStatus.FORBIDDEN, "a page of another site")
         if request.method not in ("GET", "HEAD") or (is_websocket and request.method != "GET"):
             return refusal(http.HTTPStatus.METHOD_NOT_ALLOWED, "GET is answered, nothing else")
@@ -120,11 +136,12 @@ class Doors:
 
     def headers(self, host: str) -> dict[str, str]:
         """Return the headers of every response to a request for a host."""
-        scheme = "wss" if self.is_tls else "ws"
+        # Where 'self' does not name a WebSocket, this does; no policy can name an IPv6 address.
+        own = "" if host.startswith("[") else f" {'wss' if self.is_tls else 'ws'}://{host}"
         policy = {
             "default-src": "'self'",
             "script-src": "'self' 'wasm-unsafe-eval'",
-            "connect-src": f"'self' {scheme}://{host}",
+            "connect-src": f"'self'{own}",
             "img-src": "'self' data: blob:",
             "worker-src": "'self' blob:",
             "object-src": "'none'",
@@ -150,6 +167,22 @@ def _only(request: Request, name: str) -> str:
     """Return a header's value; "" if it is missing or there are several."""
     values = request.headers.get_all(name)
     return values[0].strip() if len(values) == 1 else "/" * bool(values)
+
+
+def _is_strangers(request: Request) -> bool:
+    """Return whether a browser says that a page of another site asks, other than by a link."""
+    if _only(request, "Sec-Fetch-Site") in _OWN:
+        return False
+    how = _only(request, "Sec-Fetch-Mode"), _only(request, "Sec-Fetch-Dest")
+    return request.path.partition("?")[0] != "/" or how != _FOLLOWED
+
+
+def _host_of(origin: str) -> str:
+    """Return the host and port in an origin; "" if it is malformed."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def name_in(host: str) -> str:

@@ -18,6 +18,7 @@ from sfl.conversation.inference import described
 from sfl.data.client_data import Source, load
 from sfl.data.samples import Samples, nothing
 from sfl.errors import ConfigError, DataError, counted, quoted, reason_of
+from sfl.files.torch_file import TensorSpec, max_file_bytes
 from sfl.interactive.run import Run
 from sfl.model.portable import WHOLE
 from sfl.model.topology import Holder, route
@@ -25,19 +26,27 @@ from sfl.nodes import ServerNode
 from sfl.trained.export import back_checksum, export
 from sfl.trained.inputs import expected_of
 
-HOUR_S = 3600
-
 
 class ModelFiles:
     """A run for pages; each file is made once. Safe to use from several threads."""
 
-    def __init__(self, run: Run, node: ServerNode, client: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        node: ServerNode,
+        client: int | None = None,
+        *,
+        shares_samples: bool = True,
+    ) -> None:
         """``client``: whose segments, where each client keeps its own.
+
+        ``shares_samples``: whether pages may have test samples of the run's data set.
 
         Raises:
             ConfigError: a page cannot compute the front of such a run.
         """
         self.run, self.client, self._node = run, client, node
+        self.shares_samples = shares_samples
         self._expected = expected_of(run)  # refuses parts of samples
         if not run.split.cuts:
             raise ConfigError(
@@ -80,8 +89,10 @@ class ModelFiles:
 
     @cached_property
     def test_set(self) -> Samples:
-        """The test samples of the run's data set, before they are normalised; none if not here."""
+        """The test samples that pages may have, before they are normalised; none if not here."""
         spec, node = self._expected.spec, self._node
+        if not self.shares_samples:
+            return nothing(spec.input_shape)
         try:
             if self.run.config.partition == "own":
                 raise DataError("the clients' data are their own")
@@ -123,6 +134,7 @@ class ModelFiles:
             "back_checksum": back_checksum(run),
             "sfl": __version__,
             "hello": described(run.split),
+            "overhead_bytes": max_file_bytes([TensorSpec((0,), torch.float32)]),
             "features": [
                 {"link": link, "shape": list(shape), "maps": maps[link], "sent": link in sent}
                 for link, shape in enumerate(shapes)
@@ -148,7 +160,8 @@ class ModelFiles:
         """
         index, count = given.get("index", ""), len(self.test_set)
         if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < count):
-            raise ConfigError(f"index={quoted(index)}: give 0 to {count - 1}" if count else _NONE)
+            none = _NONE if self.shares_samples else _KEPT
+            raise ConfigError(f"index={quoted(index)}: give 0 to {count - 1}" if count else none)
         one = self.test_set.take(torch.tensor([int(index)]))
         told = {
             "label": int(one.y[0]),
@@ -156,7 +169,7 @@ class ModelFiles:
             "shape": list(one.sample_shape),
             "bytes": one.x.dtype == torch.uint8,  # 0 to 255; else numbers as they are
         }
-        return Answer(JSON, json.dumps(told).encode(), HOUR_S)
+        return Answer(JSON, json.dumps(told).encode())  # not kept: the address names no run
 
     def routes(self, more: Callable[[], Mapping[str, Any]] = dict) -> dict[str, Route]:
         """Return the routes of a run; ``more``: what other parts add to ``/model.json``."""
@@ -171,3 +184,4 @@ class ModelFiles:
 
 
 _NONE = "the test samples of the run's data set are not on this machine: see --data-dir"
+_KEPT = "the test samples of the run's data set stay on the site's machine: see --share-samples"

@@ -39,6 +39,9 @@ _TYPES = {
 _OF_THE_PAGE = (".html", ".js", ".css", ".svg")
 DAY_S = 86400
 MOST_PARAMETERS = 16
+# Kinds of requests: files of the page; routes; routes that ask the server of ``--train``.
+KINDS = FILE, ROUTE, ASKING = "file", "route", "asking"
+_ASKING = "/training"  # how their paths begin
 _WORTH_PACKING = 1024  # bytes
 _LEVEL = 6  # of gzip: 26 MB to 6 MB in a second
 
@@ -84,6 +87,12 @@ class Pages:
         self._routes, self._tell, self._folder = routes, tell, folder
         self._packed: dict[tuple[Path, int], bytes] = {}  # by file and time of its last change
         self._lock = threading.Lock()
+
+    def kind_of(self, path: str) -> str:
+        """Return which of ``KINDS`` a request for a path is."""
+        if path not in self._routes:
+            return FILE
+        return ASKING if path.startswith(_ASKING) else ROUTE
 
     def respond(self, target: str, *, accepts_gzip: bool) -> Response:
         """Return the response to a GET of a path with its query."""

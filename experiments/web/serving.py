@@ -33,6 +33,7 @@ from sfl.transport.refusal_log import RefusalLog
 
 LOOK_S = 0.2  # interval of looking whether a server has ended
 END_WITHIN_S = 5.0
+_OF_RUN = ("threads", "data_dir", "cache_dir", "allow_import")
 _OF_SERVICE = ("threads", "device", "data_dir", "cache_dir", "memory_limit", "peer_timeout",
                "allow_import")  # fmt: skip
 
@@ -47,11 +48,20 @@ def serve_site(options: Namespace, node: ServerNode, to_train: ClientNode) -> No
     check_packages()
     check_names(options.names)
     check_exposure(node, to_train, options.train)
-    path = chosen_run(options.run, node.out_path)
-    machine = {name: getattr(node, name) for name in ("threads", "data_dir", "cache_dir")}
-    run = open_run(path, allow_import=node.allow_import, **machine)
-    files = ModelFiles(run, node, options.client)
-    refusals, tls = RefusalLog(say), server_tls(node)
+    refusals = RefusalLog(say)
+    with BoundedListener.on(node.host, node.port, refusals) as listener:  # before what takes long
+        _serve_at(listener, refusals, options, node, to_train)
+
+
+def _serve_at(
+    listener: BoundedListener,
+    refusals: RefusalLog,
+    options: Namespace,
+    node: ServerNode,
+    to_train: ClientNode,
+) -> None:
+    files, tls = chosen_files(options, node), server_tls(node)
+    path = files.run.path
     serves = ServerNode(serve=str(path), port=0, **{n: getattr(node, n) for n in _OF_SERVICE})
     doors = Doors(node.host, options.names, is_tls=tls is not None)
     behind = {"/train": trainer_of(options.train, to_train)} if options.train else {}
@@ -60,8 +70,8 @@ def serve_site(options: Namespace, node: ServerNode, to_train: ClientNode) -> No
         behind["/predict"] = service_of(service.address)
         pages = Pages(routes_of(files, decoder, options.train, to_train), say)
         parts = Parts(pages, behind, doors, tls.context if tls else None)
-        with Site(parts, BoundedListener.on(node.host, node.port, refusals), refusals) as site:
-            for line in told(node, options.names, site.port, files):
+        with Site(parts, listener, refusals) as site:
+            for line in told(node, options, site.port, files):
                 say(line)
             _wait(site, ended)
 
@@ -87,21 +97,48 @@ def decoder_of(
     return DecoderProcess(path, node, options.client)
 
 
-def chosen_run(name: str, out: Path) -> Path:
-    """Return the folder of a run by path or name; "" for the newest that has a finished round.
+def chosen_files(options: Namespace, node: ServerNode) -> ModelFiles:
+    """Return the files of the run that is named, or of the newest that a page can use.
 
     Raises:
-        RunError: there is none.
+        ConfigError, RunError, IntegrityError: there is none; of several that a page cannot use, the
+            newest one's reason.
     """
-    if name:
-        return run_folder(name, out)
-    tables = [*(out / "server").glob("*/rounds.csv")]
-    with contextlib.suppress(ValueError, OSError):
-        return max(tables, key=lambda path: path.stat().st_mtime).parent
+    machine = {name: getattr(node, name) for name in _OF_RUN}
+    shares = is_loopback(node.host) or options.share_samples
+
+    def files_of(path: Path) -> ModelFiles:
+        run = open_run(path, **machine)
+        return ModelFiles(run, node, options.client, shares_samples=shares)
+
+    if options.run:
+        return files_of(run_folder(options.run, node.out_path))
+    passed_over: list[tuple[Path, SflError]] = []
+    for path in finished_runs(node.out_path):
+        try:
+            found = files_of(path)
+        except SflError as error:
+            passed_over.append((path, error))
+            continue
+        for newer, why in passed_over:
+            say(f"newer, but not for a page: {newer.name}: {reason_of(why)}")
+        return found
+    if passed_over:
+        raise passed_over[0][1]
     raise RunError(
-        f"there is no finished run in {out / 'server'}: make one, for example with python -m"
-        " experiments.demo, or give a run's folder"
+        f"there is no finished run in {node.out_path / 'server'}: make one, for example with python"
+        " -m experiments.demo, or give a run's folder; --train needs one too, for the predictions"
     )
+
+
+def finished_runs(out: Path) -> Iterator[Path]:
+    """Yield the folders of the server's runs that have a finished round, the newest first."""
+    dated = []
+    for table in (out / "server").glob("*/rounds.csv"):
+        with contextlib.suppress(OSError):  # just removed
+            dated.append((table.stat().st_mtime_ns, table.parent))
+    for _, path in sorted(dated, reverse=True):
+        yield path
 
 
 def check_packages() -> None:
@@ -149,17 +186,24 @@ def check_exposure(node: ServerNode, to_train: ClientNode, train: str) -> None:
         )
 
 
-def told(node: ServerNode, names: list[str], port: int, files: ModelFiles) -> Iterator[str]:
+def told(node: ServerNode, options: Namespace, port: int, files: ModelFiles) -> Iterator[str]:
     """Yield what the user is told at the start."""
     scheme = "https" if node.tls_cert else "http"
     is_local = is_loopback(node.host)
-    host = names[0] if names else node.host
+    host = options.names[0] if options.names else node.host
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     run = files.run
     if not has_runtime():
         yield f"warning: pages cannot compute yet: the inference runtime is missing: {INSTALL}"
     if not is_local:
-        yield "warning: whoever reaches the port can ask for predictions, and has the front"
+        yield "warning: whoever reaches the port can ask for predictions, and has the model"
+        if files.shares_samples:
+            yield "warning: --share-samples: they have the test samples of the run's data set, too"
+        if not options.no_decoder:
+            yield (
+                "warning: they have a decoder that was trained on test samples of the run's data"
+                " set: --no-decoder leaves it out"
+            )
         if not node.tls_cert:
             yield "warning: no --tls-cert: others on the way can read and alter what travels"
     yield (

@@ -9,6 +9,7 @@ import http
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,16 +20,17 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request
 
-from experiments.web.carry import MOST_IN_MESSAGE, Open, carry
+from experiments.web.carry import MOST_IN_MESSAGE, NotThere, Open, carry
 from experiments.web.doors import MOST_WEBSOCKETS, BoundedListener, Doors, Visitor
-from experiments.web.pages import MOST_PARAMETERS, Pages, Response, refusal
+from experiments.web.pages import KINDS, MOST_PARAMETERS, Pages, Response, refusal
+from sfl.archive.run_folder import say
 from sfl.errors import RunError, SflError, counted, reason_of
 from sfl.transport.addresses import address_of
-from sfl.transport.refusal_log import RefusalLog
+from sfl.transport.refusal_log import EVERY_S, RefusalLog
 
 ANSWER_WITHIN_S = 300.0  # a request: making a model's file, and sending it over a slow link
 SAY_GOODBYE_S = 3.0
-AT_ONCE = 4  # requests that are computed
+AT_ONCE = 4  # requests of each kind that are computed
 _SILENT = logging.Logger("experiments.web", logging.CRITICAL + 1)
 Behind = Callable[[Mapping[str, str]], Open]  # given the query of a WebSocket's address
 
@@ -49,8 +51,10 @@ class Site:
     def __init__(self, parts: Parts, listener: BoundedListener, refusals: RefusalLog) -> None:
         self._parts, self._listener, self._refusals = parts, listener, refusals
         self.port: int = listener.getsockname()[1]
-        self._workers = ThreadPoolExecutor(AT_ONCE, "sfl-web")
+        # Kinds of requests have workers each: a server that is silent keeps no page from loading.
+        self._workers = {kind: ThreadPoolExecutor(AT_ONCE, f"sfl-web-{kind}") for kind in KINDS}
         self._num_websockets = 0
+        self._said_at: dict[str, float] = {}  # a line about a server that is not there
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._ready, self.has_ended = threading.Event(), threading.Event()
@@ -67,7 +71,8 @@ class Site:
             with contextlib.suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in self._workers.values():
+            workers.shutdown(wait=False, cancel_futures=True)
 
     def check(self) -> None:
         """Raise what ended the site, if something did.
@@ -123,6 +128,7 @@ class Site:
 
     async def _request(self, visitor: ServerConnection, request: Request) -> object:
         """Return the response to a request; None opens a WebSocket."""
+        assert isinstance(visitor, Visitor)  # ``create_connection``
         self._listener.has_asked(visitor.transport.get_extra_info("socket").fileno())
         host = request.headers.get_all("Host")
         is_websocket = bool(request.headers.get_all("Upgrade"))
@@ -135,15 +141,15 @@ class Site:
         elif response is None:
             packs = any("gzip" in value for value in request.headers.get_all("Accept-Encoding"))
             response = await asyncio.get_running_loop().run_in_executor(
-                self._workers,
+                self._workers[self._parts.pages.kind_of(path)],
                 lambda: self._parts.pages.respond(request.path, accepts_gzip=packs),
             )
             has_body = request.method != "HEAD"
             return self._sent(response, host[0], has_body=has_body)
         self._refusals.add(_address(visitor), response.body.decode())
-        return self._sent(response, host[0] if len(host) == 1 else "localhost")
+        return self._sent(response, "localhost")  # the host of the request may be anything
 
-    def _opening(self, visitor: ServerConnection, path: str, query: str) -> Response | None:
+    def _opening(self, visitor: Visitor, path: str, query: str) -> Response | None:
         if path not in self._parts.behind:
             known = " and ".join(self._parts.behind)
             return refusal(http.HTTPStatus.NOT_FOUND, f"there is no such WebSocket: {known}")
@@ -152,7 +158,7 @@ class Site:
             return refusal(http.HTTPStatus.SERVICE_UNAVAILABLE, why)
         try:
             given = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MOST_PARAMETERS))
-            visitor.open_server = self._parts.behind[path](given)  # type: ignore[attr-defined]
+            visitor.let_in(self._parts.behind[path](given))
         except (SflError, ValueError) as error:
             return refusal(http.HTTPStatus.BAD_REQUEST, reason_of(error))
         return None
@@ -175,15 +181,26 @@ class Site:
         return websockets.http11.Response(status.value, status.phrase, headers, body)
 
     async def _handle(self, visitor: ServerConnection) -> None:
+        assert isinstance(visitor, Visitor)
         self._num_websockets += 1
+        address = _address(visitor)  # a closed connection has none
         try:
-            why = await carry(visitor, visitor.open_server)  # type: ignore[attr-defined]
+            why = await carry(visitor, visitor.open_server)
             if why:
-                self._refusals.add(_address(visitor), why)
+                self._refusals.add(address, why)
+        except NotThere as error:
+            self._say_not_there(f"{visitor.request.path.partition('?')[0]}: {error}")
         except OSError as error:
-            self._refusals.add(_address(visitor), reason_of(error))
+            self._refusals.add(address, reason_of(error))
         finally:
             self._num_websockets -= 1
+
+    def _say_not_there(self, line: str) -> None:
+        """Say that a server behind the site does not answer; pages ask again and again."""
+        now = time.monotonic()
+        if now - self._said_at.get(line, -EVERY_S) >= EVERY_S:
+            self._said_at[line] = now
+            say(line)
 
 
 def _address(visitor: ServerConnection) -> str:

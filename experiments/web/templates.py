@@ -2,7 +2,7 @@
 
 A template is a file that torch wrote, cut around what differs between files of these dtypes and
 shapes: the tensors' data, their CRCs (twice each), and the file's id with its CRC. As
-``sfl.files.torch_template``, which has one tensor and reads as well, for several.
+``sfl.files.torch_template``, whose knowledge of such files it uses, but for several tensors.
 """
 
 import base64
@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import math
-import struct
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,8 +17,9 @@ from typing import Any, Final
 import torch
 
 from experiments.web.pages import Answer, Route
-from sfl.errors import ConfigError, quoted
+from sfl.errors import ConfigError, RunError, quoted
 from sfl.files.torch_file import TensorSpec, encode, encode_state, max_state_bytes
+from sfl.files.torch_template import ID_DIGITS, content_at, crc_places, id_digits
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -29,8 +29,7 @@ DTYPES: Final = {
 }
 MOST_BYTES: Final = 16 * 2**20  # of the data of a template that a page asks for
 MOST_DIMENSIONS: Final = 8
-_ID, _PICKLE, _ID_DIGITS = ".data/serialization_id", "data.pkl", 20
-_ENTRY: Final = struct.Struct("<4s6H3L5H2L")  # of a zip's directory, 46 bytes
+_ID, _PICKLE = ".data/serialization_id", "data.pkl"
 
 Json = dict[str, Any]
 
@@ -51,20 +50,41 @@ def template(specs: Mapping[str, TensorSpec], file: bytes) -> Json:
     """Return the template of files like ``file``, which holds tensors of these specs.
 
     See ``Template`` in ``page/torchfile.js`` for its form.
+
+    Raises:
+        RunError: this release of torch writes such files in another layout.
+    """
+    try:
+        return _template(specs, file)
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(
+            f"torch {torch.__version__} writes files of tensors in a layout that pages do not know:"
+            " install a release that SFL was tested with"
+        ) from error
+
+
+def _template(specs: Mapping[str, TensorSpec], file: bytes) -> Json:
+    """Return the template.
+
+    Raises:
+        ValueError, KeyError, BadZipFile: the file has another layout.
     """
     with zipfile.ZipFile(io.BytesIO(file)) as container:
         records = {r.filename.partition("/")[2]: r for r in container.infolist()}
         contents = {name: container.read(record) for name, record in records.items()}
         directory = container.start_dir
-    crc_places = _crc_places(file, records, directory)
-    id_start = _content_at(file, records[_ID])
+    if contents[_ID][ID_DIGITS:] != id_digits(r.CRC for n, r in records.items() if n != _ID):
+        raise ValueError("another layout")
+    id_start = content_at(file, records[_ID])
     holes: dict[int, tuple[int, Json]] = {}  # by offset: length, and what is filled in
     for index, spec in enumerate(specs.values()):
         record = records[f"data/{index}"]
-        holes[_content_at(file, record)] = (spec.num_bytes, {"data": index})
-        holes |= {at: (4, {"crc": index}) for at in crc_places[f"data/{index}"]}
-    holes[id_start + _ID_DIGITS] = (_ID_DIGITS, {"id": True})
-    holes |= {at: (4, {"id_crc": True}) for at in crc_places[_ID]}
+        if record.file_size != spec.num_bytes:
+            raise ValueError("another layout")
+        holes[content_at(file, record)] = (spec.num_bytes, {"data": index})
+        holes |= {at: (4, {"crc": index}) for at in crc_places(file, record, directory)}
+    holes[id_start + ID_DIGITS] = (ID_DIGITS, {"id": True})
+    holes |= {at: (4, {"id_crc": True}) for at in crc_places(file, records[_ID], directory)}
     return {
         "tensors": [_described(name, spec) for name, spec in specs.items()],
         "pieces": _pieces(file, holes),
@@ -73,7 +93,7 @@ def template(specs: Mapping[str, TensorSpec], file: bytes) -> Json:
             for name, record in records.items()
             if name != _ID
         ],
-        "id": contents[_ID][:_ID_DIGITS].decode(),
+        "id": contents[_ID][:ID_DIGITS].decode(),
         "pickle": _base64(contents[_PICKLE]),
         "most": max_state_bytes(specs),
     }
@@ -95,25 +115,6 @@ def _pieces(file: bytes, holes: Mapping[int, tuple[int, Json]]) -> list[Any]:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
-    """Return the offset of a record's content: after its header, name and extra fields."""
-    name, extra = struct.unpack_from("<HH", file, record.header_offset + 26)
-    return int(record.header_offset + 30 + name + extra)
-
-
-def _crc_places(
-    file: bytes, records: Mapping[str, zipfile.ZipInfo], directory: int
-) -> dict[str, tuple[int, int]]:
-    """Return the offsets of each record's CRC: after its content, and in the directory."""
-    places, entry = {}, directory
-    for name, record in records.items():
-        after = _content_at(file, record) + record.file_size + 4  # skip the signature
-        places[name] = after, entry + 16
-        lengths = _ENTRY.unpack_from(file, entry)[10:13]
-        entry += _ENTRY.size + sum(lengths)
-    return places
 
 
 def routes() -> dict[str, Route]:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,37 +16,31 @@ from typing import Any, Final
 import torch
 
 from experiments.web.pages import JSON, ONNX, Answer, Route
+from experiments.web.question import Question
 from experiments.web.step_graph import Graphs, step_graphs, why_not
 from experiments.web.templates import MOST_BYTES, state_template
 from sfl import __version__, seeds
 from sfl.archive.records import MAX_CLASSES
 from sfl.config import RunConfig
-from sfl.conversation.check import client_check
-from sfl.conversation.join import HERE, Welcome
+from sfl.conversation.join import HERE
 from sfl.data.augment import NONE
 from sfl.data.client_data import DatasetSpec, batch_indices, held_out, normalised
 from sfl.data.datasets import DATASETS, dataset_of
 from sfl.data.partition import OWN
-from sfl.environment import fingerprint
-from sfl.errors import ConfigError, quoted
-from sfl.files.torch_file import encode_state
+from sfl.errors import ConfigError, SflError, quoted, reason_of
+from sfl.files.torch_file import encode_state, max_file_bytes
 from sfl.model.class_weights import BALANCED
 from sfl.model.structure import weights_checksum
 from sfl.model.topology import Holder
 from sfl.model.zoo import MODELS
 from sfl.nodes import ClientNode
-from sfl.runtime.access import Access
+from sfl.options import CAN_GROW
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.tokens import SERVER
-from sfl.transport.transports import transport_to
+from sfl.transport.tokens import tokens_of
 from sfl.weights.stores import SOCKET
-from sfl.wire.driver import run_blocking
-from sfl.wire.link import ANY_ID, CLIENT, Peer
 
-ASK_AGAIN_S: Final = 2.0  # the server is asked for its run so often at most
-CONNECT_WITHIN_S: Final = 5.0
 MOST_SAMPLES: Final = 100_000  # of a page, and in a round's order
 MOST_INPUTS: Final = 3 * 64 * 64  # of a sample: a server of ill will names no larger model
 MOST_CLIENT: Final = 10**6
@@ -57,9 +50,10 @@ _OPTIMIZERS: Final = ("adam", "sgd")
 
 def routes(address: str, node: ClientNode) -> dict[str, Route]:
     """Return the routes by which a page takes part in the run of the server at an address."""
-    desk = _Desk(address, node)
+    desk, tokens = _Desk(address, node), tokens_of(node)
+    client = {"client": tokens.only_client if tokens else None}
     return {
-        "/training.json": lambda query: _json(desk.ask().described()),
+        "/training.json": lambda query: _json(_told(desk, client)),
         "/training/forward.onnx": lambda query: Answer(ONNX, desk.run().graphs.forward),
         "/training/step.onnx": lambda query: Answer(ONNX, desk.run().graphs.step),
         "/training/front.pt": lambda query: Answer(ONNX, desk.run().initial),
@@ -71,6 +65,15 @@ def routes(address: str, node: ClientNode) -> dict[str, Route]:
             desk.run().order(*_client_and_samples(query), _number(query, "round", 0, 2**31 - 1))
         ),
     }
+
+
+def _told(desk: "_Desk", more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a page knows of the run, or the problem: a page asks until there is a run."""
+    try:
+        return desk.ask().described() | dict(more)
+    except SflError as error:
+        problem = reason_of(error).partition("; see --server")[0]  # a page has no such options
+        return {"problem": problem}
 
 
 def _json(value: object) -> Answer:
@@ -197,6 +200,8 @@ class TrainedRun:
                 "proximal_mu": run.fedprox_mu,
             },
             "most_samples": MOST_SAMPLES,
+            "most_gradients": max_file_bytes([split.features_spec(run.batch_size + 1)]),
+            "may_differ": sorted(CAN_GROW),
             "worst": self.graphs.worst,
             "sfl": __version__,
         }
@@ -244,23 +249,25 @@ class _Desk:
     address: str
     node: ClientNode
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _question: "Question | None" = None  # the last one
+    _preparing: threading.Lock = field(default_factory=threading.Lock)
     _found: tuple[RunConfig, TrainedRun] | None = None
-    _asked: float = -ASK_AGAIN_S
 
     def ask(self) -> TrainedRun:
-        """Ask the server which run it has.
+        """Ask the server which run it has; who comes meanwhile or just after gets the same answer.
 
         Raises:
             ConfigError, RunError, PeerFailed, ProtocolError: it is not there, refuses, or has a run
                 in which a page cannot take part.
         """
         with self._lock:
-            now = time.monotonic()
-            if self._found is None or now - self._asked >= ASK_AGAIN_S:
-                welcome = asked_run(self.address, self.node)
-                self._asked = now
-                if self._found is None or self._found[0] != welcome.run:
-                    self._found = welcome.run, TrainedRun.of(welcome.run, welcome.fed)
+            if self._question is None or self._question.is_old:
+                self._question = Question(self.address, self.node)
+            question = self._question
+        welcome = question.answer()
+        with self._preparing:
+            if self._found is None or self._found[0] != welcome.run:
+                self._found = welcome.run, TrainedRun.of(welcome.run, welcome.fed)
             return self._found[1]
 
     def run(self) -> TrainedRun:
@@ -270,22 +277,3 @@ class _Desk:
             ConfigError, RunError, PeerFailed, ProtocolError: as ``ask``.
         """
         return self._found[1] if self._found else self.ask()
-
-
-def asked_run(address: str, node: ClientNode) -> Welcome:
-    """Return what a server that trains answers to a check.
-
-    Raises:
-        ConfigError, RunError, PeerFailed, ProtocolError: it is not there, or refuses.
-    """
-    node = dataclasses.replace(node, server=address, connect_timeout=CONNECT_WITHIN_S)
-    with transport_to(address).client(node, lambda line: None) as dialler:
-        access = Access.of(node, dialler)
-        link = access.connect(address, node)
-        link.peer_name = "server"
-        with link:
-            wanted = access.tokens.only_client if access.tokens else None
-            peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
-            access.authenticate(link, peer, SERVER)
-            ours = fingerprint(torch.device("cpu"))
-            return run_blocking(client_check(link, wanted, ours, None)).welcome

@@ -14,8 +14,8 @@
     UNREGISTER                                   ->
 
 A requester that holds the model's last segment is sent INFERENCE_FEATURES of the next cut instead,
-and computes the outputs itself. ``seconds``: how long the server computed. Tensors pass through
-``Cut``, as in training.
+and computes the outputs itself. ``seconds``: how long the server computed, with the last tensor of
+a batch. Tensors pass through ``Cut``, as in training.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from sfl.conversation.join import parse_heartbeat
 from sfl.conversation.limits import inference_limits
 from sfl.conversation.passes import outputs_pass
 from sfl.errors import NotFinite, ProtocolError, quoted
+from sfl.files.checksum import File
 from sfl.files.torch_file import are_finite
 from sfl.model.task import Task
 from sfl.model.topology import Holder, Relay, Route, Segments, route, stops
@@ -75,6 +76,11 @@ class InferenceParty:
         yield
         self.compute_s += time.perf_counter() - started
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the requester is told with the last tensor of a batch."""
+        return {"seconds": round(self.compute_s, 6)}
+
     def end_wait(self) -> None: ...
 
     def check_finite(self, tensors: Iterable[Tensor], name: str, at: Position) -> None:
@@ -100,6 +106,17 @@ class _Cuts(dict[int, Cut]):
 
     def pass_on(self, kind: str, relay: Relay) -> Conversation[None]:
         raise AssertionError("no hops stand between a requester and its server")
+
+
+class _LastCut(Cut):
+    """The server's end of the cut behind its last segment: what is sent tells what it took."""
+
+    def __init__(self, party: InferenceParty, at: Position, num_samples: int) -> None:
+        super().__init__(party, at, num_samples, INFERENCE)
+        self._computing = party
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None:
+        super().send_file(kind, file, content or self._computing.spent)
 
 
 def described(split: SplitModel) -> dict[str, Any]:
@@ -196,7 +213,10 @@ def server_serve(
         if message.type is MessageType.UNREGISTER:
             return
         size = _batch_size(message, at, party.split.evaluation_batch)
-        yield from _serve_batch(party, _Cuts(party, at, size))
+        cuts = _Cuts(party, at, size)
+        if (last := party.route[-1].gives) is not None:
+            cuts[last] = _LastCut(party, at._replace(link=last), size)
+        yield from _serve_batch(party, cuts)
         on_batch(size)
 
 
@@ -206,7 +226,7 @@ def _serve_batch(party: InferenceParty, cuts: _Cuts) -> Conversation[None]:
     if outputs is not None:
         last = stops(party.route)[-1].takes
         assert last is not None
-        cuts[last].send(OUTPUTS, outputs, {"seconds": round(party.compute_s, 6)})
+        cuts[last].send(OUTPUTS, outputs, party.spent)
 
 
 def check_alike(hello: Message, ours: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from sfl.files.torch_reader import Buffer
 
 _CRC = struct.Struct("<I")
 # Half of the id: its first digits hash the records' names, the second ones their CRCs.
-_ID_DIGITS = 20
+ID_DIGITS = 20
 _DATA, _ID = "/data/0", "/.data/serialization_id"
 _64_BITS = 2**64 - 1
 
@@ -64,13 +64,13 @@ class Template:
             digits = container.read(identity)
         crcs = [r.CRC for r in records if r is not identity]
         place = names.index(data.filename)
-        start = _content_at(file, data)
-        end, id_start = start + num_bytes, _content_at(file, identity)
-        if not num_bytes or digits[_ID_DIGITS:] != _digits(_combine(0, crcs)):
+        start = content_at(file, data)
+        end, id_start = start + num_bytes, content_at(file, identity)
+        if not num_bytes or digits[ID_DIGITS:] != id_digits(crcs):
             raise ValueError("another layout")
-        data_crcs, id_crcs = (_places(file, record, end) for record in (data, identity))
+        data_crcs, id_crcs = (crc_places(file, record, end) for record in (data, identity))
         changes = (
-            (data_crcs[0], _CRC.size), (id_start + _ID_DIGITS, _ID_DIGITS),
+            (data_crcs[0], _CRC.size), (id_start + ID_DIGITS, ID_DIGITS),
             (id_crcs[0], _CRC.size), (data_crcs[1], _CRC.size),
             (id_crcs[1], _CRC.size),
         )  # fmt: skip
@@ -83,7 +83,7 @@ class Template:
         zeros = bytes(num_bytes)
         return cls(
             file[:start], num_bytes, len(file), (*texts, file[end:]),
-            crc32(digits[:_ID_DIGITS]),
+            crc32(digits[:ID_DIGITS]),
             _combine(0, crcs[:place]), tuple(crcs[place + 1 :]),
             crc32(zeros, crc32(file[:start])) ^ crc32(zeros),
         )  # fmt: skip
@@ -128,19 +128,30 @@ class Template:
         return data
 
 
-def _content_at(file: bytes, record: zipfile.ZipInfo) -> int:
+def content_at(file: bytes, record: zipfile.ZipInfo) -> int:
     """Return the offset of a record's content: after its header, name and extra fields."""
     name, extra = struct.unpack_from("<HH", file, record.header_offset + 26)
     return int(record.header_offset + 30 + name + extra)
 
 
-def _places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, int]:
-    """Return the offsets of a record's CRC: after its content, and in the directory."""
-    after = _content_at(file, record) + record.file_size + 4  # skip the signature
+def crc_places(file: bytes, record: zipfile.ZipInfo, data_end: int) -> tuple[int, int]:
+    """Return the offsets of a record's CRC: after its content, and in the directory.
+
+    ``data_end``: where the last tensor's data end, or anywhere after it up to the directory.
+
+    Raises:
+        ValueError: the CRC is not there.
+    """
+    after = content_at(file, record) + record.file_size + 4  # skip the signature
     entry = file.index(record.filename.encode(), file.index(b"PK\1\2", data_end)) - 46 + 16
     if any(_CRC.unpack_from(file, at)[0] != record.CRC for at in (after, entry)):
         raise ValueError("another layout")
     return after, entry
+
+
+def id_digits(crcs: Iterable[int]) -> bytes:
+    """Return the half of a file's id that is computed from the CRCs of its other records."""
+    return _digits(_combine(0, crcs))
 
 
 def _combine(combined: int, crcs: Iterable[int]) -> int:

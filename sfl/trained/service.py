@@ -18,7 +18,7 @@ from sfl.config import RunConfig
 from sfl.conversation.inference import InferenceParty, Offer, server_serve
 from sfl.conversation.limits import inference_limits
 from sfl.environment import set_up_torch
-from sfl.errors import ConfigError, NotYet, SflError, counted, reason_of
+from sfl.errors import ConfigError, HasClosed, NotYet, SflError, counted, reason_of
 from sfl.interactive.run import Run
 from sfl.model.topology import Holder, Segments
 from sfl.nodes import ServerNode
@@ -91,9 +91,7 @@ def open_service(node: ServerNode) -> Iterator["Service"]:
             f" listening on {listener.address} with the {' and '.join(holding.segments)} of"
             f" {holding.split.recipe.title}, for {counted(most, 'requester')} at once"
         )
-        service = Service(network, holding, offer, most)
-        service.address, service.title = listener.address, title
-        yield service
+        yield Service(network, holding, offer, most, listener.address, title)
 
 
 def most_requesters(split: SplitModel, limit_bytes: int) -> int:
@@ -160,10 +158,17 @@ class _Requester:
 class Service:
     """Serves the requesters of a network."""
 
-    address = title = ""  # where it listens; what it serves, in a line
-
-    def __init__(self, network: ServerNetwork, holding: _Holding, offer: Offer, most: int) -> None:
-        """``most``: requesters at once."""
+    def __init__(
+        self,
+        network: ServerNetwork,
+        holding: _Holding,
+        offer: Offer,
+        most: int,
+        address: str = "",
+        title: str = "",
+    ) -> None:
+        """``most``: requesters at once; ``address``: where it listens; ``title``: for the user."""
+        self.address, self.title = address, title
         self._network, self._holding, self._offer, self._most = network, holding, offer, most
         self._talks: dict[Member, Conversation[None]] = {}
         self._served: dict[Member, _Requester] = {}
@@ -216,6 +221,8 @@ class Service:
             next(talk)
         except StopIteration:
             self._end(member, "", MessageType.UNREGISTER)
+        except HasClosed as error:  # as a closed tab leaves: no failure of one that was served
+            self._end(member, "" if member in self._served else str(error), MessageType.UNREGISTER)
         except SflError as error:
             self._end(member, str(error), last_words_for(error))
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # of this one's batch

@@ -17,6 +17,7 @@ from sfl.errors import (
     AuthError,
     ConnectionLost,
     Damaged,
+    HasClosed,
     PeerFailed,
     ProtocolError,
     SflError,
@@ -175,7 +176,8 @@ class Connection(Channel):
             except OSError as error:
                 raise self._broken(error, self._where) from error
         if num_bytes == 0:
-            raise ConnectionLost(f"{self.peer_title} closed the connection{self._where}")
+            kind = ConnectionLost if self._decoder.inside else HasClosed
+            raise kind(f"{self.peer_title} closed the connection{self._where}")
         self._decoder.advance(num_bytes)
         self.heard_at = time.monotonic()
         self.counters.bytes_received += num_bytes

@@ -33,16 +33,40 @@ const samples = new Samples(plan, { train: part(given.train), test: part(given.t
 const templates = new Templates(base);
 const url = new URL("train", base.replace("http", "ws"));
 const runtime = `onnxruntime-web ${ort.env.versions.web}`;
-const trainer = (more) => new Trainer(
+let trainer = (more) => new Trainer(
   { url, base, plan, front, samples, templates, client, runtime, patienceS: 20, ...more });
 """
 TRAIN = """
+const notes = new Set();
 const trains = trainer({ onProgress: (progress) => {
+  if (progress.state !== "lost") notes.add(progress.note);
   if (given.until && progress.round === given.until.round && progress.step >= given.until.step)
     process.exit(7);
 } });
-await trains.run().then(() => say(trains.progress), (error) => say({ error: error.message }));
-process.exit(0);
+const end = (value) => (say({ ...value, notes: [...notes] }), process.exit(0));
+await trains.run().then(() => end(trains.progress), (error) => end({ error: error.message }));
+"""
+# In a round, the connection is cut once, and the site fails once to give what a page asks for.
+UNLUCKY = """
+const left = new Set(["order", "template"]);
+const luckless = async (url) => {
+  for (const name of left) if (String(url).includes(name) && left.delete(name)) {
+    if (name === "order") return new Response("busy", { status: 503 });
+    throw new TypeError("fetch failed");
+  }
+  return fetch(url);
+};
+const step = Trainer.prototype.step;
+Trainer.prototype.step = async function (...given) {
+  await step.apply(this, given);
+  if (given[1] === 1 && !this.wasCut) {
+    this.wasCut = true;
+    this.link.socket.close();
+  }
+};
+const plainly = trainer;
+trainer = (more) =>
+  plainly({ ...more, fetcher: luckless, templates: new Templates(base, luckless) });
 """
 # What each hostile page does instead of a step's file; and what comes back.
 HOSTILE = """
@@ -116,7 +140,9 @@ def _part(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     return {"pixels": base64.b64encode(x.tobytes()).decode(), "labels": y.tolist()}
 
 
-def run_pages(text: str, base: str, client: int, own: Own, **more: Any) -> tuple[int, list[Any]]:
+def run_pages(
+    text: str, base: str, client: int | None, own: Own, **more: Any
+) -> tuple[int, list[Any]]:
     """Run a program of pages in node; return its exit code and what it said, line by line."""
     given: Mapping[str, Any] = {"base": base, "client": client, **own.for_page(), **more}
     assert NODE

@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -41,6 +41,14 @@ class Browser(Protocol):
     def command(
         self, method: str, parameters: Mapping[str, Any] | None = None, session: str = ""
     ) -> dict[str, Any]: ...
+
+
+def eventually(is_so: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait for something: the browser tells of frames when they have been sent."""
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.03)
 
 
 class Tab:

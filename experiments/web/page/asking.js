@@ -6,19 +6,25 @@ import { oneLine, PeerError } from "./connection.js";
 export class TrainingError extends Error {}
 
 async function get(fetcher, url) {
-  const answer = await fetcher(url).catch((error) => {
+  const answer = await arrived(fetcher(url));
+  if (answer.ok) return answer;
+  const why = oneLine((await arrived(answer.text())).trim());
+  throw answer.status >= 500 ? new PeerError(`the site cannot answer now: ${why}`, true) : new TrainingError(why);
+}
+
+/** Return what comes from the site; what does not come whole may come at the next try. */
+function arrived(promise) {
+  return promise.catch((error) => {
     throw new PeerError(`the site cannot be reached: ${error.message}`, true);
   });
-  if (!answer.ok) throw new TrainingError(oneLine((await answer.text()).trim()));
-  return answer;
 }
 
 /** Return the JSON at an address of the site. */
 export async function getJson(fetcher, url) {
-  return (await get(fetcher, url)).json();
+  return arrived((await get(fetcher, url)).json());
 }
 
 /** Return the bytes at an address of the site. */
 export async function getBytes(fetcher, url) {
-  return new Uint8Array(await (await get(fetcher, url)).arrayBuffer());
+  return new Uint8Array(await arrived((await get(fetcher, url)).arrayBuffer()));
 }

@@ -20,7 +20,7 @@ const TEXT = `
   <div id="attacker-view" hidden>
     <p id="attacker-note" class="quiet" aria-live="polite"></p>
     <progress id="attacker-progress" aria-label="training of the decoder" hidden></progress>
-    <div class="attacker-pair">
+    <div id="attacker-pair" class="attacker-pair">
       <figure>
         <canvas id="attacker-original" role="img" aria-label="the image that was sent last"></canvas>
         <figcaption class="quiet">stays here</figcaption>
@@ -87,9 +87,32 @@ class Attacker {
       const where = of ? `step ${done} of ${of}` : "it starts";
       this.part("note").textContent = `The decoder is being trained where this page comes from: ${where}.`;
     } else if (state === READY) {
+      this.part("pair").hidden = false;
       this.part("note").textContent = this.seen ? "" : NOTHING_SENT;
       this.part("about").textContent = aboutText(this.decoder, this.context.model);
-    } else this.part("note").textContent = `There is no decoder: ${note}`;
+    } else {
+      this.part("pair").hidden = true;
+      this.part("note").textContent = `This cannot be shown for this run: ${note}.`;
+    }
+  }
+
+  /** Take what was sent; null: what is shown now was not, or is nothing. */
+  sees(seen) {
+    const hadSome = this.seen !== null;
+    this.seen = seen;
+    if (seen) this.changed();
+    else if (hadSome) this.showNothing();
+  }
+
+  showNothing() {
+    this.last = null;
+    for (const name of ["original", "made"]) {
+      const canvas = this.part(name);
+      canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+    }
+    this.part("similarity").textContent = "–";
+    this.part("meter").value = 0;
+    if (this.decoder.state === READY) this.part("note").textContent = NOTHING_SENT;
   }
 
   /** Make the image of what was sent last; what is in flight comes first. */
@@ -113,6 +136,7 @@ class Attacker {
     const sent = this.context.model.features.find((feature) => feature.link === link).shape;
     const session = await this.context.sessionFor("/decoder.onnx");
     const made = await session.compute(data, [1, ...sent]);
+    if (!this.seen) return; // the drawing was cleared meanwhile
     const similarity = ssim(pixels, made.data, shape);
     const bytes = (values) => Array.from(values, (value) => Math.round(255 * value));
     showPixels(this.part("original"), bytes(pixels), shape);
@@ -124,7 +148,7 @@ class Attacker {
   }
 }
 
-const NOTHING_SENT = "Nothing was sent yet: draw something in split inference.";
+const NOTHING_SENT = "Nothing is sent: draw something in split inference.";
 
 /** @returns {string} what the decoder is, and what its figures mean */
 function aboutText({ similarity, baseline, num_shadow: shadow, num_held_out: heldOut }, model) {
@@ -150,9 +174,8 @@ export function mount(section, context) {
   section.setAttribute("aria-labelledby", "attacker-title");
   const attacker = new Attacker(section, context);
   context.onFeatures((seen) => {
-    if (seen.features.length !== 1) return; // of several cuts, the first tells most
-    attacker.seen = seen;
-    attacker.changed();
+    if (seen?.features.length > 1) return; // of several cuts, the first tells most
+    attacker.sees(seen);
   });
   attacker.part("on").addEventListener("change", () => attacker.switched());
   section.attacker = attacker;

@@ -5,16 +5,19 @@ import { Decoder, encode, NOWHERE, ProtocolError } from "./frames.js";
 export const HEARTBEAT_S = 1; // how often the server shall be heard, where it has nothing to say
 const MOST_IN_MESSAGE = 64 * 1024; // bytes of one WebSocket message
 const FIRST_PAUSE_S = 0.1;
-const LONGEST_PAUSE_S = 5;
+export const LONGEST_PAUSE_S = 5;
 
 // Messages that end a conversation: the verb, and whether connecting again may help.
-const LAST_WORDS = {
-  ABORT: ["stopped", true],
-  END_RUN: ["ended the run", false],
-  INVALID_MESSAGE: ["refused this page", false],
-  FAILED: ["failed", false],
-  TRY_AGAIN: ["closed this connection", true],
-};
+const LAST_WORDS = new Map([
+  ["ABORT", ["stopped", true]],
+  ["END_RUN", ["ended the run", false]],
+  ["INVALID_MESSAGE", ["refused this page", false]],
+  ["FAILED", ["failed", false]],
+  ["TRY_AGAIN", ["closed this connection", true]],
+]);
+// Codes with which a WebSocket is closed where this page did wrong (RFC 6455, section 7.4.1). Others
+// pass: 1013 is "try again later", 1001 "going away", 1006 a connection that broke.
+const REFUSALS = new Set([1002, 1003, 1007, 1008, 1009, 1010]);
 
 /** The conversation is over: the server said so, or cannot be reached. */
 export class PeerError extends Error {
@@ -29,7 +32,7 @@ export class PeerError extends Error {
 }
 
 function saidLast({ type, content }) {
-  const [verb, again] = LAST_WORDS[type];
+  const [verb, again] = LAST_WORDS.get(type);
   return new PeerError(`the server ${verb}: ${oneLine(content)}`, again);
 }
 
@@ -95,8 +98,8 @@ export class Connection {
     this.spokeAt = this.heardAt = Date.now();
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => this.receiveBytes(data);
-    socket.onclose = () => this.end(this.lastWords() ?? new PeerError(this.lostText(), true));
-    socket.onerror = () => this.isOpen || socket.onclose(); // some give no close after it
+    socket.onclose = (event) => this.end(this.lastWords() ?? this.closedBy(event));
+    socket.onerror = () => this.isOpen || socket.onclose({}); // some give no close after it
     this.farewell = ""; // the type of message with which a stopped page leaves
     const stop = () => this.end(new PeerError("stopped in the page", false), this.farewell);
     signal?.addEventListener("abort", stop);
@@ -111,12 +114,14 @@ export class Connection {
 
   /** Return the error for a message that ended the conversation and was not read yet. */
   lastWords() {
-    const message = this.messages.find(({ type }) => type in LAST_WORDS);
+    const message = this.messages.find(({ type }) => LAST_WORDS.has(type));
     return message && saidLast(message);
   }
 
-  lostText() {
-    return this.isOpen ? "the connection to the server is lost" : `the server at ${this.url} cannot be reached`;
+  /** Return the error for a closed WebSocket, in the words of who closed it, if there are any. */
+  closedBy({ code = 0, reason = "" }) {
+    const lost = this.isOpen ? "the connection to the server is lost" : `the server at ${this.url} cannot be reached`;
+    return new PeerError(oneLine(reason) || lost, !REFUSALS.has(code));
   }
 
   /**
@@ -146,7 +151,7 @@ export class Connection {
    */
   async receive(types, at) {
     const message = await this.next();
-    if (message.type in LAST_WORDS) throw this.end(saidLast(message));
+    if (LAST_WORDS.has(message.type)) throw this.end(saidLast(message));
     const wanted = types.join(" or ");
     if (!types.includes(message.type)) {
       throw this.refuse(`the server sent ${oneLine(message.type, 40)}, expected was ${wanted}`);

@@ -115,9 +115,15 @@ export class Pad {
 
   /** Show model pixels, (channels, height, width) flat, 0..255, in place of the drawing. */
   show(pixels) {
+    this.put(pixels);
+    this.onChange();
+  }
+
+  /** As `show`, without telling: for a caller that has more to change first. */
+  put(pixels) {
     const small = new OffscreenCanvas(this.shape[2], this.shape[1]);
     small.getContext("2d").putImageData(asImage(pixels, this.shape), 0, 0);
-    this.#put((context) => {
+    this.#lay((context) => {
       context.imageSmoothingEnabled = false;
       context.drawImage(small, 0, 0, this.canvas.width, this.canvas.height);
     });
@@ -128,19 +134,21 @@ export class Pad {
     const { width, height } = this.canvas;
     const scale = Math.min(width / bitmap.width, height / bitmap.height);
     const [w, h] = [bitmap.width * scale, bitmap.height * scale];
-    this.#put((context) => {
+    this.#lay((context) => {
       context.imageSmoothingEnabled = scale < 1; // a picture of the model's size stays as it is
       context.imageSmoothingQuality = "high";
       context.fillStyle = "#fff";
       context.fillRect((width - w) / 2, (height - h) / 2, w, h);
       context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
     });
+    this.onChange();
   }
 
-  #put(under) {
+  /** Draw this under no strokes. */
+  #lay(under) {
     this.strokes = [];
     this.under = under;
-    this.#changed();
+    this.#redraw();
   }
 
   #changed() {

@@ -4,8 +4,10 @@ const MAGIC = 0x53464c0a; // "SFL\n"
 const VERSION = 3;
 const HEAD_BYTES = 28;
 export const MAX_JSON_BYTES = 64 * 1024;
+const MAX_DEPTH = 16; // of JSON, as sfl/files/strict_json.py has it
 const NAN = "\u0000NaN"; // stands for NaN between two passes over a JSON text
 const OF_JSON = /"(?:[^"\\]|\\.)*"|-?Infinity|NaN/g;
+const PART_OF_JSON = /"(?:[^"\\]|\\.)*"|[[\]{}:]/g;
 
 // The types of messages that always carry a file; others never do.
 export const FILE_TYPES = new Set([
@@ -56,6 +58,27 @@ export function parseJson(text) {
     return found === "NaN" ? '"\\u0000NaN"' : found.replace("Infinity", "1e999");
   });
   return JSON.parse(plain, (_, value) => (value === NAN ? NaN : value));
+}
+
+/**
+ * See that a JSON text is not deep, and that no object has a field twice: of two, JSON.parse takes
+ * the last without a word.
+ * @throws {Error} it is not so
+ */
+function checkFields(text) {
+  const open = []; // the fields of each object around a place; null: an array
+  let last = "";
+  for (const [part] of text.matchAll(PART_OF_JSON)) {
+    if (part === "{" || part === "[") open.push(part === "{" ? new Set() : null);
+    else if (part === "}" || part === "]") open.pop();
+    else if (part === ":") {
+      const [fields, name] = [open.at(-1), JSON.parse(last)];
+      if (fields?.has(name)) throw new Error("it names a field twice");
+      fields?.add(name);
+    }
+    if (open.length > MAX_DEPTH) throw new Error(`it is nested more than ${MAX_DEPTH} deep`);
+    last = part;
+  }
 }
 
 /** Return the bytes of pieces, one behind the other. */
@@ -174,6 +197,9 @@ function parseHead(bytes) {
   if (crc32(bytes.subarray(0, 24)) !== head.getUint32(24)) {
     throw new ProtocolError("the head of a message arrived damaged: its checksum differs");
   }
+  if (head.getUint8(5) || head.getUint16(6)) {
+    throw new ProtocolError("the head of a message has flags that this page does not know");
+  }
   const jsonBytes = head.getUint32(8);
   if (jsonBytes > MAX_JSON_BYTES) {
     throw new ProtocolError(`a message of ${jsonBytes} bytes; at most ${MAX_JSON_BYTES} are read`);
@@ -184,7 +210,9 @@ function parseHead(bytes) {
 function parseMessage(text) {
   let fields;
   try {
-    fields = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(text));
+    const plain = new TextDecoder("utf-8", { fatal: true }).decode(text);
+    checkFields(plain);
+    fields = parseJson(plain);
   } catch (error) {
     throw new ProtocolError(`a message's JSON cannot be read: ${error.message}`);
   }

@@ -3,7 +3,6 @@
 import { Connection, HEARTBEAT_S } from "./connection.js";
 import { areFinite, fill, read } from "./torchfile.js";
 
-const TENSOR_OVERHEAD_BYTES = 4096 + 1200; // of a file beside its tensor's data, at most
 const MOST_SAMPLES = 256; // in a batch that this page sends
 
 /**
@@ -12,7 +11,7 @@ const MOST_SAMPLES = 256; // in a batch that this page sends
  * @property {Float32Array} data outputs of the model, or activations at a further cut
  * @property {number[]} shape
  * @property {number} link -1: outputs; else activations, that the page's next segment takes
- * @property {number} seconds that the server computed; NaN if it does not say
+ * @property {number} seconds that the server computed for the batch, in its last reply; else NaN
  * @property {number} totalMs from the first byte sent to the last received
  * @property {number} bytesSent
  * @property {number} bytesReceived
@@ -23,7 +22,8 @@ export class Inference {
   /**
    * Connect, and compare the model.
    * @param {string | URL} url of /predict
-   * @param {object} model what /model.json gives: `hello`, `features`, `back_checksum`
+   * @param {object} model what /model.json gives: `hello`, `features`, `back_checksum`,
+   *   `overhead_bytes` (of a file beside its tensor's data, at most)
    * @param {import("./torchfile.js").Templates} templates
    * @param {ConstructorParameters<typeof Connection>[2]} options
    * @throws {import("./connection.js").PeerError} the server is not there, or refuses the model
@@ -53,7 +53,7 @@ export class Inference {
     this.samples = 0;
     this.busy = Promise.resolve();
     const perSample = Math.max(model.hello.classes, ...model.features.map(({ shape }) => count(shape)));
-    const most = TENSOR_OVERHEAD_BYTES + 4 * MOST_SAMPLES * perSample;
+    const most = model.overhead_bytes + 4 * MOST_SAMPLES * perSample;
     connection.limits = { INFERENCE_FEATURES: most, INFERENCE_OUTPUTS: most };
   }
 
@@ -99,18 +99,19 @@ export class Inference {
     const [sent, received, started] = [connection.bytesSent, connection.bytesReceived, performance.now()];
     if (begins) connection.send("INFERENCE_BATCH", begins, { at: this.at(0) });
     connection.send("INFERENCE_FEATURES", "", { at: this.at(link), payload });
-    const message = await connection.receive(["INFERENCE_FEATURES", "INFERENCE_OUTPUTS"]);
+    // The server's segment lies between this cut and the next; behind the last cut it gives outputs.
+    const isLast = !this.model.features.some((cut) => cut.link === link + 1);
+    const type = isLast ? "INFERENCE_OUTPUTS" : "INFERENCE_FEATURES";
+    const message = await connection.receive([type], this.at(isLast ? link : link + 1));
     const totalMs = performance.now() - started;
-    if (message.at.step !== this.step) throw connection.refuse("the server answers another batch");
-    if (message.type === "INFERENCE_OUTPUTS") this.step += 1;
-    const isLast = message.type === "INFERENCE_OUTPUTS";
-    const theirs = [samples, ...(isLast ? [this.model.hello.classes] : this.shapeAt(message.at.link))];
+    if (isLast) this.step += 1;
+    const theirs = [samples, ...(isLast ? [this.model.hello.classes] : this.shapeAt(link + 1))];
     const [data] = read(await this.templates.of("float32", theirs), message.payload);
     if (!areFinite(data)) throw new RangeError("the server's answer holds NaN or infinity");
     return {
       data,
       shape: theirs,
-      link: isLast ? -1 : message.at.link,
+      link: isLast ? -1 : link + 1,
       seconds: typeof message.content?.seconds === "number" ? message.content.seconds : NaN,
       totalMs,
       bytesSent: connection.bytesSent - sent,

@@ -1,6 +1,7 @@
 /** What is predicted: a drawing, a picture, or a sample of the run's data set. */
 
 import { Pad } from "./drawing.js";
+import { scaled } from "./normalise.js";
 import { showPixels } from "./show.js";
 
 const MOST_PICTURE_BYTES = 50e6;
@@ -23,6 +24,7 @@ export class Input {
     this.onChange = onChange;
     this.onError = onError;
     this.sample = null; // {values, label} of the data set, unless it was drawn on
+    this.asked = 0; // counts what was taken or drawn: what arrives late is dropped
     this.shape = model.input_shape;
     this.isImage = isImage(this.shape);
     if (this.isImage) {
@@ -51,18 +53,18 @@ export class Input {
   values() {
     if (this.sample) return this.sample.values;
     if (!this.pad) return new Float32Array(this.shape.reduce((a, b) => a * b, 1));
-    return Float32Array.from(this.pad.pixels(), (pixel) => pixel / 255);
+    return scaled(this.pad.pixels());
   }
 
   /** Take a sample of the run's test set; by default any. */
   async takeSample(index = Math.floor(Math.random() * Math.max(1, this.model.num_samples))) {
+    const asked = ++this.asked;
     const answer = await fetch(`/sample?index=${index}`);
     if (!answer.ok) throw new Error(`no sample: ${(await answer.text()).slice(0, 300)}`);
     const { label, pixels, bytes: isBytes } = await answer.json();
-    const values = isBytes
-      ? Float32Array.from(pixels, (pixel) => pixel / 255)
-      : Float32Array.from(pixels);
-    if (this.pad) this.pad.show(isBytes ? pixels : stretched(pixels));
+    if (asked !== this.asked) return; // something else was taken or drawn meanwhile
+    this.pad?.put(isBytes ? pixels : stretched(pixels));
+    const values = isBytes ? scaled(pixels) : Float32Array.from(pixels);
     this.sample = { values, label, index };
     this.#show();
     this.onChange();
@@ -72,14 +74,16 @@ export class Input {
   async takePicture(file) {
     if (file.size > MOST_PICTURE_BYTES) throw new Error(`${file.name} has more than 50 MB`);
     const options = { imageOrientation: "from-image", premultiplyAlpha: "none" };
+    const asked = ++this.asked;
     const bitmap = await createImageBitmap(file, options).catch(() => {
       throw new Error(`${file.name} is no picture that this browser can read`);
     });
-    this.pad.showImage(bitmap);
+    if (asked === this.asked) this.pad.showImage(bitmap);
     bitmap.close();
   }
 
   #drawn() {
+    this.asked++;
     this.sample = null;
     this.#show();
     this.onChange();

@@ -4,7 +4,6 @@
  */
 
 import { element, Page, tell } from "./page.js";
-import { bytesText } from "./show.js";
 import { startTheme } from "./theme.js";
 
 /**
@@ -15,8 +14,9 @@ import { startTheme } from "./theme.js";
  * @property {(url: string) => Promise<object>} sessionFor  a model: `compute(data, shape)`, `run(feeds)`
  * @property {() => Float32Array} canvasPixels  the sample, flat, of `input_shape`, before
  *   normalisation; of images in [0, 1]
- * @property {(listener: (seen: Seen) => void) => () => void} onFeatures  told of what is sent to the
- *   server, each time, with the sample that it was made of; returns what ends this
+ * @property {(listener: (seen: Seen | null) => void) => () => void} onFeatures  told of what is sent to the
+ *   server, each time, with the sample that it was made of, and null once nothing that is shown was
+ *   sent; returns what ends this
  * @property {import("./input.js").Input} input  the drawing: `input.pad` is null where samples are no images
  * @property {(error: Error | string) => void} tell  shows an error in the status line
  *
@@ -28,8 +28,6 @@ function showModel(model) {
   const after = `after round ${model.round + 1} of ${model.rounds}`;
   element("about").textContent = `${model.model}, run ${model.run}, ${after}, seed ${model.seed}`;
   element("weights").textContent = model.back_checksum ? `The server's weights: ${model.back_checksum}.` : "";
-  const size = model.features[0]?.shape.reduce((a, b) => a * b, 4);
-  element("wire-bytes").textContent = size ? bytesText(size) : "nothing";
   if (model.segments.at(-1)?.file && model.segments.length > 2) {
     element("node-class").querySelector("small").textContent = "its last part: here";
   }
@@ -69,7 +67,6 @@ async function start() {
     event.preventDefault();
     connect();
   });
-  addEventListener("pagehide", () => page.server.leave());
   element("modes").addEventListener("change", () => page.useMode());
   element("backends").addEventListener("change", () => page.useBackend());
   page.useMode();
@@ -78,7 +75,11 @@ async function start() {
     element("modes").querySelector("[value=whole]").checked = true;
     page.useMode();
     element("connection").textContent = "this model has no cut: nothing is sent";
-  } else connect();
+  } else {
+    connect();
+    addEventListener("pagehide", () => page.server.leave());
+    addEventListener("pageshow", ({ persisted }) => persisted && connect()); // kept, and come back to
+  }
   if (model.runtime) await page.useBackend();
   else tell(`onnxruntime-web is not installed where this page comes from. There: ${model.install}`, "error");
   await mountOthers(model, context);

@@ -1,7 +1,8 @@
 /** The page's parts together: predicts as the sample or the way of computing it changes. */
 
 import { Input } from "./input.js";
-import { normalised, split, whole } from "./predict.js";
+import { normalised } from "./normalise.js";
+import { split, whole } from "./predict.js";
 import { Runtime } from "./runtime.js";
 import { Server } from "./server.js";
 import * as show from "./show.js";
@@ -99,6 +100,7 @@ export class Page {
     return this.showFound(mode, local, far, pixels);
   }
 
+  /** Tell the other parts what is sent; null: nothing that is shown was. */
   tellFeatures(seen) {
     for (const listener of this.listeners) {
       try {
@@ -140,23 +142,27 @@ export class Page {
     element("bytes-down").textContent = show.bytesText(bytesReceived);
     show.showTimes(element("times"), times);
     for (const [part, ms] of Object.entries(times)) {
-      element(`ms-${part}`).textContent = show.msText(ms);
+      element(`ms-${part}`).textContent = isSplit || part === "front" ? show.msText(ms) : NONE;
     }
+    const numbers = features.reduce((sum, { data }) => sum + 4 * data.length, 0);
+    element("wire-bytes").textContent = isSplit ? show.bytesText(numbers) : NONE;
     show.showMaps(element("maps"), features);
+    if (!isSplit) this.tellFeatures(null);
     element("maps-note").textContent = isSplit
       ? features.map(describedFeature).join("; ")
-      : "Nothing is sent: the whole model is computed here.";
+      : WHOLE;
   }
 
   showNothing() {
+    this.tellFeatures(null);
     show.showClass(element("class"), "–");
     element("wire-class").textContent = "class";
     this.bars.show(null);
     show.showMaps(element("maps"), []);
-    element("maps-note").textContent = EMPTY;
+    element("maps-note").textContent = chosen("mode") === "whole" ? WHOLE : EMPTY;
     element("compared").hidden = true;
-    for (const id of ["bytes-up", "bytes-down", "ms-front", "ms-way", "ms-back"]) {
-      element(id).textContent = "–";
+    for (const id of ["wire-bytes", "bytes-up", "bytes-down", "ms-front", "ms-way", "ms-back"]) {
+      element(id).textContent = NONE;
     }
     element("times").replaceChildren();
     this.last = null;
@@ -171,7 +177,7 @@ export class Page {
     if (state === "connected") {
       if (this.input.isEmpty && this.isReady) tell(READY);
       this.changed();
-    } else if (isNew && state !== "connecting" && chosen("mode") !== "whole") {
+    } else if (isNew && !QUIET.has(state) && chosen("mode") !== "whole") {
       tell(state === "refused" ? words : NO_ANSWER, "error");
     }
   }
@@ -208,14 +214,25 @@ export class Page {
 
   useMode() {
     element("diagram").dataset.mode = chosen("mode");
+    element("lead").textContent = LEADS[chosen("mode")];
     this.changed();
   }
 }
 
 const QUIET_MS = 250;
+const QUIET = new Set(["connecting", "off"]); // states of the connection that need no message
 const READY = "Ready: draw, take a sample, or pick an image.";
 const NO_ANSWER = "The server does not answer; the whole model locally still works.";
-const EMPTY = "Draw something: these numbers, and nothing else, go to the server.";
+const NONE = "–";
+const EMPTY = "Draw something: these numbers of it, and nothing else, go to the server.";
+const WHOLE = "Nothing is sent: the whole model is computed here.";
+const LEADS = {
+  split: "The front of a trained network runs in this browser; only its activations go to the server.",
+  whole: "The whole of a trained network runs in this browser; nothing is sent.",
+  both:
+    "A trained network runs twice: all of it in this browser, and its front here with the rest at the" +
+    " server, to which only activations go.",
+};
 const WHERE = {
   split: "the front computed here, the back at the server",
   whole: "computed here, nothing was sent",

@@ -15,18 +15,6 @@
  * @property {Float32Array} data
  */
 
-/**
- * Normalise pixels as training does, in float32.
- * @param {Float32Array} values  flat; of images in [0, 1]
- * @param {{input_shape: number[], mean: number[], std: number[]}} model
- */
-export function normalised(values, { input_shape: shape, mean, std }) {
-  const plane = shape.slice(1).reduce((a, b) => a * b, 1);
-  const of = (figures, i) =>
-    Math.fround(figures.length === 1 ? figures[0] : figures[Math.floor(i / plane)]);
-  return values.map((value, i) => Math.fround(value - of(mean, i)) / of(std, i));
-}
-
 /** Compute with the whole model. @returns {Promise<Found>} */
 export async function whole(model, runtime, x) {
   const session = await runtime.sessionFor(model.whole);
@@ -59,10 +47,12 @@ export async function split(model, runtime, inference, x, onSend) {
     onSend(feature);
     return data;
   };
+  let totalMs = 0;
   const count = (reply) => {
-    const back = Number.isFinite(reply.seconds) ? 1000 * reply.seconds : 0;
-    found.times.back += back;
-    found.times.way += Math.max(0, reply.totalMs - back);
+    const { times } = found;
+    totalMs += reply.totalMs;
+    if (Number.isFinite(reply.seconds)) times.back = 1000 * reply.seconds; // comes with the last reply
+    times.way = Math.max(0, totalMs - times.back);
     found.bytesSent += reply.bytesSent;
     found.bytesReceived += reply.bytesReceived;
     return reply;

@@ -1,6 +1,7 @@
 // A client's samples, which stay in this page: divided, normalised, counted.
 
 import { TrainingError } from "./asking.js";
+import { normalised, scaled } from "./normalise.js";
 
 /**
  * One part of the samples: pixels as bytes, and labels.
@@ -19,20 +20,32 @@ export class Samples {
     this.size = plan.input_shape.reduce((product, side) => product * side, 1);
     this.classes = given.classes ?? plan.classes;
     this.given = given;
-    for (const part of [given.train, given.validation, given.test]) if (part) this.check(part);
+    for (const part of ["train", "validation", "test"]) {
+      if (given[part] || part === "train") this.check(part, given[part]);
+    }
     if (!given.train.labels.length) throw new TrainingError("there are no samples to train on");
     if (given.train.labels.length > plan.most_samples) {
-      throw new TrainingError(`more than ${plan.most_samples} samples`);
+      throw new TrainingError(`more than ${plan.most_samples.toLocaleString("en")} samples`);
     }
   }
 
-  check({ pixels, labels }) {
-    const isClass = (y) => Number.isInteger(y) && y >= 0 && y < this.classes.length;
-    if (pixels.length !== labels.length * this.size || !labels.every(isClass)) {
+  /** @throws {TrainingError} a part has another layout */
+  check(name, part) {
+    const { pixels, labels } = part ?? {};
+    if (!(pixels instanceof Uint8Array) || !Array.isArray(labels)) {
+      throw new TrainingError(`${name}: give {pixels: a Uint8Array, labels: an array of numbers}`);
+    }
+    const wanted = labels.length * this.size;
+    if (pixels.length !== wanted) {
+      const [samples, needed, had] = [labels.length, wanted, pixels.length].map((n) => n.toLocaleString("en"));
       throw new TrainingError(
-        `${labels.length} labels of ${this.classes.length} classes do not go with ${pixels.length}` +
-          ` pixels; wanted are ${this.size} for each sample`,
+        `${name}: ${samples} labels need ${needed} pixels, ${this.size} for each sample; there are ${had}`,
       );
+    }
+    const wrong = labels.find((y) => !(Number.isInteger(y) && y >= 0 && y < this.classes.length));
+    if (wrong !== undefined) {
+      const last = this.classes.length - 1;
+      throw new TrainingError(`${name}: there is no class ${wrong}: classes are numbered from 0 to ${last}`);
     }
   }
 
@@ -69,15 +82,10 @@ export class Samples {
   batch(part, rows) {
     const { pixels, labels, indices } = this.parts[part];
     const { size, plan } = this;
-    const perChannel = size / plan.mean.length;
     const x = new Float32Array(rows.length * size);
     rows.forEach((row, at) => {
       const start = indices[row] * size;
-      for (let i = 0; i < size; i++) {
-        const channel = Math.floor(i / perChannel);
-        const centred = Math.fround(Math.fround(pixels[start + i] / 255) - Math.fround(plan.mean[channel]));
-        x[at * size + i] = centred / Math.fround(plan.std[channel]);
-      }
+      x.set(normalised(scaled(pixels.subarray(start, start + size)), plan), at * size);
     });
     return { x, y: BigInt64Array.from(rows, (row) => BigInt(labels[row])) };
   }

@@ -10,7 +10,7 @@ const SILENT_S = 10; // a server that was asked for a heartbeat each second is l
 export class Server {
   /**
    * @param {object} model  what /model.json gives
-   * @param {(state: "connecting" | "connected" | "waiting" | "refused", words: string) => void} onState
+   * @param {(state: "off" | "connecting" | "connected" | "waiting" | "refused", words: string) => void} onState
    */
   constructor(model, onState) {
     this.model = model;
@@ -26,7 +26,7 @@ export class Server {
 
   /** Connect to an address, and stay connected, until another is given. */
   async connect(url) {
-    this.leave();
+    this.#end();
     const stop = (this.stop = new AbortController());
     for (let tries = 0; !stop.signal.aborted; tries++) {
       const connectedFor = await this.#once(url, stop.signal);
@@ -36,8 +36,13 @@ export class Server {
     }
   }
 
-  /** End the connection, and what would open another. */
+  /** End the connection, and open no other until `connect`. */
   leave() {
+    this.#end();
+    this.onState("off", "not connected");
+  }
+
+  #end() {
     const { inference } = this;
     this.inference = null;
     inference?.close();

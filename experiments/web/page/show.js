@@ -37,6 +37,11 @@ export function bytesText(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+/** @returns {string} such as "1 sample", "1,200 samples" */
+export function counted(count, noun) {
+  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 /** @returns {string} such as "1.3 ms" */
 export function msText(ms) {
   return ms < 100 ? `${ms.toFixed(1)} ms` : `${Math.round(ms)} ms`;

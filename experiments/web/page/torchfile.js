@@ -2,6 +2,7 @@
 // interpreted here. A template is a real file, cut where the tensors' data and what is computed
 // from them stand.
 
+import { getJson } from "./asking.js";
 import { crc32, joined, ProtocolError } from "./frames.js";
 
 const NUMBERS = {
@@ -154,16 +155,10 @@ export class Templates {
   of(dtype, shape) {
     const query = `template?dtype=${dtype}&shape=${shape.join(",")}`;
     if (!this.known.has(query)) {
-      const found = this.get(query);
+      const found = getJson(this.fetcher, new URL(query, this.base));
       found.catch(() => this.known.delete(query));
       this.known.set(query, found);
     }
     return this.known.get(query);
-  }
-
-  async get(query) {
-    const answer = await this.fetcher(new URL(query, this.base));
-    if (!answer.ok) throw new Error(`the site gives no template: ${(await answer.text()).slice(0, 300)}`);
-    return answer.json();
   }
 }

@@ -1,10 +1,11 @@
 // The part of the page that trains: samples of one's own, start and stop, and how it goes.
 
+import { Collection } from "./collection.js";
 import { loadPlan, Trainer } from "./training.js";
 import { readFolder } from "./folder.js";
 import { Front } from "./front.js";
 import { Samples } from "./samples.js";
-import { bytesText } from "./show.js";
+import { bytesText, counted } from "./show.js";
 import { Templates } from "./torchfile.js";
 
 const RUNTIME = "/ort/ort.wasm.min.mjs?training"; // an instance of its own, beside the predictions'
@@ -37,6 +38,8 @@ const HTML = `
     <div><dt>sent up</dt><dd data-is="sent">–</dd></div>
     <div><dt>came down</dt><dd data-is="received">–</dd></div>
   </dl>`;
+const LOOK_AGAIN_S = 3; // while there is no run
+const NO_RUN = "there is no run yet: the page looks for one by itself";
 const STATES = {
   connecting: "waiting", waiting: "connected", training: "connected", evaluating: "connected",
   lost: "waiting", done: "off",
@@ -62,8 +65,7 @@ class TrainView {
   #section;
   #context;
   #stopping = null; // ends the training that runs
-  #given = null; // samples of a folder or of a program: {train, validation, test, classes}
-  #drawn = { pixels: [], labels: [] };
+  #samples = new Collection([]);
   plan = null;
   progress = null; // the last one that was told
 
@@ -72,7 +74,10 @@ class TrainView {
     this.#context = context;
     const on = (name, act) => this.#part(name).addEventListener("click", () => this.#guarded(act));
     on("add", () => this.addDrawing());
-    on("pick", () => this.#part("files").click());
+    on("pick", () => {
+      if (!this.plan) throw new Error(NO_RUN);
+      this.#part("files").click();
+    });
     on("forget", () => this.setSamples(null));
     on("start", () => this.start(this.#wantedClient()));
     on("stop", () => this.stop());
@@ -96,22 +101,41 @@ class TrainView {
     this.#part("state").dataset.state = state;
   }
 
-  /** Ask the site for the run. */
+  /** Ask the site for the run; while there is none and nothing runs, again and again. */
   async show() {
     try {
-      this.plan = await loadPlan(location.href);
+      if (!this.#stopping) this.#use(await loadPlan(location.href));
     } catch (error) {
-      this.#part("about").textContent = `${error.message}: Start tries again.`;
-      return;
+      this.#part("about").textContent =
+        `There is no run for this page yet; it looks again every ${LOOK_AGAIN_S} seconds. The reason: ${error.message}`;
     }
-    const { config, classes, most_samples: most } = this.plan;
+    if (!this.plan) setTimeout(() => this.show(), 1000 * LOOK_AGAIN_S);
+  }
+
+  /** Take a run as it is told, and show it. */
+  #use(plan) {
+    if (String(this.#samples.classes) !== String(plan.classes)) {
+      if (this.#samples.all().train.labels.length) {
+        throw new Error("the run has other classes now: load the page again, and add samples with its labels");
+      }
+      this.#samples = new Collection(plan.classes);
+    }
+    const { config, classes, most_samples: most } = (this.plan = plan);
     this.#part("about").textContent =
       `Run ${config.run}: ${config.model}, ${config.scheme}, ${config.rounds} rounds. Your samples (at most` +
-      ` ${most}) never leave this browser. Their activations and labels do, and the front's weights.`;
+      ` ${most.toLocaleString("en")}) never leave this browser. Their activations and labels do, and the front's weights.`;
     const select = this.#section.querySelector("#training-label");
-    select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
-    this.#part("add").disabled = !this.#fitsDrawing();
+    if (String([...select.options].map(({ text }) => text)) !== String(classes)) {
+      select.replaceChildren(...classes.map((name, index) => new Option(name, index)));
+    }
+    this.#part("add").disabled = this.#stopping !== null || !this.#fitsDrawing();
+    this.#settle();
     this.#showSamples();
+  }
+
+  /** Take back what was refused, once something else has been done. */
+  #settle() {
+    if (this.#part("state").dataset.state === "refused") this.#say("not started", "off");
   }
 
   #fitsDrawing() {
@@ -122,11 +146,13 @@ class TrainView {
   /** Add the drawing with the chosen label. */
   addDrawing() {
     const { pad } = this.#context.input;
+    if (!this.plan) throw new Error(`${NO_RUN}; the drawing stays`);
     if (pad.isEmpty) throw new Error("draw something first");
-    this.#given = null;
-    this.#drawn.pixels.push(pad.pixels());
-    this.#drawn.labels.push(Number(this.#section.querySelector("#training-label").value));
+    const label = this.#section.querySelector("#training-label").value;
+    if (label === "") throw new Error("choose a label first");
+    this.#samples.draw(pad.pixels(), Number(label));
     pad.clear();
+    this.#settle();
     this.#showSamples();
   }
 
@@ -134,37 +160,36 @@ class TrainView {
    * Take samples that a program gives, in place of all others.
    * @param {{train: object, validation?: object, test?: object, classes?: string[]} | null} given as
    *   samples.js takes them; null: none
+   * @throws {Error} there is no run yet, or they are laid out otherwise
    */
   setSamples(given) {
-    this.#given = given;
-    this.#drawn = { pixels: [], labels: [] };
+    if (given && !this.plan) throw new Error(NO_RUN);
+    if (given) new Samples(this.plan, given); // checks them
+    this.#samples = new Collection(this.plan?.classes ?? []);
+    if (given) this.#samples.take(given);
+    this.#settle();
     this.#showSamples();
   }
 
   async #pick(input) {
     const note = this.#part("samples");
     const onProgress = (done, of) => (note.textContent = `reading image ${done} of ${of} …`);
-    const given = await readFolder(input.files, this.plan.input_shape, onProgress);
-    input.value = "";
-    this.setSamples(given);
-  }
-
-  #samples() {
-    if (this.#given) return this.#given;
-    const { pixels, labels } = this.#drawn;
-    const size = this.plan.input_shape.reduce((product, side) => product * side, 1);
-    const whole = new Uint8Array(pixels.length * size);
-    pixels.forEach((one, row) => whole.set(one, row * size));
-    return { train: { pixels: whole, labels } };
+    try {
+      this.#samples.take(await readFolder(input.files, this.plan.input_shape, onProgress));
+    } finally {
+      input.value = "";
+      this.#showSamples();
+    }
   }
 
   #showSamples() {
-    const { train, test, classes = this.plan.classes } = this.#samples();
+    if (!this.plan) return;
+    const { train, test, classes } = this.#samples.all();
     const counts = classes.map((name, index) => [name, train.labels.filter((y) => y === index).length]);
-    const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count}`);
-    const more = test ? `, and ${test.labels.length} to test` : "";
+    const some = counts.filter(([, count]) => count).map(([name, count]) => `${name}: ${count.toLocaleString("en")}`);
+    const more = test ? `, and ${test.labels.length.toLocaleString("en")} to test` : "";
     this.#part("samples").textContent = train.labels.length
-      ? `${train.labels.length} samples (${some.slice(0, 20).join(", ")})${more}`
+      ? `${counted(train.labels.length, "sample")} (${some.slice(0, 20).join(", ")})${more}`
       : "no samples yet: draw and add, or pick a folder";
   }
 
@@ -186,7 +211,7 @@ class TrainView {
       await this.#train(client, this.#stopping.signal);
       this.#say("the run is over", "off");
     } catch (error) {
-      this.#say(error.message, this.#stopping.signal.aborted ? "off" : "refused");
+      this.#say(inWords(error.message), this.#stopping.signal.aborted ? "off" : "refused");
     } finally {
       this.#stopping = null;
       this.#running(false);
@@ -200,19 +225,20 @@ class TrainView {
 
   #running(isRunning) {
     for (const name of ["start", "add", "pick", "forget"]) this.#part(name).disabled = isRunning;
-    this.#part("add").disabled = isRunning || !this.plan || !this.#fitsDrawing();
+    this.#part("add").disabled = isRunning || (this.plan !== null && !this.#fitsDrawing());
     this.#part("stop").disabled = !isRunning;
+    document.querySelector("#leaves-training").hidden = !isRunning;
   }
 
   async #train(client, signal) {
     const base = location.href;
     this.#say("loading the front …", "waiting");
-    this.plan = await loadPlan(base);
+    this.#use(await loadPlan(base));
     const ort = await import(RUNTIME);
     ort.env.wasm.wasmPaths = "/ort/";
     ort.env.wasm.numThreads = 1;
     const front = await Front.load(ort, this.plan, base);
-    const samples = new Samples(this.plan, this.#samples());
+    const samples = new Samples(this.plan, this.#samples.all({ withPixels: true }));
     const url = new URL("train", base.replace(/^http/, "ws"));
     if (client !== null) url.searchParams.set("client", client);
     const trainer = new Trainer({
@@ -240,6 +266,14 @@ class TrainView {
     };
     for (const [name, text] of Object.entries(shown)) this.#part(name).textContent = text;
   }
+}
+
+/** Return a server's refusal as a page says it, which has no options. */
+function inWords(text) {
+  return text
+    .replace(/^the server [a-z ]+: --client-id (\d+)/, "client $1")
+    .replace("this run has the ids", "this run has")
+    .replace(/;? ?see --server and --(re)?connect-timeout/, "");
 }
 
 function percent(share) {

@@ -15,21 +15,23 @@
 
 import { Optimizer } from "./adam.js";
 import { getJson, TrainingError } from "./asking.js";
-import { HEARTBEAT_S, openWithin, oneLine, pause, PeerError } from "./connection.js";
+import { HEARTBEAT_S, LONGEST_PAUSE_S, openWithin, oneLine, pause, PeerError } from "./connection.js";
 import { checksumText, crc32, ProtocolError } from "./frames.js";
 import { areFinite, fill, read } from "./torchfile.js";
 
-const TENSOR_OVERHEAD_BYTES = 4096 + 1200; // of a file beside its tensor's data, at most
 const MAX_ROUNDS_KEPT = 2; // whose own front is kept, where each client has its own
 const PATIENCE_S = 600; // for a lost server
-const FREE = ["rounds", "keep_tensors", "keep_models", "test_every", "stop_when"]; // may change
+const FIRST_PAUSE_S = 1; // before a further try; twice as long before each that follows
 
 /**
  * Return what the site knows of the run.
  * @param {URL | string} base the site's address
+ * @throws {TrainingError} there is no run now in which a page can take part
  */
 export async function loadPlan(base, fetcher = (url) => fetch(url)) {
-  return getJson(fetcher, new URL("training.json", base));
+  const plan = await getJson(fetcher, new URL("training.json", base));
+  if (plan.problem) throw new TrainingError(oneLine(plan.problem));
+  return plan;
 }
 
 /**
@@ -59,7 +61,8 @@ export class Trainer {
    * @param {Front} options.front
    * @param {Samples} options.samples
    * @param {import("./torchfile.js").Templates} options.templates
-   * @param {number | null} options.client the wanted number; null: the lowest free one
+   * @param {number | null} options.client the wanted number; null: that of the site's token, or
+   *   the lowest free one
    * @param {string} options.runtime the inference runtime's name and version
    * @param {(progress: Progress) => void} options.onProgress
    * @param {AbortSignal} options.signal stops it
@@ -67,7 +70,7 @@ export class Trainer {
   constructor({ url, base, plan, front, samples, templates, client = null, runtime, onProgress, signal, patienceS, fetcher }) {
     Object.assign(this, { url, plan, front, samples, templates, signal, runtime });
     this.patienceS = patienceS ?? PATIENCE_S;
-    this.client = client;
+    this.client = client ?? plan.client ?? null;
     this.site = (path) => getJson(fetcher ?? ((address) => fetch(address)), new URL(`training/${path}`, base));
     this.instance = hex(crypto.getRandomValues(new Uint8Array(16)));
     this.initial = front.file();
@@ -94,17 +97,20 @@ export class Trainer {
    * @throws {PeerError | ProtocolError | TrainingError} it cannot go on
    */
   async run() {
-    for (this.movedAt = Date.now(); ; ) {
+    this.pauseS = FIRST_PAUSE_S;
+    for (this.lostAt = null; ; ) {
       try {
         await this.once();
         this.tell({ state: "done", note: "the run is over" });
         return;
       } catch (error) {
         this.leave(error);
-        const mayHelp = error instanceof PeerError && error.again && !this.signal?.aborted;
-        if (!mayHelp || Date.now() - this.movedAt > this.patienceS * 1000) throw error;
+        this.lostAt ??= Date.now();
+        const mayHelp = mayPass(error) && !this.signal?.aborted;
+        if (!mayHelp || Date.now() - this.lostAt > this.patienceS * 1000) throw error;
         this.tell({ state: "lost", note: `${error.message}; trying to reach the server again` });
-        await pause(1, this.signal);
+        await pause(this.pauseS, this.signal);
+        this.pauseS = Math.min(2 * this.pauseS, LONGEST_PAUSE_S);
       } finally {
         this.bytes.bytesSent += this.link?.bytesSent ?? 0;
         this.bytes.bytesReceived += this.link?.bytesReceived ?? 0;
@@ -117,15 +123,21 @@ export class Trainer {
   /** Tell the server why this page leaves, unless the server ended the conversation. */
   leave(error) {
     if (!this.link || this.link.error) return;
-    const type = error instanceof ProtocolError ? "INVALID_MESSAGE" : "FAILED";
-    this.link.end(error, type);
+    const wrong = error instanceof ProtocolError ? "INVALID_MESSAGE" : "FAILED";
+    this.link.end(error, mayPass(error) ? "UNREGISTER" : wrong);
   }
 
   async once() {
-    const { signal, patienceS } = this;
+    const { signal } = this;
+    const patienceS = this.patienceS - (Date.now() - (this.lostAt ?? Date.now())) / 1000;
     const onNotice = (note) => this.tell({ note });
-    const onPause = (error) => this.tell({ state: "lost", note: `${error.message}; trying again` });
-    this.link = await openWithin(this.url, { signal, patienceS, onNotice, onPause });
+    const onPause = (error) => {
+      this.lostAt ??= Date.now();
+      this.tell({ state: "lost", note: `${error.message}; trying again` });
+    };
+    const url = new URL(this.url); // the site proves to the server that this page is that client
+    if (this.client !== null) url.searchParams.set("client", this.client);
+    this.link = await openWithin(url, { signal, patienceS, onNotice, onPause });
     this.link.farewell = "UNREGISTER"; // for now: a page with the same samples may go on
     this.link.limits = this.limits();
     await this.register();
@@ -136,13 +148,8 @@ export class Trainer {
   }
 
   limits() {
-    const { template, cut_shape: cut, config } = this.plan;
-    const step = 4 * (config.batch_size + 1) * cut.reduce((product, side) => product * side, 1);
-    return {
-      SEND_MODEL: template.most,
-      SEND_AGGREGATED_MODEL: template.most,
-      TRAINING_GRADS: TENSOR_OVERHEAD_BYTES + step,
-    };
+    const { template, most_gradients: most } = this.plan;
+    return { SEND_MODEL: template.most, SEND_AGGREGATED_MODEL: template.most, TRAINING_GRADS: most };
   }
 
   at(round, step = -1) {
@@ -173,13 +180,13 @@ export class Trainer {
     this.client = content.client_id;
     link.name = `client_${this.client}`;
     this.runName = content.config.run;
-    this.tell({ state: "waiting", client: this.client, rounds: content.config.rounds });
+    this.tell({ state: "waiting", note: "", client: this.client, rounds: content.config.rounds });
   }
 
   checkRun(config) {
-    const known = this.plan.config;
+    const { config: known, may_differ: mayDiffer } = this.plan;
     const other = Object.keys(known).find(
-      (name) => !FREE.includes(name) && JSON.stringify(known[name]) !== JSON.stringify(config?.[name]),
+      (name) => !mayDiffer.includes(name) && JSON.stringify(known[name]) !== JSON.stringify(config?.[name]),
     );
     if (other) throw new TrainingError(`the server has another run now (its ${other} differs): load the page again`);
   }
@@ -215,6 +222,7 @@ export class Trainer {
       this.front.load(this.own.get(own));
     }
     await this.receiveFront(message, this.front.file());
+    this.lostAt = null;
     return done + 1;
   }
 
@@ -259,6 +267,7 @@ export class Trainer {
   async nextRound(round) {
     const starts = round < this.progress.rounds ? ["START_TRAINING", "START_VALIDATION"] : [];
     const message = await this.link.receive([...starts, "TRAINING_DONE"], this.at(round));
+    this.pauseS = FIRST_PAUSE_S;
     if (message.type !== "TRAINING_DONE") return message;
     this.tell({ figures: numbersOf(message.content) });
     return null;
@@ -299,7 +308,7 @@ export class Trainer {
     const { batches, lr } = await this.site(
       `order?client=${this.client}&samples=${train.labels.length}&round=${round}`,
     );
-    this.tell({ state: "training", round, steps: batches.length });
+    this.tell({ state: "training", note: "", round, steps: batches.length });
     const optimizer = new Optimizer(front.weights, plan.optimizer, lr);
     const [started, sums] = [performance.now(), { hits: 0, samples: 0, waitedMs: 0 }];
     for (const [step, rows] of batches.entries()) await this.step(round, step, rows, optimizer, sums);
@@ -331,7 +340,6 @@ export class Trainer {
     optimizer.step(await front.gradients(x, dz, count));
     sums.hits += correct;
     sums.samples += count;
-    this.movedAt = Date.now();
     this.tell({ step: step + 1, loss, accuracy: sums.hits / sums.samples });
   }
 
@@ -354,6 +362,11 @@ export class Trainer {
   async encode(dtype, numbers, shape) {
     return fill(await this.templates.of(dtype, shape), [numbers]);
   }
+}
+
+/** Return whether an error may not come again: a lost connection, a site that does not answer. */
+function mayPass(error) {
+  return error instanceof PeerError && error.again;
 }
 
 function hex(bytes) {
