@@ -214,7 +214,7 @@ def server_serve(
             return
         size = _batch_size(message, at, party.split.evaluation_batch)
         cuts = _Cuts(party, at, size)
-        if (last := party.route[-1].gives) is not None:
+        if (last := stops(party.route)[-1].gives) is not None:
             cuts[last] = _LastCut(party, at._replace(link=last), size)
         yield from _serve_batch(party, cuts)
         on_batch(size)
