@@ -56,15 +56,7 @@ def frame(message: Message) -> bytes:
 
 def decoded(data: bytes) -> Message:
     decoder = Decoder(Limits(payload_bytes=dict.fromkeys(MessageType, 10**6)))
-    while data:
-        with decoder.get_buffer() as buffer:
-            size = min(len(buffer), len(data))
-            buffer[:size] = data[:size]
-        decoder.advance(size)
-        data = data[size:]
-        if message := decoder.next_message():
-            return message
-    raise AssertionError("no whole message")
+    return next(decoder.messages_of(data))
 
 
 FRAMES = """

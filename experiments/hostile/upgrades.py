@@ -149,14 +149,8 @@ def said_by_sfl(data: bytes) -> str:
     """Return the last message in a server's bytes."""
     decoder, said = Decoder(Limits()), "closed the connection"
     try:
-        while data:
-            with decoder.get_buffer() as buffer:
-                taken = min(len(buffer), len(data))
-                buffer[:taken] = data[:taken]
-            decoder.advance(taken)
-            data = data[taken:]
-            while (message := decoder.next_message()) is not None:
-                said = f"{message.type}: {message.content}"
+        for message in decoder.messages_of(data):
+            said = f"{message.type}: {message.content}"
     except SflError as error:
         return str(error)
     return said

@@ -24,6 +24,7 @@ two checksums, and the same JSON.
 """
 
 import struct
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from sfl import __version__
@@ -187,6 +188,17 @@ class Decoder:
             self._start += available
             self._note_payload(available)
         return None if self._missing else self._finish()
+
+    def messages_of(self, data: bytes | bytearray | memoryview) -> Iterator[Message]:
+        """Yield the messages that further bytes of the stream complete."""
+        while len(data):
+            with self.get_buffer() as buffer:
+                taken = min(len(buffer), len(data))
+                buffer[:taken] = data[:taken]
+            self.advance(taken)
+            data = data[taken:]
+            while (message := self.next_message()) is not None:
+                yield message
 
     def forget(self) -> None:
         """Release a payload that is partly read; the decoder cannot be used afterwards."""

@@ -96,14 +96,8 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
 
     def _decode(self, decoder: Decoder, data: bytes, recorded: Recorded, way: str) -> None:
-        while data:
-            with decoder.get_buffer() as buffer:
-                taken = min(len(buffer), len(data))
-                buffer[:taken] = data[:taken]
-            decoder.advance(taken)
-            data = data[taken:]
-            while (message := decoder.next_message()) is not None:
-                recorded.messages.append((way, message))
+        for message in decoder.messages_of(data):
+            recorded.messages.append((way, message))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

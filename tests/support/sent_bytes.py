@@ -14,16 +14,8 @@ from sfl.wire.messages import Limits, Message, MessageType
 
 def messages_in(data: bytes) -> list[Message]:
     """Return the messages in what was sent, without one that is cut off."""
-    decoder, found = Decoder(Limits(payload_bytes=dict.fromkeys(MessageType, 10**6))), []
-    while data:
-        with decoder.get_buffer() as buffer:
-            size = min(len(buffer), len(data))
-            buffer[:size] = data[:size]
-        decoder.advance(size)
-        data = data[size:]
-        while message := decoder.next_message():
-            found.append(message)
-    return found
+    decoder = Decoder(Limits(payload_bytes=dict.fromkeys(MessageType, 10**6)))
+    return [*decoder.messages_of(data)]
 
 
 def check_nothing_else(sent: list[Message], run: Run) -> None:
