@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from sfl.config import MOST, check_choices, option, require
 from sfl.errors import ConfigError
-from sfl.values import KeepTensors, LinkShape
+from sfl.values import KeepTensors, LinkShape, parse_bytes
 
 DEFAULT_PORT = 8765
 HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")  # a name or address
@@ -27,20 +27,6 @@ _OF_MAIN = (
     "min_clients", "at_once", "weights_timeout",
 )  # fmt: skip
 MOST_HOPS = 8
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """Parse a size such as ``500mb`` or ``1.5gb`` into bytes.
-
-    Raises:
-        ConfigError: the text is not a size.
-    """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
-    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if not count:
-        raise ConfigError(f"--memory-limit {text!r:.40}: give a size as 500mb or 4gb")
-    return count
 
 
 @dataclass(frozen=True)

@@ -194,3 +194,19 @@ class Position(NamedTuple):
     step: int = -1
     client: int = -1
     link: int = 0  # which cut of the model; 0 is the first
+
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Parse a size such as ``500mb`` or ``1.5gb`` into bytes.
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgt]b)", text.strip().lower(), re.ASCII)
+    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not count:
+        raise ConfigError(f"--memory-limit {text!r:.40}: give a size as 500mb or 4gb")
+    return count

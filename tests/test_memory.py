@@ -32,7 +32,6 @@ from sfl.data.datasets import DATASETS
 from sfl.data.samples import Samples
 from sfl.errors import ConfigError, ConnectionLost, ProtocolError
 from sfl.model.metrics import checked, checked_steps
-from sfl.nodes import parse_bytes
 from sfl.runtime.memory import machine_memory_bytes, server_bytes, sizes_of
 from sfl.runtime.report_limits import MOST_STEPS
 from sfl.strategy.recipe import Recipe
@@ -44,6 +43,7 @@ from sfl.transport.connection import Connection
 from sfl.transport.guard import Terms
 from sfl.transport.listener import listen
 from sfl.transport.tcp_server import TcpServer
+from sfl.values import parse_bytes
 from sfl.wire.messages import Limits, MessageType
 from tests.support.dial import dial
 from tests.support.launch import Launcher, Program, wait_for

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from sfl.errors import ConfigError
 from sfl.model.topology import Holder
 from sfl.model.zoo import make_model
-from sfl.nodes import PeerNode, parse_bytes
+from sfl.nodes import PeerNode
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import MAX_EVALUATION_BATCH, MAX_EVALUATION_BYTES
+from sfl.values import parse_bytes
 
 UNKNOWN_BYTES = 8 * 10**9  # assumed if the system does not report its memory
 # Copies of trained weights: the weights, their gradients, two values of Adam for each, and three
