@@ -191,6 +191,7 @@ def test_a_page_trains_as_a_python_client(
     launcher.programs[1].ended_with(0)
     assert "client_1 computes with onnxruntime-web 1.30.0 in a browser: its steps" in server.out
     assert server.out.count("the last bit may differ") == 0
+    assert "client_1 failed" not in server.out  # a page that tries again does not say so
     own = owns[1].write(tmp_path / "own_1")
     assert check_steps(launcher.folder / "server/r", 1, own) == 8
     assert main_replay([str(launcher.folder / "server/r")]) == 0
