@@ -17,6 +17,7 @@ from sfl.nodes import MOST_HOPS, ServerNode
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
 from sfl.values import Position
+from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message
 from sfl.wire.messages import MessageType as M
 from sfl.wire.seal import About, Seal, SealKey
@@ -24,7 +25,7 @@ from tests.support.hops import SERVER, Chain, hop_folders, replayed, weights_of_
 from tests.support.launch import Launcher, free_port, options_of, wait_for
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
-from tests.support.runs import ALLOW, BN_DROPOUT
+from tests.support.runs import ALLOW, BN_DROPOUT, FAST
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
 from tests.support.wiretap import record
@@ -38,6 +39,7 @@ SEALED = {
     M.VALIDATION_LABELS, M.VALIDATION_RESULT, M.VALIDATION_DONE, M.TRAINING_DONE,
 }  # fmt: skip
 EXTENDED = {"topology": "extended-vanilla", "cut": "3,9", "partition": "vertical"}
+RUN_OVER_HOP = ["--topology", "multi-hop", "--cut", "3,5", "--rounds", 1, "--run", "r"]
 ROWS = {"one": ONE, "two": TWO, "u": U_SHAPED, "extended": EXTENDED}
 LAST = re.compile(r"(server_model|hop_\d)_001.pt/")
 
@@ -205,6 +207,29 @@ def test_no_hop_is_told_a_label_or_who_is_beyond_its_neighbours(
         said = lies + (chain.programs[name].out + chain.programs[name].err).encode()
         known = {who for who, port in places.items() if f":{port}".encode() in said}
         assert known - {name} == neighbours, name
+
+
+STRANGE = ["x", [], {}, {"client_id": "0"}, {"client_id": -1, "fingerprint": {"torch": []}}]
+
+
+def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
+    """First messages that a hop can decode, and the server refuses, or the hop."""
+    chain = Chain(launcher, 1, 1, ["--clients", 1, *FAST, *RUN_OVER_HOP], [])
+    chain.start(SERVER), chain.start("hop_1")
+    wait_for(chain.programs["hop_1"], "listening")
+    for kind in (M.REGISTER, M.CHECK, M.REQUEST_TO_START, M.TRAINING_GRADS):
+        for content in STRANGE:
+            payload = b"file" if kind is M.TRAINING_GRADS else b""
+            message = Message(kind, content=content, payload=payload)
+            with socket.create_connection(("127.0.0.1", chain.first_port)) as stranger:
+                stranger.settimeout(20)
+                stranger.sendall(encode_head(message) + payload)
+                stranger.shutdown(socket.SHUT_WR)
+                while stranger.recv(4096):
+                    pass
+    chain.start("client_0")
+    for program in chain.programs.values():
+        program.ended_with(0)
 
 
 def test_labels_are_found_where_they_are_sent(tmp_path: Path) -> None:

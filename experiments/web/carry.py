@@ -16,7 +16,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from sfl.errors import RunError, SflError, reason_of
+from sfl.errors import AuthError, ConfigError, RunError, SflError, reason_of
 
 MOST_IN_MESSAGE = 2**20  # bytes
 PIECE = 2**16  # bytes that are read from the server at once
@@ -43,7 +43,9 @@ async def carry(socket: ServerConnection, open_server: Open) -> str:
             reader, writer = await open_server()
     except (OSError, SflError) as error:  # includes TimeoutError
         why = _told(error)
-        await socket.close(CloseCode.TRY_AGAIN_LATER, _short(why))
+        is_refused = isinstance(error, AuthError | ConfigError)  # for want of a token: as ever
+        code = CloseCode.POLICY_VIOLATION if is_refused else CloseCode.TRY_AGAIN_LATER
+        await socket.close(code, _short(why))
         if isinstance(error, OSError):
             raise NotThere(why) from error
         return why
