@@ -301,3 +301,4 @@ def test_the_digest_of_a_clients_data_tells_no_label_that_stays() -> None:
     data.train.y[0] = (data.train.y[0] + 1) % 10
     assert DataReport.of(data, run).digest != before[0]
     assert DataReport.of(data, run, keeps_labels=True).digest == before[1]
+    assert DataReport.of(data, run, passes_hops=True).digest == before[1]  # hops read it
