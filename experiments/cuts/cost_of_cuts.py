@@ -13,7 +13,7 @@ from experiments.support.costs import costs_of, givers, times_of
 from sfl.config import RunConfig
 from sfl.data.client_data import DatasetSpec
 from sfl.errors import ConfigError, counted
-from sfl.model.topology import TOPOLOGIES, Holder, check_cuts
+from sfl.model.topology import TOPOLOGIES, Holder, check_cuts, hops_of
 from sfl.registry import named
 from sfl.strategy.recipe import Recipe, parse_cuts
 from sfl.strategy.split_model import SplitModel
@@ -91,6 +91,11 @@ def lists_of_cuts(run: RunConfig, num_cuts: int | None, num_blocks: int) -> list
         raise ConfigError(
             f"--topology {run.topology}: each client has a model of its own; leave the topology out"
             " to see what the cuts of one cost"
+        )
+    if row and hops_of(row.segments(row.num_cuts[0])):
+        raise ConfigError(
+            f"--topology {run.topology}: the table has clients and server alone; with alternating,"
+            " each cut costs what it costs over a hop"
         )
     count = num_cuts or (row.num_cuts[0] if row else 1)
     found = math.comb(num_blocks - 1, count)

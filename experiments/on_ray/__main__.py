@@ -99,7 +99,8 @@ def main() -> None:
     from experiments.support.ray_cluster import connected
     from sfl.runtime.preflight import check_run
 
-    check_run(run)
+    if check_run(run).has_hops:
+        raise ConfigError(f"--topology {run.topology}: its hops are started by hand, not as actors")
     needs = Needs(
         server={"CPU": own.cpus_per_server, "GPU": own.gpus_per_server},
         actor={"CPU": own.cpus_per_actor, "GPU": own.gpus_per_actor},
