@@ -93,6 +93,10 @@ class PeerFailed(SflError):
     """The peer ended the run or refused us; the text is the peer's reason."""
 
 
+class RunEnded(PeerFailed):
+    """The server ended the run, which cannot be resumed."""
+
+
 class PeerCannot(PeerFailed):
     """The peer cannot compute its part; a retry would fail too."""
 

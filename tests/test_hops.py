@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tests.support.hops import SERVER, Chain, hop_folders, replayed, weights_of_
 from tests.support.launch import Launcher, free_port, options_of, wait_for
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
-from tests.support.runs import ALLOW, BN_DROPOUT, FAST
+from tests.support.runs import ALLOW, BN_DROPOUT, FAST, LONG
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
 from tests.support.wiretap import record
@@ -40,7 +41,7 @@ SEALED = {
     M.VALIDATION_LABELS, M.VALIDATION_RESULT, M.VALIDATION_DONE, M.TRAINING_DONE,
 }  # fmt: skip
 EXTENDED = {"topology": "extended-vanilla", "cut": "3,9", "partition": "vertical"}
-RUN_OVER_HOP = ["--topology", "multi-hop", "--cut", "3,5", "--rounds", 1, "--run", "r"]
+OVER_HOP = ["--topology", "multi-hop", "--cut", "3,5", "--run", "r"]
 ROWS = {"one": ONE, "two": TWO, "u": U_SHAPED, "extended": EXTENDED}
 LAST = re.compile(r"(server_model|hop_\d)_001.pt/")
 
@@ -151,6 +152,16 @@ def test_killed_parties_leave_the_weights_of_one_process(
         assert (checked, models >= 2) == (num_gradients, True)
 
 
+def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:
+    chain = Chain(launcher, 1, 1, ["--clients", 1, *LONG, *OVER_HOP], [])
+    for name in chain.names:
+        chain.start(name)
+    wait_for(chain.programs[SERVER], "round 2/1000")
+    shutil.rmtree(chain.folder)
+    for program in chain.programs.values():
+        assert "removed" in program.ended_with(1)
+
+
 # What passes, and what each party knows
 
 
@@ -215,7 +226,7 @@ STRANGE = ["x", [], {}, {"client_id": "0"}, {"client_id": -1, "fingerprint": {"t
 
 def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
     """First messages that a hop can decode, and the server refuses, or the hop."""
-    chain = Chain(launcher, 1, 1, ["--clients", 1, *FAST, *RUN_OVER_HOP], [])
+    chain = Chain(launcher, 1, 1, ["--clients", 1, *FAST, *OVER_HOP, "--rounds", 1], [])
     chain.start(SERVER), chain.start("hop_1")
     wait_for(chain.programs["hop_1"], "listening")
     for kind in (M.REGISTER, M.CHECK, M.REQUEST_TO_START, M.TRAINING_GRADS):

@@ -31,6 +31,7 @@ from sfl.errors import (
     PeerCannot,
     PeerLeft,
     ProtocolError,
+    RunEnded,
     RunError,
     SflError,
     counted,
@@ -196,7 +197,14 @@ class _Hop:
             self._end(talk, error)
 
     def _end(self, talk: _Talk, error: SflError) -> None:
-        """End a client's conversation on both sides, each with its last words."""
+        """End a client's conversation on both sides, each with its last words.
+
+        Raises:
+            RunEnded: the server ended the run.
+        """
+        if isinstance(error, RunEnded):
+            self.network.end(str(error), MessageType.END_RUN)
+            raise error
         if self._talks.pop(talk.member, None) is None:
             return
         talk.conversation.close()

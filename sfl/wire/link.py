@@ -25,6 +25,7 @@ from sfl.errors import (
     PeerLeft,
     PeerStopped,
     ProtocolError,
+    RunEnded,
     SflError,
     shortened,
 )
@@ -67,7 +68,7 @@ def kind_of(message_type: MessageType, link: int) -> str:
 # Messages that end a conversation: the verb for error messages, and our error.
 LAST_WORDS = {
     MessageType.ABORT: ("stopped", PeerStopped),
-    MessageType.END_RUN: ("ended the run", PeerFailed),
+    MessageType.END_RUN: ("ended the run", RunEnded),
     MessageType.INVALID_MESSAGE: ("refused", PeerFailed),
     MessageType.FAILED: ("failed", PeerCannot),
     MessageType.UNREGISTER: ("left", PeerLeft),
