@@ -163,7 +163,7 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]
 
 def other_runtime(fields: Mapping[str, str]) -> str:
     """Return what a machine computes with, by its fingerprint, if that is not torch; else ""."""
-    return "" if fields["torch"][:1].isdigit() else fields["torch"]
+    return fields["torch"] if fields["torch"].endswith("in a browser") else ""
 
 
 def describe(device: torch.device, command_line: Sequence[str]) -> dict[str, Any]:

@@ -196,6 +196,8 @@ def test_the_page_shows_what_an_attacker_sees(
         assert tab.text("#attacker-similarity") == "\N{EN DASH}"
         assert f"{ended(process)['similarity']:.2f} on average" in tab.text("#attacker-about")
         similarity = "document.querySelector('#attacker-similarity').innerText"
+        tab.draw("#pad", THREE)
+        tab.wait_for(f"{similarity} !== '\N{EN DASH}'")
         tab.click("input[value=whole]")
         tab.wait_for(f"{similarity} === '\N{EN DASH}'")
         assert tab.text("#attacker-note").startswith("Nothing is sent")
