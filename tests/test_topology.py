@@ -103,7 +103,7 @@ def test_what_a_topology_cannot_do_is_refused(options: dict[str, Any], why: str)
         ({"cut": "2,4,6"}, "--topology alternating with --cut 2,4,6"),
         (
             {},
-            "with --topology u-shaped (2 cuts) or alternating (2 cuts) or u-shaped-hop (3 cuts), or",
+            "u-shaped (2 cuts) or alternating (2 cuts) or u-shaped-hop (3 cuts), or --scheme fl or",
         ),
         ({"scheme": "fl", "class_weights": "balanced"}, "with --keep-labels no client tells how"),
         ({"scheme": "sync-sgd", "batch_size": 1}, "with --keep-labels the loss of a single sample"),

@@ -132,7 +132,11 @@ class Tab:
         return Box(*found)
 
     def click(self, selector: str) -> None:
-        """Click into the middle of an element."""
+        """Click into the middle of an element, once it lies still."""
+        before = self.box(selector)
+        while (now := self.box(selector)) != before:
+            before = now
+            time.sleep(0.03)
         self.draw(selector, [(0.5, 0.5)])
 
     def draw(
