@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, LABELS, PREDICTIONS, model_path
-from sfl.conversation.cut import Cuts
+from sfl.conversation.cuts import Cuts
 from sfl.conversation.party import EVALUATION, TEST, VALIDATION, ClientParty, Party, ServerParty
 from sfl.conversation.passes import evaluation_pass
 from sfl.errors import NotFinite, ProtocolError, StepFailed

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, LABELS, WEIGHT_GRADS
 from sfl.archive.spool import Answer
-from sfl.conversation.cut import Cuts, Relayed, transfers
+from sfl.conversation.cut import Relayed, transfers
+from sfl.conversation.cuts import Cuts
 from sfl.conversation.party import TRAIN, ClientParty, Party, ServerParty
 from sfl.conversation.passes import compute, figures_content, train_pass
 from sfl.crash import crash_point
