@@ -24,120 +24,24 @@ step, as the server does (``step``, ``evaluate``), and passes everything else on
 What is passed on is sealed by its sender for the other end of the chain, see ``sfl.wire.seal``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from sfl.archive.spool import Spool
 from sfl.config import RunConfig
-from sfl.conversation.cut import Cut
 from sfl.conversation.evaluate import hop_evaluate
+from sfl.conversation.followed import FollowedRounds
 from sfl.conversation.join import Welcome, parse_welcome
-from sfl.conversation.joint_steps import JointSteps
-from sfl.conversation.party import TRAIN, ServerParty
+from sfl.conversation.party import ServerParty
 from sfl.conversation.report import DataReport, parse_report
 from sfl.conversation.step import STEPS
-from sfl.crash import crash_point
-from sfl.data.client_data import num_batches
 from sfl.errors import ProtocolError
-from sfl.model.topology import Segments, States
-from sfl.strategy.merge import Shared, Trained, averaging_weights, merge
-from sfl.strategy.order import RoundPlan
 from sfl.strategy.schemes import Fronts
-from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.weights.exchange import NamedWeights
 from sfl.wire.driver import Conversation
 from sfl.wire.link import Link
 from sfl.wire.messages import Message, MessageType
 from sfl.wire.passing import pass_on
-
-
-@dataclass(kw_only=True)
-class HopRounds:
-    """A hop's segments over the rounds of a run, for all clients.
-
-    The server drives the rounds: what it sends a client tells the hop which round it is in.
-    """
-
-    split: SplitModel
-    num_samples: Mapping[int, Mapping[str, int]]  # of all clients, in their order
-    backs: Mapping[int, Segments]  # the copies of the hop's segments
-    shared: Mapping[str, Shared]  # their weights at the start of the next round
-    spool: Spool
-    load: Callable[[int], Mapping[str, Shared]]  # a round's starting weights, into the copies
-    # Records those of a round's start, and the clients that took part in the round before.
-    commit: Callable[[int, Mapping[str, Shared], Sequence[int]], None]
-    joint_steps: JointSteps[Cut] | None = None  # if clients take their steps together here
-    end_others: Callable[[int], None] = lambda client: None  # before we go back to a round's start
-    next_round: int = 0  # the round that ``shared`` is the start of
-    plan: RoundPlan | None = None  # of the round in training, or of the last one
-    trained: set[int] = field(default_factory=set)  # clients that have trained in it
-    is_over: bool = False  # whether a client was told that the run is over
-
-    def go_to(self, round_index: int, client: int) -> None:
-        """Be ready for a round, the next or the current one; else go back to its start.
-
-        ``client``: in whose conversation the server has named the round.
-
-        Raises:
-            RunError: what the round starts from does not lie here.
-        """
-        if round_index == self.next_round or (self.plan and self.plan.round_index == round_index):
-            return
-        self.end_others(client)
-        if self.joint_steps:
-            self.joint_steps.start([*self.num_samples])
-        self.shared = self.load(round_index)
-        self.next_round, self.plan = round_index, None
-
-    def begin(self, round_index: int, client: int) -> RoundPlan:
-        """Return the plan of a round that the server has started."""
-        self.go_to(round_index, client)
-        if self.plan and self.plan.round_index == round_index:
-            return self.plan
-        for copy in self.backs.values():
-            copy.start_round(round_index)
-        self.spool.start_round()
-        run = self.split.recipe.run
-        steps = {
-            k: num_batches(parts[TRAIN], run.batch_size) * run.local_epochs
-            for k, parts in self.num_samples.items()
-        }
-        if self.joint_steps:  # a client may still be in the evaluation of the round before
-            self.joint_steps.forget_before(round_index - 1)
-        self.plan = RoundPlan(self.split.recipe, round_index, steps, self.backs, spool=self.spool)
-        self.trained = set()
-        return self.plan
-
-    def has_trained(self) -> bool:
-        """Return whether all of the round's clients have trained; a gate.
-
-        After a restart of this hop they do so again, one after another, while others evaluate.
-        """
-        return self.plan is not None and self.trained >= set(self.plan.order)
-
-    def end(self) -> None:
-        """Merge the copies of a round in which all have trained, once."""
-        assert self.plan is not None
-        round_index = self.plan.round_index
-        if self.next_round > round_index:
-            return
-        order, recipe = sorted(self.plan.order), self.split.recipe
-        crash_point("average.before")
-        weights = averaging_weights(recipe.run, {k: self.num_samples[k][TRAIN] for k in order})
-        by_copy = {b: copy.states() for b, copy in self.backs.items()}
-        made = Trained({}, by_copy, weights, last=self.plan.order[-1])
-        self.shared = merge(recipe, self.shared, made, self.split.entries)
-        crash_point("average.after")
-        self.commit(round_index + 1, self.shared, self.plan.order)
-        for copy in self.backs.values():
-            copy.load(self.states)
-        self.next_round = round_index + 1
-
-    @property
-    def states(self) -> States:
-        return {name: shared.state for name, shared in self.shared.items()}
-
 
 # Joining
 
@@ -206,7 +110,7 @@ def _pass_check_on(link: Link, onward: Link) -> Conversation[None]:
 # The rounds
 
 
-def hop_run(party: ServerParty, rounds: HopRounds) -> Conversation[None]:
+def hop_run(party: ServerParty, rounds: FollowedRounds) -> Conversation[None]:
     """Take part in the rest of a run for one client; between its ``client_run`` and the server."""
     link, onward = party.link, party.onward
     assert onward is not None
@@ -224,12 +128,12 @@ def shown(rounds: Sequence[int]) -> str:
     return ", ".join(str(index + 1) for index in rounds)
 
 
-def _start(party: ServerParty, rounds: HopRounds, message: Message) -> Conversation[None]:
+def _start(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
     rounds.go_to(message.at.round + 1, party.client)
     yield from _pass_front(party, message)
 
 
-def _train(party: ServerParty, rounds: HopRounds, message: Message) -> Conversation[None]:
+def _train(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
     plan = rounds.begin(message.at.round, party.client)
     yield from _pass_front(party, message)
     yield plan.turn_of(party.client)
@@ -250,7 +154,7 @@ def _train(party: ServerParty, rounds: HopRounds, message: Message) -> Conversat
         yield from _pass_weights(party.link, party.onward, at)
 
 
-def _evaluate(party: ServerParty, rounds: HopRounds, message: Message) -> Conversation[None]:
+def _evaluate(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
     rounds.begin(message.at.round, party.client)
     yield rounds.has_trained
     rounds.end()
@@ -258,7 +162,7 @@ def _evaluate(party: ServerParty, rounds: HopRounds, message: Message) -> Conver
     yield from hop_evaluate(party, message.get("part", str), message.at.round)
 
 
-def _end_round(party: ServerParty, rounds: HopRounds, message: Message) -> Conversation[None]:
+def _end_round(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
     yield from ()
 
 

@@ -39,7 +39,7 @@ from sfl.errors import (
 from sfl.model.topology import Holder, hop_of
 from sfl.nodes import ServerNode
 from sfl.options import check_goes_on
-from sfl.runtime.hop_rounds import Hop, hop_folder
+from sfl.runtime.follower import Follower, hop_folder
 from sfl.runtime.lobby import GOODBYE_S, LINGER_S, POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.on_end import running_at_end
 from sfl.runtime.resume import has_begun, open_past
@@ -113,7 +113,7 @@ class _Hop:
     dialler: Dialler
     stack: contextlib.ExitStack
     run_config: RunConfig | None = None  # once the server has told it
-    hop: Hop | None = None  # once all clients have joined
+    hop: Follower | None = None  # once all clients have joined
     _talks: dict[Member, _Talk] = field(default_factory=dict)  # by the client's connection
     _joined: dict[int, HopJoined] = field(default_factory=dict)
     _notices: deque[tuple[Member, str]] = field(default_factory=deque)
@@ -330,7 +330,7 @@ class _Hop:
         there = len(self._joined) == self.run_config.clients
         return self.hop is not None or there or has_begun(self._path)
 
-    def _prepare(self) -> Hop:
+    def _prepare(self) -> Follower:
         """Open the folder, and build this hop's segments.
 
         Raises:
@@ -358,7 +358,7 @@ class _Hop:
             f"run {recipe.run.run}: the {names} of {recipe.title}, for"
             f" {counted(len(data['num_samples']), 'client')}; files lie in {path}"
         )
-        self.hop = Hop(
+        self.hop = Follower(
             holder=self.holder, split=split, data=data, folder=folder, node=self.node,
             devices=devices, start=start, past=past,
         )  # fmt: skip

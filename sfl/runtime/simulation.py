@@ -35,7 +35,7 @@ from sfl.errors import ConfigError, counted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder, hops_of
 from sfl.nodes import NodeConfig, SimulationNode, TrackingNode
-from sfl.runtime.hop_rounds import Hop, hop_folder
+from sfl.runtime.follower import Follower, hop_folder
 from sfl.runtime.local_network import Away, LocalLink, LocalNetwork, local_pair
 from sfl.runtime.preflight import check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
@@ -209,11 +209,11 @@ class _Clients:
         network.bring_back = bring_back
 
     @contextlib.contextmanager
-    def _hop(self, holder: Holder, rounds: Rounds) -> Iterator[Hop]:
+    def _hop(self, holder: Holder, rounds: Rounds) -> Iterator[Follower]:
         recipe, node = self._recipe, self._node
         path = create_run_folder(hop_folder(node, holder), recipe.run.run)
         with open_folder(path, SERVER_LOG, recipe.keep) as folder:
-            yield Hop(
+            yield Follower(
                 holder=holder,
                 split=rounds.split,
                 data=rounds.about["data"],

@@ -14,7 +14,7 @@ from sfl.archive.run_folder import RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.conversation.cut import Cut
-from sfl.conversation.hop import HopRounds
+from sfl.conversation.followed import FollowedRounds
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.party import ServerParty
 from sfl.environment import Devices, command_line, describe
@@ -38,7 +38,7 @@ def hop_folder(node: NodeConfig, holder: Holder) -> Path:
 
 
 @dataclass(kw_only=True)
-class Hop:
+class Follower:
     """A hop's segments and folder, for all clients of a run.
 
     ``data``: the record of the clients' data. ``past``: the checkpoints that it resumes from.
@@ -53,7 +53,7 @@ class Hop:
     start: StartWeights | None = None
     past: Past | None = None
     keeps_answers: bool = True  # so that clients may repeat their steps
-    rounds: HopRounds = field(init=False)
+    rounds: FollowedRounds = field(init=False)
 
     def __post_init__(self) -> None:
         row, split = self.split.recipe.scheme, self.split
@@ -70,7 +70,7 @@ class Hop:
         record = options_record(self.split.recipe.run, self.node) | role
         for name, content in (("config", record), ("environment", self._environment)):
             self.folder.archive.write(name, f"{name}.json", to_json(content))
-        self.rounds = HopRounds(
+        self.rounds = FollowedRounds(
             split=split,
             num_samples={int(k): parts for k, parts in self.data["num_samples"].items()},
             backs=self._backs,
