@@ -41,7 +41,7 @@ def main_server(argv: Sequence[str] | None = None) -> int:
             from sfl.trained.service import serve_model
 
             return serve_model(run, node)
-        if node.is_hop:
+        if node.follows:
             from sfl.runtime.hop import serve_hop
 
             return serve_hop(run, node)

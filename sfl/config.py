@@ -54,6 +54,13 @@ class RunConfig:
         " it refuses others",
     )  # fmt: skip
     task: str = option("classification", "what is predicted, with its loss and metrics: {names}")
+    tasks: str = option(
+        "", "with --topology multi-task, what each server predicts, first the main server: {names},"
+        " or the name of a further column y_NAME of own data", form="TASK,TASK[,...]",
+    )  # fmt: skip
+    task_weights: str = option(
+        "", "weights of the losses of --tasks in their sum, as 1,0.5; if not given, each 1"
+    )
     dataset: str = option("mnist-5k", "{names}, or your own package.module:function")
     image_size: int = option(0, "side of the images in pixels; 0: the data set's own")
     augment: str = option(

@@ -18,15 +18,18 @@ HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")  # a n
 _MOST_SAMPLES = 2**31 - 1  # as in sfl.archive.records
 # Options of a server's machine that a finished model has no use for.
 _OF_TRAINING = (
-    "resume", "role", "fed_server", "init", "track", "profile", "max_samples", "on_missing",
-    "round_timeout", "min_clients", "at_once", "weights_timeout", "on_end",
+    "resume", "role", "fed_server", "task_servers", "init", "track", "profile", "max_samples",
+    "on_missing", "round_timeout", "min_clients", "at_once", "weights_timeout", "on_end",
 )  # fmt: skip
-# Options that a hop has no use for; it goes on by itself with the run that its server has.
+# Options that a hop or a task's server has no use for; it goes on by itself with the run that the
+# main server has.
 _OF_MAIN = (
     "resume", "serve", "fed_server", "track", "max_samples", "on_missing", "round_timeout",
-    "min_clients", "at_once", "weights_timeout",
+    "min_clients", "at_once", "weights_timeout", "task_servers",
 )  # fmt: skip
 MOST_HOPS = 8
+TASK_NAME = r"[a-z][a-z0-9_]{0,31}"  # in names of files, too
+_ROLES = re.compile(rf"all|main|fed|hop:[1-{MOST_HOPS}]|task:{TASK_NAME}")
 
 
 @dataclass(frozen=True)
@@ -208,16 +211,21 @@ class ServerNode(PeerNode, TrackingNode):
         " the copies of those that wait take less memory; 0: all",
     )  # fmt: skip
     role: str = option(
-        "all", "main server, fed server, or both in one process; or hop:1, hop:2 ... between the"
-        " clients and the server (see docs/topologies.md)",
-        ("all", "main", "fed", *(f"hop:{place}" for place in range(1, MOST_HOPS + 1))),
+        "all", "main (server), fed (server), all: both in one process; or hop:1, hop:2 ... between"
+        " the clients and the server; or task:NAME, the server of a further task (see"
+        " docs/topologies.md)",
     )  # fmt: skip
     next: str = option(
-        "", "HOST:PORT of the next hop towards the server, or of the server, for --role hop:N"
-    )
+        "", "HOST:PORT of the next hop towards the server, or of the server, for --role hop:N and"
+        " task:NAME",
+    )  # fmt: skip
     next_token_file: str = option(
-        "", "file of the token that a hop shows there; else its --token-file"
+        "", "file of the token that a hop or a task's server shows there; else its --token-file"
     )
+    task_servers: str = option(
+        "", "where clients reach the servers of further tasks, as parity=HOST:PORT",
+        form="NAME=HOST:PORT[,...]",
+    )  # fmt: skip
     fed_server: str = option(
         "", "HOST:PORT of the fed server, for --role main; clients connect to it as well"
     )
@@ -246,11 +254,13 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError(f"--serve: leave out {', '.join(given)}: nothing is trained")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca: is for a server with --tls-cert and --tls-key")
-        if self.tls_ca and not (self.role == "main" or self.is_hop):
-            raise ConfigError("--tls-ca: is for clients, for --role main, and for hops")
-        if bool(self.next) != self.is_hop:
-            raise ConfigError("--next: is for --role hop:N, which wants it")
-        if self.is_hop and (given := self.given(_OF_MAIN)):
+        wanted = f"all, main, fed, hop:1 to hop:{MOST_HOPS}, or task:NAME"
+        require(bool(_ROLES.fullmatch(self.role)), "role", self.role, wanted)
+        if self.tls_ca and not (self.role == "main" or self.follows):
+            raise ConfigError("--tls-ca: is for clients, and for --role main, hop:N and task:NAME")
+        if bool(self.next) != self.follows:
+            raise ConfigError("--next: is for --role hop:N and task:NAME, which want it")
+        if self.follows and (given := self.given(_OF_MAIN)):
             raise ConfigError(f"--role {self.role}: leave out {', '.join(given)}")
         require(self.min_clients >= 1, "min_clients", self.min_clients, "at least 1")
         require(self.at_once >= 0, "at_once", self.at_once, "0 or more")
@@ -262,8 +272,9 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
 
     @property
-    def is_hop(self) -> bool:
-        return self.role.startswith("hop:")
+    def follows(self) -> bool:
+        """Whether this is a hop or the server of a further task, which the main server leads."""
+        return self.role.startswith(("hop:", "task:"))
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Return those of these options that are not at their defaults, as they are typed."""

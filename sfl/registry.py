@@ -20,6 +20,7 @@ REGISTRIES = {
     "topology": "sfl.model.topology:TOPOLOGIES",
     "fusion": "sfl.model.fusion:FUSIONS",
     "task": "sfl.model.task:TASKS",
+    "tasks": "sfl.data.label_tasks:LABEL_TASKS",
     "model": "sfl.model.zoo:MODELS",
     "dataset": "sfl.data.datasets:DATASETS",
     "augment": "sfl.data.augment:AUGMENTATIONS",

@@ -10,6 +10,7 @@ import torch
 
 # The purposes in use. A new one gets its line here, so that no two draws share a stream.
 INITIAL_WEIGHTS = "initial weights"  # (client), of a model of each client's own
+TASK = "task"  # (index): the seed of the model of each server but the main one
 FUSION = "fusion"  # the initial weights of the projection behind a join
 PARTITION = "partition"  # the training samples of each client
 ALIGNMENT = "alignment"  # (part): the order of samples that clients have by their ids

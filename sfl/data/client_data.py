@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from sfl import seeds
 from sfl.config import RunConfig
 from sfl.data.augment import NONE, Change, augment, changes_of
+from sfl.data.label_tasks import LABEL_TASKS
 from sfl.data.partition import VERTICAL, deal
-from sfl.data.samples import Samples, as_floats
+from sfl.data.samples import Columns, Samples, as_floats
 from sfl.data.vertical import Ids, rows_of, strip, strip_of
 from sfl.errors import ConfigError, DataError
 from sfl.values import Position
@@ -177,6 +178,7 @@ class ClientData:
     seed: int = 0
     changes: tuple[Change, ...] = ()  # of training images, at random
     identified: Identified | None = None  # of samples that are not yet aligned
+    columns: Columns = field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -201,6 +203,24 @@ class ClientData:
             self.spec, self.identified.run, drawn_as, train, test,
             classes=self.classes, validation=given,
         )  # fmt: skip
+
+    def of_task(self, name: str) -> "ClientData":
+        """Return the same samples with the labels of a task: a further column, or a function.
+
+        Raises:
+            DataError: they have no such labels.
+        """
+        parts = {part: getattr(self, part) for part in ("train", "validation", "test")}
+        classes = self.columns.get(name, self.classes)
+        for part, samples in parts.items():
+            if name in self.columns:
+                y = samples.further[name]
+            elif name in LABEL_TASKS:
+                y, classes = LABEL_TASKS[name](samples.y, self.classes)
+            else:
+                raise DataError(f"the samples have no labels for the task {name}")
+            parts[part] = dataclasses.replace(samples, y=y)
+        return dataclasses.replace(self, classes=classes, **parts)
 
     def batch(self, samples: Samples, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return ``x``: (B, C, H, W) float32, normalised, and ``y``: (B,) int64."""

@@ -7,6 +7,8 @@
     x_val, y_val  x_test, y_test                 optional, each with the other
     classes                                      optional, names
     ids, ids_val, ids_test (N,)                  with --topology vertical: names of the samples
+    y_NAME, y_NAME_val, y_NAME_test (N,)         with --tasks NAME: further labels, as y;
+                                                 integers count from 0
 
 If the data set's samples are not images, ``x`` has their shape. With ``--topology vertical``, ``x``
 may be a table (N, F) of floats at any client, and ``y`` is wanted at the one with the labels alone.
@@ -15,7 +17,7 @@ may be a table (N, F) of floats at any client, and ``y`` is wanted at the one wi
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ Arrays = Mapping[str, np.ndarray]
 PARTS = {"train": "", "validation": "_val", "test": "_test"}
 IDS = ("ids", "ids_val", "ids_test")
 NAMES = ("x", "y", "x_val", "y_val", "x_test", "y_test", "classes", *IDS)
+MOST_CLASSES = 1000  # of further labels that are numbers
 # What NumPy raises for files that are damaged or of another kind.
 _DAMAGE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
@@ -92,16 +95,17 @@ def read_npz(
     *,
     any_range: bool,
     has_labels: bool = True,
+    columns: Collection[str] = (),
 ) -> Parts:
     """Read the arrays, and say how they were read and what was left out.
 
     ``any_range`` accepts floats outside [0, 1]: the mean and std of the run then fit these data.
-    Without ``has_labels``, all labels are 0.
+    Without ``has_labels``, all labels are 0. ``columns``: names of further labels.
 
     Raises:
         DataError: the file is damaged, an array is missing, or the samples do not fit.
     """
-    arrays = _load(path, say)
+    arrays = _load(path, say, columns)
     if not has_labels:
         arrays = _without_labels(arrays)
     for suffix in PARTS.values():
@@ -114,29 +118,37 @@ def read_npz(
     classes = _classes(path, arrays, spec)
     if alike := alike_among(classes):
         say(f"{path}: classes that look alike, but are different ones: {', '.join(alike)}")
+    further_classes = {name: _classes_of_column(path, arrays, name) for name in columns}
     read = {}
     for part, suffix in PARTS.items():
         if f"x{suffix}" in arrays:
             x, how = _samples(path, f"x{suffix}", arrays, spec, any_range)
-            y = _labels(path, f"y{suffix}", arrays, classes)
+            y = _labels(path, f"y{suffix}", arrays, classes, suffix)
             counts = np.bincount(y, minlength=len(classes))
             told = ", ".join(f"{n} {name}" for name, n in zip(classes, counts, strict=True))
             shown = f"; classes: {told}" if has_labels else ""
             say(f"{path}: {len(y)} samples for {part} {how}{shown}")
-            read[part] = Samples(torch.from_numpy(x), torch.from_numpy(y))
+            further = {
+                name: torch.from_numpy(_labels(path, f"y_{name}{suffix}", arrays, theirs, suffix))
+                for name, theirs in further_classes.items()
+            }
+            read[part] = Samples(torch.from_numpy(x), torch.from_numpy(y), further=further)
     return Parts(
         train=read["train"],
         validation=read.get("validation"),
         test=read.get("test", nothing(spec.input_shape)),
         classes=classes,
+        columns=further_classes,
     )
 
 
-def _load(path: Path, say: Callable[[str], object]) -> Arrays:
+def _load(path: Path, say: Callable[[str], object], columns: Collection[str] = ()) -> Arrays:
+    """Return the arrays that are known, with those of these further labels."""
+    wanted = [*NAMES, *(f"y_{name}{suffix}" for name in columns for suffix in PARTS.values())]
     try:
         with np.load(path, allow_pickle=False) as archive:
-            others = [name for name in archive.files if name not in NAMES]
-            arrays = {name: np.asarray(archive[name]) for name in NAMES if name in archive.files}
+            others = [name for name in archive.files if name not in wanted]
+            arrays = {name: np.asarray(archive[name]) for name in wanted if name in archive.files}
     except _DAMAGE as error:
         raise DataError(f"cannot read {path}: {error or type(error).__name__}") from error
     if others:
@@ -171,9 +183,30 @@ def _classes(path: Path, arrays: Arrays, spec: DatasetSpec) -> tuple[str, ...]:
     return names
 
 
-def _labels(path: Path, name: str, arrays: Arrays, classes: tuple[str, ...]) -> np.ndarray:
+def _classes_of_column(path: Path, arrays: Arrays, name: str) -> tuple[str, ...]:
+    """Return the classes of further labels: the names in them, or the numbers up to the largest.
+
+    Raises:
+        DataError: there are no such labels.
+    """
+    names = [f"y_{name}{suffix}" for suffix in PARTS.values()]
+    found = [arrays[column] for column in names if column in arrays]
+    if names[0] not in arrays:
+        raise DataError(f"{path} has no array {names[0]}, which --tasks {name} needs")
+    if found[0].dtype.kind in "SU":
+        return tuple(sorted({text for y in found for text in _texts(path, names[0], y)}))
+    most = max((int(y.max()) for y in found if y.size and y.dtype.kind in "iu"), default=0)
+    return tuple(map(str, range(min(max(most + 1, 2), MOST_CLASSES))))
+
+
+def _labels(
+    path: Path, name: str, arrays: Arrays, classes: tuple[str, ...], suffix: str
+) -> np.ndarray:
     """Return labels: (N,) int64."""
-    y, x_name = arrays[name], name.replace("y", "x")
+    x_name = f"x{suffix}"
+    if name not in arrays:
+        raise DataError(f"{path} has no array {name}, the labels of {x_name}")
+    y = arrays[name]
     count = arrays[x_name].shape[:1]
     is_text = y.dtype.kind in "SU"
     if y.shape != count or not (is_text or np.issubdtype(y.dtype, np.integer)):

@@ -5,7 +5,7 @@ read, and what is left out and why.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from sfl.config import RunConfig
@@ -27,10 +27,12 @@ def load_own(
     *,
     say: Callable[[str], object] = print,
     has_ids: bool = False,
+    columns: Collection[str] = (),
 ) -> ClientData:
     """Return a client's own data; without a validation part, a fifth is held out for it.
 
     ``has_ids``: all clients have parts of the same samples, see ``_load_identified``.
+    ``columns``: names of further labels, of an ``.npz`` file.
 
     Raises:
         ConfigError: the samples cannot be augmented, or normalised as the run says.
@@ -40,8 +42,11 @@ def load_own(
     if has_ids:
         return _load_identified(spec, run, client, archive, say)
     if archive is not None:
-        parts = read_npz(archive, spec, say, any_range=has_any_range(spec, run))
+        any_range = has_any_range(spec, run)
+        parts = read_npz(archive, spec, say, any_range=any_range, columns=columns)
     elif data_dir.is_dir():
+        if columns:
+            raise DataError(f"{data_dir}: further labels ({', '.join(columns)}) need an .npz file")
         parts = read_folders(data_dir, spec, say)
     else:
         raise DataError(f"no own data at {data_dir}: give --data-dir a folder or an .npz file")
@@ -51,6 +56,7 @@ def load_own(
         spec, run, client, parts.train, parts.test,
         classes=parts.classes, validation=parts.validation,
     )  # fmt: skip
+    data = dataclasses.replace(data, columns=parts.columns)
     if run.normalize:
         x, _ = data.batch(data.train, slice(0, MOST_MEASURED))
         mean, std = float(x.mean()), float(x.std(correction=0))

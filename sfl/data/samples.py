@@ -1,14 +1,15 @@
 """``Samples``: rows of a stored data set."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sfl.errors import DataError
 
+Columns = Mapping[str, tuple[str, ...]]  # the classes of further columns of labels, by name
 SHORTEST_SIDE = 4  # of an image that may be resized; smaller ones are taken for rows of numbers
 
 
@@ -35,6 +36,7 @@ class Samples:
     rows     (N,) int64, the rows of ``stored``; None: all, in order
     shape    (C, H, W), to which images are resized when gathered; (): as stored
     columns  of the last dimension, that a sample has; None: all
+    further  (N,) int64 each, by name: further columns of labels
     """
 
     stored: Tensor
@@ -43,6 +45,7 @@ class Samples:
     rows: Tensor | None = None
     shape: tuple[int, ...] = ()
     columns: slice | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -65,7 +68,10 @@ class Samples:
         """Return some of these samples, without copying pixels."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         writers = None if self.writers is None else self.writers[indices]
-        return dataclasses.replace(self, y=self.y[indices], writers=writers, rows=rows[indices])
+        further = {name: y[indices] for name, y in self.further.items()}
+        return dataclasses.replace(
+            self, y=self.y[indices], writers=writers, rows=rows[indices], further=further
+        )
 
     def sized(self, shape: tuple[int, ...]) -> "Samples":
         """Return the same samples, resized to ``shape`` when gathered; copies no pixels.
@@ -88,6 +94,7 @@ class Parts:
     validation: Samples | None  # None: hold it out of ``train``
     test: Samples
     classes: tuple[str, ...]
+    columns: Columns = field(default_factory=dict)
 
 
 def nothing(shape: tuple[int, ...]) -> Samples:

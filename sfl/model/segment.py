@@ -84,6 +84,11 @@ class Segment:
         """Set the class weights of the loss; without weights, it is not weighted."""
         self.class_weights = torch.tensor(weights, device=self.device) if weights else None
 
+    def weighed(self, loss: Tensor) -> Tensor:
+        """Return the loss as it stands in the sum of several tasks' losses."""
+        weight = self._training.loss_weight
+        return loss if weight == 1 else loss * weight
+
     def start_round(self, round_index: int) -> None:
         """Prepare the optimiser; FedProx pulls towards the current weights."""
         self.optimizer.start_round(round_index)
@@ -268,7 +273,7 @@ def train_step(
     outputs = last.forward(z, at)
     with computing("the loss cannot be computed"):
         loss = last.task.loss(outputs, y, weight=last.class_weights)
-    grads = last.backward_of(loss)
+    grads = last.backward_of(last.weighed(loss))
     return last.task.step_figures(outputs, y, loss), grads
 
 

@@ -69,6 +69,10 @@ class Topology:
     # Whether all clients take part in each step, each with a first segment of its own for its part
     # of the same samples; else each client takes steps of its own.
     joins: bool = False
+    # Whether each task has a server of its own, all behind the clients' segment; the main server
+    # has the first. A client adds up the gradients that they send, the last server's first, in the
+    # order in which autograd would.
+    has_tasks: bool = False
 
     def segments(self, num_cuts: int) -> dict[str, Holder]:
         """Return the holder of each segment, by the segment's name, from input to output."""
@@ -123,6 +127,19 @@ TOPOLOGIES: dict[str, Topology] = {
         source="Vepakomma et al., 2018 (arXiv 1812.00564), Tor-like multi-hop split learning",
         holders=lambda num_cuts: [Holder.CLIENT, *HOPS[: num_cuts - 1], Holder.SERVER],
         num_cuts=range(2, len(HOPS) + 2),
+    ),
+    "multi-task": Topology(
+        source="Vepakomma et al., 2018 (arXiv 1812.00564), multi-task split learning",
+        holders=alternating,
+        num_cuts=range(1, 2),
+        has_tasks=True,
+    ),
+    "vertical-multi-task": Topology(
+        source="Vepakomma et al., 2018 (arXiv 1812.00564), multi-task with partitioned input",
+        holders=alternating,
+        num_cuts=range(1, 2),
+        joins=True,
+        has_tasks=True,
     ),
     "u-shaped-hop": Topology(
         source="u-shaped, over one hop: no label leaves a client",

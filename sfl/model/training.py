@@ -25,6 +25,7 @@ class Training:
     cuts: tuple[int, ...]  # number of blocks in front of each
     proximal_mu: float = 0.0  # of FedProx, for a client's segment
     class_weights: tuple[float, ...] = ()  # in the loss; empty: not weighted
+    loss_weight: float = 1.0  # of the loss among those of several tasks
 
     @classmethod
     def of(cls, run: RunConfig, cuts: tuple[int, ...]) -> "Training":

@@ -36,6 +36,15 @@ def recipe_of(run: RunConfig, node: ClientNode, client: int) -> Recipe:
     return Recipe.of(run, node.allowed_imports, withholds_labels=True)
 
 
+def at_each_server(data: ClientData, recipe: Recipe) -> list[ClientData]:
+    """Return a client's data with the labels of each server's task, the main one's first.
+
+    Raises:
+        DataError: a task's labels are missing.
+    """
+    return [data.of_task(name) for name in recipe.tasks.names] or [data]
+
+
 def devices_of(node: ClientNode) -> Devices:
     """Set up torch; return the devices of the process's clients, as ``set_up_devices``."""
     holder = f"--client-ids {node.client_ids}" if node.hosted else "a client without --client-ids"
@@ -70,7 +79,10 @@ class ClientProcess:
         own = node.data_path / f"client_{client}" if self.hosts_many else node.data_path
         self._check_memory(recipe, spec, node, own, client)
         if run.partition == OWN:
-            return load_own(spec, run, client, own, say=notify, has_ids=recipe.aligns)
+            return load_own(
+                spec, run, client, own,
+                say=notify, has_ids=recipe.aligns, columns=recipe.tasks.columns,
+            )  # fmt: skip
         if run not in self._parts:
             source = Source(node.data_path, node.cache_path, spec.input_shape, notify)
             self._parts[run] = deal(*load(spec, source), run)

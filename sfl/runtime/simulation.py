@@ -276,7 +276,9 @@ def _load_all(recipe: Recipe, node: NodeConfig) -> dict[int, ClientData]:
     if run.partition == OWN:
         folders = {k: node.data_path / f"client_{k}" for k in clients}
         return {
-            k: load_own(spec, run, k, folder, say=say, has_ids=recipe.aligns)
+            k: load_own(
+                spec, run, k, folder, say=say, has_ids=recipe.aligns, columns=recipe.tasks.columns
+            )
             for k, folder in folders.items()
         }
     loaded = load(spec, Source(node.data_path, node.cache_path, spec.input_shape, say))

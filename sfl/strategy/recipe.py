@@ -26,6 +26,7 @@ from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
 from sfl.strategy.aggregate import RULES, Result
 from sfl.strategy.schemes import SCHEMES, Exchange, Fronts, Scheme, shared
+from sfl.strategy.tasks import NO_TASKS, Tasks
 from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors, StopWhen
 from sfl.weights.stores import SOCKET, check_address
 
@@ -49,6 +50,8 @@ class Recipe:
     parties: tuple[Party, ...] = ()  # of each client, where they differ
     withholds_labels: bool = False  # a client's choice, in schemes without a cut as well
     frozen: frozenset[int] = frozenset()  # segments between the cuts that are not trained, from 0
+    tasks: Tasks = NO_TASKS  # of several servers
+    server: int = 0  # whose recipe it is, of several servers; 0: the main one
 
     @property
     def aligns(self) -> bool:
@@ -62,6 +65,22 @@ class Recipe:
     @property
     def has_hops(self) -> bool:
         return bool(hops_of(self.segments))
+
+    @property
+    def has_followers(self) -> bool:
+        """Whether other parties than the main server hold segments for all clients."""
+        return self.has_hops or bool(self.tasks.names)
+
+    def at_server(self, index: int) -> "Recipe":
+        """Return the recipe of one of several servers, whose model is drawn apart."""
+        drawn = seeds.derive(self.run.seed, seeds.TASK, index) if index else self.run.seed
+        weight = self.tasks.weights[index]
+        training = replace(self.training, seed=drawn, loss_weight=weight)
+        return replace(self, training=training, server=index)
+
+    def at_each_server(self) -> "list[Recipe]":
+        """Return the recipe of each server, the main one's first."""
+        return [self.at_server(index) for index in range(len(self.tasks.names))] or [self]
 
     def joins_at(self, holder: Holder) -> bool:
         """Return whether a party joins the activations of all clients: the one behind them."""
@@ -84,7 +103,7 @@ class Recipe:
 
     def model_seed(self, client: int) -> int:
         """Return the seed of a client's initial weights: one for all that train the same model."""
-        seed, is_leader = self.run.seed, self.has_labels(client)
+        seed, is_leader = self.training.seed, self.has_labels(client)
         return seed if is_leader else seeds.derive(seed, seeds.INITIAL_WEIGHTS, client)
 
     def party(self, client: int) -> Party:
@@ -111,8 +130,9 @@ class Recipe:
     @property
     def title(self) -> str:
         """The run's model and how it is cut, for users."""
-        run = self.run
-        return f"{run.model} cut at {run.cut}, {run.topology}" if self.is_cut else run.model
+        run, own = self.run, self.tasks.names[self.server : self.server + 1]
+        cut = f"{run.model} cut at {run.cut}, {run.topology}" if self.is_cut else run.model
+        return ", ".join([cut, *(f"task {name}" for name in own)])
 
     @property
     def task(self) -> Task:
@@ -152,6 +172,7 @@ class Recipe:
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
         _check_parts(run, row, joins=placed.joins)
+        tasks = Tasks.of(run, placed)
         parties: tuple[Party, ...] = ()
         if placed.joins:
             parties = _parties(run, model, cuts, allowed)
@@ -164,12 +185,13 @@ class Recipe:
         recipe = cls(
             run, row, model, cuts, segments, training, rule, keep, stop,
             joins=placed.joins, parties=parties, withholds_labels=withholds_labels,
-            frozen=_frozen(run, [*placed.segments(len(cuts))]),
+            frozen=_frozen(run, [*placed.segments(len(cuts))]), tasks=tasks,
         )  # fmt: skip
+        recipe = recipe.at_server(0) if tasks.names else recipe
         if recipe.keeps_labels:
             _check_private(recipe)
-        if recipe.has_hops:
-            _check_hops(recipe)
+        if recipe.has_followers:
+            _check_followed(recipe)
         return recipe
 
     def changed(self, **options: Any) -> "Recipe":
@@ -284,20 +306,24 @@ def _check_private(recipe: Recipe) -> None:
         )
 
 
-def _check_hops(recipe: Recipe) -> None:
-    """Check that a run's hops can do their part, and are told no labels.
+def _check_followed(recipe: Recipe) -> None:
+    """Check that hops and further servers can do their part, and that hops are told no labels.
 
     Raises:
         ConfigError: they cannot, or are.
     """
     run = recipe.run
     conditions = [
-        (not recipe.aligns, "partition", f"{VERTICAL}: ids of samples do not pass through hops"),
-        (run.server_order == "fixed", "server_order", "fixed: after a restart of a hop, too"),
-        (run.weights == SOCKET, "weights", "left out: weights pass through the hops"),
+        (
+            not recipe.aligns,
+            "partition",
+            f"{VERTICAL}: ids of samples reach the main server's neighbours alone",
+        ),
+        (run.server_order == "fixed", "server_order", "fixed: after a restart of any party, too"),
+        (run.weights == SOCKET, "weights", "left out: weights pass over the connections"),
         (run.most_clients == run.clients, "max_clients", "the number of clients known"),
         (
-            run.class_weights != BALANCED,
+            not (recipe.has_hops and run.class_weights == BALANCED),
             "class_weights",
             "a weight for each class: hops would be told how often each one comes",
         ),

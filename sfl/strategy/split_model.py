@@ -130,11 +130,12 @@ class SplitModel:
             ConfigError: they cannot be joined, or the fusion is larger.
         """
         run, name = self.recipe.run, [*self._segments][1]
+        seed = self.recipe.training.seed
         self._parties = parties
         self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
         wanted = self.features_sample(0).shape
         with torch.device("meta"):  # takes no memory
-            sized = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
+            sized = Fusion(run.fusion, self.joint.shapes, wanted, seed)
         if (needed := sum(p.numel() * p.itemsize for p in sized.parameters())) > most_bytes:
             shapes = ", ".join(str(list(shape)) for shape in self.joint.shapes)
             raise ConfigError(
@@ -142,7 +143,7 @@ class SplitModel:
                 f" {list(wanted)} takes {needed / 1e6:,.0f} MB; cut the models where these are"
                 " smaller"
             )
-        fusion = Fusion(run.fusion, self.joint.shapes, wanted, run.seed)
+        fusion = Fusion(run.fusion, self.joint.shapes, wanted, seed)
         if 1 in self.recipe.frozen:
             freeze([fusion])
         blocks = [("fusion", fusion), *self._segments[name]._modules.items()]

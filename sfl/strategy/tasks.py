@@ -1,0 +1,80 @@
+"""The tasks of several servers: ``--tasks`` and ``--task-weights``."""
+
+import re
+from dataclasses import dataclass
+
+from sfl.config import RunConfig, require
+from sfl.data.label_tasks import LABEL_TASKS
+from sfl.data.partition import OWN
+from sfl.errors import ConfigError, counted
+from sfl.model.class_weights import BALANCED, NONE
+from sfl.model.topology import Topology
+from sfl.nodes import TASK_NAME
+from sfl.strategy.schemes import SCHEMES, Exchange
+
+MOST_TASKS = 8
+MOST_WEIGHT = 1e6
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What each of several servers predicts; without several servers, there are none."""
+
+    names: tuple[str, ...] = ()  # of the main server first
+    weights: tuple[float, ...] = ()  # of the losses
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The tasks that are further labels of own data."""
+        return tuple(name for name in self.names if name not in LABEL_TASKS)
+
+    @classmethod
+    def of(cls, run: RunConfig, topology: Topology) -> "Tasks":
+        """Return the tasks of a run by its options.
+
+        Raises:
+            ConfigError: they do not fit its topology, data or scheme.
+        """
+        if not topology.has_tasks:
+            for name in ("tasks", "task_weights"):
+                given = getattr(run, name)
+                require(not given, name, given, "left out, without --topology multi-task")
+            return cls()
+        names = tuple(name.strip() for name in run.tasks.split(","))
+        if not 2 <= len(set(names)) == len(names) <= MOST_TASKS:
+            raise ConfigError(
+                f"--tasks {run.tasks or '(none)'}: --topology {run.topology} takes 2 to"
+                f" {MOST_TASKS} different tasks, as digit,parity: a server each"
+            )
+        for name in names:
+            known = name in LABEL_TASKS or (run.partition == OWN and re.fullmatch(TASK_NAME, name))
+            wanted = f"one of {', '.join(LABEL_TASKS)}; or, with own data, NAME of an array y_NAME"
+            require(bool(known), "tasks", name, wanted)
+        row = SCHEMES[run.scheme]
+        cut = row.exchange is Exchange.CUT and not row.pooled
+        require(cut, "scheme", run.scheme, f"a scheme with a cut, with --topology {run.topology}")
+        same = run.class_weights in (NONE, BALANCED)
+        require(same, "class_weights", run.class_weights, "none or balanced: tasks differ in it")
+        return cls(names, _weights(run.task_weights, len(names)))
+
+
+NO_TASKS = Tasks()
+
+
+def _weights(text: str, count: int) -> tuple[float, ...]:
+    """Return the weight of each of so many tasks' losses.
+
+    Raises:
+        ConfigError: the text has others.
+    """
+    try:
+        found = tuple(map(float, text.split(","))) if text else (1.0,) * count
+    except ValueError:
+        found = ()
+    fine = all(0 < w <= MOST_WEIGHT for w in found)
+    if len(found) != count or not fine:
+        raise ConfigError(
+            f"--task-weights {text}: give {counted(count, 'number')} above 0, at most"
+            f" {MOST_WEIGHT:g}: one for each of --tasks"
+        )
+    return found
