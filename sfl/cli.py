@@ -42,9 +42,9 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
             return serve_model(run, node)
         if node.follows:
-            from sfl.runtime.hop import serve_hop
+            from sfl.runtime.following import follow
 
-            return serve_hop(run, node)
+            return follow(run, node)
         from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while
         from sfl.runtime.server import serve
 

@@ -204,9 +204,8 @@ class RoundLog:
         ``weights``: the merged ones.
         """
         self.progress.close()
-        path = f"rounds/round_{round_index:03d}.csv"
-        archive, table = self._folder.archive, write_table(self._lines(round_index, clients))
-        archive.write(ROUND_LOG, path, table, round_index, tuple(took_part))
+        archive = self._folder.archive
+        self.write_round(round_index, clients, took_part)
         why = "; ".join(f"client_{k}: {reason}" for k, reason in sorted(missing.items()))
         who = ";".join(map(str, took_part))
         self.figures = dict(overall)
@@ -215,6 +214,35 @@ class RoundLog:
         self._folder.events.say_of_run(self._summary(round_index, overall))
         texts = {"took_part": who, "missing": why}
         self._tracking.add(lambda: self._tracked(round_index, clients, texts), weights)
+
+    def write_round(
+        self,
+        round_index: int,
+        clients: Mapping[int, Mapping[str, float]],
+        took_part: Sequence[int],
+    ) -> None:
+        """Write the round's file: figures of its steps, and of its clients."""
+        path = f"rounds/round_{round_index:03d}.csv"
+        table = write_table(self._lines(round_index, clients))
+        self._folder.archive.write(ROUND_LOG, path, table, round_index, tuple(took_part))
+
+    def put_line(
+        self, round_index: int, overall: Mapping[str, float], took_part: Sequence[int]
+    ) -> None:
+        """Write a round's line of ``rounds.csv``, or add figures to it; wait until it is on disk.
+
+        For a server that is not told which figures are the round's last.
+        """
+        path, index = self._folder.path / "rounds.csv", str(round_index)
+        rows = read_summary(path.read_bytes())
+        before: Mapping[str, object] = next((row for row in rows if row["round"] == index), {})
+        who = ";".join(map(str, took_part))
+        row = {**before, "round": index, **overall, "took_part": who, "missing": ""}
+        kept: list[Mapping[str, object]] = [*(other for other in rows if other["round"] != index)]
+        lines = [[own.get(name, "") for name in self._columns] for own in [*kept, row]]
+        write_file(path, _csv([self._columns, *lines]), durable=True)
+        self.figures = dict(overall)
+        self._folder.events.say(self._summary(round_index, overall))
 
     def _tracked(
         self,

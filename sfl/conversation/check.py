@@ -72,18 +72,21 @@ def server_check(
     link: Link,
     hello: Message,
     welcome: Welcome,
-    find: Callable[[int], tuple[int, str]],
+    find: Callable[[int, str], tuple[int, str]],
     why_refused: Callable[[Joined], str],
     *,
     aligns: bool = False,
 ) -> Conversation[None]:
     """Answer a check; ``find`` returns the client's id and why it is not free now, or "".
 
+    The server of a further task asks whether a client's ``instance`` is registered.
+
     Raises:
         RunError: ``find`` knows no such client.
     """
     wanted, fingerprint = parse_hello(link, hello)
-    client, place = find(wanted)
+    instance = hello.get("instance", str) if "instance" in hello.content else ""
+    client, place = find(wanted, instance)
     content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)
     yield link

@@ -90,7 +90,7 @@ class Cut:
     ) -> None:
         """``at``: the step; its ``link`` is the cut."""
         self._party, self._messages = party, messages
-        self.at = at
+        self.at = self.filed_at = at  # on the wire, and in the archive
         split, task = party.split, party.task
         z = split.features_spec(num_samples, at.link)
         self._specs = {

@@ -1,10 +1,11 @@
 """All cuts of the model for one batch: this side's ends, and what happens where several meet.
 
-Where clients take their steps together, the leader's end joins their activations (``JoinedCut``).
+Where clients take their steps together, the leader's end joins their activations (``JoinedCut``);
+where several servers stand behind a cut, a client's end goes to all of them (``FannedCut``).
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +68,38 @@ class JoinedCut(Cut):
         super().send_file(kind, file, content)
 
 
+class FannedCut(Cut):
+    """A client's end of the cut behind which several servers stand, each with a task of its own.
+
+    Activations go to all servers. Their gradients are added up, the last server's first: the order
+    in which autograd adds up those of a tensor that is used several times.
+    """
+
+    def __init__(self, *arguments: Any, others: Sequence[Cut]) -> None:
+        super().__init__(*arguments)
+        self._others = others
+        for index, end in enumerate(others, 1):
+            end.filed_at = self.at._replace(link=index)
+
+    @property
+    def ends(self) -> Collection[Cut]:
+        return [self, *self._others]
+
+    def send_file(self, kind: str, file: File, content: Any = "") -> None:
+        super().send_file(kind, file, content)
+        for end in self._others if kind != LABELS else ():  # each server has labels of its own
+            end._files[kind] = file
+            end.send_file(kind, file, content)
+
+    def receive(self, kind: str) -> Conversation[tuple[Tensor, Message]]:
+        total: Tensor | None = None
+        for end in reversed(self._others):
+            tensor, _ = yield from end.receive(kind)
+            total = tensor if total is None else total + tensor
+        tensor, message = yield from super().receive(kind)
+        return (tensor if total is None else total + tensor), message
+
+
 class Cuts(dict[int, Cut]):
     """One end of each cut of the model, for one batch, made when it is asked for."""
 
@@ -86,6 +119,9 @@ class Cuts(dict[int, Cut]):
         at, step = self.at._replace(link=link), self.joint_step
         if step and self._party.leads and self._party.joins and link == self._first_link:
             self[link] = JoinedCut(self._party, at, self.num_samples, self._messages, step=step)
+        elif self._party.others and self._phase == TRAIN:
+            ends = [Cut(side, at, self.num_samples) for side in self._party.others]
+            self[link] = FannedCut(self._party, at, self.num_samples, others=ends)
         else:
             self[link] = Cut(self._party, at, self.num_samples, self._messages)
         return self[link]
@@ -130,6 +166,11 @@ class Cuts(dict[int, Cut]):
         taken = (stop.takes for stop in stops(self._party.route) if stop.takes is not None)
         return self[next(taken)]
 
+    def send_labels(self, labels: Sequence[Tensor]) -> None:
+        """Send each server the labels of its task."""
+        for end, y in zip(self.first.ends, labels, strict=True):
+            end.send(LABELS, y)
+
     def receive_labels(self) -> Conversation[tuple[Tensor, Message] | None]:
         """Receive the labels where this side computes the loss; else pass them on: None."""
         if self._party.computes_loss:
@@ -153,4 +194,4 @@ class Cuts(dict[int, Cut]):
     def record(self, order: int) -> None:
         """Hand the step's tensors to the archive; ``order`` counts the back's earlier steps."""
         for end in self.ends():
-            self._party.archive.record_step(end.tensors, end.at, order)
+            self._party.archive.record_step(end.tensors, end.filed_at, order)

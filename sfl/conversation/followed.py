@@ -1,21 +1,26 @@
 """The rounds of a party beside the main server, which follows what that server tells the clients.
 
-A hop is one.
+Such are hops, and the servers of further tasks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sfl.archive.spool import Spool
 from sfl.conversation.cut import Cut
 from sfl.conversation.joint_steps import JointSteps
-from sfl.conversation.party import TRAIN
+from sfl.conversation.party import TRAIN, ServerParty
+from sfl.conversation.report import DataReport
+from sfl.conversation.step import STEPS
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
 from sfl.model.topology import Segments, States
 from sfl.strategy.merge import Shared, Trained, averaging_weights, merge
 from sfl.strategy.order import RoundPlan
 from sfl.strategy.split_model import SplitModel
+from sfl.weights.exchange import NamedWeights
+from sfl.wire.driver import Conversation
+from sfl.wire.link import Link
 
 
 @dataclass(kw_only=True)
@@ -31,8 +36,10 @@ class FollowedRounds:
     shared: Mapping[str, Shared]  # their weights at the start of the next round
     spool: Spool
     load: Callable[[int], Mapping[str, Shared]]  # a round's starting weights, into the copies
+    kept: Callable[[], Collection[int]]  # rounds whose starting weights can be loaded
     # Records those of a round's start, and the clients that took part in the round before.
     commit: Callable[[int, Mapping[str, Shared], Sequence[int]], None]
+    begun: Callable[[RoundPlan], object] = lambda plan: None  # told when a round begins
     joint_steps: JointSteps[Cut] | None = None  # if clients take their steps together here
     end_others: Callable[[int], None] = lambda client: None  # before we go back to a round's start
     next_round: int = 0  # the round that ``shared`` is the start of
@@ -73,7 +80,13 @@ class FollowedRounds:
             self.joint_steps.forget_before(round_index - 1)
         self.plan = RoundPlan(self.split.recipe, round_index, steps, self.backs, spool=self.spool)
         self.trained = set()
+        self.begun(self.plan)
         return self.plan
+
+    def may_start(self, round_index: int) -> bool:
+        """Return whether what a round starts from lies here, or the round is in training."""
+        is_now = self.plan is not None and self.plan.round_index == round_index
+        return is_now or round_index == self.next_round or round_index in self.kept()
 
     def has_trained(self) -> bool:
         """Return whether all of the round's clients have trained; a gate.
@@ -103,3 +116,32 @@ class FollowedRounds:
     @property
     def states(self) -> States:
         return {name: shared.state for name, shared in self.shared.items()}
+
+
+@dataclass(frozen=True)
+class FollowerJoined:
+    """A client that has joined at a party which follows the main server."""
+
+    client: int
+    link: Link
+    report: DataReport
+    onward: Link | None = None  # of a hop
+
+
+def begin_training(party: ServerParty, plan: RoundPlan) -> Conversation[None]:
+    """Take a client's steps of a round, when it is its turn."""
+    yield plan.turn_of(party.client)
+    plan.begin(party.client)
+    yield from STEPS[party.recipe.scheme.exchange].server(party, plan, plan.round_index)
+
+
+def end_training(party: ServerParty, rounds: FollowedRounds, plan: RoundPlan) -> None:
+    """Note that a client has trained; its front passes us by."""
+    plan.release(party.client)
+    plan.end_turn(party.client, NamedWeights("", b""))
+    rounds.trained.add(party.client)
+    if party.client in plan.mismatched:
+        party.watcher.say(
+            f"warning: client_{party.client}, or the server, has sent other tensors than before in"
+            " steps that were repeated: it computes other last bits now"
+        )

@@ -25,19 +25,21 @@ What is passed on is sealed by its sender for the other end of the chain, see ``
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from sfl.config import RunConfig
 from sfl.conversation.evaluate import hop_evaluate
-from sfl.conversation.followed import FollowedRounds
+from sfl.conversation.followed import (
+    FollowedRounds,
+    FollowerJoined,
+    begin_training,
+    end_training,
+)
 from sfl.conversation.join import Welcome, parse_welcome
 from sfl.conversation.party import ServerParty
-from sfl.conversation.report import DataReport, parse_report
-from sfl.conversation.step import STEPS
+from sfl.conversation.report import parse_report
 from sfl.errors import ProtocolError
 from sfl.strategy.schemes import Fronts
 from sfl.values import Position
-from sfl.weights.exchange import NamedWeights
 from sfl.wire.driver import Conversation
 from sfl.wire.link import Link
 from sfl.wire.messages import Message, MessageType
@@ -46,23 +48,13 @@ from sfl.wire.passing import pass_on
 # Joining
 
 
-@dataclass(frozen=True)
-class HopJoined:
-    """A client that has joined through this hop."""
-
-    client: int
-    link: Link
-    onward: Link
-    report: DataReport
-
-
 def hop_join(
     link: Link,
     connect: Callable[[Message], Conversation[Link]],
     welcome: Callable[[Welcome], None],
     rounds: Callable[[RunConfig], tuple[int, ...]],
     heartbeat_s: float,
-) -> Conversation[HopJoined | None]:
+) -> Conversation[FollowerJoined | None]:
     """Let a client register at the server; return None if it only checks.
 
     ``connect`` makes a link to the next party, for a first message. ``welcome`` is given the
@@ -96,7 +88,7 @@ def hop_join(
             f" {shown(ours)}: start both where they ran before, with the same --out"
         )
     onward.send_message_as_json(message.type, content={**message.content, "rounds": both})
-    return HopJoined(told.client, link, onward, report)
+    return FollowerJoined(told.client, link, report, onward)
 
 
 def _pass_check_on(link: Link, onward: Link) -> Conversation[None]:
@@ -136,20 +128,11 @@ def _start(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conv
 def _train(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
     plan = rounds.begin(message.at.round, party.client)
     yield from _pass_front(party, message)
-    yield plan.turn_of(party.client)
-    plan.begin(party.client)
     row, at = party.recipe.scheme, message.at
-    yield from STEPS[row.exchange].server(party, plan, at.round)
+    yield from begin_training(party, plan)
     assert party.onward is not None
     yield from pass_on(party.link, party.onward, MessageType.ROUND_TRAINED, at=at)
-    plan.release(party.client)
-    plan.end_turn(party.client, NamedWeights("", b""))  # the front passes us by
-    rounds.trained.add(party.client)
-    if party.client in plan.mismatched:
-        party.watcher.say(
-            f"warning: client_{party.client}, or the server, has sent other tensors than before in"
-            " steps that were repeated: it computes other last bits now"
-        )
+    end_training(party, rounds, plan)
     if row.fronts is not Fronts.OWN:
         yield from _pass_weights(party.link, party.onward, at)
 
@@ -158,6 +141,7 @@ def _evaluate(party: ServerParty, rounds: FollowedRounds, message: Message) -> C
     rounds.begin(message.at.round, party.client)
     yield rounds.has_trained
     rounds.end()
+    party.archive.keep_best(message.get("best", int))
     yield from _pass_front(party, message)
     yield from hop_evaluate(party, message.get("part", str), message.at.round)
 

@@ -16,13 +16,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sfl import __version__
 from sfl.config import RunConfig
 from sfl.conversation.alignment import server_receive_ids
-from sfl.conversation.report import DataReport, parse_report
+from sfl.conversation.report import DataReport, are_rounds, parse_report
 from sfl.data.vertical import Ids
 from sfl.environment import check_fingerprint
 from sfl.errors import ConfigError, ProtocolError, Redirected, quoted
@@ -64,6 +64,8 @@ class Welcome:
     first_round: int  # the first that is not done
     resumed: bool = False  # the run was started before: the client's folder may exist
     fed: str = HERE  # where the fed server is: HERE, APART, or HOST:PORT
+    task_servers: Mapping[str, str] = field(default_factory=dict)  # HOST:PORT, by further task
+    rounds: tuple[int, ...] = ()  # of such a server: whose start lies there
     heartbeat_s: float = 0.0  # interval at which the server expects a client's messages
     known: frozenset[int] = frozenset()  # clients that have registered before
     # Links of the cuts between client and server, if hops stand between these, see ``wire.seal``.
@@ -140,8 +142,14 @@ def parse_welcome(link: Link, reply: Message, wanted: int) -> Welcome:
         raise ProtocolError(f"the server goes on with round {first_round + 1} of {run.rounds}")
     link.heartbeat_s = parse_heartbeat(reply)
     resumed, fed, version = reply.get("goes_on", bool), reply.get("fed", str), reply.get("sfl", str)
-    seal = reply.get("seal", str)
-    return Welcome(client, run, first_round, resumed, fed, seal=seal, sfl=one_line(version, 40))
+    seal, others = reply.get("seal", str), reply.get("task_servers", dict)
+    rounds = reply.get("rounds", list)
+    if not all(type(address) is str for address in others.values()) or not are_rounds(rounds):
+        raise ProtocolError("the server's answer is no welcome")
+    return Welcome(
+        client, run, first_round, resumed, fed, others, tuple(rounds), seal=seal,
+        sfl=one_line(version, 40),
+    )  # fmt: skip
 
 
 def parse_heartbeat(message: Message) -> float:
@@ -233,6 +241,8 @@ def welcome_content(client: int, welcome: Welcome) -> dict[str, Any]:
         "round": welcome.first_round,
         "goes_on": welcome.resumed or client in welcome.known,
         "fed": welcome.fed,
+        "task_servers": dict(welcome.task_servers),
+        "rounds": list(welcome.rounds),
         "heartbeat_s": welcome.heartbeat_s,
         "seal": welcome.seal,
         "sfl": welcome.sfl,

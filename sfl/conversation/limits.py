@@ -57,6 +57,11 @@ def server_limits(split: SplitModel, num_steps: int, store: MakeStore) -> Limits
     return Limits(payload_bytes=_sealed(split, limits), store=store)
 
 
+def task_limits(split: SplitModel, store: MakeStore) -> Limits:
+    """Return the limits of a further task's server for a client."""
+    return Limits(payload_bytes=_tensor_limits(split, Holder.SERVER), store=store)
+
+
 def hop_limits(split: SplitModel, store: MakeStore) -> Limits:
     """Return a hop's limits, for either of its neighbours: what it computes with or passes on."""
     weights, run = max_state_bytes(split.front_spec), split.recipe.run

@@ -2,9 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +74,7 @@ class Party:
     recipe: Recipe
     link: Link
     onward: Link | None = None
+    others: Sequence[Any] = ()  # of a client: its sides at the servers of further tasks
     weights: WeightStore
     split: SplitModel
     archive: ArchiveWriter
@@ -199,7 +200,7 @@ class ClientParty(Party):
     holder: Holder = Holder.CLIENT
     watcher: ClientWatcher
     segments: Segments  # the client's
-    data: ClientData
+    data: ClientData  # with the labels of this server's task
     shares_figures: bool = False  # of each class, though its labels stay here
     on_round: Callable[[int, Mapping[str, float]], None]  # given a round and this client's metrics
     # Given the first round to run, and the round whose start its own state is to be loaded from.
@@ -213,6 +214,15 @@ class ClientParty(Party):
     @property
     def own_segments(self) -> Segments:
         return self.segments
+
+    @property
+    def at_each_server(self) -> "Sequence[ClientParty]":
+        """This client's sides at all servers, the main one's first."""
+        return self, *self.others
+
+    def at_server(self, recipe: Recipe, link: Link, data: ClientData) -> "ClientParty":
+        """Return this client's side at the server of a further task."""
+        return replace(self, recipe=recipe, link=link, data=data, others=())
 
     @property
     def front(self) -> Segment:

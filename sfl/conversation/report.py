@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.class_names import listed
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_of
+from sfl.data.label_tasks import classes_of_tasks
 from sfl.data.partition import OWN, VERTICAL
 from sfl.data.vertical import Ids, strip_of
 from sfl.errors import DataError, ProtocolError, RunError
@@ -123,7 +124,7 @@ def parse_report(
     if len(counts) != wanted or not all(type(n) is int and 0 <= n < 2**31 for n in counts):
         raise ProtocolError(f"client_{client} reports no samples of each class")
     rounds = message.get("rounds", list)
-    if len(rounds) > MAX_ROUNDS_KEPT or not all(type(r) is int and 0 <= r < 2**31 for r in rounds):
+    if not are_rounds(rounds):
         raise ProtocolError(f"client_{client} reports no list of rounds")
     names = tuple(one_line(name, 40) for name in classes)
     structure, weights = _parse_model_report(message, client)
@@ -132,6 +133,12 @@ def parse_report(
         samples, names, shape, digest, tuple(counts), tuple(rounds), structure, weights,
         tells_classes,
     )  # fmt: skip
+
+
+def are_rounds(values: Sequence[object]) -> bool:
+    """Return whether a peer's list is one of rounds that its checkpoints are of."""
+    few = len(values) <= MAX_ROUNDS_KEPT
+    return few and all(type(r) is int and 0 <= r < 2**31 for r in values)
 
 
 def _parse_model_report(message: Message, client: int) -> tuple[tuple[str, ...], str]:
@@ -164,7 +171,8 @@ def _check_fits(
         raise ProtocolError(
             f"client_{client} has samples of shape {list(shape)}; {run.dataset} has {list(wanted)}"
         )
-    if run.partition != OWN and len(classes) != len(spec.classes):
+    wanted_classes = map(len, classes_of_tasks(run.tasks, spec.classes).values())
+    if run.partition != OWN and len(classes) not in wanted_classes:
         raise ProtocolError(
             f"client_{client} has {len(classes)} classes; {run.dataset} has {len(spec.classes)}"
         )

@@ -84,11 +84,10 @@ def client_round(party: ClientParty, message: Message) -> Conversation[dict[str,
 
     ``message``: the server's first in the round, of a type in ``ROUND_STARTS``.
     """
-    link, at = party.link, message.at
+    at = message.at
     if message.type is MessageType.START_TRAINING:
         yield from client_train(party, message)
-        yield link
-        message = link.receive_message_as_json(MessageType.START_VALIDATION, at=at)
+        message = yield from _receive_order(party, MessageType.START_VALIDATION, at=at)
     party.archive.keep_best(message.get("best", int))
     _save_own_state(party, at.round)
     own, left = dict[str, float](), set(PREFIXES)
@@ -98,19 +97,38 @@ def client_round(party: ClientParty, message: Message) -> Conversation[dict[str,
             raise ProtocolError(f"the server asks for the part {quoted(part, 40)} of our data")
         left.remove(part)
         own |= yield from client_evaluate_part(party, message, part)
-        yield link
-        message = link.receive_message_as_json(
-            MessageType.START_VALIDATION, MessageType.VALIDATION_DONE, at=at
-        )
+        next_types = MessageType.START_VALIDATION, MessageType.VALIDATION_DONE
+        message = yield from _receive_order(party, *next_types, at=at)
     return own
+
+
+def _receive_order(
+    party: ClientParty, *types: MessageType, at: Position | None = None
+) -> Conversation[Message]:
+    """Receive what the main server says to do next, and tell the servers of further tasks."""
+    yield party.link
+    message = party.link.receive_message_as_json(*types, at=at)
+    told = {}
+    if message.type is MessageType.START_VALIDATION:
+        told = {"part": message.get("part", str), "best": message.get("best", int)}
+    for side in party.others:
+        side.link.send_message_as_json(message.type, content=told, at=message.at)
+    return message
 
 
 def client_evaluate_part(
     party: ClientParty, message: Message, part: str
 ) -> Conversation[dict[str, float]]:
-    """Evaluate the round's weights on a part of the data; faces ``server_evaluate_part``."""
+    """Evaluate the round's weights on a part of the data; faces ``server_evaluate_part``.
+
+    The main server comes last: what it has evaluated is evaluated everywhere.
+    """
     yield from _receive_front(party, message)
     crash_point("validation.before")
+    for side in party.others:
+        yield from client_evaluate(side, part, message.at.round)
+        yield side.link
+        side.link.receive_message_as_json(MessageType.VALIDATION_DONE, at=message.at)
     tally = yield from client_evaluate(party, part, message.at.round)
     return party.task.figures(tally, PREFIXES[part])
 
@@ -139,7 +157,8 @@ def client_train(party: ClientParty, start: Message) -> Conversation[None]:
         yield from STEPS[row.exchange].client(party, at.round, num_steps)
     crash_point("trained.before_said")
     spent = _seconds_spent(party, time.perf_counter() - started, before)
-    link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
+    for side in party.at_each_server:
+        side.link.send_message_as_json(MessageType.ROUND_TRAINED, content=spent, at=at)
     if row.fronts is not Fronts.OWN:
         key = WeightKey(client_weights(party.client), at)
         front = encode_state(joined(party.segments.states()))
@@ -274,8 +293,7 @@ def _save_own_state(party: ClientParty, round_index: int) -> None:
 
 def client_start(party: ClientParty) -> Conversation[int]:
     """Load the weights at the start of the first round to run; return that round."""
-    yield party.link
-    message = party.link.receive_message_as_json(MessageType.GO_ON)
+    message = yield from _receive_order(party, MessageType.GO_ON)
     first = message.at.round + 1
     if message.at != party.at(first - 1) or first > party.run.rounds:
         raise ProtocolError(f"the server lets us go on after {message.at}")
@@ -309,16 +327,16 @@ def client_run(party: ClientParty) -> Conversation[None]:
         party.on_round(round_index, own)
         round_index += 1
     crash_point("run.before_goodbye")
-    with contextlib.suppress(ConnectionLost):  # the run is done, even if the message is lost
-        party.link.send_message_as_json(MessageType.UNREGISTER)
+    for side in party.at_each_server:
+        with contextlib.suppress(ConnectionLost):  # the run is done, even if the message is lost
+            side.link.send_message_as_json(MessageType.UNREGISTER)
 
 
 def _next_round(party: ClientParty, round_index: int) -> Conversation[Message | None]:
     """Return the first message of a round; None: the run ended with the round before."""
-    yield party.link
     starts = ROUND_STARTS if round_index < party.run.rounds else ()
-    message = party.link.receive_message_as_json(
-        *starts, MessageType.TRAINING_DONE, at=party.at(round_index)
+    message = yield from _receive_order(
+        party, *starts, MessageType.TRAINING_DONE, at=party.at(round_index)
     )
     return None if message.type is MessageType.TRAINING_DONE else message
 

@@ -27,7 +27,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class Batch(NamedTuple):
     at: Position
     x: Tensor
     y: Tensor
+    further: Sequence[Tensor]  # labels of further tasks, as y
 
 
 def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
@@ -68,7 +69,8 @@ def _batches(party: ClientParty, round_index: int) -> Iterator[Batch]:
     drawn = batch_indices(count, party.run, round_index=round_index, client=drawn_as)
     for step, indices in enumerate(drawn):
         party.link.at = at = party.at(round_index, step)
-        yield Batch(at, *party.data.training_batch(indices, at))
+        further = [side.data.train.y[indices] for side in party.others]
+        yield Batch(at, *party.data.training_batch(indices, at), further)
 
 
 def _sizes(party: ServerParty, round_index: int) -> Iterator[tuple[Position, int]]:
@@ -117,10 +119,10 @@ def client_step(
     party: ClientParty, batch: Batch, meanwhile: Callable[[], object]
 ) -> Conversation[None]:
     """Train the client's segments on one batch; faces ``server_step``."""
-    at, x, y = batch
+    at, x, y, further = batch
     cuts, clock = Cuts(party, at, len(y)), party.clock
     if party.sends_labels:
-        cuts.first.send(LABELS, y)
+        cuts.send_labels([y, *further])
     figures, _ = yield from train_pass(party, cuts, x, y, meanwhile)
     crash_point("front.before_update")
     party.own_segments.update_weights()
@@ -298,7 +300,7 @@ def _both(one: Gate, other: Gate) -> Gate:
 def client_local_steps(party: ClientParty, round_index: int, num_steps: int) -> Conversation[None]:
     """Train the whole model for a round without the server; faces ``server_local_steps``."""
     rows = []
-    for at, x, y in _batches(party, round_index):
+    for at, x, y, _ in _batches(party, round_index):
         figures, _ = compute(party, party.front, (x, y), at)
         party.front.update()
         party.watcher.step(at, figures)

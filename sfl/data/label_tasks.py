@@ -41,3 +41,14 @@ LABEL_TASKS: dict[str, Callable[[Tensor, tuple[str, ...]], Labels]] = {
     "digit": digit,
     "parity": parity,
 }
+
+
+def classes_of_tasks(tasks: str, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return the classes of those of ``--tasks`` that are functions of a label with ``classes``.
+
+    Raises:
+        DataError: a task is none of such labels.
+    """
+    names = tasks.split(",") if tasks else ["class"]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return {name: LABEL_TASKS[name](nothing, classes)[1] for name in names if name in LABEL_TASKS}

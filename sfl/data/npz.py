@@ -7,8 +7,9 @@
     x_val, y_val  x_test, y_test                 optional, each with the other
     classes                                      optional, names
     ids, ids_val, ids_test (N,)                  with --topology vertical: names of the samples
-    y_NAME, y_NAME_val, y_NAME_test (N,)         with --tasks NAME: further labels, as y;
-                                                 integers count from 0
+    y_NAME, y_NAME_val, y_NAME_test (N,)         with --tasks NAME: further labels, as y
+    classes_NAME                                 optional, their names; else those in y_NAME, or
+                                                 the integers up to its largest
 
 If the data set's samples are not images, ``x`` has their shape. With ``--topology vertical``, ``x``
 may be a table (N, F) of floats at any client, and ``y`` is wanted at the one with the labels alone.
@@ -144,7 +145,8 @@ def read_npz(
 
 def _load(path: Path, say: Callable[[str], object], columns: Collection[str] = ()) -> Arrays:
     """Return the arrays that are known, with those of these further labels."""
-    wanted = [*NAMES, *(f"y_{name}{suffix}" for name in columns for suffix in PARTS.values())]
+    wanted = [*NAMES, *(f"classes_{name}" for name in columns)]
+    wanted += [f"y_{name}{suffix}" for name in columns for suffix in PARTS.values()]
     try:
         with np.load(path, allow_pickle=False) as archive:
             others = [name for name in archive.files if name not in wanted]
@@ -184,11 +186,13 @@ def _classes(path: Path, arrays: Arrays, spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def _classes_of_column(path: Path, arrays: Arrays, name: str) -> tuple[str, ...]:
-    """Return the classes of further labels: the names in them, or the numbers up to the largest.
+    """Return the classes of further labels: as given, the names in them, or their numbers.
 
     Raises:
         DataError: there are no such labels.
     """
+    if (given := f"classes_{name}") in arrays:
+        return tuple(_texts(path, given, arrays[given]))
     names = [f"y_{name}{suffix}" for suffix in PARTS.values()]
     found = [arrays[column] for column in names if column in arrays]
     if names[0] not in arrays:

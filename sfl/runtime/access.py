@@ -203,22 +203,33 @@ class StoreAccess:
 
         The caller sends the report when the main server has started the run, and so accepted it.
         """
-        welcome, node, access = self.registered.welcome, self.node, self.access
-        channel = access.connect(node.fed_server or welcome.fed, node)
-        channel.name, channel.peer_name = f"client_{welcome.client}", "the fed server"
-        with closing_with_reason(channel):
-            access.authenticate(channel, Peer(CLIENT, welcome.client), FED, welcome.run.run)
-            joining = client_join(
-                channel,
-                welcome.client,
-                self.registered.fingerprint,
-                instance=self.registered.instance,
-                heartbeat_s=interval_s(node.peer_timeout),
-            )
-            theirs = run_blocking(joining)
-            if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
-                raise ProtocolError("the fed server runs another run than the main server")
-        return channel
+        address = self.node.fed_server or self.registered.welcome.fed
+        return join_another(self.access, self.node, self.registered, address, FED).link
+
+
+def join_another(
+    access: Access, node: ClientNode, registered: Registered, address: str, kind: str
+) -> Registered:
+    """Register at a server beside the main one; ``kind``: in a token's proofs.
+
+    Raises:
+        ProtocolError: it has another run.
+    """
+    welcome, channel = registered.welcome, access.connect(address, node)
+    channel.name, channel.peer_name = f"client_{welcome.client}", f"the {kind} server"
+    with closing_with_reason(channel):
+        access.authenticate(channel, Peer(CLIENT, welcome.client), kind, welcome.run.run)
+        joining = client_join(
+            channel,
+            welcome.client,
+            registered.fingerprint,
+            instance=registered.instance,
+            heartbeat_s=interval_s(node.peer_timeout),
+        )
+        theirs = run_blocking(joining)
+        if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
+            raise ProtocolError(f"the {kind} server runs another run than the main server")
+    return Registered(channel, theirs, registered.instance, registered.fingerprint)
 
 
 def allowed_address(named: str, allowed: str) -> str:

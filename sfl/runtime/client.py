@@ -40,6 +40,7 @@ from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_rea
 from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
 from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
+from sfl.runtime.task_servers import add_sides, at_each_server, common_rounds, join_task_servers
 from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -295,10 +296,12 @@ class _Loaded:
         self._node, self._access = node, process.access
         self._folder, self._device = folder, process.device_of(self._client)
         run, events = recipe.run, folder.events
-        self._data = process.load(recipe, self._client, node, events.say)
+        loaded = process.load(recipe, self._client, node, events.say)
+        self._data, *further = at_each_server(loaded, recipe)
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(recipe, shape, num_classes, client=self._client)
         self._report = report_of(self._data, self._split, shares_figures=self._node.share_figures)
+        self._further = [(d, report_of(d, self._split, shares_figures=False)) for d in further]
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {recipe.title}, on {self._device}")
         if found := unordered(self._split, {Holder.CLIENT: self._device}):
@@ -320,10 +323,13 @@ class _Loaded:
             store, fed = yield from weights.open(stack, max_state_bytes(split.front_spec))
             if fed is not None:
                 fed.limits = link.limits
+            others = yield from join_task_servers(stack, self._access, self._node, registered)
+            report = dataclasses.replace(report, rounds=common_rounds(report.rounds, others))
             self._send_report(registered, recipe, report)
             if identified := self._data.identified:
                 yield from client_send_ids(link, identified.ids)
             party = self._party(registered.link, store, functools.partial(self._start, fed, report))
+            add_sides(party, others, self._further)
             self.log.start_over()
             try:
                 yield from client_run(party)
@@ -333,6 +339,8 @@ class _Loaded:
             if fed is not None:
                 fed.send_message_as_json(MessageType.UNREGISTER)
                 yield from self._access.calls.run(fed.close_gracefully)
+            for other in others:
+                yield from self._access.calls.run(other.link.close_gracefully)
         folder.events.say(f"the run is over; this client's log lies in {folder.path}")
 
     def _send_report(self, registered: Registered, recipe: Recipe, report: DataReport) -> None:

@@ -36,15 +36,6 @@ def recipe_of(run: RunConfig, node: ClientNode, client: int) -> Recipe:
     return Recipe.of(run, node.allowed_imports, withholds_labels=True)
 
 
-def at_each_server(data: ClientData, recipe: Recipe) -> list[ClientData]:
-    """Return a client's data with the labels of each server's task, the main one's first.
-
-    Raises:
-        DataError: a task's labels are missing.
-    """
-    return [data.of_task(name) for name in recipe.tasks.names] or [data]
-
-
 def devices_of(node: ClientNode) -> Devices:
     """Set up torch; return the devices of the process's clients, as ``set_up_devices``."""
     holder = f"--client-ids {node.client_ids}" if node.hosted else "a client without --client-ids"

@@ -52,6 +52,7 @@ class Lobby:
     events: EventLog
     resumed: bool = False  # clients may already have folders of this run
     fed: str = HERE
+    task_servers: Mapping[str, str] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
     admission: Admission = field(default_factory=Admission)
     share: Share = field(default_factory=Share)
@@ -218,7 +219,7 @@ class Lobby:
         known = frozenset(k for k, place in self.roster.places.items() if place.instance)
         return Welcome(
             ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
-            resumed=self.resumed, fed=self.fed, known=known,
+            resumed=self.resumed, fed=self.fed, known=known, task_servers=self.task_servers,
             heartbeat_s=self.members.heartbeat_s, passing=passing_links(self.recipe.segments),
             tells=self.recipe.is_told_figures,
         )  # fmt: skip

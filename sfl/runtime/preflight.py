@@ -216,7 +216,7 @@ def check_role(recipe: Recipe, node: ServerNode) -> None:
         )
 
 
-_NOT_WITH_HOPS = ("role", "on_missing")
+_NOT_WITH_FOLLOWERS = ("role", "on_missing")
 
 
 def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
@@ -226,10 +226,15 @@ def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
         ConfigError: they do not fit.
     """
     run = recipe.run
-    for given in node.given(_NOT_WITH_HOPS) if recipe.has_hops else ():
+    for given in node.given(_NOT_WITH_FOLLOWERS) if recipe.has_followers else ():
         raise ConfigError(
-            f"{given}: leave it out with --topology {run.topology}, whose hops need all clients"
+            f"{given}: leave it out with --topology {run.topology}, whose parties need all clients"
         )
+    wanted, told = list(recipe.tasks.names[1:]), node.task_addresses
+    if sorted(told) != sorted(wanted) or not all(told.values()):
+        form = ",".join(f"{name}=HOST:PORT" for name in wanted) or "without --topology multi-task"
+        given, verb = node.task_servers or "(none)", "give" if wanted else "leave it out"
+        raise ConfigError(f"--task-servers {given}: {verb} {form}")
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:

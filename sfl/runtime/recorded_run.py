@@ -17,15 +17,15 @@ from sfl.archive.records import data_of, ranks_of, texts_of
 from sfl.config import RunConfig
 from sfl.conversation.party import TRAIN
 from sfl.environment import differences, fingerprint, set_up_torch
-from sfl.errors import IntegrityError
-from sfl.model.topology import Holder, Segments, hop_of
+from sfl.errors import ConfigError, IntegrityError
+from sfl.model.topology import Holder, Segments
 from sfl.nodes import NodeConfig
 from sfl.options import from_values, names_of
 from sfl.runtime.resume import load_backs, read_shared
 from sfl.strategy.merge import Shared, averaging_weights
 from sfl.strategy.order import draw
 from sfl.strategy.ranks import block
-from sfl.strategy.recipe import Recipe
+from sfl.strategy.recipe import MAIN_ROLES, Recipe
 from sfl.strategy.schemes import Exchange
 from sfl.strategy.split_model import SplitModel
 from sfl.trusted_imports import remembered
@@ -56,14 +56,17 @@ class RecordedRun:
         self.differences = differences
         run = config_of(archive)
         self.data = data = data_record(archive)
-        self.recipe = Recipe.of(run, allowed)
+        role = str(archive.config().get("role", MAIN_ROLES[0]))
+        try:
+            self.holder, self.recipe = Recipe.of(run, allowed).in_role(role)
+        except ConfigError as error:
+            raise IntegrityError(f"{archive.root / 'config.json'}: {error}") from error
+        self.leads = role in MAIN_ROLES  # else it has followed the main server
         self.run = self.recipe.run
         self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
         self.clients = _clients_here(archive, sorted(self.num_train))
         self.scheme = self.recipe.scheme
-        role = archive.config().get("role")
-        self.holder = hop_of(str(role)) or Holder.SERVER
         is_fed = role == "fed"  # a fed server sees no steps
         self.exchange = Exchange.NOTHING if is_fed else self.scheme.exchange
         if self.run.rounds > MAX_ROUNDS:

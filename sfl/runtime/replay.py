@@ -279,7 +279,7 @@ class _Round:
             if backs:
                 by_copy = {b: copy.states() for b, copy in backs.items()}
                 self._check_merged(recorded.holder, {}, by_copy)
-            if recorded.scheme.fronts is not Fronts.OWN and not recorded.holder.is_hop:
+            if recorded.scheme.fronts is not Fronts.OWN and recorded.leads:
                 self._check_merged(Holder.CLIENT, recorded.trained_states(self._round), {})
 
     def _check_merged(

@@ -133,12 +133,19 @@ class Roster:
             known = f"0 to {every[-1]}" if is_contiguous else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
 
-    def find(self, wanted: int) -> tuple[int, str]:
+    def find(self, wanted: int, instance: str = "") -> tuple[int, str]:
         """Return the id that a checking client would get, and why it is not free now, or "".
+
+        ``instance``: of a client that another server asks about; then, why it has not this id.
 
         Raises:
             RunError: the run has no such client.
         """
+        if instance:
+            self.check_id(wanted)
+            place = self.places.get(wanted, Place())
+            is_here = place.link is not None and place.instance == instance
+            return wanted, "" if is_here else f"client_{wanted} is not registered there"
         free = sorted(self.ids - self.taken())
         if wanted == ANY_ID:
             return (free[0], "") if free else (min(self.ids), self.full_message)

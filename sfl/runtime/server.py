@@ -235,6 +235,7 @@ class _Server:
             events=self.folder.events,
             resumed=bool(node.resume),
             fed=self.fed,
+            task_servers=node.task_addresses,
             share=self.share,
             secret=seal_secret(node),
             patience=Patience(may_return and self.fed == HERE, node.skip_after_s, self._fewest),

@@ -23,8 +23,9 @@ from sfl.config import RunConfig
 from sfl.conversation.hop import hop_run
 from sfl.conversation.join import Joined
 from sfl.conversation.party import ClientParty
-from sfl.conversation.report import DataReport, check_agreement
+from sfl.conversation.report import DataReport, check_agreement, describe_data
 from sfl.conversation.round import client_run
+from sfl.conversation.task_server import TaskRounds, task_run
 from sfl.data.client_data import ClientData, Source, client_data, load
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN, deal
@@ -35,7 +36,7 @@ from sfl.errors import ConfigError, counted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder, hops_of
 from sfl.nodes import NodeConfig, SimulationNode, TrackingNode
-from sfl.runtime.follower import Follower, hop_folder
+from sfl.runtime.follower import Follower, follower_folder
 from sfl.runtime.local_network import Away, LocalLink, LocalNetwork, local_pair
 from sfl.runtime.preflight import check_run, check_start
 from sfl.runtime.preparation import Preparation, RoundOptions
@@ -43,14 +44,17 @@ from sfl.runtime.resume import load_own_state
 from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
 from sfl.runtime.start_weights import StartWeights, read_start, started
+from sfl.runtime.task_servers import at_each_server
 from sfl.runtime.whereabouts import in_rounds
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.split_model import SplitModel
 from sfl.tracking.tracked import Tracker
 from sfl.trusted_imports import remember
 from sfl.values import KEEP_NOTHING, Position
 from sfl.weights.stores import StoreOptions, store_maker
+from sfl.wire.driver import Conversation
 
 
 def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
@@ -154,8 +158,9 @@ class _Clients:
         data: Mapping[int, ClientData],
         start: StartWeights | None,
     ) -> None:
-        self._recipe, self._node, self._devices, self._data = recipe, node, devices, data
-        self._start = start
+        self._recipe, self._node, self._devices, self._start = recipe, node, devices, start
+        self._at_servers = {k: at_each_server(own, recipe) for k, own in data.items()}
+        self._data = {k: own for k, (own, *_) in self._at_servers.items()}
         self._fingerprint = fingerprint(devices[0])
         self._reports = {
             k: DataReport.of(
@@ -163,7 +168,7 @@ class _Clients:
             )
             for k, part in data.items()
         }
-        self._hops = hops_of(recipe.segments)
+        self._hops = [f"hop:{hop.place}" for hop in hops_of(recipe.segments)]
         self._ends = {k: self._chain(k) for k in data}
 
     def _chain(self, client: int) -> list[tuple[LocalLink, LocalLink]]:
@@ -188,16 +193,21 @@ class _Clients:
             k: archives.enter_context(_client_archive(recipe, node, k)) for k in self._data
         }
 
-        hops = [archives.enter_context(self._hop(hop, rounds)) for hop in self._hops]
+        made = {
+            role: archives.enter_context(self._follower(role, rounds)) for role in recipe.followers
+        }
+        hops = [made.pop(role) for role in self._hops]
+        tasks = [*made.values()]
 
         def connect(client: int) -> None:
             party, chain = self._party(client, rounds, of_clients[client]), self._ends[client]
+            further = self._run_at_task_servers(party, tasks)
             own = zip(reversed(hops), itertools.pairwise(chain), strict=True)
             through = [
                 hop_run(hop.party(client, nearer[0], further[1]), hop.rounds)
                 for hop, (further, nearer) in own
             ]
-            network.add(chain[0][0], client_run(party), *reversed(through))
+            network.add(chain[0][0], client_run(party), *reversed(through), *further)
 
         def bring_back(client: int) -> None:
             self._ends[client] = self._chain(client)
@@ -208,15 +218,36 @@ class _Clients:
             connect(k)
         network.bring_back = bring_back
 
+    def _run_at_task_servers(
+        self, party: ClientParty, servers: Sequence[Follower]
+    ) -> list[Conversation[None]]:
+        """Let a client train at the servers of further tasks; return their conversations."""
+        conversations = []
+        for server, data in zip(servers, self._at_servers[party.client][1:], strict=True):
+            theirs, ours = local_pair(party.client)
+            recipe = server.split.recipe
+            party.others = (*party.others, party.at_server(recipe, ours, data))
+            assert isinstance(server.rounds, TaskRounds)
+            conversations.append(task_run(server.party(party.client, theirs), server.rounds))
+        return conversations
+
     @contextlib.contextmanager
-    def _hop(self, holder: Holder, rounds: Rounds) -> Iterator[Follower]:
-        recipe, node = self._recipe, self._node
-        path = create_run_folder(hop_folder(node, holder), recipe.run.run)
+    def _follower(self, role: str, rounds: Rounds) -> Iterator[Follower]:
+        node, (_, recipe) = self._node, self._recipe.in_role(role)
+        path = create_run_folder(follower_folder(node, role), recipe.run.run)
+        split, data = rounds.split, rounds.about["data"]
+        if recipe.server:
+            reports = {
+                k: DataReport.of(own[recipe.server], recipe.run)
+                for k, own in self._at_servers.items()
+            }
+            data = describe_data(reports, recipe)
+            split = SplitModel.of_data(recipe, data)
         with open_folder(path, SERVER_LOG, recipe.keep) as folder:
             yield Follower(
-                holder=holder,
-                split=rounds.split,
-                data=rounds.about["data"],
+                role=role,
+                split=split,
+                data=data,
                 folder=folder,
                 node=node,
                 devices=self._devices,

@@ -20,7 +20,15 @@ from sfl.model import class_weights
 from sfl.model.class_weights import BALANCED
 from sfl.model.fusion import FUSIONS
 from sfl.model.task import Task
-from sfl.model.topology import FRONT, TOPOLOGIES, Holder, check_cuts, default_topology, hops_of
+from sfl.model.topology import (
+    FRONT,
+    TOPOLOGIES,
+    Holder,
+    check_cuts,
+    default_topology,
+    hop_of,
+    hops_of,
+)
 from sfl.model.training import Training
 from sfl.model.zoo import ModelSpec, model_spec
 from sfl.registry import named, with_options
@@ -30,6 +38,7 @@ from sfl.strategy.tasks import NO_TASKS, Tasks
 from sfl.values import KEEP_NOTHING, KeepModels, KeepTensors, StopWhen
 from sfl.weights.stores import SOCKET, check_address
 
+MAIN_ROLES = ("all", "main", "fed")
 Party = tuple[ModelSpec, tuple[int, ...]]  # the model of a client's segments, and its cuts
 
 
@@ -69,7 +78,7 @@ class Recipe:
     @property
     def has_followers(self) -> bool:
         """Whether other parties than the main server hold segments for all clients."""
-        return self.has_hops or bool(self.tasks.names)
+        return bool(self.followers)
 
     def at_server(self, index: int) -> "Recipe":
         """Return the recipe of one of several servers, whose model is drawn apart."""
@@ -77,6 +86,26 @@ class Recipe:
         weight = self.tasks.weights[index]
         training = replace(self.training, seed=drawn, loss_weight=weight)
         return replace(self, training=training, server=index)
+
+    def in_role(self, role: str) -> "tuple[Holder, Recipe]":
+        """Return the party that ``--role`` names, and this recipe as that party has it.
+
+        Raises:
+            ConfigError: the run has no such party.
+        """
+        if role not in (*MAIN_ROLES, *self.followers):
+            others = f"; it has {', '.join(self.followers)}" if self.followers else ""
+            raise ConfigError(f"--role {role}: {self.title} has no part for it{others}")
+        if hop := hop_of(role):
+            return hop, self
+        names = [f"task:{name}" for name in self.tasks.names]
+        return Holder.SERVER, self.at_server(names.index(role)) if role in names else self
+
+    @property
+    def followers(self) -> list[str]:
+        """The roles of all parties beside the main server that hold segments for all clients."""
+        hops = [f"hop:{hop.place}" for hop in hops_of(self.segments)]
+        return hops + [f"task:{name}" for name in self.tasks.names[1:]]
 
     def at_each_server(self) -> "list[Recipe]":
         """Return the recipe of each server, the main one's first."""

@@ -25,7 +25,8 @@ class Tracking:
     What they have to say is said when a round ends.
     """
 
-    def __init__(self, trackers: Mapping[str, Tracker], run: TrackedRun, say: Say) -> None:
+    def __init__(self, trackers: Mapping[str, Tracker], run: TrackedRun | None, say: Say) -> None:
+        """``run``: None if there are no trackers."""
         self._workers = {name: _Worker(name, tracker) for name, tracker in trackers.items()}
         self._run = run
         self._say = say
@@ -37,6 +38,7 @@ class Tracking:
 
     def start(self) -> None:
         for worker in self._workers.values():
+            assert self._run is not None
             worker.start(self._run)
 
     def add(

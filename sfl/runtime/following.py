@@ -1,7 +1,10 @@
-"""Run a hop: between the clients, or an earlier hop, and the server, or a later one.
+"""Run a party that follows the main server: a hop, or the server of a further task.
 
-For each client one connection comes from before and one goes on. If either is lost, the hop closes
-both: the client comes back, and repeats its part of the round. All conversations run on one thread.
+A hop stands between the clients, or an earlier hop, and the server, or a later one: for each client
+one connection comes from before and one goes on. If either is lost, the hop closes both: the client
+comes back, and repeats its part of the round. A task's server has the clients' connections alone;
+of the main server it asks, over one more, whether a client belongs to the run. All conversations
+run on one thread.
 """
 
 import contextlib
@@ -16,9 +19,8 @@ from pathlib import Path
 
 from sfl.archive.run_folder import SERVER_LOG, make_folder, open_folder, reporting_failure, say
 from sfl.config import RunConfig
-from sfl.conversation.hop import HopJoined, hop_join, hop_run
+from sfl.conversation.followed import FollowerJoined
 from sfl.conversation.join import Welcome
-from sfl.conversation.limits import hop_limits
 from sfl.conversation.report import describe_data
 from sfl.environment import set_up_devices
 from sfl.errors import (
@@ -36,10 +38,10 @@ from sfl.errors import (
     SflError,
     counted,
 )
-from sfl.model.topology import Holder, hop_of
 from sfl.nodes import ServerNode
 from sfl.options import check_goes_on
-from sfl.runtime.follower import Follower, hop_folder
+from sfl.runtime.follower import Follower, follower_folder
+from sfl.runtime.follower_kinds import Kind, kind_of
 from sfl.runtime.lobby import GOODBYE_S, LINGER_S, POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.on_end import running_at_end
 from sfl.runtime.resume import has_begun, open_past
@@ -62,20 +64,19 @@ MOST_CLIENTS = 1000  # before the run's number is known
 NEXT_WITHIN_S = 60.0  # in which the next party must answer
 
 
-def serve_hop(run: RunConfig, node: ServerNode) -> None:
-    """Run a hop for one run.
+def follow(run: RunConfig, node: ServerNode) -> None:
+    """Run a follower of the main server for one run.
 
     Raises:
         ConfigError: the options cannot be used together, or on this machine.
         RunError: the port, the folder or the disk cannot be used.
     """
-    holder = hop_of(node.role)
-    assert holder is not None
     if run != RunConfig():
         raise ConfigError(f"--role {node.role}: the server has the options of the run; leave out")
+    kind = kind_of(node.role)
     transport = transport_of(node)
     transport_to(node.next)  # a bad address fails at once
-    guard = guard_of(node, SERVER, MOST_CLIENTS)
+    guard = guard_of(node, kind.listener(node.role), MOST_CLIENTS)
     terms = Terms(
         node.peer_timeout, max_unregistered=64 + 2 * MOST_CLIENTS,
         heartbeat_s=interval_s(node.peer_timeout),
@@ -87,9 +88,10 @@ def serve_hop(run: RunConfig, node: ServerNode) -> None:
     ):
         for line in transport.notes(node):
             say(line)
-        say(f"hop {holder.place}: listening on {listener.address}; on to {node.next}")
+        name = node.role.replace(":", " ")
+        say(f"{name}: listening on {listener.address}; {kind.beyond} {node.next}")
         dialler = transport.dial(network, node, say)
-        _Hop(holder, node, network, dialler, stack).run()
+        _Following(kind, node, network, dialler, stack).run()
 
 
 @dataclass
@@ -104,18 +106,18 @@ class _Talk:
 
 
 @dataclass
-class _Hop:
-    """A hop with an open port."""
+class _Following:
+    """A follower with an open port."""
 
-    holder: Holder
+    kind: Kind
     node: ServerNode
     network: ServerNetwork
     dialler: Dialler
     stack: contextlib.ExitStack
     run_config: RunConfig | None = None  # once the server has told it
-    hop: Follower | None = None  # once all clients have joined
+    follower: Follower | None = None  # once all clients have joined
     _talks: dict[Member, _Talk] = field(default_factory=dict)  # by the client's connection
-    _joined: dict[int, HopJoined] = field(default_factory=dict)
+    _joined: dict[int, FollowerJoined] = field(default_factory=dict)
     _notices: deque[tuple[Member, str]] = field(default_factory=deque)
     _is_known: bool = False  # whether the next party has been reached before
     _over_since: float = math.inf  # when we have seen that a client was told that the run is over
@@ -124,6 +126,7 @@ class _Hop:
         file = self.node.next_token_file
         self._tokens = read_tokens(Path(file).expanduser()) if file else tokens_of(self.node)
         self._calls = Calls(self.network.wake)
+        self.name = self.node.role.replace(":", "_")
 
     def run(self) -> None:
         """Pass on and compute until the run is over."""
@@ -144,7 +147,7 @@ class _Hop:
 
     def _is_over(self) -> bool:
         """Return whether all clients have left at the run's end, or have had time to."""
-        if not (self.hop and self.hop.rounds.is_over):
+        if not (self.follower and self.follower.rounds.is_over):
             return False
         self._over_since = min(self._over_since, time.monotonic())
         is_here = any(talk.client in self._joined for talk in self._talks.values())
@@ -178,7 +181,7 @@ class _Hop:
         """Begin with a new connection; end the conversation of one that has failed."""
         talk = next((t for t in self._talks.values() if member in (t.member, t.onward)), None)
         if talk is None and member.end_reason() is None and not member.is_assigned:
-            member.name, member.is_assigned = f"hop_{self.holder.place}", True
+            member.name, member.is_assigned = self.name, True
             talk = self._talks[member] = _Talk(member, self._converse(member))
             self._resume(talk)
         elif talk is None:
@@ -234,19 +237,21 @@ class _Hop:
         """Hold one client's conversation, from its first message to its last."""
         talk = self._talks[member]
         yield member
-        joined = yield from hop_join(
+        joined = yield from self.kind.join(
             member, functools.partial(self._connect, talk), functools.partial(self._welcome, talk),
             self._rounds_here, self.network.heartbeat_s,
         )  # fmt: skip
         if joined is None:
             return
         self._joined[joined.client] = joined
-        yield joined.onward
+        yield joined.onward or joined.link
         yield self._has_all
-        hop = self.hop or self._prepare()
-        limits = hop_limits(hop.split, payload_store_in(hop.folder.path))
-        joined.link.limits = joined.onward.limits = limits
-        yield from hop_run(hop.party(joined.client, joined.link, joined.onward), hop.rounds)
+        follower = self.follower or self._prepare()
+        limits = self.kind.limits(follower.split, payload_store_in(follower.folder.path))
+        for link in filter(None, (joined.link, joined.onward)):
+            link.limits = limits
+        party = follower.party(joined.client, joined.link, joined.onward)
+        yield from self.kind.run(party, follower.rounds)
         self._joined.pop(joined.client, None)
 
     def _connect(self, talk: _Talk, hello: Message) -> Conversation[Link]:
@@ -258,7 +263,7 @@ class _Hop:
                     self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known
                 )
             except RunError as error:
-                raise ConnectionLost(f"hop {self.holder.place}: {error}") from error
+                raise ConnectionLost(f"{self.name}: {error}") from error
             assert isinstance(link, Member)
             if self._tokens is not None:
                 peer = Peer(CLIENT, hello.get("client_id", int))
@@ -266,14 +271,14 @@ class _Hop:
                 try:
                     link.proved_run = run_blocking(authenticate)
                 except ConfigError as error:
-                    raise AuthError(f"hop {self.holder.place}: {error}") from error
+                    raise AuthError(f"{self.name}: {error}") from error
             if talk.member not in self._talks:  # lost meanwhile
                 self.network.drop(link, "the client has left", MessageType.ABORT)
             return link
 
         link = yield from self._calls.run(connect)
         self._is_known, talk.onward = True, link
-        link.name, link.peer_name = f"hop_{self.holder.place}", "server"
+        link.name, link.peer_name = self.name, "server"
 
         def note(line: str) -> None:
             self._notices.append((talk.member, line))
@@ -291,23 +296,33 @@ class _Hop:
         for other in [t for t in self._talks.values() if t.client == told.client]:
             self._end(other, ConnectionLost(f"client_{told.client} has connected anew"))
         talk.client = told.client
+        if self.kind.only_asks and talk.onward:
+            self.network.drop(talk.onward, "", MessageType.UNREGISTER)
+            talk.onward = None
         if told.run == self.run_config:
             return
         if self.run_config is None:
-            recipe = Recipe.of(told.run, self.node.allowed_imports)
-            if self.holder not in recipe.segments.values():
-                raise RunError(
-                    f"--role {self.node.role}: {recipe.title} has no part for it; give the server"
-                    " --topology multi-hop and a cut for each hop"
-                )
+            self._recipe_of(told.run)
         else:
             try:
                 check_goes_on(dataclasses.asdict(self.run_config), dataclasses.asdict(told.run))
             except ConfigError as error:
                 raise ProtocolError(f"the server has another run now: {error}") from error
             self._end_others(talk.client)
-            self.hop = None
+            self.follower = None
         self.run_config = told.run
+
+    def _recipe_of(self, run: RunConfig) -> Recipe:
+        """Return the recipe of a run, as this party has it.
+
+        Raises:
+            RunError: the run has no such party.
+        """
+        try:
+            _, recipe = Recipe.of(run, self.node.allowed_imports).in_role(self.node.role)
+        except ConfigError as error:
+            raise RunError(str(error)) from error
+        return recipe
 
     def _end_others(self, client: int) -> None:
         for talk in [t for t in self._talks.values() if t.client != client]:
@@ -316,7 +331,7 @@ class _Hop:
     @property
     def _path(self) -> Path:
         assert self.run_config is not None
-        return hop_folder(self.node, self.holder) / self.run_config.run
+        return follower_folder(self.node, self.node.role) / self.run_config.run
 
     def _rounds_here(self, run: RunConfig) -> tuple[int, ...]:
         """Return the rounds whose start lies here; without any, the first, which needs nothing."""
@@ -328,17 +343,17 @@ class _Hop:
         """Return whether a run's first conversation can begin: all clients have told their data."""
         assert self.run_config is not None
         there = len(self._joined) == self.run_config.clients
-        return self.hop is not None or there or has_begun(self._path)
+        return self.follower is not None or there or has_begun(self._path)
 
     def _prepare(self) -> Follower:
-        """Open the folder, and build this hop's segments.
+        """Open the folder, and build this party's segments.
 
         Raises:
             RunError: the folder is another's, or cannot be written.
             ConfigError: the model does not fit this machine.
         """
         assert self.run_config is not None
-        recipe, path = Recipe.of(self.run_config, self.node.allowed_imports), self._path
+        recipe, path = self._recipe_of(self.run_config), self._path
         past = open_past(path, recipe.run) if has_begun(path) else None
         if past is None and not make_folder(path, SERVER_LOG):
             raise RunError(f"{path} is of another run of this name: give another --out")
@@ -347,21 +362,23 @@ class _Hop:
         reports = {k: joined.report for k, joined in sorted(self._joined.items())}
         data = past.data if past else describe_data(reports, recipe)
         copies = len(recipe.scheme.backs_of(range(recipe.run.most_clients)))
-        devices = set_up_devices(self.node, copies, f"a hop of --scheme {recipe.run.scheme}")
+        devices = set_up_devices(
+            self.node, copies, f"--role {self.node.role} of --scheme {recipe.run.scheme}"
+        )
         self.stack.close()  # of an earlier folder
         self.stack.enter_context(running_at_end(self.node.on_end, path))
         folder = self.stack.enter_context(open_folder(path, SERVER_LOG, recipe.keep))
         self.stack.enter_context(reporting_failure(folder, self.network.end))
         split = SplitModel.of_data(recipe, data)
-        names = " and ".join(split.held_by(self.holder))
+        self.follower = Follower(
+            role=self.node.role, split=split, data=data, folder=folder, node=self.node,
+            devices=devices, start=start, past=past,
+        )  # fmt: skip
+        names = " and ".join(split.held_by(self.follower.holder))
         folder.events.say(
             f"run {recipe.run.run}: the {names} of {recipe.title}, for"
             f" {counted(len(data['num_samples']), 'client')}; files lie in {path}"
         )
-        self.hop = Follower(
-            holder=self.holder, split=split, data=data, folder=folder, node=self.node,
-            devices=devices, start=start, past=past,
-        )  # fmt: skip
-        self.stack.callback(self.hop.rounds.spool.close)
-        self.hop.rounds.end_others = self._end_others
-        return self.hop
+        self.stack.callback(self.follower.rounds.spool.close)
+        self.follower.rounds.end_others = self._end_others
+        return self.follower

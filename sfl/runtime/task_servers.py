@@ -1,0 +1,76 @@
+"""A client's sides at the servers of further tasks: joined in the order of ``--tasks``."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Sequence
+
+from sfl.conversation.hop import shown
+from sfl.conversation.party import ClientParty
+from sfl.conversation.report import DataReport, send_report
+from sfl.data.client_data import ClientData
+from sfl.errors import ProtocolError, RunError
+from sfl.nodes import ClientNode
+from sfl.runtime.access import Access, Registered, closing_with_reason, join_another
+from sfl.strategy.recipe import Recipe
+from sfl.wire.driver import Conversation
+
+
+def at_each_server(data: ClientData, recipe: Recipe) -> list[ClientData]:
+    """Return a client's data with the labels of each server's task, the main one's first.
+
+    Raises:
+        DataError: a task's labels are missing.
+    """
+    return [data.of_task(name) for name in recipe.tasks.names] or [data]
+
+
+def join_task_servers(
+    stack: contextlib.ExitStack, access: Access, node: ClientNode, registered: Registered
+) -> Conversation[list[Registered]]:
+    """Register at the servers of further tasks, in their order; ``stack`` closes the channels.
+
+    Raises:
+        ProtocolError: the main server has not told where one is.
+    """
+    told, names = registered.welcome.task_servers, registered.welcome.run.tasks.split(",")[1:]
+    found = []
+    for name in (name.strip() for name in names):
+        if not (address := told.get(name)):
+            raise ProtocolError(f"the server has not told where the server of {name} is")
+        join = functools.partial(join_another, access, node, registered, address, f"task:{name}")
+        other = yield from access.calls.run(join)
+        stack.enter_context(other.link)
+        stack.enter_context(closing_with_reason(other.link))
+        found.append(other)
+    return found
+
+
+def common_rounds(own: tuple[int, ...], others: Iterable[Registered]) -> tuple[int, ...]:
+    """Return the rounds whose start lies here, and at all these servers.
+
+    Raises:
+        RunError: there is none.
+    """
+    for other in others:
+        theirs = other.welcome.rounds
+        both = tuple(r for r in theirs if r in own or not own)
+        if not both:
+            raise RunError(
+                f"{other.link.peer_name} has what the rounds {shown(theirs)} start from, and others"
+                f" {shown(own)}: start all where they ran before, with the same --out"
+            )
+        own = both
+    return own
+
+
+def add_sides(
+    party: ClientParty,
+    others: Sequence[Registered],
+    data: Sequence[tuple[ClientData, DataReport]],
+) -> None:
+    """Report the data, with the labels of its task, to each server, and let the client train there."""
+    recipes = party.recipe.at_each_server()[1:]
+    for recipe, other, (theirs, report) in zip(recipes, others, data, strict=True):
+        other.link.limits = party.link.limits
+        send_report(other.link, report)
+        party.others = (*party.others, party.at_server(recipe, other.link, theirs))
