@@ -272,12 +272,6 @@ class ServerNode(PeerNode, TrackingNode):
             raise ConfigError(f"--fed-server {self.fed_server}: is for --role main")
 
     @property
-    def task_addresses(self) -> dict[str, str]:
-        """Where clients reach the servers of further tasks."""
-        pairs = [one.partition("=") for one in self.task_servers.split(",") if one.strip()]
-        return {name.strip(): address.strip() for name, _, address in pairs}
-
-    @property
     def follows(self) -> bool:
         """Whether this is a hop or the server of a further task, which the main server leads."""
         return self.role.startswith(("hop:", "task:"))

@@ -21,8 +21,8 @@ T = TypeVar("T")
 # The groups of --help, in order, with their options; each option stands in one of them.
 GROUPS = {
     "run": "run resume serve scheme clients max_clients participation rounds test_every stop_when"
-    " local_epochs server_order seed role next server fed_server task_servers client_id client_ids check_"
-    " away",
+    " local_epochs server_order seed role next server fed_server task_servers client_id client_ids"
+    " check_ away",
     "data": "dataset image_size augment normalize partition batch_size data_dir cache_dir",
     "model": "model init init_checksum cut topology fusion label_client party_models task tasks"
     " task_weights",

@@ -23,8 +23,8 @@ from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message
 from sfl.wire.messages import MessageType as M
 from sfl.wire.seal import About, Seal, SealKey
-from tests.support.hops import SERVER, Chain, hop_folders, replayed, weights_of_all
 from tests.support.launch import Launcher, free_port, options_of, wait_for
+from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, FAST, LONG
@@ -139,12 +139,12 @@ def test_killed_parties_leave_the_weights_of_one_process(
     options = MODEL | ROWS[row] | {"scheme": scheme, "optimizer_state": state}
     options["clients"] = num_clients
     whole = simulated(tmp_path / "whole", **options, keep_tensors="all")
-    num_hops = len(hop_folders(whole))
+    num_hops = len(follower_folders(whole))
     launcher.transport = "wss" if row == "u" else "tcp"
     of_server = [*options_of(options), "--rounds", 2, "--run", "r"]
     run = Chain(launcher, num_hops, num_clients, of_server, ALLOW).run(crashes)
     assert_equal(weights_of_all(run), weights_of_all(whole))
-    for folder in (run, *hop_folders(run)):
+    for folder in (run, *follower_folders(run)):
         checked, models = replayed(folder, BN_DROPOUT)
         # A vertical run's clients take all steps together; the hop answers each of them.
         each = 32 + 4 * (num_clients - 2)  # of all clients
@@ -202,7 +202,7 @@ def test_no_hop_is_told_a_label_or_who_is_beyond_its_neighbours(
     assert len(labels) == 16
     passed = b"".join(bytes(s) for c in proxy.connections for s in c.streams.values())
     kept = b"".join(
-        p.read_bytes() for f in hop_folders(chain.folder) for p in f.rglob("*") if p.is_file()
+        p.read_bytes() for f in follower_folders(chain.folder) for p in f.rglob("*") if p.is_file()
     )
     assert not [one for one in labels if one in passed or one in kept]
     told = [m for c in proxy.connections for _, m in c.messages if m.type in SEALED]

@@ -97,7 +97,7 @@ LOOK_UPS = {
     "Recipe.of": {
         "runtime.client_process",
         "runtime.fed_server",
-        "runtime.hop",
+        "runtime.following",
         "runtime.preflight",
         "runtime.recorded_run",
         "trained.models",

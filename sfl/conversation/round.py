@@ -113,6 +113,9 @@ def _receive_order(
         told = {"part": message.get("part", str), "best": message.get("best", int)}
     for side in party.others:
         side.link.send_message_as_json(message.type, content=told, at=message.at)
+    for side in party.others if message.type is MessageType.GO_ON else ():
+        yield side.link  # until it is ready
+        side.link.receive_message_as_json(MessageType.GO_ON, at=message.at)
     return message
 
 

@@ -9,7 +9,9 @@ client tells it. That a client belongs to the run it asks the main server itself
                                                                     <-  CHECKED {config, place, ...}
                              <-  REGISTERED {config, rounds, ...}
     REQUEST_TO_START         ->
-    GO_ON, START_TRAINING    ->  task_run: the round begins when all clients are in it
+    GO_ON                    ->  task_run
+                             <-  GO_ON, when all clients have told their data
+    START_TRAINING           ->  the round begins when all clients are in it
       a step, repeated           as at the main server, with this task's labels
     ROUND_TRAINED            ->  average the copies of the back, when all have trained
     START_VALIDATION {part}  ->
@@ -136,6 +138,7 @@ def _start(party: ServerParty, rounds: TaskRounds, message: Message) -> Conversa
     if round_index < party.run.rounds and not rounds.may_start(round_index):
         raise ProtocolError(f"what round {round_index + 1} starts from does not lie here")
     rounds.reached[party.client] = round_index
+    party.link.send_message_as_json(MessageType.GO_ON, at=message.at)
     yield from ()
 
 

@@ -216,7 +216,8 @@ def join_another(
         ProtocolError: it has another run.
     """
     welcome, channel = registered.welcome, access.connect(address, node)
-    channel.name, channel.peer_name = f"client_{welcome.client}", f"the {kind} server"
+    title = f"the {kind} server".replace(":", " ")
+    channel.name, channel.peer_name = f"client_{welcome.client}", title
     with closing_with_reason(channel):
         access.authenticate(channel, Peer(CLIENT, welcome.client), kind, welcome.run.run)
         joining = client_join(
@@ -228,7 +229,7 @@ def join_another(
         )
         theirs = run_blocking(joining)
         if (theirs.run, theirs.first_round) != (welcome.run, welcome.first_round):
-            raise ProtocolError(f"the {kind} server runs another run than the main server")
+            raise ProtocolError(f"{title} runs another run than the main server")
     return Registered(channel, theirs, registered.instance, registered.fingerprint)
 
 

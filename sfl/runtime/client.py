@@ -37,10 +37,17 @@ from sfl.model.topology import Holder, Segments, passing_links
 from sfl.nodes import ClientNode
 from sfl.options import check_goes_on
 from sfl.runtime.access import Access, Registered, StoreAccess, closing_with_reason
+from sfl.runtime.attempts import Attempts
 from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
 from sfl.runtime.resume import check_same_run, load_own_state, own_state_rounds
 from sfl.runtime.same_model import report_of
-from sfl.runtime.task_servers import add_sides, at_each_server, common_rounds, join_task_servers
+from sfl.runtime.task_servers import (
+    add_sides,
+    at_each_server,
+    closed_together,
+    common_rounds,
+    join_task_servers,
+)
 from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -75,45 +82,12 @@ def take_part(node: ClientNode) -> None:
 def take_part_in(process: ClientProcess, node: ClientNode) -> Conversation[None]:
     """Take part as one of the process's clients, see ``take_part``."""
     with contextlib.ExitStack() as stack:
-        client, attempts, calls = _Client(node, process, stack), _Attempts(), process.access.calls
+        client, attempts, calls = _Client(node, process, stack), Attempts(), process.access.calls
         yield from client.take_part()
         while client.lost is not None:
             pause_s = attempts.pause_s(client.lost, client)
             yield from calls.run(functools.partial(time.sleep, pause_s))
             yield from client.take_part(client.patience_s)
-
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
-
-
-class _Attempts:
-    """Retries of a lost server: the pauses grow while the run makes no progress."""
-
-    def __init__(self) -> None:
-        self._num_starts = self._num_steps = -1
-        self._pause_s = FIRST_PAUSE_S
-        self._since = 0.0
-
-    def pause_s(self, error: SflError, client: "_Client") -> float:
-        """Return how long to pause before the next attempt.
-
-        Raises:
-            SflError: ``error``, when the server has not resumed this client within ``patience_s``.
-        """
-        now, timeout_s, (num_starts, num_steps) = (
-            time.monotonic(), client.patience_s, client.progress,
-        )  # fmt: skip
-        held = client.registered_s > LONGEST_PAUSE_S  # for example, waiting for other clients
-        if num_starts != self._num_starts or held:
-            self._num_starts, self._since = num_starts, now
-        if num_steps != self._num_steps or held:
-            self._num_steps, self._pause_s = num_steps, FIRST_PAUSE_S
-        else:
-            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
-        if now - self._since >= timeout_s:
-            raise error
-        say(f"{error}; trying for {timeout_s:g} seconds to reach the server again")
-        return self._pause_s
 
 
 class _Client:
@@ -331,10 +305,11 @@ class _Loaded:
             party = self._party(registered.link, store, functools.partial(self._start, fed, report))
             add_sides(party, others, self._further)
             self.log.start_over()
-            try:
+            with (
+                closed_together([link, *(other.link for other in others)]),
+                contextlib.closing(self.log.progress),
+            ):
                 yield from client_run(party)
-            finally:
-                self.log.progress.close()
             folder.archive.flush()
             if fed is not None:
                 fed.send_message_as_json(MessageType.UNREGISTER)

@@ -19,6 +19,7 @@ from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
+from sfl.strategy.tasks import addresses_of
 from sfl.weights.stores import SOCKET
 from sfl.wire.payload import LARGE_BYTES
 
@@ -230,7 +231,7 @@ def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
         raise ConfigError(
             f"{given}: leave it out with --topology {run.topology}, whose parties need all clients"
         )
-    wanted, told = list(recipe.tasks.names[1:]), node.task_addresses
+    wanted, told = list(recipe.tasks.names[1:]), addresses_of(node.task_servers)
     if sorted(told) != sorted(wanted) or not all(told.values()):
         form = ",".join(f"{name}=HOST:PORT" for name in wanted) or "without --topology multi-task"
         given, verb = node.task_servers or "(none)", "give" if wanted else "leave it out"

@@ -52,6 +52,7 @@ from sfl.runtime.whereabouts import in_lobby, in_rounds
 from sfl.strategy.merge import fewest_connected
 from sfl.strategy.ranks import Ranks, block
 from sfl.strategy.recipe import Recipe
+from sfl.strategy.tasks import addresses_of
 from sfl.tracking.tracked import Tracker
 from sfl.tracking.trackers import trackers_of
 from sfl.transport.guard import Terms, guard_of
@@ -235,7 +236,7 @@ class _Server:
             events=self.folder.events,
             resumed=bool(node.resume),
             fed=self.fed,
-            task_servers=node.task_addresses,
+            task_servers=addresses_of(node.task_servers),
             share=self.share,
             secret=seal_secret(node),
             patience=Patience(may_return and self.fed == HERE, node.skip_after_s, self._fewest),

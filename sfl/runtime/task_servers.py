@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sfl.conversation.hop import shown
 from sfl.conversation.party import ClientParty
@@ -13,6 +13,7 @@ from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, Registered, closing_with_reason, join_another
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation
+from sfl.wire.members import Channel
 
 
 def at_each_server(data: ClientData, recipe: Recipe) -> list[ClientData]:
@@ -68,9 +69,21 @@ def add_sides(
     others: Sequence[Registered],
     data: Sequence[tuple[ClientData, DataReport]],
 ) -> None:
-    """Report the data, with the labels of its task, to each server, and let the client train there."""
+    """Report the data with the task's labels to each server, and let the client train there."""
     recipes = party.recipe.at_each_server()[1:]
     for recipe, other, (theirs, report) in zip(recipes, others, data, strict=True):
         other.link.limits = party.link.limits
         send_report(other.link, report)
         party.others = (*party.others, party.at_server(recipe, other.link, theirs))
+
+
+@contextlib.contextmanager
+def closed_together(links: Sequence[Channel]) -> Iterator[None]:
+    """Close all channels if one of them is cut off in the ``with`` block."""
+    for link in links:
+        link.companions = [other for other in links if other is not link]
+    try:
+        yield
+    finally:
+        for link in links:
+            link.companions = ()

@@ -201,7 +201,7 @@ class Recipe:
         run = replace(run, cut=cut, topology=topology, lr_rounds=run.lr_rounds or run.rounds)
         training = Training.of(run, cuts)
         _check_parts(run, row, joins=placed.joins)
-        tasks = Tasks.of(run, placed)
+        tasks = Tasks.of(run, placed, row)
         parties: tuple[Party, ...] = ()
         if placed.joins:
             parties = _parties(run, model, cuts, allowed)

@@ -10,7 +10,7 @@ from sfl.errors import ConfigError, counted
 from sfl.model.class_weights import BALANCED, NONE
 from sfl.model.topology import Topology
 from sfl.nodes import TASK_NAME
-from sfl.strategy.schemes import SCHEMES, Exchange
+from sfl.strategy.schemes import Exchange, Scheme
 
 MOST_TASKS = 8
 MOST_WEIGHT = 1e6
@@ -29,7 +29,7 @@ class Tasks:
         return tuple(name for name in self.names if name not in LABEL_TASKS)
 
     @classmethod
-    def of(cls, run: RunConfig, topology: Topology) -> "Tasks":
+    def of(cls, run: RunConfig, topology: Topology, scheme: Scheme) -> "Tasks":
         """Return the tasks of a run by its options.
 
         Raises:
@@ -50,8 +50,7 @@ class Tasks:
             known = name in LABEL_TASKS or (run.partition == OWN and re.fullmatch(TASK_NAME, name))
             wanted = f"one of {', '.join(LABEL_TASKS)}; or, with own data, NAME of an array y_NAME"
             require(bool(known), "tasks", name, wanted)
-        row = SCHEMES[run.scheme]
-        cut = row.exchange is Exchange.CUT and not row.pooled
+        cut = scheme.exchange is Exchange.CUT and not scheme.pooled
         require(cut, "scheme", run.scheme, f"a scheme with a cut, with --topology {run.topology}")
         same = run.class_weights in (NONE, BALANCED)
         require(same, "class_weights", run.class_weights, "none or balanced: tasks differ in it")
@@ -59,6 +58,12 @@ class Tasks:
 
 
 NO_TASKS = Tasks()
+
+
+def addresses_of(text: str) -> dict[str, str]:
+    """Return where clients reach the server of each further task, by ``--task-servers``."""
+    pairs = (one.partition("=") for one in text.split(",") if one)
+    return {name.strip(): address.strip() for name, _, address in pairs}
 
 
 def _weights(text: str, count: int) -> tuple[float, ...]:

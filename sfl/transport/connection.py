@@ -8,6 +8,7 @@ link passes, and a silent peer is noticed. A busy peer sends heartbeats
 import contextlib
 import errno
 import math
+import select
 import socket
 import ssl
 import threading
@@ -58,6 +59,7 @@ class Connection(Channel):
         self.heartbeat_s = math.inf  # interval that the peer asks for; inf until it does
         self.heard_at = self.spoke_at = time.monotonic()  # when bytes last moved
         self._sending = threading.Lock()  # messages do not interleave
+        self._is_broken = False  # whether a heartbeat could not be sent
         self._decoder = decoder or Decoder(limits)
         self.limits = limits
 
@@ -90,7 +92,7 @@ class Connection(Channel):
             self._transmit([memoryview(encode_head(message))])
             self.bytes_moved = moved
         except ConnectionLost:  # the receiving thread reports it
-            pass
+            self._is_broken = True
         finally:
             self._sending.release()
 
@@ -190,6 +192,15 @@ class Connection(Channel):
     @property
     def address(self) -> str:
         return address_of(self._stream.sock)
+
+    def is_cut_off(self) -> bool:
+        if not hasattr(select, "POLLRDHUP"):  # not Linux: the next heartbeat but one fails
+            return self._is_broken
+        poller = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile, by us
+            poller.register(self._stream.sock, select.POLLRDHUP)
+            return bool(poller.poll(0))
+        return False
 
     @property
     def is_closed(self) -> bool:

@@ -4,6 +4,9 @@ A peer may compute for an hour, and a broken network may drop everything silentl
 heartbeats, whatever their main thread does, and a side that receives nothing for ``--peer-timeout``
 treats the connection as lost. Each side announces its interval when a client registers; before that
 no heartbeats are sent.
+
+The same thread closes what is of no use without a peer that has gone: a client of several servers
+waits for one of them at a time.
 """
 
 import threading
@@ -48,4 +51,7 @@ class Heartbeat:
             pause_s = LONGEST_PAUSE_S
             for connection in self._connections():
                 connection.send_heartbeat(connection.heartbeat_s / 2)
+                if connection.companions and connection.is_cut_off():
+                    for companion in connection.companions:
+                        companion.close()
                 pause_s = min(pause_s, connection.heartbeat_s / 2)

@@ -21,6 +21,9 @@ class Channel(Link):
 
     peer_at = Position()  # the peer's position in the run, by its heartbeats
     bytes_moved = 0  # in both directions, without heartbeats
+    # Channels to other peers that are of no use without this one: closed if its peer is gone, even
+    # while nobody reads from it.
+    companions: "Sequence[Channel]" = ()
 
     def __enter__(self) -> Self:
         return self
@@ -36,6 +39,10 @@ class Channel(Link):
     @abstractmethod
     def send_heartbeat(self, silent_s: float) -> None:
         """Send a heartbeat if we have sent nothing for ``silent_s``; called from a thread."""
+
+    def is_cut_off(self) -> bool:
+        """Return whether the peer has closed the channel, though its last bytes may be unread."""
+        return False
 
     @abstractmethod
     def last_words(self) -> PeerFailed | None:

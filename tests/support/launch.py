@@ -154,9 +154,16 @@ class Launcher:
         self, place: int, port: int, to: int, *options: object, env: Mapping[str, str] | None = None
     ) -> Program:
         """Start a hop that listens on ``port`` and goes on to ``to``."""
+        return self.follower(f"hop:{place}", port, to, *options, env=env)
+
+    def follower(
+        self, role: str, port: int, to: int, *options: object, env: Mapping[str, str] | None = None
+    ) -> Program:
+        """Start a party that follows the main server, with this role."""
         onward = [f"{SCHEMES[self.transport]}127.0.0.1:{to}", *self.at("")[2:]]
-        argv = ["--role", f"hop:{place}", "--port", port, "--out", self.folder, *self._of_server]
-        return self._start(f"hop_{place}", main_server, [*argv, "--next", *onward, *options], env)
+        argv = ["--role", role, "--port", port, "--out", self.folder, *self._of_server]
+        argv += ["--next", *onward, *options]
+        return self._start(role.replace(":", "_"), main_server, argv, env)
 
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = [*self.at(f"127.0.0.1:{self.port}"), "--out", self.folder, *options]

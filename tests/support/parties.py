@@ -1,6 +1,6 @@
-"""Runs over hops, as processes: their parties, and what they leave."""
+"""Runs over hops and with several servers, as processes: their parties, and what they leave."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
-from tests.support.launch import Launcher, Program, free_port
+from tests.support.launch import SCHEMES, Launcher, Program, free_port
 from tests.support.weights import weights
 
 SERVER = "server"
@@ -16,32 +16,40 @@ SERVER = "server"
 
 @dataclass
 class Chain:
-    """The parties of a run over hops, by name: server, hop_1 ..., client_0 ..."""
+    """The parties of a run, by name: server, hop_1 ..., task_parity ..., client_0 ..."""
 
     launcher: Launcher
     num_hops: int
     num_clients: int
     of_server: list[object]
-    of_others: list[object]  # options of hops and clients
+    of_others: list[object]  # options of hops, further servers and clients
     programs: dict[str, Program] = field(default_factory=dict)
+    tasks: Sequence[str] = ()  # of further servers
 
     def __post_init__(self) -> None:
         places = range(1, self.num_hops + 1)
         self.ports = {place: free_port() for place in places}
         self._next = {**self.ports, self.num_hops + 1: self.launcher.port}
         self.first_port = self._next[1]
+        self.task_ports = {name: free_port() for name in self.tasks}
+        self.at_tasks = dict(self.task_ports)  # where clients reach them: perhaps over a proxy
 
     @property
     def names(self) -> list[str]:
         hops = [f"hop_{place}" for place in self.ports]
-        return [SERVER, *reversed(hops), *(f"client_{k}" for k in range(self.num_clients))]
+        tasks = [f"task_{name}" for name in self.tasks]
+        clients = [f"client_{k}" for k in range(self.num_clients)]
+        return [SERVER, *reversed(hops), *tasks, *clients]
 
     def start(self, name: str, crash_at: str = "") -> Program:
         """Start a party, or start it again."""
         kind, _, number = name.partition("_")
         env = {"SFL_CRASH_AT": crash_at} if crash_at else {}
         if name == SERVER:
-            program = self.launcher.server(*self.of_server, env=env)
+            program = self.launcher.server(*self.of_server, *self._where_tasks_are, env=env)
+        elif kind == "task":
+            port, to = self.task_ports[number], self.launcher.port
+            program = self.launcher.follower(f"task:{number}", port, to, *self.of_others, env=env)
         elif kind == "hop":
             place = int(number)
             program = self.launcher.hop(
@@ -75,20 +83,29 @@ class Chain:
         return self.folder
 
     @property
+    def _where_tasks_are(self) -> list[str]:
+        scheme = SCHEMES[self.launcher.transport]
+        told = [f"{name}={scheme}127.0.0.1:{port}" for name, port in self.at_tasks.items()]
+        return ["--task-servers", ",".join(told)] if told else []
+
+    @property
     def folder(self) -> Path:
         return self.launcher.folder / "server" / "r"
 
 
-def hop_folders(run: Path) -> list[Path]:
-    """Return the folders of a run's hops, which lie beside its server's."""
-    return sorted(run.parent.parent.glob(f"hop_*/{run.name}"))
+def follower_folders(run: Path) -> list[Path]:
+    """Return the folders of a run's hops and further servers, which lie beside its server's."""
+    found = {*run.parent.parent.glob(f"hop_*/{run.name}")}
+    return sorted(found | {*run.parent.parent.glob(f"task_*/{run.name}")})
 
 
 def weights_of_all(run: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that server and hops have recorded."""
+    """Return the weights that all servers and hops have recorded."""
     found = weights(run)
-    for folder in hop_folders(run):
-        found |= weights(folder)
+    for folder in follower_folders(run):
+        of_task = folder.parent.name.startswith("task")  # a server's files have equal names
+        where = f"{folder.parent.name}/" if of_task else ""
+        found |= {f"{where}{name}": tensor for name, tensor in weights(folder).items()}
     return found
 
 
