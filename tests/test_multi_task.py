@@ -1,14 +1,26 @@
 """Several servers with a task each: equal to one network with several heads, from any kill."""
 
+import contextlib
+import re
+import socket
 from pathlib import Path
 
 import pytest
 
+import sfl.archive
 from sfl.config import RunConfig
-from tests.support.launch import Launcher, options_of
+from sfl.errors import ConfigError
+from sfl.runtime.preflight import check_run
+from sfl.strategy.recipe import Recipe
+from sfl.transport.tokens import write_tokens
+from sfl.wire.framing import encode_head
+from sfl.wire.messages import Message
+from sfl.wire.messages import MessageType as M
+from tests.support.launch import Launcher, options_of, wait_for
 from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
 from tests.support.plain_tasks import PlainTasks, states_of
-from tests.support.runs import ALLOW, BN_DROPOUT
+from tests.support.proxy import Proxy
+from tests.support.runs import ALLOW, BN_DROPOUT, FAST
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal
 
@@ -71,3 +83,100 @@ def test_killed_parties_leave_the_weights_of_one_process(
     for folder in (run, *follower_folders(run)):
         checked, models = replayed(folder, BN_DROPOUT)
         assert (checked, models >= 2) == (64 if clients == "joined" else 32, True)
+
+
+# What each server is told
+
+
+def bytes_in(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_each_server_is_told_the_labels_of_its_own_task_alone(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """With tokens, whose proofs name the server; what arrives, and what is recorded."""
+    token = tmp_path / "token"
+    write_tokens(token, ["a-token-of-all-parties-0123456789"])
+    shared = ["--token-file", token, *ALLOW]
+    of_server = [*options_of(MODEL | TWO), "--clients", 2, "--rounds", 1, "--run", "r", *shared]
+    parties = Chain(launcher, 0, 2, of_server, shared, tasks=["parity"])
+    proxies = {SERVER: Proxy(launcher.port), "parity": Proxy(parties.task_ports["parity"])}
+    parties.at_tasks = {"parity": proxies["parity"].port}
+    parties.first_port = proxies[SERVER].port
+    run = parties.run()
+    for proxy in proxies.values():
+        proxy.close()
+    folders = {SERVER: run, "parity": tmp_path / "task_parity/r"}
+    labels = {
+        name: [step.labels.numpy().tobytes() for step in sfl.archive.open(folder).steps()]
+        for name, folder in folders.items()
+    }
+    assert [len(own) for own in labels.values()] == [16, 16]
+    for name, proxy in proxies.items():
+        passed = b"".join(bytes(s) for c in proxy.connections for s in c.streams.values())
+        known = {
+            task: [y for y in theirs if y in passed or y in bytes_in(folders[name])]
+            for task, theirs in labels.items()
+        }
+        assert known == {task: theirs if task == name else [] for task, theirs in labels.items()}
+        sent = [m for c in proxy.connections for _, m in c.messages]
+        assert {tuple(m.get("classes", list)) for m in sent if m.type is M.REQUEST_TO_START} == {
+            ("even", "odd") if name == "parity" else tuple("0123456789")
+        }
+    weights = weights_of_all(simulated(tmp_path / "whole", **MODEL, **TWO, clients=2, rounds=1))
+    assert_equal(weights_of_all(run), weights)
+
+
+def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
+    """Who is not registered at the main server, or has no token, takes nobody's place."""
+    options = ["--clients", 1, *FAST, "--rounds", 1, "--run", "r", "--topology", "multi-task"]
+    parties = Chain(launcher, 0, 1, [*options, "--tasks", "digit,parity"], [], tasks=["parity"])
+    parties.start(SERVER), parties.start("task_parity")
+    wait_for(parties.programs["task_parity"], "listening")
+    strangers = []
+    hello = {"client_id": 0, "instance": "0" * 32, "heartbeat_s": 1.0, "fingerprint": {}}
+    for kind, content in [
+        (M.REGISTER, hello), (M.REGISTER, hello | {"client_id": -1}), (M.CHECK, hello),
+        (M.REGISTER, "x"), (M.GO_ON, {}), (M.START_TRAINING, {}),
+    ]:  # fmt: skip
+        stranger = socket.create_connection(("127.0.0.1", parties.task_ports["parity"]))
+        stranger.sendall(encode_head(Message(kind, content=content)))
+        strangers.append(stranger)
+    for stranger in strangers:
+        stranger.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(4096):
+                pass
+        stranger.close()
+    parties.start("client_0")
+    for program in parties.programs.values():
+        program.ended_with(0)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"tasks": ""}, "2 to 8 different tasks"),
+        ({"tasks": "digit,digit"}, "2 to 8 different tasks"),
+        ({"tasks": "digit,age"}, "--tasks age: must be one of class, digit, parity"),
+        ({"task_weights": "1"}, "2 numbers above 0"),
+        ({"task_weights": "1,nan"}, "2 numbers above 0"),
+        ({"topology": "vanilla"}, "without --topology multi-task"),
+        ({"scheme": "fl"}, "a scheme with a cut"),
+        ({"class_weights": "1,2"}, "none or balanced"),
+        ({"weights": "dir:/x"}, "--weights dir:/x"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, object], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        Recipe.of(RunConfig(**MODEL | TWO | options))
+
+
+def test_a_task_that_the_labels_do_not_have_is_refused_before_the_first_client() -> None:
+    run = RunConfig(dataset="fashion-mnist", topology="multi-task", tasks="class,parity")
+    with pytest.raises(ConfigError, match="--tasks parity: the classes T-shirt"):
+        check_run(run)

@@ -87,10 +87,10 @@ def lists_of_cuts(run: RunConfig, num_cuts: int | None, num_blocks: int) -> list
     if run.cut is not None and num_cuts is not None:
         raise ConfigError("--cut gives the cuts, --num-cuts all that there are: give one of them")
     row = named("topology", run.topology, TOPOLOGIES) if run.topology else None
-    if row and row.joins:
+    if row and (row.joins or row.has_tasks):
         raise ConfigError(
-            f"--topology {run.topology}: each client has a model of its own; leave the topology out"
-            " to see what the cuts of one cost"
+            f"--topology {run.topology}: each client, or task, has a model of its own; leave the"
+            " topology out to see what the cuts of one cost"
         )
     if row and hops_of(row.segments(row.num_cuts[0])):
         raise ConfigError(

@@ -99,8 +99,10 @@ def main() -> None:
     from experiments.support.ray_cluster import connected
     from sfl.runtime.preflight import check_run
 
-    if check_run(run).has_hops:
-        raise ConfigError(f"--topology {run.topology}: its hops are started by hand, not as actors")
+    if check_run(run).has_followers:
+        raise ConfigError(
+            f"--topology {run.topology}: its further parties are started by hand, not as actors"
+        )
     needs = Needs(
         server={"CPU": own.cpus_per_server, "GPU": own.gpus_per_server},
         actor={"CPU": own.cpus_per_actor, "GPU": own.gpus_per_actor},

@@ -32,7 +32,7 @@ def _numbers(classes: tuple[str, ...]) -> Tensor:
         DataError: they are none.
     """
     if not all(name.isascii() and name.isdigit() and len(name) < 19 for name in classes):
-        raise DataError(f"the classes {', '.join(classes)} are no numbers: give other --tasks")
+        raise DataError(f"the classes {', '.join(classes)} are no numbers")
     return torch.tensor([int(name) for name in classes])
 
 

@@ -26,6 +26,7 @@ from sfl.runtime.client_process import ClientProcess, devices_of, recipe_of
 from sfl.runtime.preflight import check_disk, disk_bytes
 from sfl.runtime.resume import own_state_rounds
 from sfl.runtime.same_model import report_of
+from sfl.runtime.task_servers import at_each_server
 from sfl.strategy.merge import has_client_state
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
@@ -194,7 +195,7 @@ class _Check:
         self, process: ClientProcess, welcome: Welcome, recipe: Recipe
     ) -> tuple[ClientData, str]:
         run, client, node = welcome.run, welcome.client, self._node
-        data = process.load(recipe, client, node, lambda line: None)
+        data, *_ = at_each_server(process.load(recipe, client, node, lambda line: None), recipe)
         counts = (
             f"{len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
         )

@@ -42,8 +42,9 @@ def check_run(run: RunConfig, *, imports_data: bool = False) -> Recipe:
                 f"--partition {WRITER}: {run.dataset} does not say who made its samples"
             )
         normalised(spec, run)
-        for split in _models(recipe, spec):
-            check_model(split)
+        for server in recipe.at_each_server():
+            for split in _models(server, server.tasks.seen_by(spec, server.server)):
+                check_model(split)
         if run.partition != OWN and run.class_weights != BALANCED:
             class_weights(run.class_weights, len(spec.classes))
     return recipe
@@ -73,7 +74,8 @@ def check_start(start: StartWeights | None, recipe: Recipe) -> None:
     run = recipe.run
     if start and knows_classes(run) and not recipe.joins:
         spec = dataset_of(run)
-        start.fitting(SplitModel(recipe, spec.input_shape, len(spec.classes)))
+        seen = recipe.tasks.seen_by(spec)
+        start.fitting(SplitModel(recipe, seen.input_shape, len(seen.classes)))
 
 
 def knows_classes(run: RunConfig) -> bool:

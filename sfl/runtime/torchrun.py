@@ -88,7 +88,7 @@ def check_shared(recipe: Recipe, node: ServerNode, size: int) -> None:
             "its clients share one copy of the server's part of the model",
         ),
         ("topology", not recipe.joins, "all clients take part in each step"),
-        ("topology", not recipe.has_hops, "hops go on to one server"),
+        ("topology", not recipe.has_followers, "hops and the servers of tasks follow one process"),
         ("aggregation", run.aggregation == "fedavg", "it needs all models in one process"),
         ("weights", run.weights == SOCKET, "each process sends its clients their weights"),
         ("role", node.role == "all", "the fed server averages in one process"),

@@ -1,12 +1,13 @@
 """The tasks of several servers: ``--tasks`` and ``--task-weights``."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfl.config import RunConfig, require
-from sfl.data.label_tasks import LABEL_TASKS
+from sfl.data.client_data import DatasetSpec
+from sfl.data.label_tasks import LABEL_TASKS, classes_of_tasks
 from sfl.data.partition import OWN
-from sfl.errors import ConfigError, counted
+from sfl.errors import ConfigError, DataError, counted
 from sfl.model.class_weights import BALANCED, NONE
 from sfl.model.topology import Topology
 from sfl.nodes import TASK_NAME
@@ -22,6 +23,21 @@ class Tasks:
 
     names: tuple[str, ...] = ()  # of the main server first
     weights: tuple[float, ...] = ()  # of the losses
+
+    def seen_by(self, spec: DatasetSpec, server: int = 0) -> DatasetSpec:
+        """Return a data set with the classes of one server's task; unknown ones stay.
+
+        Raises:
+            ConfigError: the task is none of its labels.
+        """
+        if not self.names:
+            return spec
+        name = self.names[server]
+        try:
+            known = classes_of_tasks(name, spec.classes)
+        except DataError as error:
+            raise ConfigError(f"--tasks {name}: {error}") from error
+        return replace(spec, classes=known.get(name, spec.classes))
 
     @property
     def columns(self) -> tuple[str, ...]:
