@@ -104,9 +104,15 @@ def test_each_server_is_told_the_labels_of_its_own_task_alone(
     proxies = {SERVER: Proxy(launcher.port), "parity": Proxy(parties.task_ports["parity"])}
     parties.at_tasks = {"parity": proxies["parity"].port}
     parties.first_port = proxies[SERVER].port
-    run = parties.run()
+    for name in parties.names:  # servers first
+        program = parties.start(name)
+        if "client" not in name:
+            wait_for(program, "listening")
+    for program in parties.programs.values():
+        program.ended_with(0)
     for proxy in proxies.values():
         proxy.close()
+    run = parties.folder
     folders = {SERVER: run, "parity": tmp_path / "task_parity/r"}
     labels = {
         name: [step.labels.numpy().tobytes() for step in sfl.archive.open(folder).steps()]

@@ -38,7 +38,7 @@ def join_task_servers(
     for name in (name.strip() for name in names):
         if not (address := told.get(name)):
             raise ProtocolError(f"the server has not told where the server of {name} is")
-        join = functools.partial(join_another, access, node, registered, address, f"task:{name}")
+        join = functools.partial(join_another, access, node, registered, address, f"task {name}")
         other = yield from access.calls.run(join)
         stack.enter_context(other.link)
         stack.enter_context(closing_with_reason(other.link))
