@@ -15,6 +15,7 @@ from sfl.archive.layout import (
     ONE_CLIENT_MODEL,
     SERVER_OPTIMIZER,
     SHARED_MODEL,
+    WITH_LINKS,
     segment_path,
 )
 from sfl.archive.round_log import read_figures, read_summary
@@ -274,7 +275,7 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         IntegrityError: no checkpoint is complete and undamaged.
     """
     try:
-        check_no_links(folder)
+        check_no_links(folder, apart=folder / WITH_LINKS)
     except OSError as error:
         raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
     if not checkpoint_paths(folder):
