@@ -108,7 +108,7 @@ def load_own_state(
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
-        f"{folder} lacks what only client_{client} has of round {round_index}{why}: start it"
+        f"{folder} lacks what only client_{client} has of round {round_index + 1}{why}: start it"
         " where it ran before, with the same --out"
     )
 
@@ -286,7 +286,9 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         if {"data", "fingerprint"} <= checkpoint.about.keys():
             checkpoints.append(checkpoint)
         else:
-            damage.append(f"{checkpoint.root}: the checkpoint of {checkpoint.round} is no server's")
+            damage.append(
+                f"{checkpoint.root}: the checkpoint of round {checkpoint.round + 1} is no server's"
+            )
     if not checkpoints:
         raise IntegrityError(f"nothing to go on from is whole: {'; '.join(damage)}")
     return Past(checkpoints, damage)
