@@ -18,14 +18,13 @@ from sfl.errors import ConfigError, StepFailed
 from sfl.model.segment_optimizer import SegmentOptimizer
 from sfl.nodes import SimulationNode
 from sfl.runtime.simulation import simulate
-from tests.support.programs import run_program
+from tests.support.bare_machine import run_bare
 from tests.support.simulations import simulated
-from tests.support.table_rows import rows_of_all_kinds, rows_that_end
 
 
 @pytest.mark.slow
-def test_a_dry_run_takes_one_check_of_each_kind() -> None:
-    done = run_program("-m", "experiments.gpu_check", "--device", "cpu")
+def test_a_dry_run_takes_one_check_of_each_kind_with_few_packages(tmp_path: Path) -> None:
+    done = run_bare(tmp_path, "-m", "experiments.gpu_check", "--device", "cpu")
     *lines, closing = done.stdout.splitlines()
     assert (closing, done.stderr) == ("5 checks and measurements, 0 NOT OK", "")
     machine, same, strict, killed, speed = lines[-5:]
@@ -43,9 +42,9 @@ def test_what_differs_fails_hangs_dies_or_comes_too_late_is_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, late = Table(minutes=5), Table(minutes=0.9)
-    with Worker(partial(rows_of_all_kinds, tmp_path)) as worker:
+    with Worker("tests.support.table_rows:rows_of_all_kinds", tmp_path) as worker:
         table.fill(worker, limit_s=3)
-    with Worker(rows_that_end) as worker:
+    with Worker("tests.support.table_rows:rows_that_end") as worker:
         late.fill(worker)
     assert table.closing_line() == "6 checks and measurements, 4 NOT OK"
     assert late.closing_line() == "1 checks and measurements, 1 NOT OK, 1 left out"

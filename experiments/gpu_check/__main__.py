@@ -13,16 +13,15 @@ import re
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from experiments.gpu_check.rows import rows
 from experiments.gpu_check.worker import Result, Worker
 from sfl.errors import ConfigError, RunError
 from sfl.options import Parser
 from sfl.program import run_program
 
+ROWS = "experiments.gpu_check.rows:rows"
 LIMIT_S = 150.0  # of a row; a run of processes ends earlier, see exact_runs.LIMIT_S
 RESERVE_S = 60  # what is begun so long before the end may be over in time
 
@@ -71,7 +70,7 @@ def main() -> int:
     # What a killed process leaves may still be written while the folder is removed.
     with TemporaryDirectory(prefix="sfl-gpu-", ignore_cleanup_errors=True) as name:
         os.environ["SFL_CACHE_DIR"] = str(Path(name) / "cache")  # also of the processes started
-        with Worker(partial(rows, options.device, Path(name))) as worker:
+        with Worker(ROWS, options.device, Path(name)) as worker:
             table.fill(worker)
     print(table.closing_line())
     return 1 if table.wrong else 0

@@ -4,16 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 
+from experiments.gpu_check.checks import checks
+from experiments.gpu_check.speed import measurements
 from experiments.gpu_check.worker import Row
+from sfl.environment import describe, set_up_torch
+from sfl.nodes import NodeConfig
 
 
 def rows(device: str, folder: Path) -> Iterator[Row]:
-    """Yield all rows; this is called in the process that does them, and alone imports torch."""
-    from experiments.gpu_check.checks import checks
-    from experiments.gpu_check.speed import measurements
-    from sfl.environment import describe, set_up_torch
-    from sfl.nodes import NodeConfig
-
+    """Yield all rows, in the process that does them."""
     is_dry, own = device == "cpu", Path(mkdtemp(dir=folder))
     about = describe(set_up_torch(NodeConfig(device=device)), [])
     named = ", ".join(f"{name} {value}" for name, value in about["fingerprint"].items())

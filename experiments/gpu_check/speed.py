@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,9 @@ from statistics import median
 import torch
 
 from experiments.bench import rows as bench
-from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sfl
+from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sfl, mean_seconds
 from experiments.bench.peers.alone import stepper
 from experiments.bench.peers.task import Task
-from experiments.bench.turns import mean_seconds
 from experiments.gpu_check.made_images import COLOUR, GREY
 from experiments.gpu_check.worker import Row, Seen
 from sfl.config import RunConfig
@@ -65,8 +65,10 @@ class Measurement:
         client = ["--allow-import", f"{GREY},{COLOUR}", "--device", self.clients]
         ours_s, plain_s = [], []
         with contextlib.ExitStack() as stack:
-            plain: Contender = Peer(stack, "plain loop", "alone", self.row, folder)
-            ours = Sfl(stack, "SFL", self.row, folder, server, client)
+            with ThreadPoolExecutor(1) as pool:  # both start at the same time
+                starting = pool.submit(Peer, stack, "plain loop", "alone", self.row, folder)
+                ours = Sfl(stack, "SFL", self.row, folder, server, client)
+                plain: Contender = starting.result()
             for block in range(blocks + 1):
                 beside, found = plain.block(steps), ours.block(steps)
                 if block:

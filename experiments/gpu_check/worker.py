@@ -4,6 +4,7 @@ A GPU that does not answer holds whoever has asked it; only the end of a process
 """
 
 import contextlib
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -42,10 +43,14 @@ class Result(NamedTuple):
 
 
 class Worker:
-    """Does rows, one by one. Its process calls ``rows``; after a hung row, another one again."""
+    """Does rows, one by one.
 
-    def __init__(self, rows: Callable[[], Iterable[Row]]) -> None:
-        self._rows, self._num_begun = rows, 0
+    ``rows``: the function that yields them, as ``package.module:function``. It is called with the
+    ``arguments`` in a process of its own, which alone imports it; after a hung row, in another.
+    """
+
+    def __init__(self, rows: str, *arguments: object) -> None:
+        self._rows, self._arguments, self._num_begun = rows, arguments, 0
         self._process: BaseProcess | None = None
 
     def __enter__(self) -> "Worker":
@@ -87,7 +92,8 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._rows, self._num_begun))
+        own = (theirs, self._num_begun, self._rows, *self._arguments)
+        self._process = context.Process(target=_work, args=own)
         self._process.start()
         theirs.close()
 
@@ -112,12 +118,14 @@ class Worker:
         self._process = None
 
 
-def _work(pipe: Connection, rows: Callable[[], Iterable[Row]], first: int) -> None:
+def _work(pipe: Connection, first: int, rows: str, *arguments: object) -> None:
     """Do rows from the ``first`` on, as ``Worker`` asks for them."""
     os.setsid()
     with contextlib.suppress(EOFError, BrokenPipeError):  # nobody asks any more
         try:
-            for row in itertools.islice(rows(), first, None):
+            module, _, name = rows.partition(":")
+            found: Iterable[Row] = getattr(importlib.import_module(module), name)(*arguments)
+            for row in itertools.islice(found, first, None):
                 pipe.send((_TITLE, row.title))
                 if pipe.recv():
                     pipe.send((_DONE, tuple(_done(row))))
