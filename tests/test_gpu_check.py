@@ -39,13 +39,17 @@ def test_a_dry_run_takes_one_check_of_each_kind_with_few_packages(tmp_path: Path
 
 
 def test_what_differs_fails_hangs_dies_or_comes_too_late_is_in_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, late = Table(minutes=5), Table(minutes=0.9)
-    with Worker("tests.support.table_rows:rows_of_all_kinds", tmp_path) as worker:
-        table.fill(worker, limit_s=3)
+    table, late, short = Table(minutes=5), Table(minutes=0.9), Table(minutes=5)
+    with Worker("tests.support.table_rows:rows_of_all_kinds", str(tmp_path)) as worker:
+        table.fill(worker, limit_s=2)
     with Worker("tests.support.table_rows:rows_that_end") as worker:
         late.fill(worker)
+    with Worker("tests.support.table_rows:rows_of_all_kinds", str(tmp_path)) as worker:
+        monkeypatch.setattr(Table, "_is_late", property(lambda table: table.done == 4))
+        short.fill(worker, limit_s=2)
+    assert short.closing_line() == "4 checks and measurements, 3 NOT OK, 1 left out"
     assert table.closing_line() == "6 checks and measurements, 4 NOT OK"
     assert late.closing_line() == "1 checks and measurements, 1 NOT OK, 1 left out"
     lines = [line.rsplit("|", 2)[0] for line in capsys.readouterr().out.splitlines()]
@@ -53,11 +57,16 @@ def test_what_differs_fails_hangs_dies_or_comes_too_late_is_in_the_table(
         "| fine | 0 differ | ok ",
         "| wrong | 1 differ | NOT OK ",
         "| failed | RunError: it has failed | NOT OK ",
-        "| hung | not over after 3 s, and killed | NOT OK ",
+        "| hung | not over after 2 s, and killed | NOT OK ",
         "| died | its process ended with exit code 7 | NOT OK ",
         "| fine again | 0 differ | ok ",
         "| late | left out: --minutes are up | ",
         "| what was to follow | there is no GPU | NOT OK ",
+        "| fine | 0 differ | ok ",
+        "| wrong | 1 differ | NOT OK ",
+        "| failed | RunError: it has failed | NOT OK ",
+        "| hung | not over after 2 s, and killed | NOT OK ",
+        "| the rest | left out: --minutes are up | ",
     ]
     started = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
     assert not started.exists() or not started.read_bytes()  # killed as well; a zombie has none

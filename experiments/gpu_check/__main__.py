@@ -38,14 +38,24 @@ class Table:
         """Do all rows and print each; leave out those that begin too late."""
         try:
             while title := worker.next_title(min(limit_s, self._left_s)):
-                if self._left_s < RESERVE_S:
+                if self._is_late:
                     worker.leave_out()
-                    self.left_out += 1
-                    print(f"| {title} | left out: --minutes are up | | |", flush=True)
-                else:
-                    self._add(title, worker.do(min(limit_s, self._left_s)))
+                    self._leave_out(title)
+                    continue
+                self._add(title, worker.do(min(limit_s, self._left_s)))
+                if worker.has_ended and self._is_late:
+                    self._leave_out("the rest")
+                    break
         except RunError as error:
             self._add("what was to follow", Result(str(error), is_right=False, seconds=0.0))
+
+    @property
+    def _is_late(self) -> bool:
+        return self._left_s < RESERVE_S
+
+    def _leave_out(self, title: str) -> None:
+        self.left_out += 1
+        print(f"| {title} | left out: --minutes are up | | |", flush=True)
 
     @property
     def _left_s(self) -> float:
@@ -70,7 +80,7 @@ def main() -> int:
     # What a killed process leaves may still be written while the folder is removed.
     with TemporaryDirectory(prefix="sfl-gpu-", ignore_cleanup_errors=True) as name:
         os.environ["SFL_CACHE_DIR"] = str(Path(name) / "cache")  # also of the processes started
-        with Worker(ROWS, options.device, Path(name)) as worker:
+        with Worker(ROWS, options.device, name) as worker:
             table.fill(worker)
     print(table.closing_line())
     return 1 if table.wrong else 0

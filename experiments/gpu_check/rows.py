@@ -11,7 +11,7 @@ from sfl.environment import describe, set_up_torch
 from sfl.nodes import NodeConfig
 
 
-def rows(device: str, folder: Path) -> Iterator[Row]:
+def rows(device: str, folder: str) -> Iterator[Row]:
     """Yield all rows, in the process that does them."""
     is_dry, own = device == "cpu", Path(mkdtemp(dir=folder))
     about = describe(set_up_torch(NodeConfig(device=device)), [])

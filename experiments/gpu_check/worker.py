@@ -6,22 +6,24 @@ A GPU that does not answer holds whoever has asked it; only the end of a process
 import contextlib
 import importlib
 import itertools
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sfl.errors import RunError, shortened
 
-PACKAGE = Path(__file__).resolve().parent.parent.parent / "sfl"
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGE = ROOT / "sfl"
 END_S = 10.0  # for a process whose rows are done to end
+_START = "from experiments.gpu_check.worker import work; work()"
 _TITLE, _DONE, _OVER, _FAILED = "title", "done", "over", "failed"  # what the process says
 Seen = tuple[str, bool]  # what was seen, and whether it is as it should be
 
@@ -49,9 +51,9 @@ class Worker:
     ``arguments`` in a process of its own, which alone imports it; after a hung row, in another.
     """
 
-    def __init__(self, rows: str, *arguments: object) -> None:
+    def __init__(self, rows: str, *arguments: str) -> None:
         self._rows, self._arguments, self._num_begun = rows, arguments, 0
-        self._process: BaseProcess | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Worker":
         return self
@@ -73,7 +75,7 @@ class Worker:
         if said == _TITLE:
             self._num_begun += 1
             return what
-        self._process.join(END_S)
+        self._wait()
         return None
 
     def do(self, limit_s: float) -> Result:
@@ -86,16 +88,24 @@ class Worker:
             return Result(what, is_right=False, seconds=time.monotonic() - began_at)
         return Result(*what)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the next row needs another process."""
+        return self._process is None
+
     def leave_out(self) -> None:
         self._ours.send(False)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        own = (theirs, self._num_begun, self._rows, *self._arguments)
-        self._process = context.Process(target=_work, args=own)
-        self._process.start()
-        theirs.close()
+        self._ours, theirs = Pipe()
+        with theirs:
+            own = [theirs.fileno(), self._num_begun, self._rows, *self._arguments]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, *map(str, own)],
+                cwd=ROOT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # with what it starts, it is killed as a group
+            )
 
     def _receive(self, limit_s: float) -> tuple[str, Any]:
         assert self._process is not None
@@ -104,23 +114,28 @@ class Worker:
         try:
             return self._ours.recv()
         except EOFError:
-            self._process.join()
-            return _FAILED, f"its process ended with exit code {self._process.exitcode}"
+            self._wait()
+            return _FAILED, f"its process ended with exit code {self._process.returncode}"
 
     def _kill(self) -> None:
         if self._process is None:
             return
-        self._process.kill()
-        with contextlib.suppress(ProcessLookupError):  # what it has started is of its group
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.join()
+        self._wait()
         self._ours.close()
         self._process = None
 
+    def _wait(self) -> None:
+        """Wait for the process to end; a driver that does not answer may hold it for good."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
 
-def _work(pipe: Connection, first: int, rows: str, *arguments: object) -> None:
-    """Do rows from the ``first`` on, as ``Worker`` asks for them."""
-    os.setsid()
+
+def work() -> None:
+    """Do rows as ``Worker`` asks for them: the process that it starts."""
+    pipe, first, rows, *arguments = Connection(int(sys.argv[1])), int(sys.argv[2]), *sys.argv[3:]
     with contextlib.suppress(EOFError, BrokenPipeError):  # nobody asks any more
         try:
             module, _, name = rows.partition(":")

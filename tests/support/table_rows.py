@@ -10,7 +10,7 @@ from experiments.gpu_check.worker import Row, Seen
 from sfl.errors import RunError
 
 
-def rows_of_all_kinds(folder: Path) -> Iterator[Row]:
+def rows_of_all_kinds(folder: str) -> Iterator[Row]:
     """Yield rows that are fine, wrong, fail, hang and die; ``folder`` is told what one starts."""
 
     def fails() -> Seen:
@@ -18,7 +18,7 @@ def rows_of_all_kinds(folder: Path) -> Iterator[Row]:
 
     def hangs() -> Seen:
         with subprocess.Popen(["sleep", "600"]) as child:
-            (folder / "child").write_text(str(child.pid))
+            (Path(folder) / "child").write_text(str(child.pid))
             time.sleep(600)
         return "over", True
 
