@@ -37,7 +37,7 @@ class Table:
     def fill(self, worker: Worker, limit_s: float = LIMIT_S) -> None:
         """Do all rows and print each; leave out those that begin too late."""
         try:
-            while title := worker.next_title(min(limit_s, self._left_s)):
+            while title := worker.next_title(min(LIMIT_S, self._left_s)):
                 if self._is_late:
                     worker.leave_out()
                     self._leave_out(title)
