@@ -62,6 +62,8 @@ def set_up_devices(node: NodeConfig, most: int, holder: str) -> Devices:
         # Operations without a deterministic form are named at the start, by
         # strategy/start_check.py; later they give a warning.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else each new tensor is filled first, also in page-locked memory: for finding mistakes.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         _check_gpus(devices)
     return devices
 

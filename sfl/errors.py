@@ -231,6 +231,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def after_round(round_index: int) -> str:
+    """Return ``after round 3`` of index 2: people count rounds from 1."""
+    return f"after round {round_index + 1}" if round_index >= 0 else "before the first round"
+
+
 def duration(seconds: float) -> str:
     """Return ``12 s``, ``3 min 5 s``, ``2 h 10 min`` or ``3 d 4 h``."""
     whole = int(seconds)

@@ -298,11 +298,16 @@ def test_what_was_handed_over_is_written_when_a_run_is_interrupted(tmp_path: Pat
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("what", ["models", "client_files/client_0", "rounds/round_000.csv"])
+WITH_FILES = ("models/m", "client_files/client_0/r", "rounds/round_000.csv", "tracked/wandb/f")
+
+
+@pytest.mark.parametrize(
+    "what", ["models", "client_files/client_0", "rounds/round_000.csv", "tracked/wandb"]
+)
 def test_a_run_with_a_link_is_not_read(tmp_path: Path, what: str) -> None:
     """What it leads to is somebody else's."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    for path in ("models/m.pt", "client_files/client_0/round_000/x.pt", "rounds/round_000.csv"):
+    for path in WITH_FILES:
         (run / path).parent.mkdir(parents=True, exist_ok=True)
         (run / path).write_bytes(b"x")
     (run / MANIFEST).touch()

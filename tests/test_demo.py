@@ -14,6 +14,8 @@ def test_the_demo_trains_draws_and_replays(tmp_path: Path) -> None:
     accuracy, replayed = done.stdout.splitlines()[-2:]
     assert re.fullmatch(r"test accuracy 0\.\d{4}", accuracy)
     assert float(accuracy.split()[-1]) >= 0.90
+    table = re.findall(r"^ +(\d+) +\d\.\d{4} ", done.stdout, re.MULTILINE)
+    assert table == [str(number) for number in range(1, 11)]  # as in "round 10/10: ..."
     assert replayed == "1020 gradients checked, 0 differ"
     assert done.stderr == ""
     (folder,) = (tmp_path / "server").iterdir()

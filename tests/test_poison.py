@@ -14,7 +14,7 @@ from torch import nn
 from experiments.support.same_run import compare
 from sfl.config import RunConfig
 from sfl.errors import Damaged, NotFinite, ProtocolError, RunError, StepFailed, reason_of
-from sfl.files.finite_check import check_finite
+from sfl.model.finite_check import check_finite
 from sfl.model.segment import Segment, train_step
 from sfl.model.training import Training
 from sfl.runtime.access import closing_message_type

@@ -202,10 +202,10 @@ def test_a_round_that_was_not_tested_has_no_figures_to_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = simulated(tmp_path, model="mlp")
-    for index in (0, -1):
+    for index, when in ((0, "after round 1"), (-1, "before the first round")):
         predicted(run, "--test-of", run, "--round", index)
         said = capsys.readouterr().out
-        assert f"; {run} recorded no test figures for round {index}\n" in said
+        assert f"; {run} has no test figures {when}\n" in said
     predicted(run, "--test-of", run)
     assert "exactly as in rounds.csv" in capsys.readouterr().out
 

@@ -410,7 +410,7 @@ def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: 
     newest.rename(launcher.folder / "hidden")  # the one before is whole, and must not be used
     assert before.exists()
     line = launcher.client("--client-id", 1, *ALLOW).ended_with(1)
-    assert "lacks what only client_1 has of round 2: start it where it ran before" in line
+    assert "lacks what only client_1 has of round 3: start it where it ran before" in line
     (launcher.folder / "hidden").rename(newest)
     for program in (server, other, launcher.client("--client-id", 1, *ALLOW)):
         program.ended_with(0)

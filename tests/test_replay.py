@@ -165,7 +165,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plant the bug: the server sends, and records, gradients that are off by one bit."""
-    honest = passes.train_step
+    honest = passes.compute
 
     def off_by_a_bit(*arguments: object) -> object:
         figures, grads = honest(*arguments)
@@ -175,7 +175,7 @@ def test_a_gradient_that_was_recorded_wrongly_is_named(
         return figures, grads
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "train_step", off_by_a_bit)
+        patch.setattr(passes, "compute", off_by_a_bit)
         run = recorded(tmp_path, rounds=1, clients=1)
     code, lines = run_replay(run)
     path = run / "client_files/client_0/round_000/grads_0_3.pt"

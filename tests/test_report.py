@@ -21,6 +21,7 @@ from sfl.model.task import TASKS
 from sfl.reports import figures
 from sfl.reports.gathered import Group, confusion, gather
 from sfl.reports.report import write_report
+from tests.support.chromium import Chromium, needs_chromium
 from tests.support.programs import run_program
 from tests.support.regression import REGRESSION
 from tests.support.simulations import simulated
@@ -120,6 +121,17 @@ def test_figures_are_means_over_the_seeds(out: Path, tmp_path: Path) -> None:
     assert len(clients) == 6
     assert all(path.is_file() for path in paths)
     assert (tmp_path / "r_val_acc.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_chromium
+def test_tables_fit_on_paper(out: Path, tmp_path: Path) -> None:
+    (path,) = write_report(opened(out, "a", "b", "c"), tmp_path / "r.html")
+    widest = "Math.max(...[...document.querySelectorAll('table')].map((t) => t.offsetWidth))"
+    with Chromium(tmp_path) as browser:
+        tab = browser.open(path.as_uri(), size=(720, 1000))  # A4 between Chromium's margins
+        assert tab.evaluate(widest) > 720  # on a screen, it is moved sideways
+        tab.command("Emulation.setEmulatedMedia", {"media": "print"})
+        assert tab.evaluate(widest) <= 720
 
 
 def test_the_same_seed_twice_is_another_curve(out: Path, tmp_path: Path) -> None:

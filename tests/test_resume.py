@@ -92,7 +92,7 @@ def test_a_client_that_lost_what_only_it_had_says_so(launcher: Launcher) -> None
     run = launcher.run(*options, clients=1)
     shutil.rmtree(launcher.folder / "client/r")
     server, client = launcher.server("--resume", run, "--rounds", 3), launcher.client()
-    assert "client_0 lacks what only it has of round 2: start it where" in client.ended_with(1)
+    assert "client_0 lacks what only it has of round 3: start it where" in client.ended_with(1)
     wait_for(server, "client_0 is refused: client_0 lacks what only it has")
 
 

@@ -81,7 +81,7 @@ def test_trackers_hold_every_figure(tmp_path: Path) -> None:
 
     log = (run / "server_log.txt").read_text()
     assert "--track wandb: offline (there is no key of W&B); upload with: wandb sync" in log
-    (path,) = run.glob("tracked/wandb/offline-run-*-r/run-r.wandb")
+    (path,) = run.glob("tracked/wandb/*/wandb/offline-run-*-r/run-r.wandb")
     assert curves_of_wandb(path) == wanted
     (picture,) = path.parent.glob("files/media/images/round/confusion_*.png")
     assert Image.open(io.BytesIO(picture.read_bytes())).size > (500, 500)
@@ -91,6 +91,8 @@ def test_trackers_hold_every_figure(tmp_path: Path) -> None:
     (config,) = (r.run for r in records_of(path) if r.WhichOneof("record_type") == "run")
     assert (config.project, config.run_id) == ("p", "r")
     assert {c.key: c.value_json for c in config.config.update}["batch_size"] == "400"
+    assert any(path.is_symlink() for path in run.glob("tracked/wandb/**/*"))  # as W&B does
+    assert sfl.open_run(run).last_round() == 2
 
     plain = simulated(tmp_path / "plain", {})
     assert_equal(all_weights(run), all_weights(plain))
@@ -156,13 +158,14 @@ def test_what_a_resumed_run_does_again_replaces_what_was_there(tmp_path: Path) -
     wanted |= {("step/client_1/loss", i): 2.0 if i > 1 else 1.0 for i in range(0, 6, 2)}
     assert curves_of_table(tmp_path / "figures.csv", 2) == wanted
     assert events_of(tmp_path / "tensorboard").numbers == wanted
-    parts = sorted(tmp_path.glob("wandb/offline-run-*-r/run-r.wandb"))
+    parts = sorted(tmp_path.glob("wandb/*/wandb/offline-run-*-r/run-r.wandb"))
     assert len(parts) == 2  # of one id
     assert {**curves_of_wandb(parts[0]), **curves_of_wandb(parts[1])} == wanted
 
 
+@pytest.mark.usefixtures("no_account")
 def test_a_resumed_run_goes_on_in_the_same_curves(launcher: Launcher) -> None:
-    track = ["--track", "tensorboard,csv"]
+    track = ["--track", "tensorboard,csv,wandb"]
     options = ["--model", "mlp", "--batch-size", 400, "--rounds", 2, "--test-every", 1, *track]
     run = launcher.run(*options)
     assert f"--track csv: every figure goes into {run}" in (run / "server_log.txt").read_text()
@@ -172,6 +175,8 @@ def test_a_resumed_run_goes_on_in_the_same_curves(launcher: Launcher) -> None:
     assert ("step/client_2/loss", 8) in wanted
     assert curves_of_table(run / "tracked/figures.csv", steps) == wanted
     assert events_of(run / "tracked/tensorboard").numbers == wanted
+    first, second = sorted(run.glob("tracked/wandb/*/wandb/offline-run-*/run-*.wandb"))
+    assert {**curves_of_wandb(first), **curves_of_wandb(second)} == wanted
 
 
 class Failing:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 from experiments.bench.rows import Row
@@ -41,6 +42,10 @@ class Sample:
     archive_lag_s: float | None = None  # the longest that a tensor waited to be on disk
     client_s: dict[str, float] = field(default_factory=dict)  # by phase, see sfl.archive.profile
     server_s: dict[str, float] = field(default_factory=dict)
+
+
+def mean_seconds(samples: Sequence[Sample]) -> float:
+    return fmean(sample.seconds for sample in samples)
 
 
 class Contender(Protocol):

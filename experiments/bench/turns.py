@@ -5,11 +5,9 @@ import dataclasses
 import importlib.util
 import itertools
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
-from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sample, Sfl
+from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sample, Sfl, mean_seconds
 from experiments.bench.report import Result
 from experiments.bench.rows import FEW_DIGITS, Row
 from experiments.bench.transports import TRANSPORTS
@@ -44,10 +42,6 @@ def run_row(row: Row, options: Namespace, folder: Path) -> list[Result]:
             for c in (alone, *others)
         ]
         return modelled(*results, LinkShape.parse(options.link)) if options.link else results
-
-
-def mean_seconds(samples: Sequence[Sample]) -> float:
-    return fmean(sample.seconds for sample in samples)
 
 
 def modelled(alone: Result, ours: Result, link: LinkShape) -> list[Result]:

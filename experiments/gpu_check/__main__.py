@@ -13,14 +13,16 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sfl.errors import ConfigError, SflError, shortened
+from experiments.gpu_check.worker import Result, Worker
+from sfl.errors import ConfigError, RunError
 from sfl.options import Parser
 from sfl.program import run_program
 
+ROWS = "experiments.gpu_check.rows:rows"
+LIMIT_S = 150.0  # of a row; a run of processes ends earlier, see exact_runs.LIMIT_S
 RESERVE_S = 60  # what is begun so long before the end may be over in time
 
 
@@ -32,22 +34,38 @@ class Table:
         self.wrong, self.left_out, self.done = 0, 0, 0
         print("| check | what was seen | | seconds |\n| --- | --- | --- | ---: |", flush=True)
 
-    def add(self, title: str, run: Callable[[], tuple[str, bool]]) -> None:
-        """Do one check and print its line; leave it out if the time is up."""
-        if time.monotonic() > self._ends_at - RESERVE_S:
-            self.left_out += 1
-            print(f"| {title} | left out: --minutes are up | | |", flush=True)
-            return
-        began_at = time.monotonic()
+    def fill(self, worker: Worker, limit_s: float = LIMIT_S) -> None:
+        """Do all rows and print each; leave out those that begin too late."""
         try:
-            seen, is_right = run()
-        except (SflError, OSError, ValueError, RuntimeError) as error:  # torch's are RuntimeErrors
-            seen, is_right = shortened(f"{type(error).__name__}: {error}", 300), False
+            while title := worker.next_title(min(LIMIT_S, self._left_s)):
+                if self._is_late:
+                    worker.leave_out()
+                    self._leave_out(title)
+                    continue
+                self._add(title, worker.do(min(limit_s, self._left_s)))
+                if worker.has_ended and self._is_late:
+                    self._leave_out("the rest")
+                    break
+        except RunError as error:
+            self._add("what was to follow", Result(str(error), is_right=False, seconds=0.0))
+
+    @property
+    def _is_late(self) -> bool:
+        return self._left_s < RESERVE_S
+
+    def _leave_out(self, title: str) -> None:
+        self.left_out += 1
+        print(f"| {title} | left out: --minutes are up | | |", flush=True)
+
+    @property
+    def _left_s(self) -> float:
+        return max(self._ends_at - time.monotonic(), 1.0)
+
+    def _add(self, title: str, result: Result) -> None:
         self.done += 1
-        self.wrong += not is_right
-        seconds = time.monotonic() - began_at
-        state = "ok" if is_right else "NOT OK"
-        print(f"| {title} | {' '.join(seen.split())} | {state} | {seconds:.1f} |", flush=True)
+        self.wrong += not result.is_right
+        state = "ok" if result.is_right else "NOT OK"
+        print(f"| {title} | {result.seen} | {state} | {result.seconds:.1f} |", flush=True)
 
     def closing_line(self) -> str:
         line = f"{self.done} checks and measurements, {self.wrong} NOT OK"
@@ -58,25 +76,12 @@ def main() -> int:
     options = parse()
     if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise ConfigError(f"--device {options.device}: give cpu, cuda or cuda:N")
-    from experiments.gpu_check.checks import checks
-    from experiments.gpu_check.speed import BLOCKS, STEPS, measurements
-    from sfl.environment import describe, set_up_torch
-    from sfl.nodes import NodeConfig
-
-    is_dry = options.device == "cpu"
-    device = set_up_torch(NodeConfig(device=options.device))
-    blocks, steps = (1, 2) if is_dry else (BLOCKS, STEPS)
-    about = describe(device, [])
-    print(", ".join(f"{name} {value}" for name, value in about["fingerprint"].items()))
-    with TemporaryDirectory(prefix="sfl-gpu-") as name:
-        folder = Path(name)
-        os.environ["SFL_CACHE_DIR"] = str(folder / "cache")  # also of the processes started here
-        table = Table(options.minutes)
-        for check in checks(options.device, folder, is_dry=is_dry):
-            table.add(check.title, check.run)
-        for number, row in enumerate(measurements(options.device, is_dry=is_dry)):
-            own = folder / f"speed_{number}"
-            table.add(row.title, lambda row=row, own=own: (row.take(own, blocks, steps), True))
+    table = Table(options.minutes)
+    # What a killed process leaves may still be written while the folder is removed.
+    with TemporaryDirectory(prefix="sfl-gpu-", ignore_cleanup_errors=True) as name:
+        os.environ["SFL_CACHE_DIR"] = str(Path(name) / "cache")  # also of the processes started
+        with Worker(ROWS, options.device, name) as worker:
+            table.fill(worker)
     print(table.closing_line())
     return 1 if table.wrong else 0
 

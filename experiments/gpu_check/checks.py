@@ -1,9 +1,8 @@
 """The checks of results, one after another: what is compared with what, on which devices."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from experiments.gpu_check.exact_runs import (
     over_sockets,
 )
 from experiments.gpu_check.made_images import write_own
+from experiments.gpu_check.waits import without_other_waits
+from experiments.gpu_check.worker import Row, Seen
 from experiments.support.same_run import compare
 
 NUM_SAMPLES = 100  # of each client, of which a fifth is held out: 4 steps a round
@@ -29,18 +30,9 @@ _OPTIONS = {
     "u-shaped, reset": ("--scheme", "sflv2", "--cut", "3,9"),
     "u-shaped, keep": ("--scheme", "sflv1", "--cut", "3,9", "--optimizer-state", "keep"),
 }
-Seen = tuple[str, bool]  # what was seen, and whether it is as it should be
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    title: str
-    run: Callable[[], Seen]
-
-
-def checks(device: str, folder: Path, *, is_dry: bool) -> Iterator[Check]:
+def checks(device: str, folder: Path, *, is_dry: bool) -> Iterator[Row]:
     """Yield all checks of results on a device; a dry run has one of each kind."""
     data = folder / "data"
     write_own(data, NUM_CLIENTS, NUM_SAMPLES)
@@ -52,14 +44,25 @@ def checks(device: str, folder: Path, *, is_dry: bool) -> Iterator[Check]:
         Case(t, _OPTIONS[t], p, data, rounds=KILLED_ROUNDS)
         for t, p in (("sflv1, keep", mixed), ("u-shaped, keep", alone))
     ]
+    strict_cases = [
+        Case(t, (*_OPTIONS[t], *more, "--clients", "1"), alone, data)
+        for t, more in (
+            ("sflv1, reset", ()),
+            ("u-shaped, keep", ("--optimizer", "sgd", "--momentum", "0.9", "--clip-norm", "1")),
+        )
+    ]
     if is_dry:
-        cases, killed_cases = cases[-1:], killed_cases[-1:]
+        cases, killed_cases, strict_cases = cases[-1:], killed_cases[-1:], strict_cases[-1:]
     for number, case in enumerate(cases):
         own = folder / f"same_{number}"
-        yield Check(f"sockets = simulation: {case}", partial(_same, case, own, 1 if is_dry else 2))
+        yield Row(f"sockets = simulation: {case}", partial(_same, case, own, 1 if is_dry else 2))
+    for number, case in enumerate(strict_cases):
+        simulate = partial(in_one_process, case, folder / f"strict_{number}")
+        title = f"no wait but for what is sent: {case}{', clipped' if number else ''}"
+        yield Row(title, partial(without_other_waits, simulate))
     for number, case in enumerate(killed_cases):
         own = folder / f"killed_{number}"
-        yield Check(f"client and server killed: {case}", partial(_survives, case, own))
+        yield Row(f"client and server killed: {case}", partial(_survives, case, own))
 
 
 def _places(device: str) -> tuple[Place, Place]:
@@ -80,18 +83,21 @@ def _two_devices(device: str) -> Place | None:
 
 def _same(case: Case, folder: Path, times: int) -> Seen:
     """Compare runs over sockets with a simulation on the same devices, and replay them."""
-    whole = in_one_process(case, folder / "simulation")
     outs = [folder / f"sockets_{n}" for n in range(times)]
     with ThreadPoolExecutor(times) as pool:  # side by side: most of their time is their start
-        found = [_compared(whole, out) for out in pool.map(partial(over_sockets, case), outs)]
+        others = pool.map(partial(over_sockets, case), outs)
+        whole = in_one_process(case, folder / "simulation")
+        found = [_compared(whole, other) for other in others]
     seen = "; ".join(dict.fromkeys(text for text, _ in found))
     return f"{seen}, {times}x", all(ok for _, ok in found)
 
 
 def _survives(case: Case, folder: Path) -> Seen:
     """Compare a run whose client and server were killed with one that was not disturbed."""
-    whole = in_one_process(case, folder / "simulation")
-    return _compared(whole, killed(case, folder / "killed"))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(killed, case, folder / "killed")
+        whole = in_one_process(case, folder / "simulation")
+        return _compared(whole, other.result())
 
 
 def _compared(whole: Path, other: Path) -> Seen:

@@ -16,7 +16,7 @@ from sfl.options import parse_options
 from sfl.runtime.simulation import simulate
 
 NUM_CLIENTS = 2
-LIMIT_S = 120.0  # of one run; a GPU takes seconds to start in each process
+LIMIT_S = 90.0  # of one run; a GPU takes seconds to start in each process
 _RUN = (
     "--model", NAME, "--cut", str(CUT), "--dataset", "mnist-5k", "--partition", "own",
     "--clients", str(NUM_CLIENTS), "--batch-size", "20", "--run", "r",

@@ -1,31 +1,30 @@
 """How long a step takes beside a plain loop, in turns; memory of the device, and bytes copied."""
 
 import contextlib
+import gc
 import io
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sfl
+from experiments.bench import rows as bench
+from experiments.bench.contenders import BLOCK_ROUNDS, Contender, Peer, Sfl, mean_seconds
 from experiments.bench.peers.alone import stepper
 from experiments.bench.peers.task import Task
-from experiments.bench.rows import Row
-from experiments.bench.turns import mean_seconds
 from experiments.gpu_check.made_images import COLOUR, GREY
+from experiments.gpu_check.worker import Row, Seen
 from sfl.config import RunConfig
 from sfl.data.datasets import dataset_of
-from sfl.model.segment import train_step
-from sfl.model.topology import Holder
 from sfl.nodes import SimulationNode
 from sfl.options import parse_options
 from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.values import Position
 
 BLOCKS, STEPS = 3, 24  # blocks that count, after one that does not; steps of a plain loop's block
 
@@ -34,7 +33,7 @@ BLOCKS, STEPS = 3, 24  # blocks that count, after one that does not; steps of a 
 class Measurement:
     """One line of the table: a row of ``experiments.bench``, and where it is computed."""
 
-    row: Row
+    row: bench.Row
     device: str
     clients: str  # device of the clients
 
@@ -46,8 +45,8 @@ class Measurement:
             where = f"server on {self.device}, clients on {self.clients}"
         return f"{self.row.model}, batch {self.row.batch_size}, {many}; {where}"
 
-    def take(self, folder: Path, blocks: int, steps: int) -> str:
-        """Return what was measured, as text."""
+    def take(self, folder: Path, blocks: int, steps: int) -> Seen:
+        """Return what was measured, as text; no figure is wrong."""
         folder.mkdir()
         ours_s, plain_s = self._in_turns(folder, blocks, steps)
         ratio = median(ours / plain for ours, plain in zip(ours_s, plain_s, strict=True))
@@ -55,10 +54,9 @@ class Measurement:
         seen += f" ratio {ratio:.2f}; to the device {self._bytes()[0]:,} bytes a step,"
         seen += f" from it {self._bytes()[1]:,}"
         if torch.device(self.device).type != "cuda":
-            return seen
+            return seen, True
         ours, plain = self._peak_bytes(folder)
-        seen += f"; peak {ours / 2**20:,.0f} MiB, plain loop {plain / 2**20:,.0f} MiB"
-        return f"{seen}; the back's step waits {self._waits()} times for the device"
+        return f"{seen}; peak {ours / 2**20:,.0f} MiB, plain loop {plain / 2**20:,.0f} MiB", True
 
     def _in_turns(self, folder: Path, blocks: int, steps: int) -> tuple[list[float], list[float]]:
         """Return the seconds of a step in each block: over sockets, and of the plain loop."""
@@ -67,8 +65,10 @@ class Measurement:
         client = ["--allow-import", f"{GREY},{COLOUR}", "--device", self.clients]
         ours_s, plain_s = [], []
         with contextlib.ExitStack() as stack:
-            plain: Contender = Peer(stack, "plain loop", "alone", self.row, folder)
-            ours = Sfl(stack, "SFL", self.row, folder, server, client)
+            with ThreadPoolExecutor(1) as pool:  # both start at the same time
+                starting = pool.submit(Peer, stack, "plain loop", "alone", self.row, folder)
+                ours = Sfl(stack, "SFL", self.row, folder, server, client)
+                plain: Contender = starting.result()
             for block in range(blocks + 1):
                 beside, found = plain.block(steps), ours.block(steps)
                 if block:
@@ -106,52 +106,39 @@ class Measurement:
                 step()
         return ours[0], plain[0]
 
-    def _waits(self) -> int:
-        """Return how often the step of the server's segment waits for its device.
-
-        torch counts what waits by itself, as ``item()``; not the one wait for what is sent.
-        """
-        recipe, split = self._split()
-        back = split.segments(Holder.SERVER, torch.device(self.device)).last
-        spec = split.features_spec(recipe.run.batch_size, 0)
-        z = torch.rand(spec.shape, dtype=spec.dtype)
-        y = torch.arange(recipe.run.batch_size) % split.num_classes
-        back.start_round(0)
-        for _ in range(2):  # the first one also prepares the device
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    train_step(back, z, y, Position())
-                    back.update()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in found)
-
 
 @contextlib.contextmanager
 def _peak(device: str) -> Iterator[list[int]]:
     """Append the peak of the device's memory in bytes that the ``with`` block has."""
     found: list[int] = []
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     yield found
     found.append(torch.cuda.max_memory_allocated(device))
 
 
-def measurements(device: str, *, is_dry: bool) -> list[Measurement]:
-    """Return all measurements, the most wanted first; a dry run has one small one."""
+def measurements(device: str, folder: Path, *, is_dry: bool) -> Iterator[Row]:
+    """Yield all measurements as rows of the table, the most wanted first."""
+    blocks, steps = (1, 2) if is_dry else (BLOCKS, STEPS)
+    for number, one in enumerate(sizes(device, is_dry=is_dry)):
+        own = folder / f"speed_{number}"
+        yield Row(one.title, partial(one.take, own, blocks, steps))
 
-    def row(model: str, batch_size: int, clients: int, data: str, epochs: int) -> Row:
+
+def sizes(device: str, *, is_dry: bool) -> list[Measurement]:
+    """Return what is measured; a dry run has one small one."""
+
+    def row(model: str, batch_size: int, clients: int, data: str, epochs: int) -> bench.Row:
         options = ("--dataset", data, "--device", device)
-        return Row(model, batch_size, clients, options, has_peers=False, epochs=epochs)
+        return bench.Row(model, batch_size, clients, options, has_peers=False, epochs=epochs)
 
     if is_dry:
         return [Measurement(row("mlp", 512, 1, GREY, 1), device, "cpu")]
-    sizes = [("lenet5", 128, GREY, 4), ("resnet18", 128, COLOUR, 4), ("resnet18", 32, COLOUR, 2)]
+    models = [("lenet5", 128, GREY, 4), ("resnet18", 128, COLOUR, 4), ("resnet18", 32, COLOUR, 2)]
     found = [
         Measurement(row(model, batch_size, clients, data, epochs), device, device)
-        for model, batch_size, data, epochs in sizes
+        for model, batch_size, data, epochs in models
         for clients in (1, 3)
     ]
     # The front of ResNet-18 takes a CPU long: a round has one pass over the data.

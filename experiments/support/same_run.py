@@ -106,7 +106,7 @@ def _compare_steps(ours: RunArchive, theirs: RunArchive, found: Differences) -> 
     for key in sorted(whole.keys() | other.keys()):
         if whole.get(key) != other.get(key):
             client, round_index, step, link = key
-            at = f"client {client}, round {round_index}, step {step}, cut {link}"
+            at = f"client_{client}/round_{round_index:03d}, step {step}, cut {link}"
             found.add(f"{at}: differs, or is missing")
 
 

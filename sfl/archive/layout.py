@@ -44,6 +44,8 @@ def model_path(template: str, round_index: int, **which: int | str) -> str:
 MANIFEST = "manifest.jsonl"
 STATUS = "status.json"  # while the run goes on
 TRACKED = "tracked"  # the folder of --track's files
+# W&B's part of it has links; nobody reads it, and each start writes into a new folder in it.
+WITH_LINKS = f"{TRACKED}/wandb"
 MODELS = "models/"  # the folder of a run's weights
 LABELS, ACTIVATIONS, GRADS = "labels", "split_layer_tensor", "grads"
 WEIGHT_GRADS = "weight_grads"

@@ -25,6 +25,7 @@ from sfl.archive.layout import (
     MANIFEST,
     MODELS,
     WEIGHT_GRADS,
+    WITH_LINKS,
     round_of_folder,
     shares_in,
 )
@@ -237,7 +238,7 @@ def open(path: str | os.PathLike[str]) -> RunArchive:
     """
     root = Path(path)
     try:
-        check_linkless(root)
+        check_linkless(root, apart=root / WITH_LINKS)
     except OSError as error:
         raise RunError(f"cannot read {root}: {error.filename}: {error.strerror}") from error
     return RunArchive(root)

@@ -23,8 +23,8 @@ from sfl.errors import ProtocolError
 from sfl.files.checksum import File
 from sfl.files.torch_file import TensorSpec, decode_file, encode_file
 from sfl.model.task import Task
-from sfl.model.topology import Holder, Relay, Route, route
-from sfl.model.transfer import to_host
+from sfl.model.topology import Holder, Relay, Route, Segments, route
+from sfl.model.transfer import host_memory, to_host
 from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -67,6 +67,9 @@ class Side(Protocol):
 
     @property
     def clock(self) -> Stopwatch: ...
+
+    @property
+    def own_segments(self) -> Segments: ...
 
     def measure_compute(self) -> AbstractContextManager[None]: ...
 
@@ -134,7 +137,8 @@ class Cut:
         client = f" of client {self.at.client}" if self.at.client >= 0 else ""
         name = f"the {_KIND_NAMES[kind]}{client}"
         with self._party.measure_compute():
-            tensor, file = decode_file(message.file, self._specs[kind], name)
+            memory = host_memory(self._party.own_segments.first.device)
+            tensor, file = decode_file(message.file, self._specs[kind], name, memory)
             self._check(kind, tensor, name)
         self._files[kind] = file
         self._party.clock.lap("load")

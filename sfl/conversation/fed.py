@@ -40,8 +40,8 @@ from sfl.conversation.join import Welcome, parse_heartbeat
 from sfl.errors import ConfigError, IntegrityError, ProtocolError, counted, quoted
 from sfl.files import strict_json
 from sfl.files.checksum import checksum
-from sfl.files.finite_check import check_finite
 from sfl.files.torch_file import decode_state, encode_state
+from sfl.model.finite_check import check_finite
 from sfl.model.topology import States, joined
 from sfl.options import from_values
 from sfl.strategy.merge import Shared, Trained, averaging_weights, merge, shared_files

@@ -17,7 +17,7 @@ from sfl.conversation.joint_steps import JointSteps
 from sfl.data.client_data import ClientData
 from sfl.data.vertical import Ids
 from sfl.errors import NotFinite, StepFailed
-from sfl.files.finite_check import LOG, check_finite
+from sfl.model.finite_check import LOG, check_finite
 from sfl.model.metrics import StepFigures, checked
 from sfl.model.segment import Segment
 from sfl.model.task import Task

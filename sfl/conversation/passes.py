@@ -13,16 +13,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from sfl.archive.layout import ACTIVATIONS, GRADS
 from sfl.archive.profile import Stopwatch
 from sfl.files.checksum import File
 from sfl.model.metrics import StepFigures, Tally
-from sfl.model.segment import Segment, tally_of, train_step
+from sfl.model.segment import Segment, begin_step, tally_of
 from sfl.model.task import Task
 from sfl.model.topology import Relay, Route, Segments, stops
+from sfl.model.transfer import Fetch
 from sfl.values import Position
 from sfl.wire.driver import Conversation
 from sfl.wire.messages import Message
@@ -187,7 +187,9 @@ def _backward(
             else:
                 assert grads is not None
                 grads = segment.backward(grads)
-                party.check_step(segment, cuts.at, *([] if grads is None else [grads]))
+                fetch = Fetch([] if grads is None else [grads])
+                party.check_step(segment, cuts.at, *fetch.given)
+                grads = next(iter(fetch.wait()), None)
             party.clock.lap("forward" if stop.is_last else "backward")
             if stop.takes is not None:
                 assert grads is not None
@@ -205,13 +207,12 @@ def compute(
         StepFailed: it cannot be computed, or its results are not finite.
     """
     try:
-        figures, dz = train_step(last, *batch, at)
-        given = torch.tensor(figures.loss), *([] if dz is None else [dz])
-        party.check_step(last, at, *given)
+        step = begin_step(last, *batch, at)
+        party.check_step(last, at, *step.computed)
+        return step.results()
     except BaseException:
         last.undo_step()
         raise
-    return figures, dz
 
 
 def figures_content(party: Side, figures: StepFigures) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -36,37 +37,45 @@ def which_file(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def check_linkless(folder: Path) -> None:
+def check_linkless(folder: Path, *, apart: Path | None = None) -> None:
     """Check that a folder has no symbolic links, so that reads stay inside it.
+
+    ``apart``: a folder in it whose contents nobody reads.
 
     Raises:
         OSError: the folder has a link.
     """
-    waiting = [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    raise OSError(0, "is a link: a run's files lie in its folder", entry.path)
-                if entry.is_dir():
-                    waiting.append(Path(entry.path))
+    for entry in _entries(folder, apart):
+        if entry.is_symlink():
+            raise OSError(0, "is a link: a run's files lie in its folder", entry.path)
 
 
-def check_no_links(folder: Path) -> None:
+def check_no_links(folder: Path, *, apart: Path | None = None) -> None:
     """Check that a folder holds only folders and unshared files, so that writes stay inside it.
+
+    ``apart``: a folder in it into whose files and folders nobody writes.
 
     Raises:
         OSError: the folder holds a symbolic or hard link, a pipe or a device.
     """
+    for entry in _entries(folder, apart):
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "is a link, or no file", entry.path)
+        if status.st_nlink > 1:
+            why = "is a file elsewhere as well, by a hard link: copy the folder (cp -r)"
+            raise OSError(0, why, entry.path)
+
+
+def _entries(folder: Path, apart: Path | None) -> Iterator[os.DirEntry[str]]:
+    """Yield what lies in a folder at any depth, but not what lies in the folder ``apart``."""
     waiting = [folder]
     while waiting:
         with os.scandir(waiting.pop()) as entries:
             for entry in entries:
-                status = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    waiting.append(Path(entry.path))
-                elif not stat.S_ISREG(status.st_mode):
-                    raise OSError(0, "is a link, or no file", entry.path)
-                elif status.st_nlink > 1:
-                    why = "is a file elsewhere as well, by a hard link: copy the folder (cp -r)"
-                    raise OSError(0, why, entry.path)
+                yield entry
+                path = Path(entry.path)
+                if path != apart and entry.is_dir(follow_symlinks=False):
+                    waiting.append(path)

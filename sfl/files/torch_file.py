@@ -9,7 +9,7 @@ compared once more.
 
 import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,7 @@ def _text(spec: TensorSpec) -> str:
 
 
 StateSpec = Mapping[str, TensorSpec]
+Allocate = Callable[[TensorSpec], Tensor]  # memory for a tensor, not filled
 
 
 def state_spec(state: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -189,22 +190,27 @@ def decode(data: Buffer, spec: TensorSpec, name: str, checksum: str = "") -> Ten
     return _decode_any(data, spec, name) if found is None else found
 
 
-def decode_file(file: File, spec: TensorSpec, name: str) -> tuple[Tensor, File]:
+def decode_file(
+    file: File, spec: TensorSpec, name: str, allocate: Allocate | None = None
+) -> tuple[Tensor, File]:
     """Return the tensor in a peer's file, and the file to store.
 
-    The file to store is what we write for this tensor: the peer's bytes if they equal it.
+    The file to store is what we write for this tensor: the peer's bytes if they equal it. The
+    tensor is then in memory that ``allocate`` gives for its spec, if that is given.
 
     Raises:
         IntegrityError: as ``decode``.
     """
-    found = _decode_ours(file.data, spec, file.checksum)
+    found = _decode_ours(file.data, spec, file.checksum, allocate)
     if found is not None:
         return found, file
     tensor = _decode_any(file.data, spec, name)
     return tensor, encode_file(tensor)
 
 
-def _decode_ours(data: Buffer, spec: TensorSpec, checksum: str) -> Tensor | None:
+def _decode_ours(
+    data: Buffer, spec: TensorSpec, checksum: str, allocate: Allocate | None = None
+) -> Tensor | None:
     """Return the tensor in a file that equals what we write byte for byte; else None."""
     # Making a template takes memory of the tensor's size, so the file's size is compared first.
     if (
@@ -212,7 +218,11 @@ def _decode_ours(data: Buffer, spec: TensorSpec, checksum: str) -> Tensor | None
         and (template := _template(spec))
         and (found := template.data_of(data, crc_of(checksum))) is not None
     ):
-        return torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
+        if allocate is None:
+            return torch.frombuffer(bytearray(found), dtype=spec.dtype).reshape(spec.shape)
+        tensor = allocate(spec)
+        tensor.reshape(-1).view(torch.uint8).numpy().data[:] = found
+        return tensor
     return None
 
 
@@ -281,10 +291,14 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     Stricter than ``isfinite``: it also refuses numbers so large that a norm, a variance or Adam's
     second moment overflows, which ruins the weights for good.
     """
+    return all(map(bool, finite_flags(tensors)))
+
+
+def finite_flags(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return whether ``are_finite`` holds for the tensors of each device: () bool, there."""
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
     flat = (t.detach().reshape(-1).float() for t in dense if t.is_floating_point())
     squares: dict[torch.device, list[Tensor]] = {}
     for values in flat:
         squares.setdefault(values.device, []).append(torch.dot(values, values))
-    # One wait for each device.
-    return all(bool(torch.stack(found).isfinite().all()) for found in squares.values())
+    return [torch.stack(found).isfinite().all() for found in squares.values()]

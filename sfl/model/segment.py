@@ -5,7 +5,7 @@ in order, then ``backward`` in reverse. Shapes: ``x`` (B, C, H, W), ``z`` (B, *c
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from sfl.model.metrics import StepFigures, Tally
 from sfl.model.segment_optimizer import SegmentOptimizer
 from sfl.model.task import Task
 from sfl.model.training import Training
-from sfl.model.transfer import to_device
+from sfl.model.transfer import Fetch, to_device
 from sfl.values import Position
 
 
@@ -260,10 +260,35 @@ class Segment:
             parameter.copy_(parameters[name])
 
 
+class LastStep:
+    """A step of the model's last segment, which its device may still compute.
+
+    ``computed``: what is to be checked on the device, the loss and the gradient at the input.
+    """
+
+    def __init__(
+        self, figures: Callable[[], StepFigures], loss: Tensor, grads: Tensor | None
+    ) -> None:
+        self._figures, self._grads = figures, Fetch([] if grads is None else [grads])
+        self.computed = [loss.detach(), *self._grads.given]
+
+    def results(self) -> tuple[StepFigures, Tensor | None]:
+        """Return the figures, and the gradient on the CPU, after one wait."""
+        return self._figures(), next(iter(self._grads.wait()), None)
+
+
 def train_step(
     last: Segment, z: Tensor, y: Tensor, at: Position
 ) -> tuple[StepFigures, Tensor | None]:
     """Compute one step of the model's last segment; return its figures and the gradient at ``z``.
+
+    The gradient is on the CPU. See ``begin_step``.
+    """
+    return begin_step(last, z, y, at).results()
+
+
+def begin_step(last: Segment, z: Tensor, y: Tensor, at: Position) -> LastStep:
+    """Begin one step of the model's last segment; what it gives is on its way to the host.
 
     The task's loss is averaged over the batch; with class weights, divided by the sum of the
     samples' weights. The caller calls ``update()`` after sending the gradient. The gradient has the
@@ -274,7 +299,7 @@ def train_step(
     with computing("the loss cannot be computed"):
         loss = last.task.loss(outputs, y, weight=last.class_weights)
     grads = last.backward_of(last.weighed(loss))
-    return last.task.step_figures(outputs, y, loss), grads
+    return LastStep(last.task.begin_figures(outputs, y, loss), loss, grads)
 
 
 def evaluate_step(last: Segment, z: Tensor, y: Tensor) -> tuple[Tally, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfl.files.torch_file import TensorSpec
 from sfl.model import classification
 from sfl.model.metrics import StepFigures, Tally
-from sfl.model.transfer import numbers
+from sfl.model.transfer import Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,23 @@ class Task:
 
     def step_figures(self, outputs: Tensor, y: Tensor, loss: Tensor) -> StepFigures:
         """Return the figures of a step with this loss."""
-        mean, *counts = numbers([loss, *self.count(outputs, y)])
-        return StepFigures(mean, tuple(map(int, counts)), len(y))
+        return self.begin_figures(outputs, y, loss)()
+
+    def begin_figures(self, outputs: Tensor, y: Tensor, loss: Tensor) -> Callable[[], StepFigures]:
+        """Begin to fetch the figures of a step; return what waits for them and returns them."""
+        fetched, samples = Numbers([loss, *self.count(outputs, y)]), len(y)
+
+        def figures() -> StepFigures:
+            mean, *counts = fetched.wait()
+            return StepFigures(mean, tuple(map(int, counts)), samples)
+
+        return figures
 
     def tally(self, outputs: Tensor, y: Tensor) -> Tally:
         """Return the tally of an evaluated batch."""
         loss_sum = self.loss(outputs, y, reduction="sum")
         table = self.table.count(outputs, y).cpu() if self.table else None
-        summed, *counts = numbers([loss_sum, *self.count(outputs, y)])
+        summed, *counts = Numbers([loss_sum, *self.count(outputs, y)]).wait()
         return Tally(len(y), tuple(map(int, counts)), summed, table)
 
     def named_counts(self, counts: Sequence[int]) -> dict[str, int]:

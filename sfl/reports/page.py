@@ -66,6 +66,7 @@ th { text-align: left; border-bottom: 1px solid #111; }
 th, td { padding: 3px 12px 3px 2px; vertical-align: top; max-width: 26em; min-width: 3.5em;
   overflow-wrap: break-word; }
 td.short { white-space: nowrap; }
+td:not(.short) { min-width: 14em; }
 td:first-child { min-width: 9em; }
 tbody tr:nth-child(even) { background: #f3f3f3; }
 .figures { display: grid; gap: 14px 24px;
@@ -74,7 +75,15 @@ figure { margin: 0; break-inside: avoid; }
 figure img { width: 100%; max-width: 560px; height: auto; }
 figcaption { font-size: 13px; color: #333; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: .5em 0; }
-@media print { body { max-width: none; } .wide { overflow: visible; } }
+@media print {
+  body { max-width: none; font-size: 12px; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  .wide { overflow: visible; }
+  table { font-size: 10px; }
+  th, td, td:first-child, td.short, td:not(.short) {
+    min-width: 0; padding-right: 6px; white-space: normal; }
+  td:not(.short) { overflow-wrap: anywhere; }
+}
 </style>
 </head>
 <body>

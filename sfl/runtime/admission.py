@@ -39,7 +39,7 @@ class Admission:
         if past and begins and not past.matches_own_state(joined.client, joined.data.rounds):
             return (
                 f"client_{joined.client} lacks what only it has of round"
-                f" {past.first_round}: start it where it ran before, with the same --out"
+                f" {past.first_round + 1}: start it where it ran before, with the same --out"
             )
         if digest in ("", joined.data.digest):
             return ""

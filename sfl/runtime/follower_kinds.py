@@ -29,7 +29,14 @@ class Kind:
 
 
 HOP = Kind(hop_join, hop_run, hop_limits, lambda role: SERVER, "on to")
-TASK = Kind(task_join, task_run, task_limits, lambda role: role.replace(":", " "), "the main server is at", True)
+TASK = Kind(
+    task_join,
+    task_run,
+    task_limits,
+    lambda role: role.replace(":", " "),
+    "the main server is at",
+    True,
+)
 
 
 def kind_of(role: str) -> Kind:

@@ -117,7 +117,10 @@ def common_past(past: Past | None, recipe: Recipe, group: Group) -> Past | None:
     if past and common:
         return past.only(common)
     if any(max(rounds, default=0) > 0 for rounds in known):
-        shown = ", ".join(f"{r}: {rounds or 'none'}" for r, rounds in enumerate(known))
+        shown = "; ".join(
+            f"{rank}: {', '.join(str(index + 1) for index in rounds) or 'none'}"
+            for rank, rounds in enumerate(known)
+        )
         raise RunError(f"the server's processes have no round in common to go on with: {shown}")
     return None  # a rank was lost before any had taken a step
 

@@ -15,6 +15,7 @@ from sfl.archive.layout import (
     ONE_CLIENT_MODEL,
     SERVER_OPTIMIZER,
     SHARED_MODEL,
+    WITH_LINKS,
     segment_path,
 )
 from sfl.archive.round_log import read_figures, read_summary
@@ -107,7 +108,7 @@ def load_own_state(
             return
     why = f" ({'; '.join(damage)})" if damage else ""
     raise RunError(
-        f"{folder} lacks what only client_{client} has of round {round_index}{why}: start it"
+        f"{folder} lacks what only client_{client} has of round {round_index + 1}{why}: start it"
         " where it ran before, with the same --out"
     )
 
@@ -274,7 +275,7 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         IntegrityError: no checkpoint is complete and undamaged.
     """
     try:
-        check_no_links(folder)
+        check_no_links(folder, apart=folder / WITH_LINKS)
     except OSError as error:
         raise RunError(f"cannot go on in {folder}: {error.filename}: {error.strerror}") from error
     if not checkpoint_paths(folder):
@@ -285,7 +286,9 @@ def open_past(folder: Path, run: RunConfig) -> Past:
         if {"data", "fingerprint"} <= checkpoint.about.keys():
             checkpoints.append(checkpoint)
         else:
-            damage.append(f"{checkpoint.root}: the checkpoint of {checkpoint.round} is no server's")
+            damage.append(
+                f"{checkpoint.root}: the checkpoint of round {checkpoint.round + 1} is no server's"
+            )
     if not checkpoints:
         raise IntegrityError(f"nothing to go on from is whole: {'; '.join(damage)}")
     return Past(checkpoints, damage)

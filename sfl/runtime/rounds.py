@@ -31,8 +31,8 @@ from sfl.conversation.round import (
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
 from sfl.errors import PEER_ERRORS
-from sfl.files.finite_check import REJECT
 from sfl.files.torch_file import encode_state
+from sfl.model.finite_check import REJECT
 from sfl.model.metrics import Tally
 from sfl.model.segment import Snapshot
 from sfl.model.topology import Segments, States

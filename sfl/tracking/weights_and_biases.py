@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -31,11 +32,14 @@ class WeightsAndBiases:
         offline = "" if mode else _why_offline()
         self._num_before = run.num_before
         self._draw = functools.partial(confusion_pixels, run)
+        # W&B makes links, and follows those that it finds: into a new folder at each start.
+        folder = run.folder / "wandb" / f"{time.time_ns():020d}"
+        folder.mkdir(parents=True)
         self._run = wandb.init(
             project=self._project,
             id=run.name,
             name=run.name,
-            dir=run.folder,
+            dir=folder,
             config=dict(run.config),
             mode=mode or ("offline" if offline else "online"),
             resume="allow" if run.is_resumed else "never",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfl import __version__
-from sfl.errors import ConfigError, RunError
+from sfl.errors import ConfigError, RunError, after_round
 from sfl.files.atomic import write_file
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.run import Run
@@ -33,9 +33,9 @@ class Exported:
     def lines(self) -> list[str]:
         """What happened, for the user."""
         about, size = self.about, self.path.stat().st_size
-        when = f"after round {self.round + 1}" if self.round >= 0 else "before the first round"
+        takes = f"{about.model}, takes {list(about.takes)}"
         written = (
-            f"{about.part} of {about.run} {when} ({about.model}, takes {list(about.takes)}):"
+            f"{about.part} of {about.run} {after_round(self.round)} ({takes}):"
             f" {self.path}, {size:,} bytes"
         )
         return [line for line in (self.shown, written) if line]

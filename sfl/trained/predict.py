@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sfl.archive.run_folder import say
 from sfl.environment import set_up_torch
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, after_round
 from sfl.interactive.run import Run
 from sfl.model.metrics import Tally, add_up
 from sfl.nodes import ClientNode
@@ -130,7 +130,7 @@ def _compare(run: Run, round_index: int | None, found: Predictions, tally: Tally
     if ours == theirs:
         say(f"{told}: exactly as in rounds.csv of {run.path}")
     elif not theirs:
-        say(f"{told}; {run.path} recorded no test figures for round {last}")
+        say(f"{told}; {run.path} has no test figures {after_round(last)}")
     else:
         others = ", ".join(f"{name} {value!r}" for name, value in theirs.items())
         say(f"{told}; rounds.csv of {run.path} has {others}")

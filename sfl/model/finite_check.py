@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from sfl.errors import NotFinite
-from sfl.files.torch_file import are_finite
+from sfl.model.transfer import are_finite
 
 REJECT, LOG = "reject", "log"
 
