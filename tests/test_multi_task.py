@@ -14,12 +14,12 @@ from sfl.runtime.preflight import check_run
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
 from sfl.wire.framing import encode_head
-from sfl.wire.messages import Message
+from sfl.wire.messages import FILE_TYPES, Message
 from sfl.wire.messages import MessageType as M
 from tests.support.launch import Launcher, options_of, wait_for
 from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
 from tests.support.plain_tasks import PlainTasks, states_of
-from tests.support.proxy import Proxy
+from tests.support.proxy import UP, Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, FAST
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal
@@ -126,7 +126,9 @@ def test_each_server_is_told_the_labels_of_its_own_task_alone(
             for task, theirs in labels.items()
         }
         assert known == {task: theirs if task == name else [] for task, theirs in labels.items()}
-        sent = [m for c in proxy.connections for _, m in c.messages]
+        sent = [m for c in proxy.connections for way, m in c.messages if way == UP]
+        with_files = [m for m in sent if m.type in FILE_TYPES and m.content]
+        assert all(m.content.keys() == {"part"} for m in with_files)  # nothing beside the files
         assert {tuple(m.get("classes", list)) for m in sent if m.type is M.REQUEST_TO_START} == {
             ("even", "odd") if name == "parity" else tuple("0123456789")
         }
