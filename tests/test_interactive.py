@@ -80,6 +80,7 @@ RUNS = {
     "own-fronts-and-tails": {"scheme": "sflv3", "cut": "1,4"},
     "batch-norm": {"model": BN_DROPOUT, "cut": 6, "batch_size": 200, "partition": "dirichlet:0.5"},
     "pooled": {"scheme": "central"},
+    "over-hops": {"topology": "multi-hop", "cut": "1,4"},
     "vertical": {"partition": "vertical", "topology": "vertical"},
 }
 

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 import sfl.archive
 from sfl.config import RunConfig
@@ -188,3 +189,23 @@ def test_a_task_that_the_labels_do_not_have_is_refused_before_the_first_client()
     run = RunConfig(dataset="fashion-mnist", topology="multi-task", tasks="class,parity")
     with pytest.raises(ConfigError, match="--tasks parity: the classes T-shirt"):
         check_run(run)
+
+
+# What it leaves
+
+
+def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
+    """The front lies with the main server; labels, figures and classes are the task's own."""
+    options = {"model": "mlp", "clients": 2, "rounds": 1, "tasks": "digit,parity"}
+    simulated(tmp_path, **options, topology="multi-task")
+    parity = sfl.open_run(tmp_path / "task_parity/r")
+    model, correct = parity.model(), 0
+    with torch.no_grad():
+        for k in range(2):
+            kept = parity.predictions(k)
+            batches = list(parity.batches(client=k))
+            assert torch.equal(kept["labels"], torch.cat([y for _, y in batches]))
+            assert torch.equal(kept["logits"], torch.cat([model(x) for x, _ in batches]))
+            correct += int((kept["logits"].argmax(1) == kept["labels"]).sum())
+    assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
+    assert tuple(parity.classes) == ("even", "odd")

@@ -242,7 +242,8 @@ class RoundLog:
         lines = [[own.get(name, "") for name in self._columns] for own in [*kept, row]]
         write_file(path, _csv([self._columns, *lines]), durable=True)
         self.figures = dict(overall)
-        self._folder.events.say(self._summary(round_index, overall))
+        new = {name: value for name, value in overall.items() if str(value) != before.get(name)}
+        self._folder.events.say(self._summary(round_index, new))
 
     def _tracked(
         self,

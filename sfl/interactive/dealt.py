@@ -15,6 +15,7 @@ from sfl.errors import DataError, RunError
 from sfl.nodes import NodeConfig
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.runtime.simulation import pooled
+from sfl.runtime.task_servers import at_each_server
 from sfl.values import Position
 
 
@@ -51,7 +52,9 @@ class Dealt:
         spec = dataset_of(run, recorded.allowed)
         source = Source(node.data_path, node.cache_path, spec.input_shape, say)
         loaded = load(spec, source)
-        parts = {k: part_of(spec, run, k, loaded) for k in range(run.clients)}
+        recipe = recorded.recipe
+        dealt = {k: part_of(spec, run, k, loaded) for k in range(run.clients)}
+        parts = {k: at_each_server(part, recipe)[recipe.server] for k, part in dealt.items()}
         of_all = [_indices(part, loaded[0].rows) for part in parts.values()]
         self._indices = dict(enumerate(of_all))
         if recorded.scheme.pooled:

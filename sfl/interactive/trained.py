@@ -48,7 +48,7 @@ def _is_of(folder: Path, run: RunArchive, *, is_only: bool) -> bool:
 
 
 class Holders:
-    """The folders of a run on this machine: the server's, the clients' and a fed server's."""
+    """The folders of a run on this machine: its own, the clients', hops', and other servers'."""
 
     def __init__(self, archive: RunArchive, clients: Sequence[Path]) -> None:
         """``clients``: folders that were brought here.
@@ -60,7 +60,8 @@ class Holders:
         root = archive.root.resolve()
         out, name = root.parent.parent, root.name
         beside = sorted((out / "client" / name).glob("client_*"))
-        others = (*brought, *beside, out / "fed" / name)
+        servers = [*sorted(out.glob(f"hop_*/{name}")), out / "fed" / name, out / "server" / name]
+        others = (*brought, *beside, *(path for path in servers if path != root))
         self.archive = archive
         self._places = f"{out / 'client' / name}/client_<k>", out / "fed" / name
         self._archives = [
@@ -87,8 +88,9 @@ class Holders:
         of_clients, of_fed = self._places
         if client is None:
             raise RunError(
-                f"{self.archive.root} has no {path}, nor has {of_fed}: bring the folder of the fed"
-                f" server there, or give a round that the run has finished"
+                f"{self.archive.root} has no {path}, nor has {of_fed} or another of these folders:"
+                " bring that of the fed server there, of the main server or of the hop, or give a"
+                " round that the run has finished"
             )
         raise RunError(
             f"{self.archive.root} has no {path}: it lies at client_{client}, in the folder"

@@ -244,6 +244,7 @@ class _Clients:
             data = describe_data(reports, recipe)
             split = SplitModel.of_data(recipe, data)
         with open_folder(path, SERVER_LOG, recipe.keep) as folder:
+            folder.events.prefix = f"{role.replace(':', ' ')}: "
             yield Follower(
                 role=role,
                 split=split,
