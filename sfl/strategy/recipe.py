@@ -63,6 +63,11 @@ class Recipe:
     def has_hops(self) -> bool:
         return bool(hops_of(self.segments))
 
+    @property
+    def caller(self) -> str:
+        """The role of those who connect to the server: the clients', or the last hop's."""
+        return [Holder.CLIENT, *hops_of(self.segments)][-1].role
+
     def joins_at(self, holder: Holder) -> bool:
         """Return whether a party joins the activations of all clients: the one behind them."""
         return self.joins and [*self.segments.values()][1] is holder
