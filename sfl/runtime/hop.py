@@ -258,12 +258,7 @@ class _Hop:
         wanted, _ = parse_hello(talk.member, hello, role_before(self.holder))
 
         def connect() -> Member:
-            try:
-                link = self.dialler.connect(
-                    self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known
-                )
-            except RunError as error:
-                raise ConnectionLost(f"hop {self.holder.place}: {error}") from error
+            link = self.dialler.connect(self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known)
             assert isinstance(link, Member)
             if self.tokens is not None:
                 peer = Peer(self.node.role, wanted)
@@ -275,12 +270,14 @@ class _Hop:
 
         try:
             link = yield from self._calls.run(connect)
-        except AuthError as error:
-            self.network.log_refusal("", f"{self.node.next}: {error}")  # what we alone may know
-            raise AuthError(
-                f"hop {self.holder.place} and the party behind it do not trust each other: see what"
-                " this hop prints"
-            ) from error
+        except (AuthError, RunError) as error:
+            # Those before us are not told where the next party is, nor what lies here.
+            self.network.log_refusal("", f"{self.node.next}: {error}")
+            us = f"hop {self.holder.place}"
+            if isinstance(error, RunError):
+                raise ConnectionLost(f"{us} does not reach the party behind it") from error
+            both = f"{us} and the party behind it do not trust each other"
+            raise AuthError(f"{both}: see what this hop prints") from error
         self._is_known, talk.onward = True, link
         link.name, link.peer_name = f"hop_{self.holder.place}", "server"
 
