@@ -297,7 +297,11 @@ def _check_hops(recipe: Recipe) -> None:
     """
     run = recipe.run
     conditions = [
-        (not recipe.aligns, "partition", f"{VERTICAL}: ids of samples do not pass through hops"),
+        (
+            not recipe.aligns,
+            "partition",
+            f"{VERTICAL} (ids of samples pass no hop; --topology vertical, without any, takes own)",
+        ),
         (run.server_order == "fixed", "server_order", "fixed: after a restart of a hop, too"),
         (run.weights == SOCKET, "weights", "left out: weights pass through the hops"),
         (run.most_clients == run.clients, "max_clients", "the number of clients known"),
