@@ -82,7 +82,7 @@ def server_check(
     Raises:
         RunError: ``find`` knows no such client.
     """
-    wanted, fingerprint = parse_hello(link, hello)
+    wanted, fingerprint = parse_hello(link, hello, welcome.caller)
     client, place = find(wanted)
     content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)

@@ -63,6 +63,11 @@ class Recipe:
     def has_hops(self) -> bool:
         return bool(hops_of(self.segments))
 
+    @property
+    def caller(self) -> str:
+        """The role of those who connect to the server: the clients', or the last hop's."""
+        return [Holder.CLIENT, *hops_of(self.segments)][-1].role
+
     def joins_at(self, holder: Holder) -> bool:
         """Return whether a party joins the activations of all clients: the one behind them."""
         return self.joins and [*self.segments.values()][1] is holder
@@ -292,7 +297,11 @@ def _check_hops(recipe: Recipe) -> None:
     """
     run = recipe.run
     conditions = [
-        (not recipe.aligns, "partition", f"{VERTICAL}: ids of samples do not pass through hops"),
+        (
+            not recipe.aligns,
+            "partition",
+            f"{VERTICAL} (ids of samples pass no hop; --topology vertical, without any, takes own)",
+        ),
         (run.server_order == "fixed", "server_order", "fixed: after a restart of a hop, too"),
         (run.weights == SOCKET, "weights", "left out: weights pass through the hops"),
         (run.most_clients == run.clients, "max_clients", "the number of clients known"),
