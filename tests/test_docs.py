@@ -156,7 +156,7 @@ def test_every_option_that_the_pages_use_exists() -> None:
     known |= {"--ignore-scripts", "--prefix"}  # npm's
     known |= {"--num-cuts"}  # experiments.cuts's
     known |= {"--minutes"}  # experiments.gpu_check's
-    known |= {"--memory"}  # experiments.hostile's
+    known |= {"--memory", "--hop"}  # experiments.hostile's
     known |= {"--vgg-cut", "--resnet-cut"}  # experiments.measure.client_cost's
     known |= {"--rows", "--blocks", "--steps", "--hosts"}  # bench's, measure.many_clients'
     known |= set(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ import sfl.archive
 from sfl.archive.layout import LABELS
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, Damaged, ProtocolError
+from sfl.files.torch_file import encode
 from sfl.model.topology import HOPS, TOPOLOGIES, Holder, Relay, Stop, passing_links, route
 from sfl.nodes import MOST_HOPS, ServerNode
 from sfl.strategy.recipe import Recipe
@@ -208,6 +210,8 @@ def test_no_hop_is_told_a_label_or_who_is_beyond_its_neighbours(
     told = [m for c in proxy.connections for _, m in c.messages if m.type in SEALED]
     assert {m.type for m in told} >= {M.TRAINING_LABELS, M.TRAINING_GRADS, M.VALIDATION_RESULT}
     assert all(m.content.keys() == {"number", "sealed"} for m in told)
+    of_kinds = {(m.type, len(m.content["sealed"])) for m in told}
+    assert len(of_kinds) == len({m.type for m in told})  # whatever the figures
 
     places = {SERVER: launcher.port, "hop_2": proxy.port, "hop_1": chain.ports[1]}
     theirs = {
@@ -311,6 +315,19 @@ def test_what_a_hop_computes_with_is_not_sealed_but_the_figures_are() -> None:
     assert bytes(server.close(whole).payload) != b"g"
 
 
+def test_lengths_of_what_is_sealed_tell_nothing() -> None:
+    client, _ = sealed_pair()
+    figures = [(0.0, 1, 0), (-1.2345678901234567e-200, 200, 2**31 - 1), (math.nan, 0, 345)]
+    labels = [torch.zeros(200).long(), torch.full((200,), 2**62), torch.arange(200)]
+    lengths = set()
+    for (loss, correct, count), y in zip(figures, labels, strict=True):
+        content = {"loss": loss, "correct": correct, "per_class": [[count] * 10] * 3}
+        plain = dataclasses.replace(LABELS_MESSAGE, content=content, payload=encode(y))
+        sent = client.close(plain)
+        lengths.add((len(sent.content["sealed"]), len(sent.payload)))
+    assert len(lengths) == 1
+
+
 def test_no_key_no_seal() -> None:
     about = About("r", 0, is_client=True, passing=frozenset())
     for key in ("", "00", "0" * 64):
@@ -329,6 +346,7 @@ def test_no_key_no_seal() -> None:
         ({"class_weights": "balanced"}, "--class-weights balanced"),
         ({"server_order": "arrival"}, "--server-order arrival"),
         ({"cut": "3"}, "takes 2 to 9 cuts"),
+        (EXTENDED | {"partition": "own"}, "--topology vertical, without any, takes own"),
     ],
 )
 def test_runs_that_hops_cannot_serve_are_refused(options: dict[str, object], wanted: str) -> None:

@@ -34,13 +34,15 @@ from sfl.options import names_of
 from sfl.runtime.recorded_run import load
 from sfl.runtime.resume import open_past
 from sfl.runtime.simulation import simulate
-from sfl.transport.tokens import read_tokens, write_tokens
+from sfl.transport.tokens import read_tokens
 from sfl.weights.exchange import WeightKey, client_weights
 from sfl.weights.object_store import Directory
 from sfl.weights.stored_weights import describe, object_path
 from sfl.wire.messages import MessageType
+from tests.support.attacked import OVER_HOP, PLACES
 from tests.support.certificates import Certificates
-from tests.support.launch import Launcher, Program, wait_for
+from tests.support.handshakes import token_file
+from tests.support.launch import Launcher, Program, free_port, options_of, started, wait_for
 
 FAST = ["--model", "mlp", "--batch-size", 200]
 EVIL = saved(RunsCode())
@@ -115,7 +117,7 @@ ANSWERS = {
     "a frame without a mask": "closed: 1002 incorrect masking",
     "an unknown opcode": "closed: 1002 invalid opcode",
     "a long ping": "closed: 1002 control frame too long",
-    "pings for ever": "closed the connection",
+    "pings for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
     "pongs for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
     "empty messages for ever": "closed the connection|INVALID_MESSAGE: .*pings or empty messages",
     "closes for ever": "closed",
@@ -125,25 +127,17 @@ ANSWERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A server that waits for one client, which comes when it has been attacked."""
-    launcher = Launcher(tmp_path_factory.mktemp("attacked"))
-    every, own = launcher.folder / "tokens", launcher.folder / "own"
-    write_tokens(every, [f"0 {'t' * 40}", f"3 {'a' * 40}"])
-    write_tokens(own, [f"3 {'a' * 40}"])
-    ca = Certificates(launcher.folder)
-    options = ["--clients", 1, "--rounds", 1, "--run", "r", "--transport", "ws"]
-    options += ["--token-file", every]
-    server = launcher.server(*FAST, *options, *ca.issue("server"))
-    wait_for(server, "listening")
-    yield Target("127.0.0.1", launcher.port, tls=True, tokens=read_tokens(own))
-    mine = launcher.folder / "mine"
-    write_tokens(mine, [f"0 {'t' * 40}"])
-    launcher.client("--token-file", mine, "--tls-ca", ca.trust).ended_with(0)
-    server.ended_with(0)
-    assert not list(launcher.folder.rglob("*evil*"))
-    launcher.end()
+@pytest.fixture(scope="module", params=PLACES)
+def attacked(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Target]:
+    """What waits for a client, or has one, and is none the worse in the end."""
+    with started(tmp_path_factory.mktemp("attacked")) as launcher:
+        own = token_file(launcher.folder, f"3 {'a' * 40}", name="own")
+        every = token_file(launcher.folder, f"0 {'t' * 40}", f"3 {'a' * 40}", name="tokens")
+        with PLACES[request.param](launcher, every, Certificates(launcher.folder)) as port:
+            yield Target("127.0.0.1", port, tls=True, tokens=read_tokens(own))
+        assert not list(launcher.folder.rglob("*evil*"))
 
 
 def test_every_attack_has_its_answer() -> None:
@@ -159,18 +153,26 @@ def test_whoever_reaches_the_port_is_answered_and_closed(
     assert re.match(ANSWERS[name], quick_attacks()[name](target))
 
 
-@pytest.fixture(scope="module")
-def open_to_insiders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    launcher = Launcher(tmp_path_factory.mktemp("insider"))
-    own = ["--partition", "own", "--batch-size", 4, "--clients", 2, "--run", "r", "--rounds", 1]
-    server = launcher.server("--model", "mlp", *own, "--transport", "ws")
-    wait_for(server, "listening")
-    data = write_bystander(launcher.folder / "bystander")
-    launcher.client("--client-id", 1, "--data-dir", data)
-    yield Target("127.0.0.1", launcher.port)
-    assert server.process.is_alive(), server.err
-    assert "Traceback" not in server.out + server.err
-    launcher.end()
+@pytest.fixture(scope="module", params=["server", "hop"])
+def open_to_insiders(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Target]:
+    with started(tmp_path_factory.mktemp("insider")) as launcher:
+        own = ["--partition", "own", "--batch-size", 4, "--clients", 2, "--run", "r", "--rounds", 1]
+        over_hop, port = options_of(OVER_HOP) if request.param == "hop" else [], launcher.port
+        parties = [launcher.server("--model", "mlp", *own, *over_hop, "--transport", "ws")]
+        if over_hop:
+            port = free_port()
+            parties.append(launcher.hop(1, port, launcher.port, "--transport", "ws"))
+        for party in parties:
+            wait_for(party, "listening")
+        data = write_bystander(launcher.folder / "bystander")
+        at = ["--server", f"127.0.0.1:{port}"]
+        launcher.client(*at, "--client-id", 1, "--data-dir", data)
+        yield Target("127.0.0.1", port)
+        for party in parties:
+            assert party.process.is_alive(), party.err
+            assert "Traceback" not in party.out + party.err
 
 
 @pytest.mark.parametrize("name", insiders())

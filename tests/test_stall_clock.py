@@ -101,10 +101,10 @@ def hurried(argv: Sequence[str] | None = None) -> int:
 def test_a_client_that_takes_no_leave_does_not_hold_the_end(launcher: Launcher) -> None:
     run = ["--model", "mlp", "--batch-size", 200, "--clients", 2, "--rounds", 1, "--run", "r"]
     argv = ["--port", launcher.port, "--out", launcher.folder, *run]
-    server = launcher._start("server", hurried, argv)
+    server = launcher.start("server", hurried, argv)
     honest = launcher.client("--client-id", 0)
     own = ["--server", f"127.0.0.1:{launcher.port}", "--out", launcher.folder, "--client-id", 1]
-    stays = launcher._start("client", poison.main_staying, own)
+    stays = launcher.start("client", poison.main_staying, own)
     for program in (server, honest):
         program.ended_with(0)
     assert "client_1 is away: client_1 made no progress for 1 seconds" in server.out

@@ -4,7 +4,6 @@ import csv
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.chaos.small_model import CUT, NAME
-from experiments.support.processes import ROOT, last_line, running
+from experiments.support.processes import ROOT, free_port, last_line, running
 from experiments.support.slow_link import SlowLink
 from sfl.errors import RunError
 from sfl.values import UNCUT
@@ -81,12 +80,6 @@ class Parties:
         return [*(free_port() for _ in range(self.num_hops)), server_port]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def hop_command(place: int, ports: Sequence[int]) -> list[str]:
     """Return the command of a hop, which listens at ``ports[place - 1]``."""
     to = f"127.0.0.1:{ports[place]}"
@@ -99,11 +92,10 @@ def undisturbed(out: Path, options: Sequence[str], parties: Parties) -> tuple[Pa
     common, num_clients = ["--out", str(out)], parties.num_clients
     server = [*DEFAULTS, "--clients", str(num_clients), *options, *common]
     with running(server) as processes:
-        ports = parties.ports(int(processes.address.rpartition(":")[2]))
+        address = processes.address
         for place in range(parties.num_hops, 0, -1):
-            processes.start(f"hop_{place}", [*hop_command(place, ports), *common])
-        addresses = [f"127.0.0.1:{ports[0]}"] * num_clients
-        processes.start_clients(addresses, [*CLIENT_OPTIONS, *common])
+            address = processes.start_hop(place, address, [*CLIENT_OPTIONS, *common])
+        processes.start_clients([address] * num_clients, [*CLIENT_OPTIONS, *common])
         for _ in processes.lines():
             pass
         processes.wait()

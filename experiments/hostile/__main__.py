@@ -1,7 +1,7 @@
 """Attack a running server in every way that we know, and say what it answered.
 
-python -m experiments.hostile [--seconds N]
-python -m experiments.hostile --memory
+python -m experiments.hostile [--seconds N] [--hop]
+python -m experiments.hostile --memory [--hop]
 python -m experiments.hostile --server ADDRESS [--seconds N] [--token-file FILE] [--folder RUN]
 
 The third attacks a server of this machine that runs already, at HOST:PORT or ws://HOST:PORT/, as
@@ -9,8 +9,10 @@ whoever reaches its port; with --token-file, as somebody who has a client's toke
 starts all itself: a run of three honest clients with tokens and TLS, one over TCP and two over
 WebSocket, once alone and once with attacks in every other stretch of rounds; then a server whose
 one client means harm, and one that wants clients' certificates; then servers and clients whose
-memory the other side takes, which --memory tries alone. It compares all weights, steps and figures
-of the two honest runs, and a round's time with and without the attacker in the same run.
+memory the other side takes, which --memory tries alone. With --hop what has a cut happens at the
+port of a hop before the server; --server may be the address of a hop, too. It compares all weights,
+steps and figures of the two honest runs, and a round's time with and without the attacker in the
+same run.
 
 Attacks go to this machine's loopback alone. Exit code 0 if nobody was disturbed, else 1.
 """
@@ -30,7 +32,7 @@ def main() -> int:
     from experiments.hostile.study import study
 
     if options.memory:
-        num_disturbed = greedy(Path(options.out).resolve())
+        num_disturbed = greedy(Path(options.out).resolve(), hop=options.hop)
     elif options.server:
         num_disturbed = attack_a_server(options)
     else:
@@ -45,6 +47,7 @@ def parse() -> Namespace:
         metavar="ADDRESS",
         help="HOST:PORT or ws://HOST:PORT/ of one that runs already, on this machine",
     )
+    parser.add_argument("--hop", action="store_true", help="attack a hop's port, not the server's")
     parser.add_argument("--memory", action="store_true", help="try alone what takes memory")
     parser.add_argument("--seconds", type=float, default=60.0, help="of attacks (default: 60)")
     parser.add_argument("--token-file", default="", help="the attacker's own, with --server")

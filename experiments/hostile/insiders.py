@@ -1,4 +1,4 @@
-"""What somebody who is a client of a run may do to its server, over real sockets.
+"""What somebody who is a client of a run may do to its server, or to a hop, over real sockets.
 
 ``insiders`` has each by what is wrong with it; ``try_insider`` tries one.
 """
@@ -23,6 +23,7 @@ from sfl.environment import FINGERPRINT
 from sfl.errors import ConnectionLost, LetGo, SflError
 from sfl.files.checksum import checksum, crc32
 from sfl.files.torch_file import encode, encode_state
+from sfl.model.topology import passing_links
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.stream import Stream
@@ -33,8 +34,11 @@ from sfl.wire.driver import run_blocking
 from sfl.wire.framing import HEAD, encode_head, pack_head
 from sfl.wire.link import CLIENT, Peer
 from sfl.wire.messages import Limits, Message, MessageType
+from sfl.wire.seal import About, SealKey
 
 SHAPE, NUM_CLASSES, BATCH = (1, 28, 28), 10, 4
+# Of every insider: behind a hop, the server may hear that one has gone when the next is there.
+INSTANCE = "0" * 32
 
 
 def write_bystander(folder: Path) -> Path:
@@ -79,13 +83,19 @@ class Insider:
 
     def _join(self, claim: Claim) -> Welcome:
         fingerprint = dict.fromkeys(FINGERPRINT, "x")
-        instance = secrets.token_hex(16)
         joining = client_join(
-            self.link, self.client, fingerprint, instance=instance, heartbeat_s=10.0
+            self.link, self.client, fingerprint, instance=INSTANCE, heartbeat_s=10.0
         )
         welcome = run_blocking(joining)
-        built = SplitModel(Recipe.of(welcome.run), SHAPE, claim.num_classes).structure
-        send_report(self.link, dataclasses.replace(claim.report, structure=built, weights="0" * 8))
+        recipe = Recipe.of(welcome.run)
+        built = SplitModel(recipe, SHAPE, claim.num_classes).structure
+        report = dataclasses.replace(claim.report, structure=built, weights="0" * 8)
+        if (passing := passing_links(recipe.segments)) is None:
+            send_report(self.link, report)
+            return welcome
+        key, about = SealKey(), About(welcome.run.run, self.client, is_client=True, passing=passing)
+        send_report(self.link, report, key.public)
+        self.link.seal = key.agree(welcome.seal, about)
         return welcome
 
     def at(self, step: int = -1, round_index: int = 0) -> Position:

@@ -1,11 +1,11 @@
-"""Servers and clients that are started to be attacked, and run for nothing else."""
+"""Servers, hops and clients that are started to be attacked, and run for nothing else."""
 
 import contextlib
 import functools
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.hostile.attempts import Table, try_each
@@ -40,25 +40,30 @@ CLIENT_BYTES = 400 * 2**20  # by which a client may, which imports its libraries
 
 @contextlib.contextmanager
 def lone_server(
-    out: Path, name: str, options: list[str], own_data: Path | None = None
+    out: Path, name: str, options: list[str], own_data: Path | None = None, *, hop: bool = False
 ) -> Iterator[str]:
-    """Run a server that waits for client 0, and give its address."""
+    """Run a server that waits for client 0, and give its address, or that of a hop before it."""
     run = ["--clients", "1", "--model", "mlp", "--partition", "own", "--batch-size", "4"]
-    with running([*run, "--run", name, "--rounds", "1", "--out", str(out), *options]) as processes:
+    run += ["--run", name, "--rounds", "1", "--out", str(out), *options]
+    over_hop = ["--topology", "multi-hop", "--cut", "3,5"] if hop else []
+    with running([*run, *over_hop]) as processes:
         threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
+        address = processes.address
+        if hop:
+            address = processes.start_hop(1, address, ["--transport", "ws", "--out", str(out)])
         if own_data is not None:
             bystander = ["--client-id", "1", "--data-dir", str(own_data), "--out", str(out)]
-            processes.start_client("client_1", processes.address, bystander)
-        yield processes.address
+            processes.start_client("client_1", address, bystander)
+        yield address
 
 
-def insider(out: Path) -> Table:
-    """Let one of two clients do harm over WebSocket.
+def insider(out: Path, *, hop: bool = False) -> Table:
+    """Let one of two clients do harm over WebSocket, to a server or to a hop before it.
 
     Each time it registers anew with a server that goes on.
     """
-    own_data = write_bystander(out / "bystander")
-    with lone_server(out, "insider", ["--clients", "2", "--transport", "ws"], own_data) as address:
+    own_data, options = write_bystander(out / "bystander"), ["--clients", "2", "--transport", "ws"]
+    with lone_server(out, "insider", options, own_data, hop=hop) as address:
         target = target_of(f"ws://{address}", tls=False)
         attempts = {n: functools.partial(try_insider, target, h) for n, h in insiders().items()}
         attempts |= {f"frames: {n}": functools.partial(try_frames, target, n) for n in FRAMES}
@@ -82,16 +87,24 @@ def uninvited(out: Path, ca: SmallCA) -> Table:
 
 
 @contextlib.contextmanager
-def measured_server(out: Path, options: list[str]) -> Iterator[tuple[Target, int]]:
-    """Run a server, and give it as a target, with its process."""
-    folder = create_run_folder(out, "")
-    with running([*options, "--peer-timeout", "20", "--out", str(folder)]) as processes:
+def measured(out: Path, options: list[str], *, hop: bool = False) -> Iterator[tuple[Target, int]]:
+    """Run a server, and give it, or a hop before it, as a target, with its process."""
+    own = ["--peer-timeout", "20", "--out", str(create_run_folder(out, ""))]
+    over_hop = ["--topology", "multi-hop", "--cut", "1,3"] if hop else []
+    with running([*options, *over_hop, *own]) as processes:
         threading.Thread(target=lambda: list(processes.lines()), daemon=True).start()
-        yield target_of(processes.address, tls=False), processes.server.pid
+        address, process = processes.address, processes.server
+        if hop:
+            address = processes.start_hop(1, address, own)
+            process = processes.clients[-1]
+        yield target_of(address, tls=False), process.pid
 
 
-def greedy(out: Path) -> int:
-    """Take the memory of servers and of clients; print it, and return how many gave too much."""
+def greedy(out: Path, *, hop: bool = False) -> int:
+    """Take the memory of servers and of clients; print it, and return how many gave too much.
+
+    ``hop``: of a hop before the server, where there is a cut.
+    """
     print(f"\n{'who takes memory':50s} {'grown by':>9s} {'bound':>9s}  the answer", flush=True)
     num_over = 0
 
@@ -102,16 +115,22 @@ def greedy(out: Path) -> int:
         print(f"{name:50.50s} {sizes}  {answer:.110}", flush=True)
 
     for name, greed in GREEDY.items():
-        with measured_server(out, greed.server) as (target, process):
-            row(name, greed.bound_bytes, *try_greed(target, process, greed))
-    with measured_server(out, [*SERVER, *CUT]) as (target, process):
+        if not hop or _serves_hops(greed.server):
+            with measured(out, greed.server, hop=hop) as (target, process):
+                row(name, greed.bound_bytes, *try_greed(target, process, greed))
+    with measured(out, [*SERVER, *CUT], hop=hop) as (target, process):
         row("its own place, 200 times", REFUSED_BYTES, *try_own_place(target, process))
     for name, (options, claim) in CLAIMS.items():
-        with measured_server(out, options) as (target, process):
-            row(name, REFUSED_BYTES, *try_claim(target, claim, process))
-    for name, wish in WISHES.items():
+        if not hop or _serves_hops(options):
+            with measured(out, options, hop=hop) as (target, process):
+                row(name, REFUSED_BYTES, *try_claim(target, claim, process))
+    for name, wish in WISHES.items() if not hop else ():
         row(f"a server: {name}", CLIENT_BYTES, *_greedy_server(out, wish))
     return num_over
+
+
+def _serves_hops(options: Sequence[str]) -> bool:
+    return "--cut" in options and "balanced" not in options
 
 
 def _greedy_server(out: Path, wish: Mapping[str, object]) -> tuple[int, str]:

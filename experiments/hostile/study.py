@@ -21,7 +21,8 @@ from sfl.auth import main as auth
 
 CALM_S = 10.0  # between attacks
 RUN = ["--model", "lenet5", "--batch-size", "128", "--transport", "ws", "--run", "r"]
-OVER = ["", "wss://", "wss://"]  # how each client reaches the server: TCP, or WebSocket
+OVER_HOP = ["--topology", "multi-hop", "--cut", "3,9"]
+OVER = ["", "wss://", "wss://"]  # how each client reaches the server or hop: TCP, or WebSocket
 NUM_CLIENTS = len(OVER)
 
 
@@ -39,16 +40,29 @@ class Honest:
             return [float(row["seconds"]) for row in csv.DictReader(stream)]
 
 
-def honest_run(
-    out: Path, server: list[str], clients: list[list[str]], meanwhile: Callable[[str, Honest], None]
-) -> Honest:
-    """Run a server and honest clients to their end, and something else beside them."""
-    with running([*server, "--out", str(out)]) as processes:
-        common = ["--out", str(out)]
-        addresses = [f"{scheme}{processes.address}" for scheme in OVER]
-        processes.start_clients(addresses, common, lambda k: clients[k])
+@dataclass(frozen=True)
+class Options:
+    """The options of a run's parties, each with its secrets."""
+
+    server: list[str]
+    clients: list[list[str]]
+    hop: list[str] = field(default_factory=list)  # before the server; empty: there is none
+
+
+def honest_run(out: Path, options: Options, meanwhile: Callable[[str, Honest], None]) -> Honest:
+    """Run honest parties to their end, and something else beside them.
+
+    ``meanwhile`` is given the address that clients connect to, and the run.
+    """
+    common = ["--out", str(out)]
+    with running([*options.server, *common]) as processes:
+        address = processes.address
+        if options.hop:
+            address = processes.start_hop(1, address, [*options.hop, *common])
+        addresses = [f"{scheme}{address}" for scheme in OVER]
+        processes.start_clients(addresses, common, lambda k: options.clients[k])
         run = Honest(out / "server" / processes.run)
-        beside = threading.Thread(target=meanwhile, args=(processes.address, run))
+        beside = threading.Thread(target=meanwhile, args=(address, run))
         for line in processes.lines():
             if line.startswith("round "):
                 run.ended_at.append(time.monotonic())
@@ -94,24 +108,40 @@ def study(options: Namespace) -> int:
     ca = SmallCA(out / "certificates")
     tokens = out / "tokens"
     auth(["new-token", str(tokens), "--clients", str(NUM_CLIENTS + 1)])
-    server = [*RUN, "--clients", str(NUM_CLIENTS), "--rounds", str(options.rounds)]
-    server += ["--token-file", str(tokens), *ca.issue("server")]
-    mine = [["--tls-ca", str(ca.cert), "--token-file", f"{tokens}.{k}"] for k in range(NUM_CLIENTS)]
+    parties = _parties(options, tokens, ca)
     print(f"undisturbed: {options.rounds} rounds", flush=True)
-    whole = honest_run(out / "undisturbed", server, mine, lambda address, run: None)
+    whole = honest_run(out / "undisturbed", parties, lambda address, run: None)
     print(f"attacked: {options.rounds} rounds", flush=True)
     attacker = Attacker(options.seconds, f"{tokens}.{NUM_CLIENTS}")
-    other = honest_run(out / "attacked", server, mine, attacker.attack)
-    disturbed = print_table("whoever reaches the port; a run with tokens and TLS", attacker.table)
-    disturbed += print_table("whose certificate is not the clients'", uninvited(out, ca))
-    disturbed += print_table("a client of the run; one that means harm", insider(out))
-    disturbed += greedy(out)
+    other = honest_run(out / "attacked", parties, attacker.attack)
+    whose = "a hop's" if options.hop else "the"
+    disturbed = print_table(f"who reaches {whose} port; a run with tokens, TLS", attacker.table)
+    if not options.hop:
+        disturbed += print_table("whose certificate is not the clients'", uninvited(out, ca))
+    harm = insider(out, hop=options.hop)
+    disturbed += print_table("a client of the run; one that means harm", harm)
+    disturbed += greedy(out, hop=options.hop)
     found = compare(whole.folder, other.folder)
     print(f"\n{found.tensors} tensors of the two runs compared, {found.count} differ")
     for line in found.lines[:10]:
         print(line)
     print_times(other, attacker)
     return disturbed + found.count
+
+
+def _parties(options: Namespace, tokens: Path, ca: SmallCA) -> Options:
+    """Return all parties' options; with a hop, clients prove their tokens there."""
+    server = [*RUN, "--clients", str(NUM_CLIENTS), "--rounds", str(options.rounds)]
+    trust = ["--tls-ca", str(ca.cert)]
+    clients = [[*trust, "--token-file", f"{tokens}.{k}"] for k in range(NUM_CLIENTS)]
+    asks = ["--token-file", str(tokens)]
+    if not options.hop:
+        return Options([*server, *asks, *ca.issue("server")], clients)
+    between = str(tokens.with_name("between"))
+    auth(["new-token", between])
+    server += [*OVER_HOP, "--token-file", between, *ca.issue("server")]
+    hop = ["--transport", "ws", *asks, "--next-token-file", between, *trust, *ca.issue("hop")]
+    return Options(server, clients, hop)
 
 
 def print_times(run: Honest, attacker: Attacker) -> None:

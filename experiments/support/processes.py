@@ -2,10 +2,12 @@
 
 import contextlib
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +15,19 @@ from pathlib import Path
 from sfl.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+STARTS_WITHIN_S = 60.0
 LISTENING = re.compile(r"run (\S+): listening on (\S+) for")
 
 
 @dataclass
 class Processes:
-    """A server and clients that run; their output lies in ``logs``."""
+    """A server, hops and clients that run; their output lies in ``logs``."""
 
     logs: Path
     start: "Callable[[str, Sequence[str]], subprocess.Popen[str]]"
     server: "subprocess.Popen[str]"
-    clients: "list[subprocess.Popen[str]]" = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of the clients' processes
+    clients: "list[subprocess.Popen[str]]" = field(default_factory=list)  # and hops
+    names: list[str] = field(default_factory=list)  # of these processes
     run: str = ""
     address: str = ""
 
@@ -40,12 +43,27 @@ class Processes:
 
     def start_client(self, name: str, address: str, options: Sequence[str]) -> None:
         """Start a process of one client, or of several."""
+        self._start_watched(name, ["run_client.py", "--server", address, *options])
+
+    def start_hop(self, place: int, onward: str, options: Sequence[str]) -> str:
+        """Start a hop that goes on to an address; return its own, once it listens."""
+        port = free_port()
+        listens = ["--role", f"hop:{place}", "--port", str(port), "--next", onward]
+        self._start_watched(f"hop_{place}", ["run_server.py", *listens, *options])
+        until = time.monotonic() + STARTS_WITHIN_S
+        while time.monotonic() < until and self.clients[-1].poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return f"127.0.0.1:{port}"
+            time.sleep(0.05)
+        raise RunError(f"hop_{place}: {last_line(self.logs / f'hop_{place}.err')}")
+
+    def _start_watched(self, name: str, command: Sequence[str]) -> None:
         self.names.append(name)
-        self.clients.append(self.start(name, ["run_client.py", "--server", address, *options]))
+        self.clients.append(self.start(name, command))
         threading.Thread(target=self._watch, args=[self.clients[-1]], daemon=True).start()
 
     def _watch(self, client: "subprocess.Popen[str]") -> None:
-        """End the server, which would wait for it to come back, when a client has failed."""
+        """End the server, which would wait for it to come back, when a client or hop has failed."""
         if client.wait() > 0:
             self.server.kill()
 
@@ -76,6 +94,12 @@ class Processes:
         for process in [self.server, *self.clients]:
             if process.poll() is None:
                 process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def last_line(path: Path) -> str:

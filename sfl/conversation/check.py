@@ -84,8 +84,9 @@ def server_check(
     Raises:
         RunError: ``find`` knows no such client.
     """
-    wanted, fingerprint = parse_hello(link, hello)
     instance = hello.get("instance", str) if "instance" in hello.content else ""
+    of_tasks = {f"task:{name}" for name in welcome.task_servers}
+    wanted, fingerprint = parse_hello(link, hello, of_tasks if instance else {welcome.caller})
     client, place = find(wanted, instance)
     content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)

@@ -15,7 +15,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,6 +71,7 @@ class Welcome:
     # Links of the cuts between client and server, if hops stand between these, see ``wire.seal``.
     passing: frozenset[int] | None = None
     tells: Callable[[int], bool] = lambda client: True  # as ``Recipe.is_told_figures``
+    caller: str = CLIENT  # the role of those who connect to this server, as ``Recipe.caller``
     seal: str = ""  # the server's public key for this connection, if they do
     sfl: str = __version__  # the server's version
 
@@ -186,7 +187,7 @@ def server_join(
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
-    wanted, fingerprint = parse_hello(link, hello)
+    wanted, fingerprint = parse_hello(link, hello, {welcome.caller})
     if (place := elsewhere(wanted)) is not None:
         link.send_message_as_json(MessageType.GO_TO, content=dict(place))
         return None
@@ -219,14 +220,25 @@ def server_join(
     return replace(joined, ids=(yield from server_receive_ids(link, report.num_samples)))
 
 
-def parse_hello(link: Link, hello: Message) -> tuple[int, Mapping[str, str]]:
+def parse_hello(
+    link: Link, hello: Message, callers: Collection[str]
+) -> tuple[int, Mapping[str, str]]:
     """Return the id that a client asks for, and its fingerprint.
 
+    ``callers``: the roles of those who connect here: the clients', that of the hop before us, those
+    of the servers of further tasks.
+
     Raises:
-        ProtocolError: its token belongs to another client, or the message is invalid.
+        ProtocolError: its token belongs to another party, or the message is invalid.
     """
     wanted = hello.get("client_id", int)
-    link.check_proved(Peer(CLIENT, wanted))
+    if link.proved and link.proved.role not in callers:
+        due = " or ".join(sorted(callers))
+        raise ProtocolError(
+            f"{link.proved} connects where a {due} should: see --topology, --server and --next"
+        )
+    if link.proved:
+        link.check_proved(Peer(link.proved.role, wanted))
     try:
         return wanted, check_fingerprint(hello.get("fingerprint", dict))
     except ConfigError as error:

@@ -43,7 +43,7 @@ from sfl.errors import NotYet, ProtocolError, quoted
 from sfl.model.metrics import Tally
 from sfl.strategy.order import RoundPlan
 from sfl.wire.driver import Conversation
-from sfl.wire.link import ANY_ID, Link, one_line
+from sfl.wire.link import ANY_ID, CLIENT, Link, one_line
 from sfl.wire.messages import Message, MessageType
 
 
@@ -96,7 +96,7 @@ def task_join(
     """Register a client that the main server has registered; parameters as of ``hop_join``."""
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
-    wanted, fingerprint = parse_hello(link, hello)
+    wanted, fingerprint = parse_hello(link, hello, {CLIENT})
     if wanted == ANY_ID:
         raise ProtocolError("register at the main server first")
     main = yield from connect(hello)

@@ -42,6 +42,11 @@ class Holder(Enum):
         return _CHAIN.index(self)
 
     @property
+    def role(self) -> str:
+        """As ``--role`` names a hop, and as proofs name who connects."""
+        return self.name.lower().replace("_", ":")
+
+    @property
     def is_hop(self) -> bool:
         return self in HOPS
 
@@ -169,7 +174,12 @@ def check_cuts(name: str, row: Topology, cuts: Sequence[int]) -> None:
 
 def hop_of(role: str) -> Holder | None:
     """Return the hop that ``--role`` names, as ``hop:1``; None if it names another party."""
-    return {f"hop:{hop.place}": hop for hop in HOPS}.get(role)
+    return {hop.role: hop for hop in HOPS}.get(role)
+
+
+def role_before(hop: str) -> str:
+    """Return the role of those who connect to a hop of this role."""
+    return _CHAIN[[holder.role for holder in _CHAIN].index(hop) - 1].role
 
 
 def hops_of(segments: Mapping[str, Holder]) -> list[Holder]:

@@ -212,8 +212,6 @@ def join_another(
 ) -> Registered:
     """Register at a server beside the main one; ``kind``: in a token's proofs.
 
-    The server of a task learns its run from its first client, so that its proofs name none.
-
     Raises:
         ProtocolError: it has another run.
     """
@@ -221,8 +219,7 @@ def join_another(
     title = f"the {kind} server"
     channel.name, channel.peer_name = f"client_{welcome.client}", title
     with closing_with_reason(channel):
-        known = welcome.run.run if kind == FED else ""
-        access.authenticate(channel, Peer(CLIENT, welcome.client), kind, known)
+        access.authenticate(channel, Peer(CLIENT, welcome.client), kind, welcome.run.run)
         joining = client_join(
             channel,
             welcome.client,

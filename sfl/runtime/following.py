@@ -20,7 +20,7 @@ from pathlib import Path
 from sfl.archive.run_folder import SERVER_LOG, make_folder, open_folder, reporting_failure, say
 from sfl.config import RunConfig
 from sfl.conversation.followed import FollowerJoined
-from sfl.conversation.join import Welcome
+from sfl.conversation.join import Welcome, parse_hello
 from sfl.conversation.report import describe_data
 from sfl.environment import set_up_devices
 from sfl.errors import (
@@ -51,11 +51,11 @@ from sfl.strategy.split_model import SplitModel
 from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
 from sfl.transport.refusal_log import RefusalLog
-from sfl.transport.tokens import SERVER, client_authenticate, read_tokens, tokens_of
+from sfl.transport.tokens import SERVER, Tokens, client_authenticate, next_tokens_of
 from sfl.transport.transports import ServerNetwork, transport_of, transport_to
 from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, Gate, run_blocking
-from sfl.wire.link import CLIENT, Link, Peer, last_words_for
+from sfl.wire.link import Link, Peer, last_words_for
 from sfl.wire.members import Dialler, Member
 from sfl.wire.messages import Message, MessageType
 from sfl.wire.payload import payload_store_in
@@ -76,6 +76,7 @@ def follow(run: RunConfig, node: ServerNode) -> None:
     kind = kind_of(node.role)
     transport = transport_of(node)
     transport_to(node.next)  # a bad address fails at once
+    tokens = next_tokens_of(node)
     guard = guard_of(node, kind.listener(node.role), MOST_CLIENTS)
     terms = Terms(
         node.peer_timeout, max_unregistered=64 + 2 * MOST_CLIENTS,
@@ -91,7 +92,7 @@ def follow(run: RunConfig, node: ServerNode) -> None:
         name = node.role.replace(":", " ")
         say(f"{name}: listening on {listener.address}; {kind.beyond} {node.next}")
         dialler = transport.dial(network, node, say)
-        _Following(kind, node, network, dialler, stack).run()
+        _Following(kind, node, network, dialler, stack, tokens).run()
 
 
 @dataclass
@@ -114,6 +115,7 @@ class _Following:
     network: ServerNetwork
     dialler: Dialler
     stack: contextlib.ExitStack
+    tokens: Tokens | None  # what the next party is shown
     run_config: RunConfig | None = None  # once the server has told it
     follower: Follower | None = None  # once all clients have joined
     _talks: dict[Member, _Talk] = field(default_factory=dict)  # by the client's connection
@@ -123,8 +125,6 @@ class _Following:
     _over_since: float = math.inf  # when we have seen that a client was told that the run is over
 
     def __post_init__(self) -> None:
-        file = self.node.next_token_file
-        self._tokens = read_tokens(Path(file).expanduser()) if file else tokens_of(self.node)
         self._calls = Calls(self.network.wake)
         self.name = self.node.role.replace(":", "_")
 
@@ -255,28 +255,34 @@ class _Following:
         self._joined.pop(joined.client, None)
 
     def _connect(self, talk: _Talk, hello: Message) -> Conversation[Link]:
-        """Connect to the next party on behalf of a client, and prove the token, if there is one."""
+        """Connect to the next party on behalf of a client, and prove the token, if there is one.
+
+        Raises:
+            ProtocolError: it has proved to be another client, or no neighbour of ours.
+        """
+        wanted, _ = parse_hello(talk.member, hello, {self.kind.caller(self.node.role)})
 
         def connect() -> Member:
-            try:
-                link = self.dialler.connect(
-                    self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known
-                )
-            except RunError as error:
-                raise ConnectionLost(f"{self.name}: {error}") from error
+            link = self.dialler.connect(self.node.next, NEXT_WITHIN_S, is_reconnect=self._is_known)
             assert isinstance(link, Member)
-            if self._tokens is not None:
-                peer = Peer(CLIENT, hello.get("client_id", int))
-                authenticate = client_authenticate(link, self._tokens, peer, listener=SERVER)
-                try:
-                    link.proved_run = run_blocking(authenticate)
-                except ConfigError as error:
-                    raise AuthError(f"{self.name}: {error}") from error
+            if self.tokens is not None:
+                peer = Peer(self.node.role, wanted)
+                authenticate = client_authenticate(link, self.tokens, peer, listener=SERVER)
+                link.proved_run = run_blocking(authenticate)
             if talk.member not in self._talks:  # lost meanwhile
                 self.network.drop(link, "the client has left", MessageType.ABORT)
             return link
 
-        link = yield from self._calls.run(connect)
+        try:
+            link = yield from self._calls.run(connect)
+        except (AuthError, RunError) as error:
+            # Those before us are not told where the next party is, nor what lies here.
+            self.network.log_refusal("", f"{self.node.next}: {error}")
+            us = self.node.role.replace(":", " ")
+            if isinstance(error, RunError):
+                raise ConnectionLost(f"{us} does not reach the party behind it") from error
+            both = f"{us} and the party behind it do not trust each other"
+            raise AuthError(f"{both}: see what {us} prints") from error
         self._is_known, talk.onward = True, link
         link.name, link.peer_name = self.name, "server"
 

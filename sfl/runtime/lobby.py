@@ -221,7 +221,7 @@ class Lobby:
             ANY_ID, self.recipe.run, self.admission.past.first_round if self.admission.past else 0,
             resumed=self.resumed, fed=self.fed, known=known, task_servers=self.task_servers,
             heartbeat_s=self.members.heartbeat_s, passing=passing_links(self.recipe.segments),
-            tells=self.recipe.is_told_figures,
+            tells=self.recipe.is_told_figures, caller=self.recipe.caller,
         )  # fmt: skip
 
     def _set_ready(self, joined: Joined, connection: Member) -> None:

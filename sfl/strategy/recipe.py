@@ -111,6 +111,11 @@ class Recipe:
         """Return the recipe of each server, the main one's first."""
         return [self.at_server(index) for index in range(len(self.tasks.names))] or [self]
 
+    @property
+    def caller(self) -> str:
+        """The role of those who connect to the server: the clients', or the last hop's."""
+        return [Holder.CLIENT, *hops_of(self.segments)][-1].role
+
     def joins_at(self, holder: Holder) -> bool:
         """Return whether a party joins the activations of all clients: the one behind them."""
         return self.joins and [*self.segments.values()][1] is holder
@@ -346,7 +351,8 @@ def _check_followed(recipe: Recipe) -> None:
         (
             not recipe.aligns,
             "partition",
-            f"{VERTICAL}: ids of samples reach the main server's neighbours alone",
+            f"{VERTICAL} (ids of samples pass no hop, and reach no server of a further task;"
+            " --topology vertical takes own)",
         ),
         (run.server_order == "fixed", "server_order", "fixed: after a restart of any party, too"),
         (run.weights == SOCKET, "weights", "left out: weights pass over the connections"),

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sfl.config import RUN_NAME
 from sfl.errors import AuthError, ConfigError, ProtocolError, quoted
-from sfl.nodes import PeerNode
+from sfl.nodes import TASK_NAME, PeerNode, ServerNode
 from sfl.wire.driver import Conversation
 from sfl.wire.framing import VERSION
 from sfl.wire.link import ANY_ID, CLIENT, MAIN, Link, Peer
@@ -35,7 +35,8 @@ from sfl.wire.messages import MessageType
 SERVER, FED = "server", "fed"  # the kinds of server
 TOKEN_BYTES = 32
 _TOKEN = re.compile(r"[!-~]{32,512}")
-_OWNER = re.compile(rf"0|[1-9]\d{{0,8}}|{MAIN}")
+_ROLE = re.compile(rf"{CLIENT}|{MAIN}|hop:[1-9]|task:{TASK_NAME}")
+_OWNER = re.compile(rf"0|[1-9]\d{{0,8}}|{MAIN}|hop:[1-9]|task:{TASK_NAME}")
 _HEX = re.compile(r"[0-9a-f]{64}")  # 32 bytes: a nonce, a proof
 _MAX_FILE_BYTES = 2**20
 
@@ -46,7 +47,7 @@ class Tokens:
 
     path: Path
     shared: str = ""
-    own: Mapping[str, str] | None = None  # keys: "0", "1", ... and "main"
+    own: Mapping[str, str] | None = None  # keys: "0", "1", ..., "main", "hop:1", "task:parity"
 
     def of(self, peer: Peer) -> bytes | None:
         """Return a peer's token; None if it has none."""
@@ -56,7 +57,7 @@ class Tokens:
     @property
     def only_client(self) -> int | None:
         """The client of the file's only token; None if the file serves several."""
-        owners = [owner for owner in self.own or {} if owner != MAIN]
+        owners = [owner for owner in self.own or {} if owner.isdecimal()]
         return int(owners[0]) if len(owners) == 1 else None
 
 
@@ -103,6 +104,22 @@ def _parse(path: Path, lines: list[list[str]]) -> Tokens:
 def tokens_of(node: PeerNode) -> Tokens | None:
     """Return the tokens of a node's ``--token-file``, if any."""
     return read_tokens(Path(node.token_file).expanduser()) if node.token_file else None
+
+
+def next_tokens_of(node: ServerNode) -> Tokens | None:
+    """Return the file of the token that a hop shows to the next party, if any.
+
+    Raises:
+        ConfigError: it holds none for a hop, or cannot be used.
+    """
+    file = node.next_token_file
+    tokens = read_tokens(Path(file).expanduser()) if file else tokens_of(node)
+    if tokens and tokens.of(Peer(node.role)) is None:
+        raise ConfigError(
+            f"--role {node.role}: {tokens.path} has tokens of clients; give --next-token-file with"
+            " the one that the next party's --token-file shares with this hop"
+        )
+    return tokens
 
 
 def seal_secret(node: PeerNode) -> bytes:
@@ -166,8 +183,8 @@ def client_authenticate(
     if token is None:
         raise ConfigError(
             f"--token-file {tokens.path}: has no token for"
-            f" {'the main server' if peer.role == MAIN else f'--client-id {peer.client}'}"
-            f"{'; say with --client-id whose is to be used' if peer.client == ANY_ID else ''}"
+            f" {f'--client-id {peer.client}' if peer.role == CLIENT else peer}"
+            f"{'; say with --client-id whose is to be used' if peer == Peer(CLIENT) else ''}"
         )
     nonce = secrets.token_hex(32)
     hello = {"role": peer.role, "client_id": peer.client, "nonce": nonce}
@@ -183,7 +200,8 @@ def client_authenticate(
             f"{link.peer_title} does not have the token of --token-file {tokens.path}: the tokens"
             " differ, or it is not the server that it should be"
         )
-    if run and theirs != run:
+    unknown = [""] if listener != FED else []  # at who follows and has just been started again
+    if run and theirs not in [run, *unknown]:
         raise AuthError(f"{link.peer_title} has the run {quoted(theirs, 80)} instead of {run}")
     proof = _proof(token, "caller", agreed)
     link.send_message_as_json(MessageType.PROOF, content={"proof": proof})
@@ -209,7 +227,7 @@ def server_authenticate(
     if hello.type is not MessageType.AUTHENTICATE:
         raise AuthError("this server asks for a token: give --token-file")
     peer = Peer(hello.get("role", str), hello.get("client_id", int))
-    if peer.role not in (CLIENT, MAIN) or not ANY_ID <= peer.client < 2**31:
+    if not _ROLE.fullmatch(peer.role) or not ANY_ID <= peer.client < 2**31:
         raise ProtocolError("a peer has no valid role or client id")
     if not _HEX.fullmatch(theirs := hello.get("nonce", str)):
         raise ProtocolError("a peer has no nonce")

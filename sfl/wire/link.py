@@ -93,16 +93,17 @@ def last_words_for(error: SflError) -> MessageType:
 class Peer:
     """The identity that a connecting party has proved."""
 
-    role: str  # CLIENT or MAIN
-    client: int = ANY_ID  # with a shared token, the id that it asked for
+    role: str  # CLIENT, MAIN, or a hop's, as hop:1
+    client: int = ANY_ID  # with a shared token, the id that it asked for; a hop's: for whom
 
     def __str__(self) -> str:
-        return "the main server" if self.role == MAIN else f"client_{self.client}"
+        client = f"client_{self.client}"
+        return {MAIN: "the main server", CLIENT: client}.get(self.role, f"{self.role} for {client}")
 
     @property
     def owner(self) -> str:
         """The key of its token in a token file."""
-        return MAIN if self.role == MAIN else str(self.client)
+        return str(self.client) if self.role == CLIENT else self.role
 
 
 @dataclass(slots=True)

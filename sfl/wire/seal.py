@@ -19,6 +19,9 @@ from sfl.files.checksum import checksum
 from sfl.wire.messages import Message, MessageType
 
 PADDED_TO: Final = 256  # bytes, of sealed JSON
+# Characters of the longest numbers in figures, as JSON has them: counts below 2^31, and floats.
+COUNT_WIDTH: Final = 10
+FLOAT_WIDTH: Final = len("-1.7976931348623157e+308")
 OVERHEAD_BYTES: Final = 16  # that sealing adds to a file: the tag
 # Sealed as a whole: no hop needs them.
 _WHOLE = frozenset(
@@ -117,9 +120,7 @@ class Seal:
         if not self._seals_content(message):
             return message
         number, self._sent, bound = self._sent, self._sent + 1, _bound(message)
-        text = json.dumps(message.content).encode()
-        text = text.ljust(-len(text) % PADDED_TO + len(text))  # lengths tell digits of figures
-        sealed = self._sends.encrypt(_nonce(number, 0), text, bound)
+        sealed = self._sends.encrypt(_nonce(number, 0), _padded(message.content), bound)
         content = {"number": number, "sealed": base64.b64encode(sealed).decode()}
         if not self._seals_file(message):
             return replace(message, content=content)
@@ -169,6 +170,22 @@ class Seal:
             raise Damaged(
                 "a sealed message was changed on its way, or sealed for others"
             ) from error
+
+
+def _padded(content: object) -> bytes:
+    """Return content as JSON, as long whatever the digits of its numbers: these may tell of labels.
+
+    What has a length of its own is how many numbers there are, and text.
+    """
+    text = json.dumps(content)
+    widest = json.loads(
+        text,
+        parse_int=lambda digits: digits.rjust(COUNT_WIDTH),
+        parse_float=lambda digits: digits.rjust(FLOAT_WIDTH),
+        parse_constant=lambda name: name.rjust(FLOAT_WIDTH),
+    )
+    longest = len(json.dumps(widest))
+    return text.ljust(-longest % PADDED_TO + longest).encode()
 
 
 def _nonce(number: int, part: int) -> bytes:

@@ -4,13 +4,14 @@ A fork server that has imported torch starts them at once. Tests of command line
 through the same ``main`` functions as the programs.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
@@ -127,13 +128,14 @@ class Launcher:
         own = self._certificates.issue("server") if self.transport == "wss" else []
         return [*(["--transport", "ws"] if self.transport != "tcp" else []), *own]
 
-    def _start(
+    def start(
         self,
         name: str,
         main: Callable[[list[str]], int],
         argv: Sequence[object],
         env: Mapping[str, str] | None = None,
     ) -> Program:
+        """Start a program by its main function."""
         log = self.folder / f"{name}-{len(self.programs)}"
         Path(f"{log}.out").touch()
         arguments = (main, [str(a) for a in argv], log, self.env | dict(env or {}))
@@ -144,11 +146,11 @@ class Launcher:
 
     def server(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--port", self.port, "--out", self.folder, *self._of_server, *options]
-        return self._start("server", main_server, argv, env)
+        return self.start("server", main_server, argv, env)
 
     def fed(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = ["--role", "fed", "--out", self.folder, *self._of_server, *options]
-        return self._start("fed", main_server, argv, env)
+        return self.start("fed", main_server, argv, env)
 
     def hop(
         self, place: int, port: int, to: int, *options: object, env: Mapping[str, str] | None = None
@@ -163,26 +165,26 @@ class Launcher:
         onward = [f"{SCHEMES[self.transport]}127.0.0.1:{to}", *self.at("")[2:]]
         argv = ["--role", role, "--port", port, "--out", self.folder, *self._of_server]
         argv += ["--next", *onward, *options]
-        return self._start(role.replace(":", "_"), main_server, argv, env)
+        return self.start(role.replace(":", "_"), main_server, argv, env)
 
     def client(self, *options: object, env: Mapping[str, str] | None = None) -> Program:
         argv = [*self.at(f"127.0.0.1:{self.port}"), "--out", self.folder, *options]
-        return self._start("client", main_client, argv, env)
+        return self.start("client", main_client, argv, env)
 
     def watch(self, *options: object) -> str:
         """Return one picture of a run of this folder, 80 columns wide."""
         env = {"COLUMNS": "80"}
-        program = self._start("watch", main_watch, ["--out", self.folder, *options], env)
+        program = self.start("watch", main_watch, ["--out", self.folder, *options], env)
         program.ended_with(0)
         return program.out
 
     def predict(self, *options: object) -> Program:
         argv = [*self.at(f"127.0.0.1:{self.port}"), *options]
-        return self._start("predict", main_predict, argv)
+        return self.start("predict", main_predict, argv)
 
     def web(self, *options: object) -> Program:
         argv = ["--port", self.port, "--out", self.folder, "--no-decoder", *options]
-        return self._start("web", main_web, argv)
+        return self.start("web", main_web, argv)
 
     def run(
         self, *options: object, clients: int = 3, client_options: Sequence[object] = ()
@@ -198,6 +200,16 @@ class Launcher:
         for program in self.programs:
             program.process.kill()
             program.process.join()
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Launcher]:
+    """Give a launcher, and end what it has started."""
+    launcher = Launcher(folder)
+    try:
+        yield launcher
+    finally:
+        launcher.end()
 
 
 def wait_for(program: Program, text: str) -> None:
