@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from sfl.cli import main_client, main_server
-from sfl.runtime import hop
+from sfl.runtime import following
 from tests.support.certificates import Certificates
 from tests.support.handshakes import OTHER, TOKEN, token_file
-from tests.support.hops import weights_of_all
 from tests.support.launch import (
     TIMEOUT_S,
     Launcher,
@@ -22,6 +21,7 @@ from tests.support.launch import (
     was_killed,
 )
 from tests.support.machines import Machines, machines, remote_addresses
+from tests.support.parties import weights_of_all
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
 
@@ -106,7 +106,7 @@ def test_tokens_and_tls_between_every_two_neighbours(launcher: Launcher, tmp_pat
 
 def impatient(argv: list[str]) -> int:
     """Run a server, or a hop that soon gives up reaching the next party."""
-    hop.NEXT_WITHIN_S = 1.0
+    following.NEXT_WITHIN_S = 1.0
     return main_server(argv)
 
 

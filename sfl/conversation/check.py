@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from sfl.conversation.join import (
     Joined,
     Welcome,
+    asked_about,
+    callers_of,
     check_stays,
     parse_hello,
     parse_welcome,
@@ -84,10 +86,8 @@ def server_check(
     Raises:
         RunError: ``find`` knows no such client.
     """
-    instance = hello.get("instance", str) if "instance" in hello.content else ""
-    of_tasks = {f"task:{name}" for name in welcome.task_servers}
-    wanted, fingerprint = parse_hello(link, hello, of_tasks if instance else {welcome.caller})
-    client, place = find(wanted, instance)
+    wanted, fingerprint = parse_hello(link, hello, callers_of(hello, welcome))
+    client, place = find(wanted, asked_about(hello))
     content = welcome_content(client, welcome) | {"place": place}
     link.send_message_as_json(MessageType.CHECKED, content=content)
     yield link

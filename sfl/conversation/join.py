@@ -187,7 +187,7 @@ def server_join(
     """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER, MessageType.CHECK)
-    wanted, fingerprint = parse_hello(link, hello, {welcome.caller})
+    wanted, fingerprint = parse_hello(link, hello, callers_of(hello, welcome))
     if (place := elsewhere(wanted)) is not None:
         link.send_message_as_json(MessageType.GO_TO, content=dict(place))
         return None
@@ -218,6 +218,18 @@ def server_join(
     if why := claim_error(joined):
         raise ProtocolError(f"client_{client} {why}")
     return replace(joined, ids=(yield from server_receive_ids(link, report.num_samples)))
+
+
+def asked_about(hello: Message) -> str:
+    """Return the instance of a client that the server of a further task asks about; else ""."""
+    asks = hello.type is MessageType.CHECK and isinstance(hello.content, dict)
+    return hello.get("instance", str) if asks and "instance" in hello.content else ""
+
+
+def callers_of(hello: Message, welcome: Welcome) -> Collection[str]:
+    """Return the roles of those who may send the server this first message."""
+    of_tasks = {f"task:{name}" for name in welcome.task_servers}
+    return of_tasks if asked_about(hello) else {welcome.caller}
 
 
 def parse_hello(
