@@ -351,8 +351,8 @@ def _check_followed(recipe: Recipe) -> None:
         (
             not recipe.aligns,
             "partition",
-            f"{VERTICAL} (ids of samples pass no hop, and reach no server of a further task;"
-            " --topology vertical takes own)",
+            f"{VERTICAL} (ids of samples reach no hop and no server of a further task;"
+            " --topology vertical, without any, takes own)",
         ),
         (run.server_order == "fixed", "server_order", "fixed: after a restart of any party, too"),
         (run.weights == SOCKET, "weights", "left out: weights pass over the connections"),
