@@ -5,13 +5,18 @@ import re
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sfl.archive
 from sfl.config import RunConfig
-from sfl.errors import ConfigError
+from sfl.data.datasets import dataset_spec
+from sfl.data.private_data import load_own
+from sfl.errors import ConfigError, DataError
+from sfl.nodes import NodeConfig
 from sfl.runtime.preflight import check_run
+from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
 from sfl.wire.framing import encode_head
@@ -209,3 +214,52 @@ def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
             correct += int((kept["logits"].argmax(1) == kept["labels"]).sum())
     assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
     assert tuple(parity.classes) == ("even", "odd")
+
+
+# Further columns of labels
+
+
+def own_arrays(folder: Path, **more: np.ndarray) -> None:
+    x = np.random.default_rng(0).random((40, 28, 28), np.float32)
+    y, sides = np.arange(40) % 10, np.where(x[:, 0, 0] > 0.5, "right", "left")
+    folder.mkdir(parents=True)
+    both = {"x": x, "y": y, "x_test": x, "y_test": y, "y_side_test": sides}
+    np.savez(folder / "own.npz", **both | {"y_side": sides} | more)
+
+
+def test_a_task_may_be_a_further_column_of_own_data(tmp_path: Path) -> None:
+    """Client 1 has samples of one side alone, and numbers: it names both."""
+    own_arrays(tmp_path / "data/client_0")
+    numbers = np.zeros(40, np.uint8)
+    of_client_1 = {"y_side": numbers, "y_side_test": numbers}
+    own_arrays(tmp_path / "data/client_1", **of_client_1, classes_side=np.array(["left", "right"]))
+    run = RunConfig(
+        dataset="mnist", partition="own", clients=2, rounds=1, model="mlp", batch_size=8, run="r",
+        topology="multi-task", tasks="class,side",
+    )  # fmt: skip
+    simulate(run, NodeConfig(out=str(tmp_path), data_dir=str(tmp_path / "data")))
+    side = sfl.open_run(tmp_path / "task_side/r")
+    assert tuple(side.classes) == ("left", "right")
+    labels = {k: torch.cat([s.labels for s in side.tensors(client=k)]) for k in range(2)}
+    assert (set(labels[0].tolist()), set(labels[1].tolist())) == ({0, 1}, {0})
+    assert replayed(tmp_path / "task_side/r", "") == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({}, "no array y_age"),
+        ({"y_age": np.arange(40) / 2}, "y_age must hold one integer"),
+        ({"y_age": np.arange(39)}, "y_age must hold one integer"),
+        ({"y_age": np.arange(40) - 1}, "y_age has labels -1 to 38"),
+        ({"y_age": np.arange(40)}, "no array y_age_test"),
+        ({"y_age": np.arange(40), "classes_age": np.array(["0"])}, "1 classes"),
+    ],
+)
+def test_columns_that_cannot_be_labels_are_named(
+    tmp_path: Path, more: dict[str, np.ndarray], wanted: str
+) -> None:
+    own_arrays(tmp_path / "own", **more)
+    run = RunConfig(partition="own", dataset="mnist")
+    with pytest.raises(DataError, match=wanted):
+        load_own(dataset_spec("mnist"), run, 0, tmp_path / "own", columns=["age"])
