@@ -25,6 +25,7 @@ class Chain:
     of_others: list[object]  # options of hops, further servers and clients
     programs: dict[str, Program] = field(default_factory=dict)
     tasks: Sequence[str] = ()  # of further servers
+    hosts: bool = False  # whether all clients are in one process
 
     def __post_init__(self) -> None:
         places = range(1, self.num_hops + 1)
@@ -38,7 +39,8 @@ class Chain:
     def names(self) -> list[str]:
         hops = [f"hop_{place}" for place in self.ports]
         tasks = [f"task_{name}" for name in self.tasks]
-        clients = [f"client_{k}" for k in range(self.num_clients)]
+        all_ids = [f"0-{self.num_clients - 1}"] if self.hosts else range(self.num_clients)
+        clients = [f"client_{ids}" for ids in all_ids]
         return [SERVER, *reversed(hops), *tasks, *clients]
 
     def start(self, name: str, crash_at: str = "") -> Program:
@@ -57,9 +59,8 @@ class Chain:
             )
         else:
             address = self.launcher.at(f"127.0.0.1:{self.first_port}")
-            program = self.launcher.client(
-                *address, "--client-id", number, *self.of_others, env=env
-            )
+            which = ["--client-ids" if self.hosts else "--client-id", number]
+            program = self.launcher.client(*address, *which, *self.of_others, env=env)
         self.programs[name] = program
         return program
 
