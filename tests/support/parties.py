@@ -8,7 +8,7 @@ import torch
 
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
-from tests.support.launch import SCHEMES, Launcher, Program, free_port
+from tests.support.launch import SCHEMES, Launcher, Program, free_port, wait_for
 from tests.support.weights import weights
 
 SERVER = "server"
@@ -26,6 +26,7 @@ class Chain:
     programs: dict[str, Program] = field(default_factory=dict)
     tasks: Sequence[str] = ()  # of further servers
     hosts: bool = False  # whether all clients are in one process
+    of_clients: Sequence[object] = ()  # further options of clients
 
     def __post_init__(self) -> None:
         places = range(1, self.num_hops + 1)
@@ -60,7 +61,8 @@ class Chain:
         else:
             address = self.launcher.at(f"127.0.0.1:{self.first_port}")
             which = ["--client-ids" if self.hosts else "--client-id", number]
-            program = self.launcher.client(*address, *which, *self.of_others, env=env)
+            own = [*which, *self.of_others, *self.of_clients]
+            program = self.launcher.client(*address, *own, env=env)
         self.programs[name] = program
         return program
 
@@ -71,7 +73,9 @@ class Chain:
         """
         crashes = crashes or {}
         for name in self.names:
-            self.start(name, crashes.get(name, ""))
+            program = self.start(name, crashes.get(name, ""))
+            if not name.startswith("client"):
+                wait_for(program, "listening")
         for name in crashes:
             victim = self.programs[name].process
             victim.join(60)
