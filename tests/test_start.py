@@ -201,6 +201,11 @@ def test_what_lies_in_a_folder_tells_whether_a_step_was_taken(
         assert not has_no_steps(alone)
         shutil.rmtree(alone)
     fresh = tmp_path / "fresh"
+    for half in ("config.json.tmp", "models/server_model_init.pt.tmp"):  # killed while it wrote
+        (fresh / half).parent.mkdir(parents=True)
+        (fresh / half).touch()
+        assert has_no_steps(fresh)
+        shutil.rmtree(fresh)
     fresh.mkdir()
     (fresh / "models").symlink_to(folder / "models")
     assert not has_no_steps(fresh)

@@ -1,6 +1,7 @@
 """Running a configuration while its processes are killed and its connections break."""
 
 import csv
+import itertools
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from experiments.chaos.small_model import CUT, NAME
 from experiments.support.processes import ROOT, free_port, last_line, running
 from experiments.support.slow_link import SlowLink
 from sfl.errors import RunError
+from sfl.runtime.follower_kinds import kind_of
 from sfl.values import UNCUT
 
 # Small, with BatchNorm, dropout and Adam; what the caller gives comes later and wins.
@@ -63,42 +65,61 @@ class Trouble:
         return f"{', '.join(counts) or 'nothing'} to go"
 
 
-@dataclass(frozen=True)
 class Parties:
-    """Who takes part beside the server."""
+    """Who takes part: the server, clients, and the followers of the server, which have a port."""
 
-    num_clients: int
-    num_hops: int = 0
+    def __init__(self, num_clients: int, followers: Sequence[str] = ()) -> None:
+        """``followers``: their roles, as ``Recipe.followers`` has them."""
+        self.num_clients = num_clients
+        beside = [role for role in followers if kind_of(role).only_asks]
+        chain = [*(role for role in followers if role not in beside), SERVER]
+        self._next = dict(itertools.pairwise(chain)) | dict.fromkeys(beside, SERVER)
+        self._tasks = {role.partition(":")[2]: role for role in beside}
+        self.entrances = [chain[0], *beside]  # where clients connect
+
+    @property
+    def followers(self) -> list[str]:
+        """Their roles; who is further on comes first."""
+        return [*reversed(self._next)]
 
     @property
     def names(self) -> list[str]:
-        hops = (f"hop_{place}" for place in range(self.num_hops, 0, -1))
-        return [SERVER, *hops, *(f"client_{k}" for k in range(self.num_clients))]
+        return [SERVER, *self.followers, *(f"client_{k}" for k in range(self.num_clients))]
 
-    def ports(self, server_port: int) -> list[int]:
-        """Return free ports of the hops, from the first on, and the server's behind them."""
-        return [*(free_port() for _ in range(self.num_hops)), server_port]
+    def ports(self) -> dict[str, int]:
+        """Return a free port for the server and each follower."""
+        return {role: free_port() for role in (SERVER, *self.followers)}
 
+    def server_options(self, addresses: Mapping[str, str]) -> list[str]:
+        """Return how many clients there are, and where they reach the servers of further tasks."""
+        where = ",".join(f"{name}={addresses[role]}" for name, role in self._tasks.items())
+        told = ["--task-servers", where] if where else []
+        return ["--clients", str(self.num_clients), *told]
 
-def hop_command(place: int, ports: Sequence[int]) -> list[str]:
-    """Return the command of a hop, which listens at ``ports[place - 1]``."""
-    to = f"127.0.0.1:{ports[place]}"
-    listens = ["--role", f"hop:{place}", "--port", str(ports[place - 1]), "--next", to]
-    return ["run_server.py", *listens, *CLIENT_OPTIONS]
+    def follower_command(self, role: str, ports: Mapping[str, int]) -> list[str]:
+        to = f"127.0.0.1:{ports[self._next[role]]}"
+        listens = ["--role", role, "--port", str(ports[role]), "--next", to]
+        return ["run_server.py", *listens, *CLIENT_OPTIONS]
 
 
 def undisturbed(out: Path, options: Sequence[str], parties: Parties) -> tuple[Path, float, float]:
     """Run a configuration; return its folder, and a round's seconds and bytes for each client."""
-    common, num_clients = ["--out", str(out)], parties.num_clients
-    server = [*DEFAULTS, "--clients", str(num_clients), *options, *common]
-    with running(server) as processes:
-        address = processes.address
-        for place in range(parties.num_hops, 0, -1):
-            address = processes.start_hop(place, address, [*CLIENT_OPTIONS, *common])
-        processes.start_clients([address] * num_clients, [*CLIENT_OPTIONS, *common])
+    common, num_clients, ports = ["--out", str(out)], parties.num_clients, parties.ports()
+    addresses = {role: f"127.0.0.1:{port}" for role, port in ports.items()}
+    with running([*DEFAULTS, *parties.server_options(addresses), *options, *common]) as processes:
+        addresses[SERVER] = processes.address
+        ports[SERVER] = int(processes.address.rpartition(":")[2])
+        followers = [
+            processes.start(role, [*parties.follower_command(role, ports), *common])
+            for role in parties.followers
+        ]
+        entrance = addresses[parties.entrances[0]]
+        processes.start_clients([entrance] * num_clients, [*CLIENT_OPTIONS, *common])
         for _ in processes.lines():
             pass
         processes.wait()
+        for follower in followers:
+            follower.wait()
         folder = out / "server" / processes.run
     with open(folder / "rounds.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -108,7 +129,7 @@ def undisturbed(out: Path, options: Sequence[str], parties: Parties) -> tuple[Pa
 
 
 class Disturbance:
-    """One run of server and clients, and what happens to it."""
+    """One run of all parties, and what happens to it."""
 
     def __init__(
         self,
@@ -124,15 +145,18 @@ class Disturbance:
         self._restart_at: dict[str, float] = {}
         self._began_at = time.monotonic()
         self._folder = out / "server" / "r"
-        self._port = free_port()
-        self._ports = parties.ports(self._port)
-        self._link = SlowLink(
-            "127.0.0.1",
-            self._ports[0],
-            delay_s=trouble.delay_s,
-            cut_after=lambda: self._after("cut", self._trouble.cuts),
-            flip_after=lambda: self._after("flip", self._trouble.flips),
-        )
+        self._ports = parties.ports()
+        self._links = {
+            role: SlowLink(
+                "127.0.0.1",
+                self._ports[role],
+                delay_s=trouble.delay_s,
+                cut_after=lambda: self._after("cut", self._trouble.cuts),
+                flip_after=lambda: self._after("flip", self._trouble.flips),
+            )
+            for role in parties.entrances
+        }
+        self._addresses = {role: link.address for role, link in self._links.items()}
 
     def _after(self, kind: str, wanted: int) -> float:
         """Return after how many bytes one direction of a new connection breaks, or a bit flips."""
@@ -154,7 +178,8 @@ class Disturbance:
             while not self._has_ended():
                 time.sleep(0.02)
                 self._restart()
-                now = self._link.num_cut, self._link.num_flipped
+                counts = [(link.num_cut, link.num_flipped) for link in self._links.values()]
+                now = sum(cut for cut, _ in counts), sum(flipped for _, flipped in counts)
                 for kind, old, new in zip(("cut", "flip"), before, now, strict=True):
                     self._trouble.done[kind] += new - old
                 before = now
@@ -165,13 +190,14 @@ class Disturbance:
                     next_at = time.monotonic() + self._pause_s()
                     next_at += self._trouble.blackout_s if kind == "blackout" else 0
             for name in self._names[1:]:
-                self._end_client(name)
+                self._end_other(name)
             return self._folder
         finally:
             for process in self._processes.values():
                 process.kill()
                 process.wait()
-            self._link.close()
+            for link in self._links.values():
+                link.close()
 
     def _pause_s(self) -> float:
         """Return when to strike again: now and then while processes start, else in a later round.
@@ -190,18 +216,16 @@ class Disturbance:
 
     def _start(self, name: str) -> None:
         common = ["--out", str(self._out)]
-        if name.startswith("hop_"):
-            command = [*hop_command(int(name.removeprefix("hop_")), self._ports), *common]
+        if name in self._parties.followers:
+            command = [*self._parties.follower_command(name, self._ports), *common]
         elif name != SERVER:
             client = name.removeprefix("client_")
-            command = ["run_client.py", "--server", self._link.address, "--client-id", client]
+            address = self._addresses[self._parties.entrances[0]]
+            command = ["run_client.py", "--server", address, "--client-id", client]
             command += [*CLIENT_OPTIONS, *common]
-        elif (self._folder / "config.json").exists():
-            command = ["run_server.py", "--port", str(self._port), "--resume", str(self._folder)]
         else:
-            clients = str(self._parties.num_clients)
-            command = ["run_server.py", "--port", str(self._port), *DEFAULTS]
-            command += ["--clients", clients, *self._options, *common]
+            command = ["run_server.py", "--port", str(self._ports[SERVER])]
+            command += self._server_options()
         with (
             open(self._out / f"{name}.out", "ab") as output,
             open(self._out / f"{name}.err", "ab") as errors,
@@ -209,6 +233,12 @@ class Disturbance:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=output, stderr=errors
             )
+
+    def _server_options(self) -> list[str]:
+        if (self._folder / "config.json").exists():
+            return ["--resume", str(self._folder)]
+        own = self._parties.server_options(self._addresses)
+        return [*DEFAULTS, *own, *self._options, "--out", str(self._out)]
 
     def _has_ended(self) -> bool:
         """Say whether the server has done all; notice what has ended by itself.
@@ -240,7 +270,8 @@ class Disturbance:
     def _disturb(self, kind: str) -> None:
         if kind == "blackout":
             self._say(f"blackout for {self._trouble.blackout_s:g} s")
-            self._link.go_dark(self._trouble.blackout_s)
+            for link in self._links.values():
+                link.go_dark(self._trouble.blackout_s)
             self._trouble.done["blackout"] += 1
             return
         if kind == "stop":
@@ -267,8 +298,8 @@ class Disturbance:
             os.kill(process.pid, signal.SIGCONT)
             self._trouble.done["stop"] += 1
 
-    def _end_client(self, name: str) -> None:
-        """Wait for a client of a run that is over; one that has just been started finds nobody.
+    def _end_other(self, name: str) -> None:
+        """Wait for a party of a run that is over; one that has just been started finds nobody.
 
         Raises:
             RunError: it failed.

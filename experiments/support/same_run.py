@@ -32,32 +32,37 @@ class Differences:
 
 
 def compare(whole: Path, other: Path) -> Differences:
-    """Compare everything that two runs' servers and clients wrote, and replay the second."""
+    """Compare everything that the parties of two runs wrote, and replay the second.
+
+    ``whole``, ``other``: the folders of the main server; those of others lie beside them.
+    """
     found = Differences()
-    ours, theirs = load(whole), load(other)
-    _compare_files(whole, other, found)
     _compare_files(_client_folder(whole), _client_folder(other), found)
+    ours, theirs = load(whole), load(other)
+    found.replayed = _compare_party(ours, theirs, found)
+    for role in ours.recipe.followers:
+        party = load(_follower_folder(whole, role)), load(_follower_folder(other, role))
+        _compare_party(*party, found)
+    return found
+
+
+def _compare_party(ours: RecordedRun, theirs: RecordedRun, found: Differences) -> int:
+    """Compare what a server or hop wrote in two runs; replay the second, return its gradients."""
+    whole, other = ours.archive.root, theirs.archive.root
+    _compare_files(whole, other, found)
     try:
         _compare_steps(ours.archive, theirs.archive, found)
         _compare_figures(ours, theirs, found)
     except IntegrityError as error:
         found.add(str(error))
     report = check(theirs)
-    found.replayed = report.checked
     for finding in report.findings:
-        found.add(f"replay: {finding}")
-    for hop in sorted(whole.parent.parent.glob(f"hop_*/{whole.name}")):
-        _compare_hop(hop, other.parent.parent / hop.parent.name / other.name, found)
-    return found
+        found.add(f"replay of {other}: {finding}")
+    return report.checked
 
 
-def _compare_hop(whole: Path, other: Path, found: Differences) -> None:
-    """Compare what a hop wrote in two runs, and replay the second."""
-    _compare_files(whole, other, found)
-    theirs = load(other)
-    _compare_steps(load(whole).archive, theirs.archive, found)
-    for finding in check(theirs).findings:
-        found.add(f"replay of {whole.parent.name}: {finding}")
+def _follower_folder(server_folder: Path, role: str) -> Path:
+    return server_folder.parent.parent / role.replace(":", "_") / server_folder.name
 
 
 def _client_folder(server_folder: Path) -> Path:
@@ -123,7 +128,8 @@ def _compare_figures(ours: RecordedRun, theirs: RecordedRun, found: Differences)
             found.add(f"{theirs.archive.root / path}: differs")
     summaries = []
     for recorded in (ours, theirs):
-        rows = read_summary((recorded.archive.root / "rounds.csv").read_bytes())
+        path = recorded.archive.root / "rounds.csv"
+        rows = read_summary(path.read_bytes()) if path.exists() else []  # a hop has none
         names = ("round", "took_part", "train_loss", "val_loss", "test_loss")
         summaries.append([[row[name] for name in names] for row in rows])
     if summaries[0] != summaries[1]:

@@ -61,10 +61,11 @@ FIRST_STEP = "training begins: the first step is taken"  # line of either log
 # How the lines begin with which the server's log ends; after a failure, GO_ON may follow.
 RUN_OVER, RUN_FAILED, GO_ON = "the run lies in ", "the run failed: ", "go on with: "
 RUN_STOPS = "the run stops after round "  # before that, if it ends early
-# Files that a run's folder, on server or client, may contain before the first step.
+# Files that a run's folder, on server or client, may contain before the first step; any of them may
+# be half written.
 _BEFORE_STEPS = re.compile(
-    r"(rank_\d+/)?((server|client)_log\.txt|(config|environment)\.json|status\.json(\.tmp)?|manifest\.jsonl|(rounds|profile)\.csv"
-    r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*)"
+    r"(rank_\d+/)?((server|client)_log\.txt|(config|environment)\.json|status\.json|manifest\.jsonl|(rounds|profile)\.csv"
+    r"|models/\w+_init\.pt|checkpoints/round_000\.json|downloads/.*)(\.tmp)?"
 )
 
 

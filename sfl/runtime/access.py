@@ -116,6 +116,7 @@ class Registered:
     welcome: Welcome
     instance: str  # the client's random id
     fingerprint: Mapping[str, str]
+    reconnect_s: float | None = None  # timeout to reach the servers again, if they were before
 
 
 @contextlib.contextmanager
@@ -215,8 +216,8 @@ def join_another(
     Raises:
         ProtocolError: it has another run.
     """
-    welcome, channel = registered.welcome, access.connect(address, node)
-    title = f"the {kind} server"
+    welcome, title = registered.welcome, f"the {kind} server"
+    channel = access.connect(address, node, registered.reconnect_s)
     channel.name, channel.peer_name = f"client_{welcome.client}", title
     with closing_with_reason(channel):
         access.authenticate(channel, Peer(CLIENT, welcome.client), kind, welcome.run.run)

@@ -175,9 +175,9 @@ class _Client:
         link = self._access.connect(address, self._node, reconnect_s)
         link.peer_name = "server"
         with closing_with_reason(link):
-            return self._register(link)
+            return self._register(link, reconnect_s)
 
-    def _register(self, link: Channel) -> Registered:
+    def _register(self, link: Channel, reconnect_s: float | None) -> Registered:
         known = self._welcome
         wanted = known.client if known else self._wanted_id
         peer = Peer(CLIENT, ANY_ID if wanted is None else wanted)
@@ -191,7 +191,7 @@ class _Client:
         crash_point("start.registered")
         if known:
             _check_run_unchanged(welcome, known)
-        return Registered(link, welcome, self._instance, ours)
+        return Registered(link, welcome, self._instance, ours, reconnect_s)
 
     def _join(self, registered: Registered) -> Conversation[None]:
         welcome, registered.link.name = registered.welcome, f"client_{registered.welcome.client}"

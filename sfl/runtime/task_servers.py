@@ -79,7 +79,7 @@ def add_sides(
 
 @contextlib.contextmanager
 def closed_together(links: Sequence[Channel]) -> Iterator[None]:
-    """Close all channels if one of them is cut off in the ``with`` block."""
+    """Cut off all channels if the peer of one of them goes in the ``with`` block."""
     for link in links:
         link.companions = [other for other in links if other is not link]
     try:

@@ -202,6 +202,9 @@ class Connection(Channel):
             return bool(poller.poll(0))
         return False
 
+    def cut_off(self) -> None:
+        self._stream.cut_off()
+
     @property
     def is_closed(self) -> bool:
         """Whether this side has closed the connection."""

@@ -5,7 +5,7 @@ heartbeats, whatever their main thread does, and a side that receives nothing fo
 treats the connection as lost. Each side announces its interval when a client registers; before that
 no heartbeats are sent.
 
-The same thread closes what is of no use without a peer that has gone: a client of several servers
+The same thread cuts off what is of no use without a peer that has gone: a client of several servers
 waits for one of them at a time.
 """
 
@@ -53,5 +53,5 @@ class Heartbeat:
                 connection.send_heartbeat(connection.heartbeat_s / 2)
                 if connection.companions and connection.is_cut_off():
                     for companion in connection.companions:
-                        companion.close()
+                        companion.cut_off()
                 pause_s = min(pause_s, connection.heartbeat_s / 2)

@@ -84,10 +84,14 @@ class Stream:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        """Close the connection; this wakes threads that wait on it."""
+    def cut_off(self) -> None:
+        """End the connection at once; who waits on it notices, and closes it."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; this wakes threads that wait on it."""
+        self.cut_off()
         self.sock.close()
 
 

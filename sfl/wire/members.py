@@ -21,7 +21,7 @@ class Channel(Link):
 
     peer_at = Position()  # the peer's position in the run, by its heartbeats
     bytes_moved = 0  # in both directions, without heartbeats
-    # Channels to other peers that are of no use without this one: closed if its peer is gone, even
+    # Channels to other peers that are of no use without this one: cut off if its peer is gone, even
     # while nobody reads from it.
     companions: "Sequence[Channel]" = ()
 
@@ -43,6 +43,10 @@ class Channel(Link):
     def is_cut_off(self) -> bool:
         """Return whether the peer has closed the channel, though its last bytes may be unread."""
         return False
+
+    @abstractmethod
+    def cut_off(self) -> None:
+        """Let whoever waits for the peer find the connection lost; called from a thread."""
 
     @abstractmethod
     def last_words(self) -> PeerFailed | None:

@@ -8,7 +8,7 @@ import torch
 
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
-from tests.support.launch import SCHEMES, Launcher, Program, free_port
+from tests.support.launch import SCHEMES, Launcher, Program, free_port, wait_for
 from tests.support.weights import weights
 
 SERVER = "server"
@@ -25,6 +25,8 @@ class Chain:
     of_others: list[object]  # options of hops, further servers and clients
     programs: dict[str, Program] = field(default_factory=dict)
     tasks: Sequence[str] = ()  # of further servers
+    hosts: bool = False  # whether all clients are in one process
+    of_clients: Sequence[object] = ()  # further options of clients
 
     def __post_init__(self) -> None:
         places = range(1, self.num_hops + 1)
@@ -38,7 +40,8 @@ class Chain:
     def names(self) -> list[str]:
         hops = [f"hop_{place}" for place in self.ports]
         tasks = [f"task_{name}" for name in self.tasks]
-        clients = [f"client_{k}" for k in range(self.num_clients)]
+        all_ids = [f"0-{self.num_clients - 1}"] if self.hosts else range(self.num_clients)
+        clients = [f"client_{ids}" for ids in all_ids]
         return [SERVER, *reversed(hops), *tasks, *clients]
 
     def start(self, name: str, crash_at: str = "") -> Program:
@@ -57,9 +60,9 @@ class Chain:
             )
         else:
             address = self.launcher.at(f"127.0.0.1:{self.first_port}")
-            program = self.launcher.client(
-                *address, "--client-id", number, *self.of_others, env=env
-            )
+            which = ["--client-ids" if self.hosts else "--client-id", number]
+            own = [*which, *self.of_others, *self.of_clients]
+            program = self.launcher.client(*address, *own, env=env)
         self.programs[name] = program
         return program
 
@@ -70,7 +73,9 @@ class Chain:
         """
         crashes = crashes or {}
         for name in self.names:
-            self.start(name, crashes.get(name, ""))
+            program = self.start(name, crashes.get(name, ""))
+            if not name.startswith("client"):
+                wait_for(program, "listening")
         for name in crashes:
             victim = self.programs[name].process
             victim.join(60)
