@@ -42,7 +42,7 @@ def main_server(argv: Sequence[str] | None = None) -> int:
 
             return serve_model(run, node)
         if node.follows:
-            from sfl.runtime.following import follow
+            from sfl.runtime.follow import follow
 
             return follow(run, node)
         from sfl.runtime.fed_server import serve_fed  # imports torch, which takes a while

@@ -31,7 +31,7 @@ from tests.support.simulations import simulated
 from tests.support.weights import assert_equal
 
 MODEL = {"model": BN_DROPOUT, "cut": 6, "batch_size": 200, "topology": "multi-task"}
-TWO, THREE = {"tasks": "digit,parity"}, {"tasks": "class,digit,parity"}
+TWO, THREE = {"tasks": "digit,parity"}, {"tasks": "parity,class,digit"}
 JOINED = {"topology": "vertical-multi-task", "partition": "vertical", "label_client": 1}
 
 

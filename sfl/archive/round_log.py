@@ -233,6 +233,7 @@ class RoundLog:
 
         For a server that is not told which figures are the round's last.
         """
+        self.progress.close()
         path, index = self._folder.path / "rounds.csv", str(round_index)
         rows = read_summary(path.read_bytes())
         before: Mapping[str, object] = next((row for row in rows if row["round"] == index), {})

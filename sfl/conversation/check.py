@@ -18,11 +18,12 @@ report; "" if it would not.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sfl.conversation.join import (
+    AskedAbout,
     Joined,
     Welcome,
-    asked_about,
     callers_of,
     check_stays,
     parse_hello,
@@ -74,21 +75,25 @@ def server_check(
     link: Link,
     hello: Message,
     welcome: Welcome,
-    find: Callable[[int, str], tuple[int, str]],
+    find: Callable[[int, AskedAbout | None], tuple[int, str]],
     why_refused: Callable[[Joined], str],
     *,
     aligns: bool = False,
+    reported: Callable[[int], Mapping[str, Any]] = lambda client: {},
 ) -> Conversation[None]:
     """Answer a check; ``find`` returns the client's id and why it is not free now, or "".
 
-    The server of a further task asks whether a client's ``instance`` is registered.
+    The server of a further task asks whether a client is registered, and what it has ``reported``.
 
     Raises:
         RunError: ``find`` knows no such client.
     """
     wanted, fingerprint = parse_hello(link, hello, callers_of(hello, welcome))
-    client, place = find(wanted, asked_about(hello))
+    about = AskedAbout.of(hello)
+    client, place = find(wanted, about)
     content = welcome_content(client, welcome) | {"place": place}
+    if about and not place:
+        content["reported"] = reported(client)
     link.send_message_as_json(MessageType.CHECKED, content=content)
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START, MessageType.UNREGISTER)

@@ -13,6 +13,7 @@
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -74,6 +75,11 @@ class Welcome:
     caller: str = CLIENT  # the role of those who connect to this server, as ``Recipe.caller``
     seal: str = ""  # the server's public key for this connection, if they do
     sfl: str = __version__  # the server's version
+
+    @property
+    def roles(self) -> set[str]:
+        """The roles of the servers of further tasks."""
+        return {f"task:{name}" for name in self.task_servers}
 
 
 def client_join(
@@ -220,16 +226,38 @@ def server_join(
     return replace(joined, ids=(yield from server_receive_ids(link, report.num_samples)))
 
 
-def asked_about(hello: Message) -> str:
-    """Return the instance of a client that the server of a further task asks about; else ""."""
-    asks = hello.type is MessageType.CHECK and isinstance(hello.content, dict)
-    return hello.get("instance", str) if asks and "instance" in hello.content else ""
+def instance_at(instance: str, kind: str) -> str:
+    """Return what a client shows another kind of server than the main one as its instance.
+
+    Whoever knows the instance itself can take the client's place at the main server.
+    """
+    return hashlib.sha256(f"{instance}:{kind}".encode()).hexdigest()[: len(instance)]
+
+
+@dataclass(frozen=True)
+class AskedAbout:
+    """A client that the server of a further task asks the main server about."""
+
+    task: str
+    instance: str  # as the client shows it there
+
+    @classmethod
+    def of(cls, hello: Message) -> "AskedAbout | None":
+        """Return the client that a first message asks about, if it does."""
+        asks = hello.type is MessageType.CHECK and isinstance(hello.content, dict)
+        if not (asks and "task" in hello.content):
+            return None
+        return cls(hello.get("task", str), hello.get("instance", str))
+
+    def is_of(self, instance: str) -> bool:
+        """Return whether the client is of this instance."""
+        return self.instance == instance_at(instance, f"task {self.task}")
 
 
 def callers_of(hello: Message, welcome: Welcome) -> Collection[str]:
     """Return the roles of those who may send the server this first message."""
-    of_tasks = {f"task:{name}" for name in welcome.task_servers}
-    return of_tasks if asked_about(hello) else {welcome.caller}
+    about = AskedAbout.of(hello)
+    return {f"task:{about.task}"} & welcome.roles if about else {welcome.caller}
 
 
 def parse_hello(

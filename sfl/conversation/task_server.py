@@ -5,10 +5,12 @@ client tells it. That a client belongs to the run it asks the main server itself
 
     client                       task's server                          main server
     REGISTER                 ->  task_join
-                                 CHECK                              ->
+                                 CHECK {task, instance, ...}        ->
                                                                     <-  CHECKED {config, place, ...}
                              <-  REGISTERED {config, rounds, ...}
     REQUEST_TO_START         ->
+                                 CHECK {task, instance, ...}        ->
+                                                                    <-  CHECKED {reported, ...}
     GO_ON                    ->  task_run
                              <-  GO_ON, when all clients have told their data
     START_TRAINING           ->  the round begins when all clients are in it
@@ -54,6 +56,8 @@ class TaskRounds(FollowedRounds):
     # Given a round, a part of the data and the clients' tallies; returns the figures, on disk.
     evaluated: Callable[[int, str, Mapping[int, Tally]], Mapping[str, float]]
     reached: dict[int, int] = field(default_factory=dict)  # the round that each client is in
+    best: dict[int, int] = field(default_factory=dict)  # the best round, as each client says
+    said_over: set[int] = field(default_factory=set)  # clients that say that the run is over
     _tallies: dict[str, dict[int, Tally]] = field(default_factory=dict)  # by part, of this round
     _figures: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -65,6 +69,12 @@ class TaskRounds(FollowedRounds):
         if self.plan and self.plan.round_index == round_index:
             return True
         return all(self.reached.get(k) == round_index for k in self.num_samples)
+
+    def note_over(self, client: int) -> bool:
+        """Note that a client says that the run is over; return whether all have."""
+        self.said_over.add(client)
+        self.is_over = self.said_over >= self.num_samples.keys()
+        return self.is_over
 
     def begin(self, round_index: int, client: int) -> RoundPlan:
         if not (self.plan and self.plan.round_index == round_index):
@@ -87,27 +97,37 @@ class TaskRounds(FollowedRounds):
 
 
 def task_join(
+    name: str,
     link: Link,
     connect: Callable[[Message], Conversation[Link]],
     welcome: Callable[[Welcome], None],
     rounds: Callable[[RunConfig], tuple[int, ...]],
     heartbeat_s: float,
 ) -> Conversation[FollowerJoined]:
-    """Register a client that the main server has registered; parameters as of ``hop_join``."""
+    """Register a client that the main server has registered, and that has told it the same data.
+
+    ``name``: of the task. Other parameters as of ``hop_join``.
+    """
     yield link
     hello = link.receive_message_as_json(MessageType.REGISTER)
     wanted, fingerprint = parse_hello(link, hello, {CLIENT})
     if wanted == ANY_ID:
         raise ProtocolError("register at the main server first")
-    main = yield from connect(hello)
-    asked = {"client_id": wanted, "fingerprint": dict(fingerprint)}
+    asked = {"client_id": wanted, "fingerprint": dict(fingerprint), "task": name}
     asked["instance"] = hello.get("instance", str)
-    main.send_message_as_json(MessageType.CHECK, content=asked)
-    yield main
-    answer = main.receive_message_as_json(MessageType.CHECKED)
-    told, place = parse_welcome(main, answer, wanted), answer.get("place", str)
-    if place:
-        raise NotYet(f"the main server says: {one_line(place)}")
+
+    def ask() -> Conversation[tuple[Welcome, Message]]:
+        main = yield from connect(hello)
+        main.send_message_as_json(MessageType.CHECK, content=asked)
+        yield main
+        answer = main.receive_message_as_json(MessageType.CHECKED)
+        told, place = parse_welcome(main, answer, wanted), answer.get("place", str)
+        main.send_message_as_json(MessageType.UNREGISTER)
+        if place:
+            raise NotYet(f"the main server says: {one_line(place)}")
+        return told, answer
+
+    told, answer = yield from ask()
     welcome(told)
     link.heartbeat_s = parse_heartbeat(hello)
     content = {**answer.content, "heartbeat_s": heartbeat_s, "rounds": rounds(told.run)}
@@ -115,7 +135,13 @@ def task_join(
     link.peer_name = f"client_{told.client}"
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    return FollowerJoined(told.client, link, parse_report(message, told.client, told.run))
+    report = parse_report(message, told.client, told.run)
+    yield link  # until the main server has let it go on, and so accepted its report
+    _, answer = yield from ask()
+    ours = {"num_samples": dict(report.num_samples), "input_shape": list(report.input_shape)}
+    if answer.get("reported", dict) != ours:
+        raise ProtocolError(f"client_{told.client} has told the main server other data")
+    return FollowerJoined(told.client, link, report)
 
 
 def task_run(party: ServerParty, rounds: TaskRounds) -> Conversation[None]:
@@ -124,7 +150,7 @@ def task_run(party: ServerParty, rounds: TaskRounds) -> Conversation[None]:
         yield party.link
         message = party.link.receive_message_as_json(*_PARTS, MessageType.TRAINING_DONE)
         if message.type is MessageType.TRAINING_DONE:
-            rounds.is_over = True
+            rounds.note_over(party.client)
             yield party.link
             party.link.receive_message_as_json(MessageType.UNREGISTER)
             return
@@ -168,10 +194,12 @@ def _evaluate(party: ServerParty, rounds: TaskRounds, message: Message) -> Conve
     yield from _in_round(party, rounds, message)
     yield rounds.has_trained
     rounds.end()
-    party.archive.keep_best(message.get("best", int))
+    rounds.best[party.client] = message.get("best", int)
     rounds.add(part, party.client, (yield from server_evaluate(party, part, message.at.round)))
     yield lambda: rounds.has_evaluated(part)
     figures = dict(rounds.figures(part))
+    if len(agreed := set(rounds.best.values())) == 1:
+        party.archive.keep_best(*agreed)
     party.link.send_message_as_json(MessageType.VALIDATION_DONE, content=figures, at=message.at)
 
 

@@ -15,6 +15,7 @@ If the data set's samples are not images, ``x`` has their shape. With ``--topolo
 may be a table (N, F) of floats at any client, and ``y`` is wanted at the one with the labels alone.
 """
 
+import dataclasses
 import zipfile
 import zlib
 from collections import Counter
@@ -137,10 +138,16 @@ def read_npz(
     return Parts(
         train=read["train"],
         validation=read.get("validation"),
-        test=read.get("test", nothing(spec.input_shape)),
+        test=read.get("test", _nothing(spec, columns)),
         classes=classes,
         columns=further_classes,
     )
+
+
+def _nothing(spec: DatasetSpec, columns: Collection[str]) -> Samples:
+    """Return zero samples, with no labels in each column."""
+    empty = nothing(spec.input_shape)
+    return dataclasses.replace(empty, further=dict.fromkeys(columns, empty.y))
 
 
 def _load(path: Path, say: Callable[[str], object], columns: Collection[str] = ()) -> Arrays:
@@ -179,9 +186,18 @@ def _classes(path: Path, arrays: Arrays, spec: DatasetSpec) -> tuple[str, ...]:
         return spec.classes
     if "classes" not in arrays:
         return tuple(sorted(set(_texts(path, "y", arrays["y"]))))
-    names = tuple(_texts(path, "classes", arrays["classes"]))
+    return _named_classes(path, "classes", arrays)
+
+
+def _named_classes(path: Path, array: str, arrays: Arrays) -> tuple[str, ...]:
+    """Return the names of classes that an array gives.
+
+    Raises:
+        DataError: one is given twice.
+    """
+    names = tuple(_texts(path, array, arrays[array]))
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise DataError(f"{path}: classes names {', '.join(twice)} more than once")
+        raise DataError(f"{path}: {array} names {', '.join(twice)} more than once")
     return names
 
 
@@ -192,15 +208,20 @@ def _classes_of_column(path: Path, arrays: Arrays, name: str) -> tuple[str, ...]
         DataError: there are no such labels.
     """
     if (given := f"classes_{name}") in arrays:
-        return tuple(_texts(path, given, arrays[given]))
+        return _named_classes(path, given, arrays)
     names = [f"y_{name}{suffix}" for suffix in PARTS.values()]
     found = [arrays[column] for column in names if column in arrays]
     if names[0] not in arrays:
         raise DataError(f"{path} has no array {names[0]}, which --tasks {name} needs")
-    if found[0].dtype.kind in "SU":
+    are_names = {y.dtype.kind in "SU" for y in found}
+    if len(are_names) > 1:
+        raise DataError(f"{path}: {', '.join(names)} are partly names and partly numbers")
+    if are_names == {True}:
         return tuple(sorted({text for y in found for text in _texts(path, names[0], y)}))
     most = max((int(y.max()) for y in found if y.size and y.dtype.kind in "iu"), default=0)
-    return tuple(map(str, range(min(max(most + 1, 2), MOST_CLASSES))))
+    if most >= MOST_CLASSES:
+        raise DataError(f"{path}: {names[0]} has the label {most}; at most {MOST_CLASSES} classes")
+    return tuple(map(str, range(max(most + 1, 2))))
 
 
 def _labels(

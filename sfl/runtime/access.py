@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from sfl.archive.run_folder import RunFolder, say
 from sfl.config import RunConfig
-from sfl.conversation.join import APART, HERE, Welcome, client_join
+from sfl.conversation.join import APART, HERE, Welcome, client_join, instance_at
 from sfl.conversation.report import DataReport
 from sfl.errors import (
     RECURRING,
@@ -225,7 +225,7 @@ def join_another(
             channel,
             welcome.client,
             registered.fingerprint,
-            instance=registered.instance,
+            instance=instance_at(registered.instance, kind),
             heartbeat_s=interval_s(node.peer_timeout),
         )
         theirs = run_blocking(joining)

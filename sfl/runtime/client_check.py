@@ -81,11 +81,17 @@ class _Check:
         answer = self._ask(process) if process else None
         if process is not None and answer is not None:
             self._check_run(process, answer.welcome)
+            for name, address in answer.welcome.task_servers.items():
+                self._try(f"server of {name}", functools.partial(self._reach, process, address))
             return self._all_ok
         for what in ("data", "model"):
             self._say(NOT_CHECKED, what, "which run it is, only the server says")
         self._try("disk", lambda: _writable(self._node.out_path))
         return self._all_ok
+
+    def _reach(self, process: ClientProcess, address: str) -> tuple[bool, str]:
+        with process.access.connect(address, self._node):
+            return True, f"{address} answers"
 
     def _ask(self, process: ClientProcess) -> Answer | None:
         """Ask the server, or the process of it that serves this client."""

@@ -1,5 +1,6 @@
 """The kinds of parties that follow the main server, as rows: hops, and servers of further tasks."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from sfl.wire.payload import MakeStore
 class Kind:
     """What differs between hops and the servers of further tasks."""
 
-    join: Callable[..., Conversation[FollowerJoined | None]]  # as ``hop_join``
+    # role -> the conversation in which a client joins, with parameters as of ``hop_join``
+    join: Callable[[str], Callable[..., Conversation[FollowerJoined | None]]]
     run: Callable[[ServerParty, Any], Conversation[None]]
     limits: Callable[[SplitModel, MakeStore], Limits]
     listener: Callable[[str], str]  # role -> kind of server in a token's proofs
@@ -31,9 +33,9 @@ class Kind:
     only_asks: bool = False  # whether the connection to it ends when it has answered
 
 
-HOP = Kind(hop_join, hop_run, hop_limits, lambda role: SERVER, role_before, "on to")
+HOP = Kind(lambda role: hop_join, hop_run, hop_limits, lambda role: SERVER, role_before, "on to")
 TASK = Kind(
-    task_join,
+    lambda role: functools.partial(task_join, role.partition(":")[2]),
     task_run,
     task_limits,
     lambda role: role.replace(":", " "),

@@ -21,7 +21,8 @@ from sfl.archive.run_folder import SERVER_LOG, make_folder, open_folder, reporti
 from sfl.config import RunConfig
 from sfl.conversation.followed import FollowerJoined
 from sfl.conversation.join import Welcome, parse_hello
-from sfl.conversation.report import describe_data
+from sfl.conversation.report import describe_data, disagreeing_clients
+from sfl.conversation.task_server import TaskRounds
 from sfl.environment import set_up_devices
 from sfl.errors import (
     PEER_ERRORS,
@@ -41,18 +42,15 @@ from sfl.errors import (
 from sfl.nodes import ServerNode
 from sfl.options import check_goes_on
 from sfl.runtime.follower import Follower, follower_folder
-from sfl.runtime.follower_kinds import Kind, kind_of
+from sfl.runtime.follower_kinds import Kind
 from sfl.runtime.lobby import GOODBYE_S, LINGER_S, POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.on_end import running_at_end
 from sfl.runtime.resume import has_begun, open_past
 from sfl.runtime.start_weights import read_start, started
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
-from sfl.transport.guard import Terms, guard_of
-from sfl.transport.heartbeat import interval_s
-from sfl.transport.refusal_log import RefusalLog
-from sfl.transport.tokens import SERVER, Tokens, client_authenticate, next_tokens_of
-from sfl.transport.transports import ServerNetwork, transport_of, transport_to
+from sfl.transport.tokens import SERVER, Tokens, client_authenticate
+from sfl.transport.transports import ServerNetwork
 from sfl.wire.blocking_calls import Calls
 from sfl.wire.driver import Conversation, Gate, run_blocking
 from sfl.wire.link import Link, Peer, last_words_for
@@ -62,37 +60,6 @@ from sfl.wire.payload import payload_store_in
 
 MOST_CLIENTS = 1000  # before the run's number is known
 NEXT_WITHIN_S = 60.0  # in which the next party must answer
-
-
-def follow(run: RunConfig, node: ServerNode) -> None:
-    """Run a follower of the main server for one run.
-
-    Raises:
-        ConfigError: the options cannot be used together, or on this machine.
-        RunError: the port, the folder or the disk cannot be used.
-    """
-    if run != RunConfig():
-        raise ConfigError(f"--role {node.role}: the server has the options of the run; leave out")
-    kind = kind_of(node.role)
-    transport = transport_of(node)
-    transport_to(node.next)  # a bad address fails at once
-    tokens = next_tokens_of(node)
-    guard = guard_of(node, kind.listener(node.role), MOST_CLIENTS)
-    terms = Terms(
-        node.peer_timeout, max_unregistered=64 + 2 * MOST_CLIENTS,
-        heartbeat_s=interval_s(node.peer_timeout),
-    )  # fmt: skip
-    with (
-        transport.listen(node, MOST_CLIENTS) as listener,
-        transport.serve(listener, terms, guard, RefusalLog(say)) as network,
-        contextlib.ExitStack() as stack,
-    ):
-        for line in transport.notes(node):
-            say(line)
-        name = node.role.replace(":", " ")
-        say(f"{name}: listening on {listener.address}; {kind.beyond} {node.next}")
-        dialler = transport.dial(network, node, say)
-        _Following(kind, node, network, dialler, stack, tokens).run()
 
 
 @dataclass
@@ -107,7 +74,7 @@ class _Talk:
 
 
 @dataclass
-class _Following:
+class Following:
     """A follower with an open port."""
 
     kind: Kind
@@ -140,6 +107,7 @@ class _Following:
             for member in self.network.ready_members():
                 if member in here:  # one that is just being added, next time
                     self._take(member)
+            self._refuse_odd()
             if talk := self._next_talk():
                 self._resume(talk)
             self._drop_idle()
@@ -205,7 +173,7 @@ class _Following:
         Raises:
             RunEnded: the server ended the run.
         """
-        if isinstance(error, RunEnded):
+        if isinstance(error, RunEnded) and self._is_believed(talk):
             self.network.end(str(error), MessageType.END_RUN)
             raise error
         if self._talks.pop(talk.member, None) is None:
@@ -220,6 +188,23 @@ class _Following:
             kinds = {PeerLeft: MessageType.UNREGISTER, PeerCannot: MessageType.FAILED}
             last = next((m for kind, m in kinds.items() if isinstance(error, kind)), None)
             self.network.drop(talk.onward, str(error), last or MessageType.ABORT)
+
+    def _is_believed(self, talk: _Talk) -> bool:
+        """Return whether the run has ended: the next party says so, or all clients do."""
+        if not self.kind.only_asks:
+            return talk.onward is not None and isinstance(talk.onward.end_reason(), RunEnded)
+        rounds = self.follower.rounds if self.follower else None
+        return isinstance(rounds, TaskRounds) and rounds.note_over(talk.client)
+
+    def _refuse_odd(self) -> None:
+        """End the conversations of clients whose data do not fit those of the others."""
+        if self.follower or self.run_config is None or not self._has_all():
+            return
+        reports = {k: joined.report for k, joined in self._joined.items()}
+        odd = disagreeing_clients(reports, self._recipe_of(self.run_config))
+        for talk in [t for t in self._talks.values() if t.client in odd]:
+            self._joined.pop(talk.client, None)
+            self._end(talk, ProtocolError(odd[talk.client]))
 
     def _drop_idle(self) -> None:
         why = f"register within {REGISTER_WITHIN_S:g} seconds"
@@ -237,7 +222,7 @@ class _Following:
         """Hold one client's conversation, from its first message to its last."""
         talk = self._talks[member]
         yield member
-        joined = yield from self.kind.join(
+        joined = yield from self.kind.join(self.node.role)(
             member, functools.partial(self._connect, talk), functools.partial(self._welcome, talk),
             self._rounds_here, self.network.heartbeat_s,
         )  # fmt: skip
@@ -247,6 +232,8 @@ class _Following:
         yield joined.onward or joined.link
         yield self._has_all
         follower = self.follower or self._prepare()
+        if follower.data["digests"][str(joined.client)] != joined.report.digest:
+            raise ProtocolError(f"client_{joined.client} has other data than it had in this run")
         limits = self.kind.limits(follower.split, payload_store_in(follower.folder.path))
         for link in filter(None, (joined.link, joined.onward)):
             link.limits = limits
@@ -283,7 +270,9 @@ class _Following:
                 raise ConnectionLost(f"{us} does not reach the party behind it") from error
             both = f"{us} and the party behind it do not trust each other"
             raise AuthError(f"{both}: see what {us} prints") from error
-        self._is_known, talk.onward = True, link
+        self._is_known = True
+        if not self.kind.only_asks:
+            talk.onward = link
         link.name, link.peer_name = self.name, "server"
 
         def note(line: str) -> None:
@@ -302,9 +291,6 @@ class _Following:
         for other in [t for t in self._talks.values() if t.client == told.client]:
             self._end(other, ConnectionLost(f"client_{told.client} has connected anew"))
         talk.client = told.client
-        if self.kind.only_asks and talk.onward:
-            self.network.drop(talk.onward, "", MessageType.UNREGISTER)
-            talk.onward = None
         if told.run == self.run_config:
             return
         if self.run_config is None:

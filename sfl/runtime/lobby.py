@@ -172,7 +172,7 @@ class Lobby:
 
         return server_check(
             connection, hello, self._welcome(), self.roster.find, why_refused,
-            aligns=self.recipe.aligns,
+            aligns=self.recipe.aligns, reported=self.roster.reported,
         )  # fmt: skip
 
     def _register(self, connection: Member) -> None:

@@ -20,6 +20,7 @@ from sfl.strategy.schemes import Exchange, Fronts
 from sfl.strategy.split_model import SplitModel
 from sfl.strategy.start_check import check_model
 from sfl.strategy.tasks import addresses_of
+from sfl.transport.transports import transport_to
 from sfl.weights.stores import SOCKET
 from sfl.wire.payload import LARGE_BYTES
 
@@ -72,6 +73,8 @@ def check_start(start: StartWeights | None, recipe: Recipe) -> None:
         ConfigError: it does not.
     """
     run = recipe.run
+    if (start or run.init_checksum) and recipe.tasks.names:
+        raise ConfigError(f"--init: leave it out with --topology {run.topology}: models differ")
     if start and knows_classes(run) and not recipe.joins:
         spec = dataset_of(run)
         seen = recipe.tasks.seen_by(spec)
@@ -238,6 +241,8 @@ def check_clients_options(recipe: Recipe, node: ServerNode) -> None:
         form = ",".join(f"{name}=HOST:PORT" for name in wanted) or "without --topology multi-task"
         given, verb = node.task_servers or "(none)", "give" if wanted else "leave it out"
         raise ConfigError(f"--task-servers {given}: {verb} {form}")
+    for address in told.values():
+        transport_to(address)  # a bad address fails at once
     if node.min_clients > run.most_clients:
         raise ConfigError(f"--min-clients {node.min_clients}: there are {run.most_clients}")
     if node.at_once and len(recipe.scheme.backs_of(range(run.most_clients))) < run.most_clients:

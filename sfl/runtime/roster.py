@@ -5,7 +5,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from sfl.conversation.join import AskedAbout
 from sfl.conversation.report import DataReport
 from sfl.errors import ConnectionLost, PeerFailed, RunError, counted
 from sfl.runtime.client_places import Place
@@ -133,24 +135,31 @@ class Roster:
             known = f"0 to {every[-1]}" if is_contiguous else ", ".join(map(str, every))
             raise RunError(f"--client-id {wanted}: this run has the ids {known}")
 
-    def find(self, wanted: int, instance: str = "") -> tuple[int, str]:
+    def find(self, wanted: int, about: AskedAbout | None = None) -> tuple[int, str]:
         """Return the id that a checking client would get, and why it is not free now, or "".
 
-        ``instance``: of a client that another server asks about; then, why it has not this id.
+        ``about``: the client that another server asks about; then, why it has not this id.
 
         Raises:
             RunError: the run has no such client.
         """
-        if instance:
+        if about:
             self.check_id(wanted)
             place = self.places.get(wanted, Place())
-            is_here = place.link is not None and place.instance == instance
+            is_here = place.link is not None and about.is_of(place.instance)
             return wanted, "" if is_here else f"client_{wanted} is not registered there"
         free = sorted(self.ids - self.taken())
         if wanted == ANY_ID:
             return (free[0], "") if free else (min(self.ids), self.full_message)
         self.check_id(wanted)
         return wanted, "" if wanted in free else f"client_{wanted} is connected"
+
+    def reported(self, client: int) -> dict[str, Any]:
+        """Return what a client has reported that a further task's server may know; {}: nothing."""
+        if not (joined := self.places[client].joined):
+            return {}
+        data = joined.data
+        return {"num_samples": dict(data.num_samples), "input_shape": list(data.input_shape)}
 
     def client_of(self, member: Member) -> int | None:
         return next((k for k, place in self.places.items() if place.link is member), None)

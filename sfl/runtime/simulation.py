@@ -64,6 +64,8 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         ConfigError: they leave a round too few, which would wait for others in a run over sockets.
     """
     run, needed = recipe.run, fewest_clients(recipe)
+    if absences and recipe.has_followers:
+        raise ConfigError(f"--away: leave it out with --topology {run.topology}: all are needed")
     for away in absences:
         if not recipe.may_leave(away.client):
             k = away.client
@@ -166,7 +168,7 @@ class _Clients:
             k: DataReport.of(
                 part, recipe.run, keeps_labels=recipe.keeps_labels, passes_hops=recipe.has_hops
             )
-            for k, part in data.items()
+            for k, part in self._data.items()
         }
         self._hops = [f"hop:{hop.place}" for hop in hops_of(recipe.segments)]
         self._ends = {k: self._chain(k) for k in data}

@@ -8,12 +8,13 @@ from sfl.conversation.hop import shown
 from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, send_report
 from sfl.data.client_data import ClientData
-from sfl.errors import ProtocolError, RunError
+from sfl.errors import ProtocolError, RunEnded, RunError, quoted, reason_of
 from sfl.nodes import ClientNode
 from sfl.runtime.access import Access, Registered, closing_with_reason, join_another
 from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation
 from sfl.wire.members import Channel
+from sfl.wire.messages import MessageType
 
 
 def at_each_server(data: ClientData, recipe: Recipe) -> list[ClientData]:
@@ -38,12 +39,28 @@ def join_task_servers(
     for name in (name.strip() for name in names):
         if not (address := told.get(name)):
             raise ProtocolError(f"the server has not told where the server of {name} is")
+        if address.rpartition("://")[0] != node.server.rpartition("://")[0]:
+            raise ProtocolError(
+                f"the server of {name} is at {quoted(address, 80)}, over another transport than"
+                f" --server {node.server}: give --task-servers addresses of one kind"
+            )
         join = functools.partial(join_another, access, node, registered, address, f"task {name}")
         other = yield from access.calls.run(join)
         stack.enter_context(other.link)
         stack.enter_context(closing_with_reason(other.link))
+        stack.enter_context(_telling_of_the_end(other.link))
         found.append(other)
     return found
+
+
+@contextlib.contextmanager
+def _telling_of_the_end(channel: Channel) -> Iterator[None]:
+    """Tell a task's server that the main server has ended the run."""
+    try:
+        yield
+    except RunEnded as error:
+        channel.dismiss(MessageType.END_RUN, reason_of(error))
+        raise
 
 
 def common_rounds(own: tuple[int, ...], others: Iterable[Registered]) -> tuple[int, ...]:

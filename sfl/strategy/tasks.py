@@ -77,9 +77,16 @@ NO_TASKS = Tasks()
 
 
 def addresses_of(text: str) -> dict[str, str]:
-    """Return where clients reach the server of each further task, by ``--task-servers``."""
-    pairs = (one.partition("=") for one in text.split(",") if one)
-    return {name.strip(): address.strip() for name, _, address in pairs}
+    """Return where clients reach the server of each further task, by ``--task-servers``.
+
+    Raises:
+        ConfigError: one is named twice.
+    """
+    pairs = [one.partition("=") for one in text.split(",") if one]
+    found = {name.strip(): address.strip() for name, _, address in pairs}
+    if len(found) < len(pairs):
+        raise ConfigError(f"--task-servers {text}: names a task twice")
+    return found
 
 
 def _weights(text: str, count: int) -> tuple[float, ...]:
