@@ -1,6 +1,7 @@
 """Several servers with a task each: equal to one network with several heads, from any kill."""
 
 import contextlib
+import dataclasses
 import re
 import socket
 from pathlib import Path
@@ -10,16 +11,23 @@ import pytest
 import torch
 
 import sfl.archive
+import sfl.conversation.round as conversation_round
+from sfl.cli import main_client
 from sfl.config import RunConfig
+from sfl.conversation.party import ClientParty
+from sfl.conversation.report import DataReport, send_report
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.errors import ConfigError, DataError
 from sfl.nodes import NodeConfig
+from sfl.runtime import task_servers
 from sfl.runtime.preflight import check_run
 from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
+from sfl.wire.driver import Conversation
 from sfl.wire.framing import encode_head
+from sfl.wire.link import Link
 from sfl.wire.messages import FILE_TYPES, Message
 from sfl.wire.messages import MessageType as M
 from tests.support.launch import Launcher, options_of, wait_for
@@ -169,6 +177,50 @@ def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
     parties.start("client_0")
     for program in parties.programs.values():
         program.ended_with(0)
+
+
+def lying(argv: list[str]) -> int:
+    """Be a client that tells a task's server something else than the main server."""
+    lie = argv.pop()
+
+    def told(link: Link, report: DataReport) -> None:
+        other = {"classes": ("a", "b"), "num_samples": {**report.num_samples, "train": 2**31 - 1}}
+        send_report(link, dataclasses.replace(report, **{lie: other[lie]}))
+
+    def first_says_that_all_is_over(party: ClientParty, round_index: int) -> Conversation[None]:
+        for side in party.others:
+            at = party.at(party.run.rounds)
+            side.link.send_message_as_json(M.TRAINING_DONE, content={}, at=at)
+            side.link.send_message_as_json(M.UNREGISTER)
+        return (yield from next_round(party, round_index))
+
+    next_round = conversation_round._next_round
+    if lie == "over":
+        conversation_round._next_round = first_says_that_all_is_over
+    else:
+        task_servers.send_report = told
+    return main_client(argv)
+
+
+@pytest.mark.slow
+def test_clients_that_lie_to_a_tasks_server_end_themselves_alone(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = MODEL | TWO | {"clients": 3, "rounds": 2}
+    of_server = [*options_of(options), "--run", "r"]
+    parties = Chain(launcher, 0, 3, of_server, ALLOW, tasks=["parity"])
+    for name in parties.names[:-1]:
+        wait_for(parties.start(name), "client_" if name.startswith("client") else "listening")
+    for lie in ("classes", "num_samples", "over"):
+        own = [*launcher.at(f"127.0.0.1:{launcher.port}"), "--out", tmp_path, *ALLOW]
+        liar = launcher.start("liar", lying, [*own, "--client-id", 2, lie])
+        assert liar.wait() == 1, (lie, liar.out)
+    parties.start("client_2")
+    for program in parties.programs.values():
+        program.ended_with(0)
+    assert_equal(
+        weights_of_all(parties.folder), weights_of_all(simulated(tmp_path / "w", **options))
+    )
 
 
 # Refusals
