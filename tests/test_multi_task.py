@@ -16,6 +16,7 @@ from sfl.cli import main_client
 from sfl.config import RunConfig
 from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, send_report
+from sfl.conversation.task_server import TaskRounds
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.errors import ConfigError, DataError
@@ -318,3 +319,11 @@ def test_columns_that_cannot_be_labels_are_named(
     run = RunConfig(partition="own", dataset="mnist")
     with pytest.raises(DataError, match=wanted):
         load_own(dataset_spec("mnist"), run, 0, tmp_path / "own", columns=["age"])
+
+
+def test_the_run_is_over_when_all_clients_say_so() -> None:
+    rounds = object.__new__(TaskRounds)
+    rounds.num_samples, rounds.said_over = {0: {}, 1: {}}, set()
+    assert not rounds.note_over(0)
+    assert not rounds.note_over(0)
+    assert rounds.note_over(1)
