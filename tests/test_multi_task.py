@@ -74,7 +74,12 @@ KILLS = [
         "reset",
         {"client_1": "trained.before_said:1", "task_parity": "checkpoint.before_rename:2"},
     ),
-    ("joined", "sflv1", "keep", {SERVER: "step.after_update:4"}),
+    (
+        "joined",
+        "sflv1",
+        "keep",
+        {SERVER: "step.after_update:4", "task_parity": "checkpoint.after_rename:2"},
+    ),
 ]
 
 

@@ -86,6 +86,7 @@ def load_backs(
             if name not in shared:
                 raise IntegrityError(f"{files.root}: has no weights of the {name}")
             segment.load(shared[name].state)
+            segment.optimizer.reset()
             if run.optimizer_state == "keep" and round_index > 0:
                 path = segment_path(SERVER_OPTIMIZER, name, round_index - 1, back=b)
                 _load_optimizer(files, segment, path)
