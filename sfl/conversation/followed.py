@@ -32,7 +32,7 @@ class FollowedRounds:
 
     split: SplitModel
     num_samples: Mapping[int, Mapping[str, int]]  # of all clients, in their order
-    backs: Mapping[int, Segments]  # the copies of the hop's segments
+    backs: Mapping[int, Segments]  # the copies of its segments
     shared: Mapping[str, Shared]  # their weights at the start of the next round
     spool: Spool
     load: Callable[[int], Mapping[str, Shared]]  # a round's starting weights, into the copies
@@ -91,7 +91,7 @@ class FollowedRounds:
     def has_trained(self) -> bool:
         """Return whether all of the round's clients have trained; a gate.
 
-        After a restart of this hop they do so again, one after another, while others evaluate.
+        After a restart of this party they do so again, one after another, while others evaluate.
         """
         return self.plan is not None and self.trained >= set(self.plan.order)
 
