@@ -82,7 +82,7 @@ def test_several_cuts_are_counted_by_link_and_by_party(tmp_path: Path) -> None:
         ({"cut": "1,3"}, None, [(1, 3)]),
         ({"cut": 3}, 2, "give one of them"),
         ({"cut": 3, "topology": "u-shaped"}, None, "u-shaped takes 2 cuts; --cut 3 has 1"),
-        ({"topology": "vertical"}, None, "each client has a model of its own"),
+        ({"topology": "vertical"}, None, "each client, or task, has a model of its own"),
         ({"topology": "multi-hop"}, None, "clients and server alone"),
         ({"topology": "vanilla"}, 2, "vanilla takes 1 cut; --cut 1,2 has 2"),
         ({}, 4, "has 4 blocks: 4 cuts do not fit"),

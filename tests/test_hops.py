@@ -233,7 +233,7 @@ def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
     chain = Chain(launcher, 1, 1, ["--clients", 1, *FAST, *OVER_HOP, "--rounds", 1], [])
     chain.start(SERVER), chain.start("hop_1")
     wait_for(chain.programs["hop_1"], "listening")
-    for kind in (M.REGISTER, M.CHECK, M.REQUEST_TO_START, M.TRAINING_GRADS):
+    for kind in (M.REGISTER, M.CHECK, M.REQUEST_TO_START, M.TRAINING_GRADS, M.END_RUN):
         for content in STRANGE:
             payload = b"file" if kind is M.TRAINING_GRADS else b""
             message = Message(kind, content=content, payload=payload)

@@ -170,6 +170,7 @@ def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
     for kind, content in [
         (M.REGISTER, hello), (M.REGISTER, hello | {"client_id": -1}), (M.CHECK, hello),
         (M.REGISTER, "x"), (M.GO_ON, {}), (M.START_TRAINING, {}),
+        (M.END_RUN, "x"),
     ]:  # fmt: skip
         stranger = socket.create_connection(("127.0.0.1", parties.task_ports["parity"]))
         stranger.sendall(encode_head(Message(kind, content=content)))

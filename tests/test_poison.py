@@ -36,7 +36,7 @@ MASKED = "tests.support.models:masked"
 
 def poisoned(launcher: Launcher, text: str, *options: object) -> Program:
     argv = ["--server", f"127.0.0.1:{launcher.port}", "--out", launcher.folder, *options]
-    return launcher._start("client", poison.main, argv, {poison.VARIABLE: text})
+    return launcher.start("client", poison.main, argv, {poison.VARIABLE: text})
 
 
 def attacked(launcher: Launcher, run: dict[str, object], text: str) -> tuple[Program, Program]:

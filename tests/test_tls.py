@@ -119,7 +119,7 @@ def test_only_clients_with_a_certificate_may_connect_if_one_is_wanted(
         (["--tls-cert", "nothing.pem", "--tls-key", "nothing.key"], "No such file"),
         (["--tls-cert", "nothing.pem"], "give both, or none"),
         (["--tls-client-ca", "ca.pem"], "is for a server with --tls-cert"),
-        (["--tls-ca", "ca.pem"], "is for clients, for --role main, and for hops"),
+        (["--tls-ca", "ca.pem"], "is for clients, and for --role main, hop:N and task:NAME"),
         (["--token-file", "nothing"], "No such file"),
         (["--host", "0.0.0.0"], "give --token-file"),
         (["--host", "::"], "give --token-file"),

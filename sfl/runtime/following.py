@@ -155,7 +155,7 @@ class Following:
         elif talk is None:
             self.network.drop(member, "", MessageType.UNREGISTER)
         elif talk.due is not member and (why := member.end_reason()):
-            self._end(talk, why)
+            self._end(talk, why, member)
 
     def _resume(self, talk: _Talk) -> None:
         try:
@@ -165,15 +165,17 @@ class Following:
             for link in filter(None, (talk.member, talk.onward)):
                 self.network.drop(link, "", MessageType.UNREGISTER)
         except (*PEER_ERRORS, NotYet) as error:
-            self._end(talk, error)
+            self._end(talk, error, talk.due)
 
-    def _end(self, talk: _Talk, error: SflError) -> None:
+    def _end(self, talk: _Talk, error: SflError, source: Link | Gate | None = None) -> None:
         """End a client's conversation on both sides, each with its last words.
+
+        ``source``: what the error comes from, if it is a connection.
 
         Raises:
             RunEnded: the server ended the run.
         """
-        if isinstance(error, RunEnded) and self._is_believed(talk):
+        if isinstance(error, RunEnded) and self._is_believed(talk, source):
             self.network.end(str(error), MessageType.END_RUN)
             raise error
         if self._talks.pop(talk.member, None) is None:
@@ -189,10 +191,10 @@ class Following:
             last = next((m for kind, m in kinds.items() if isinstance(error, kind)), None)
             self.network.drop(talk.onward, str(error), last or MessageType.ABORT)
 
-    def _is_believed(self, talk: _Talk) -> bool:
+    def _is_believed(self, talk: _Talk, source: Link | Gate | None) -> bool:
         """Return whether the run has ended: the next party says so, or all clients do."""
         if not self.kind.only_asks:
-            return talk.onward is not None and isinstance(talk.onward.end_reason(), RunEnded)
+            return talk.onward is not None and source is talk.onward
         rounds = self.follower.rounds if self.follower else None
         return isinstance(rounds, TaskRounds) and rounds.note_over(talk.client)
 

@@ -57,8 +57,9 @@ class RecordedRun:
         run = config_of(archive)
         self.data = data = data_record(archive)
         role = str(archive.config().get("role", MAIN_ROLES[0]))
+        recipe = Recipe.of(run, allowed)
         try:
-            self.holder, self.recipe = Recipe.of(run, allowed).in_role(role)
+            self.holder, self.recipe = recipe.in_role(role)
         except ConfigError as error:
             raise IntegrityError(f"{archive.root / 'config.json'}: {error}") from error
         self.leads = role in MAIN_ROLES  # else it has followed the main server
