@@ -115,16 +115,12 @@ class Follower:
         )
 
     def _initial(self) -> dict[str, Shared]:
-        initial: States = {n: self.split.initial(self.holder)[n] for n in self._names}
+        initial: States = self.split.initial(self.holder)
         if self.start:
             initial = self.start.into(self.split, initial)
             for copy in self._backs.values():
                 copy.load(initial)
         return {name: Shared(state) for name, state in initial.items()}
-
-    @property
-    def _names(self) -> list[str]:
-        return self.split.held_by(self.holder)
 
     def _kept(self) -> list[int]:
         """Return the rounds whose starting weights lie here."""
