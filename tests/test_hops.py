@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import sfl.archive
+import sfl.conversation.round as conversation_round
 from sfl.archive.layout import LABELS
+from sfl.cli import main_client
 from sfl.config import RunConfig
+from sfl.conversation.party import ClientParty
 from sfl.errors import ConfigError, Damaged, ProtocolError
 from sfl.files.torch_file import encode
 from sfl.model.topology import HOPS, TOPOLOGIES, Holder, Relay, Stop, passing_links, route
@@ -21,6 +24,7 @@ from sfl.nodes import MOST_HOPS, ServerNode
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
 from sfl.values import Position
+from sfl.wire.driver import Conversation
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message
 from sfl.wire.messages import MessageType as M
@@ -243,6 +247,29 @@ def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
                 with contextlib.suppress(TimeoutError):  # some could go on
                     while stranger.recv(4096):
                         pass
+    chain.start("client_0")
+    for program in chain.programs.values():
+        program.ended_with(0)
+
+
+def ending(argv: list[str]) -> int:
+    """Be a client that says what the server alone may say: the run has ended."""
+
+    def end(party: ClientParty, round_index: int) -> Conversation[None]:
+        party.link.send_message_as_json(M.END_RUN, content="over")
+        yield party.link
+
+    conversation_round._next_round = end
+    return main_client(argv)
+
+
+def test_a_client_does_not_end_the_run_of_a_hop(launcher: Launcher) -> None:
+    chain = Chain(launcher, 1, 1, ["--clients", 1, *FAST, *OVER_HOP, "--rounds", 1], [])
+    for name in (SERVER, "hop_1"):
+        wait_for(chain.start(name), "listening")
+    own = [*launcher.at(f"127.0.0.1:{chain.first_port}"), "--out", launcher.folder]
+    liar = launcher.start("liar", ending, [*own, "--client-id", 0])
+    liar.wait()
     chain.start("client_0")
     for program in chain.programs.values():
         program.ended_with(0)
