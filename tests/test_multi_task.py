@@ -162,7 +162,7 @@ def test_each_server_is_told_the_labels_of_its_own_task_alone(
 def test_strangers_end_themselves_alone(launcher: Launcher) -> None:
     """Who is not registered at the main server, or has no token, takes nobody's place."""
     options = ["--clients", 1, *FAST, "--rounds", 1, "--run", "r", "--topology", "multi-task"]
-    parties = Chain(launcher, 0, 1, [*options, "--tasks", "digit,parity"], [], tasks=["parity"])
+    parties = Chain(launcher, 0, 1, [*options, "--tasks", "digit, parity"], [], tasks=["parity"])
     parties.start(SERVER), parties.start("task_parity")
     wait_for(parties.programs["task_parity"], "listening")
     strangers = []

@@ -49,6 +49,6 @@ def classes_of_tasks(tasks: str, classes: tuple[str, ...]) -> dict[str, tuple[st
     Raises:
         DataError: a task is none of such labels.
     """
-    names = tasks.split(",") if tasks else ["class"]
+    names = [name.strip() for name in tasks.split(",")] if tasks else ["class"]
     nothing = torch.empty(0, dtype=torch.int64)
     return {name: LABEL_TASKS[name](nothing, classes)[1] for name in names if name in LABEL_TASKS}

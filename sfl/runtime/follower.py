@@ -176,9 +176,20 @@ class NoFigures:
 
     def __init__(self, follower: Follower) -> None:
         self._folder = follower.folder
-        self.watcher: ServerWatcher = _Watcher(self._folder)
+        self.watcher: ServerWatcher = self
 
     def begin(self, plan: RoundPlan) -> None: ...
+
+    def say(self, line: str) -> None:
+        self._folder.events.say(line)
+
+    def start_round(self, round_index: int, num_steps: int) -> None: ...
+
+    def step(self, at: Position, figures: StepFigures) -> None: ...
+
+    def steps(self, client: int, table: Tensor) -> None: ...
+
+    def predicted(self, client: int, labels: Tensor, outputs: Tensor) -> None: ...
 
     def write_round(self, round_index: int, took_part: Sequence[int]) -> None:
         path = f"rounds/round_{round_index:03d}.csv"
@@ -228,21 +239,3 @@ class TaskFigures:
         self._folder.archive.flush()
         self._log.put_line(round_index, self._overall, self._took_part)
         return figures
-
-
-class _Watcher:
-    """A hop is told no figures; it says what goes wrong."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def say(self, line: str) -> None:
-        self._folder.events.say(line)
-
-    def start_round(self, round_index: int, num_steps: int) -> None: ...
-
-    def step(self, at: Position, figures: StepFigures) -> None: ...
-
-    def steps(self, client: int, table: Tensor) -> None: ...
-
-    def predicted(self, client: int, labels: Tensor, outputs: Tensor) -> None: ...

@@ -77,8 +77,7 @@ def check_start(start: StartWeights | None, recipe: Recipe) -> None:
         raise ConfigError(f"--init: leave it out with --topology {run.topology}: models differ")
     if start and knows_classes(run) and not recipe.joins:
         spec = dataset_of(run)
-        seen = recipe.tasks.seen_by(spec)
-        start.fitting(SplitModel(recipe, seen.input_shape, len(seen.classes)))
+        start.fitting(SplitModel(recipe, spec.input_shape, len(spec.classes)))
 
 
 def knows_classes(run: RunConfig) -> bool:

@@ -170,7 +170,7 @@ class _Clients:
             )
             for k, part in self._data.items()
         }
-        self._hops = [f"hop:{hop.place}" for hop in hops_of(recipe.segments)]
+        self._hops = [hop.role for hop in hops_of(recipe.segments)]
         self._ends = {k: self._chain(k) for k in data}
 
     def _chain(self, client: int) -> list[tuple[LocalLink, LocalLink]]:

@@ -104,7 +104,7 @@ class Recipe:
     @property
     def followers(self) -> list[str]:
         """The roles of all parties beside the main server that hold segments for all clients."""
-        hops = [f"hop:{hop.place}" for hop in hops_of(self.segments)]
+        hops = [hop.role for hop in hops_of(self.segments)]
         return hops + [f"task:{name}" for name in self.tasks.names[1:]]
 
     def at_each_server(self) -> "list[Recipe]":

@@ -24,7 +24,7 @@ class Tasks:
     names: tuple[str, ...] = ()  # of the main server first
     weights: tuple[float, ...] = ()  # of the losses
 
-    def seen_by(self, spec: DatasetSpec, server: int = 0) -> DatasetSpec:
+    def seen_by(self, spec: DatasetSpec, server: int) -> DatasetSpec:
         """Return a data set with the classes of one server's task; unknown ones stay.
 
         Raises:
