@@ -1,6 +1,7 @@
 """Certificates of a small CA."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import trustme
@@ -18,8 +19,9 @@ class Certificates:
         blob.write_to_path(path)
         return path
 
-    @property
+    @cached_property
     def trust(self) -> Path:
+        """The CA's file, written once: a program that starts reads it while another is started."""
         return self._write("ca.pem", self.ca.cert_pem)
 
     def issue(self, name: str, *hosts: str, **options: object) -> list[object]:
