@@ -373,7 +373,10 @@ def test_no_key_no_seal() -> None:
         ({"class_weights": "balanced"}, "--class-weights balanced"),
         ({"server_order": "arrival"}, "--server-order arrival"),
         ({"cut": "3"}, "takes 2 to 9 cuts"),
-        (EXTENDED | {"partition": "own"}, "--topology vertical, without any, takes own"),
+        (
+            EXTENDED | {"clients": 2, "party_models": "mlp,lenet5"},
+            "mlp of --label-client 0 is cut once",
+        ),
     ],
 )
 def test_runs_that_hops_cannot_serve_are_refused(options: dict[str, object], wanted: str) -> None:

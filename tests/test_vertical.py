@@ -42,8 +42,8 @@ from sfl.strategy.split_model import SplitModel
 from sfl.values import Position
 from sfl.wire.link import ANY_ID
 from sfl.wire.messages import MessageType
+from tests.support.hospitals import OWN, some_digits, write_hospitals, write_own
 from tests.support.launch import Launcher, wait_for
-from tests.support.made_data import loaded
 from tests.support.pairwise import pairwise
 from tests.support.plain_training import data_of
 from tests.support.plain_vertical import PlainVertical
@@ -54,14 +54,19 @@ from tests.support.weights import all_weights, assert_equal
 from tests.support.wiretap import record
 
 VERTICAL = {"topology": "vertical", "partition": "vertical", "clients": 2}
+SEVERAL = {"topology": "vertical-multi-task", "tasks": "class,age", "cut": 6}
 MODEL = {"model": BN_DROPOUT, "cut": 6, "batch_size": 200, "rounds": 2}
 SCHEMES = ["sl", "sflv1", "sflv2", "sflv3"]
 
 
 def last_weights(run: Path, num_clients: int, round_index: int = 1) -> dict[str, Tensor]:
-    """Return the weights after a round: those of each client's folder, and the server's."""
+    """Return the weights after a round: those of each client's folder, and of all servers."""
     mark = f"{round_index:03d}.pt"
-    files = {"server": run / f"models/server_model_{mark}"} | {
+    of_tasks = {path.parent.name: path for path in run.parent.parent.glob("task_*/r")}
+    files = {
+        name: folder / f"models/server_model_{mark}"
+        for name, folder in {"server": run, **of_tasks}.items()
+    } | {
         f"client_{k}": run.parent.parent / f"client/r/client_{k}/models/client_{k}_{mark}"
         for k in range(num_clients)
     }
@@ -86,6 +91,16 @@ def test_all_parties_together_equal_a_plain_loop(
     plain = PlainVertical(RunConfig(**options))
     plain.train()
     assert_equal(last_weights(run, clients), plain.weights())
+
+
+def test_the_servers_of_several_tasks_equal_a_plain_loop(tmp_path: Path) -> None:
+    """Of which each has a fusion of its own, and all weigh their losses."""
+    options = MODEL | VERTICAL | {"topology": "vertical-multi-task", "tasks": "class,parity"}
+    options |= {"optimizer_state": "keep", "label_client": 1, "task_weights": "1,0.3"}
+    run = simulated(tmp_path, **options)
+    plain = PlainVertical(RunConfig(**options))
+    plain.train()
+    assert_equal(last_weights(run, 2), plain.weights(), at_least=20)
 
 
 @pytest.mark.parametrize(("model", "cut"), [("lenet5", 3), ("cnn-mnist", 3)])
@@ -184,30 +199,9 @@ def test_the_client_with_the_labels_is_waited_for() -> None:
 # Own data, aligned by ids
 
 
-def write_own(folder: Path, ids: list[int], **arrays: np.ndarray) -> None:
-    folder.mkdir(parents=True)
-    np.savez(folder / "data.npz", ids=np.array([f"patient {i}" for i in ids]), **arrays)
-
-
-def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
-    train, _ = loaded("mnist-5k")
-    return train.x[:count].numpy(), train.y[:count].numpy()
-
-
 @pytest.fixture
 def hospitals(tmp_path: Path) -> Path:
-    """Images and labels at one client, a table at the other, of people that both know in part."""
-    x, y = digits(900)
-    drawn = np.random.default_rng(0)
-    here, there = drawn.permutation(900)[:700], drawn.permutation(900)[:800]
-    table = x.reshape(900, -1)[:, ::7].astype(np.float32) / 128 - 1
-    write_own(tmp_path / "own/client_0", here.tolist(), x=x[here], y=y[here])
-    write_own(tmp_path / "own/client_1", there.tolist(), x=table[there])
-    return tmp_path / "own"
-
-
-OWN = {"topology": "vertical", "partition": "own", "clients": 2, "party_models": "lenet5,mlp"}
-OWN |= {"model": "lenet5", "rounds": 2, "batch_size": 100}
+    return write_hospitals(tmp_path / "own")
 
 
 @pytest.mark.parametrize("way", ["processes", "one host", "killed server"])
@@ -238,12 +232,12 @@ def test_samples_of_different_kinds_are_joined_by_their_ids(
     assert f"1,client_model_000.pt,samples,{len(shared) - held_out}" in log
 
 
-@pytest.mark.parametrize("cut", [3, 9])
+@pytest.mark.parametrize("options", [{"cut": 3}, {"cut": 9}, SEVERAL])
 def test_activations_of_different_shapes_are_joined_as_in_a_plain_loop(
-    hospitals: Path, tmp_path: Path, cut: int
+    hospitals: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:
     """Convolved images, or a vector of them, beside the vector of a table."""
-    config = RunConfig(**OWN | {"cut": cut, "batch_size": 200}, run="r")
+    config = RunConfig(**OWN | {"batch_size": 200} | options, run="r")
     run = simulate(config, NodeConfig(out=str(tmp_path), data_dir=str(hospitals)))
     plain = PlainVertical(config, aligned(hospitals, config.seed))
     plain.train()
@@ -294,7 +288,7 @@ def test_other_ids_are_other_data(hospitals: Path) -> None:
 
 
 def test_ids_that_are_missing_or_twice_are_named(tmp_path: Path) -> None:
-    x, y = digits(10)
+    x, y = some_digits(10)
     write_own(tmp_path / "twice/client_0", [*range(9), 3], x=x, y=y)
     write_own(tmp_path / "twice/client_1", [*range(9)], x=x)
     with pytest.raises(DataError, match="'patient 3' occurs more than once"):
@@ -308,7 +302,7 @@ def test_ids_that_are_missing_or_twice_are_named(tmp_path: Path) -> None:
 
 
 def test_clients_without_common_samples_end_before_the_start(tmp_path: Path) -> None:
-    x, y = digits(20)
+    x, y = some_digits(20)
     write_own(tmp_path / "own/client_0", [*range(10)], x=x[:10], y=y[:10])
     write_own(tmp_path / "own/client_1", [*range(10, 20)], x=x[10:])
     with pytest.raises(Exception, match="no training sample has the same id at all clients"):
@@ -449,7 +443,7 @@ def test_a_projection_that_is_too_large_is_refused_before_it_is_made() -> None:
 
 
 def test_own_images_may_be_normalised_by_the_runs_figures(tmp_path: Path) -> None:
-    x, y = digits(20)
+    x, y = some_digits(20)
     write_own(tmp_path / "client_0", [*range(20)], x=x.astype(np.float32) - 100, y=y)
     run = RunConfig(**OWN, normalize="mean=-60,std=80")
     spec = dataset_spec("mnist-5k")
@@ -463,7 +457,7 @@ def test_own_images_may_be_normalised_by_the_runs_figures(tmp_path: Path) -> Non
 
 
 def test_a_single_common_sample_ends_the_run_before_the_start(tmp_path: Path) -> None:
-    x, y = digits(20)
+    x, y = some_digits(20)
     write_own(tmp_path / "own/client_0", [*range(11)], x=x[:11], y=y[:11])
     write_own(tmp_path / "own/client_1", [*range(10, 20)], x=x[10:])
     with pytest.raises(RunError, match="a single training sample is at all clients"):
@@ -471,7 +465,7 @@ def test_a_single_common_sample_ends_the_run_before_the_start(tmp_path: Path) ->
 
 
 def test_ids_of_a_part_that_is_not_there_are_refused(tmp_path: Path) -> None:
-    x, y = digits(10)
+    x, y = some_digits(10)
     write_own(tmp_path / "client_0", [*range(10)], x=x, y=y, ids_test=np.array(["a"]))
     write_own(tmp_path / "client_1", [*range(10)], x=x)
     with pytest.raises(DataError, match="names each sample of x_test, of 0"):

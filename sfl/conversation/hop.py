@@ -7,6 +7,8 @@ step, as the server does (``step``, ``evaluate``), and passes everything else on
     REGISTER                 ->  hop_join                           ->
                              <-                                     <-  REGISTERED {config, ...}
     REQUEST_TO_START         ->  its own rounds narrow {rounds}     ->
+      ids (sealed)           ->  where samples are aligned          ->
+      ids (sealed), counts   <-                                     <-
                              <-  hop_run                            <-  GO_ON, weights
                              <-                                     <-  START_TRAINING, weights
       z = front(x)               a step, repeated:
@@ -25,8 +27,10 @@ What is passed on is sealed by its sender for the other end of the chain, see ``
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sfl.config import RunConfig
+from sfl.conversation.alignment import hop_pass_ids
 from sfl.conversation.evaluate import hop_evaluate
 from sfl.conversation.followed import (
     FollowedRounds,
@@ -38,6 +42,7 @@ from sfl.conversation.join import Welcome, parse_welcome
 from sfl.conversation.party import ServerParty
 from sfl.conversation.report import parse_report
 from sfl.errors import ProtocolError
+from sfl.strategy.recipe import Recipe
 from sfl.strategy.schemes import Fronts
 from sfl.values import Position
 from sfl.wire.driver import Conversation
@@ -51,14 +56,15 @@ from sfl.wire.passing import pass_on
 def hop_join(
     link: Link,
     connect: Callable[[Message], Conversation[Link]],
-    welcome: Callable[[Welcome], None],
+    welcome: Callable[[Welcome], Recipe],
     rounds: Callable[[RunConfig], tuple[int, ...]],
     heartbeat_s: float,
 ) -> Conversation[FollowerJoined | None]:
     """Let a client register at the server; return None if it only checks.
 
     ``connect`` makes a link to the next party, for a first message. ``welcome`` is given the
-    server's answer, before the client; ``rounds`` returns those whose start lies here.
+    server's answer, before the client, and returns the run's recipe; ``rounds`` returns those whose
+    start lies here.
     ``heartbeat_s``: the interval in which this hop expects a client's messages.
     """
     yield link
@@ -70,16 +76,15 @@ def hop_join(
     yield onward
     answer = onward.receive_message_as_json(MessageType.REGISTERED, MessageType.CHECKED)
     told = parse_welcome(onward, answer, wanted)
-    if hello.type is MessageType.REGISTER:
-        welcome(told)
+    recipe = welcome(told) if hello.type is MessageType.REGISTER else None
     link.send_message_as_json(answer.type, content={**answer.content, "heartbeat_s": heartbeat_s})
-    if hello.type is MessageType.CHECK:
+    if recipe is None:
         yield from _pass_check_on(link, onward)
         return None
     link.peer_name = f"client_{told.client}"
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    report = parse_report(message, told.client, told.run)
+    report = parse_report(message, told.client, told.run, aligns=recipe.aligns)
     ours = rounds(told.run)
     both = [r for r in ours if r in report.rounds or not report.rounds]
     if not both:
@@ -88,6 +93,9 @@ def hop_join(
             f" {shown(ours)}: start both where they ran before, with the same --out"
         )
     onward.send_message_as_json(message.type, content={**message.content, "rounds": both})
+    if recipe.aligns:
+        counts = yield from hop_pass_ids(link, onward, report.num_samples)
+        report = replace(report, num_samples=counts)
     return FollowerJoined(told.client, link, report, onward)
 
 

@@ -68,8 +68,7 @@ def hop_limits(split: SplitModel, store: MakeStore) -> Limits:
     largest = [(TRAINING, run.batch_size + 1), (EVALUATION, split.largest_evaluation_batch)]
     limits = {MessageType.SEND_MODEL: weights, MessageType.SEND_AGGREGATED_MODEL: weights}
     for messages, size in largest:
-        specs = [split.features_spec(size, link) for link in range(len(split.cuts))]
-        tensors = max(max_file_bytes([spec]) for spec in specs)
+        tensors = max(max_file_bytes([spec]) for spec in split.features_specs(size))
         labels = max_file_bytes([split.recipe.task.labels_spec(size)])
         limits |= {kind: labels if name == LABELS else tensors for name, kind in messages.items()}
     return Limits(payload_bytes=_sealed(split, limits), store=store)

@@ -11,14 +11,12 @@ import torch
 
 from sfl.archive.records import MAX_CLASSES, classes_of, data_of, digest_of, samples_of, shape_of
 from sfl.config import RunConfig
-from sfl.conversation.alignment import aligned_counts
-from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.class_names import listed
 from sfl.data.client_data import ClientData
 from sfl.data.datasets import dataset_of
 from sfl.data.label_tasks import classes_of_tasks
 from sfl.data.partition import OWN, VERTICAL
-from sfl.data.vertical import Ids, strip_of
+from sfl.data.vertical import strip_of
 from sfl.errors import DataError, ProtocolError, RunError
 from sfl.model.class_weights import BALANCED, class_weights
 from sfl.model.structure import CHECKSUM, DIGEST, MAX_DIGESTS
@@ -60,11 +58,9 @@ class DataReport:
 
         ``shares_figures``: those of each class are told all the same.
         """
-        parts = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
-        counts = {name: len(samples) for name, samples in parts.items()}
         digest = hashlib.sha256(run.run.encode())
         at_once = max(HASHED_BYTES // (4 * math.prod(data.input_shape)), 1)
-        for samples in parts.values():
+        for samples in (data.train, data.validation, data.test):
             for rows in torch.split(torch.arange(len(samples)), at_once):
                 digest.update(samples.take(rows).x.numpy().tobytes())
             if not (keeps_labels or passes_hops):
@@ -75,9 +71,13 @@ class DataReport:
         if run.class_weights == BALANCED:
             class_counts = torch.bincount(data.train.y, minlength=len(data.classes)).tolist()
         return cls(
-            counts, data.classes, data.input_shape, digest.hexdigest(), tuple(class_counts),
+            data.num_samples,
+            data.classes,
+            data.input_shape,
+            digest.hexdigest(),
+            tuple(class_counts),
             tells_classes=shares_figures or not keeps_labels,
-        )  # fmt: skip
+        )
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> "DataReport":
@@ -179,12 +179,8 @@ def _check_fits(
         )
 
 
-def describe_data(
-    reports: Mapping[int, DataReport], recipe: Recipe, order: Ids | None = None
-) -> dict[str, Any]:
+def describe_data(reports: Mapping[int, DataReport], recipe: Recipe) -> dict[str, Any]:
     """Return the record of the clients' data, after checking that they are compatible.
-
-    ``order``: the samples that all have, where they are aligned.
 
     Raises:
         RunError: they are not.
@@ -197,10 +193,7 @@ def describe_data(
         "input_shape": list(report.input_shape),
         "classes": list(report.classes),
         "class_weights": list(class_weights(run.class_weights, len(report.classes), counts)),
-        "num_samples": {
-            str(k): aligned_counts(order) if order else dict(one.num_samples)
-            for k, one in reports.items()
-        },
+        "num_samples": {str(k): dict(one.num_samples) for k, one in reports.items()},
         "digests": {str(k): one.digest for k, one in reports.items()},
     }
     if recipe.joins:

@@ -39,7 +39,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sfl.archive.layout import CLIENT_OPTIMIZER, ONE_CLIENT_MODEL, segment_path
-from sfl.conversation.alignment import client_receive_order, server_send_order
+from sfl.conversation.alignment import server_send_order
 from sfl.conversation.evaluate import client_evaluate, server_evaluate
 from sfl.conversation.party import (
     PREFIXES,
@@ -303,9 +303,6 @@ def client_start(party: ClientParty) -> Conversation[int]:
     party.on_start(first, message.get("own", int))
     held = encode_state(joined(party.segments.states()))
     yield from _receive_front(party, message, held)
-    if identified := party.data.identified:
-        order = yield from client_receive_order(party.link, identified.ids)
-        party.data = party.data.aligned(order, party.recipe.leader(party.client))
     return first
 
 
@@ -315,9 +312,9 @@ def server_start(
     """Send a client the weights at a round's start, unless it has them; faces ``client_start``."""
     if party.ready_for_round != round_index:
         at, own = party.at(round_index - 1), party.own_round
-        yield from _send_front(party, MessageType.GO_ON, front, at, own=own)
         if party.order:
             server_send_order(party.link, party.order)
+        yield from _send_front(party, MessageType.GO_ON, front, at, own=own)
         party.ready_for_round = round_index
 
 

@@ -44,6 +44,7 @@ from sfl.conversation.report import parse_report
 from sfl.errors import NotYet, ProtocolError, quoted
 from sfl.model.metrics import Tally
 from sfl.strategy.order import RoundPlan
+from sfl.strategy.recipe import Recipe
 from sfl.wire.driver import Conversation
 from sfl.wire.link import ANY_ID, CLIENT, Link, one_line
 from sfl.wire.messages import Message, MessageType
@@ -100,7 +101,7 @@ def task_join(
     name: str,
     link: Link,
     connect: Callable[[Message], Conversation[Link]],
-    welcome: Callable[[Welcome], None],
+    welcome: Callable[[Welcome], Recipe],
     rounds: Callable[[RunConfig], tuple[int, ...]],
     heartbeat_s: float,
 ) -> Conversation[FollowerJoined]:
@@ -128,14 +129,14 @@ def task_join(
         return told, answer
 
     told, answer = yield from ask()
-    welcome(told)
+    recipe = welcome(told)
     link.heartbeat_s = parse_heartbeat(hello)
     content = {**answer.content, "heartbeat_s": heartbeat_s, "rounds": rounds(told.run)}
     link.send_message_as_json(MessageType.REGISTERED, content=content)
     link.peer_name = f"client_{told.client}"
     yield link
     message = link.receive_message_as_json(MessageType.REQUEST_TO_START)
-    report = parse_report(message, told.client, told.run)
+    report = parse_report(message, told.client, told.run, aligns=recipe.aligns)
     yield link  # until the main server has let it go on, and so accepted its report
     _, answer = yield from ask()
     ours = {"num_samples": dict(report.num_samples), "input_shape": list(report.input_shape)}

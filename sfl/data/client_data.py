@@ -179,6 +179,13 @@ class ClientData:
     changes: tuple[Change, ...] = ()  # of training images, at random
     identified: Identified | None = None  # of samples that are not yet aligned
     columns: Columns = field(default_factory=dict)
+    has_labels: bool = True
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """The number of samples of each part."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(samples) for name, samples in parts.items()}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -207,9 +214,13 @@ class ClientData:
     def of_task(self, name: str) -> "ClientData":
         """Return the same samples with the labels of a task: a further column, or a function.
 
+        Samples without labels stay as they are.
+
         Raises:
             DataError: they have no such labels.
         """
+        if not self.has_labels:
+            return self
         parts = {part: getattr(self, part) for part in ("train", "validation", "test")}
         classes = self.columns.get(name, self.classes)
         for part, samples in parts.items():

@@ -138,13 +138,13 @@ def read_npz(
     return Parts(
         train=read["train"],
         validation=read.get("validation"),
-        test=read.get("test", _nothing(spec, columns)),
+        test=read.get("test", none_of(spec, columns)),
         classes=classes,
         columns=further_classes,
     )
 
 
-def _nothing(spec: DatasetSpec, columns: Collection[str]) -> Samples:
+def none_of(spec: DatasetSpec, columns: Collection[str]) -> Samples:
     """Return zero samples, with no labels in each column."""
     empty = nothing(spec.input_shape)
     return dataclasses.replace(empty, further=dict.fromkeys(columns, empty.y))

@@ -12,8 +12,7 @@ from sfl.config import RunConfig
 from sfl.data.augment import NONE
 from sfl.data.client_data import ClientData, DatasetSpec, Identified, client_data
 from sfl.data.image_folders import IMAGE_SUFFIXES, LAYOUT, is_of_system, read_folders, sort_out
-from sfl.data.npz import read_ids, read_npz, read_table
-from sfl.data.samples import nothing
+from sfl.data.npz import none_of, read_ids, read_npz, read_table
 from sfl.errors import DataError
 
 MOST_MEASURED = 256  # samples of which mean and deviation are reported
@@ -40,7 +39,7 @@ def load_own(
     """
     archive = _archive(data_dir, say)
     if has_ids:
-        return _load_identified(spec, run, client, archive, say)
+        return _load_identified(spec, run, client, archive, say, columns)
     if archive is not None:
         any_range = has_any_range(spec, run)
         parts = read_npz(archive, spec, say, any_range=any_range, columns=columns)
@@ -70,6 +69,7 @@ def _load_identified(
     client: int,
     archive: Path | None,
     say: Callable[[str], object],
+    columns: Collection[str],
 ) -> ClientData:
     """Return a client's part of samples that it shares with others, to be aligned by their ids.
 
@@ -80,16 +80,21 @@ def _load_identified(
     if table := read_table(archive, lambda line: None):
         spec = dataclasses.replace(spec, input_shape=table, mean=0.0, std=1.0, augment=NONE)
         run = dataclasses.replace(run, augment="", normalize="")
+    has_labels = client == run.label_client
+    columns = columns if has_labels else ()
     parts = read_npz(
         archive, spec, say,
-        any_range=has_any_range(spec, run), has_labels=client == run.label_client,
+        any_range=has_any_range(spec, run), has_labels=has_labels, columns=columns,
     )  # fmt: skip
     data = client_data(
         spec, run, client, parts.train, parts.test,
-        classes=parts.classes, validation=parts.validation or nothing(spec.input_shape),
+        classes=parts.classes, validation=parts.validation or none_of(spec, columns),
     )  # fmt: skip
     in_order = parts.train.sized(spec.input_shape)  # of the ids
-    return dataclasses.replace(data, train=in_order, identified=Identified(read_ids(archive), run))
+    identified = Identified(read_ids(archive), run)
+    return dataclasses.replace(
+        data, train=in_order, identified=identified, columns=parts.columns, has_labels=has_labels
+    )
 
 
 def has_any_range(spec: DatasetSpec, run: RunConfig) -> bool:

@@ -23,7 +23,7 @@ from sfl.archive.run_folder import (
     say,
     to_json,
 )
-from sfl.conversation.alignment import client_send_ids
+from sfl.conversation.alignment import client_align, client_send_ids
 from sfl.conversation.join import HERE, Welcome, client_join
 from sfl.conversation.limits import client_limits
 from sfl.conversation.party import ClientParty
@@ -271,11 +271,12 @@ class _Loaded:
         self._folder, self._device = folder, process.device_of(self._client)
         run, events = recipe.run, folder.events
         loaded = process.load(recipe, self._client, node, events.say)
-        self._data, *further = at_each_server(loaded, recipe)
+        self._at_servers = at_each_server(loaded, recipe)
+        self._data, *further = self._at_servers
         shape, num_classes = self._data.input_shape, len(self._data.classes)
         self._split = SplitModel(recipe, shape, num_classes, client=self._client)
         self._report = report_of(self._data, self._split, shares_figures=self._node.share_figures)
-        self._further = [(d, report_of(d, self._split, shares_figures=False)) for d in further]
+        self._further = [report_of(d, self._split, shares_figures=False) for d in further]
         counts = ", ".join(f"{count} {part}" for part, count in self._report.num_samples.items())
         events.say(f"{counts} samples; {recipe.title}, on {self._device}")
         if found := unordered(self._split, {Holder.CLIENT: self._device}):
@@ -303,12 +304,14 @@ class _Loaded:
             if identified := self._data.identified:
                 yield from client_send_ids(link, identified.ids)
             party = self._party(registered.link, store, functools.partial(self._start, fed, report))
-            add_sides(party, others, self._further)
             self.log.start_over()
             with (
                 closed_together([link, *(other.link for other in others)]),
                 contextlib.closing(self.log.progress),
             ):
+                leader = recipe.leader(self._client)
+                party.data, *further = yield from client_align(link, self._at_servers, leader)
+                add_sides(party, others, further, self._further)
                 yield from client_run(party)
             folder.archive.flush()
             if fed is not None:

@@ -236,7 +236,8 @@ class Following:
         follower = self.follower or self._prepare()
         if follower.data["digests"][str(joined.client)] != joined.report.digest:
             raise ProtocolError(f"client_{joined.client} has other data than it had in this run")
-        limits = self.kind.limits(follower.split, payload_store_in(follower.folder.path))
+        split = follower.split.of_party(joined.client)
+        limits = self.kind.limits(split, payload_store_in(follower.folder.path))
         for link in filter(None, (joined.link, joined.onward)):
             link.limits = limits
         party = follower.party(joined.client, joined.link, joined.onward)
@@ -284,8 +285,8 @@ class Following:
         link.on_notice = note
         return link
 
-    def _welcome(self, talk: _Talk, told: Welcome) -> None:
-        """Take note of the server's answer to a client.
+    def _welcome(self, talk: _Talk, told: Welcome) -> Recipe:
+        """Take note of the server's answer to a client; return the run's recipe.
 
         Raises:
             RunError: it has another run than before, or one that this hop has no part of.
@@ -293,11 +294,10 @@ class Following:
         for other in [t for t in self._talks.values() if t.client == told.client]:
             self._end(other, ConnectionLost(f"client_{told.client} has connected anew"))
         talk.client = told.client
+        recipe = self._recipe_of(told.run)
         if told.run == self.run_config:
-            return
-        if self.run_config is None:
-            self._recipe_of(told.run)
-        else:
+            return recipe
+        if self.run_config is not None:
             try:
                 check_goes_on(dataclasses.asdict(self.run_config), dataclasses.asdict(told.run))
             except ConfigError as error:
@@ -305,6 +305,7 @@ class Following:
             self._end_others(talk.client)
             self.follower = None
         self.run_config = told.run
+        return recipe
 
     def _recipe_of(self, run: RunConfig) -> Recipe:
         """Return the recipe of a run, as this party has it.

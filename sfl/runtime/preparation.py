@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from sfl.archive.run_folder import RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
+from sfl.conversation.alignment import aligned_counts
 from sfl.conversation.cut import Cut, kinds_by_link
 from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
@@ -85,14 +86,14 @@ class Preparation:
     ranks: Ranks = field(default_factory=OneRank)
 
     def __post_init__(self) -> None:
-        past, self._order = self.past, self._aligned()
-        own = reports_of(self.joined)
+        past, self._order, own = self.past, self._aligned(), reports_of(self.joined)
+        if self._order is not None:
+            counts = aligned_counts({part: len(ids) for part, ids in self._order.items()})
+            own = {k: replace(report, num_samples=counts) for k, report in own.items()}
         self._reports = self.ranks.gather(own, asdict, DataReport.unpacked)
-        self._data = (
-            dict(past.data) if past else describe_data(self._reports, self.recipe, self._order)
-        )
-        counts = self._data["num_samples"].items()
-        self._num_samples = {k: parts for k, parts in sorted((int(k), p) for k, p in counts)}
+        self._data = dict(past.data) if past else describe_data(self._reports, self.recipe)
+        num_samples = {int(k): parts for k, parts in self._data["num_samples"].items()}
+        self._num_samples = dict(sorted(num_samples.items()))
         self._ours = self.ranks.ours(list(self._num_samples))
         self._num_train = [self._num_samples[k][TRAIN] for k in self._ours]
         self._first_round = past.first_round if past else 0

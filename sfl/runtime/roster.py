@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Roster:
     places: dict[int, Place] = field(default_factory=dict)
     has_begun: bool = False
     of_run: Sequence[int] = ()  # with several ranks, the ids of all clients of the run
+    num_samples: Mapping[int, Mapping[str, int]] = field(default_factory=dict)  # once rounds begin
     _told_at: float = -math.inf  # when clients were told last who is missing
     _is_due: bool = False  # whether something has changed since
 
@@ -155,11 +156,11 @@ class Roster:
         return wanted, "" if wanted in free else f"client_{wanted} is connected"
 
     def reported(self, client: int) -> dict[str, Any]:
-        """Return what a client has reported that a further task's server may know; {}: nothing."""
-        if not (joined := self.places[client].joined):
+        """Return what the server of a further task may know of a client's data; {}: nothing yet."""
+        if not (self.num_samples and (joined := self.places[client].joined)):
             return {}
-        data = joined.data
-        return {"num_samples": dict(data.num_samples), "input_shape": list(data.input_shape)}
+        counts, shape = self.num_samples[client], joined.data.input_shape
+        return {"num_samples": dict(counts), "input_shape": list(shape)}
 
     def client_of(self, member: Member) -> int | None:
         return next((k for k, place in self.places.items() if place.link is member), None)

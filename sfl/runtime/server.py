@@ -217,7 +217,7 @@ class _Server:
             options=RoundOptions(is_here, bool(node.skip_after_s), node.at_once),
             ranks=ranks,
         ).rounds()
-        lobby.on_return = rounds.reconnect
+        lobby.on_return, lobby.roster.num_samples = rounds.reconnect, rounds.num_samples
         if self.place is not None and self.fed == APART:
             put_start(
                 self.place,

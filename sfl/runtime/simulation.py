@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from sfl.archive.live_status import LiveStatus
 from sfl.archive.profile import Profile
@@ -20,9 +21,10 @@ from sfl.archive.run_folder import (
 )
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
+from sfl.conversation.alignment import client_align, hop_pass_order
 from sfl.conversation.hop import hop_run
 from sfl.conversation.join import Joined
-from sfl.conversation.party import ClientParty
+from sfl.conversation.party import ClientParty, ServerParty
 from sfl.conversation.report import DataReport, check_agreement, describe_data
 from sfl.conversation.round import client_run
 from sfl.conversation.task_server import TaskRounds, task_run
@@ -201,15 +203,34 @@ class _Clients:
         hops = [made.pop(role) for role in self._hops]
         tasks = [*made.values()]
 
+        def take_part(party: ClientParty, links: Sequence[LocalLink]) -> Conversation[None]:
+            own, leader = self._at_servers[party.client], recipe.leader(party.client)
+            party.data, *further = yield from client_align(party.link, own, leader)
+            for server, link, data in zip(tasks, links, further, strict=True):
+                side = party.at_server(server.split.recipe, link, data)
+                party.others = (*party.others, side)
+            yield from client_run(party)
+
+        def pass_on_all(hop: Follower, party: ServerParty) -> Conversation[None]:
+            assert party.onward is not None
+            if recipe.aligns:
+                yield from hop_pass_order(party.link, party.onward)
+            yield from hop_run(party, hop.rounds)
+
         def connect(client: int) -> None:
             party, chain = self._party(client, rounds, of_clients[client]), self._ends[client]
-            further = self._run_at_task_servers(party, tasks)
+            to_tasks = [local_pair(client) for _ in tasks]
+            further = [
+                task_run(server.party(client, theirs), cast(TaskRounds, server.rounds))
+                for server, (theirs, _) in zip(tasks, to_tasks, strict=True)
+            ]
             own = zip(reversed(hops), itertools.pairwise(chain), strict=True)
             through = [
-                hop_run(hop.party(client, nearer[0], further[1]), hop.rounds)
-                for hop, (further, nearer) in own
+                pass_on_all(hop, hop.party(client, nearer[0], onward[1]))
+                for hop, (onward, nearer) in own
             ]
-            network.add(chain[0][0], client_run(party), *reversed(through), *further)
+            taken = take_part(party, [ours for _, ours in to_tasks])
+            network.add(chain[0][0], taken, *reversed(through), *further)
 
         def bring_back(client: int) -> None:
             self._ends[client] = self._chain(client)
@@ -220,19 +241,6 @@ class _Clients:
             connect(k)
         network.bring_back = bring_back
 
-    def _run_at_task_servers(
-        self, party: ClientParty, servers: Sequence[Follower]
-    ) -> list[Conversation[None]]:
-        """Let a client train at the servers of further tasks; return their conversations."""
-        conversations = []
-        for server, data in zip(servers, self._at_servers[party.client][1:], strict=True):
-            theirs, ours = local_pair(party.client)
-            recipe = server.split.recipe
-            party.others = (*party.others, party.at_server(recipe, ours, data))
-            assert isinstance(server.rounds, TaskRounds)
-            conversations.append(task_run(server.party(party.client, theirs), server.rounds))
-        return conversations
-
     @contextlib.contextmanager
     def _follower(self, role: str, rounds: Rounds) -> Iterator[Follower]:
         node, (_, recipe) = self._node, self._recipe.in_role(role)
@@ -240,7 +248,10 @@ class _Clients:
         split, data = rounds.split, rounds.about["data"]
         if recipe.server:
             reports = {
-                k: DataReport.of(own[recipe.server], recipe.run)
+                k: dataclasses.replace(
+                    DataReport.of(own[recipe.server], recipe.run),
+                    num_samples=rounds.num_samples[k],
+                )
                 for k, own in self._at_servers.items()
             }
             data = describe_data(reports, recipe)

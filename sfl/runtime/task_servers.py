@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from sfl.conversation.hop import shown
 from sfl.conversation.party import ClientParty
@@ -84,13 +85,17 @@ def common_rounds(own: tuple[int, ...], others: Iterable[Registered]) -> tuple[i
 def add_sides(
     party: ClientParty,
     others: Sequence[Registered],
-    data: Sequence[tuple[ClientData, DataReport]],
+    data: Sequence[ClientData],
+    reports: Sequence[DataReport],
 ) -> None:
-    """Report the data with the task's labels to each server, and let the client train there."""
+    """Report the data with the task's labels to each server, and let the client train there.
+
+    ``reports``: as they were before the samples were aligned.
+    """
     recipes = party.recipe.at_each_server()[1:]
-    for recipe, other, (theirs, report) in zip(recipes, others, data, strict=True):
+    for recipe, other, theirs, report in zip(recipes, others, data, reports, strict=True):
         other.link.limits = party.link.limits
-        send_report(other.link, report)
+        send_report(other.link, replace(report, num_samples=theirs.num_samples))
         party.others = (*party.others, party.at_server(recipe, other.link, theirs))
 
 

@@ -300,7 +300,8 @@ def _parties(
     """Return the model of each client's first segment, and its cuts.
 
     Raises:
-        ConfigError: there is not one for each client, or a model is unknown.
+        ConfigError: there is not one for each client, a model is unknown, or the rest of the one of
+            the client with the labels cannot be held by those who come after it.
     """
     names = run.party_models.split(",") if run.party_models else [run.model] * run.clients
     if len(names) != run.clients:
@@ -311,7 +312,13 @@ def _parties(
     for name in names:
         spec = model_spec(name, allowed)
         own = parse_cuts(run.cut if spec.cut is None else None, spec.cut, name)
-        found.append((model, cuts) if name == run.model else (spec, own))
+        found.append((model, cuts) if name == run.model else (spec, own[: len(cuts)]))
+    if len(found[run.label_client][1]) < len(cuts):
+        raise ConfigError(
+            f"--party-models: {names[run.label_client]} of --label-client {run.label_client} is cut"
+            f" once, but its rest is held by several parties, with --topology {run.topology}: give"
+            " it as --model, with --cut"
+        )
     return tuple(found)
 
 
@@ -348,12 +355,6 @@ def _check_followed(recipe: Recipe) -> None:
     """
     run = recipe.run
     conditions = [
-        (
-            not recipe.aligns,
-            "partition",
-            f"{VERTICAL} (ids of samples reach no hop and no server of a further task;"
-            " --topology vertical, without any, takes own)",
-        ),
         (run.server_order == "fixed", "server_order", "fixed: after a restart of any party, too"),
         (run.weights == SOCKET, "weights", "left out: weights pass over the connections"),
         (run.most_clients == run.clients, "max_clients", "the number of clients known"),

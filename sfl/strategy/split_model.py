@@ -77,7 +77,8 @@ class SplitModel:
                 f"--cut {run.cut}: --scheme {run.scheme} needs blocks on both sides;"
                 f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
             )
-        rows, names = split(model, *self.cuts), list(recipe.segments)
+        rows = split(model, *self.cuts)
+        names = [*recipe.segments][: len(rows)]  # of a party's own model, the first one counts
         check_no_shared_weights(rows)
         states = (item for row in rows for item in row.state_dict().items())
         self._masks = {name: tensor for name, tensor in states if not are_finite([tensor])}
@@ -132,6 +133,8 @@ class SplitModel:
         run, name = self.recipe.run, [*self._segments][1]
         seed = self.recipe.training.seed
         self._parties = parties
+        for party in parties.values():  # behind the fusion all have the activations of this model
+            party._cut_samples = [party._cut_samples[0], *self._cut_samples[1:]]
         self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
         wanted = self.features_sample(0).shape
         with torch.device("meta"):  # takes no memory
@@ -270,8 +273,11 @@ class SplitModel:
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
         """Return the spec of a batch's activations at a cut, and of their gradients."""
-        sample = self._cut_samples[link]
-        return TensorSpec((batch, *sample.shape), sample.dtype)
+        return self.features_specs(batch)[link]
+
+    def features_specs(self, batch: int) -> list[TensorSpec]:
+        """Return the specs of ``features_spec`` at all cuts."""
+        return [TensorSpec((batch, *sample.shape), sample.dtype) for sample in self._cut_samples]
 
     @property
     def sample_bytes(self) -> int:

@@ -28,8 +28,10 @@ class MessageType(StrEnum):
     CHECKED = "CHECKED"  # S: as REGISTERED, but takes no place; then, the report's faults
     REQUEST_TO_START = "REQUEST_TO_START"  # C: data are loaded; samples, classes, shape
     REQUEST_IDS = "REQUEST_IDS"  # S: send the ids of your samples
-    SAMPLE_IDS = "SAMPLE_IDS"  # C: file, digests of the ids of all its samples
-    SAMPLE_ORDER = "SAMPLE_ORDER"  # S: file, those that all clients have, in the run's order
+    SAMPLE_IDS = "SAMPLE_IDS"  # C: file, digests of the ids of all its samples; S: of the run's
+    SAMPLE_ORDER = (
+        "SAMPLE_ORDER"  # S: how many samples all clients have; their ids follow, in the run's order
+    )
     MESSAGE = "MESSAGE"  # S: a notice for the user, at any time
     GO_ON = "GO_ON"  # S: this round is done (-1: none); the front that the next one starts from
     START_TRAINING = "START_TRAINING"  # S: train in round r; starting front, number of steps
@@ -68,7 +70,6 @@ _TYPES: Final = {message_type.value: message_type for message_type in MessageTyp
 FILE_TYPES: Final = frozenset(
     {
         MessageType.SAMPLE_IDS,
-        MessageType.SAMPLE_ORDER,
         MessageType.TRAINING_LABELS,
         MessageType.TRAINING_FEATURES,
         MessageType.TRAINING_GRADS,

@@ -26,6 +26,7 @@ OVERHEAD_BYTES: Final = 16  # that sealing adds to a file: the tag
 # Sealed as a whole: no hop needs them.
 _WHOLE = frozenset(
     {
+        MessageType.SAMPLE_IDS,
         MessageType.TRAINING_LABELS,
         MessageType.VALIDATION_LABELS,
         MessageType.VALIDATION_RESULT,

@@ -26,7 +26,7 @@ class Chain:
     programs: dict[str, Program] = field(default_factory=dict)
     tasks: Sequence[str] = ()  # of further servers
     hosts: bool = False  # whether all clients are in one process
-    of_clients: Sequence[object] = ()  # further options of clients
+    of_clients: Sequence[object] = ()  # further options of clients; {k} is a client's number
 
     def __post_init__(self) -> None:
         places = range(1, self.num_hops + 1)
@@ -61,7 +61,8 @@ class Chain:
         else:
             address = self.launcher.at(f"127.0.0.1:{self.first_port}")
             which = ["--client-ids" if self.hosts else "--client-id", number]
-            own = [*which, *self.of_others, *self.of_clients]
+            mine = [str(option).replace("{k}", number) for option in self.of_clients]
+            own = [*which, *self.of_others, *mine]
             program = self.launcher.client(*address, *own, env=env)
         self.programs[name] = program
         return program

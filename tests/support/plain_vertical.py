@@ -20,16 +20,26 @@ JOIN: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
 }
 
 
+NUM_CLASSES = {"parity": 2, "age": 2}
+LABELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y, "class": lambda y: y, "parity": lambda y: y % 2, "age": lambda y: 1 - y % 2,
+}  # fmt: skip
+
+
 class PlainVertical:
     """One network with a front for each client's columns, as a reader of the paper writes it.
 
-    ``missing``: clients whose activations are zeros.
+    With several tasks it has a head for each. ``missing``: clients whose activations are zeros.
     """
 
     def __init__(self, run: RunConfig, data: list[ClientData] | None = None) -> None:
         self.run, self.label = run, run.label_client
         self.data = data or data_of(run)
         names = run.party_models.split(",") if run.party_models else [run.model] * len(self.data)
+        self.tasks = run.tasks.split(",")
+        self.loss_weights = [float(w) for w in (run.task_weights or "1,1").split(",")]
+        drawn = [seeds.derive(run.seed, "task", i) for i in range(1, len(self.tasks))]
+        self.seeds = [run.seed, *drawn]
         self.fronts: list[nn.Sequential] = []
         for k, (part, name) in enumerate(zip(self.data, names, strict=True)):
             spec = model_spec(name)
@@ -38,19 +48,24 @@ class PlainVertical:
             model = build(spec, part.input_shape, len(part.classes), seed=own)
             self.fronts.append(model[:cut])
             if k == self.label:
-                self.back, self.cut = model[cut:], cut
+                self.backs, self.cut = [model[cut:]], cut
+                for task, seed in zip(self.tasks[1:], drawn, strict=True):
+                    head = build(spec, part.input_shape, NUM_CLASSES[task], seed=seed)
+                    self.backs.append(head[cut:])
         with torch.no_grad():
             xs = [torch.zeros(2, *part.input_shape) for part in self.data]
             shapes = [front.eval()(x).shape[1:] for front, x in zip(self.fronts, xs, strict=True)]
         self.like, self.flattens = shapes[self.label], len({shape[1:] for shape in shapes}) > 1
-        self.projection: nn.Module = nn.Identity()
+        self.projections: list[nn.Module] = [nn.Identity() for _ in self.tasks]
         if run.fusion == "concat":
-            torch.manual_seed(seeds.derive(run.seed, "fusion"))
             widths = [s.numel() if self.flattens else s[0] for s in shapes]
-            self.projection = nn.Linear(sum(widths), widths[self.label])
+            for index, seed in enumerate(self.seeds):
+                torch.manual_seed(seeds.derive(seed, "fusion"))
+                self.projections[index] = nn.Linear(sum(widths), widths[self.label])
 
     def parts(self) -> list[nn.Module]:
-        return [*self.fronts, nn.ModuleList([self.projection, self.back])]
+        ends = zip(self.projections, self.backs, strict=True)
+        return [*self.fronts, *(nn.ModuleList(end) for end in ends)]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         make = OPTIMIZERS[self.run.optimizer]
@@ -81,7 +96,17 @@ class PlainVertical:
             x, y = part.batch(part.train, indices)
             if k == self.label:
                 wanted = y
-            zs.append(self.through(front, x, (round_index, k, step), 0) if k not in out else None)
+            place = round_index, k, step
+            zs.append(self.through(front, x, self.run.seed, place, 0) if k not in out else None)
+        place = round_index, self.label, step
+        losses = [
+            weight * nn.functional.cross_entropy(self.end(i, zs, place), LABELS[task](wanted))
+            for i, (task, weight) in enumerate(zip(self.tasks, self.loss_weights, strict=False))
+        ]
+        return sum(losses[1:], losses[0])
+
+    def end(self, index: int, zs: Sequence[Tensor | None], place: tuple[int, int, int]) -> Tensor:
+        """Return the outputs of a task's head."""
         like = next(z for z in zs if z is not None)
         # What the wire carries is a copy.
         received = [torch.zeros_like(like) if z is None else z.clone() for z in zs]
@@ -89,17 +114,16 @@ class PlainVertical:
             received = [z.flatten(1) for z in received]
         joined = JOIN[self.run.fusion](received)
         if self.flattens or joined.dim() == 2:
-            z = self.projection(joined).reshape(-1, *self.like)
+            z = self.projections[index](joined).reshape(-1, *self.like)
         else:
-            z = self.projection(joined.movedim(1, -1)).movedim(-1, 1)
-        outputs = self.through(self.back, z, (round_index, self.label, step), self.cut + 1)
-        return nn.functional.cross_entropy(outputs, wanted)
+            z = self.projections[index](joined.movedim(1, -1)).movedim(-1, 1)
+        return self.through(self.backs[index], z, self.seeds[index], place, self.cut + 1)
 
     def through(
-        self, blocks: nn.Sequential, x: Tensor, place: tuple[int, int, int], first: int
+        self, blocks: nn.Sequential, x: Tensor, seed: int, place: tuple[int, int, int], first: int
     ) -> Tensor:
         for block, module in enumerate(blocks, first):
-            torch.manual_seed(seeds.derive(self.run.seed, seeds.BLOCK, *place, block))
+            torch.manual_seed(seeds.derive(seed, seeds.BLOCK, *place, block))
             x = module(x)
         return x
 
@@ -110,6 +134,9 @@ class PlainVertical:
             for k, f in enumerate(self.fronts)
             for n, t in f.state_dict().items()
         }
-        projected = self.projection.state_dict().items()
-        found |= {f"server/fusion.projection.{n}": t for n, t in projected}
-        return found | {f"server/{n}": t for n, t in self.back.state_dict().items()}
+        servers = ["server", *(f"task_{task}" for task in self.tasks[1:])]
+        for server, projection, back in zip(servers, self.projections, self.backs, strict=True):
+            projected = projection.state_dict().items()
+            found |= {f"{server}/fusion.projection.{n}": t for n, t in projected}
+            found |= {f"{server}/{n}": t for n, t in back.state_dict().items()}
+        return found
