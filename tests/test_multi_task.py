@@ -21,6 +21,7 @@ from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.errors import ConfigError, DataError
 from sfl.nodes import NodeConfig
+from sfl.reports.gathered import gather
 from sfl.runtime import task_servers
 from sfl.runtime.preflight import check_run
 from sfl.runtime.simulation import simulate
@@ -276,6 +277,13 @@ def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
             correct += int((kept["logits"].argmax(1) == kept["labels"]).sum())
     assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
     assert tuple(parity.classes) == ("even", "odd")
+    # Beside the main server's folder it is a run of its own, whatever the seeds.
+    digit = sfl.open_run(tmp_path / "server/r")
+    assert [group.label for group in gather([digit, parity])] == ["role -", "role task:parity"]
+    assert len(sfl.plot([digit, parity])[0].lines) == 4
+    simulated(tmp_path, **options, topology="multi-task", run="s", seed=1)
+    of_both = [tmp_path / "server/r", tmp_path / "task_parity/s"]
+    assert len(gather([sfl.open_run(path) for path in of_both])) == 2
 
 
 # Further columns of labels

@@ -27,7 +27,7 @@ from sfl.config import RunConfig
 from sfl.conversation.party import TEST
 from sfl.data.client_data import ClientData, DatasetSpec, normalised
 from sfl.data.datasets import dataset_of
-from sfl.errors import RunError
+from sfl.errors import ConfigError, RunError, counted
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.dealt import Dealt, StepSamples
 from sfl.interactive.tables import clients_table, events, rounds_table, steps_table
@@ -37,7 +37,7 @@ from sfl.nodes import NodeConfig, TrackingNode
 from sfl.options import from_values
 from sfl.runtime.recorded_run import RecordedRun, config_of, data_record, load
 from sfl.runtime.simulation import simulate as simulate_run
-from sfl.strategy.recipe import Recipe
+from sfl.strategy.recipe import MAIN_ROLES, Recipe
 from sfl.strategy.split_model import SplitModel
 
 FolderPath = str | os.PathLike[str]
@@ -95,6 +95,23 @@ class Run:
     def config(self) -> RunConfig:
         """The run's options."""
         return config_of(self._archive)
+
+    @property
+    def role(self) -> str:
+        """Whose record it is: ``hop:1``, ``task:parity``; "" is the main server's."""
+        role = str(self._archive.config().get("role", ""))
+        return "" if role in MAIN_ROLES else role
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The run's options and ``role``, as a table; alike in runs of which the seed differs."""
+        same = dataclasses.replace(self.config, run="", seed=0)
+        return dataclasses.asdict(same) | {"role": self.role}
+
+    @property
+    def name(self) -> str:
+        """The run's name, with its role unless it is the main server's."""
+        return ", ".join(filter(None, (self.config.run or self.path.name, self.role)))
 
     @property
     def differences(self) -> Sequence[str]:
@@ -313,23 +330,36 @@ def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:
     """Draw the loss and the task's metric by round, of several runs; return the two axes.
 
     ``labels``: of the runs; by default, the options in which they differ.
+
+    Raises:
+        ConfigError: there is no run, or there are more or fewer labels than runs.
     """
     from sfl.interactive.curves import draw  # takes a second to import
 
-    names = labels or told_apart([run.config for run in runs])
+    if not runs:
+        raise ConfigError("plot: there is no run to draw; give at least one")
+    if labels and len(labels) != len(runs):
+        raise ConfigError(f"labels: has {len(labels)}, for {counted(len(runs), 'run')}")
+    options = [run.options | {"seed": run.config.seed} for run in runs]
+    names = distinct(labels or told_apart(options, [run.name for run in runs]))
     metric, title = runs[0].recipe.task.shown
     return draw(dict(zip(names, (run.rounds for run in runs), strict=True)), metric, title)
 
 
-def told_apart(configs: Sequence[RunConfig]) -> list[str]:
+def told_apart(options: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Return a label for each run: the options that differ, or else its name."""
-    tables: list[Mapping[str, Any]] = [dataclasses.asdict(config) for config in configs]
-    differ = [n for n in tables[0] if n != "run" and len({repr(t[n]) for t in tables}) > 1]
+    differ = [n for n in options[0] if len({repr(table[n]) for table in options}) > 1]
     labels = [
         ", ".join(f"{name} {'-' if table[name] == '' else table[name]}" for name in differ)
-        for table in tables
+        for table in options
     ]
     if len(set(labels)) == len(labels) and differ:
         return labels
-    names = [config.run for config in configs]
     return [f"{label} ({n})" if label else n for label, n in zip(labels, names, strict=True)]
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Return the labels, numbered if some are the same: a curve or column goes by its label."""
+    if len(set(labels)) == len(labels):
+        return [*labels]
+    return [f"{label} #{labels[: k + 1].count(label)}" for k, label in enumerate(labels)]
