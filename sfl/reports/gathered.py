@@ -52,10 +52,10 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
         members.setdefault((same, seen[same, run.config.seed]), []).append(run)
     groups = list(members.values())
     if labels and len(labels) != len(groups):
-        names = "; ".join(", ".join(run.name for run in group) for group in groups)
+        of_each = "; ".join(", ".join(run.name for run in group) for group in groups)
         raise ConfigError(
             f"--labels: has {len(labels)}, for {counted(len(groups), 'curve')} of runs that differ"
-            f" in more than the seed: {names}"
+            f" in more than the seed: {of_each}"
         )
     if not all(label.strip() for label in labels):
         raise ConfigError("--labels: one is empty; give a name for each curve, as A,B")
