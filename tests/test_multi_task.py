@@ -33,7 +33,7 @@ from sfl.wire.link import Link
 from sfl.wire.messages import FILE_TYPES, Message
 from sfl.wire.messages import MessageType as M
 from tests.support.launch import Launcher, options_of, wait_for
-from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
+from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_tasks import PlainTasks, states_of
 from tests.support.proxy import UP, Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, FAST
@@ -107,6 +107,7 @@ def test_killed_parties_leave_the_weights_of_one_process(
     for folder in (run, *follower_folders(run)):
         checked, models = replayed(folder, BN_DROPOUT)
         assert (checked, models >= 2) == (64 if clients == "joined" else 32, True)
+        assert is_over(folder)
 
 
 # What each server is told
@@ -277,6 +278,7 @@ def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
             correct += int((kept["logits"].argmax(1) == kept["labels"]).sum())
     assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
     assert tuple(parity.classes) == ("even", "odd")
+    assert is_over(parity.path)
     # Beside the main server's folder it is a run of its own, whatever the seeds.
     digit = sfl.open_run(tmp_path / "server/r")
     assert [group.label for group in gather([digit, parity])] == ["role -", "role task:parity"]

@@ -247,7 +247,7 @@ class _Clients:
             split = SplitModel.of_data(recipe, data)
         with open_folder(path, SERVER_LOG, recipe.keep) as folder:
             folder.events.prefix = f"{role.replace(':', ' ')}: "
-            yield Follower(
+            follower = Follower(
                 role=role,
                 split=split,
                 data=data,
@@ -257,6 +257,8 @@ class _Clients:
                 start=self._start,
                 keeps_answers=False,
             )
+            yield follower
+            follower.note_end()
 
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
         recipe, split, link = self._recipe, rounds.split, self._ends[client][-1][1]
