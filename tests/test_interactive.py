@@ -229,6 +229,19 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         own.front(client=3)
     with pytest.raises(RunError, match="has no step 99 of round 0"):
         own.samples(pd.Series({"round": 0, "step": 99, "client": 0}))
+    for unknown in {"client": 3}, {"round": 2}:
+        with pytest.raises(RunError, match=r"has no (client_3|round 2)"):
+            own.tensors(**unknown)
+    with pytest.raises(RunError, match="no part 'tests': give one of train, validation, test"):
+        next(own.batches("tests"))
+    with pytest.raises(RunError, match=r"no test set was evaluated after round 1$"):
+        own.predictions(round=0)
+    vertical = SMALL | {"topology": "vertical", "partition": "vertical", "clients": 2}
+    joined = sfl.simulate(RunConfig(**vertical), out=str(tmp_path / "v"), track="csv", away="1:0")
+    assert (joined.path / "tracked/figures.csv").is_file()
+    assert joined.rounds["missing"][0].startswith("client_1")
+    with pytest.raises(RunError, match="has the fronts of all clients: leave out client=1"):
+        joined.model(client=1)
     whole = run_of(tmp_path / "b", scheme="fl", rounds=3, keep_models="last")
     with pytest.raises(RunError, match="no segment back; it has front"):
         whole.back()
