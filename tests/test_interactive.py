@@ -242,6 +242,12 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
     assert joined.rounds["missing"][0].startswith("client_1")
     with pytest.raises(RunError, match="has the fronts of all clients: leave out client=1"):
         joined.model(client=1)
+    of_client = sfl.open_run(tmp_path / "v/client/r/client_0")  # a simulation's has weights alone
+    for read in (lambda: of_client.config, lambda: of_client.rounds, of_client.model):
+        with pytest.raises(RunError, match=r"client_0 has no \w+.\w+: give .* a server's run"):
+            read()
+    with pytest.raises(DataError, match=r"no folder .*client_0: a simulation reads client_0's own"):
+        run_of(tmp_path / "o", partition="own")
     whole = run_of(tmp_path / "b", scheme="fl", rounds=3, keep_models="last")
     with pytest.raises(RunError, match="no segment back; it has front"):
         whole.back()
