@@ -30,7 +30,7 @@ from sfl.wire.messages import Message
 from sfl.wire.messages import MessageType as M
 from sfl.wire.seal import About, Seal, SealKey
 from tests.support.launch import Launcher, free_port, options_of, wait_for
-from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
+from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, FAST, LONG
@@ -156,6 +156,7 @@ def test_killed_parties_leave_the_weights_of_one_process(
         each = 32 + 4 * (num_clients - 2)  # of all clients
         num_gradients = 64 if row == "extended" and folder != run else each
         assert (checked, models >= 2) == (num_gradients, True)
+        assert is_over(folder)
 
 
 def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:

@@ -229,6 +229,25 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         own.front(client=3)
     with pytest.raises(RunError, match="has no step 99 of round 0"):
         own.samples(pd.Series({"round": 0, "step": 99, "client": 0}))
+    for unknown in {"client": 3}, {"round": 2}:
+        with pytest.raises(RunError, match=r"has no (client_3|round 2)"):
+            own.tensors(**unknown)
+    with pytest.raises(RunError, match="no part 'tests': give one of train, validation, test"):
+        next(own.batches("tests"))
+    with pytest.raises(RunError, match=r"no test set was evaluated after round 1$"):
+        own.predictions(round=0)
+    vertical = SMALL | {"topology": "vertical", "partition": "vertical", "clients": 2}
+    joined = sfl.simulate(RunConfig(**vertical), out=str(tmp_path / "v"), track="csv", away="1:0")
+    assert (joined.path / "tracked/figures.csv").is_file()
+    assert joined.rounds["missing"][0].startswith("client_1")
+    with pytest.raises(RunError, match="has the fronts of all clients: leave out client=1"):
+        joined.model(client=1)
+    of_client = sfl.open_run(tmp_path / "v/client/r/client_0")  # a simulation's has weights alone
+    for read in (lambda: of_client.config, lambda: of_client.rounds, of_client.model):
+        with pytest.raises(RunError, match=r"client_0 has no \w+.\w+: give .* a server's run"):
+            read()
+    with pytest.raises(DataError, match=r"no folder .*client_0: a simulation reads client_0's own"):
+        run_of(tmp_path / "o", partition="own")
     whole = run_of(tmp_path / "b", scheme="fl", rounds=3, keep_models="last")
     with pytest.raises(RunError, match="no segment back; it has front"):
         whole.back()

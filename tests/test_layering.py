@@ -38,7 +38,7 @@ ROOMS = {
     "conversation": "ground files options wire weights data model archive strategy",
     "runtime": "ground files options wire transport weights data model tracking archive strategy"
     " conversation",
-    "interactive": "ground files options data model archive strategy conversation runtime",
+    "interactive": "ground files options data model tracking archive strategy conversation runtime",
     "trained": "ground files options wire transport data model archive strategy conversation"
     " runtime interactive",
     "reports": "ground files options wire tracking archive interactive",

@@ -21,6 +21,7 @@ from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
 from sfl.errors import ConfigError, DataError
 from sfl.nodes import NodeConfig
+from sfl.reports.gathered import gather
 from sfl.runtime import task_servers
 from sfl.runtime.preflight import check_run
 from sfl.runtime.simulation import simulate
@@ -32,7 +33,7 @@ from sfl.wire.link import Link
 from sfl.wire.messages import FILE_TYPES, Message
 from sfl.wire.messages import MessageType as M
 from tests.support.launch import Launcher, options_of, wait_for
-from tests.support.parties import SERVER, Chain, follower_folders, replayed, weights_of_all
+from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_tasks import PlainTasks, states_of
 from tests.support.proxy import UP, Proxy
 from tests.support.runs import ALLOW, BN_DROPOUT, FAST
@@ -106,6 +107,7 @@ def test_killed_parties_leave_the_weights_of_one_process(
     for folder in (run, *follower_folders(run)):
         checked, models = replayed(folder, BN_DROPOUT)
         assert (checked, models >= 2) == (64 if clients == "joined" else 32, True)
+        assert is_over(folder)
 
 
 # What each server is told
@@ -276,6 +278,14 @@ def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
             correct += int((kept["logits"].argmax(1) == kept["labels"]).sum())
     assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
     assert tuple(parity.classes) == ("even", "odd")
+    assert is_over(parity.path)
+    # Beside the main server's folder it is a run of its own, whatever the seeds.
+    digit = sfl.open_run(tmp_path / "server/r")
+    assert [group.label for group in gather([digit, parity])] == ["role -", "role task:parity"]
+    assert len(sfl.plot([digit, parity])[0].lines) == 4
+    simulated(tmp_path, **options, topology="multi-task", run="s", seed=1)
+    of_both = [tmp_path / "server/r", tmp_path / "task_parity/s"]
+    assert len(gather([sfl.open_run(path) for path in of_both])) == 2
 
 
 # Further columns of labels

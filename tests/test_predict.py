@@ -15,13 +15,15 @@ from PIL import Image, ImageOps
 
 import sfl
 from sfl.cli import predict_parser
-from sfl.errors import ConfigError, DataError, SflError
+from sfl.errors import ConfigError, DataError, RunError, SflError
 from sfl.files.torch_file import encode_file
 from sfl.model.portable import Portable, read_portable, write_portable
-from sfl.nodes import ClientNode
+from sfl.nodes import ClientNode, ServerNode
 from sfl.trained import models
+from sfl.trained.kinds import KINDS
 from sfl.trained.models import read_front
 from sfl.trained.predict import predict
+from sfl.trained.service import open_service
 from sfl.wire.framing import encode_head
 from sfl.wire.messages import Message, MessageType
 from tests.support.certificates import Certificates
@@ -189,6 +191,8 @@ def test_what_cannot_be_predicted_is_one_line(run: sfl.Run, folder: Path, tmp_pa
         (run.path, tmp_path, "--csv", tmp_path / "no/a.csv"): "--csv .*: there is no folder .*no",
         (run.path, tmp_path, "--front", "x"): "--server and --front: give both",
         ("--server", "h:1", tmp_path): "--server and --front: give both",
+        (run.path, tmp_path, "--token-file", "t", "--link", "1mbit"): "--token-file, --link: only",
+        (run.path, tmp_path, "--data-dir", "d"): "--data-dir: only --test-of has a use for this",
         ("--server", "h:1", "--front", "x", "--round", 0, tmp_path): "--round: ",
         ("--server", "h:1", "--front", "x", "--client", 0, tmp_path): "--client: ",
     }.items():
@@ -196,6 +200,22 @@ def test_what_cannot_be_predicted_is_one_line(run: sfl.Run, folder: Path, tmp_pa
             predicted(*argv)
     with pytest.raises(SflError, match="keeps a front of its own"):
         predicted(folder / "server/alone", tmp_path)
+
+
+def test_the_model_of_a_run_that_diverged_is_used_for_nothing(tmp_path: Path) -> None:
+    """Its outputs are NaN, of which the first class is the largest."""
+    nan = {"on_nonfinite": "log", "optimizer": "sgd", "lr": 1e20}
+    path = simulated(tmp_path, model="mlp", rounds=1, batch_size=800, **nan)
+    diverged, image = sfl.open_run(path), tmp_path / "a.npz"
+    np.savez(image, x=np.zeros((2, 28, 28), np.uint8))
+    said = "weights after round 1 hold NaN, .*: the run has diverged"
+    with pytest.raises(RunError, match=said):
+        predicted(path, image)
+    for to, part in ("onnx", "whole"), ("torch", "front"):
+        with pytest.raises(RunError, match=said):
+            sfl.export(diverged, to, part, out=tmp_path / f"a{KINDS[to].suffix}")
+    with pytest.raises(RunError, match=said), open_service(ServerNode(serve=str(path), port=0)):
+        pass
 
 
 def test_a_round_that_was_not_tested_has_no_figures_to_compare(

@@ -142,6 +142,15 @@ def test_the_same_seed_twice_is_another_curve(out: Path, tmp_path: Path) -> None
         gather(opened(out, "a", "c"), ["x"])
     with pytest.raises(ConfigError, match="--labels: one is empty"):
         gather(opened(out, "a", "c"), ["x", ""])
+    a = opened(out, "a", "a")
+    assert len(sfl.plot(a)[0].lines) == 4  # training and validation of each
+    assert len(sfl.plot(a, ["x", "x"])[0].lines) == 4
+    with pytest.raises(ConfigError, match="labels: has 1, for 2 runs"):
+        sfl.plot(a, ["x"])
+    with pytest.raises(ConfigError, match="no run to draw"):
+        sfl.plot([])
+    (page,) = write_report(opened(out, "a"), tmp_path / "new")
+    assert page == tmp_path / "new/report.html"
     with pytest.raises(ConfigError, match="--figures gif: give some of pdf, svg, png"):
         write_report(opened(out, "a"), tmp_path / "r.html", formats=["gif"])
 

@@ -263,6 +263,7 @@ def test_a_tracker_that_does_not_keep_up_is_left_behind(
     [
         ("tensorbord", "unknown track 'tensorbord'; did you mean tensorboard"),
         ("csv,,", "unknown track ''"),
+        ("tensorboard:histograms=-1", "histograms=-1: must be 0 or more"),
         ("csv:histograms=1", "csv has no option 'histograms'; it has none"),
         ("wandb:project=p,histograms=x", "histograms must be of type int"),
         ("csv,wandb,csv", "csv is named twice"),

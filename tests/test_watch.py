@@ -334,6 +334,23 @@ def test_an_interrupted_run_may_go_on(going_on: Path) -> None:
     assert simulated.state(silent_s) == FAILED
 
 
+def test_a_followers_folder_tells_less(going_on: Path) -> None:
+    """A hop has no figures, and like a task's server no status; neither can be resumed."""
+    config = {"rounds": 4, "clients": 3, "port": 1, "role": "hop:1"}
+    (going_on / "config.json").write_text(json.dumps(config))
+    (going_on / "rounds.csv").unlink()
+    (going_on / "rounds").mkdir()
+    (going_on / "rounds/round_000.csv").touch()
+    shown = picture(going_on)
+    assert "3 clients, hop:1" in shown
+    assert re.search(r"\n\[#+\.+\] 25%\n1 of 4 rounds done\n", shown)
+    os.utime(going_on / SERVER_LOG, (0, 0))
+    shown = " ".join(picture(going_on).split())
+    assert "ago: it is in a long round, or has ended 00:00:00 a stranger" in shown  # no command
+    (going_on / "rounds.csv").write_text("round,train_loss,seconds\n0,1.5,2.0\n")
+    assert "from clients" not in picture(going_on)
+
+
 def test_sparklines() -> None:
     assert sparkline([1.0, 2.0, 3.0], 8) == "▁▅█"
     assert sparkline([0.0] * 50 + [1.0] * 50, 4) == "▁▁██"

@@ -102,6 +102,9 @@ class Step:
         return next(iter(self.entries.values())).shape[0]
 
 
+NOT_A_SERVERS = "give the folder of a server's run, as shared_files/server/<run>"
+
+
 class RunArchive:
     """A recorded run on disk, with the shares of other ranks that lie in its folder.
 
@@ -165,6 +168,8 @@ class RunArchive:
         return self._table("environment.json")
 
     def _table(self, path: str) -> dict[str, Any]:
+        if not self.lists(path):
+            raise RunError(f"{self.root} has no {path}: {NOT_A_SERVERS}")
         try:
             values = strict_json.loads(self.read(path)[:MAX_TABLE_BYTES])
         except ValueError as error:

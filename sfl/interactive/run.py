@@ -12,7 +12,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,26 @@ import sfl.archive
 from sfl.archive.layout import PREDICTIONS, model_path
 from sfl.archive.reader import RunArchive, Step
 from sfl.config import RunConfig
-from sfl.conversation.party import TEST
+from sfl.conversation.party import TEST, TRAIN, VALIDATION
 from sfl.data.client_data import ClientData, DatasetSpec, normalised
 from sfl.data.datasets import dataset_of
-from sfl.errors import RunError
+from sfl.errors import ConfigError, RunError, after_round, counted
 from sfl.files.torch_file import TensorSpec
 from sfl.interactive.dealt import Dealt, StepSamples
 from sfl.interactive.tables import clients_table, events, rounds_table, steps_table
 from sfl.interactive.trained import Holders, Trained, by_run
 from sfl.model.topology import BACK, FRONT
-from sfl.nodes import NodeConfig, TrackingNode
-from sfl.options import from_values
+from sfl.nodes import NodeConfig, SimulationNode
+from sfl.options import from_values, names_of
+from sfl.runtime.local_network import Away
 from sfl.runtime.recorded_run import RecordedRun, config_of, data_record, load
 from sfl.runtime.simulation import simulate as simulate_run
-from sfl.strategy.recipe import Recipe
+from sfl.strategy.recipe import MAIN_ROLES, Recipe
 from sfl.strategy.split_model import SplitModel
+from sfl.tracking.trackers import trackers_of
 
 FolderPath = str | os.PathLike[str]
+PARTS = (TRAIN, VALIDATION, TEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,23 @@ class Run:
         return config_of(self._archive)
 
     @property
+    def role(self) -> str:
+        """Whose record it is: ``hop:1``, ``task:parity``; "" is the main server's."""
+        role = str(self._archive.config().get("role", ""))
+        return "" if role in MAIN_ROLES else role
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The run's options and ``role``, as a table; alike in runs of which the seed differs."""
+        same = dataclasses.replace(self.config, run="", seed=0)
+        return dataclasses.asdict(same) | {"role": self.role}
+
+    @property
+    def name(self) -> str:
+        """The run's name, with its role unless it is the main server's."""
+        return ", ".join(filter(None, (self.config.run or self.path.name, self.role)))
+
+    @property
     def differences(self) -> Sequence[str]:
         """What in this process may change the last bit of results, against the run's; a line each.
 
@@ -139,7 +159,15 @@ class Run:
         return tuple(self._data["classes"])
 
     def tensors(self, client: int | None = None, round: int | None = None) -> Iterator[Step]:
-        """Yield the recorded steps with their tensors, as ``sfl.archive`` does."""
+        """Yield the recorded steps with their tensors, as ``sfl.archive`` does.
+
+        There are none of rounds that ``--keep-tensors`` has removed, and of clients who were away.
+        """
+        if client is not None and client not in self.client_ids:
+            raise RunError(f"{self.path} has no client_{client}")
+        if round is not None and not 0 <= round < self.config.rounds:
+            last = self.config.rounds - 1
+            raise RunError(f"{self.path} has no round {round}: its rounds are 0 to {last}")
         return self._archive.steps(client=client, round=round)
 
     @property
@@ -225,6 +253,8 @@ class Run:
 
         ``part``: "train", "validation" or "test". Raises as ``data``.
         """
+        if part not in PARTS:
+            raise RunError(f"samples have no part {part!r}: give one of {', '.join(PARTS)}")
         data, split = self.data(client), self._recorded.split
         samples, start = getattr(data, part), 0
         for size in split.evaluation_sizes(len(samples)):
@@ -242,16 +272,29 @@ class Run:
         )
         return self._dealt.behind(client, round_index, number)
 
+    @property
+    def _tested(self) -> Collection[int]:
+        """The rounds after which a test set was evaluated; a hop is not told, so all may be."""
+        try:
+            rounds = self.rounds
+        except RunError:
+            return range(self.config.rounds)
+        figures = rounds.filter(regex="^test_").notna().any(axis=1)  # a diverged loss is none
+        return set(rounds["round"][figures])
+
     def predictions(self, client: int = 0, round: int | None = None) -> dict[str, Tensor]:
         """Return the recorded ``labels`` and outputs of a client's test set, (N,) and (N, classes).
 
-        They are kept after the last round.
+        They are kept after the last round, and after those that ``--test-every`` names.
         """
         data, task = self._recorded.data, self._recorded.recipe.task
         if str(client) not in data["num_samples"]:
             raise RunError(f"{self.path} has no client_{client}")
         count, outputs = data["num_samples"][str(client)][TEST], task.output_shape
-        path = model_path(PREDICTIONS, self._trained.last(round), client=client)
+        last = self._trained.last(round)
+        if last not in self._tested:
+            raise RunError(f"{self.path}: no test set was evaluated {after_round(last)}")
+        path = model_path(PREDICTIONS, last, client=client)
         spec = {
             "labels": task.labels_spec(count),
             task.output_name: TensorSpec((count, *outputs(len(data["classes"]))), torch.float32),
@@ -297,39 +340,56 @@ def simulate(config: RunConfig, *, init: FolderPath = "", **machine: Any) -> Run
     ``init``: weights to start from: a run's folder, a file of ``sfl-export --to torch``, or
     "pretrained".
 
-    ``machine``: options of this machine as keywords, such as ``out``, ``data_dir`` or ``threads``.
+    ``machine``: options of this machine as keywords, such as ``out``, ``data_dir``, ``threads`` or
+    ``track``.
 
     Raises:
         ConfigError, DataError, RunError: as for server and clients.
     """
-    node = from_values(NodeConfig, machine, "the options of this machine")
-    starting = TrackingNode(**dataclasses.asdict(node), init=os.fspath(init))
+    given = machine | {"init": os.fspath(init)}
+    node = from_values(SimulationNode, given, "the options of this machine")
     run = from_values(RunConfig, dataclasses.asdict(config), "the configuration")
+    away = [Away.parse(text) for text in node.away.split(",") if text]
+    path = simulate_run(run, node, away, trackers=trackers_of(node.track))
     own = [name for name in (node.allow_import, run.model, run.dataset) if ":" in name]
-    return open_run(simulate_run(run, starting), **machine | {"allow_import": ",".join(own)})
+    here = {name: value for name, value in machine.items() if name in names_of(NodeConfig)}
+    return open_run(path, **here | {"allow_import": ",".join(own)})
 
 
 def plot(runs: Sequence[Run], labels: Sequence[str] = ()) -> Any:
     """Draw the loss and the task's metric by round, of several runs; return the two axes.
 
     ``labels``: of the runs; by default, the options in which they differ.
+
+    Raises:
+        ConfigError: there is no run, or there are more or fewer labels than runs.
     """
     from sfl.interactive.curves import draw  # takes a second to import
 
-    names = labels or told_apart([run.config for run in runs])
+    if not runs:
+        raise ConfigError("plot: there is no run to draw; give at least one")
+    if labels and len(labels) != len(runs):
+        raise ConfigError(f"labels: has {len(labels)}, for {counted(len(runs), 'run')}")
+    options = [run.options | {"seed": run.config.seed} for run in runs]
+    names = distinct(labels or told_apart(options, [run.name for run in runs]))
     metric, title = runs[0].recipe.task.shown
     return draw(dict(zip(names, (run.rounds for run in runs), strict=True)), metric, title)
 
 
-def told_apart(configs: Sequence[RunConfig]) -> list[str]:
+def told_apart(options: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Return a label for each run: the options that differ, or else its name."""
-    tables: list[Mapping[str, Any]] = [dataclasses.asdict(config) for config in configs]
-    differ = [n for n in tables[0] if n != "run" and len({repr(t[n]) for t in tables}) > 1]
+    differ = [n for n in options[0] if len({repr(table[n]) for table in options}) > 1]
     labels = [
         ", ".join(f"{name} {'-' if table[name] == '' else table[name]}" for name in differ)
-        for table in tables
+        for table in options
     ]
     if len(set(labels)) == len(labels) and differ:
         return labels
-    names = [config.run for config in configs]
     return [f"{label} ({n})" if label else n for label, n in zip(labels, names, strict=True)]
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Return the labels, numbered if some are the same: a curve or column goes by its label."""
+    if len(set(labels)) == len(labels):
+        return [*labels]
+    return [f"{label} #{labels[: k + 1].count(label)}" for k, label in enumerate(labels)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from sfl.archive.manifest import ROUND_LOG
-from sfl.archive.reader import RunArchive
+from sfl.archive.reader import NOT_A_SERVERS, RunArchive
 from sfl.archive.round_log import read_round, read_summary
 from sfl.archive.run_folder import SERVER_LOG
 from sfl.errors import RunError
@@ -31,6 +31,8 @@ def _read_growing(archive: RunArchive, path: str) -> bytes:
     """Return the bytes of a file that the manifest lists only when the run is over."""
     try:
         return archive.read(path) if archive.lists(path) else read_plain(archive.root / path)
+    except FileNotFoundError as error:
+        raise RunError(f"{archive.root} has no {path}: {NOT_A_SERVERS}") from error
     except OSError as error:
         raise RunError(f"{archive.root / path}: {error.strerror}") from error
 

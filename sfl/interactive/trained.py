@@ -181,6 +181,11 @@ class Trained:
     def model(self, round_index: int | None, client: int | None) -> nn.Module:
         """Return all segments joined; see ``Run.model``."""
         recorded = self._recorded
+        if recorded.recipe.joins and client is not None:
+            raise RunError(
+                f"{recorded.archive.root}: the model has the fronts of all clients: leave out"
+                f" client={client}, or take this client's front by segment() or front()"
+            )
         if recorded.recipe.joins:
             fronts = [self.segment(FRONT, round_index, k) for k in recorded.clients]
             return VerticalModel(fronts, self.segment(BACK, round_index, None)).eval()

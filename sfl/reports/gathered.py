@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from sfl.config import flag
 from sfl.errors import ConfigError, RunError, SflError, counted
-from sfl.interactive.run import Run, told_apart
+from sfl.interactive.run import Run, distinct, told_apart
 
 MOST_OF_LABEL = 40  # characters of the options that differ; if they are more, names of runs
 
@@ -47,24 +47,23 @@ def gather(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     seen: Counter[object] = Counter()
     members: dict[object, list[Run]] = {}
     for run in runs:
-        same = replace(run.config, run="", seed=0)
+        same = repr(run.options)
         seen[same, run.config.seed] += 1
         members.setdefault((same, seen[same, run.config.seed]), []).append(run)
     groups = list(members.values())
     if labels and len(labels) != len(groups):
-        names = "; ".join(", ".join(run.config.run for run in group) for group in groups)
+        of_each = "; ".join(", ".join(run.name for run in group) for group in groups)
         raise ConfigError(
             f"--labels: has {len(labels)}, for {counted(len(groups), 'curve')} of runs that differ"
-            f" in more than the seed: {names}"
+            f" in more than the seed: {of_each}"
         )
     if not all(label.strip() for label in labels):
         raise ConfigError("--labels: one is empty; give a name for each curve, as A,B")
-    alike = [replace(group[0].config, seed=0) for group in groups]
-    told = labels or told_apart(alike)
+    names = [group[0].name for group in groups]
+    told = labels or told_apart([group[0].options for group in groups], names)
     if max(map(len, told)) > MOST_OF_LABEL and not labels:
-        told = [group[0].config.run for group in groups]
-    if len(set(told)) < len(told):
-        told = [f"{label} #{told[: k + 1].count(label)}" for k, label in enumerate(told)]
+        told = names
+    told = distinct(told)
     return [Group(*both) for both in zip(told, groups, strict=True)]
 
 
@@ -115,7 +114,8 @@ def _count(run: Run, client: int) -> np.ndarray[Any, Any]:
 
 def options(group: Group) -> dict[str, str]:
     """Return the options that the runs of a group have in common, as texts."""
-    return texts(asdict(group.first.config))
+    role = {"role": group.first.role} if group.first.role else {}
+    return texts(asdict(group.first.config) | role)
 
 
 def texts(config: dict[str, Any]) -> dict[str, str]:

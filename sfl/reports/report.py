@@ -29,7 +29,8 @@ def write_report(
 ) -> list[Path]:
     """Write the page, and beside it the figures in these formats, and the tables as CSV and LaTeX.
 
-    ``out``: the page's file, or a folder that takes it as ``report.html``.
+    ``out``: the page's file, or a folder that takes it as ``report.html``: one that is there, or a
+    name without a suffix.
     Return the paths of the files, the page first.
 
     Raises:
@@ -38,7 +39,7 @@ def write_report(
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ConfigError(f"--figures {unknown[0]}: give some of {', '.join(FORMATS)}")
     groups = gather(runs, labels)
-    out = out / "report.html" if out.is_dir() else out
+    out = out / "report.html" if out.is_dir() or not out.suffix else out
     out.parent.mkdir(parents=True, exist_ok=True)
     with styled():
         sections = list(_sections(groups))
@@ -64,7 +65,7 @@ def _file_name(name: str) -> str:
 
 def _title(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
-    names = ", ".join(run.config.run or run.path.name for run in runs)
+    names = ", ".join(run.name for run in runs)
     return shortened(f"{'Run' if len(runs) == 1 else 'Runs'} {names}", 120)
 
 
@@ -176,7 +177,7 @@ def _of_costs(
 def _stopped(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Return the runs that --stop-when ended, and why."""
     runs = [run for group in groups for run in group.runs]
-    return [(run.config.run, why) for run in runs if (why := tables.why_stopped(run))]
+    return [(run.name, why) for run in runs if (why := tables.why_stopped(run))]
 
 
 def _confusions(groups: Sequence[Group]) -> tuple[dict[str, Confusion], list[str]]:

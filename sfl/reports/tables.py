@@ -90,7 +90,7 @@ def why_stopped(run: Run) -> str:
 def overview(groups: Sequence[Group]) -> pd.DataFrame:
     """Return a row for each run."""
     rows = [
-        {"runs": group.label, "name": run.config.run or run.path.name, "seed": run.config.seed,
+        {"runs": group.label, "name": run.name, "seed": run.config.seed,
          "finished": state(run), "started": run.archive.environment().get("started", "-")}
         for group in groups
         for run in group.runs
@@ -184,12 +184,10 @@ def troubles(groups: Sequence[Group]) -> pd.DataFrame:
     rows = []
     for run in (run for group in groups for run in group.runs):
         lines = [line for line in run.events if _TROUBLE.search(line[1])]
-        rows += [{"run": run.config.run, "time": t, "event": text} for t, text in lines][
-            :MOST_EVENTS
-        ]
+        rows += [{"run": run.name, "time": t, "event": text} for t, text in lines][:MOST_EVENTS]
         if len(lines) > MOST_EVENTS:
             left = len(lines) - MOST_EVENTS
-            rows.append({"run": run.config.run, "time": "", "event": f"and {left} more lines"})
+            rows.append({"run": run.name, "time": "", "event": f"and {left} more lines"})
     return _texts(rows)
 
 

@@ -70,6 +70,7 @@ class Seen:
     status: Status | None
     log: Sequence[str]  # its last lines
     log_written_at: float
+    num_files: int  # of rounds, which a hop has instead of rounds.csv
 
     @property
     def num_rounds(self) -> int:
@@ -78,10 +79,15 @@ class Seen:
         return found if type(found) is int and 0 <= found < MOST_COUNT else 0
 
     @property
+    def num_done(self) -> int:
+        """How many rounds are finished."""
+        return len(self.rounds) or (self.num_files if self.role else 0)
+
+    @property
     def why_stopped(self) -> str:
         """Why the run has ended before its last round; "" if it has not."""
         stops = [line.partition(RUN_STOPS)[2] for line in self.log if RUN_STOPS in line]
-        return stops[-1].partition(": ")[2] if stops and len(self.rounds) < self.num_rounds else ""
+        return stops[-1].partition(": ")[2] if stops and self.num_done < self.num_rounds else ""
 
     @property
     def written_at(self) -> float:
@@ -124,8 +130,21 @@ class Seen:
         return "port" in self.config  # a simulation has none
 
     @property
+    def role(self) -> str:
+        """Which follower's folder it is: ``hop:1``, ``task:parity``; "" a server of all clients."""
+        role = str(self.config.get("role", ""))
+        return role if ":" in role else ""
+
+    @property
+    def tells_between_rounds(self) -> bool:
+        """Whether it writes signs of life; a follower has its log alone."""
+        return self.status is not None or not self.role
+
+    @property
     def how_to_go_on(self) -> str:
         """The command that resumes the run; "" if it cannot be."""
+        if self.role and self._is_servers:
+            return f"{GO_ON}the command that started this {self.role}"
         model = str(self.config.get("model", ""))
         return resume_hint(self.path, model)() if self._is_servers else ""
 
@@ -161,7 +180,9 @@ def look(path: Path) -> Seen:
     """
     log, written_at = _tail(path / SERVER_LOG)
     status = read_status(path)
-    return Seen(path, _config(path), _rounds(path), status, log, written_at)
+    rounds = _rounds(path)
+    num_files = sum(1 for _ in path.glob("rounds/round_*.csv"))
+    return Seen(path, _config(path), rounds, status, log, written_at, num_files)
 
 
 def _tail(path: Path) -> tuple[list[str], float]:

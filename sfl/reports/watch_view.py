@@ -36,7 +36,9 @@ def frame(seen: Seen, silent_s: float, console: Console) -> Group:
     if seen.state(silent_s) in (RUNNING, SILENT) and seen.status:
         parts.append(_clients(seen))
     if seen.rounds:
-        parts += [_figures(seen.rounds, console), _traffic(seen.rounds)]
+        parts.append(_figures(seen.rounds, console))
+        if any("bytes_up" in line.figures for line in seen.rounds):  # a task's server has none
+            parts.append(_traffic(seen.rounds))
     parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in _log(seen)]
     return Group(*parts)
 
@@ -52,12 +54,14 @@ def _title(seen: Seen) -> Text:
     names = [one_line(str(config[n])) for n in ("scheme", "model", "dataset") if config.get(n)]
     if isinstance(config.get("clients"), int):
         names.append(counted(config["clients"], "client"))
+    if seen.role:
+        names.append(one_line(seen.role))
     return text.append(f"  {', '.join(names)}", style="not bold")
 
 
 def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
     """Return what the run is, a bar over all rounds, and the time that is left."""
-    state, done, total = seen.state(silent_s), len(seen.rounds), seen.num_rounds
+    state, done, total = seen.state(silent_s), seen.num_done, seen.num_rounds
     share = done + (seen.round_share if state == RUNNING and done < total else 0.0)
     if state == OVER:  # also of a run that has stopped early
         share = total = max(total, 1)
@@ -65,7 +69,8 @@ def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
     filled = round(width * share / total) if total else 0
     bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / total if total else 0:.0%}")
     words = Text(_state(seen, state, silent_s), style=STYLES[state], overflow="fold")
-    if state in (SILENT, STOPPED) and (hint := seen.how_to_go_on):
+    may_go_on = state == STOPPED or (state == SILENT and seen.tells_between_rounds)
+    if may_go_on and (hint := seen.how_to_go_on):
         words.append(f"\n{one_line(hint, MOST_HINT)}", style="not bold")
     return Group(bar, words)
 
@@ -73,11 +78,16 @@ def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
 def _state(seen: Seen, state: str, silent_s: float) -> str:
     ends = {OVER: seen.why_stopped, FAILED: seen.last_words, STOPPED: WAS_INTERRUPTED}
     if state in ends:
-        rounds, why = f"{len(seen.rounds)} of {counted(seen.num_rounds, 'round')}", ends[state]
+        rounds, why = f"{seen.num_done} of {counted(seen.num_rounds, 'round')}", ends[state]
         return f"{rounds} done; {one_line(why)}" if why else f"{rounds} done"
     if state == SILENT:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - silent_s))
-        return f"not written since {at}, {duration(silent_s)} ago: its process has ended or hangs"
+        why = "its process has ended or hangs"
+        if not seen.tells_between_rounds:
+            why = "it is in a long round, or has ended"
+        return f"not written since {at}, {duration(silent_s)} ago: {why}"
+    if not seen.tells_between_rounds:
+        return f"{seen.num_done} of {counted(seen.num_rounds, 'round')} done"
     if seen.status is None:
         return "it is being prepared"
     if seen.status.now.round < 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sfl.archive.manifest import ROUND_LOG
 from sfl.archive.profile import Profile
 from sfl.archive.round_log import RoundLog, write_table
-from sfl.archive.run_folder import RunFolder, options_record, to_json
+from sfl.archive.run_folder import RUN_OVER, RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.conversation.cut import Cut
@@ -113,6 +113,10 @@ class Follower:
             joint_steps=self._joint_steps,
             num_samples=self.rounds.num_samples[client],
         )
+
+    def note_end(self) -> None:
+        """Write into the log that the run is over, as the server does."""
+        self.folder.events.note(f"{RUN_OVER}{self.folder.path}")
 
     def _initial(self) -> dict[str, Shared]:
         initial: States = self.split.initial(self.holder)

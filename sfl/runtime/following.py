@@ -111,6 +111,8 @@ class Following:
             if talk := self._next_talk():
                 self._resume(talk)
             self._drop_idle()
+        if self.follower:
+            self.follower.note_end()
         say("the run is over")
 
     def _is_over(self) -> bool:

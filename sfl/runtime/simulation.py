@@ -34,7 +34,7 @@ from sfl.data.partition import OWN, deal
 from sfl.data.private_data import load_own
 from sfl.data.samples import join
 from sfl.environment import Devices, fingerprint, set_up_devices
-from sfl.errors import ConfigError, counted
+from sfl.errors import ConfigError, DataError, counted
 from sfl.model.metrics import StepFigures
 from sfl.model.topology import Holder, hops_of
 from sfl.nodes import NodeConfig, SimulationNode, TrackingNode
@@ -258,7 +258,7 @@ class _Clients:
             split = SplitModel.of_data(recipe, data)
         with open_folder(path, SERVER_LOG, recipe.keep) as folder:
             folder.events.prefix = f"{role.replace(':', ' ')}: "
-            yield Follower(
+            follower = Follower(
                 role=role,
                 split=split,
                 data=data,
@@ -268,6 +268,8 @@ class _Clients:
                 start=self._start,
                 keeps_answers=False,
             )
+            yield follower
+            follower.note_end()
 
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:
         recipe, split, link = self._recipe, rounds.split, self._ends[client][-1][1]
@@ -320,6 +322,12 @@ def _load_all(recipe: Recipe, node: NodeConfig) -> dict[int, ClientData]:
     spec, clients = dataset_of(run), range(run.clients)
     if run.partition == OWN:
         folders = {k: node.data_path / f"client_{k}" for k in clients}
+        for k, folder in folders.items():
+            if not folder.is_dir():
+                raise DataError(
+                    f"there is no folder {folder}: a simulation reads client_{k}'s own data there,"
+                    " in --data-dir"
+                )
         return {
             k: load_own(
                 spec, run, k, folder, say=say, has_ids=recipe.aligns, columns=recipe.tasks.columns

@@ -38,5 +38,7 @@ def trackers_of(text: str) -> Mapping[str, Tracker]:
                 f"--track {one}: {tracker.package} is not installed; install it:"
                 f" {sys.executable} -m pip install {tracker.package}"
             )
+        if tracker.histograms < 0:
+            raise ConfigError(f"--track {one}: histograms={tracker.histograms}: must be 0 or more")
         trackers[name] = tracker
     return trackers

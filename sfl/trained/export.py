@@ -18,6 +18,7 @@ from sfl.model.topology import FRONT, Holder, joined
 from sfl.registry import named
 from sfl.runtime.start_weights import checksum_of
 from sfl.trained.kinds import KINDS, NUM_SAMPLES
+from sfl.trained.models import usable
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def export(
     Raises:
         ConfigError: there is no such kind, a package that it needs is missing, ``out`` has another
             suffix, or such a part is none of one module and one party.
-        RunError: the part's weights do not lie on this machine, or it cannot be exported.
+        RunError: the part's weights do not lie on this machine or are no numbers, or it cannot be
+            exported.
         IntegrityError: a file of the run is damaged.
     """
     kind = named("kind of file", to, KINDS)
@@ -67,7 +69,8 @@ def export(
     if out and Path(out).suffix != kind.suffix:  # of another, torch.export.load warns
         raise ConfigError(f"--out {out}: a file of --to {to} has a name that ends in {kind.suffix}")
     is_whole = part == WHOLE
-    module = run.model(round, client) if is_whole else run.segment(part, round, client)
+    found = run.model(round, client) if is_whole else run.segment(part, round, client)
+    module = usable(run, found, round)
     about = _about(run, part, round, client)
     made = kind.make(module, _made_up(_takes(run, part, client)), about)
     whose = "" if client is None else f"_client_{client}"

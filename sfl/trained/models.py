@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from sfl.config import RunConfig
 from sfl.conversation.inference import InferenceParty, Offer, client_begin, client_infer
 from sfl.data.client_data import DatasetSpec
 from sfl.data.samples import Samples
-from sfl.errors import ConfigError, IntegrityError, counted
+from sfl.errors import ConfigError, IntegrityError, RunError, after_round, counted
 from sfl.files.torch_file import StateSpec, are_finite, state_spec
 from sfl.interactive.run import Run
 from sfl.model.portable import About, Portable, read_portable
@@ -43,6 +43,8 @@ from sfl.wire.link import ANY_ID, CLIENT, Peer
 from sfl.wire.members import Channel
 from sfl.wire.messages import MessageType
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class Model(Protocol):
     """A trained model."""
@@ -57,6 +59,20 @@ class Model(Protocol):
         """Return the outputs (B, *output) for a batch ``x`` (B, *input), on the CPU."""
 
 
+def usable(run: Run, module: Module, round_index: int | None) -> Module:
+    """Return a part of a run's trained model, if its weights are numbers.
+
+    Raises:
+        RunError: they are not: the run has diverged.
+    """
+    if not are_finite(run.split.changing(module.state_dict())):
+        raise RunError(
+            f"{run.path}: weights {after_round(run.last_round(round_index))} hold NaN, infinity, or"
+            " numbers whose squares overflow: the run has diverged; an earlier round may be usable"
+        )
+    return module
+
+
 class RunsModel:
     """The joined model of a run, on this machine."""
 
@@ -64,7 +80,8 @@ class RunsModel:
         self, run: Run, round_index: int | None, client: int | None, device: torch.device
     ) -> None:
         self.expected, self.task = expected_of(run), run.recipe.task
-        self._model, self._device = run.model(round_index, client).to(device), device
+        model = usable(run, run.model(round_index, client), round_index)
+        self._model, self._device = model.to(device), device
 
     @torch.no_grad()
     def outputs(self, x: Tensor) -> Tensor:

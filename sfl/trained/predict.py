@@ -9,10 +9,11 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sfl.archive.run_folder import say
+from sfl.config import flag
 from sfl.environment import set_up_torch
 from sfl.errors import ConfigError, after_round
 from sfl.interactive.run import Run
@@ -24,6 +25,11 @@ from sfl.trained.models import Model, RunsModel, ServedModel, run_of, served
 from sfl.trained.predictions import MOST_SHOWN, Predictions
 
 OF_A_RUN = ("threads", "data_dir", "cache_dir", "allow_import")
+OF_A_DATA_SET = ("data_dir", "cache_dir")
+OF_A_SERVER = (
+    "connect_timeout", "peer_timeout", "token_file", "tls_ca", "tls_cert", "tls_key", "link",
+    "memory_limit",
+)  # fmt: skip
 
 
 def predict(options: Namespace) -> None:
@@ -38,6 +44,8 @@ def predict(options: Namespace) -> None:
     node = from_values(ClientNode, typed, "the options")
     machine = {name: value for name, value in typed.items() if name in OF_A_RUN}
     _check(options, is_served="server" in typed)
+    _check_used(typed, "" if "server" in typed else "--server", OF_A_SERVER)
+    _check_used(typed, "" if options.test_of else "--test-of", OF_A_DATA_SET)
     device = set_up_torch(node)  # a run that is opened sets its own threads, if none are typed
     tested = run_of(options.test_of, machine) if options.test_of else None
     with contextlib.ExitStack() as stack:
@@ -82,6 +90,16 @@ def _check(options: Namespace, *, is_served: bool) -> None:
     _check_csv(options.csv)
     if is_served and options.client is not None and not options.test_of:
         raise ConfigError("--client: the front says whose it is; with --test-of, whose samples")
+
+
+def _check_used(typed: Collection[str], lacking: str, names: Sequence[str]) -> None:
+    """Check that no option is given that only one that is lacking has a use for.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if lacking and (idle := [flag(name) for name in names if name in typed]):
+        raise ConfigError(f"{', '.join(idle)}: only {lacking} has a use for this; leave it out")
 
 
 def _check_csv(csv: str) -> None:

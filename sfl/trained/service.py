@@ -27,7 +27,7 @@ from sfl.runtime.memory import memory_limit_bytes
 from sfl.strategy.split_model import SplitModel
 from sfl.trained.export import back_checksum
 from sfl.trained.inputs import expected_of
-from sfl.trained.models import run_of
+from sfl.trained.models import run_of, usable
 from sfl.transport.buffered import READ_AHEAD_MESSAGES
 from sfl.transport.guard import Terms, guard_of
 from sfl.transport.heartbeat import interval_s
@@ -141,7 +141,7 @@ class _Holding:
                 " the model: predict with the whole at the client"
             )
         segments = split.segments(Holder.SERVER, device)
-        segments.load({name: run.segment(name).state_dict() for name in segments})
+        segments.load({n: usable(run, run.segment(n), None).state_dict() for n in segments})
         return cls(split, segments)
 
 

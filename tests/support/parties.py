@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sfl.reports.watch_state import OVER, Watched
 from sfl.runtime.recorded_run import load
 from sfl.runtime.replay import check
 from tests.support.launch import SCHEMES, Launcher, Program, free_port, wait_for
@@ -103,6 +104,12 @@ def follower_folders(run: Path) -> list[Path]:
     """Return the folders of a run's hops and further servers, which lie beside its server's."""
     found = {*run.parent.parent.glob(f"hop_*/{run.name}")}
     return sorted(found | {*run.parent.parent.glob(f"task_*/{run.name}")})
+
+
+def is_over(folder: Path) -> bool:
+    """Return whether whoever watches the folder sees that the run is over."""
+    seen, silent_s = Watched(folder).look()
+    return seen.state(silent_s) == OVER
 
 
 def weights_of_all(run: Path) -> dict[str, torch.Tensor]:
