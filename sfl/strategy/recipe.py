@@ -140,6 +140,11 @@ class Recipe:
         seed, is_leader = self.training.seed, self.has_labels(client)
         return seed if is_leader else seeds.derive(seed, seeds.INITIAL_WEIGHTS, client)
 
+    def model_name(self, client: int) -> str:
+        """Return the name of the model that a client's segments are of."""
+        run = self.run
+        return run.party_models.split(",")[client] if run.party_models else run.model
+
     def party(self, client: int) -> Party:
         """Return the model that a client's segments are of, and its cuts."""
         return self.parties[client] if self.parties else (self.model, self.cuts)
@@ -299,8 +304,10 @@ def _parties(
 ) -> tuple[Party, ...]:
     """Return the model of each client's first segment, and its cuts.
 
+    Another model is known by one cut; behind its front, only the leader's model goes on.
+
     Raises:
-        ConfigError: there is not one for each client, or a model is unknown.
+        ConfigError: there is not one for each client, one is unknown, or the leader's lacks cuts.
     """
     names = run.party_models.split(",") if run.party_models else [run.model] * run.clients
     if len(names) != run.clients:
@@ -308,10 +315,16 @@ def _parties(
             f"--party-models {run.party_models}: {len(names)} models for {run.clients} clients"
         )
     found = []
-    for name in names:
+    for client, name in enumerate(names):
         spec = model_spec(name, allowed)
         own = parse_cuts(run.cut if spec.cut is None else None, spec.cut, name)
-        found.append((model, cuts) if name == run.model else (spec, own))
+        missing = range(own[-1] + 1, own[-1] + 1 + len(cuts) - len(own))
+        if name != run.model and missing and client == run.label_client:
+            raise ConfigError(
+                f"--party-models {run.party_models}: --topology {run.topology} cuts the model of"
+                f" --label-client {client} {len(cuts)} times: give --model {name} and its --cut"
+            )
+        found.append((model, cuts) if name == run.model else (spec, (*own, *missing)))
     return tuple(found)
 
 
