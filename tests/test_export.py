@@ -307,6 +307,8 @@ def test_what_follows_the_fronts_lies_at_hop_and_server(tmp_path: Path) -> None:
     models = {"party_models": "mlp,lenet5", "label_client": 1, "cut": "7,9", "model": "lenet5"}
     run = run_of(tmp_path, **options | models)
     parts = [next(run.batches("test", k))[0] for k in range(2)]
+    with pytest.raises(RunError, match="no predictions of client_0: client_1 has those of all"):
+        run.predictions(0)
     recorded = run.predictions(1)["logits"]
     with torch.no_grad():
         z = run.model()(*parts)
