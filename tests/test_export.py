@@ -21,6 +21,7 @@ import sfl
 from sfl.cli import main_export
 from sfl.config import RunConfig
 from sfl.errors import ConfigError, RunError
+from sfl.model.fusion import pack
 from sfl.model.portable import About, read_portable
 from sfl.model.zoo import MODELS, build, model_spec, split
 from sfl.runtime.start_weights import checksum_of
@@ -298,6 +299,28 @@ def test_a_vertical_run_in_parts(tmp_path: Path) -> None:
         z = torch.cat(activations, dim=1)
         assert About.from_json(text.encode()).takes == tuple(z.shape[1:])
         assert torch.allclose(back(z), run.model()(*parts), atol=MOST_DIFFERENCE, rtol=0)
+
+
+def test_what_follows_the_fronts_lies_at_hop_and_server(tmp_path: Path) -> None:
+    """The hop takes all clients' activations, the server the hop's; the model is the label's."""
+    options = {"partition": "vertical", "topology": "extended-vanilla", "clients": 2}
+    models = {"party_models": "mlp,lenet5", "label_client": 1, "cut": "7,9", "model": "lenet5"}
+    run = run_of(tmp_path, **options | models)
+    parts = [next(run.batches("test", k))[0] for k in range(2)]
+    with pytest.raises(RunError, match="no predictions of client_0: client_1 has those of all"):
+        run.predictions(0)
+    recorded = run.predictions(1)["logits"]
+    with torch.no_grad():
+        z = run.model()(*parts)
+        assert torch.equal(z, recorded[: len(z)])
+        z = pack([run.front(client=k)(x) for k, x in enumerate(parts)])
+        for part in ("hop_1", "back"):
+            done = sfl.export(run, "exported", part, out=tmp_path / f"{part}.pt2")
+            assert (done.about.model, done.about.takes) == ("lenet5", tuple(z.shape[1:]))
+            z = exported_of(done.path)[0](z)
+        assert torch.allclose(z, recorded[: len(z)], atol=MOST_DIFFERENCE, rtol=0)
+    with pytest.raises(ConfigError, match="the hop_1 is the hop:1's; leave --client out"):
+        sfl.export(run, "torch", "hop_1", client=0)
 
 
 SHAPES = {"alexnet": (3, 64, 64), "resnet18": (3, 64, 64), "vgg16": (3, 32, 32),

@@ -20,7 +20,8 @@ from sfl.conversation.party import ClientParty
 from sfl.errors import ConfigError, Damaged, ProtocolError
 from sfl.files.torch_file import encode
 from sfl.model.topology import HOPS, TOPOLOGIES, Holder, Relay, Stop, passing_links, route
-from sfl.nodes import MOST_HOPS, ServerNode
+from sfl.nodes import MOST_HOPS, NodeConfig, ServerNode
+from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
 from sfl.transport.tokens import write_tokens
 from sfl.values import Position
@@ -30,6 +31,7 @@ from sfl.wire.messages import Message
 from sfl.wire.messages import MessageType as M
 from sfl.wire.seal import About, Seal, SealKey
 from tests.support.launch import Launcher, free_port, options_of, wait_for
+from tests.support.made_data import write_own
 from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
@@ -102,6 +104,20 @@ def test_a_hop_is_a_further_part_of_the_server(tmp_path: Path, scheme: str) -> N
 
     assert_equal(of_clients(over_hops), of_clients(without), at_least=1)
     assert_equal(of_server(over_hops), of_server(without))
+
+
+@pytest.mark.parametrize(("scheme", "row"), [("sl", "one"), ("sflv1", "two")])
+def test_a_part_without_samples_waits_for_nobody(tmp_path: Path, scheme: str, row: str) -> None:
+    """A client is told to evaluate it when another one trains again; no hop goes back."""
+    runs = []
+    for k in range(2):
+        write_own(tmp_path / f"client_{k}")
+    for every in (0, 1):
+        options = MODEL | ROWS[row] | {"scheme": scheme, "test_every": every, "rounds": 3}
+        run = RunConfig(**options, clients=2, partition="own", run="r")  # type: ignore[arg-type]
+        node = NodeConfig(data_dir=str(tmp_path), out=str(tmp_path / f"every_{every}"))
+        runs.append(weights_of_all(simulate(run, node)))
+    assert_equal(*runs)
 
 
 @pytest.mark.parametrize(("cut", "scheme"), [("3,9", "sflv1"), ("5,7", "sl")])

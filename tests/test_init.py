@@ -230,12 +230,15 @@ def test_a_tied_tensor_has_one_value(tmp_path: Path) -> None:
 
 def test_what_is_no_start_is_refused(trained: Path, tmp_path: Path) -> None:
     own_fronts = simulated(tmp_path / "own", scheme="sflv3", model="mlp", rounds=1)
+    hop = {"topology": "multi-hop", "cut": "2,3"}
+    over_hop = simulated(tmp_path / "hop", model="mlp", rounds=1, **hop)
     (tmp_path / "junk").write_bytes(b"junk")
     for init, said in [
         (tmp_path / "nowhere", "there is no such run or file; give a run's folder"),
         (tmp_path / "junk", "junk"),
         (tmp_path, "is no folder of a run"),
         (own_fronts, "has no weights of the front, which each client or a fed server keeps"),
+        (over_hop, "has no weights of the hop_1, which a hop keeps; give a file of sfl-export"),
         (written(tmp_path / "empty.pt", {}, "front"), r"the file holds no weights \(of the front"),
         (PRETRAINED, f"there are none for --model {BN_DROPOUT}"),
     ]:

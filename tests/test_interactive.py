@@ -17,6 +17,7 @@ from sfl.config import RunConfig
 from sfl.data.datasets import dataset_spec
 from sfl.errors import ConfigError, DataError, IntegrityError, RunError
 from sfl.model.zoo import build, model_spec
+from tests.support.made_data import write_own
 from tests.support.models import bn_dropout
 from tests.support.runs import BN_DROPOUT
 from tests.support.simulations import simulated
@@ -253,6 +254,11 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         whole.back()
     with pytest.raises(RunError, match="was removed, as --keep-models asks"):
         whole.model(round=0)
+    write_own(tmp_path / "client_0")
+    config = RunConfig(**SMALL, partition="own", clients=1)  # type: ignore[arg-type]
+    untested = sfl.simulate(config, out=str(tmp_path / "c"), data_dir=str(tmp_path))
+    with pytest.raises(RunError, match="no predictions of client_0: it has no test samples"):
+        untested.predictions(0)
     with pytest.raises(ConfigError, match="data_dirs"):
         sfl.open_run(path, data_dirs="x")
     (path / "models/server_model_001.pt").write_bytes(b"x")

@@ -147,6 +147,9 @@ def test_who_needs_several_samples_is_known() -> None:
     assert found.startswith("block 1 (BatchNorm2d) cannot train on a batch of 1: ")
     assert needs_several_samples(split_model("mlp")) is None
     assert needs_several_samples(split_model("bfloat16")) is None
+    check_model(split_model("mlp", batch_size=1))
+    with pytest.raises(ConfigError, match=r"--batch-size 1: give at least 2: block 1 \(BatchNorm"):
+        check_model(split_model("norm_over_one_pixel", batch_size=1))
 
 
 # With data of a user's own.

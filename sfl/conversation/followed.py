@@ -88,6 +88,10 @@ class FollowedRounds:
         is_now = self.plan is not None and self.plan.round_index == round_index
         return is_now or round_index == self.next_round or round_index in self.kept()
 
+    def is_past(self, round_index: int) -> bool:
+        """Return whether a later round has begun here."""
+        return self.plan is not None and self.plan.round_index > round_index
+
     def has_trained(self) -> bool:
         """Return whether all of the round's clients have trained; a gate.
 

@@ -146,12 +146,15 @@ def _train(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conv
 
 
 def _evaluate(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:
-    rounds.begin(message.at.round, party.client)
-    yield rounds.has_trained
-    rounds.end()
-    party.archive.keep_best(message.get("best", int))
+    round_index, part = message.at.round, message.get("part", str)
+    # Of a part without samples no answer is due: the others may be in a later round by now.
+    if party.num_samples[part] or not rounds.is_past(round_index):
+        rounds.begin(round_index, party.client)
+        yield rounds.has_trained
+        rounds.end()
+        party.archive.keep_best(message.get("best", int))
     yield from _pass_front(party, message)
-    yield from hop_evaluate(party, message.get("part", str), message.at.round)
+    yield from hop_evaluate(party, part, round_index)
 
 
 def _end_round(party: ServerParty, rounds: FollowedRounds, message: Message) -> Conversation[None]:

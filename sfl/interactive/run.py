@@ -285,12 +285,17 @@ class Run:
     def predictions(self, client: int = 0, round: int | None = None) -> dict[str, Tensor]:
         """Return the recorded ``labels`` and outputs of a client's test set, (N,) and (N, classes).
 
-        They are kept after the last round, and after those that ``--test-every`` names.
+        They are kept after the last round, and after those that ``--test-every`` names. Of samples
+        whose columns several clients have, the client with the labels has them.
         """
-        data, task = self._recorded.data, self._recorded.recipe.task
+        data, recipe = self._recorded.data, self._recorded.recipe
+        task, leader = recipe.task, recipe.leader(client)
         if str(client) not in data["num_samples"]:
             raise RunError(f"{self.path} has no client_{client}")
         count, outputs = data["num_samples"][str(client)][TEST], task.output_shape
+        if leader != client or not count:
+            why = f"client_{leader} has those of all" if count else "it has no test samples"
+            raise RunError(f"{self.path} has no predictions of client_{client}: {why}")
         last = self._trained.last(round)
         if last not in self._tested:
             raise RunError(f"{self.path}: no test set was evaluated {after_round(last)}")

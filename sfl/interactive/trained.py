@@ -13,7 +13,7 @@ from sfl.archive.reader import RunArchive
 from sfl.errors import RunError, counted
 from sfl.files.torch_file import StateSpec
 from sfl.model.fusion import pack
-from sfl.model.topology import BACK, FRONT, Holder
+from sfl.model.topology import FRONT, Holder
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.strategy.schemes import Fronts
 
@@ -101,7 +101,7 @@ class Holders:
 
 
 class VerticalModel(nn.Module):
-    """The clients' fronts and the server's back, which joins their activations.
+    """The clients' fronts, and what follows at hops and server, which joins their activations.
 
     Takes one tensor for each client, in the order of their ids.
     """
@@ -186,9 +186,14 @@ class Trained:
                 f"{recorded.archive.root}: the model has the fronts of all clients: leave out"
                 f" client={client}, or take this client's front by segment() or front()"
             )
+        names = [*recorded.split.specs]
         if recorded.recipe.joins:
             fronts = [self.segment(FRONT, round_index, k) for k in recorded.clients]
-            return VerticalModel(fronts, self.segment(BACK, round_index, None)).eval()
-        rows = [self.segment(name, round_index, client) for name in recorded.split.specs]
-        blocks = OrderedDict(item for row in rows for item in row._modules.items())
-        return nn.Sequential(blocks).eval()
+            rest = [self.segment(name, round_index, None) for name in names if name != FRONT]
+            return VerticalModel(fronts, _in_a_row(rest)).eval()
+        return _in_a_row([self.segment(name, round_index, client) for name in names]).eval()
+
+
+def _in_a_row(segments: Sequence[nn.Sequential]) -> nn.Sequential:
+    """Return the blocks of several segments as one; their names are distinct."""
+    return nn.Sequential(OrderedDict(item for row in segments for item in row._modules.items()))

@@ -22,12 +22,7 @@ from sfl.conversation.join import Joined
 from sfl.conversation.joint_steps import JointSteps
 from sfl.conversation.limits import server_limits
 from sfl.conversation.party import TEST, TRAIN, VALIDATION, RoundResult, ServerParty
-from sfl.conversation.round import (
-    server_evaluate_part,
-    server_goodbye,
-    server_start,
-    server_train,
-)
+from sfl.conversation.round import server_evaluate_part, server_goodbye, server_start, server_train
 from sfl.crash import crash_point
 from sfl.data.client_data import num_batches
 from sfl.errors import PEER_ERRORS
@@ -284,8 +279,9 @@ class Rounds:
         drawn = [k for k in plan.order if k in self.parties]
         for k in drawn:  # a client may have returned while the round began
             self._missing.pop(k, None)
-        trained = self._run_clients(
-            drawn, lambda k: self._train_one(k, plan, round_index), leave, may_leave=may_leave,
+        told = self.parties if self.recipe.tasks.names else drawn  # a task's server waits for all
+        found = self._run_clients(
+            told, lambda k: self._train_one(k, plan, round_index), leave, may_leave=may_leave,
             keep_results=not self.recipe.has_hops,  # a hop that comes back repeats all steps
         )  # fmt: skip
         for k in sorted(plan.mismatched):
@@ -293,12 +289,14 @@ class Rounds:
                 f"warning: client_{k} has sent other activations than before when it redid its"
                 " steps: it computes other last bits now, or has other data"
             )
-        return plan, trained
+        return plan, {k: result for k, result in found.items() if result}
 
     def _train_one(
         self, client: int, plan: RoundPlan, round_index: int
-    ) -> Conversation[RoundResult]:
+    ) -> Conversation[RoundResult | None]:
         yield from self._start(client, round_index)
+        if client not in plan.order:
+            return None  # it is told the round alone
         return (yield from server_train(self.parties[client], plan, round_index))
 
     @property

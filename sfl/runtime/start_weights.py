@@ -173,9 +173,11 @@ def _of_run(path: Path, recipe: Recipe) -> StartWeights:
     shared = recorded.shared_at(done)
     for name in recorded.split.specs:
         if name not in shared:
+            is_hops = recorded.recipe.segments[name].is_hop
             raise ConfigError(
-                f"--init {path}: has no weights of the {name}, which each client or a fed server"
-                " keeps; give a file of the other part, of sfl-export --to torch --part"
+                f"--init {path}: has no weights of the {name}, which"
+                f" {'a hop' if is_hops else 'each client or a fed server'} keeps; give a file of"
+                " sfl-export --to torch: of the whole model, where these lie, or of another --part"
             )
     state = joined({name: shared[name].state for name in recorded.split.specs})
     return StartWeights(state, f"the weights of {path} after round {done}", is_whole=True)

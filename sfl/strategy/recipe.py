@@ -140,6 +140,11 @@ class Recipe:
         seed, is_leader = self.training.seed, self.has_labels(client)
         return seed if is_leader else seeds.derive(seed, seeds.INITIAL_WEIGHTS, client)
 
+    def model_name(self, client: int) -> str:
+        """Return the name of the model that a client's segments are of."""
+        run = self.run
+        return run.party_models.split(",")[client] if run.party_models else run.model
+
     def party(self, client: int) -> Party:
         """Return the model that a client's segments are of, and its cuts."""
         return self.parties[client] if self.parties else (self.model, self.cuts)
@@ -299,9 +304,10 @@ def _parties(
 ) -> tuple[Party, ...]:
     """Return the model of each client's first segment, and its cuts.
 
+    Another model is known by one cut; behind its front, only the leader's model goes on.
+
     Raises:
-        ConfigError: there is not one for each client, a model is unknown, or the rest of the one of
-            the client with the labels cannot be held by those who come after it.
+        ConfigError: there is not one for each client, one is unknown, or the leader's lacks cuts.
     """
     names = run.party_models.split(",") if run.party_models else [run.model] * run.clients
     if len(names) != run.clients:
@@ -313,11 +319,12 @@ def _parties(
         spec = model_spec(name, allowed)
         own = parse_cuts(run.cut if spec.cut is None else None, spec.cut, name)
         found.append((model, cuts) if name == run.model else (spec, own[: len(cuts)]))
+    leaders = names[run.label_client]
     if len(found[run.label_client][1]) < len(cuts):
         raise ConfigError(
-            f"--party-models: {names[run.label_client]} of --label-client {run.label_client} is cut"
-            f" once, but its rest is held by several parties, with --topology {run.topology}: give"
-            " it as --model, with --cut"
+            f"--party-models {run.party_models}: --topology {run.topology} cuts the model of"
+            f" --label-client {run.label_client} {len(cuts)} times: give --model {leaders} and its"
+            " --cut"
         )
     return tuple(found)
 

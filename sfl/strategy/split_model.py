@@ -75,7 +75,7 @@ class SplitModel:
         if not 0 <= cuts[0] <= cuts[-1] <= len(model) or {0, len(model)} & set(self.cuts):
             raise ConfigError(
                 f"--cut {run.cut}: --scheme {run.scheme} needs blocks on both sides;"
-                f" {run.model} has {len(model)}: {', '.join(names_of(model))}"
+                f" {recipe.model_name(client)} has {len(model)}: {', '.join(names_of(model))}"
             )
         rows = split(model, *self.cuts)
         names = [*recipe.segments][: len(rows)]  # of a party's own model, the first one counts

@@ -42,6 +42,8 @@ def check_model(split: SplitModel) -> None:
 
 
 def _check(split: SplitModel) -> None:
+    if split.recipe.run.batch_size == 1 and (why := needs_several_samples(split)):
+        raise ConfigError(f"--batch-size 1: give at least 2: {why}")
     used = split.trial()
     used.train(NUM_SAMPLES, backward=True)
     used.evaluate(NUM_SAMPLES)

@@ -82,13 +82,17 @@ def export(
 def _check_part(run: Run, part: str, client: int | None) -> None:
     """Check that a part is one module, and a client's if one is named."""
     if part == WHOLE and run.recipe.joins:
+        further = run.segments[1:]
         raise ConfigError(
             "--part whole: in a vertical run each client has a front of its own: write each with"
-            " --part front --client K, and the server's with --part back, which takes their"
-            " activations, flattened and side by side"
+            f" --part front --client K, and what follows with --part {' or '.join(further)}; the"
+            f" {further[0]} takes their activations, flattened and side by side"
         )
-    if client is not None and run.recipe.segments.get(part) is Holder.SERVER:
-        raise ConfigError(f"--client {client}: the {part} is the server's; leave --client out")
+    holder = run.recipe.segments.get(part, Holder.CLIENT)
+    if client is not None and holder is not Holder.CLIENT:
+        raise ConfigError(
+            f"--client {client}: the {part} is the {holder.role}'s; leave --client out"
+        )
 
 
 def back_checksum(run: Run, round: int | None = None) -> str:
@@ -106,10 +110,10 @@ def _about(run: Run, part: str, round: int | None, client: int | None) -> About:
     """Return what a part of a run's model is, and what it expects."""
     said, config = run.normalisation, run.config
     split = run.split if client is None else run.split.of_party(client)
-    names = config.party_models.split(",") if config.party_models else []
+    whose = run.recipe.leader(0) if client is None else client  # its model goes on behind a fusion
     return About(
         part=part,
-        model=names[client] if names and client is not None else config.model,
+        model=run.recipe.model_name(whose),
         cuts=split.cuts,
         task=config.task,
         input_shape=split.input_shape,
@@ -130,12 +134,13 @@ def _takes(run: Run, part: str, client: int | None) -> TensorSpec:
     split = run.split if client is None else run.split.of_party(client)
     if part in (WHOLE, FRONT):
         return TensorSpec(split.input_shape, torch.float32)
-    if split.joint is not None:  # the server's, which all clients' activations enter, packed
+    before = run.segments.index(part) - 1  # the cut
+    if split.joint is not None and not before:  # which all clients' activations enter, packed
         samples = {
             k: torch.empty(1, *s.shape, dtype=s.dtype) for k, s in split.joint.samples.items()
         }
         return TensorSpec.of(pack([*samples.values()])[0])
-    return split.features_sample(run.segments.index(part) - 1)
+    return split.features_sample(before)
 
 
 def _made_up(spec: TensorSpec) -> Tensor:
