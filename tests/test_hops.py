@@ -392,7 +392,7 @@ def test_no_key_no_seal() -> None:
         ({"cut": "3"}, "takes 2 to 9 cuts"),
         (
             EXTENDED | {"clients": 2, "party_models": "mlp,lenet5"},
-            "mlp of --label-client 0 is cut once",
+            "--label-client 0 2 times: give --model mlp",
         ),
     ],
 )

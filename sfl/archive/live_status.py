@@ -78,11 +78,16 @@ class LiveStatus:
         self._since: dict[int, tuple[str, float]] = {}
 
     def __enter__(self) -> None:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt, when the thread runs already
+            self.__exit__()
+            raise
 
     def __exit__(self, *exc: object) -> None:
         self._is_over.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         for path in (self._new, self._path):
             with contextlib.suppress(OSError):
                 path.unlink()
