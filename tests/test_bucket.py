@@ -79,6 +79,7 @@ def failing(status: int, times: int) -> Callable[[Request], Fault]:
     return fault
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_bucket_that_stutters_is_asked_again(gate: Gate, tmp_path: Path, status: int) -> None:
     said = Said()

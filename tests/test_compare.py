@@ -216,6 +216,7 @@ def test_costs_are_of_training_and_gaps_are_to_central(tmp_path: Path) -> None:
     assert row.split(" | ")[6:9] == ["-", "-", "-"]
 
 
+@pytest.mark.slow
 def test_runs_of_other_lengths_and_other_numbers_of_clients(tmp_path: Path) -> None:
     config = RunConfig(rounds=3, model="mlp", batch_size=400, keep_tensors="none", clients=2)
     node = NodeConfig(out=str(tmp_path))

@@ -55,6 +55,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert " *" in out
 
 
+@pytest.mark.slow
 def test_several_cuts_are_counted_by_link_and_by_party(tmp_path: Path) -> None:
     """Of the MLP 784-128-64-10: the client has what is in front of block 3 and behind block 5."""
     options = ("--model", "mlp", "--cut", "3,5", "--batch-size", 8, "--out", tmp_path)

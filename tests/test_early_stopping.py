@@ -129,6 +129,7 @@ def test_a_run_over_sockets_stops_after_the_same_round(
     assert f"has stopped after {rounds} rounds of its own accord: val_loss has not become" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "best"), [("best", BEST), ("best:val_loss", BEST)])
 def test_the_models_of_the_best_round_stay(tmp_path: Path, text: str, best: int) -> None:
     options = {"keep_models": text, "rounds": 8}

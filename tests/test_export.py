@@ -80,6 +80,7 @@ def torch_of(path: Path) -> tuple[object, str]:
 LOADERS = {"torch": torch_of, "exported": exported_of, "onnx": onnx_of}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", LOADERS)
 def test_whole_and_halves_are_the_trained_model(run: sfl.Run, folder: Path, to: str) -> None:
     paths = {part: folder / f"first_{part}{KINDS[to].suffix}" for part in PARTS}
@@ -114,6 +115,7 @@ ALONE = "import sys; sys.modules['sfl'] = None\n"
 KEEP = "import numpy; numpy.savez('used.npz', x=numpy.asarray(pixels), y=numpy.asarray({}))\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("snippet", "part"), [*zip(SNIPPETS, ["front", "whole", "whole"], strict=True)]
 )

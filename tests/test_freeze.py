@@ -49,6 +49,7 @@ def names_in(segment: str, cut: int | str) -> set[str]:
     return set(START[BLOCKS[segment, cut]].state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "place", "state"), pairwise(SCHEMES, PLACES, ["reset", "keep"]))
 def test_what_is_frozen_stays_and_the_rest_is_trained(
     tmp_path: Path, scheme: str, place: tuple[str, int | str], state: str

@@ -71,6 +71,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), list(product(SCHEMES, OPTIONS)))
 def test_what_is_frozen_stays_in_every_scheme(
     tmp_path: Path, name: str, options: dict[str, object]
@@ -82,6 +83,7 @@ def test_what_is_frozen_stays_in_every_scheme(
     check_fixed(simulate(run, NodeConfig(out=str(tmp_path))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "name"), list(zip([*RULES, "fedprox"], cycle(["fl", "sflv1"]), strict=False))
 )

@@ -41,6 +41,7 @@ def test_a_dry_run_takes_one_check_of_each_kind_with_few_packages(tmp_path: Path
     assert f"to the device {x + 2 * z + y:,} bytes a step, from it {2 * z:,}" in speed
 
 
+@pytest.mark.slow
 def test_what_differs_fails_hangs_dies_or_comes_too_late_is_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

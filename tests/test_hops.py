@@ -85,6 +85,7 @@ def test_one_client_equals_the_unsplit_model(tmp_path: Path, row: str) -> None:
     assert_equal(last, ordinary_training(RunConfig(**plain)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["sl", "sflv1", "sflv2", "sflv3"])
 def test_a_hop_is_a_further_part_of_the_server(tmp_path: Path, scheme: str) -> None:
     """Server and hops share, copy and average their segments alike."""

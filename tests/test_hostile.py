@@ -44,6 +44,8 @@ from tests.support.certificates import Certificates
 from tests.support.handshakes import token_file
 from tests.support.launch import Launcher, Program, free_port, options_of, started, wait_for
 
+pytestmark = pytest.mark.slow  # each starts a server
+
 FAST = ["--model", "mlp", "--batch-size", 200]
 EVIL = saved(RunsCode())
 JSON = "INVALID_MESSAGE: a message's JSON cannot be read: "

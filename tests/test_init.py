@@ -71,6 +71,7 @@ def front_of(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name.startswith(blocks)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "cut"), pairwise(SCHEMES, [6, "3,9"]))
 def test_a_run_starts_from_the_last_weights_of_another(
     trained: Path, tmp_path: Path, scheme: str, cut: int | str
@@ -89,6 +90,7 @@ def test_a_run_starts_from_the_last_weights_of_another(
     assert said in (run / "server_log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_ahead_of_a_cold_one(tmp_path: Path) -> None:
     options = {"model": "lenet5", "batch_size": 64, "rounds": 2}
     before = simulated(tmp_path / "before", **options)

@@ -36,6 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> sfl.Run:
     return run_of(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, sfl; assert 'simulate' in dir(sfl);"
@@ -86,6 +87,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_model_gives_the_recorded_predictions_bit_for_bit(name: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, **RUNS[name], keep_tensors="none")
@@ -158,6 +160,7 @@ def test_the_samples_behind_a_step_give_its_labels_and_activations(run: sfl.Run)
         assert torch.equal(run.samples(same).indices, run.samples(step).indices)
 
 
+@pytest.mark.slow
 def test_the_samples_of_own_fronts_and_pooled_data(tmp_path: Path) -> None:
     ways: dict[str, dict[str, object]] = {
         "own": {"scheme": "sflv3", "partition": "shards:2", "augment": "crop:padding=2"},

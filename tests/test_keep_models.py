@@ -35,6 +35,7 @@ def rounds_of(folder: Path) -> list[int]:
     return sorted({-1 if name == "init" else int(name) for name in names})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("models", "tensors", "kept"),
     [

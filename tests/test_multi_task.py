@@ -48,6 +48,7 @@ JOINED = {"topology": "vertical-multi-task", "partition": "vertical", "label_cli
 # Exactness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "weights"), [("keep", "1,0.3,2"), ("reset", "")])
 def test_all_servers_together_equal_one_network_with_several_heads(
     tmp_path: Path, state: str, weights: str

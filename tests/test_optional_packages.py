@@ -10,6 +10,7 @@ import pytest
 from tests.support.bare_machine import run_bare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "package"),
     [

@@ -75,6 +75,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 # On one machine
 
 
+@pytest.mark.slow
 def test_the_test_set_gives_the_recorded_figures_and_predictions(
     run: sfl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

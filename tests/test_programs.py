@@ -48,6 +48,7 @@ def test_modules_and_functions_are_short() -> None:
     assert long == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_needs_neither_torch_nor_what_draws(program: str) -> None:
     missing = "import sys, runpy; sys.argv = ['x', '--help']; " + "".join(

@@ -105,6 +105,7 @@ def test_the_page_has_everything_inside(out: Path, tmp_path: Path) -> None:
     assert not set(".oO*") & set("".join(looks))  # of each such hatch, 100 kB and more
 
 
+@pytest.mark.slow
 def test_figures_are_means_over_the_seeds(out: Path, tmp_path: Path) -> None:
     runs = opened(out, "a", "b", "c")
     assert [group.label for group in gather(runs)] == ["scheme sflv1", "scheme fl"]
@@ -123,6 +124,7 @@ def test_figures_are_means_over_the_seeds(out: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r_val_acc.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_tables_fit_on_paper(out: Path, tmp_path: Path) -> None:
     (path,) = write_report(opened(out, "a", "b", "c"), tmp_path / "r.html")
@@ -165,6 +167,7 @@ def changed(run: Path, path: str, content: bytes) -> None:
     (run / "manifest.jsonl").write_bytes("".join(f"{manifest_line(e)}\n" for e in entries).encode())
 
 
+@pytest.mark.slow
 def test_a_strangers_texts_are_texts(out: Path, tmp_path: Path) -> None:
     run = tmp_path / "server/z"
     shutil.copytree(out / "server/a", run)
@@ -222,6 +225,7 @@ def test_who_trains_again_during_the_evaluation_has_not_waited_between() -> None
     ]
 
 
+@pytest.mark.slow
 def test_other_kinds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "regression", REGRESSION)
     kinds: dict[str, dict[str, object]] = {

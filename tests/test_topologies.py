@@ -54,6 +54,7 @@ def test_one_client_equals_the_unsplit_model(
     assert_equal(own | joined(run), ordinary_training(RunConfig(**options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "optimizer"), [("sl", "sgd"), ("sflv1", "adam")])
 def test_schemes_of_whole_models_do_not_see_the_cuts(
     tmp_path: Path, scheme: str, optimizer: str

@@ -59,6 +59,7 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(tmp_path / "nobody" / name))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_account")
 def test_trackers_hold_every_figure(tmp_path: Path) -> None:
     trackers = trackers_of("tensorboard:histograms=2,csv,wandb:project=p,histograms=3")
@@ -296,6 +297,7 @@ OPTIONS = ["--model", "mlp", "--rounds", "1", "--clients", "1", "--batch-size", 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("track", ["csv", "nothing"])
 def test_nothing_is_imported_that_is_not_asked_for(tmp_path: Path, track: str) -> None:
     hidden = "import sys, runpy; sys.modules['tensorboard'] = sys.modules['wandb'] = None; "

@@ -20,6 +20,7 @@ from tests.support.weights import assert_same
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["tcp", "ws", "wss"])
 def test_the_contract_holds_over_sockets(transport: str, tmp_path: Path) -> None:
     ours, theirs = {}, {}

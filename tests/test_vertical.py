@@ -77,6 +77,7 @@ def last_weights(run: Path, num_clients: int, round_index: int = 1) -> dict[str,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "fusion", "state", "clients", "label"),
     pairwise(SCHEMES, ["concat", "sum", "mean", "max"], ["reset", "keep"], [2, 4], [0, 1]),
@@ -103,6 +104,7 @@ def test_the_servers_of_several_tasks_equal_a_plain_loop(tmp_path: Path) -> None
     assert_equal(last_weights(run, 2), plain.weights(), at_least=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "cut"), [("lenet5", 3), ("cnn-mnist", 3)])
 def test_activations_with_channels_are_joined_along_them(
     tmp_path: Path, model: str, cut: int
@@ -137,6 +139,7 @@ def test_sockets_equal_the_simulation_and_the_replay(
     assert (one.findings, one.checked, one.differ) == ([], 2 * 16, 0)
 
 
+@pytest.mark.slow
 def test_a_missing_party_counts_as_zeros_until_it_is_back(tmp_path: Path) -> None:
     """It goes on with what it had at the start of the round in which it was lost."""
     options = VERTICAL | MODEL | {"clients": 3, "rounds": 3, "run": "r"}
@@ -232,6 +235,7 @@ def test_samples_of_different_kinds_are_joined_by_their_ids(
     assert f"1,client_model_000.pt,samples,{len(shared) - held_out}" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"cut": 3}, {"cut": 9}, SEVERAL])
 def test_activations_of_different_shapes_are_joined_as_in_a_plain_loop(
     hospitals: Path, tmp_path: Path, options: dict[str, object]

@@ -97,6 +97,7 @@ def test_a_run_is_watched_from_its_folder(launcher: Launcher) -> None:
     assert not list(run.glob(f"{STATUS}*"))
 
 
+@pytest.mark.slow
 def test_a_live_view_ends_with_the_run(tmp_path: Path) -> None:
     """In a terminal of 80 columns: no line is wider."""
     run = simulated(tmp_path, model="mlp")

@@ -27,6 +27,8 @@ from tests.support.javascript import call, needs_node, needs_runtime
 from tests.support.simulations import simulated
 from tests.support.websites import Website
 
+pytestmark = pytest.mark.slow  # each starts a server
+
 STEPS = 50
 MARGIN = 0.25  # of SSIM; after so few steps the decoder is 0.4 better than the mean image
 THREE = [(0.3, 0.2), (0.5, 0.15), (0.68, 0.27), (0.45, 0.48), (0.68, 0.7), (0.5, 0.85), (0.3, 0.78)]

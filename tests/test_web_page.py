@@ -27,7 +27,7 @@ from tests.support.simulations import simulated
 from tests.support.tab import Tab, eventually
 from tests.support.websites import Website
 
-pytestmark = [needs_chromium, needs_runtime]
+pytestmark = [needs_chromium, needs_runtime, pytest.mark.slow]
 SEVEN = [(0.28, 0.25), (0.5, 0.24), (0.72, 0.25), (0.6, 0.5), (0.47, 0.85)]
 ONE = [(0.5, 0.15), (0.5, 0.5), (0.49, 0.85)]
 SOFTWARE_WEBGPU = (

@@ -30,6 +30,8 @@ from tests.support.requesters import Requester
 from tests.support.served_site import Served, serving, silent
 from tests.support.simulations import simulated
 
+pytestmark = pytest.mark.slow  # each starts a server
+
 MIB = 2**20
 CLOSE = piece(struct.pack("!H", 1000), 8)
 

@@ -28,6 +28,8 @@ from tests.support.launch import Launcher, finish, send_signal, wait_for
 from tests.support.served_site import serving, silent
 from tests.support.simulations import simulated
 
+pytestmark = pytest.mark.slow  # each starts a server
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> sfl.Run:

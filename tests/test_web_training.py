@@ -44,6 +44,7 @@ from tests.support.tab import Tab, eventually
 OWN = RunConfig(partition="own", model="lenet5", batch_size=64, run="r", seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_the_step_as_a_graph_gives_the_gradients_of_torch(model: str) -> None:
     trained = TrainedRun.of(RunConfig(partition="own", model=model))

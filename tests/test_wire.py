@@ -39,6 +39,7 @@ def recorded(
     return record(folder, CLIENTS, options, transport=request.param)
 
 
+@pytest.mark.slow
 def test_a_training_step_is_one_round_trip_and_three_files(
     recorded: tuple[Path, list[Recorded]],
 ) -> None:

@@ -94,6 +94,7 @@ class SplitModel:
             name: state_spec(s.state_dict()) for name, s in self._segments.items()
         }
         self._cut_samples = sample_specs(rows, self._training, input_shape, num_classes)
+        self._crossing = self._cut_samples  # what crosses the cuts between parties
         largest = max((sample.num_bytes for sample in self._cut_samples), default=1)
         fit = MAX_EVALUATION_BYTES // max(largest, 1)
         # Clients that evaluate a batch together know their own activations only.
@@ -134,7 +135,7 @@ class SplitModel:
         seed = self.recipe.training.seed
         self._parties = parties
         for party in parties.values():  # behind the fusion all have the activations of this model
-            party._cut_samples = [party._cut_samples[0], *self._cut_samples[1:]]
+            party._crossing = [party._crossing[0], *self._crossing[1:]]
         self.joint = Joint({k: party.features_sample(0) for k, party in parties.items()})
         wanted = self.features_sample(0).shape
         with torch.device("meta"):  # takes no memory
@@ -269,7 +270,7 @@ class SplitModel:
 
     def features_sample(self, link: int) -> TensorSpec:
         """Return the spec of one sample's activations at a cut."""
-        return self._cut_samples[link]
+        return self._crossing[link]
 
     def features_spec(self, batch: int, link: int = 0) -> TensorSpec:
         """Return the spec of a batch's activations at a cut, and of their gradients."""
@@ -277,12 +278,12 @@ class SplitModel:
 
     def features_specs(self, batch: int) -> list[TensorSpec]:
         """Return the specs of ``features_spec`` at all cuts."""
-        return [TensorSpec((batch, *sample.shape), sample.dtype) for sample in self._cut_samples]
+        return [TensorSpec((batch, *sample.shape), sample.dtype) for sample in self._crossing]
 
     @property
     def sample_bytes(self) -> int:
         """The bytes of one sample's activations at all cuts."""
-        return sum(sample.num_bytes for sample in self._cut_samples)
+        return sum(sample.num_bytes for sample in self._crossing)
 
     def evaluation_sizes(self, num_samples: int) -> Iterator[int]:
         """Yield the batch sizes for evaluating so many samples."""
