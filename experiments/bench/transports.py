@@ -1,6 +1,5 @@
 """The commands that start our own server and clients, over each transport."""
 
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.bench.peers.mpi import launcher
+from experiments.support.processes import free_port
 from experiments.support.small_ca import SmallCA
 
 Commands = list[list[str]]  # the server's first, or one that starts all
@@ -25,8 +25,7 @@ class Plan:
 
 def over_sockets(transport: str, address: str, plan: Plan) -> Commands:
     """Return a command for each; clients that start before the server try again."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
+    port = free_port()
     server = ["run_server.py", "--transport", transport, "--port", str(port), *plan.server]
     clients = [
         ["run_client.py", "--server", address.format(port=port, rank=k + 1, size=plan.clients + 1),

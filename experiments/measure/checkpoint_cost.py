@@ -8,7 +8,6 @@ median seconds of both kinds of rounds, without the first of each block, and the
 """
 
 import contextlib
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from experiments.support.processes import ROOT
+from experiments.support.processes import ROOT, free_port
 from sfl.config import RunConfig
 from sfl.errors import RunError
 from sfl.nodes import ServerNode
@@ -42,7 +41,7 @@ def main() -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with TemporaryDirectory(prefix="sfl-") as folder, contextlib.ExitStack() as stack:
         common = ["--out", folder, *(["--data-dir", options.data_dir] if options.data_dir else [])]
-        port = _free_port()
+        port = free_port()
         arguments = ["--clients", str(NUM_CLIENTS), "--rounds", str(options.rounds)]
         run, node = parse_options(
             [*arguments, "--port", str(port), *rest, *common],
@@ -76,11 +75,6 @@ def _end(client: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         client.kill()
         client.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

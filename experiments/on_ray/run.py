@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from experiments.on_ray.placement import Needs, Resources, machines_of, placed
 from experiments.on_ray.processes import Launch, Process, host_here, serve_here
+from experiments.support.processes import free_port
 from experiments.support.ray_cluster import Lines
 from sfl.archive.checkpoint import checkpoint_paths
 from sfl.archive.run_folder import new_run_name
@@ -66,14 +67,9 @@ def _resolved(run: RunConfig, node: ServerNode) -> tuple[RunConfig, ServerNode]:
     if node.resume:
         paths["resume"] = str(Path(node.resume).resolve())
     host = ray.util.get_node_ip_address()
-    own = {"host": host, "port": node.port or _free_port(host), "token_file": ""}
+    own = {"host": host, "port": node.port or free_port(host), "token_file": ""}
     name = run.run or new_run_name()
     return dataclasses.replace(run, run=name), dataclasses.replace(node, **paths, **own)
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Start a server and its clients as real processes on this machine, and end them again."""
 
 import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from sfl.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTS_WITHIN_S = 60.0
+PORTS = 20_000, 32_000  # below those of outgoing connections: Linux has 32768 on, macOS 49152 on
 LISTENING = re.compile(r"run (\S+): listening on (\S+) for")
 
 
@@ -96,10 +98,18 @@ class Processes:
                 process.kill()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a free port that the system gives no outgoing connection.
+
+    So a server that was killed finds it free, whatever else this machine does meanwhile.
+
+    Raises:
+        RunError: there is none.
+    """
+    for port in random.sample(range(*PORTS), 1000):
+        with contextlib.suppress(OSError), socket.create_server((host, port)):
+            return port
+    raise RunError(f"no port of {host} from {PORTS[0]} to {PORTS[1]} is free")
 
 
 def last_line(path: Path) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from itertools import cycle
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from experiments.support.processes import free_port
 from experiments.web.__main__ import main as serve_web
 from sfl.cli import main_client, main_predict, main_server, main_watch
 from sfl.program import run_program
@@ -46,11 +46,6 @@ def in_turns(values: Iterable[object]) -> list[tuple[object, ...]]:
     """Return each value, or tuple of values, behind the next transport: tcp, ws, wss, tcp, ..."""
     rows = (value if isinstance(value, tuple) else (value,) for value in values)
     return [(transport, *row) for transport, row in zip(cycle(SCHEMES), rows, strict=False)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def main_web(argv: list[str]) -> int:
