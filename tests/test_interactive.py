@@ -233,6 +233,8 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         own.front(client=3)
     with pytest.raises(RunError, match="has no step 99 of round 0"):
         own.samples(pd.Series({"round": 0, "step": 99, "client": 0}))
+    with pytest.raises(ConfigError, match="or a row of steps"):
+        own.samples(3)
     for unknown in {"client": 3}, {"round": 2}:
         with pytest.raises(RunError, match=r"has no (client_3|round 2)"):
             own.tensors(**unknown)

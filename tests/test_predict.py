@@ -75,6 +75,20 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 # On one machine
 
 
+def test_a_hops_folder_has_no_figures_to_compare_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is said before anything is computed."""
+    hop = tmp_path / "hop_1/r"
+    simulated(tmp_path, model="mlp", topology="multi-hop", cut="2,4", rounds=1)
+    capsys.readouterr()
+    with pytest.raises(
+        RunError, match=r"hop_1/r has no rounds\.csv: give the folder of a server's"
+    ):
+        predicted(hop, "--test-of", hop)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.slow
 def test_the_test_set_gives_the_recorded_figures_and_predictions(
     run: sfl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]

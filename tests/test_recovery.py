@@ -395,6 +395,8 @@ def test_absences_that_leave_a_rule_too_few_are_refused_before_the_start(tmp_pat
             reference(tmp_path, run, away)
         assert list(tmp_path.iterdir()) == []
     reference(tmp_path, run, [Away(1, 0, back=1), Away(3, 1)])
+    with pytest.raises(ConfigError, match=r"--away leaves round 2/\d+ with 0 clients; .* needs 1"):
+        reference(tmp_path, run | {"aggregation": "fedavg"}, [Away(k, k // 2) for k in range(4)])
 
 
 def test_what_a_client_has_alone_is_not_made_up(launcher: Launcher, references: References) -> None:

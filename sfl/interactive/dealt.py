@@ -2,7 +2,9 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from sfl.conversation.report import DataReport
 from sfl.data.client_data import ClientData, Source, batch_indices, load, part_of
 from sfl.data.datasets import dataset_of
 from sfl.data.partition import OWN
-from sfl.errors import DataError, RunError
+from sfl.errors import ConfigError, DataError, RunError
 from sfl.nodes import NodeConfig
 from sfl.runtime.recorded_run import RecordedRun
 from sfl.runtime.simulation import pooled
@@ -85,8 +87,20 @@ class Dealt:
                 " same data set"
             )
 
-    def behind(self, client: int, round_index: int, step: int) -> StepSamples:
-        """Return the samples of a step."""
+    def behind(self, of_step: Any) -> StepSamples:
+        """Return the samples of a step of ``Run.tensors()``, or of a row of ``Run.steps``.
+
+        Raises:
+            ConfigError: it is neither.
+            RunError: the run has no such step.
+        """
+        try:
+            client, round_index, step = (
+                int(of_step[name] if isinstance(of_step, pd.Series) else getattr(of_step, name))
+                for name in ("client", "round", "step")
+            )
+        except (AttributeError, KeyError) as error:
+            raise ConfigError("samples: give one of tensors(), or a row of steps") from error
         data, recorded = self.data(client), self._recorded
         run = recorded.run
         drawn_as = recorded.recipe.leader(client)

@@ -266,11 +266,7 @@ class Run:
 
         They are derived from the seed and the data set on this machine. Raises as ``data``.
         """
-        client, round_index, number = (
-            int(step[name] if isinstance(step, pd.Series) else getattr(step, name))
-            for name in ("client", "round", "step")
-        )
-        return self._dealt.behind(client, round_index, number)
+        return self._dealt.behind(step)
 
     @property
     def _tested(self) -> Collection[int]:

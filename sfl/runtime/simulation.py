@@ -66,13 +66,14 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         ConfigError: they leave a round too few, which would wait for others in a run over sockets.
     """
     run, needed = recipe.run, fewest_clients(recipe)
+    every = range(1 if recipe.scheme.pooled else run.clients)
     if absences and recipe.has_followers:
         raise ConfigError(f"--away: leave it out with --topology {run.topology}: all are needed")
     for away in absences:
         if not recipe.may_leave(away.client):
             k = away.client
             raise ConfigError(f"--away {k}: all steps need the labels of client_{k}")
-    if needed == 1 or not absences:  # a round that all have left begins again with others
+    if not absences:
         return
     last = max(away.back or away.round + 1 for away in absences)
     out: set[int] = set()
@@ -81,7 +82,9 @@ def check_away(recipe: Recipe, absences: Sequence[Away]) -> None:
         for away in [a for a in waiting if a.back == index and a.client in out]:
             waiting.remove(away)
             out.discard(away.client)
-        drawn = draw(run, [k for k in range(run.clients) if k not in out], index)
+        here = [k for k in every if k not in out]
+        # A round that all have left begins again with others, if these are enough.
+        drawn = draw(run, here, index) if needed > 1 else here
         out |= {a.client for a in waiting if a.round == index}
         if (left := len(set(drawn) - out)) < needed:
             raise ConfigError(

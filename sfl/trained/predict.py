@@ -12,6 +12,8 @@ from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from sfl.archive.run_folder import say
 from sfl.config import flag
 from sfl.environment import set_up_torch
@@ -48,6 +50,7 @@ def predict(options: Namespace) -> None:
     _check_used(typed, "" if options.test_of else "--test-of", OF_A_DATA_SET)
     device = set_up_torch(node)  # a run that is opened sets its own threads, if none are typed
     tested = run_of(options.test_of, machine) if options.test_of else None
+    recorded = tested.rounds if tested and options.client is None else None
     with contextlib.ExitStack() as stack:
         if "server" in typed:
             paths = options.paths
@@ -66,8 +69,8 @@ def predict(options: Namespace) -> None:
     _show(found, tally, options.csv)
     if not tested and (warning := found.how_strange()):
         say(warning)
-    if tested and options.client is None:
-        _compare(tested, options.round, found, tally)
+    if tested and recorded is not None:
+        _compare(tested, recorded, options.round, found, tally)
     if isinstance(model, ServedModel):
         say(model.traffic())
 
@@ -136,12 +139,14 @@ def _show(found: Predictions, tally: Tally, csv: str) -> None:
         )
 
 
-def _compare(run: Run, round_index: int | None, found: Predictions, tally: Tally) -> None:
-    """Say whether the figures are those that the run has recorded."""
+def _compare(
+    run: Run, rounds: pd.DataFrame, round_index: int | None, found: Predictions, tally: Tally
+) -> None:
+    """Say whether the figures are those that the run has recorded, in its ``rounds``."""
     figures = found.task.figures(tally, "test")
     names = [f"test_{name}" for name in found.task.trained]
     last = run.last_round(round_index)
-    recorded = run.rounds[run.rounds["round"] == last].dropna(axis="columns")
+    recorded = rounds[rounds["round"] == last].dropna(axis="columns")
     theirs = {n: float(recorded[n].iloc[0]) for n in names if n in recorded and len(recorded)}
     ours = {name: figures[name] for name in names if name in figures}
     told = ", ".join(f"{name} {value!r}" for name, value in ours.items())
