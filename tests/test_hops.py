@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import sfl.archive
 import sfl.conversation.round as conversation_round
 from sfl.archive.layout import LABELS
+from sfl.archive.live_status import read_status
 from sfl.cli import main_client
 from sfl.config import RunConfig
 from sfl.conversation.party import ClientParty
@@ -181,6 +183,11 @@ def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:
     for name in chain.names:
         chain.start(name)
     wait_for(chain.programs[SERVER], "round 2/1000")
+    status, until = None, time.monotonic() + 60
+    while not (status and status.now.round > 0 and status.now.clients[0].steps):
+        assert time.monotonic() < until, status  # of its signs of life, one a second
+        status = read_status(launcher.folder / "hop_1/r")
+        time.sleep(0.05)
     shutil.rmtree(chain.folder)
     for program in chain.programs.values():
         assert "removed" in program.ended_with(1)

@@ -101,7 +101,7 @@ def server_cut_steps(party: ServerParty, plan: RoundPlan, round_index: int) -> C
     """Train the server's segments with one client for a round, waiting for its turn each step."""
     turns = plan.steps[party.back_index]
     for at, size in _sizes(party, round_index):
-        cuts = Cuts(party, at, size)
+        party.link.at, cuts = at, Cuts(party, at, size)
         if not (party.leads or party.joins):
             return  # a hop joins this client's activations to the leader's
         if plan.spool.has(cuts.own_first.at):

@@ -136,17 +136,17 @@ class Seen:
         return role if ":" in role else ""
 
     @property
-    def tells_between_rounds(self) -> bool:
-        """Whether it writes signs of life; a follower has its log alone."""
-        return self.status is not None or not self.role
-
-    @property
     def how_to_go_on(self) -> str:
         """The command that resumes the run; "" if it cannot be."""
         if self.role and self._is_servers:
             return f"{GO_ON}the command that started this {self.role}"
         model = str(self.config.get("model", ""))
         return resume_hint(self.path, model)() if self._is_servers else ""
+
+    @property
+    def in_round(self) -> int:
+        """The round that the run is in, from 0; a hop's is done when all have trained in it."""
+        return self.status.now.round if self.status else -1
 
     @property
     def round_share(self) -> float:
@@ -158,10 +158,10 @@ class Seen:
     @property
     def left_s(self) -> float | None:
         """The time that the run's rounds are going to take; None if nothing tells."""
-        status, done = self.status, len(self.rounds)
+        status = self.status
         if status is None or status.now.round < 0:
             return None
-        spent_s, left = status.written_at - status.round_began_at, self.num_rounds - done
+        spent_s, left = status.written_at - status.round_began_at, self.num_rounds - self.num_done
         recent = [line.seconds for line in self.rounds[-MEAN_OF:]]
         if recent:
             mean_s = sum(recent) / len(recent)

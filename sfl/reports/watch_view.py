@@ -62,15 +62,15 @@ def _title(seen: Seen) -> Text:
 def _progress(seen: Seen, silent_s: float, console: Console) -> RenderableType:
     """Return what the run is, a bar over all rounds, and the time that is left."""
     state, done, total = seen.state(silent_s), seen.num_done, seen.num_rounds
-    share = done + (seen.round_share if state == RUNNING and done < total else 0.0)
+    goes_on = state == RUNNING and done < total and seen.in_round >= done
+    share = done + (seen.round_share if goes_on else 0.0)
     if state == OVER:  # also of a run that has stopped early
         share = total = max(total, 1)
     width = min(console.width - 8, BAR)
     filled = round(width * share / total) if total else 0
     bar = Text(f"[{'#' * filled}{'.' * (width - filled)}] {share / total if total else 0:.0%}")
     words = Text(_state(seen, state, silent_s), style=STYLES[state], overflow="fold")
-    may_go_on = state == STOPPED or (state == SILENT and seen.tells_between_rounds)
-    if may_go_on and (hint := seen.how_to_go_on):
+    if state in (SILENT, STOPPED) and (hint := seen.how_to_go_on):
         words.append(f"\n{one_line(hint, MOST_HINT)}", style="not bold")
     return Group(bar, words)
 
@@ -82,12 +82,7 @@ def _state(seen: Seen, state: str, silent_s: float) -> str:
         return f"{rounds} done; {one_line(why)}" if why else f"{rounds} done"
     if state == SILENT:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - silent_s))
-        why = "its process has ended or hangs"
-        if not seen.tells_between_rounds:
-            why = "it is in a long round, or has ended"
-        return f"not written since {at}, {duration(silent_s)} ago: {why}"
-    if not seen.tells_between_rounds:
-        return f"{seen.num_done} of {counted(seen.num_rounds, 'round')} done"
+        return f"not written since {at}, {duration(silent_s)} ago: its process has ended or hangs"
     if seen.status is None:
         return "it is being prepared"
     if seen.status.now.round < 0:

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sfl.archive.live_status import LiveStatus, Now
 from sfl.archive.run_folder import SERVER_LOG, make_folder, open_folder, reporting_failure, say
 from sfl.config import RunConfig
 from sfl.conversation.followed import FollowerJoined
@@ -47,6 +48,7 @@ from sfl.runtime.lobby import GOODBYE_S, LINGER_S, POLL_S, REGISTER_WITHIN_S
 from sfl.runtime.on_end import running_at_end
 from sfl.runtime.resume import has_begun, open_past
 from sfl.runtime.start_weights import read_start, started
+from sfl.runtime.whereabouts import in_followed
 from sfl.strategy.recipe import Recipe
 from sfl.strategy.split_model import SplitModel
 from sfl.transport.tokens import SERVER, Tokens, client_authenticate
@@ -378,4 +380,9 @@ class Following:
         )
         self.stack.callback(self.follower.rounds.spool.close)
         self.follower.rounds.end_others = self._end_others
+        self.stack.enter_context(LiveStatus(path, functools.partial(self._now, self.follower)))
         return self.follower
+
+    def _now(self, follower: Follower) -> Now:
+        here = {talk.client: talk.member for talk in self._talks.values()}
+        return in_followed(follower.rounds, here)

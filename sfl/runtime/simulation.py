@@ -47,7 +47,7 @@ from sfl.runtime.rounds import Rounds
 from sfl.runtime.server import finish
 from sfl.runtime.start_weights import StartWeights, read_start, started
 from sfl.runtime.task_servers import at_each_server
-from sfl.runtime.whereabouts import in_rounds
+from sfl.runtime.whereabouts import in_followed, in_rounds
 from sfl.strategy.merge import fewest_clients
 from sfl.strategy.order import draw
 from sfl.strategy.recipe import Recipe
@@ -271,7 +271,9 @@ class _Clients:
                 start=self._start,
                 keeps_answers=False,
             )
-            yield follower
+            here = {k: ends[0][0] for k, ends in self._ends.items()}
+            with LiveStatus(path, lambda: in_followed(follower.rounds, here)):
+                yield follower
             follower.note_end()
 
     def _party(self, client: int, rounds: Rounds, archive: ArchiveWriter) -> ClientParty:

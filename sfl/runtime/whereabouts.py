@@ -1,14 +1,16 @@
-"""What each client does at the moment, as the server sees it, for ``status.json``.
+"""What each client does at the moment, as the server or a hop sees it, for ``status.json``.
 
 Called on another thread than the run's: what it looks at may change between two lines.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from sfl.archive.live_status import AWAY, EVALUATING, LOADING, TRAINING, WAITING, Doing, Now
+from sfl.conversation.followed import FollowedRounds
 from sfl.runtime.roster import Roster
 from sfl.runtime.rounds import Rounds
 from sfl.strategy.order import RoundPlan
+from sfl.wire.link import Link
 from sfl.wire.members import Member
 
 
@@ -41,18 +43,39 @@ def in_rounds(rounds: Rounds, loading: Collection[int] = ()) -> Now:
     return Now(rounds.first_round if plan is None else plan.round_index, doings)
 
 
+def in_followed(rounds: FollowedRounds, links: Mapping[int, Link]) -> Now:
+    """Return what the clients do at a hop, or at the server of a further task.
+
+    ``links``: of the clients that are connected.
+    """
+    plan = rounds.plan
+    doings: dict[int, Doing] = {}
+    for k in rounds.num_samples:
+        if k not in links:
+            doings[k] = Doing(AWAY, "it is not connected")
+        elif plan is None:
+            doings[k] = Doing(WAITING)
+        else:
+            at = links[k].at  # in the steps with this client
+            steps = at.step if at.round == plan.round_index else 0
+            steps = plan.num_steps.get(k, 0) if k in rounds.trained else steps
+            doings[k] = _doing(plan, k, steps, all_have_trained=rounds.has_trained())
+    return Now(rounds.next_round if plan is None else plan.round_index, doings)
+
+
 def _in_round(rounds: Rounds, plan: RoundPlan, client: int) -> Doing:
+    seen = rounds.log.num_steps(rounds.recipe.leader(client))
+    steps = max(seen, _told_steps(plan, rounds.parties[client].link))
+    return _doing(plan, client, steps, all_have_trained=plan.all_have_trained(rounds.parties))
+
+
+def _doing(plan: RoundPlan, client: int, steps: int, *, all_have_trained: bool) -> Doing:
     of_steps = plan.num_steps.get(client, 0)  # none if it sits the round out
-    steps = min(_steps(rounds, plan, client), of_steps)
-    if plan.all_have_trained(rounds.parties):
-        return Doing(EVALUATING, steps=steps, of_steps=of_steps)
     what = TRAINING if plan.is_training(client) else WAITING
-    return Doing(what, steps=steps, of_steps=of_steps)
+    return Doing(EVALUATING if all_have_trained else what, "", min(steps, of_steps), of_steps)
 
 
-def _steps(rounds: Rounds, plan: RoundPlan, client: int) -> int:
-    """Return a client's steps: those that the server has seen, or heartbeats tell of."""
-    link, seen = rounds.parties[client].link, rounds.log.num_steps(rounds.recipe.leader(client))
-    if isinstance(link, Member) and link.peer_at.round == plan.round_index:
-        return max(seen, link.peer_at.step)
-    return seen
+def _told_steps(plan: RoundPlan, link: Link) -> int:
+    """Return the steps of a client that its heartbeats tell of."""
+    at = link.peer_at if isinstance(link, Member) else None
+    return at.step if at and at.round == plan.round_index else 0
