@@ -94,3 +94,40 @@ def test_clients_joined_at_a_hop_have_the_same_samples(hospitals: Path, tmp_path
         tmp_path / "server", hospitals, **AT_HOP | {"topology": "vertical", "cut": 9}
     )
     assert_equal(own_weights(at_hop), own_weights(at_server), at_least=6)
+
+
+@pytest.mark.parametrize(("options", "tasks"), [(AT_HOP, []), (AT_TASKS, ["age"])])
+def test_a_start_that_fails_for_the_data_is_tried_again_with_others(
+    launcher: Launcher, hospitals: Path, options: dict[str, object], tasks: list[str]
+) -> None:
+    """The clients end with the reason, as without a hop; who follows stays, and takes the next."""
+    own = hospitals / "client_1/data.npz"
+    whole = own.read_bytes()
+    arrays = dict(np.load(own))
+    np.savez(own, ids=np.array([f"nobody {i}" for i in range(800)]), x=arrays["x"])
+    parties = Chain(launcher, 0 if tasks else 1, 2, [*options_of(options)], [], tasks=tasks)
+    parties.of_clients = ["--data-dir", f"{hospitals}/client_{{k}}"]
+    for name in parties.names:
+        program = parties.start(name)
+        if not name.startswith("client"):
+            wait_for(program, "listening")
+    for name in (SERVER, "client_0", "client_1"):
+        assert "no training sample has the same id" in parties.programs[name].ended_with(1)
+    own.write_bytes(whole)
+    for name in (SERVER, "client_0", "client_1"):
+        parties.start(name)
+    for program in parties.programs.values():
+        program.ended_with(0)
+
+
+def test_a_client_with_a_model_of_its_own_checks_over_a_hop(
+    launcher: Launcher, hospitals: Path
+) -> None:
+    models = {"party_models": "mlp,lenet5", "label_client": 1}
+    chain = Chain(launcher, 1, 2, [*options_of(AT_HOP | models)], [])
+    for name in (SERVER, "hop_1"):
+        wait_for(chain.start(name), "listening")
+    chain.of_clients = ["--check", "--data-dir", f"{hospitals}/client_1"]
+    client = chain.start("client_0")
+    client.ended_with(0)
+    assert "KeyError" not in client.out

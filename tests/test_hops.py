@@ -193,6 +193,20 @@ def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:
         assert "removed" in program.ended_with(1)
 
 
+def test_a_hop_keeps_to_its_run(launcher: Launcher) -> None:
+    """A server that has another one on the same port ends its client, and not the hop."""
+    chain = Chain(launcher, 1, 1, ["--clients", 1, *LONG, *OVER_HOP], [])
+    for name in chain.names:
+        chain.start(name)
+    wait_for(chain.programs[SERVER], "round 2/1000")
+    chain.programs[SERVER].process.kill()
+    chain.programs[SERVER].process.join()
+    chain.of_server = ["--clients", 1, *LONG]
+    chain.start(SERVER)
+    assert "the server has another run now" in chain.programs["client_0"].ended_with(1)
+    assert chain.programs["hop_1"].process.is_alive()
+
+
 # What passes, and what each party knows
 
 

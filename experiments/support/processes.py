@@ -106,7 +106,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     Raises:
         RunError: there is none.
     """
-    for port in random.sample(range(*PORTS), 1000):
+    for port in random.SystemRandom().sample(range(*PORTS), 1000):  # whatever seeds the others
         with contextlib.suppress(OSError), socket.create_server((host, port)):
             return port
     raise RunError(f"no port of {host} from {PORTS[0]} to {PORTS[1]} is free")

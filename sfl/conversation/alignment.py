@@ -35,10 +35,12 @@ def _spec(count: int) -> TensorSpec:
     return TensorSpec((count, 2), torch.int64)
 
 
-def accept(link: Link, most_ids: int) -> None:
-    """Let a link take a file of so many ids."""
-    most_bytes = max_file_bytes([_spec(most_ids)]) + OVERHEAD_BYTES
-    taken = dict(link.limits.payload_bytes) | {MessageType.SAMPLE_IDS: most_bytes}
+def accept(link: Link, most_ids: int | None) -> None:
+    """Let a link take a file of so many ids; None: no more."""
+    taken = dict(link.limits.payload_bytes)
+    taken.pop(MessageType.SAMPLE_IDS, None)
+    if most_ids is not None:
+        taken[MessageType.SAMPLE_IDS] = max_file_bytes([_spec(most_ids)]) + OVERHEAD_BYTES
     link.limits = dataclasses.replace(link.limits, payload_bytes=taken)
 
 
@@ -61,6 +63,7 @@ def server_receive_ids(link: Link, num_samples: Mapping[str, int]) -> Conversati
     link.send_message_as_json(MessageType.REQUEST_IDS)
     yield link
     message = link.receive_file(MessageType.SAMPLE_IDS)
+    accept(link, None)
     ids = decode(message.payload, _spec(total), f"the ids of {link.peer_title}", message.checksum)
     parts = dict(zip(num_samples, ids.split_with_sizes([*num_samples.values()]), strict=True))
     if any(len(torch.unique(part, dim=0)) < len(part) for part in parts.values()):
@@ -68,10 +71,14 @@ def server_receive_ids(link: Link, num_samples: Mapping[str, int]) -> Conversati
     return parts
 
 
+def num_of(ids: Ids) -> dict[str, int]:
+    """Return the number of samples of each part."""
+    return {part: len(of_part) for part, of_part in ids.items()}
+
+
 def server_send_order(link: Link, order: Ids) -> None:
     """Send a client the ids of the run's samples, in their order."""
-    counts = {part: len(ids) for part, ids in order.items()}
-    link.send_message_as_json(MessageType.SAMPLE_ORDER, content=counts)
+    link.send_message_as_json(MessageType.SAMPLE_ORDER, content=num_of(order))
     link.send_file(MessageType.SAMPLE_IDS, encode(torch.cat([*order.values()])))
 
 
@@ -83,7 +90,7 @@ def client_receive_order(link: Link, own: Ids) -> Conversation[dict[str, Tensor]
     """
     yield link
     message = link.receive_message_as_json(MessageType.SAMPLE_ORDER)
-    counts = _counts(message, {part: len(ids) for part, ids in own.items()})
+    counts = _counts(message, num_of(own))
     yield link
     message = link.receive_file(MessageType.SAMPLE_IDS)
     spec = _spec(sum(counts.values()))
@@ -117,7 +124,10 @@ def hop_pass_ids(
         accept(side, sum(num_samples.values()))
     link.send_message_as_json(MessageType.REQUEST_IDS)
     yield from pass_on(link, onward, MessageType.SAMPLE_IDS)
-    return aligned_counts(_counts((yield from hop_pass_order(link, onward)), num_samples))
+    accept(link, None)
+    message = yield from hop_pass_order(link, onward)
+    accept(onward, None)
+    return aligned_counts(_counts(message, num_samples))
 
 
 def hop_pass_order(link: Link, onward: Link) -> Conversation[Message]:

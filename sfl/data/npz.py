@@ -6,12 +6,12 @@
     y (N,)                                       integers, or names of classes
     x_val, y_val  x_test, y_test                 optional, each with the other
     classes                                      optional, names
-    ids, ids_val, ids_test (N,)                  with --topology vertical: names of the samples
+    ids, ids_val, ids_test (N,)                  of clients that are joined: names of the samples
     y_NAME, y_NAME_val, y_NAME_test (N,)         with --tasks NAME: further labels, as y
     classes_NAME                                 optional, their names; else those in y_NAME, or
                                                  the integers up to its largest
 
-If the data set's samples are not images, ``x`` has their shape. With ``--topology vertical``, ``x``
+If the data set's samples are not images, ``x`` has their shape. At clients that are joined, ``x``
 may be a table (N, F) of floats at any client, and ``y`` is wanted at the one with the labels alone.
 """
 
@@ -79,8 +79,8 @@ def read_ids(path: Path) -> dict[str, Tensor]:
         count = None if x is None else x.shape[:1]
         if (None if ids is None else ids.shape) != count:
             raise DataError(
-                f"{path}: --topology vertical needs an array ids{suffix} that names each sample of"
-                f" x{suffix}, of {0 if x is None else len(x)}; clients' samples are matched by it"
+                f"{path}: clients that are joined need an array ids{suffix} that names each sample"
+                f" of x{suffix}, of {0 if x is None else len(x)}; they are matched by it"
             )
         names = [] if ids is None else _texts(path, f"ids{suffix}", ids)
         try:

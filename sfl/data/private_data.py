@@ -76,7 +76,7 @@ def _load_identified(
     The samples may be a table, which is neither normalised nor augmented.
     """
     if archive is None:
-        raise DataError("--topology vertical with own data: give --data-dir an .npz file with ids")
+        raise DataError("clients that are joined: give --data-dir an .npz file with ids")
     if table := read_table(archive, lambda line: None):
         spec = dataclasses.replace(spec, input_shape=table, mean=0.0, std=1.0, augment=NONE)
         run = dataclasses.replace(run, augment="", normalize="")

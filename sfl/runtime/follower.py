@@ -237,6 +237,8 @@ class TaskFigures:
         for client, tally in tallies.items():
             self._clients[client] |= self._task.figures(tally, PREFIXES[part])
         figures = evaluated_figures(self._task, {part: tallies})
+        if not figures and self._overall:  # nobody has samples of this part
+            return figures
         self._overall |= self._log.train_figures() | figures
         self._overall["seconds"] = time.perf_counter() - self._began
         self.write_round(round_index, self._took_part)

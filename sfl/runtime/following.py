@@ -34,6 +34,7 @@ from sfl.errors import (
     NotYet,
     PeerCannot,
     PeerLeft,
+    PeerStopped,
     ProtocolError,
     RunEnded,
     RunError,
@@ -185,11 +186,16 @@ class Following:
         if self._talks.pop(talk.member, None) is None:
             return
         talk.conversation.close()
+        if not self.follower:  # it may come back with other data
+            self._joined.pop(talk.client, None)
         who = f"client_{talk.client}" if talk.client >= 0 else talk.member.address
         (say if talk.client >= 0 else functools.partial(self.network.log_refusal, ""))(
             f"{who}: {error}"
         )
-        self.network.drop(talk.member, str(error), last_words_for(error))
+        # A run that its server ends before the start is over for its clients, as without us.
+        is_over = type(error) is PeerStopped and not self.follower
+        words = MessageType.ABORT if is_over else last_words_for(error)
+        self.network.drop(talk.member, str(error), words)
         if talk.onward:
             kinds = {PeerLeft: MessageType.UNREGISTER, PeerCannot: MessageType.FAILED}
             last = next((m for kind, m in kinds.items() if isinstance(error, kind)), None)
@@ -298,18 +304,22 @@ class Following:
         for other in [t for t in self._talks.values() if t.client == told.client]:
             self._end(other, ConnectionLost(f"client_{told.client} has connected anew"))
         talk.client = told.client
-        recipe = self._recipe_of(told.run)
-        if told.run == self.run_config:
-            return recipe
-        if self.run_config is not None:
+        if self.run_config not in (None, told.run) and self._keeps_run(talk):
+            assert self.run_config is not None
             try:
                 check_goes_on(dataclasses.asdict(self.run_config), dataclasses.asdict(told.run))
             except ConfigError as error:
                 raise ProtocolError(f"the server has another run now: {error}") from error
             self._end_others(talk.client)
             self.follower = None
+        recipe = self._recipe_of(told.run)
         self.run_config = told.run
         return recipe
+
+    def _keeps_run(self, talk: _Talk) -> bool:
+        """Return whether our run has begun, or others than this client have registered for it."""
+        others = any(t.client >= 0 for t in self._talks.values() if t is not talk)
+        return others or self.follower is not None or has_begun(self._path)
 
     def _recipe_of(self, run: RunConfig) -> Recipe:
         """Return the recipe of a run, as this party has it.

@@ -13,7 +13,7 @@ from sfl.archive.run_folder import RunFolder, options_record, to_json
 from sfl.archive.spool import Spool
 from sfl.archive.writer import REWRITTEN
 from sfl.config import RunConfig
-from sfl.conversation.alignment import aligned_counts
+from sfl.conversation.alignment import aligned_counts, num_of
 from sfl.conversation.cut import Cut, kinds_by_link
 from sfl.conversation.join import Joined, reports_of
 from sfl.conversation.joint_steps import JointSteps
@@ -88,7 +88,7 @@ class Preparation:
     def __post_init__(self) -> None:
         past, self._order, own = self.past, self._aligned(), reports_of(self.joined)
         if self._order is not None:
-            counts = aligned_counts({part: len(ids) for part, ids in self._order.items()})
+            counts = aligned_counts(num_of(self._order))
             own = {k: replace(report, num_samples=counts) for k, report in own.items()}
         self._reports = self.ranks.gather(own, asdict, DataReport.unpacked)
         self._data = dict(past.data) if past else describe_data(self._reports, self.recipe)

@@ -278,7 +278,7 @@ def _check_parts(run: RunConfig, row: Scheme, *, joins: bool) -> None:
         require(run.partition != VERTICAL, "partition", VERTICAL, wanted)
         for name in ("fusion", "label_client", "party_models"):
             given, default = getattr(run, name), getattr(RunConfig, name)
-            require(given == default, name, given, "left out, without --topology vertical")
+            require(given == default, name, given, f"left out, with --topology {run.topology}")
         return
     named("fusion", run.fusion, FUSIONS)
     given, clients = run.partition, run.clients
@@ -304,7 +304,7 @@ def _parties(
 ) -> tuple[Party, ...]:
     """Return the model of each client's first segment, and its cuts.
 
-    Another model is known by one cut; behind its front, only the leader's model goes on.
+    Behind the fronts the leader's model goes on; others' own models are cut once.
 
     Raises:
         ConfigError: there is not one for each client, one is unknown, or the leader's lacks cuts.
@@ -315,10 +315,11 @@ def _parties(
             f"--party-models {run.party_models}: {len(names)} models for {run.clients} clients"
         )
     found = []
-    for name in names:
+    for client, name in enumerate(names):
         spec = model_spec(name, allowed)
         own = parse_cuts(run.cut if spec.cut is None else None, spec.cut, name)
-        found.append((model, cuts) if name == run.model else (spec, own[: len(cuts)]))
+        own = own[: len(cuts) if client == run.label_client else 1]
+        found.append((model, cuts) if name == run.model else (spec, own))
     leaders = names[run.label_client]
     if len(found[run.label_client][1]) < len(cuts):
         raise ConfigError(

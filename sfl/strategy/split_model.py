@@ -198,8 +198,8 @@ class SplitModel:
 
     def held_by(self, holder: Holder) -> list[str]:
         """Return the names of a party's segments; without a cut, each party has the whole model."""
-        held = self.recipe.segments
-        return [name for name in held if not self.cuts or held[name] is holder]
+        held = self.recipe.segments  # of a party's own model, those behind may be missing
+        return [name for name in self.specs if not self.cuts or held[name] is holder]
 
     def segments(self, holder: Holder, device: torch.device) -> Segments:
         """Return a party's segments, with initial weights and optimisers."""

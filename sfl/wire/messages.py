@@ -29,9 +29,7 @@ class MessageType(StrEnum):
     REQUEST_TO_START = "REQUEST_TO_START"  # C: data are loaded; samples, classes, shape
     REQUEST_IDS = "REQUEST_IDS"  # S: send the ids of your samples
     SAMPLE_IDS = "SAMPLE_IDS"  # C: file, digests of the ids of all its samples; S: of the run's
-    SAMPLE_ORDER = (
-        "SAMPLE_ORDER"  # S: how many samples all clients have; their ids follow, in the run's order
-    )
+    SAMPLE_ORDER = "SAMPLE_ORDER"  # S: how many samples the run has; SAMPLE_IDS follows
     MESSAGE = "MESSAGE"  # S: a notice for the user, at any time
     GO_ON = "GO_ON"  # S: this round is done (-1: none); the front that the next one starts from
     START_TRAINING = "START_TRAINING"  # S: train in round r; starting front, number of steps

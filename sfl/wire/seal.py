@@ -2,8 +2,8 @@
 
 Both ends draw an X25519 key pair for each connection and exchange the public halves while the
 client joins; HKDF (RFC 5869) makes a key for each direction of the shared secret. ChaCha20-Poly1305
-(RFC 8439) then encrypts labels, weights, results, and whole tensors that no hop computes with; a
-hop passes them on unread, and a change of them is noticed. A hop that exchanges the public halves
+(RFC 8439) then encrypts ids, labels, weights, results, and tensors that no hop computes with; a hop
+passes them on unread, and a change of them is noticed. A hop that exchanges the public halves
 for its own could still read all: with a secret that only the two ends know, it cannot.
 """
 
