@@ -146,6 +146,7 @@ KILLS = [
         "reset",
         {"hop_1": "step.after_answer:5", "client_1": "trained.before_said:1"},
     ),
+    ("extended", "sflv2", "keep", {SERVER: "validation.after:1"}),
     ("one", "sflv1", "keep", {"hop_1": "step.after_answer:4"}),
     ("two", "sflv2", "reset", {"client_1": "front.after_update:3", "hop_2": "average.after:1"}),
     ("one", "sl", "keep", {"hop_1": "step.after_answer:20"}),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from sfl.archive.spool import Spool
 from sfl.conversation.cut import Cut
 from sfl.conversation.joint_steps import JointSteps
-from sfl.conversation.party import TRAIN, ServerParty
+from sfl.conversation.party import PREFIXES, TRAIN, ServerParty
 from sfl.conversation.report import DataReport
 from sfl.conversation.step import STEPS
 from sfl.crash import crash_point
@@ -91,6 +91,17 @@ class FollowedRounds:
     def is_past(self, round_index: int) -> bool:
         """Return whether a later round has begun here."""
         return self.plan is not None and self.plan.round_index > round_index
+
+    def repeat_evaluation(self, part: str, party: ServerParty) -> None:
+        """Let all clients of joint steps evaluate again if the one that leads them does.
+
+        The others would wait behind batches that they have given to already.
+        """
+        joint, plan = self.joint_steps, self.plan
+        assert plan is not None
+        if joint and party.leads and joint.has_done(part, plan.round_index):
+            self.end_others(party.client)
+            joint.forget(PREFIXES, plan.round_index)
 
     def has_trained(self) -> bool:
         """Return whether all of the round's clients have trained; a gate.

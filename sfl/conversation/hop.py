@@ -153,6 +153,7 @@ def _evaluate(party: ServerParty, rounds: FollowedRounds, message: Message) -> C
         yield rounds.has_trained
         rounds.end()
         party.archive.keep_best(message.get("best", int))
+        rounds.repeat_evaluation(part, party)
     yield from _pass_front(party, message)
     yield from hop_evaluate(party, part, round_index)
 

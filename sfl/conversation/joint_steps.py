@@ -50,6 +50,18 @@ class JointSteps(Generic[E]):
         self._given = {key: g for key, g in self._given.items() if key[1].round >= round_index}
         self._replies = {key: r for key, r in self._replies.items() if key[1].round >= round_index}
 
+    def has_done(self, phase: str, round_index: int) -> bool:
+        """Return whether a step of a phase of a round has been done."""
+        return any(name == phase and at.round == round_index for name, at in self._replies)
+
+    def forget(self, phases: Collection[str], round_index: int) -> None:
+        """Forget the replies of these phases of a round: its steps are taken again."""
+        self._replies = {
+            (phase, at): reply
+            for (phase, at), reply in self._replies.items()
+            if phase not in phases or at.round != round_index
+        }
+
     def drop(self, client: int) -> None:
         """Go on without a client: in steps that it has not given to, zeros take its place."""
         self._present.discard(client)
