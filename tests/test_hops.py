@@ -185,7 +185,7 @@ def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:
         chain.start(name)
     wait_for(chain.programs[SERVER], "round 2/1000")
     status, until = None, time.monotonic() + 60
-    while not (status and status.now.round > 0 and status.now.clients[0].steps):
+    while not (status and 0 < (doing := status.now.clients[0]).steps < doing.of_steps):
         assert time.monotonic() < until, status  # of its signs of life, one a second
         status = read_status(launcher.folder / "hop_1/r")
         time.sleep(0.05)
