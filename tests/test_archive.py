@@ -1,8 +1,10 @@
 """The archive: what is written off the critical path, and its one reader."""
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from sfl.archive.writer import ArchiveWriter
 from sfl.errors import IntegrityError, RunError
 from sfl.files import atomic as atomic_file
 from sfl.files.atomic import write_file
+from sfl.files.regular_files import check_linkless, check_no_links
 from sfl.files.torch_file import TensorSpec, encode_file
 from sfl.values import KeepTensors, Position
 
@@ -321,3 +324,27 @@ def test_a_run_with_a_link_is_not_read(tmp_path: Path, what: str) -> None:
     (run / what).unlink()
     elsewhere.rename(run / what)
     assert sfl.archive.open(run).listed == []
+
+
+@pytest.mark.parametrize("check", [check_linkless, check_no_links])
+def test_what_goes_while_a_folder_is_looked_through_is_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], None]
+) -> None:
+    """A run may write there: its status.json is replaced each second."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "status.json.tmp").touch()
+    scandir, looked_into = os.scandir, []
+
+    def listed_and_gone(folder: Path) -> contextlib.nullcontext[list[os.DirEntry[str]]]:
+        looked_into.append(Path(folder))
+        with scandir(folder) as entries:
+            there = list(entries)
+        for entry in there:
+            (os.rmdir if entry.is_dir() else os.unlink)(entry.path)
+        return contextlib.nullcontext(there)
+
+    monkeypatch.setattr(os, "scandir", listed_and_gone)
+    check(tmp_path)
+    assert looked_into == [tmp_path, tmp_path / "models"]
+    with pytest.raises(FileNotFoundError):
+        check(tmp_path / "models")  # the folder itself must be there

@@ -59,7 +59,10 @@ def check_no_links(folder: Path, *, apart: Path | None = None) -> None:
         OSError: the folder holds a symbolic or hard link, a pipe or a device.
     """
     for entry in _entries(folder, apart):
-        status = entry.stat(follow_symlinks=False)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
         if stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):
@@ -70,10 +73,20 @@ def check_no_links(folder: Path, *, apart: Path | None = None) -> None:
 
 
 def _entries(folder: Path, apart: Path | None) -> Iterator[os.DirEntry[str]]:
-    """Yield what lies in a folder at any depth, but not what lies in the folder ``apart``."""
+    """Yield what lies in a folder at any depth, but not what lies in the folder ``apart``.
+
+    A run may write there: what has just been listed may be gone, renamed or removed.
+    """
     waiting = [folder]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        inside = waiting.pop()
+        try:
+            listed = os.scandir(inside)
+        except FileNotFoundError:
+            if inside == folder:
+                raise
+            continue
+        with listed as entries:
             for entry in entries:
                 yield entry
                 path = Path(entry.path)

@@ -86,7 +86,11 @@ class Chain:
                 self.of_server = ["--resume", self.folder, *self.of_others]
             self.start(name)
         for program in self.programs.values():
-            program.ended_with(0)
+            try:
+                program.ended_with(0)
+            except AssertionError:  # another party may say why
+                print(*(f"{name}: {p.err}{p.out}" for name, p in self.programs.items()), sep="\n")
+                raise
         return self.folder
 
     @property
