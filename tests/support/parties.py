@@ -88,8 +88,9 @@ class Chain:
         for program in self.programs.values():
             try:
                 program.ended_with(0)
-            except AssertionError:  # another party may say why
-                print(*(f"{name}: {p.err}{p.out}" for name, p in self.programs.items()), sep="\n")
+            except AssertionError as error:  # another party may say why
+                for name, other in self.programs.items():
+                    error.add_note(f"{name}: {other.err}{other.out}")
                 raise
         return self.folder
 
