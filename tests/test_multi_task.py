@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import signal
 import socket
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 
 import sfl.archive
 import sfl.conversation.round as conversation_round
-from sfl.cli import main_client
+from sfl.cli import main_client, main_server
 from sfl.config import RunConfig
 from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, send_report
@@ -22,7 +24,7 @@ from sfl.data.private_data import load_own
 from sfl.errors import ConfigError, DataError
 from sfl.nodes import NodeConfig
 from sfl.reports.gathered import gather
-from sfl.runtime import task_servers
+from sfl.runtime import following, lobby, task_servers
 from sfl.runtime.preflight import check_run
 from sfl.runtime.simulation import simulate
 from sfl.strategy.recipe import Recipe
@@ -32,7 +34,8 @@ from sfl.wire.framing import encode_head
 from sfl.wire.link import Link
 from sfl.wire.messages import FILE_TYPES, Message
 from sfl.wire.messages import MessageType as M
-from tests.support.launch import Launcher, options_of, wait_for
+from tests.support import launch
+from tests.support.launch import Launcher, options_of, wait_for, was_killed
 from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_tasks import PlainTasks, states_of
 from tests.support.proxy import UP, Proxy
@@ -234,6 +237,43 @@ def test_clients_that_lie_to_a_tasks_server_end_themselves_alone(
     )
 
 
+def leaving(argv: list[str]) -> int:
+    """Be a client that is killed as soon as the main server has said that the run is over."""
+    next_round = conversation_round._next_round
+
+    def killed_at_the_end(party: ClientParty, round_index: int) -> Conversation[Message | None]:
+        if party.others and round_index == party.run.rounds:
+            party.others = ()  # none is told
+            yield from next_round(party, round_index)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (yield from next_round(party, round_index))
+
+    conversation_round._next_round = killed_at_the_end
+    return main_client(argv)
+
+
+def impatient(argv: list[str]) -> int:
+    """Be a server that waits less for those who are away at the end."""
+    following.ALONE_S = following.GOODBYE_S = lobby.GOODBYE_S = 0.5
+    return main_server(argv)
+
+
+@pytest.mark.slow
+def test_a_client_that_is_killed_at_the_end_keeps_no_tasks_server(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "main_server", impatient)
+    options = MODEL | TWO | {"clients": 2, "rounds": 1}
+    of_server = [*options_of(options), "--run", "r"]
+    parties = Chain(launcher, 0, 2, of_server, ALLOW, tasks=["parity"])
+    for name in parties.names[:-1]:
+        wait_for(parties.start(name), "client_" if name.startswith("client") else "listening")
+    monkeypatch.setattr(launch, "main_client", leaving)
+    was_killed(parties.start("client_1"))
+    for name in parties.names[:-1]:
+        parties.programs[name].ended_with(0)
+
+
 # Refusals
 
 
@@ -341,7 +381,7 @@ def test_columns_that_cannot_be_labels_are_named(
 
 def test_the_run_is_over_when_all_clients_say_so() -> None:
     rounds = object.__new__(TaskRounds)
-    rounds.num_samples, rounds.said_over = {0: {}, 1: {}}, set()
-    assert not rounds.note_over(0)
-    assert not rounds.note_over(0)
-    assert rounds.note_over(1)
+    rounds.num_samples = {0: {}, 1: {}}
+    for said, all_have in ((set(), False), ({0}, False), ({0, 1}, True)):
+        rounds.said_over = said
+        assert rounds.is_over is all_have

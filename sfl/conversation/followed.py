@@ -45,7 +45,7 @@ class FollowedRounds:
     next_round: int = 0  # the round that ``shared`` is the start of
     plan: RoundPlan | None = None  # of the round in training, or of the last one
     trained: set[int] = field(default_factory=set)  # clients that have trained in it
-    is_over: bool = False  # whether a client was told that the run is over
+    said_over: set[int] = field(default_factory=set)  # clients that say that the run is over
 
     def go_to(self, round_index: int, client: int) -> None:
         """Be ready for a round, the next or the current one; else go back to its start.
@@ -102,6 +102,11 @@ class FollowedRounds:
         if joint and party.leads and joint.has_done(part, plan.round_index):
             self.end_others(party.client)
             joint.forget(PREFIXES, plan.round_index)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: the server has told a client so, in our hearing."""
+        return bool(self.said_over)
 
     def has_trained(self) -> bool:
         """Return whether all of the round's clients have trained; a gate.

@@ -117,7 +117,7 @@ def hop_run(party: ServerParty, rounds: FollowedRounds) -> Conversation[None]:
     while True:
         message = yield from pass_on(onward, link, *_PARTS, MessageType.TRAINING_DONE)
         if message.type is MessageType.TRAINING_DONE:
-            rounds.is_over = True
+            rounds.said_over.add(party.client)
             yield from pass_on(link, onward, MessageType.UNREGISTER)
             return
         yield from _PARTS[message.type](party, rounds, message)

@@ -58,7 +58,6 @@ class TaskRounds(FollowedRounds):
     evaluated: Callable[[int, str, Mapping[int, Tally]], Mapping[str, float]]
     reached: dict[int, int] = field(default_factory=dict)  # the round that each client is in
     best: dict[int, int] = field(default_factory=dict)  # the best round, as each client says
-    said_over: set[int] = field(default_factory=set)  # clients that say that the run is over
     _tallies: dict[str, dict[int, Tally]] = field(default_factory=dict)  # by part, of this round
     _figures: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -71,11 +70,10 @@ class TaskRounds(FollowedRounds):
             return True
         return all(self.reached.get(k) == round_index for k in self.num_samples)
 
-    def note_over(self, client: int) -> bool:
-        """Note that a client says that the run is over; return whether all have."""
-        self.said_over.add(client)
-        self.is_over = self.said_over >= self.num_samples.keys()
-        return self.is_over
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: all clients say so."""
+        return self.said_over >= self.num_samples.keys()
 
     def begin(self, round_index: int, client: int) -> RoundPlan:
         if not (self.plan and self.plan.round_index == round_index):
@@ -151,7 +149,7 @@ def task_run(party: ServerParty, rounds: TaskRounds) -> Conversation[None]:
         yield party.link
         message = party.link.receive_message_as_json(*_PARTS, MessageType.TRAINING_DONE)
         if message.type is MessageType.TRAINING_DONE:
-            rounds.note_over(party.client)
+            rounds.said_over.add(party.client)
             yield party.link
             party.link.receive_message_as_json(MessageType.UNREGISTER)
             return

@@ -23,7 +23,6 @@ from sfl.config import RunConfig
 from sfl.conversation.followed import FollowerJoined
 from sfl.conversation.join import Welcome, parse_hello
 from sfl.conversation.report import describe_data, disagreeing_clients
-from sfl.conversation.task_server import TaskRounds
 from sfl.environment import set_up_devices
 from sfl.errors import (
     PEER_ERRORS,
@@ -63,6 +62,7 @@ from sfl.wire.payload import payload_store_in
 
 MOST_CLIENTS = 1000  # before the run's number is known
 NEXT_WITHIN_S = 60.0  # in which the next party must answer
+ALONE_S = 60.0  # in which clients may come back when others have said that the run is over
 
 
 @dataclass
@@ -120,12 +120,15 @@ class Following:
 
     def _is_over(self) -> bool:
         """Return whether all clients have left at the run's end, or have had time to."""
-        if not (self.follower and self.follower.rounds.is_over):
+        rounds = self.follower.rounds if self.follower else None
+        is_here = any(talk.client in self._joined for talk in self._talks.values())
+        # A client that was killed at the end never says so at a task's server: the others do.
+        if rounds is None or not (rounds.is_over or (rounds.said_over and not is_here)):
+            self._over_since = math.inf
             return False
         self._over_since = min(self._over_since, time.monotonic())
-        is_here = any(talk.client in self._joined for talk in self._talks.values())
         patience_s = (LINGER_S if is_here else GOODBYE_S) if self._joined else 0.0
-        return time.monotonic() - self._over_since >= patience_s
+        return time.monotonic() - self._over_since >= (patience_s if rounds.is_over else ALONE_S)
 
     # Waiting
 
@@ -146,9 +149,8 @@ class Following:
     def _next_talk(self) -> _Talk | None:
         if talk := self._open():
             return talk
-        if not (arrived := self.network.first_arrived(self._links())):
-            return None
-        return next((t for t in self._talks.values() if t.due is arrived), None)
+        arrived = self.network.first_arrived(self._links())
+        return next((t for t in self._talks.values() if arrived and t.due is arrived), None)
 
     def _take(self, member: Member) -> None:
         """Begin with a new connection; end the conversation of one that has failed."""
@@ -205,8 +207,9 @@ class Following:
         """Return whether the run has ended: the next party says so, or all clients do."""
         if not self.kind.only_asks:
             return talk.onward is not None and source is talk.onward
-        rounds = self.follower.rounds if self.follower else None
-        return isinstance(rounds, TaskRounds) and rounds.note_over(talk.client)
+        if rounds := self.follower.rounds if self.follower else None:
+            rounds.said_over.add(talk.client)
+        return rounds is not None and rounds.is_over
 
     def _refuse_odd(self) -> None:
         """End the conversations of clients whose data do not fit those of the others."""
@@ -223,9 +226,8 @@ class Following:
         for member in self.network.members:
             if not member.is_assigned and member.age_s() > REGISTER_WITHIN_S:
                 self.network.drop(member, why, MessageType.TRY_AGAIN)
-        limit_s = NEXT_WITHIN_S + REGISTER_WITHIN_S
         for talk in [t for t in self._talks.values() if t.client < 0]:
-            if talk.member.age_s() > limit_s:  # one that only checks, and says no more
+            if talk.member.age_s() > NEXT_WITHIN_S + REGISTER_WITHIN_S:  # it only checks
                 self._end(talk, NotYet(why))
 
     # One client
