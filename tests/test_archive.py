@@ -12,8 +12,8 @@ import torch
 
 import sfl.archive
 from sfl.archive import write_queue
-from sfl.archive.layout import GRADS, LABELS, MANIFEST, TENSOR_KINDS
-from sfl.archive.manifest import ROUND_LOG, Entry, manifest_line
+from sfl.archive.layout import GRADS, LABELS, MANIFEST, STATUS, TENSOR_KINDS
+from sfl.archive.manifest import DROPPED, ROUND_LOG, Entry, manifest_line
 from sfl.archive.writer import ArchiveWriter
 from sfl.errors import IntegrityError, RunError
 from sfl.files import atomic as atomic_file
@@ -104,6 +104,38 @@ def test_only_the_rounds_that_were_asked_for_stay(
         return
     assert sfl.archive.open(tmp_path).rounds() == kept
     assert sorted({r for r, _, _ in found(tmp_path)}) == kept
+
+
+@pytest.mark.parametrize("written_before", [True, False])
+def test_a_file_that_a_run_replaces_or_removes_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_before: bool
+) -> None:
+    """As a task's server does with a round's file, ``--keep-models`` with a model."""
+    table, model = "rounds/round_000.csv", "models/client_model_000.pt"
+    with ArchiveWriter(tmp_path, ALL) as writer:
+        for path in (table, model):
+            writer.write(ROUND_LOG, path, b"old", 0)
+        writer.flush()
+        archive = sfl.archive.open(tmp_path)
+
+        def go_on(seconds: float = 0) -> None:
+            """Let the run list what it has just done."""
+            monkeypatch.undo()
+            writer.write(ROUND_LOG, table, b"newer", 0)
+            writer.flush()
+            with (tmp_path / MANIFEST).open("a") as manifest:
+                manifest.write(manifest_line(Entry(DROPPED, model, 0, "", round=0)) + "\n")
+
+        (tmp_path / table).write_bytes(b"newer")
+        (tmp_path / model).unlink()
+        (tmp_path / STATUS).touch()
+        go_on() if written_before else monkeypatch.setattr(time, "sleep", go_on)
+        assert archive.read(table) == b"newer"
+        with pytest.raises(RunError, match="was removed while it was to be read"):
+            archive.read(model)
+        flip(tmp_path / table, 0)
+        with pytest.raises(IntegrityError, match="is damaged"):
+            archive.read(table)
 
 
 def flip(path: Path, where: int) -> None:

@@ -10,6 +10,7 @@ file is complete. The run's own ``manifest.jsonl`` lists models, logs and finish
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from sfl.archive.layout import (
     LABELS,
     MANIFEST,
     MODELS,
+    STATUS,
     WEIGHT_GRADS,
     WITH_LINKS,
     round_of_folder,
@@ -36,6 +38,7 @@ from sfl.files.regular_files import check_linkless
 from sfl.files.torch_file import StateSpec, TensorSpec, decode, decode_state
 
 MAX_TABLE_BYTES = 64 * 2**20
+WRITTEN_WITHIN_S = 0.1  # in which a file that was replaced is listed anew
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class RunArchive:
 
     Raises (from any method):
         IntegrityError: a file that the run's manifests list is damaged or missing.
+        RunError: the run goes on, and has removed the file since.
     """
 
     def __init__(self, root: Path, *, is_share: bool = False) -> None:
@@ -153,7 +157,31 @@ class RunArchive:
                 if share.lists(path):
                     return share.read(path)
             raise IntegrityError(f"{self.root / path}: is not in the run's manifest")
+        try:
+            return read_checked(self.root / path, self._listed[path])
+        except IntegrityError:
+            if (self.root / STATUS).exists():  # the run goes on
+                time.sleep(WRITTEN_WITHIN_S)
+            if not self._was_changed(path):
+                raise
         return read_checked(self.root / path, self._listed[path])
+
+    def _was_changed(self, path: str) -> bool:
+        """Note what a run that goes on has done with a file since its manifest was read.
+
+        Raises:
+            RunError: the run has removed it.
+        """
+        newest = {entry.path: entry for entry in read_manifest(self.root)}.get(path)
+        if newest is None or newest == self._listed[path]:
+            return False
+        if newest.kind == DROPPED:
+            raise RunError(
+                f"{self.root / path} was removed while it was to be read: the run goes on, and does"
+                " not keep it"
+            )
+        self._listed[path] = newest
+        return True
 
     def state(self, path: str, spec: StateSpec) -> dict[str, Tensor]:
         """Return the weights in a listed file."""
