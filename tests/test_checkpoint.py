@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from experiments.support.same_run import compare
-from sfl.archive.checkpoint import NUM_KEPT, checkpoint_paths, round_of, valid_checkpoints
+from sfl.archive.checkpoint import (
+    NUM_KEPT,
+    Checkpoint,
+    checkpoint_paths,
+    round_of,
+    valid_checkpoints,
+)
 from sfl.archive.spool import Answer, Spool
 from sfl.archive.writer import ArchiveWriter
 from sfl.config import RunConfig
@@ -77,6 +83,21 @@ def test_a_file_that_is_cut_off_or_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "models/client_model_001.pt").unlink()
     with pytest.raises(IntegrityError, match="nothing to go on from is whole"):
         open_past(tmp_path, CONFIG)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that goes on, with ``--keep-models last``."""
+    written(tmp_path)
+
+    def removed_first(self: Checkpoint) -> None:
+        if self.round == 2:
+            checkpoint_paths(tmp_path)[-1].unlink()
+            raise IntegrityError("a model is missing")
+
+    monkeypatch.setattr(Checkpoint, "verify", removed_first)
+    assert rounds_of(tmp_path) == ([3], [])
 
 
 def test_a_checkpoint_of_another_version_or_configuration_is_refused(tmp_path: Path) -> None:

@@ -266,6 +266,19 @@ def test_a_folder_without_hard_links_keeps_the_contract(
     monkeypatch.setattr("os.link", link)
     place = directory(tmp_path)
     test_an_object_is_written_once(place)
+    place.create("r/y.pt", DATA, {"a": "b"})
+    place.delete("r/y.pt")
+    place.create("r/y.pt", b"other", {"a": "b"})  # as a resumed run does
+
+    def killed(path: Path, to: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.create("r/z.pt", DATA, {"a": "b"})
+    place.create("r/z.pt", DATA, {"a": "b"})
+    assert place.read("r/z.pt") == (DATA, {"a": "b"})
 
 
 def test_who_may_not_overwrite_may_find_its_own(gate: Gate, tmp_path: Path) -> None:

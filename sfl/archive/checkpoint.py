@@ -149,7 +149,8 @@ def valid_checkpoints(root: Path, run: RunConfig, damage: list[str]) -> Iterator
             _check_config(path, checkpoint, run)
             checkpoint.verify()
         except IntegrityError as error:
-            damage.append(str(error))
+            if path.exists():  # else a run that goes on has removed it since
+                damage.append(str(error))
             continue
         yield checkpoint
 

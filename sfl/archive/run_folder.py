@@ -78,7 +78,7 @@ def make_folder(path: Path, log_name: str) -> bool:
         RunError: the folder cannot be written.
     """
     try:
-        if not path.exists():
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return True
         if path.is_symlink() or not path.is_dir() or not has_no_steps(path):
@@ -88,6 +88,8 @@ def make_folder(path: Path, log_name: str) -> bool:
         except RunError:  # another process uses it
             return False
         with log:
+            if not has_no_steps(path):  # it has taken one since
+                return False
             for inside in path.iterdir():
                 if inside.is_dir():
                     shutil.rmtree(inside)

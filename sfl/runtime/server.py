@@ -118,12 +118,12 @@ def serve(run: RunConfig, node: ServerNode, group: Group = ALONE) -> Path:
             server.announce(listener.address, transport.notes(node))
             lobby = server.lobby(network, may_return=transport.may_return)
             stack.enter_context(lobby.notice)
-            stack.enter_context(LiveStatus(path, lambda: server.now(lobby)))
-            rounds = server.prepare(lobby)
-            stack.callback(rounds.spool.close)
-            if place is not None and server.fed == HERE and node.resume:
-                _delete_weights(place, rounds)
-            finish(rounds, folder)
+            with LiveStatus(path, lambda: server.now(lobby)):
+                rounds = server.prepare(lobby)
+                stack.callback(rounds.spool.close)
+                if place is not None and server.fed == HERE and node.resume:
+                    _delete_weights(place, rounds)
+                finish(rounds, folder)
     return path
 
 

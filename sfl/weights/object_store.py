@@ -157,6 +157,7 @@ class Directory:
         file = self._root / path
         for one in (file, _about(file)):
             one.unlink(missing_ok=True)
+            _claim(one).unlink(missing_ok=True)
 
 
 ABOUT, CLAIM, TEMPORARY = ".about", ".claim", ".tmp"  # suffixes of files that are not objects
@@ -164,6 +165,10 @@ ABOUT, CLAIM, TEMPORARY = ".about", ".claim", ".tmp"  # suffixes of files that a
 
 def _about(path: Path) -> Path:
     return path.with_name(path.name + ABOUT)
+
+
+def _claim(path: Path) -> Path:
+    return path.with_name(path.name + CLAIM)
 
 
 def _create_file(path: Path, data: bytes) -> bool:
@@ -179,7 +184,9 @@ def _create_file(path: Path, data: bytes) -> bool:
         except FileExistsError:
             raise
         except OSError:  # without hard links: claim the name, then rename
-            path.with_name(path.name + CLAIM).touch(exist_ok=False)
+            claim = _claim(path)
+            if path.exists() or not claim.exists():  # else who claimed it was killed
+                claim.touch(exist_ok=False)
             temporary.rename(path)
     except FileExistsError:
         return False
