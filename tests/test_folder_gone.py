@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Launcher, wait_for
-from tests.support.runs import FAST, LONG, start_long_run
+from tests.support.launch import Launcher, free_port, wait_for
+from tests.support.runs import FAST, LONG, removed, start_long_run
 
 
 def renamed(path: Path) -> None:
@@ -20,15 +20,6 @@ def replaced(path: Path) -> None:
     copy = path.with_name("copy")
     shutil.copyfile(path, copy)
     os.replace(copy, path)
-
-
-def removed(path: Path) -> None:
-    if path.is_file():
-        path.unlink()
-        return
-    aside = path.with_name("removed")  # so that nothing is written into it meanwhile
-    path.rename(aside)
-    shutil.rmtree(aside)
 
 
 def linked(path: Path) -> None:
@@ -85,9 +76,8 @@ def test_a_client_misses_its_folder_and_ends_alone(launcher: Launcher, what: str
 
 
 def test_a_fed_server_misses_its_folder(launcher: Launcher) -> None:
-    fed_port = launcher.port
+    fed_port = free_port()
     fed = launcher.fed("--port", fed_port)
-    launcher.port += 1
     server = launcher.server(
         "--role",
         "main",

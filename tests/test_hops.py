@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import re
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from tests.support.made_data import write_own
 from tests.support.parties import SERVER, Chain, follower_folders, is_over, replayed, weights_of_all
 from tests.support.plain_training import ordinary_training
 from tests.support.proxy import Proxy
-from tests.support.runs import ALLOW, BN_DROPOUT, FAST, LONG
+from tests.support.runs import ALLOW, BN_DROPOUT, FAST, LONG, removed
 from tests.support.simulations import simulated
 from tests.support.weights import assert_equal, weights
 from tests.support.wiretap import record
@@ -189,7 +188,7 @@ def test_a_run_that_is_ended_ends_its_hops(launcher: Launcher) -> None:
         assert time.monotonic() < until, status  # of its signs of life, one a second
         status = read_status(launcher.folder / "hop_1/r")
         time.sleep(0.05)
-    shutil.rmtree(chain.folder)
+    removed(chain.folder)
     for program in chain.programs.values():
         assert "removed" in program.ended_with(1)
 

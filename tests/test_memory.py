@@ -50,8 +50,10 @@ from tests.support.launch import Launcher, Program, wait_for
 from tests.support.made_data import write_ham10000
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-RUN = ["--run", "r", "--peer-timeout", 5]
+RUN = ["--run", "r", "--peer-timeout", 15]
 MIB = 2**20
+Pair = tuple[TcpServer, BufferedConnection, Connection]
+lost_after_1_s = pytest.mark.parametrize("pair", [1], indirect=True)
 
 
 def started(launcher: Launcher, *options: object) -> tuple[Program, Target]:
@@ -80,12 +82,13 @@ def test_a_client_that_takes_memory_gets_little(launcher: Launcher, name: str) -
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[TcpServer, BufferedConnection, Connection]]:
-    """A server's end of a connection, and the client's."""
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A server's end of a connection, and the client's; parametrised by the peer's time-out."""
+    timeout_s = getattr(request, "param", 60)
     limits = Limits(payload_bytes={MessageType.SEND_MODEL: 2**26})
     with (
         listen("127.0.0.1", 0) as listener,
-        TcpServer(listener, Terms(1, limits)) as board,
+        TcpServer(listener, Terms(timeout_s, limits)) as board,
         dial(f"127.0.0.1:{listener.port}", timeout_s=60, limits=limits,
             on_wait=print) as client,
     ):  # fmt: skip
@@ -96,7 +99,6 @@ def pair() -> Iterator[tuple[TcpServer, BufferedConnection, Connection]]:
         yield board, link, client
 
 
-Pair = tuple[TcpServer, BufferedConnection, Connection]
 LARGE = bytes(40_000_000)  # far beyond the sockets' buffers
 
 
@@ -149,6 +151,7 @@ def test_a_notice_does_not_resume_a_conversation(pair: Pair) -> None:
     link.receive_message_as_json(MessageType.ROUND_TRAINED)
 
 
+@lost_after_1_s
 def test_one_that_takes_nothing_is_lost_with_what_it_asked_for(pair: Pair) -> None:
     board, link, client = pair
     link.send_file(MessageType.SEND_MODEL, LARGE)
@@ -163,6 +166,7 @@ def test_one_that_takes_nothing_is_lost_with_what_it_asked_for(pair: Pair) -> No
     assert not link._outbox
 
 
+@lost_after_1_s
 def test_one_that_takes_a_little_now_and_then_is_lost_as_well(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,7 @@ def test_clients_without_an_id_find_a_place_and_are_checked_there(launcher: Laun
 def test_a_client_comes_back_while_its_rank_waits_for_another(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    options = MLP | {"clients": 2, "keep_tensors": "none"}
+    options = MLP | {"clients": 2, "keep_tensors": "none", "local_epochs": 4}
     ranks = start_ranks(launcher, 2, *options_of(options))
     first, slow = (launcher.client("--client-id", k) for k in range(2))
     log = launcher.folder / "server/r/server_log.txt"

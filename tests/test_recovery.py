@@ -246,7 +246,7 @@ def test_a_peer_that_is_busy_is_not_taken_for_dead(launcher: Launcher) -> None:
     assert "is away" not in server.out
 
 
-SKIP = ["--on-missing", "skip", "--round-timeout", 1]
+SKIP = ["--on-missing", "skip", "--round-timeout", 3]
 
 
 @pytest.mark.slow

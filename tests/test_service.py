@@ -136,10 +136,11 @@ def test_what_fails_for_one_ends_it_alone(
 def test_places_are_not_held_without_asking(
     requester: Callable[[], Requester], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "IDLE_S", 1.0)
+    monkeypatch.setattr(service, "IDLE_S", 60.0)
     idle, busy = requester(), requester()
     with pytest.raises(LetGo, match="2 requesters are served: try again later"):
         requester()
+    monkeypatch.setattr(service, "IDLE_S", 1.0)
     time.sleep(1.0)
     assert len(busy.infer()) == 4
     new = requester()

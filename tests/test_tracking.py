@@ -142,16 +142,19 @@ def of_round(index: int, value: float) -> TrackedRound:
 
 
 @pytest.mark.usefixtures("no_account")
-def test_what_a_resumed_run_does_again_replaces_what_was_there(tmp_path: Path) -> None:
+def test_what_a_resumed_run_does_again_replaces_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FAILED_END_S", 60.0)
     said: list[str] = []
     for first, value in ((0, 1.0), (1, 2.0)):
         time.sleep(1 - time.time() % 1)  # the libraries name their files by the second
         run = TrackedRun("r", tmp_path, {"lr": 0.1}, 2, first, is_resumed=first > 0)
-        tracking = Tracking(trackers_of("tensorboard,csv,wandb"), run, said.append)
-        tracking.start()
+        told = Tracking(trackers_of("tensorboard,csv,wandb"), run, said.append)
+        told.start()
         for index in range(first, 3):
-            tracking.add(lambda i=index, v=value: of_round(i, v), {})
-        tracking.end({"val_acc": value}, failed=first == 0)
+            told.add(lambda i=index, v=value: of_round(i, v), {})
+        told.end({"val_acc": value}, failed=first == 0)
     assert [line for line in said if "warning" in line] == []
     whose = {"round/val_acc", "client_0/val_acc"}
     wanted = {(name, i): 2.0 if i else 1.0 for name in whose for i in range(3)}
@@ -233,7 +236,7 @@ class Hanging(Failing):
 def test_a_tracker_that_fails_warns_once_and_the_run_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: Tracker, said: str
 ) -> None:
-    monkeypatch.setattr(tracking, "END_S", 5.0 if said.startswith("curves") else 0.2)
+    monkeypatch.setattr(tracking, "END_S", 60.0 if said.startswith("curves") else 2.0)
     run = simulated(tmp_path, {"mine": tracker, **trackers_of("csv")})
     lines = (run / "server_log.txt").read_text().splitlines()
     warnings = [line for line in lines if "warning: --track" in line]
@@ -256,7 +259,7 @@ def test_a_tracker_that_does_not_keep_up_is_left_behind(
     slow.start()
     for index in range(4):
         slow.add(lambda i=index: of_round(i, 1.0), {})
-    assert said[-1] == "warning: --track slow: it does not keep up; going on without it"
+    assert "warning: --track slow: it does not keep up; going on without it" in said
 
 
 @pytest.mark.parametrize(

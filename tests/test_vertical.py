@@ -166,7 +166,7 @@ def test_a_missing_party_counts_as_zeros_until_it_is_back(tmp_path: Path) -> Non
 def test_over_sockets_a_round_goes_on_without_a_party_if_told_so(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    skip = ["--on-missing", "skip", "--round-timeout", 1, "--min-clients", 1, "--rounds", 6]
+    skip = ["--on-missing", "skip", "--round-timeout", 3, "--min-clients", 1, "--rounds", 6]
     options = options_of({n: v for n, v in (VERTICAL | MODEL).items() if n != "rounds"})
     server = launcher.server("--run", "r", *options, *skip)
     lost = launcher.client("--client-id", 1, *ALLOW, env={VARIABLE: "front.after_update:20"})
@@ -359,10 +359,10 @@ def test_a_resumed_run_does_not_begin_without_the_labels(
     assert server.wait() == -signal.SIGKILL
     own[0].process.kill()
     own[0].process.join()
-    skip = ["--on-missing", "skip", "--round-timeout", 1, "--min-clients", 1]
+    skip = ["--on-missing", "skip", "--round-timeout", 3, "--min-clients", 1]
     server = launcher.server("--resume", tmp_path / "server/r", *skip)
     wait_for(server, "client_1 is ready")
-    server.process.join(4)
+    server.process.join(6)
     assert "of disk" not in server.out  # what it says when it begins
     own[0] = launcher.client("--client-id", 0, *ALLOW)
     for program in [server, *own]:

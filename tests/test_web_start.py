@@ -78,6 +78,7 @@ def test_a_silent_server_that_trains_holds_up_no_page_and_no_end(
         serving(tmp_path, run, "--train", f"127.0.0.1:{silent_server.getsockname()[1]}") as site,
         ThreadPoolExecutor(8) as pool,
     ):
+        assert site.ask("/model.json").status == 200  # the first one takes a while
         began = time.monotonic()
         asking = [pool.submit(site.ask, "/training.json") for _ in range(6)]
         time.sleep(0.3)  # until they are being answered

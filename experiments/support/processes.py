@@ -1,5 +1,6 @@
 """Start a server and its clients as real processes on this machine, and end them again."""
 
+import atexit
 import contextlib
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from sfl.errors import RunError
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTS_WITHIN_S = 60.0
 PORTS = 20_000, 32_000  # below those of outgoing connections: Linux has 32768 on, macOS 49152 on
+MOST_HELD = 256
 LISTENING = re.compile(r"run (\S+): listening on (\S+) for")
 
 
@@ -98,18 +101,43 @@ class Processes:
                 process.kill()
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a free port that the system gives no outgoing connection.
+def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
+    """Return a free port that the system gives no outgoing connection, or the first of several.
 
-    So a server that was killed finds it free, whatever else this machine does meanwhile.
+    So a server that was killed finds it free, whatever else this machine does meanwhile. Other
+    processes that ask do not get it either: its number is held as one of UDP.
 
     Raises:
         RunError: there is none.
     """
-    for port in random.SystemRandom().sample(range(*PORTS), 1000):  # whatever seeds the others
-        with contextlib.suppress(OSError), socket.create_server((host, port)):
+    for port in random.SystemRandom().sample(range(*PORTS, count), 1000):  # whatever seeds others
+        with contextlib.ExitStack() as mine:
+            try:
+                for number in range(port, port + count):
+                    holder = mine.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+                    holder.bind((host, number))
+                    socket.create_server((host, number)).close()
+            except OSError:
+                continue
+            _hold(mine.pop_all())
             return port
     raise RunError(f"no port of {host} from {PORTS[0]} to {PORTS[1]} is free")
+
+
+_held: deque[contextlib.ExitStack] = deque()
+
+
+def _hold(ports: contextlib.ExitStack) -> None:
+    """Keep what holds the last ports that this process has got, until it ends."""
+    _held.append(ports)
+    if len(_held) > MOST_HELD:
+        _held.popleft().close()
+
+
+@atexit.register
+def _let_go() -> None:
+    while _held:
+        _held.pop().close()
 
 
 def last_line(path: Path) -> str:

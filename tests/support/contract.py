@@ -23,7 +23,7 @@ from sfl.wire.members import Channel, Dialler
 from sfl.wire.messages import Limits, MessageType
 
 LARGE = 64 * 2**20  # bytes
-TIMEOUT_S = 5.0
+TIMEOUT_S = 8.0
 LINK = "10gbit,1ms"  # of the processes, which have no sockets to shape
 LIMITS = Limits(json_bytes=100_000, payload_bytes={MessageType.SEND_MODEL: LARGE})
 Side = Callable[[Channel], None]

@@ -104,7 +104,8 @@ class Launcher:
     """Starts programs in one folder, and kills those that are left."""
 
     folder: Path
-    port: int = field(default_factory=free_port)
+    # The first of several: a server's ranks on one machine listen on the next ones.
+    port: int = field(default_factory=lambda: free_port(count=4))
     programs: list[Program] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     transport: str = "tcp"  # of SCHEMES

@@ -1,5 +1,6 @@
 """Configurations that several tests run, and starting them."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,16 @@ STEPS = 6  # of each of three clients in a round
 OWN_STATE = RUN | {"scheme": "sflv3", "optimizer_state": "keep", "clients": 2}
 FAST = ["--model", "mlp", "--batch-size", 200]
 LONG = [*FAST, "--rounds", 1000, "--keep-tensors", "none"]
+
+
+def removed(path: Path) -> None:
+    """Remove a file, or a folder into which a run writes meanwhile."""
+    if path.is_file():
+        path.unlink()
+        return
+    aside = path.with_name("removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def start_long_run(
