@@ -197,15 +197,7 @@ def _git_commit() -> str:
     """
     if not is_clone():
         return "unknown"
-    command = [
-        "git",
-        "--no-optional-locks",
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    command = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
     folder = Path(__file__).resolve().parent
     try:
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.hostile.target import Target
-from sfl.archive.run_folder import has_no_steps
+from sfl.archive import run_folder
+from sfl.archive.run_folder import FIRST_STEP, SERVER_LOG, EventLog, has_no_steps, make_folder
 from sfl.conversation.join import client_join
 from sfl.conversation.report import DataReport, data_difference, disagreeing_clients
 from sfl.environment import FINGERPRINT
@@ -164,6 +165,24 @@ def test_a_folder_in_which_no_step_was_taken_is_taken_over(launcher: Launcher) -
     assert "exists" in launcher.server(*command).ended_with(2)
     log = (launcher.folder / "server/r/server_log.txt").read_text()
     assert log.count("listening on") == 2
+
+
+def test_a_folder_in_which_another_program_has_just_taken_a_step_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended between our look into its log and our lock of it."""
+    log = tmp_path / SERVER_LOG
+    log.write_text("the run waits for its clients\n")
+    (tmp_path / "models").mkdir()
+    opened = run_folder.EventLog
+
+    def opened_a_little_later(path: Path) -> EventLog:
+        log.write_text(f"{FIRST_STEP}\n")
+        return opened(path)
+
+    monkeypatch.setattr(run_folder, "EventLog", opened_a_little_later)
+    assert not make_folder(tmp_path, SERVER_LOG)
+    assert (tmp_path / "models").is_dir()
 
 
 @pytest.mark.slow
