@@ -197,7 +197,8 @@ def _git_commit() -> str:
     """
     if not is_clone():
         return "unknown"
-    command = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
+    what = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "--no-optional-locks", *what]
     folder = Path(__file__).resolve().parent
     try:
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)

@@ -268,6 +268,7 @@ def test_a_folder_without_hard_links_keeps_the_contract(
     test_an_object_is_written_once(place)
     place.create("r/y.pt", DATA, {"a": "b"})
     place.delete("r/y.pt")
+    assert not [*tmp_path.rglob("*y.pt*")]
     place.create("r/y.pt", b"other", {"a": "b"})  # as a resumed run does
 
     def killed(path: Path, to: Path) -> None:
