@@ -59,7 +59,8 @@ def test_nothing_grows_over_many_rounds(launcher: Launcher) -> None:
     for before, after in zip(early, late, strict=True):
         assert after.kilobytes <= before.kilobytes * (1 + MARGIN), (before, after)
         # What is lost in a round would be lost in each: a file that is just being written is not.
-        assert after.threads <= before.threads, (before, after)
+        # Nor is a connection's writer, which begins when a socket is full for the first time.
+        assert after.threads <= before.threads + 2, (before, after)
         assert after.files <= before.files + 1, (before, after)
     for program in programs:
         send_signal(program, signal.SIGINT)
