@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import torch
 
 import sfl.archive
 import sfl.conversation.round as conversation_round
+from sfl.archive.layout import MANIFEST
+from sfl.archive.manifest import DROPPED, Entry, manifest_line
 from sfl.cli import main_client, main_server
 from sfl.config import RunConfig
 from sfl.conversation.party import ClientParty
@@ -21,7 +24,7 @@ from sfl.conversation.report import DataReport, send_report
 from sfl.conversation.task_server import TaskRounds
 from sfl.data.datasets import dataset_spec
 from sfl.data.private_data import load_own
-from sfl.errors import ConfigError, DataError
+from sfl.errors import ConfigError, DataError, RunError
 from sfl.nodes import NodeConfig
 from sfl.reports.gathered import gather
 from sfl.runtime import following, lobby, task_servers
@@ -321,6 +324,20 @@ def test_a_tasks_server_leaves_a_run_to_predict_with(tmp_path: Path) -> None:
     assert correct / 1000 == parity.rounds["test_acc"].iloc[-1]
     assert tuple(parity.classes) == ("even", "odd")
     assert is_over(parity.path)
+    # What is not here is not taken from the main server's files, which have the same names.
+    before, manifest = sfl.open_run(parity.path), parity.path / MANIFEST
+    listed = manifest.read_bytes()
+    for path in ("models/server_model_000.pt", "predictions/client_0_000.pt"):
+        with manifest.open("a") as more:
+            more.write(manifest_line(Entry(DROPPED, path, 0, "", round=0)) + "\n")
+    now = sfl.open_run(parity.path)
+    for ask in (now.back, functools.partial(now.predictions, 0)):
+        with pytest.raises(RunError, match="was removed, as --keep-models asks"):
+            ask()
+    as_opened = parity.back().state_dict()
+    manifest.unlink()
+    assert_equal(before.back().state_dict(), as_opened, at_least=2)
+    manifest.write_bytes(listed)
     # Beside the main server's folder it is a run of its own, whatever the seeds.
     digit = sfl.open_run(tmp_path / "server/r")
     assert [group.label for group in gather([digit, parity])] == ["role -", "role task:parity"]

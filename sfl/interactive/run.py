@@ -87,7 +87,7 @@ class Run:
     @functools.cached_property
     def _recorded(self) -> RecordedRun:
         """The run, opened to compute with it; sets torch's threads as in the run."""
-        return load(self.path, "cpu", self._threads, self._node.allow_import)
+        return load(self._archive, "cpu", self._threads, self._node.allow_import)
 
     @property
     def archive(self) -> RunArchive:
@@ -300,7 +300,7 @@ class Run:
             "labels": task.labels_spec(count),
             task.output_name: TensorSpec((count, *outputs(len(data["classes"]))), torch.float32),
         }
-        return self._holders.state(path, spec, client)
+        return self._holders.state(path, spec, client, is_own=self._recorded.is_of_task)
 
     def plot(self, *others: "Run") -> Any:
         """Draw this run, and others beside it; return the two axes. See ``plot``."""

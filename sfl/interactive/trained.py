@@ -68,22 +68,25 @@ class Holders:
             archive, *(sfl.archive.open(f) for f in others if (f / MANIFEST).is_file())
         ]  # fmt: skip
 
-    def has(self, path: str) -> bool:
-        """Return whether one of the folders has a file."""
-        return any(archive.lists(path) for archive in self._archives)
+    def has(self, path: str, *, is_own: bool = False) -> bool:
+        """Return whether one of the folders has a file; ``is_own``: the run's own folder."""
+        return any(archive.lists(path) for archive in self._among(is_own))
 
-    def state(self, path: str, spec: StateSpec, client: int | None) -> dict[str, Tensor]:
+    def state(
+        self, path: str, spec: StateSpec, client: int | None, *, is_own: bool = False
+    ) -> dict[str, Tensor]:
         """Return the tensors of a file, by its path in whichever folder lists it.
 
         ``client``: whose folder it lies in if the server has none of it; None: nobody's.
+        ``is_own``: it lies in the run's own folder; in that of another server it is another file.
 
         Raises:
             RunError: no folder has it.
         """
-        for archive in self._archives:
+        for archive in self._among(is_own):
             if archive.lists(path):
                 return archive.state(path, spec)
-        if any(archive.was_listed(path) for archive in self._archives):
+        if any(archive.was_listed(path) for archive in self._among(is_own)):
             raise RunError(f"{self.archive.root}: {path} was removed, as --keep-models asks")
         of_clients, of_fed = self._places
         if client is None:
@@ -98,6 +101,9 @@ class Holders:
             f" Looked in {of_clients}; bring that folder here and give it, with --clients FOLDER or"
             " sfl.open_run(..., clients=[FOLDER])"
         )
+
+    def _among(self, is_own: bool) -> list[RunArchive]:
+        return self._archives[:1] if is_own else self._archives
 
 
 class VerticalModel(nn.Module):
@@ -164,8 +170,10 @@ class Trained:
         if one_client is not None:
             path = segment_path(ONE_CLIENT_MODEL, name, last, client=one_client)
         from_others = recorded.run.init_checksum and one_client is None
-        if last >= 0 or from_others or self._holders.has(path):  # else as built, from the seed
-            blocks.load_state_dict(self._holders.state(path, split.specs[name], whose))
+        own = recorded.is_of_task and holder is recorded.holder
+        if last >= 0 or from_others or self._holders.has(path, is_own=own):  # else by the seed
+            state = self._holders.state(path, split.specs[name], whose, is_own=own)
+            blocks.load_state_dict(state)
         return blocks.eval()
 
     def _holder_of(self, name: str) -> Holder:

@@ -63,6 +63,8 @@ class RecordedRun:
         except ConfigError as error:
             raise IntegrityError(f"{archive.root / 'config.json'}: {error}") from error
         self.leads = role in MAIN_ROLES  # else it has followed the main server
+        # A further task's server: its back and outputs are in files of the main server's names.
+        self.is_of_task = self.holder is Holder.SERVER and not self.leads
         self.run = self.recipe.run
         self.split = SplitModel.of_data(self.recipe, data)
         self.num_train = {int(k): parts[TRAIN] for k, parts in data["num_samples"].items()}
@@ -168,7 +170,7 @@ def _read_environment(
 
 
 def load(
-    run_dir: str | Path,
+    run_dir: str | Path | RunArchive,
     device: str | None = None,
     threads: int | None = None,
     allow_import: str = "",
@@ -183,7 +185,7 @@ def load(
         IntegrityError: its configuration is damaged.
         ConfigError: the device is not available, or the run's model may not be imported.
     """
-    archive = sfl.archive.open(run_dir)
+    archive = run_dir if isinstance(run_dir, RunArchive) else sfl.archive.open(run_dir)
     theirs = _read_environment(archive, "fingerprint", texts_of)
     of_run = theirs.get("device", "").partition(":")[0]
     threads_text = theirs.get("threads", "")
