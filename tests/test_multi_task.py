@@ -19,6 +19,7 @@ from sfl.archive.layout import MANIFEST
 from sfl.archive.manifest import DROPPED, Entry, manifest_line
 from sfl.cli import main_client, main_server
 from sfl.config import RunConfig
+from sfl.conversation.followed import FollowedRounds
 from sfl.conversation.party import ClientParty
 from sfl.conversation.report import DataReport, send_report
 from sfl.conversation.task_server import TaskRounds
@@ -396,9 +397,13 @@ def test_columns_that_cannot_be_labels_are_named(
         load_own(dataset_spec("mnist"), run, 0, tmp_path / "own", columns=["age"])
 
 
-def test_the_run_is_over_when_all_clients_say_so() -> None:
+def test_the_run_is_over_when_all_clients_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = object.__new__(TaskRounds)
     rounds.num_samples = {0: {}, 1: {}}
     for said, all_have in ((set(), False), ({0}, False), ({0, 1}, True)):
         rounds.said_over = said
         assert rounds.is_over is all_have
+    monkeypatch.setattr(FollowedRounds, "begin", lambda *round_and_client: None)
+    rounds.plan = None
+    rounds.begin(1, 0)  # a round that begins is a proof that it is not
+    assert not rounds.said_over

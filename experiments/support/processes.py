@@ -20,7 +20,7 @@ from sfl.errors import RunError
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTS_WITHIN_S = 60.0
 PORTS = 20_000, 32_000  # below those of outgoing connections: Linux has 32768 on, macOS 49152 on
-MOST_HELD = 256
+MOST_HELD = 64  # a process may have 256 files open, on some systems
 LISTENING = re.compile(r"run (\S+): listening on (\S+) for")
 
 
@@ -111,33 +111,29 @@ def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
         RunError: there is none.
     """
     for port in random.SystemRandom().sample(range(*PORTS, count), 1000):  # whatever seeds others
-        with contextlib.ExitStack() as mine:
-            try:
-                for number in range(port, port + count):
-                    holder = mine.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-                    holder.bind((host, number))
-                    socket.create_server((host, number)).close()
-            except OSError:
-                continue
-            _hold(mine.pop_all())
+        try:
+            for number in range(port, port + count):
+                _hold(host, number)
             return port
+        except OSError:
+            continue
     raise RunError(f"no port of {host} from {PORTS[0]} to {PORTS[1]} is free")
 
 
-_held: deque[contextlib.ExitStack] = deque()
+_held: deque[socket.socket] = deque()  # of the last ports, until this process ends
 
 
-def _hold(ports: contextlib.ExitStack) -> None:
-    """Keep what holds the last ports that this process has got, until it ends."""
-    _held.append(ports)
-    if len(_held) > MOST_HELD:
-        _held.popleft().close()
+def _hold(host: str, port: int) -> None:
+    _held.append(socket.socket(type=socket.SOCK_DGRAM))
+    _let_go(MOST_HELD)
+    _held[-1].bind((host, port))
+    socket.create_server((host, port)).close()
 
 
 @atexit.register
-def _let_go() -> None:
-    while _held:
-        _held.pop().close()
+def _let_go(but: int = 0) -> None:
+    while len(_held) > but:
+        _held.popleft().close()
 
 
 def last_line(path: Path) -> str:

@@ -78,6 +78,7 @@ class TaskRounds(FollowedRounds):
     def begin(self, round_index: int, client: int) -> RoundPlan:
         if not (self.plan and self.plan.round_index == round_index):
             self._tallies, self._figures = {}, {}
+            self.said_over.clear()  # whoever said so was wrong
         return super().begin(round_index, client)
 
     def add(self, part: str, client: int, tally: Tally) -> None:

@@ -175,7 +175,7 @@ def load(
     threads: int | None = None,
     allow_import: str = "",
 ) -> RecordedRun:
-    """Open a run to compute with it, and set up torch in this process as the run did.
+    """Open a run, or take an open one, to compute with; set up torch in this process as it did.
 
     The run may come from another machine: its own model is imported only if ``allow_import`` lists
     it, or a command line of this machine has named it before.
